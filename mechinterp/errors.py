@@ -1,0 +1,27 @@
+"""The error kinds of the package, all under `MechInterpError`."""
+
+from __future__ import annotations
+
+
+class MechInterpError(Exception):
+    """Anything this package refuses; the message says what to do next."""
+
+
+class InputError(MechInterpError):
+    """A user's input is wrong: an unknown name, a wrong shape, a value out of range."""
+
+
+class FormatError(InputError):
+    """A file (circuit, scores, task, pairs) is not what it must be."""
+
+
+class UnsupportedError(MechInterpError):
+    """The model has a part that this analysis cannot handle exactly; the part is named."""
+
+
+class SiteNotReached(MechInterpError):
+    """A site that was asked for did not fire exactly once in the run."""
+
+
+class BusyError(MechInterpError):
+    """The model is being run by another thread; one model is never used by two threads at once."""
