@@ -1,0 +1,66 @@
+# make demo | test | test-fast | lint | format | types | benchmark
+# The first call makes .venv; change the interpreter with: make test PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Always with the constraints: without them pip may choose another torch, and gigabytes with it.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# Nothing here needs the network, so nothing may use it.
+export HF_HUB_OFFLINE := 1
+# The workers of one test run share the cores: one thread each.
+test test-fast: export OMP_NUM_THREADS ?= 1
+
+DEMO_OUT := out/ioi
+DEMO_RUN := run ioi --model bundled --method eap-ig --out $(DEMO_OUT)
+DEMO_CIRCUIT := $(DEMO_OUT)/ioi-bundled-eap-ig.circuit.json
+DEMO_REPORT := $(DEMO_OUT)/ioi-bundled-eap-ig.report.html
+
+.DELETE_ON_ERROR:
+.PHONY: demo test test-fast lint format types benchmark
+
+demo: $(VENV)/.installed
+	$(BIN)/discover-circuit $(DEMO_RUN)
+	$(BIN)/discover-circuit verify $(DEMO_CIRCUIT)
+	@echo "Report: $(DEMO_REPORT) (open it in a browser)"
+
+test: $(VENV)/.installed-dev
+	$(PYTEST) -m ""
+
+test-fast: $(VENV)/.installed-dev
+	$(PYTEST)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+benchmark: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks
+
+# An environment that is there already is kept and brought up to date.
+define ENVIRONMENT
+@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+  $(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
+    echo "mechinterp needs Python 3.10 to 3.13, but '$(PYTHON)' is" \
+      "$$($(PYTHON) --version 2>&1 || true); name another one: make PYTHON=python3.12" >&2; exit 1; }; \
+  echo "Making $(VENV) (a few minutes the first time)"; $(PYTHON) -m venv $(VENV); }
+endef
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(ENVIRONMENT)
+	$(INSTALL) .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt
+	$(ENVIRONMENT)
+	$(INSTALL) '.[dev]'
+	@touch $@ $(VENV)/.installed

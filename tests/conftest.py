@@ -1,0 +1,13 @@
+"""What holds for every test: no network, and property tests that do not depend on the machine's speed."""
+
+import os
+
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when transformers is imported
+
+# No deadline: the first call of a model is slower than the rest. In CI the same examples every time,
+# so that a red run can be repeated.
+settings.register_profile("default", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")

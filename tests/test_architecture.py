@@ -1,0 +1,119 @@
+"""The layers of ARCHITECTURE.md, checked: imports go down only, and each foreign power has one home."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "mechinterp"
+
+# Module or subpackage -> level. A module imports lower levels and its own subpackage, nothing else.
+LEVELS = {
+    "errors": 0,
+    "registry": 1,
+    "sites": 1,
+    "metrics": 2,
+    "tasks": 2,
+    "models": 2,
+    "hooks": 3,
+    "graph": 3,
+    "edges": 4,
+    "parallel": 4,
+    "analysis": 5,
+    "circuit": 5,
+    "discovery": 6,
+    "evaluation": 6,
+    "formats": 6,
+    "plots": 6,
+    "report": 6,
+    "pipeline": 7,
+    "cli": 8,
+    "__init__": 9,  # the public names: imports everything, and nothing in the package imports it
+    "__main__": 9,
+}
+# Library -> the only places that may import it; attribute -> the only places that may call it.
+HOMES_OF_LIBRARIES = {"transformer_lens": {"models", "hooks"}, "plotly": {"plots", "report"}}
+HOOKS = "register_forward_hook register_forward_pre_hook register_hook add_hook add_perma_hook"
+HOOKS += " register_full_backward_hook register_full_backward_pre_hook"
+HOMES_OF_ATTRIBUTES = {name: {"hooks"} for name in HOOKS.split()}
+MAX_LINES = 400
+
+
+def imports(tree: ast.Module, package: str) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import, lazy ones too; `package` resolves the relative ones."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            if base == "mechinterp":  # `from mechinterp import graph` names a module
+                yield from ((node.lineno, f"mechinterp.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, base
+
+
+def violations(source: str, *parts: str) -> list[str]:
+    """What is wrong with the file `mechinterp/<parts>.py`, one line each; empty when nothing is."""
+    tree, own = ast.parse(source), parts[0]
+    if own not in LEVELS:
+        return [f"{own} has no level: add it to LEVELS here and to ARCHITECTURE.md"]
+    found: list[str] = []
+    for line, name in imports(tree, ".".join(["mechinterp", *parts[:-1]])):
+        top, _, rest = name.partition(".")
+        if own not in HOMES_OF_LIBRARIES.get(top, {own}):
+            found.append(f"{line}: imports {top}, which only {sorted(HOMES_OF_LIBRARIES[top])} may")
+        target = rest.partition(".")[0] or "__init__"
+        if top == "mechinterp" and target != own and LEVELS.get(target, 9) >= LEVELS[own]:
+            found.append(f"{line}: level {LEVELS[own]} imports {name}, level {LEVELS.get(target, 9)}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and own not in HOMES_OF_ATTRIBUTES.get(node.attr, {own}):
+            found.append(f"{node.lineno}: {node.attr} belongs in {sorted(HOMES_OF_ATTRIBUTES[node.attr])}")
+    if {"utils", "util", "misc", "helpers", "helper", "common"} & set(parts):
+        found.append("a name that says nothing: name the one idea of the file")
+    if len(source.splitlines()) > MAX_LINES:
+        found.append(f"more than {MAX_LINES} lines: find the second idea and give it a file")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_file_keeps_to_its_layer(path: Path) -> None:
+    assert violations(path.read_text("utf-8"), *path.relative_to(PACKAGE).with_suffix("").parts) == []
+
+
+@pytest.mark.parametrize(
+    ("parts", "source"),
+    [
+        ("edges", "import mechinterp.pipeline"),
+        ("edges", "from mechinterp import discovery"),
+        ("edges", "import mechinterp as mi"),
+        ("edges", "from mechinterp import load_model"),
+        ("edges", "from . import parallel"),
+        ("tasks/pairs", "def late():\n    from ..hooks import HookManager"),
+        ("graph", "from mechinterp.hooks import HookManager"),
+        ("analysis/logit_lens", "from transformer_lens.model_bridge import TransformerBridge"),
+        ("discovery/eap", "import plotly.graph_objects as go"),
+        ("edges", "module.register_forward_hook(print)"),
+        ("tasks/utils", ""),
+        ("newcomer", ""),
+        ("graph", "\n" * (MAX_LINES + 1)),
+    ],
+)
+def test_the_check_finds(parts: str, source: str) -> None:
+    assert len(violations(source, *parts.split("/"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "source"),
+    [
+        ("edges", "from mechinterp.graph import Graph\nfrom .hooks import Run\nimport torch"),
+        ("tasks/load", "from mechinterp.tasks.pairs import Pairs\nfrom .pairs import Pairs"),
+        ("tasks/load", "from . import door\nfrom ..sites import Site"),
+        ("hooks", "import transformer_lens\nmodule.register_forward_hook(print)"),
+        ("__init__", "from mechinterp.pipeline import discover"),
+        ("graph", "\n" * MAX_LINES),
+    ],
+)
+def test_the_check_allows(parts: str, source: str) -> None:
+    assert violations(source, *parts.split("/")) == []
