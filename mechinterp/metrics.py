@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,7 @@ from mechinterp.registry import Registry
 NO_ENTRY = -1
 
 
+@runtime_checkable
 class Answers(Protocol):
     """The part of `Pairs` that a metric reads; -1 is no entry."""
 
