@@ -12,26 +12,27 @@ PACKAGE = Path(__file__).parents[1] / "mechinterp"
 LEVELS = {
     "errors": 0,
     "registry": 1,
-    "sites": 1,
+    "sites": 2,
     "metrics": 2,
     "tasks": 2,
-    "models": 2,
-    "hooks": 3,
-    "graph": 3,
-    "edges": 4,
-    "parallel": 4,
-    "analysis": 5,
-    "circuit": 5,
-    "discovery": 6,
-    "evaluation": 6,
-    "formats": 6,
-    "plots": 6,
-    "report": 6,
-    "pipeline": 7,
-    "cli": 8,
-    "__init__": 9,  # the public names: imports everything, and nothing in the package imports it
-    "__main__": 9,
+    "models": 3,
+    "hooks": 4,
+    "graph": 4,
+    "edges": 5,
+    "parallel": 5,
+    "analysis": 6,
+    "circuit": 6,
+    "discovery": 7,
+    "evaluation": 7,
+    "formats": 7,
+    "plots": 7,
+    "report": 7,
+    "pipeline": 8,
+    "cli": 9,
+    "__init__": 10,  # the public names: imports everything, and nothing in the package imports it
+    "__main__": 10,
 }
+TOP = max(LEVELS.values())
 # Library -> the only places that may import it; attribute -> the only places that may call it.
 HOMES_OF_LIBRARIES = {"transformer_lens": {"models", "hooks"}, "plotly": {"plots", "report"}}
 HOOKS = "register_forward_hook register_forward_pre_hook register_hook add_hook add_perma_hook"
@@ -65,8 +66,8 @@ def violations(source: str, *parts: str) -> list[str]:
         if own not in HOMES_OF_LIBRARIES.get(top, {own}):
             found.append(f"{line}: imports {top}, which only {sorted(HOMES_OF_LIBRARIES[top])} may")
         target = rest.partition(".")[0] or "__init__"
-        if top == "mechinterp" and target != own and LEVELS.get(target, 9) >= LEVELS[own]:
-            found.append(f"{line}: level {LEVELS[own]} imports {name}, level {LEVELS.get(target, 9)}")
+        if top == "mechinterp" and target != own and LEVELS.get(target, TOP) >= LEVELS[own]:
+            found.append(f"{line}: level {LEVELS[own]} imports {name}, level {LEVELS.get(target, TOP)}")
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and own not in HOMES_OF_ATTRIBUTES.get(node.attr, {own}):
             found.append(f"{node.lineno}: {node.attr} belongs in {sorted(HOMES_OF_ATTRIBUTES[node.attr])}")
