@@ -110,7 +110,7 @@ def test_the_check_finds(parts: str, source: str) -> None:
     [
         ("edges", "from mechinterp.graph import Graph\nfrom .hooks import Run\nimport torch"),
         ("tasks/load", "from mechinterp.tasks.pairs import Pairs\nfrom .pairs import Pairs"),
-        ("tasks/load", "from . import door\nfrom ..sites import Site"),
+        ("tasks/load", "from . import door\nfrom ..registry import unknown"),
         ("hooks", "import transformer_lens\nmodule.register_forward_hook(print)"),
         ("__init__", "from mechinterp.pipeline import discover"),
         ("graph", "\n" * MAX_LINES),
