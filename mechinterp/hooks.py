@@ -1,0 +1,489 @@
+"""HookManager: runs one model, reads and edits its activations, and leaves nothing behind.
+
+This is the only file that registers hooks or knows TransformerLens's hook-point names.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechinterp.errors import BusyError, InputError, SiteNotReached, UnsupportedError
+from mechinterp.models.layout import Dims, Layout, build_layout
+from mechinterp.models.load import open_model
+from mechinterp.models.probe import probe
+from mechinterp.models.source import ModelInfo
+from mechinterp.registry import unknown
+from mechinterp.sites import GLOBAL_SITES, LAYER_SITES, Site
+
+SiteLike = Site | str
+"""A Site, its text (`z.3`), or a raw TransformerLens hook name (`blocks.3.attn.hook_z`)."""
+
+Edit = Callable[[Tensor], Tensor]
+
+_HOOK_NAMES = {
+    "embed": "hook_embed",
+    "pos_embed": "hook_pos_embed",
+    "resid_final": "ln_final.hook_in",
+    "final_norm": "unembed.hook_in",
+    "resid_pre": "blocks.{}.hook_resid_pre",
+    "attn_in": "blocks.{}.attn.hook_in",
+    "q": "blocks.{}.attn.hook_q",
+    "k": "blocks.{}.attn.hook_k",
+    "v": "blocks.{}.attn.hook_v",
+    "scores": "blocks.{}.attn.hook_attn_scores",
+    "pattern": "blocks.{}.attn.hook_pattern",
+    "z": "blocks.{}.attn.hook_z",
+    "attn_out": "blocks.{}.hook_attn_out",
+    "resid_mid": "blocks.{}.hook_resid_mid",
+    "mlp_in": "blocks.{}.mlp.hook_in",
+    "mlp_pre": "blocks.{}.mlp.hook_pre",
+    "mlp_post": "blocks.{}.mlp.hook_post",
+    "mlp_out": "blocks.{}.hook_mlp_out",
+    "resid_post": "blocks.{}.hook_resid_post",
+}
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """An edit at one site: `value` maps the activation to a new one, `grad` maps its gradient on the way back.
+
+    Each returns a tensor of the same shape, dtype and device; a tensor in place of `value` is written as it is.
+    """
+
+    site: SiteLike
+    value: Edit | Tensor | None = None
+    grad: Edit | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run gave. `values` and `grads` are keyed by the sites as they were asked for.
+
+    `logits` is `[batch, pos, d_vocab]` (or `[batch, n_answer, d_vocab]` with `at=`), None when the run was stopped.
+    """
+
+    logits: Tensor | None
+    values: Mapping[SiteLike, Tensor]
+    grads: Mapping[SiteLike, Tensor]
+    loss: Tensor | None = None
+
+
+class _Stopped(BaseException):
+    """Ends a forward at the stop site; not an Exception, so that no model code can swallow it."""
+
+
+@dataclass
+class _Point:
+    """All that happens at one hook point in one run."""
+
+    asked: list[SiteLike] = field(default_factory=list[SiteLike])
+    edits: list[Intervention] = field(default_factory=list[Intervention])
+    record: bool = False
+    grad: bool = False
+    stop: bool = False
+    fired: int = 0
+    tap: Tensor | None = None
+    value: Tensor | None = None
+
+
+class HookManager:
+    """Owns one TransformerBridge: `run` reads and edits activations at sites; the model is then as before.
+
+    Made by `mechinterp.load_model`. When it is built, every site and every map of the layout is checked on a short
+    prompt: a site that fires other than once, or whose value does not reach the logits, is refused with its reason.
+    """
+
+    def __init__(self, bridge: Any, info: ModelInfo, tokenizer: Any = None) -> None:
+        self.bridge = bridge
+        self.info = info
+        self.tokenizer = tokenizer
+        self._lock = threading.RLock()
+        self._outer: list[Intervention] = []
+        self._points: dict[str, Any] = dict(bridge.hook_dict)
+        self._layers_give_tuples = False
+        self.layout: Layout = build_layout(bridge)
+        self.refused: Mapping[Site, str] = {}
+        self.refused = probe(self)
+
+    @property
+    def dims(self) -> Dims:
+        """Sizes of the model."""
+        return self.layout.dims
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return self.layout.W_U.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model's weights."""
+        return self.layout.W_U.dtype
+
+    def __repr__(self) -> str:
+        d = self.dims
+        return f"HookManager({self.info.name}, {d.n_layers} layers x {d.n_heads} heads, d_model {d.d_model}, {self.dtype})"
+
+    # -- sites ---------------------------------------------------------------------------------------------------
+
+    def sites(self) -> tuple[Site, ...]:
+        """Every site that this model has and that works on it, in a fixed order."""
+        every = [Site(kind) for kind in GLOBAL_SITES]
+        every += [Site(kind, layer) for layer in range(self.dims.n_layers) for kind in LAYER_SITES]
+        return tuple(s for s in every if self._hook_name(s) in self._points and s not in self.refused)
+
+    def has(self, site: SiteLike) -> bool:
+        """Whether the model has the site and it works."""
+        site = Site.parse(site) if isinstance(site, str) else site
+        return self._hook_name(site) in self._points and site not in self.refused
+
+    @staticmethod
+    def _hook_name(site: Site) -> str:
+        return _HOOK_NAMES[site.kind].format(site.layer)
+
+    def resolve(self, site: SiteLike) -> str:
+        """The hook name of a site. Raises InputError when there is none, UnsupportedError when it does not work."""
+        if isinstance(site, str):
+            if site in self._points:
+                return site
+            if site.partition(".")[0] not in LAYER_SITES + GLOBAL_SITES:
+                raise unknown("site or hook name", site, [str(s) for s in self.sites()] + list(self._points))
+            site = Site.parse(site)
+        if site.layer is not None and not 0 <= site.layer < self.dims.n_layers:
+            raise InputError(f"Site '{site}' is not there: the model has layers 0 to {self.dims.n_layers - 1}.")
+        if site in self.refused:
+            raise UnsupportedError(f"Site '{site}' cannot be used on {self.info.architecture}: {self.refused[site]}.")
+        name = self._hook_name(site)
+        if name not in self._points:
+            raise UnsupportedError(f"{self.info.architecture} has no site '{site}' (hook {name}).")
+        return name
+
+    def select(self, which: Callable[[str], bool]) -> tuple[Site, ...]:
+        """The sites whose text passes the filter. Raises InputError when none does."""
+        chosen = tuple(site for site in self.sites() if which(str(site)))
+        if not chosen:
+            raise InputError("The filter matches no site. Sites: " + ", ".join(map(str, self.sites())) + ".")
+        return chosen
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def intervene(self, *interventions: Intervention) -> Iterator[HookManager]:
+        """Adds interventions to every run inside the block; blocks nest, outer edits come first."""
+        for intervention in interventions:
+            self.resolve(intervention.site)
+        with self._exclusive():
+            before = list(self._outer)
+            self._outer = before + list(interventions)
+            try:
+                yield self
+            finally:
+                self._outer = before
+
+    def run(
+        self,
+        tokens: Int[Tensor, "batch pos"] | Sequence[Sequence[int]],
+        mask: Bool[Tensor, "batch pos"] | None = None,
+        *,
+        record: Iterable[SiteLike] | Callable[[str], bool] = (),
+        interventions: Iterable[Intervention] | Mapping[SiteLike, Edit | Tensor] = (),
+        grads: Iterable[SiteLike] = (),
+        loss: Callable[[Tensor], Tensor] | None = None,
+        at: Int[Tensor, "batch n_at"] | None = None,
+        start: tuple[int, Float[Tensor, "batch pos d_model"]] | None = None,
+        stop: SiteLike | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Run:
+        """The logits, the recorded values and the gradients of one forward (and one backward when `loss` is given).
+
+        `record` are sites, or a filter over site names; values come detached, moved to `device` and `dtype` if
+        given. `interventions` edit values (and gradients) at their sites before they are recorded. `loss` maps the
+        logits (or, with `stop`, the value at the stop site) to a tensor whose sum is differentiated with respect to
+        the values at `grads`. `at` computes logits at those positions only. `start=(layer, resid)` skips the layers
+        before `layer` and enters it with `resid`. `stop` ends the forward after that site.
+
+        No gradient is tracked unless `loss` is given. Padding (False in `mask`) is not attended to.
+
+        Raises InputError for bad tokens, names and edits, SiteNotReached when a site did not fire exactly once,
+        BusyError when another thread is running the model.
+        """
+        tokens, mask = self._check_tokens(tokens, mask)
+        wanted = self.select(record) if callable(record) else tuple(record)
+        edits = (
+            [Intervention(site, value) for site, value in interventions.items()]
+            if isinstance(interventions, Mapping)
+            else list(interventions)
+        )
+        grad_sites = tuple(grads)
+        if bool(grad_sites) != (loss is not None):
+            raise InputError("Gradients need both `loss` and `grads`; only one of them was given.")
+        with self._exclusive(), ExitStack() as stack:
+            if start is not None:
+                edits = [self._start(stack, *start), *edits]
+            points = self._plan(wanted, [*self._outer, *edits], grad_sites, stop)
+            stack.enter_context(torch.set_grad_enabled(loss is not None))
+            stack.enter_context(self._eval_mode())
+            self._register(stack, points, at)
+            logits, stopped = self._forward(tokens, mask)
+            self._check_fired(points, stopped)
+            value = gradients = None
+            if loss is not None:
+                target = logits if stop is None else points[self.resolve(stop)].tap
+                value, gradients = self._backward(loss, target, points, grad_sites)
+        values = {site: points[self.resolve(site)].value for site in wanted}
+        moved = {site: v.to(device=device, dtype=dtype) for site, v in values.items() if v is not None}
+        return Run(None if logits is None else logits.detach(), moved, gradients or {}, value)
+
+    def survey(
+        self, tokens: Int[Tensor, "batch pos"], sites: Sequence[Site], loss: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, dict[Site, tuple[int, Tensor | None]]]:
+        """The logits with every site tapped; per site, how often it fired and its gradient (None: not connected)."""
+        with self._exclusive(), ExitStack() as stack:
+            points = self._plan((), (), sites, None)
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(self._eval_mode())
+            self._register(stack, points, None)
+            stack.callback(self.bridge.blocks[0].register_forward_hook(self._note_layer_output).remove)
+            logits, _ = self._forward(tokens, None)
+            assert logits is not None
+            taps = {site: points[self.resolve(site)].tap for site in sites}
+            live = [site for site, tap in taps.items() if tap is not None]
+            inputs = [tap for tap in taps.values() if tap is not None]
+            found = dict(zip(live, torch.autograd.grad(loss(logits), inputs, allow_unused=True), strict=True))
+        return logits.detach(), {s: (points[self.resolve(s)].fired, found.get(s)) for s in sites}
+
+    def _check_tokens(self, tokens: Any, mask: Any) -> tuple[Tensor, Tensor | None]:
+        try:
+            tokens = torch.as_tensor(tokens, device=self.device)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"Tokens are not a rectangle of token ids: {error}. Pad them and pass a mask.") from None
+        if tokens.ndim != 2 or tokens.numel() == 0 or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
+            raise InputError(f"Tokens must be whole numbers [batch, pos]; got {tokens.dtype} {list(tokens.shape)}.")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.dims.d_vocab:
+            bad = low if low < 0 else high
+            raise InputError(f"Token id {bad} is not in the vocabulary of {self.dims.d_vocab} of {self.info.name}.")
+        if tokens.shape[1] > self.dims.n_ctx:
+            raise InputError(f"Prompts have {tokens.shape[1]} tokens; {self.info.name} takes {self.dims.n_ctx}.")
+        if mask is None:
+            return tokens, None
+        mask = torch.as_tensor(mask, device=self.device).bool()
+        if mask.shape != tokens.shape:
+            raise InputError(f"The mask is {list(mask.shape)}, the tokens are {list(tokens.shape)}; they must agree.")
+        if not bool(mask.any(-1).all()):
+            raise InputError("A row of the mask has no real token.")
+        return tokens, None if bool(mask.all()) else mask
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise BusyError(
+                f"{self.info.name} is being run by another thread. Load it once per thread, or take turns."
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def _eval_mode(self) -> Iterator[None]:
+        training = [m for m in self.bridge.modules() if m.training]
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def _start(self, stack: ExitStack, layer: int, resid: Tensor) -> Intervention:
+        """Makes the layers before `layer` hand on `resid` without computing, until the stack closes."""
+        if not 0 <= layer < self.dims.n_layers:
+            raise InputError(f"Cannot start at layer {layer}: the model has layers 0 to {self.dims.n_layers - 1}.")
+
+        def hand_on(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+            return (resid,) if self._layers_give_tuples else resid
+
+        for block in list(self.bridge.blocks)[:layer]:
+            stack.callback(block.__dict__.pop, "forward", None)
+            block.__dict__["forward"] = hand_on
+        return Intervention(Site("resid_pre", layer), resid)
+
+    def _note_layer_output(self, module: Any, inputs: Any, output: Any) -> None:
+        self._layers_give_tuples = isinstance(output, tuple)
+
+    def _plan(
+        self,
+        record: Sequence[SiteLike],
+        edits: Sequence[Intervention],
+        grads: Sequence[SiteLike],
+        stop: SiteLike | None,
+    ) -> dict[str, _Point]:
+        points: dict[str, _Point] = {}
+
+        def point(site: SiteLike) -> _Point:
+            found = points.setdefault(self.resolve(site), _Point())
+            found.asked.append(site)
+            return found
+
+        for intervention in edits:
+            point(intervention.site).edits.append(intervention)
+        for site in record:
+            point(site).record = True
+        for site in grads:
+            point(site).grad = True
+        if stop is not None:
+            point(stop).stop = True
+        return points
+
+    def _register(self, stack: ExitStack, points: Mapping[str, _Point], at: Tensor | None) -> None:
+        def add(name: str, function: Callable[[Tensor], Tensor | None]) -> None:
+            hook_point = self._points[name]
+
+            def hook(value: Tensor, hook: Any) -> Tensor | None:
+                return function(value)
+
+            handle = hook_point.add_hook(hook, dir="fwd")
+
+            def remove() -> None:
+                handle.hook.remove()
+                hook_point.fwd_hooks[:] = [h for h in hook_point.fwd_hooks if h is not handle]
+
+            stack.callback(remove)
+
+        for name, found in points.items():
+            add(name, lambda value, name=name, found=found: _fire(name, found, value))
+        if at is not None:
+            index = at.to(self.device).clamp(min=0)
+
+            def gather(value: Tensor) -> Tensor:
+                return value.gather(1, index[..., None].expand(-1, -1, value.shape[-1]))
+
+            add(_HOOK_NAMES["final_norm"], gather)
+
+    def _forward(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor | None, bool]:
+        keywords = {} if mask is None else {"attention_mask": mask.long()}
+        try:
+            return self.bridge(tokens, return_type="logits", **keywords), False
+        except _Stopped:
+            return None, True
+
+    def _check_fired(self, points: Mapping[str, _Point], stopped: bool) -> None:
+        for name, point in points.items():
+            if point.fired != 1:
+                why = "after the stop site" if stopped and point.fired == 0 else "in the run"
+                raise SiteNotReached(
+                    f"Site '{point.asked[0]}' (hook {name}) fired {point.fired} times {why}; it must fire once."
+                )
+
+    def _backward(
+        self,
+        loss: Callable[[Tensor], Tensor],
+        target: Tensor | None,
+        points: Mapping[str, _Point],
+        sites: Sequence[SiteLike],
+    ) -> tuple[Tensor, dict[SiteLike, Tensor]]:
+        if target is None:
+            raise InputError("There is nothing to differentiate: the run gave no logits.")
+        value = loss(target)
+        if not value.requires_grad:
+            raise InputError("The loss does not depend on any of the sites in `grads`.")
+        taps = [points[self.resolve(site)].tap for site in sites]
+        found = torch.autograd.grad(value.sum(), [t for t in taps if t is not None], allow_unused=True)
+        gradients: dict[SiteLike, Tensor] = {}
+        for site, tap, gradient in zip(sites, taps, found, strict=True):
+            if gradient is None:
+                raise UnsupportedError(f"The loss does not depend on site '{site}': it is not in the computation.")
+            gradients[site] = gradient.to(tap.dtype) if tap is not None else gradient
+        return value.detach(), gradients
+
+
+def _fire(name: str, point: _Point, value: Tensor) -> Tensor | None:
+    """What happens when a hook point fires: edit, tap for the gradient, record, stop."""
+    point.fired += 1
+    if point.fired > 1:
+        return None  # reported after the run, with the count
+    new = value
+    for edit in point.edits:
+        if edit.value is not None:
+            before = new
+            new = edit.value if isinstance(edit.value, Tensor) else edit.value(before)
+            _check_edit(edit.site, before, new)
+        if edit.grad is not None and torch.is_grad_enabled():
+            new = _tap(new)
+            new.register_hook(lambda g, edit=edit: _edited_gradient(edit, g))
+    if point.grad or (point.stop and torch.is_grad_enabled()):
+        new = _tap(new)
+        point.tap = new
+    if point.record:
+        point.value = new.detach()
+    if point.stop:
+        raise _Stopped
+    return None if new is value else new
+
+
+def _tap(value: Tensor) -> Tensor:
+    """A tensor equal to `value` that the rest of the run depends on and that a gradient can be taken at."""
+    return value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+
+
+def _edited_gradient(edit: Intervention, gradient: Tensor) -> Tensor:
+    assert edit.grad is not None
+    new = edit.grad(gradient)
+    _check_edit(edit.site, gradient, new)
+    return new
+
+
+def _check_edit(site: SiteLike, before: Tensor, after: Any) -> None:
+    if not isinstance(after, Tensor):
+        raise InputError(f"The edit at '{site}' returned {type(after).__name__}; it must return the new tensor.")
+    if (after.shape, after.dtype, after.device) != (before.shape, before.dtype, before.device):
+        raise InputError(
+            f"The edit at '{site}' must keep shape, dtype and device: got {list(after.shape)} {after.dtype} "
+            f"{after.device}, expected {list(before.shape)} {before.dtype} {before.device}."
+        )
+
+
+def load_model(
+    spec: Any,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+) -> HookManager:
+    """The HookManager of a model.
+
+    `spec` is `bundled`, a local directory (of `save_pretrained`), a hub id with an optional `@revision`, or a model
+    in memory: a Hugging Face module (it is copied, so yours stays as it is) or a TransformerBridge (it is used as it
+    is; every run leaves it as it was). `dtype` defaults to float32 for files and to the model's own in memory;
+    computing in a lower precision is possible and recorded.
+
+    Raises InputError when the model cannot be found or its files are incomplete, UnsupportedError when a part of its
+    architecture cannot be handled exactly.
+
+    >>> import mechinterp as mi
+    >>> mi.load_model("bundled").dims.n_layers > 0
+    True
+    """
+    if isinstance(spec, HookManager):
+        return spec
+    opened = open_model(
+        spec,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
+    )
+    return HookManager(opened.bridge, opened.info, opened.tokenizer)

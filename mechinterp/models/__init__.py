@@ -1,0 +1,1 @@
+"""Models: loading them, and the pure maps of one model."""

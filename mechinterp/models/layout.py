@@ -1,0 +1,208 @@
+"""The pure maps of one model: how readers read the residual stream and how writers write to it.
+
+Nothing here runs the model or knows a hook. `HookManager` checks every map against the running model when it is
+built, so a map that is wrong for an architecture is an error at load and never a wrong number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechinterp.errors import UnsupportedError
+from mechinterp.models.norm import Norm, measure_norm
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes and shape of one model. `n_kv_heads` < `n_heads` under grouped-query attention."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_vocab: int
+    d_vocab_out: int
+    n_ctx: int
+    has_mlp: bool
+    parallel: bool
+    """Attention and MLP of a layer both read the layer's input (GPT-NeoX)."""
+    causal: bool
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """Weights of one attention layer, `[head, d_model, d_head]` for q, k, v and `[head, d_head, d_model]` out."""
+
+    norm: Norm
+    W: dict[str, Tensor]
+    b: dict[str, Tensor | None]
+    W_O: Tensor
+    b_O: Tensor | None
+    post: Norm
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Read and write maps of one model. All maps work in the dtype of their argument."""
+
+    dims: Dims
+    attention: tuple[AttentionMaps, ...]
+    mlp_norm: tuple[Norm | None, ...]
+    final_norm: Norm
+    W_U: Float[Tensor, "d_model d_vocab"]
+    b_U: Float[Tensor, " d_vocab"] | None
+    soft_cap: float | None
+
+    def read_heads(
+        self, layer: int, channel: str, resid: Float[Tensor, "head *axes d_model"]
+    ) -> Float[Tensor, "head *axes d_head"]:
+        """q, k or v of every head, each head from its own residual stream."""
+        maps = self.attention[layer]
+        flat = maps.norm(resid).flatten(1, -2)
+        out = torch.bmm(flat, maps.W[channel].to(resid.dtype))
+        bias = maps.b[channel]
+        if bias is not None:
+            out = out + bias[:, None].to(resid.dtype)
+        return out.unflatten(1, resid.shape[1:-1])
+
+    def read_mlp(self, layer: int, resid: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
+        """The MLP's input after its norm. Raises UnsupportedError for a layer without an MLP."""
+        norm = self.mlp_norm[layer]
+        if norm is None:
+            raise UnsupportedError(f"Layer {layer} has no MLP.")
+        return norm(resid)
+
+    def attention_total(
+        self, layer: int, z: Float[Tensor, "*axes head d_head"]
+    ) -> Float[Tensor, "*axes d_model"]:
+        """The sum of all heads and the output bias, before any post-norm."""
+        maps = self.attention[layer]
+        total = einsum(z, maps.W_O.to(z.dtype), "... head d_head, head d_head d_model -> ... d_model")
+        return total if maps.b_O is None else total + maps.b_O.to(z.dtype)
+
+    def head_writes(
+        self, layer: int, z: Float[Tensor, "*axes head d_head"]
+    ) -> Float[Tensor, "head *axes d_model"]:
+        """What each head adds to the residual stream; the output bias belongs to no head.
+
+        Under a post-norm (Gemma-2) a head's write is its share of the normed sum, with the scale that the sum of
+        all heads has in the same run; so the writes (and the bias's share) add up to the layer's output exactly.
+        """
+        maps = self.attention[layer]
+        by_head = rearrange(z, "... head d_head -> head (...) d_head")
+        writes = torch.bmm(by_head, maps.W_O.to(z.dtype)).unflatten(1, z.shape[:-2])
+        if maps.post.kind == "none" and maps.post.weight is None:
+            return writes
+        return maps.post.project(writes) / maps.post.scale(self.attention_total(layer, z))
+
+    def head_write_differences(
+        self, layer: int, z: Float[Tensor, "*axes head d_head"], other: Float[Tensor, "*axes head d_head"]
+    ) -> Float[Tensor, "head *axes d_model"]:
+        """`head_writes(z) - head_writes(other)`, in one product where the write is linear in z."""
+        if self.attention[layer].post.kind == "none":
+            return self.head_writes(layer, z - other)
+        return self.head_writes(layer, z) - self.head_writes(layer, other)
+
+    def attention_bias(
+        self, layer: int, z: Float[Tensor, "*axes head d_head"]
+    ) -> Float[Tensor, "*axes d_model"] | None:
+        """What the attention layer adds besides its heads (output bias, post-norm bias), or None."""
+        maps = self.attention[layer]
+        parts: list[Tensor] = []
+        if maps.b_O is not None:
+            bias = maps.b_O.to(z.dtype).expand(*z.shape[:-2], -1)
+            if maps.post.kind != "none":
+                bias = maps.post.project(bias) / maps.post.scale(self.attention_total(layer, z))
+            parts.append(bias)
+        if maps.post.bias is not None:
+            parts.append(maps.post.bias.to(z.dtype).expand(*z.shape[:-2], -1))
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def unembed(
+        self, resid: Float[Tensor, "*axes d_model"], columns: Int[Tensor, " n_columns"] | None = None
+    ) -> Float[Tensor, "*axes n_columns"]:
+        """Logits of the final residual stream, of all tokens or of the given columns only."""
+        W, b = self.W_U, self.b_U
+        if columns is not None:
+            W, b = W[:, columns], None if b is None else b[columns]
+        logits = self.final_norm(resid) @ W.to(resid.dtype)
+        if b is not None:
+            logits = logits + b.to(resid.dtype)
+        if self.soft_cap:
+            logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
+        return logits
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _norm_of(block: Any, name: str, label: str, like: Tensor, d_model: int) -> Norm:
+    component = getattr(block, name, None)
+    return Norm("none") if component is None else measure_norm(label, component, like, d_model)
+
+
+def build_layout(bridge: Any) -> Layout:
+    """The layout of a TransformerBridge, its weights shared with the model, not copied.
+
+    Raises UnsupportedError, naming the part, for models whose residual stream has another structure.
+    """
+    cfg = bridge.cfg
+    blocks = getattr(bridge, "blocks", None)
+    if blocks is None or len(blocks) == 0:
+        raise UnsupportedError(f"{cfg.architecture} has no plain stack of layers; only decoder stacks are supported.")
+    like = next(p for p in bridge.original_model.parameters() if p.is_floating_point())
+    d_model, n_heads = int(cfg.d_model), int(cfg.n_heads)
+    n_kv_heads = int(getattr(cfg, "n_key_value_heads", None) or n_heads)
+    attention: list[AttentionMaps] = []
+    mlp_norms: list[Norm | None] = []
+    for layer, block in enumerate(blocks):
+        attn = getattr(block, "attn", None)
+        if attn is None or not all(hasattr(attn, part) for part in ("q", "k", "v", "o")):
+            raise UnsupportedError(f"Layer {layer} of {cfg.architecture} has no q, k, v, o attention.")
+        label = f"blocks.{layer}"
+        attention.append(
+            AttentionMaps(
+                norm=_norm_of(block, "ln1", f"{label}.ln1", like, d_model),
+                W={"q": attn.W_Q.detach(), "k": attn.W_K.detach(), "v": attn.W_V.detach()},
+                b={"q": _detached(attn.b_Q), "k": _detached(attn.b_K), "v": _detached(attn.b_V)},
+                W_O=attn.W_O.detach(),
+                b_O=_detached(attn.b_O),
+                post=_norm_of(block, "ln1_post", f"{label}.ln1_post", like, d_model),
+            )
+        )
+        has_mlp = getattr(block, "mlp", None) is not None
+        mlp_norms.append(_norm_of(block, "ln2", f"{label}.ln2", like, d_model) if has_mlp else None)
+    W_U = bridge.W_U.detach()
+    b_U = _detached(getattr(bridge, "b_U", None))
+    dims = Dims(
+        n_layers=len(blocks),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        d_model=d_model,
+        d_head=int(attention[0].W["q"].shape[-1]),
+        d_vocab=int(cfg.d_vocab),
+        d_vocab_out=int(W_U.shape[1]),
+        n_ctx=int(cfg.n_ctx),
+        has_mlp=all(norm is not None for norm in mlp_norms),
+        parallel=bool(getattr(cfg, "parallel_attn_mlp", False)),
+        causal=str(getattr(cfg, "attention_dir", "causal")) == "causal",
+    )
+    if not dims.has_mlp and any(norm is not None for norm in mlp_norms):
+        raise UnsupportedError(f"{cfg.architecture} has an MLP in some layers only; give a model with all or none.")
+    return Layout(
+        dims=dims,
+        attention=tuple(attention),
+        mlp_norm=tuple(mlp_norms),
+        final_norm=_norm_of(bridge, "ln_final", "ln_final", like, d_model),
+        W_U=W_U,
+        b_U=b_U,
+        soft_cap=float(cap) if (cap := getattr(cfg, "output_logits_soft_cap", None)) and cap > 0 else None,
+    )

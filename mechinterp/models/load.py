@@ -1,0 +1,164 @@
+"""Opens a model from the package, a directory, the hub or memory, as a TransformerBridge with its identity."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mechinterp.errors import InputError, UnsupportedError
+from mechinterp.models.source import ModelInfo
+
+logger = logging.getLogger(__name__)
+
+BUNDLED = Path(__file__).parent / "zoo" / "bundled"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A bridge, where it came from, and its tokenizer (None when there is none)."""
+
+    bridge: Any
+    info: ModelInfo
+    tokenizer: Any
+
+
+def open_model(
+    spec: Any,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+) -> Opened:
+    """The model that `spec` names, bridged. See `mechinterp.load_model` for what `spec` can be."""
+    dtype = parse_dtype(dtype)
+    if isinstance(spec, (str, os.PathLike)):
+        return _open_named(os.fspath(spec), revision, dtype, device, tokenizer, trust_remote_code)
+    if revision is not None:
+        raise InputError("`revision` goes with a hub id; a model in memory has none.")
+    if isinstance(spec, nn.Module) and hasattr(spec, "hook_dict") and hasattr(spec, "blocks"):
+        return _wrap_bridge(spec, dtype, device, tokenizer)
+    if isinstance(spec, nn.Module) and hasattr(spec, "config"):
+        module = copy.deepcopy(spec).to(device=device, dtype=dtype)
+        name = getattr(spec.config, "name_or_path", "") or type(spec).__name__
+        return _bridge(module, name, None, "memory", tokenizer)
+    raise InputError(
+        f"Cannot load a model from {type(spec).__name__}; give 'bundled', a directory, a hub id, a Hugging Face model "
+        "or a TransformerBridge."
+    )
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The torch dtype named `float32`, `bfloat16`, ...; None stays None. Raises InputError for anything else."""
+    if isinstance(dtype, str):
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise InputError(f"Unknown dtype {dtype!r}. Known: float64, float32, bfloat16, float16.")
+        return found
+    return dtype
+
+
+def _open_named(
+    spec: str,
+    revision: str | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    tokenizer: Any,
+    trust_remote_code: bool,
+) -> Opened:
+    name, at, tail = spec.partition("@")
+    path = BUNDLED if spec == "bundled" else Path(spec)
+    if spec == "bundled":
+        origin = "bundled"
+    elif path.is_dir():
+        origin = "directory"
+    elif path.exists() or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+        raise InputError(f"There is no model directory {spec!r}; give a folder made by save_pretrained.")
+    else:
+        origin = "hub"
+    if origin != "hub" and revision is not None:
+        raise InputError(f"`revision` goes with a hub id; {spec!r} is a {origin} model.")
+    if origin == "hub" and at:
+        if revision is not None and revision != tail:
+            raise InputError(f"Two revisions: {tail!r} in the id and {revision!r} beside it; give one.")
+        revision = tail
+    where = name if origin == "hub" else str(path)
+    module, tokenizer = _from_pretrained(where, origin, revision, dtype, tokenizer, trust_remote_code)
+    label = {"bundled": "bundled", "hub": name}.get(origin, str(path))
+    commit = getattr(module.config, "_commit_hash", None) if origin == "hub" else None
+    return _bridge(module.to(device=device), label, commit or revision, origin, tokenizer)
+
+
+def _from_pretrained(
+    where: str, origin: str, revision: str | None, dtype: torch.dtype | None, tokenizer: Any, trust_remote_code: bool
+) -> tuple[nn.Module, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    keywords = {"local_files_only": origin != "hub", "trust_remote_code": trust_remote_code, "revision": revision}
+    if revision is None:
+        del keywords["revision"]
+    try:
+        module, report = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=dtype or torch.float32,
+            attn_implementation="eager",
+            use_safetensors=True,
+            output_loading_info=True,
+            **keywords,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"Cannot load the model {where!r} from {origin}: {reason}") from error
+    missing = sorted(report["missing_keys"]) + sorted(map(str, report.get("mismatched_keys", ())))
+    if missing:
+        raise InputError(
+            f"The checkpoint {where!r} lacks weights that the model needs ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}); they would be random. Give a complete checkpoint."
+        )
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(where, **keywords)
+        except (OSError, ValueError, KeyError) as error:
+            logger.warning("No tokenizer in %s (%s); prompts must be given as token ids.", where, type(error).__name__)
+    return module, tokenizer
+
+
+def _bridge(module: nn.Module, name: str, revision: str | None, origin: str, tokenizer: Any) -> Opened:
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+    from transformer_lens.utilities.attn_implementation import force_eager_attention
+
+    weights = dict(module.named_parameters())
+    architecture = type(module).__name__
+    module.eval().requires_grad_(False)
+    config: Any = module.config
+    try:
+        bridge = build_bridge_from_module(module, architecture, hf_config=config, model_name=name)
+    except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
+        raise UnsupportedError(f"TransformerLens cannot bridge {architecture}: {error}") from error
+    force_eager_attention(module)
+    return Opened(bridge, ModelInfo(name, revision, architecture, origin, "raw", weights), tokenizer)
+
+
+def _wrap_bridge(bridge: Any, dtype: torch.dtype | None, device: Any, tokenizer: Any) -> Opened:
+    own = next(bridge.original_model.parameters())
+    if (dtype is not None and dtype != own.dtype) or (device is not None and torch.device(device) != own.device):
+        raise InputError(
+            f"The bridge is {own.dtype} on {own.device}; a bridge is used as it is, so move it yourself first."
+        )
+    info = ModelInfo(
+        name=str(getattr(bridge.cfg, "model_name", None) or "bridge"),
+        revision=None,
+        architecture=str(bridge.cfg.architecture),
+        origin="memory",
+        processing="compatibility" if getattr(bridge, "compatibility_mode", False) else "raw",
+        weights=dict(bridge.original_model.named_parameters()),
+    )
+    return Opened(bridge, info, tokenizer if tokenizer is not None else getattr(bridge, "tokenizer", None))

@@ -1,0 +1,96 @@
+"""The checks that a HookManager makes on its model when it is built.
+
+TransformerLens has hook points that fire and do nothing (a side branch), fire twice, or never. One forward with
+every site tapped and one backward tell them apart: a value that the logits do not depend on gets no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechinterp.errors import UnsupportedError
+from mechinterp.sites import Site
+
+NEEDED = ("resid_pre", "q", "k", "v", "z")
+"""Sites without which no engine can work."""
+
+Check = Callable[[str, Tensor, Tensor], None]
+
+
+def probe(model: Any) -> dict[Site, str]:
+    """The sites that do not work on a HookManager's model, each with the reason.
+
+    Cost: three forwards and a backward on 2 x 4 tokens. Raises UnsupportedError, naming the part, when a needed
+    site or a map of the layout does not agree with the running model.
+    """
+    generator = torch.Generator().manual_seed(0)
+    length = min(4, model.dims.n_ctx)
+    tokens = torch.randint(model.dims.d_vocab, (2, length), generator=generator).to(model.device)
+    plain = model.run(tokens).logits
+    direction = torch.randn(plain.shape, generator=generator).to(plain)
+    tapped, seen = model.survey(tokens, model.sites(), lambda logits: (logits * direction).sum())
+    if not torch.equal(tapped, plain):
+        worst = float((tapped - plain).abs().max())
+        raise UnsupportedError(
+            f"{model.info.architecture}: tapping the sites changes the logits by {worst:.2g}; "
+            "reading activations would not be exact on this model."
+        )
+    refused: dict[Site, str] = {}
+    for site, (fired, gradient) in seen.items():
+        if fired != 1:
+            refused[site] = f"its hook fires {fired} times in a forward"
+        elif gradient is None:
+            refused[site] = "its hook fires, but the logits do not depend on its value, so an edit would do nothing"
+    missing = [site for site in refused if site.kind in NEEDED]
+    if missing:
+        raise UnsupportedError(
+            f"{model.info.architecture}: site '{missing[0]}' cannot be used: {refused[missing[0]]}; "
+            "no analysis would be exact on this model."
+        )
+    _check_maps(model, tokens, plain, refused)
+    return refused
+
+
+def _check_maps(model: Any, tokens: Tensor, plain: Tensor, refused: dict[Site, str]) -> None:
+    """Compares every read and write map of the layout with the values of a real run."""
+    kinds = ("resid_pre", "q", "k", "v", "z", "mlp_in", "mlp_out", "resid_post", "resid_final")
+    run = model.run(tokens, record=[s for s in model.sites() if s.kind in kinds and s not in refused])
+    layout, dims = model.layout, model.dims
+
+    def check(what: str, got: Tensor, expected: Tensor) -> None:
+        size = float(expected.float().abs().max()) + 1e-6
+        worst = float((got.float() - expected.float()).abs().max()) / size
+        if not worst < (1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2):
+            raise UnsupportedError(
+                f"{model.info.architecture}: {what} is not what its weights say (off by {worst:.2g} of its size); "
+                "edges cannot be exact on this model."
+            )
+
+    for layer in range(dims.n_layers):
+        resid = run.values[Site("resid_pre", layer)]
+        for channel, heads in (("q", dims.n_heads), ("k", dims.n_kv_heads), ("v", dims.n_kv_heads)):
+            read = layout.read_heads(layer, channel, resid.expand(heads, *resid.shape))
+            check(f"{channel} of layer {layer}", read.movedim(0, 2), run.values[Site(channel, layer)])
+        z = run.values[Site("z", layer)]
+        attention = layout.head_writes(layer, z).sum(0)
+        bias = layout.attention_bias(layer, z)
+        middle = resid + (attention if bias is None else attention + bias)
+        _check_layer(model, run, layer, resid, middle, check)
+    final = run.values[Site("resid_final")]
+    check("the unembedding", layout.unembed(final), plain)
+
+
+def _check_layer(model: Any, run: Any, layer: int, resid: Tensor, middle: Tensor, check: Check) -> None:
+    dims, layout = model.dims, model.layout
+    after = Site("resid_post", layer) if model.has(Site("resid_post", layer)) else Site("resid_final")
+    if not dims.has_mlp:
+        check(f"the residual stream after layer {layer}", middle, run.values[after])
+        return
+    mlp_input = resid if dims.parallel else middle
+    check(f"the MLP input of layer {layer}", layout.read_mlp(layer, mlp_input), run.values[Site("mlp_in", layer)])
+    total = middle + run.values[Site("mlp_out", layer)]
+    check(f"the residual stream after layer {layer}", total, run.values[after])
