@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mechinterp.errors import InputError
 
-Ids: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]]
+Ids: TypeAlias = Tensor | np.ndarray | Sequence[Any]
 """Whole numbers as a tensor, a NumPy array, a list, or a list of (possibly ragged) lists."""
 
-Mask: TypeAlias = Tensor | Sequence[Sequence[bool]] | Sequence[Sequence[int]]
+Mask: TypeAlias = Tensor | np.ndarray | Sequence[Any]
 """True (or 1) at real tokens."""
 
 LARGEST_ID = 2**31 - 1

@@ -1,0 +1,223 @@
+"""From a task and a tokenizer to `Pairs`: draw examples as text, encode them, keep what is well formed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
+
+from mechinterp.errors import InputError
+from mechinterp.registry import unknown
+from mechinterp.tasks.check import answer_of, words_of, wrong_of
+from mechinterp.tasks.draw import Draw
+from mechinterp.tasks.encoder import Encoder, encoder_of
+from mechinterp.tasks.generators import GENERATORS
+from mechinterp.tasks.pairs import Pairs
+from mechinterp.tasks.schema import checked
+from mechinterp.tasks.source import Dropped, Report, TaskSource
+from mechinterp.tasks.spec import Answer, NumberAnswers, TaskSpec, Template
+from mechinterp.tasks.split import split_of
+from mechinterp.tasks.task import Task
+from mechinterp.tasks.template import Draft, fill, prompt, replacements, with_parts
+from mechinterp.tasks.vocabulary import Vocabulary, usable_words
+
+MAX_EXAMPLES = 1_000_000
+MAX_TRIES = 1000
+SPLITS = ("train", "test")
+
+Writer: TypeAlias = Callable[[Draw], Draft | None]
+"""Draws one example; None when the words drawn make none (no year is later than 99)."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    draft: Draft
+    clean: tuple[int, ...]
+    corrupt: tuple[int, ...]
+    right: tuple[int, ...]
+    wrong: tuple[int, ...]
+    positions: Mapping[str, int]
+
+
+def make_pairs(
+    task: Task, model_or_tokenizer: Any, *, n: int, split: str, seed: int, prepend_bos: bool | None
+) -> Pairs:
+    """The pairs that `Task.pairs` promises; see there."""
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    if not 2 <= n <= MAX_EXAMPLES:
+        raise InputError(f"n must be between 2 and {MAX_EXAMPLES} examples; got {n}.")
+    encoder = encoder_of(model_or_tokenizer, prepend_bos)
+    vocabulary = usable_words(task, encoder)
+    writers = _writers(task.spec, split, vocabulary, f"{seed}/{split}")
+    dropped: dict[Dropped, None] = dict.fromkeys(vocabulary.dropped)
+    rows: list[_Row] = []
+    seen: set[tuple[str, str]] = set()
+    for index in range(n):
+        draw = Draw(f"{seed}/{split}/{index}")
+        row = _first_usable(task, split, writers[index % len(writers)], draw, encoder, seen, dropped)
+        if row is None:
+            raise InputError(
+                f"Task {task.name!r} has too few different {split} examples for n={n} with this tokenizer "
+                f"(found {index}). Ask for fewer." + _last_reason(dropped)
+            )
+        seen.add((row.draft.clean.text, row.draft.corrupt.text))
+        rows.append(row)
+    source = TaskSource(
+        task=task.name,
+        version=task.version,
+        digest=task.digest(),
+        split=split,
+        n=n,
+        seed=seed,
+        prepend_bos=encoder.prepend_bos,
+    )
+    pairs = _assemble(rows, source, Report(tuple(dropped)))
+    check_against(pairs, model_or_tokenizer, encoder)
+    return pairs
+
+
+def check_against(pairs: Pairs, model_or_tokenizer: Any, encoder: Encoder) -> None:
+    """Return None when the pairs suit the tokenizer, and the model if there is one. Raises InputError."""
+    if encoder.bos is not None:
+        pairs.check_bos(encoder.bos)
+    d_vocab = getattr(getattr(model_or_tokenizer, "dims", None), "d_vocab", None)
+    if d_vocab is not None:
+        pairs.check_vocabulary(int(d_vocab))
+
+
+def _assemble(rows: Sequence[_Row], source: TaskSource, report: Report) -> Pairs:
+    return Pairs(
+        clean=[row.clean for row in rows],
+        corrupt=[row.corrupt for row in rows],
+        right=[row.right for row in rows] if rows[0].right else None,
+        wrong=[row.wrong for row in rows] if rows[0].wrong else None,
+        positions={name: [row.positions[name] for row in rows] for name in rows[0].positions},
+        clean_text=[row.draft.clean.text for row in rows],
+        corrupt_text=[row.draft.corrupt.text for row in rows],
+        source=source,
+        report=report,
+    )
+
+
+def _last_reason(dropped: Mapping[Dropped, None]) -> str:
+    return f" The last one dropped: {list(dropped)[-1].why}." if dropped else ""
+
+
+def _first_usable(
+    task: Task,
+    split: str,
+    writer: Writer,
+    draw: Draw,
+    encoder: Encoder,
+    seen: set[tuple[str, str]],
+    dropped: dict[Dropped, None],
+) -> _Row | None:
+    """The first well-formed example of the split that is new, or None after MAX_TRIES."""
+    rule = task.spec.pair_split
+    for _ in range(MAX_TRIES):
+        draft = writer(draw)
+        if draft is None or (draft.clean.text, draft.corrupt.text) in seen:
+            continue
+        if split_of([draft.words[slot] for slot in rule.slots], rule.test_fraction) != split:
+            continue
+        row = _encode(task, draft, encoder)
+        if isinstance(row, _Row):
+            return row
+        dropped[Dropped(f"example {draft.clean.text!r}", row)] = None
+    return None
+
+
+def _encode(task: Task, draft: Draft, encoder: Encoder) -> _Row | str:
+    """The example as token ids, or why it is not well formed."""
+    clean, corrupt = encoder.encode([draft.clean.text, draft.corrupt.text])
+    if encoder.unknown(clean.ids) or encoder.unknown(corrupt.ids):
+        raise InputError(
+            f"Task {task.name!r}: the tokenizer does not know some word of {draft.clean.text!r}. The task's "
+            "templates need a tokenizer that knows their words."
+        )
+    if len(clean.ids) != len(corrupt.ids):
+        return f"{len(clean.ids)} tokens clean, {len(corrupt.ids)} corrupt"
+    positions: dict[str, int] = {}
+    for name in task.positions:
+        at = clean.token_at(draft.clean.marks[name])
+        if at is None or at != corrupt.token_at(draft.corrupt.marks[name]):
+            return f"the position {name!r} is not the same token in clean and corrupt"
+        positions[name] = at
+    right, wrong = (_answer_ids(texts, encoder) for texts in (draft.right, draft.wrong))
+    if isinstance(right, str) or isinstance(wrong, str):
+        return right if isinstance(right, str) else cast(str, wrong)
+    return _Row(draft, clean.ids, corrupt.ids, right, wrong, positions)
+
+
+def _answer_ids(texts: Sequence[str], encoder: Encoder) -> tuple[int, ...] | str:
+    ids: list[int] = []
+    for text, (found, _) in zip(texts, encoder.pieces(texts), strict=True):
+        if len(found) != 1 or encoder.unknown(found):
+            return f"the answer {text!r} is not one token"
+        ids.append(found[0])
+    return tuple(ids)
+
+
+def _writers(spec: TaskSpec, split: str, vocabulary: Vocabulary, key: str) -> list[Writer]:
+    """One writer per template, in the order of their turns; just one for a generator."""
+    if spec.generator is not None:
+        generator = GENERATORS.get(spec.generator)
+        parameters = checked(generator.parameters, spec.parameters, "parameters")
+        lists = vocabulary.lists()
+        return [lambda draw: generator.write(draw, lists, parameters)]
+    chosen = spec.splits.train if split == "train" else spec.splits.test
+    return [_template_writer(spec, template, vocabulary) for template in _turns(chosen.templates, key)]
+
+
+def _turns(templates: Sequence[Template], key: str) -> Iterator[Template]:
+    """All templates in random order, the orders (ABBA, BABA) and stated answers alternating."""
+    groups: dict[tuple[str | None, str], list[Template]] = {}
+    for template in Draw(f"{key}/templates").sample(templates, len(templates)):
+        groups.setdefault((template.order, str(template.answer)), []).append(template)
+    for place in range(max(len(group) for group in groups.values())):
+        yield from (group[place] for group in groups.values() if place < len(group))
+
+
+def _template_writer(spec: TaskSpec, template: Template, vocabulary: Vocabulary) -> Writer:
+    # Sorted: the order of keys in the file must not change what is drawn.
+    slots = {slot: vocabulary.words[slot, name] for slot, name in sorted(words_of(spec, template).items())}
+    numbers = {name: {word: int(word) for word in words} for name, words in vocabulary.lists().items()}
+
+    def write(draw: Draw) -> Draft | None:
+        drawn: dict[str, str] = {}
+        for slot, words in slots.items():
+            # No word twice in one example, not even from two lists.
+            used = set(drawn.values())
+            left = [word for word in words if word not in used]
+            if not left:
+                return None
+            drawn[slot] = draw.choice(left)
+        words = with_parts(drawn, spec.parts)
+        right = _answer_texts(answer_of(spec, template), words, numbers)
+        wrong = _answer_texts(wrong_of(spec, template), words, numbers)
+        if right == () or wrong == ():
+            return None
+        replaced = replacements(spec, template, words)
+        return Draft(
+            clean=prompt(template.text, words, spec.positions, {}),
+            corrupt=prompt(template.text, words, spec.positions, replaced),
+            right=right or (),
+            wrong=wrong or (),
+            words=drawn,
+        )
+
+    return write
+
+
+def _answer_texts(
+    answer: Answer | None, words: Mapping[str, str], numbers: Mapping[str, Mapping[str, int]]
+) -> tuple[str, ...] | None:
+    """The answer's texts, None when the task states none; empty when no number is in the set."""
+    if answer is None:
+        return None
+    if isinstance(answer, NumberAnswers):
+        bound = int(words[answer.part])
+        above = answer.greater_than is not None
+        return tuple(text for text, number in numbers[answer.words].items() if (number > bound) == above)
+    return tuple(fill(text, words) for text in ((answer,) if isinstance(answer, str) else answer))

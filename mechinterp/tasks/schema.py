@@ -1,0 +1,92 @@
+"""Reading a YAML file into a checked model: bounded, plain values only, unknown keys refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from mechinterp.errors import FormatError
+from mechinterp.registry import unknown
+
+MAX_BYTES = 2**20
+
+
+class Strict(BaseModel):
+    """A frozen model that refuses unknown keys and names the nearest known one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            known = [field.alias or name for name, field in cls.model_fields.items()]
+            for key in cast(dict[Any, Any], given):
+                if key not in known:
+                    raise ValueError(str(unknown("key", str(key), known)))
+        return given
+
+
+Model = TypeVar("Model", bound=Strict)
+
+
+class _PlainLoader(yaml.BaseLoader):
+    """Strings, lists and mappings only: `No`, `1e3` and `2020-01-01` stay the text that was written.
+
+    Aliases are refused (a few of them can stand for gigabytes), and so is a key that is given twice.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.YAMLError(f"aliases (*name) are not allowed (line {mark.line + 1})")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        made: dict[Hashable, Any] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.YAMLError(f"a key must be plain text (line {line})")
+            key = str(key_node.value)
+            if key in made:
+                raise yaml.YAMLError(f"the key {key!r} is given twice (line {line})")
+            made[key] = self.construct_object(value_node, deep=True)
+        return made
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, every scalar as a string.
+
+    Raises FormatError for a missing or too large file, broken YAML, aliases, duplicate keys, no mapping.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise FormatError(f"{path} is larger than {MAX_BYTES} bytes; a task or word list never is.")
+        given = yaml.load(content.decode("utf-8"), Loader=_PlainLoader)
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path} is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise FormatError(f"{path} is nested too deeply.") from error
+    if not isinstance(given, dict):
+        raise FormatError(f"{path} must hold a mapping (`key: value`); got {type(given).__name__}.")
+    return cast(dict[str, Any], given)
+
+
+def checked(model: type[Model], given: object, where: str) -> Model:
+    """`given` as a `model`. Raises FormatError with the place and the reason of the first thing wrong."""
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        raise FormatError(f"{where}: {place + ': ' if place else ''}{reason}") from error

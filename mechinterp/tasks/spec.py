@@ -1,0 +1,128 @@
+"""What a task file may say: the schema of a task's YAML."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mechinterp.tasks.schema import Strict
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=64)]
+Text = Annotated[str, Field(min_length=1, max_length=10_000)]
+
+
+class NumberAnswers(Strict):
+    """The entries of a list of numbers that are above a part's number, or those that are not."""
+
+    words: Name = Field(alias="list")
+    greater_than: Name | None = None
+    at_most: Name | None = None
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> NumberAnswers:
+        if (self.greater_than is None) == (self.at_most is None):
+            raise ValueError("give exactly one of greater_than and at_most")
+        return self
+
+    @property
+    def part(self) -> str:
+        """The part (or slot) whose number is the bound."""
+        return self.greater_than or self.at_most or ""
+
+
+Answer = Text | Annotated[tuple[Text, ...], Field(min_length=1)] | NumberAnswers
+"""A text with slots, several of them, or a set of numbers. Texts hold their leading space."""
+
+
+class Part(Strict):
+    """Some characters of a slot's word; each part must be a token of its own."""
+
+    slot: Name
+    characters: tuple[int, int]
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Part:
+        start, stop = self.characters
+        if not 0 <= start < stop:
+            raise ValueError(
+                f"characters must be [start, stop) with 0 <= start < stop; got [{start}, {stop}]"
+            )
+        return self
+
+
+class Corruption(Strict):
+    """What stands in the corrupt text: occurrence of a slot -> other slot, or a text made of parts.
+
+    `abc`: the answer's slots are replaced everywhere, so that the corrupt text does not hold the answer
+    (Wang et al. 2022 replace all three names). `replace`: no such promise.
+    """
+
+    scheme: Literal["abc", "replace"]
+    slots: dict[Name, Text] = Field(min_length=1)
+
+
+class PairSplit(Strict):
+    """The slots whose words, as an unordered combination, belong to one split only."""
+
+    slots: tuple[Name, ...] = Field(min_length=1)
+    test_fraction: float = Field(gt=0, lt=1, allow_inf_nan=False)
+
+
+class Template(Strict):
+    """One sentence with slots; what it states itself goes before what the task states."""
+
+    text: Text
+    order: str | None = None
+    answer: Answer | None = None
+    wrong: Answer | None = None
+    words: dict[Name, Name] = Field(default_factory=dict)
+
+
+class SplitTemplates(Strict):
+    """The templates of one split; empty for a generator."""
+
+    templates: tuple[Template, ...] = ()
+
+
+class Splits(Strict):
+    """Both splits. Their templates are disjoint."""
+
+    train: SplitTemplates
+    test: SplitTemplates
+
+
+class TaskSpec(Strict):
+    """A task file."""
+
+    name: Name
+    version: int = Field(ge=1, le=10**6)
+    title: Text
+    source: Text
+    metric: Name
+    answer: Answer | None = None
+    wrong: Answer | None = None
+    positions: tuple[Text, ...] = ()
+    words: dict[Name, Name] = Field(default_factory=dict)
+    lists: dict[Name, tuple[Text, ...]] = Field(default_factory=dict)
+    """Word lists of the task's own; other names are looked up in words.yaml."""
+    parts: dict[Name, Part] = Field(default_factory=dict)
+    corruption: Corruption | None = None
+    pair_split: PairSplit
+    splits: Splits
+    generator: Name | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _templates_or_generator(self) -> TaskSpec:
+        train = {template.text for template in self.splits.train.templates}
+        test = {template.text for template in self.splits.test.templates}
+        if self.generator is not None and (train or test):
+            raise ValueError("a task has templates or a generator, not both")
+        if self.generator is None and not (train and test):
+            raise ValueError("give templates for train and for test, or a generator")
+        if self.generator is None and self.corruption is None:
+            raise ValueError("templates need a corruption")
+        if train & test:
+            raise ValueError(f"this template is in both splits: {min(train & test)!r}")
+        return self

@@ -1,0 +1,149 @@
+"""`Task`: a checked task file with its word lists; it makes pairs for any tokenizer. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, cast
+
+from mechinterp.errors import FormatError, InputError
+from mechinterp.registry import unknown
+from mechinterp.tasks.check import check_task, lists_used
+from mechinterp.tasks.schema import checked, read_yaml
+from mechinterp.tasks.spec import TaskSpec
+
+if TYPE_CHECKING:
+    from mechinterp.tasks.pairs import Pairs
+
+_FOLDER = Path(__file__).parent
+_WORDS = _FOLDER / "words.yaml"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A question to a model, in as many variants as are asked for."""
+
+    spec: TaskSpec
+    lists: Mapping[str, tuple[str, ...]]
+    """The word lists that the task draws from, by name."""
+
+    @property
+    def name(self) -> str:
+        """The task's name, as `load_task` takes it for the tasks of the package."""
+        return self.spec.name
+
+    @property
+    def version(self) -> int:
+        """Counts changes of the task's content; `digest` tells any change."""
+        return self.spec.version
+
+    @property
+    def title(self) -> str:
+        """One line for people."""
+        return self.spec.title
+
+    @property
+    def source(self) -> str:
+        """The paper that the task is taken from."""
+        return self.spec.source
+
+    @property
+    def metric(self) -> str:
+        """The name of the metric that suits the task; any other may be used."""
+        return self.spec.metric
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        """The names of the positions that every pair of the task has."""
+        return self.spec.positions
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of everything that decides the pairs: the task and the lists it draws from.
+
+        Comments, line breaks and the order of keys in the file do not count; what is left at its default
+        does not count either, so that the schema can grow.
+        """
+        content = {
+            "task": self.spec.model_dump(mode="json", by_alias=True, exclude_defaults=True),
+            "lists": {name: list(words) for name, words in self.lists.items()},
+        }
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(b"mechinterp.task.1\n" + canonical.encode("ascii")).hexdigest()
+
+    def pairs(
+        self,
+        model: Any,
+        n: int,
+        split: str = "train",
+        seed: int = 0,
+        *,
+        prepend_bos: bool | None = None,
+    ) -> Pairs:
+        """`n` clean and corrupt examples for a model's tokenizer (or a tokenizer itself), on the CPU.
+
+        The same for the same task, tokenizer, split and seed, on every machine; a smaller `n` gives the first
+        of the same examples. Templates and orders take turns, so that every one is as frequent as the others.
+        No example of `train` shares its template or its pair of words with one of `test`.
+        `prepend_bos=None` does what the tokenizer itself does. `Pairs.report` says which words the tokenizer
+        could not use.
+
+        Raises InputError when the tokenizer gives no character offsets, or leaves too few words or examples.
+        """
+        from mechinterp.tasks.make import make_pairs
+
+        return make_pairs(self, model, n=n, split=split, seed=seed, prepend_bos=prepend_bos)
+
+
+def task_names() -> tuple[str, ...]:
+    """The names of the tasks in the package, sorted."""
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml") if path != _WORDS))
+
+
+def load_task(name_or_path: str | Path) -> Task:
+    """The task of that name in the package, or the one in a YAML file of yours.
+
+    A text that ends in `.yaml` or `.yml` is a path. Raises InputError for an unknown name, FormatError for a
+    file that is not a task.
+
+    >>> load_task("ioi").metric
+    'logit_diff'
+    """
+    given = str(name_or_path)
+    if isinstance(name_or_path, Path) or given.endswith((".yaml", ".yml")):
+        path = Path(name_or_path)
+    elif given in task_names():
+        path = _FOLDER / f"{given}.yaml"
+    else:
+        raise unknown("task", given, task_names())
+    spec = checked(TaskSpec, read_yaml(path), str(path))
+    lists = _lists_for(spec, str(path))
+    check_task(spec, lists, str(path))
+    return Task(spec, MappingProxyType(lists))
+
+
+def _lists_for(spec: TaskSpec, where: str) -> dict[str, tuple[str, ...]]:
+    try:
+        used = lists_used(spec)
+    except InputError as error:
+        raise FormatError(f"{where}: {error}") from error
+    known = {**_package_lists(), **spec.lists}
+    for name in used:
+        if name not in known:
+            raise FormatError(f"{where}: {unknown('word list', name, known)}")
+    return {name: known[name] for name in used}
+
+
+@cache
+def _package_lists() -> Mapping[str, tuple[str, ...]]:
+    """The lists of words.yaml; read once, they are part of the installed package."""
+    lists: dict[str, tuple[str, ...]] = {}
+    for name, words in read_yaml(_WORDS).items():
+        if not isinstance(words, list):
+            raise FormatError(f"{_WORDS}: {name} must be a list of words.")
+        lists[name] = tuple(str(word) for word in cast(list[object], words))
+    return MappingProxyType(lists)

@@ -1,0 +1,138 @@
+"""Which words of a task's lists a tokenizer can use: each must be one token where the task puts it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from mechinterp.errors import InputError
+from mechinterp.tasks.check import answer_of, templates_of, texts_of, words_of, wrong_of
+from mechinterp.tasks.encoder import Encoder
+from mechinterp.tasks.generators import GENERATORS
+from mechinterp.tasks.schema import checked
+from mechinterp.tasks.source import Dropped
+from mechinterp.tasks.spec import NumberAnswers, TaskSpec
+from mechinterp.tasks.task import Task
+from mechinterp.tasks.template import fill, occurrence, slots_in, with_parts
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The usable words by (slot, list); a generator's lists and sets of numbers have the slot ``""``."""
+
+    words: Mapping[tuple[str, str], tuple[str, ...]]
+    dropped: tuple[Dropped, ...]
+
+    def lists(self) -> dict[str, tuple[str, ...]]:
+        """The lists that are used without a slot."""
+        return {name: words for (slot, name), words in self.words.items() if not slot}
+
+
+def usable_words(task: Task, encoder: Encoder) -> Vocabulary:
+    """The words of each slot that are one token (or one token per part) wherever the task uses them.
+
+    Raises InputError when a slot is left with fewer words than one example draws from its list.
+    """
+    needed = _needed(task.spec)
+    words: dict[tuple[str, str], tuple[str, ...]] = {}
+    dropped: dict[Dropped, None] = {}
+    spaces = _spaces(task.spec)
+    for (slot, name), count in needed.items():
+        uses = {word: list(_uses(task.spec, slot, spaces, word)) for word in task.lists[name]}
+        reasons = _reasons(uses, encoder)
+        kept = tuple(word for word in task.lists[name] if word not in reasons)
+        dropped |= {
+            Dropped(f"word {word!r} of the list {name!r}", why): None for word, why in reasons.items()
+        }
+        if len(kept) < count:
+            word, why = next(iter(reasons.items()), ("", ""))
+            raise InputError(
+                f"Task {task.name!r}: an example needs {count} words of the list {name!r}; this tokenizer "
+                f"can use {len(kept)} of its {len(task.lists[name])} ({word!r}: {why}). Use another model, "
+                "or a task with words of its own."
+            )
+        words[slot, name] = kept
+    if dropped:
+        log.warning(
+            "task %s: %d words are not one token for this tokenizer and were dropped: %s",
+            task.name,
+            len(dropped),
+            ", ".join(entry.what for entry in list(dropped)[:10]) + (" ..." if len(dropped) > 10 else ""),
+        )
+    return Vocabulary(words, tuple(dropped))
+
+
+def _needed(spec: TaskSpec) -> dict[tuple[str, str], int]:
+    """(slot, list) -> how many different words of that list one example draws."""
+    needed: dict[tuple[str, str], int] = {}
+    if spec.generator is not None:
+        generator = GENERATORS.get(spec.generator)
+        parameters = checked(generator.parameters, spec.parameters, "parameters")
+        needed |= {("", name): count for name, count in generator.needs(parameters).items()}
+    for template in templates_of(spec):
+        drawn = list(words_of(spec, template).values())
+        for slot, name in words_of(spec, template).items():
+            needed[slot, name] = max(needed.get((slot, name), 0), drawn.count(name))
+    for template in templates_of(spec):
+        for answer in (answer_of(spec, template), wrong_of(spec, template)):
+            if isinstance(answer, NumberAnswers):
+                needed["", answer.words] = 1
+    return needed
+
+
+def _uses(
+    spec: TaskSpec, slot: str, spaces: Mapping[str, Sequence[str]], word: str
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Every text that the task makes of a word, with the tokens that it must be."""
+    if not slot:
+        yield (f" {word}" if spec.generator is not None else word), (word,)
+        return
+    parts = {name: part for name, part in spec.parts.items() if part.slot == slot}
+    cuts = sorted(part.characters for part in parts.values())
+    for space in spaces.get(slot, [" "]):
+        yield space + word, _cut(word, cuts)
+        for name, given in (spec.corruption.slots if spec.corruption else {}).items():
+            if name == slot and "{" in given and set(slots_in(given)) <= {slot, *parts}:
+                replaced = fill(given, with_parts({slot: word}, parts))
+                yield space + replaced, _cut(replaced, cuts)
+    for name, part in parts.items():
+        piece = word[slice(*part.characters)]
+        yield from ((space + piece, (piece,)) for space in spaces.get(name, []))
+
+
+def _cut(word: str, cuts: Sequence[tuple[int, int]]) -> tuple[str, ...]:
+    return tuple(word[start:stop] for start, stop in cuts) or (word,)
+
+
+def _spaces(spec: TaskSpec) -> dict[str, list[str]]:
+    """Slot or part -> what stands before it in the task's texts: a space, nothing, or both in turn."""
+    found: dict[str, set[str]] = {}
+    for template in templates_of(spec):
+        answers = texts_of(answer_of(spec, template)) + texts_of(wrong_of(spec, template))
+        for text in (template.text, *answers):
+            for slot in slots_in(text):
+                before = text.split(f"{{{slot}}}")[:-1]
+                found.setdefault(slot, set()).update(" " if part.endswith(" ") else "" for part in before)
+        # A slot that only the corrupt text uses stands where the slot stands that it replaces.
+        for name, given in (spec.corruption.slots if spec.corruption else {}).items():
+            replaced, _ = occurrence(name, template.text)
+            if "{" not in given:
+                found.setdefault(given, set()).update(found[replaced])
+    return {slot: sorted(spaces) for slot, spaces in found.items()}
+
+
+def _reasons(uses: Mapping[str, Sequence[tuple[str, tuple[str, ...]]]], encoder: Encoder) -> dict[str, str]:
+    """word -> why it cannot be used, for those that cannot."""
+    flat = [(word, text, wanted) for word, texts in uses.items() for text, wanted in texts]
+    reasons: dict[str, str] = {}
+    for (word, text, wanted), (ids, got) in zip(
+        flat, encoder.pieces([text for _, text, _ in flat]), strict=True
+    ):
+        if encoder.unknown(ids):
+            reasons.setdefault(word, "not in the vocabulary")
+        elif got != wanted:
+            reasons.setdefault(word, f"{len(ids)} tokens as {text!r}, not {len(wanted)}")
+    return reasons
