@@ -1,0 +1,261 @@
+"""The exact engine: `run_edges` runs the model with a set of edges cut.
+
+A reader none of whose edges is cut keeps the model's own input. Another one gets
+`resid - sum over cut writers (current write - replacement)`, then its norm and projection again, per head.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechinterp.errors import InputError
+from mechinterp.graph import Graph
+from mechinterp.hooks import HookManager, Intervention
+from mechinterp.metrics import Metric, get_metric
+from mechinterp.replacement import Replacement, Values, corrupt_replacement
+from mechinterp.sites import Site
+from mechinterp.tasks.pairs import Pairs
+
+Cut = Bool[Tensor, "*candidate reader writer"] | Float[Tensor, "*candidate reader writer"]
+"""True (or 1) where an edge is cut; values between 0 and 1 cut it in part."""
+
+
+def run_edges(
+    model: HookManager,
+    graph: Graph,
+    pairs: Pairs,
+    cut: Cut,
+    *,
+    metric: Metric | str = "logit_diff",
+    replacement: Replacement | None = None,
+    batch_size: int | None = None,
+) -> Float[Tensor, "*candidate batch"]:
+    """The metric of every example with the edges of each mask cut, exactly.
+
+    `cut` is one mask `[reader, writer]` or several `[candidate, reader, writer]`, which run side by side. A cut edge
+    carries the replacement's value: that of the corrupt prompt by default, or a mean or zero (see
+    `mechinterp.replacement`). All other edges carry what this run computes. The metric's reference is the clean run.
+
+    Cost: one forward of the corrupt prompts and one patched forward per candidate, up to the final residual stream;
+    layers before the first cut edge are not run again when several candidates share them. Memory: the writes of one
+    batch, `n_writers * batch * pos * d_model` numbers per candidate.
+
+    Raises InputError for a mask of another graph or with NaN.
+    """
+    metric = get_metric(metric) if isinstance(metric, str) else metric
+    masks = check_cut(graph, cut)
+    results: list[Tensor] = []
+    for chunk in pairs.to(model.device).chunks(batch_size or len(pairs)):
+        results.append(run_edges_on(model, graph, chunk, masks, metric, replacement))
+    out = torch.cat(results, dim=-1)
+    return out if cut.ndim == 3 else out[0]
+
+
+def run_edges_on(
+    model: HookManager,
+    graph: Graph,
+    pairs: Pairs,
+    masks: Float[Tensor, "candidate reader writer"],
+    metric: Metric,
+    replacement: Replacement | None,
+) -> Float[Tensor, "candidate batch"]:
+    """`run_edges` for one batch and checked masks."""
+    metric.check_answers(pairs)
+    values = (replacement or corrupt_replacement(model, graph)).on(pairs)
+    reference = clean_logits(model, pairs) if metric.needs_reference else None
+    columns = metric.columns(pairs)
+    work = _Patched(model, graph, pairs, masks.to(model.device), values)
+    logits = work.run(columns)
+    rows: list[Tensor] = []
+    for candidate in logits.unflatten(0, (masks.shape[0], len(pairs))):
+        if columns is None:
+            rows.append(metric(candidate, pairs, reference))
+        else:
+            rows.append(metric.on_columns(candidate, columns, pairs))
+    return torch.stack(rows)
+
+
+def clean_logits(model: HookManager, pairs: Pairs) -> Float[Tensor, "batch n_answer d_vocab"]:
+    """The clean run's logits at the answer positions."""
+    return answer_logits(model, pairs.clean, pairs)
+
+
+def answer_logits(model: HookManager, tokens: Tensor, pairs: Pairs) -> Float[Tensor, "batch n_answer d_vocab"]:
+    """The logits at the answer positions of any prompts shaped like `pairs`."""
+    run = model.run(tokens, pairs.mask, record=[Site("resid_final")], stop=Site("resid_final"))
+    return model.layout.unembed(take_positions(run.values[Site("resid_final")], pairs.answer_pos))
+
+
+def take_positions(
+    value: Float[Tensor, "batch pos d"], positions: Int[Tensor, "batch n"]
+) -> Float[Tensor, "batch n d"]:
+    """The rows of `value` at the positions (row 0 where a position is -1, no entry; metrics skip those)."""
+    index = positions.to(value.device).clamp(min=0)
+    return value.gather(1, index[..., None].expand(-1, -1, value.shape[-1]))
+
+
+def check_cut(graph: Graph, cut: Tensor) -> Float[Tensor, "candidate reader writer"]:
+    """The masks as floats with a candidate axis. Raises InputError for a wrong shape, NaN or an impossible edge."""
+    masks = cut if cut.ndim == 3 else cut[None]
+    if masks.ndim != 3 or tuple(masks.shape[1:]) != tuple(graph.possible.shape) or not len(masks):
+        raise InputError(
+            f"A cut mask is [reader, writer] = {list(graph.possible.shape)}, or several of these; got {list(cut.shape)}."
+        )
+    masks = masks.float() if masks.dtype == torch.bool else masks
+    if not bool(((masks >= 0) & (masks <= 1)).all()):
+        raise InputError("A cut mask holds values from 0 (kept) to 1 (cut); got something else, or NaN.")
+    impossible = (masks != 0).any(0).cpu() & ~graph.possible
+    if bool(impossible.any()):
+        r, w = (int(i) for i in impossible.nonzero()[0])
+        raise InputError(f"The cut mask names {graph.edge_name(r, w)}, which is not an edge of the graph.")
+    return masks
+
+
+class _Patched:
+    """One forward of (candidate x batch) prompts with edges cut; lives as long as the run."""
+
+    def __init__(
+        self, model: HookManager, graph: Graph, pairs: Pairs, masks: Tensor, values: Values
+    ) -> None:
+        self.model, self.graph, self.pairs, self.masks, self.values = model, graph, pairs, masks, values
+        self.n = masks.shape[0]
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        self.masks = masks.to(dtype)
+        n_batch, n_pos = pairs.clean.shape
+        # What each writer's current write differs by from its replacement: filled as the forward goes.
+        shape = (len(graph.writers), self.n, n_batch, n_pos, model.dims.d_model)
+        self.differences = torch.empty(shape, dtype=dtype, device=model.device)
+        self.cut_readers = (self.masks != 0).any(0).any(-1).cpu()
+        self.resid: Tensor | None = None
+
+    def run(self, columns: Tensor | None) -> Float[Tensor, "rows n_answer n_columns"]:
+        """Logits at the answer positions; the rows are candidate by candidate."""
+        readers = slice(len(self.graph.readers) - 1, None)
+        with torch.no_grad():
+            resid = self._final_resid()
+            seen = self._corrected(readers, len(self.graph.writers), resid)[:, 0].flatten(0, 1)
+            at = repeat(self.pairs.answer_pos, "batch n_answer -> (candidate batch) n_answer", candidate=self.n)
+            return self.model.layout.unembed(take_positions(seen, at), columns)
+
+    def _final_resid(self) -> Float[Tensor, "candidate batch pos d_model"]:
+        """The final residual stream, the layers before the first cut edge run once for all candidates."""
+        first, last = self._first_cut_layer(), Site("resid_final")
+        n_layers = self.model.dims.n_layers
+        stop = Site("resid_pre", first) if first < n_layers else last
+        tokens, mask, start = self.pairs.clean, self.pairs.mask, None
+        if first > 0:
+            plan = self._plan(range(first))
+            shared = self.model.run(tokens, mask, interventions=plan, record=[stop], stop=stop).values[stop]
+            if first == n_layers:
+                return self._fold(shared).to(self.differences.dtype)
+            start = (first, self._repeated(shared))
+        plan = self._plan(range(first, n_layers))
+        run = self.model.run(
+            self._repeated(tokens), self._repeated(mask), interventions=plan, record=[last], start=start, stop=last
+        )
+        return self._fold(run.values[last]).to(self.differences.dtype)
+
+    def _repeated(self, value: Tensor) -> Tensor:
+        return value.repeat(self.n, *[1] * (value.ndim - 1))
+
+    def _first_cut_layer(self) -> int:
+        per_layer = (len(self.graph.readers) - 1) // self.model.dims.n_layers
+        cut = self.cut_readers.nonzero()
+        return int(cut[0]) // per_layer if len(cut) else self.model.dims.n_layers
+
+    def _plan(self, layers: range) -> list[Intervention]:
+        graph, dims, cut = self.graph, self.model.dims, self.cut_readers
+        plan: list[Intervention] = []
+        if graph.split_input and 0 in layers:
+            plan += [Intervention(Site(name), self._input_tap(i, name)) for i, name in enumerate(graph.inputs)]
+        for layer in layers:
+            channels = [c for c in "qkv" if bool(cut[graph.channel_readers(layer, c)].any())]
+            plan.append(Intervention(Site("resid_pre", layer), self._resid_tap(layer)))
+            plan += [Intervention(Site(c, layer), self._head_edit(layer, c)) for c in channels]
+            plan.append(Intervention(Site("z", layer), self._z_tap(layer)))
+            if dims.has_mlp:
+                if not dims.parallel:
+                    plan.append(Intervention(Site("resid_mid", layer), self._keep_resid))
+                if bool(cut[graph.mlp_reader(layer)]):
+                    plan.append(Intervention(Site("mlp_in", layer), self._mlp_edit(layer)))
+                plan.append(Intervention(Site("mlp_out", layer), self._mlp_tap(layer)))
+        return plan
+
+    def _fold(self, value: Tensor) -> Tensor:
+        """`[candidate, batch, ...]`; a run shared by all candidates has the candidate axis 1 repeated."""
+        shared = value.shape[0] == len(self.pairs)
+        return value[None].expand(self.n, *value.shape) if shared else value.unflatten(0, (self.n, len(self.pairs)))
+
+    def _keep_resid(self, value: Tensor) -> Tensor:
+        self.resid = value
+        return value
+
+    def _input_tap(self, index: int, name: str):
+        def tap(value: Tensor) -> Tensor:
+            self.differences[index] = self._fold(value) - self.values.inputs(name)
+            return value
+
+        return tap
+
+    def _resid_tap(self, layer: int):
+        def tap(value: Tensor) -> Tensor:
+            if layer == 0 and not self.graph.split_input:
+                self.differences[0] = self._fold(value) - self.values.inputs("input")
+            return self._keep_resid(value)
+
+        return tap
+
+    def _z_tap(self, layer: int):
+        def tap(value: Tensor) -> Tensor:
+            z = self._fold(value).to(self.differences.dtype)
+            self.differences[self.graph.head_writers(layer)] = self.values.head_differences(layer, z)
+            return value
+
+        return tap
+
+    def _mlp_tap(self, layer: int):
+        def tap(value: Tensor) -> Tensor:
+            self.differences[self.graph.mlp_writer(layer)] = self._fold(value) - self.values.mlp(layer)
+            return value
+
+        return tap
+
+    def _corrected(self, readers: slice, n_writers: int, resid: Tensor) -> Float[Tensor, "candidate reader *axes"]:
+        """The residual stream as each reader sees it."""
+        weights = self.masks[:, readers, :n_writers]
+        writes = self.differences[:n_writers].flatten(2).transpose(0, 1)
+        base = resid.flatten(1)[:, None].expand(-1, weights.shape[1], -1)
+        return torch.baddbmm(base, weights, writes, alpha=-1).unflatten(-1, resid.shape[1:])
+
+    def _head_edit(self, layer: int, channel: str):
+        readers = self.graph.channel_readers(layer, channel)
+        before = self.graph.n_writers_before(layer, mlp=False)
+
+        def edit(value: Tensor) -> Tensor:
+            assert self.resid is not None
+            resid = self._fold(self.resid).to(self.differences.dtype)
+            seen = self._corrected(readers, before, resid)
+            read = self.model.layout.read_heads(layer, channel, seen.transpose(0, 1))
+            new = read.permute(1, 2, 3, 0, 4).flatten(0, 1).to(value.dtype)
+            # A reader without a cut edge keeps the model's own value, to the last bit.
+            whole = (self.masks[:, readers] == 0).all(-1).repeat_interleave(len(self.pairs), 0)
+            return torch.where(whole[:, None, :, None], value, new)
+
+        return edit
+
+    def _mlp_edit(self, layer: int):
+        reader = self.graph.mlp_reader(layer)
+        before = self.graph.n_writers_before(layer, mlp=True)
+
+        def edit(value: Tensor) -> Tensor:
+            assert self.resid is not None
+            resid = self._fold(self.resid).to(self.differences.dtype)
+            seen = self._corrected(slice(reader, reader + 1), before, resid)[:, 0]
+            new = self.model.layout.read_mlp(layer, seen).flatten(0, 1).to(value.dtype)
+            whole = (self.masks[:, reader] == 0).all(-1).repeat_interleave(len(self.pairs), 0)
+            return torch.where(whole[:, None, None], value, new)
+
+        return edit

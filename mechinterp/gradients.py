@@ -1,0 +1,279 @@
+"""The first-order engine: `edge_gradients` estimates the effect of every edge from gradients.
+
+For an edge from writer w to reader r the estimate is `<write of w in the clean run - its replacement, gradient of
+the metric at r's residual input>`: the derivative of `run_edges` in the direction of cutting the edge (source:
+edge attribution patching, Syed et al. 2023, arXiv 2310.10348; with integrated gradients over the inputs, Hanna et
+al. 2024, arXiv 2403.17806). Nothing is frozen: the norm before each reader is differentiated through.
+
+Speed: forwards and backwards of the plain model; gradients are kept at q, k, v and the MLP input, `[batch, pos, head,
+d_head]`, and pulled back to the residual stream one layer at a time. With u the standardized residual, s its scale
+and W the weights of the norm and the projection, the pulled-back gradient of a head is
+`W' g / s - u <u, W' g> / (d_model s)`, and `<u, W' g> = <q - constant, g>` is at hand as a scalar per head and token.
+So per layer there is one batched product, one pass for the second term, and one product with all earlier writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp.edges import clean_logits, take_positions
+from mechinterp.errors import InputError
+from mechinterp.graph import Graph
+from mechinterp.hooks import HookManager, Intervention
+from mechinterp.metrics import Metric
+from mechinterp.replacement import CompactWrites, Replacement, Values, input_sites, record_writes, write_sites
+from mechinterp.sites import Site
+from mechinterp.tasks.pairs import Pairs
+
+TOKEN_BUDGET_BYTES = 2**28
+"""Writes and reader gradients are expanded to d_model for as many tokens at a time as fit in this many bytes."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One forward and backward: values and gradients at the readers' inputs, all tokens flattened."""
+
+    values: dict[Site, Tensor]
+    gradients: dict[Site, Tensor]
+
+
+def edge_gradients(
+    model: HookManager,
+    graph: Graph,
+    pairs: Pairs,
+    metric: Metric,
+    *,
+    replacement: Replacement | None = None,
+    alphas: Sequence[float] = (1.0,),
+) -> Float[Tensor, "reader writer"]:
+    """Sum over the examples of the estimated drop of the metric when each edge is replaced; 0 where there is no edge.
+
+    The sign is that of the metric's value: clean minus replaced. Gradients are averaged over runs whose input is
+    `corrupt + alpha * (clean - corrupt)` for each of `alphas`; `(1.0,)` is the clean run alone. Cost: a forward of
+    the corrupt prompts, a forward and a backward per alpha, a forward of the clean prompts when 1 is not among the
+    alphas, and one contraction. Accumulates in float32 or better.
+    """
+    metric.check_answers(pairs)
+    if not metric.differentiable:
+        raise InputError(f"Metric {metric.name!r} has no gradient; score edges by logit_diff, prob_diff or kl_to_clean.")
+    pairs = pairs.to(model.device)
+    corrupt = record_writes(model, graph, pairs.corrupt, pairs)
+    values: Values = corrupt if replacement is None or replacement.kind == "corrupt" else replacement.on(pairs)
+    reference = clean_logits(model, pairs) if metric.needs_reference else None
+    clean = None if 1.0 in alphas else record_writes(model, graph, pairs.clean, pairs)
+    steps: list[_Step] = []
+    ends = None if tuple(alphas) == (1.0,) else _input_ends(model, graph, pairs, corrupt)
+    for alpha in alphas:
+        step = _step(model, graph, pairs, metric, reference, None if alpha == 1.0 else (ends, alpha))
+        if alpha == 1.0:
+            clean = _clean_writes(model, graph, step)
+        steps.append(_readers_only(step))
+    assert clean is not None
+    return _contract(model, graph, pairs, steps, clean, values) / len(alphas)
+
+
+def _input_ends(
+    model: HookManager, graph: Graph, pairs: Pairs, corrupt: CompactWrites
+) -> dict[Site, tuple[Tensor, Tensor]]:
+    """The clean and the corrupt value of every input site."""
+    sites = input_sites(graph)
+    run = model.run(pairs.clean, pairs.mask, record=sites, stop=sites[-1])
+    return {site: (run.values[site], corrupt.values[str(site)].to(model.dtype)) for site in sites}
+
+
+def _reader_sites(model: HookManager) -> list[Site]:
+    sites = [Site(channel, layer) for layer in range(model.dims.n_layers) for channel in "qkv"]
+    if model.dims.has_mlp:
+        sites += [Site("mlp_in", layer) for layer in range(model.dims.n_layers)]
+    return [*sites, Site("resid_final")]
+
+
+def _resid_site(model: HookManager, layer: int, *, mlp: bool) -> Site:
+    return Site("resid_mid" if mlp and not model.dims.parallel else "resid_pre", layer)
+
+
+def _step(
+    model: HookManager,
+    graph: Graph,
+    pairs: Pairs,
+    metric: Metric,
+    reference: Tensor | None,
+    interpolated: tuple[dict[Site, tuple[Tensor, Tensor]] | None, float] | None,
+) -> _Step:
+    dims = model.dims
+    columns = metric.columns(pairs)
+
+    def loss(resid: Tensor) -> Tensor:
+        wide = take_positions(resid, pairs.answer_pos).to(torch.promote_types(resid.dtype, torch.float32))
+        logits = model.layout.unembed(wide, columns)
+        if columns is not None:
+            return metric.on_columns(logits, columns, pairs)
+        return metric(logits, pairs, reference)
+
+    edits: list[Intervention] = []
+    if interpolated is not None:
+        ends, alpha = interpolated
+        assert ends is not None
+        edits = [Intervention(site, corrupt + alpha * (clean - corrupt)) for site, (clean, corrupt) in ends.items()]
+    grads = _reader_sites(model)
+    record = {site: None for site in [*write_sites(model, graph), *grads]}
+    for layer in range(dims.n_layers):
+        record[_resid_site(model, layer, mlp=False)] = None
+        if dims.has_mlp:
+            record[_resid_site(model, layer, mlp=True)] = None
+    run = model.run(
+        pairs.clean,
+        pairs.mask,
+        record=list(record),
+        interventions=edits,
+        grads=grads,
+        loss=loss,
+        stop=Site("resid_final"),
+    )
+    return _Step({_site(k): v for k, v in run.values.items()}, {_site(k): v for k, v in run.grads.items()})
+
+
+def _site(key: Site | str) -> Site:
+    return Site.parse(key) if isinstance(key, str) else key
+
+
+def _clean_writes(model: HookManager, graph: Graph, step: _Step) -> CompactWrites:
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    kept = {str(site): step.values[site].to(dtype) for site in write_sites(model, graph)}
+    return CompactWrites(model, kept, graph.split_input)
+
+
+def _readers_only(step: _Step) -> _Step:
+    """The step without the values that only the writers need."""
+    kept = {s: v for s, v in step.values.items() if s.kind in ("q", "k", "v", "resid_pre", "resid_mid", "resid_final")}
+    return _Step(kept, step.gradients)
+
+
+def _contract(
+    model: HookManager, graph: Graph, pairs: Pairs, steps: list[_Step], clean: CompactWrites, values: Values
+) -> Float[Tensor, "reader writer"]:
+    """Writes' differences times readers' gradients, summed over tokens, a chunk of tokens at a time."""
+    dims = model.dims
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    scores = torch.zeros(graph.possible.shape, dtype=dtype, device=model.device)
+    n_rows = len(graph.writers) + dims.n_heads + 2 * dims.n_kv_heads + 1
+    budget = max(1, TOKEN_BUDGET_BYTES // (n_rows * dims.d_model * dtype.itemsize))
+    n_pos = pairs.clean.shape[1]
+    rows = max(1, budget // n_pos)
+    for first in range(0, len(pairs), rows):
+        chunk = slice(first, first + rows)
+        writes = _write_differences(model, graph, clean, values, chunk, n_pos, dtype)
+        for layer in range(dims.n_layers):
+            _score_layer(model, graph, layer, steps, chunk, writes, scores)
+        gradient = sum(step.gradients[Site("resid_final")][chunk].to(dtype) for step in steps)
+        assert isinstance(gradient, Tensor)
+        scores[-1] += writes @ gradient.flatten()
+    return torch.where(graph.possible.to(scores.device), scores, 0.0)
+
+
+def _write_differences(
+    model: HookManager,
+    graph: Graph,
+    clean: CompactWrites,
+    values: Values,
+    chunk: slice,
+    n_pos: int,
+    dtype: torch.dtype,
+) -> Float[Tensor, "writer batch*pos*d_model"]:
+    """Every writer's clean write less its replacement."""
+    dims = model.dims
+    n_rows = len(clean.z(0)[chunk])
+    out = torch.empty(len(graph.writers), n_rows, n_pos, dims.d_model, dtype=dtype, device=model.device)
+    kept, cut = clean.rows(chunk), values.rows(chunk)
+    for row, name in enumerate(graph.inputs):
+        torch.sub(kept.inputs(name), cut.inputs(name), out=out[row])
+    for layer in range(dims.n_layers):
+        out[graph.head_writers(layer)] = cut.head_differences(layer, kept.z(layer))
+        if dims.has_mlp:
+            torch.sub(kept.mlp(layer), cut.mlp(layer), out=out[graph.mlp_writer(layer)])
+    return out.flatten(1)
+
+
+def _score_layer(
+    model: HookManager,
+    graph: Graph,
+    layer: int,
+    steps: list[_Step],
+    chunk: slice,
+    writes: Tensor,
+    scores: Tensor,
+) -> None:
+    """Adds the scores of every edge into one layer."""
+    dims = model.dims
+    n_writers = graph.n_writers_before(layer, mlp=dims.has_mlp)
+    first = graph.channel_readers(layer, "q").start
+    blocks = [_pull_back_heads(model, layer, steps, chunk, writes.dtype)]
+    if dims.has_mlp:
+        blocks.append(_pull_back_mlp(model, layer, steps, chunk, writes.dtype))
+    gradients = torch.cat(blocks).flatten(1)
+    scores[first : first + len(gradients), :n_writers] += gradients @ writes[:n_writers].T
+
+
+def _pull_back_heads(
+    model: HookManager, layer: int, steps: list[_Step], chunk: slice, dtype: torch.dtype
+) -> Float[Tensor, "reader tokens d_model"]:
+    """The gradient at the residual input of every q, k and v of a layer, summed over the steps."""
+    maps = model.layout.attention[layer]
+    norm = maps.norm
+    resids = [step.values[_resid_site(model, layer, mlp=False)][chunk].to(dtype).flatten(0, 1) for step in steps]
+    scales = [norm.scale(resid) for resid in resids]
+    blocks: list[Tensor] = []
+    projections: list[list[Tensor]] = [[] for _ in steps]
+    for channel in "qkv":
+        W = maps.W[channel].to(dtype)
+        constant = _constant(norm, W, maps.b[channel], dtype)
+        total: Tensor | None = None
+        for i, (step, scale) in enumerate(zip(steps, scales, strict=True)):
+            site = Site(channel, layer)
+            gradient = rearrange(step.gradients[site][chunk].to(dtype), "b p h d -> h (b p) d") / scale
+            value = rearrange(step.values[site][chunk].to(dtype), "b p h d -> h (b p) d")
+            total = gradient if total is None else total + gradient
+            if norm.kind != "none":
+                projections[i].append(((value - constant[:, None]) * gradient).sum(-1) / model.dims.d_model)
+        assert total is not None
+        weight = norm.project_transposed(W.transpose(1, 2))  # [head, d_head, d_model], the norm's weight folded in
+        blocks.append(torch.bmm(total, weight))
+    out = torch.cat(blocks)
+    if norm.kind != "none":
+        for resid, parts in zip(resids, projections, strict=True):
+            out.addcmul_(norm.standardize(resid), torch.cat(parts)[..., None], value=-1)
+    return out
+
+
+def _constant(norm: object, W: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Float[Tensor, "head d_head"]:
+    """What q, k or v is at a standardized residual of zero."""
+    constant = torch.zeros(W.shape[0], W.shape[2], dtype=dtype, device=W.device)
+    if bias is not None:
+        constant = constant + bias.to(dtype)
+    norm_bias = getattr(norm, "bias", None)
+    return constant if norm_bias is None else constant + norm_bias.to(dtype) @ W
+
+
+def _pull_back_mlp(
+    model: HookManager, layer: int, steps: list[_Step], chunk: slice, dtype: torch.dtype
+) -> Float[Tensor, "1 tokens d_model"]:
+    """The gradient at the residual input of a layer's MLP, summed over the steps."""
+    norm = model.layout.mlp_norm[layer]
+    assert norm is not None
+    total: Tensor | None = None
+    for step in steps:
+        resid = step.values[_resid_site(model, layer, mlp=True)][chunk].to(dtype).flatten(0, 1)
+        gradient = step.gradients[Site("mlp_in", layer)][chunk].to(dtype).flatten(0, 1)
+        pulled = norm.project_transposed(gradient) / norm.scale(resid)
+        if norm.kind != "none":
+            standard = norm.standardize(resid)
+            pulled = pulled - standard * (standard * pulled).mean(-1, keepdim=True)
+        total = pulled if total is None else total + pulled
+    assert total is not None
+    return total[None]
