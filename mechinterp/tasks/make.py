@@ -73,17 +73,21 @@ def make_pairs(
         prepend_bos=encoder.prepend_bos,
     )
     pairs = _assemble(rows, source, Report(tuple(dropped)))
-    check_against(pairs, model_or_tokenizer, encoder)
+    check_against(pairs, model_or_tokenizer)
     return pairs
 
 
-def check_against(pairs: Pairs, model_or_tokenizer: Any, encoder: Encoder) -> None:
-    """Return None when the pairs suit the tokenizer, and the model if there is one. Raises InputError."""
-    if encoder.bos is not None:
-        pairs.check_bos(encoder.bos)
-    d_vocab = getattr(getattr(model_or_tokenizer, "dims", None), "d_vocab", None)
-    if d_vocab is not None:
-        pairs.check_vocabulary(int(d_vocab))
+def check_against(pairs: Pairs, model_or_tokenizer: Any) -> None:
+    """Return None when the ids suit the tokenizer, and the model if there is one. Raises InputError."""
+    tokenizer: Any = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
+    bos: int | None = getattr(tokenizer, "bos_token_id", None)
+    if bos is not None:
+        pairs.check_bos(bos)
+    dims: Any = getattr(model_or_tokenizer, "dims", None)
+    if dims is not None:
+        pairs.check_vocabulary(int(dims.d_vocab))
+    elif tokenizer is not None:
+        pairs.check_vocabulary(len(tokenizer))
 
 
 def _assemble(rows: Sequence[_Row], source: TaskSource, report: Report) -> Pairs:
