@@ -117,9 +117,7 @@ def check_cut(graph: Graph, cut: Tensor) -> Float[Tensor, "candidate reader writ
 class _Patched:
     """One forward of (candidate x batch) prompts with edges cut; lives as long as the run."""
 
-    def __init__(
-        self, model: HookManager, graph: Graph, pairs: Pairs, masks: Tensor, values: Values
-    ) -> None:
+    def __init__(self, model: HookManager, graph: Graph, pairs: Pairs, masks: Tensor, values: Values) -> None:
         self.model, self.graph, self.pairs, self.masks, self.values = model, graph, pairs, masks, values
         self.n = masks.shape[0]
         dtype = torch.promote_types(model.dtype, torch.float32)
@@ -154,7 +152,12 @@ class _Patched:
             start = (first, self._repeated(shared))
         plan = self._plan(range(first, n_layers))
         run = self.model.run(
-            self._repeated(tokens), self._repeated(mask), interventions=plan, record=[last], start=start, stop=last
+            self._repeated(tokens),
+            self._repeated(mask),
+            interventions=plan,
+            record=[last],
+            start=start,
+            stop=last,
         )
         return self._fold(run.values[last]).to(self.differences.dtype)
 

@@ -61,7 +61,9 @@ def edge_gradients(
     """
     metric.check_answers(pairs)
     if not metric.differentiable:
-        raise InputError(f"Metric {metric.name!r} has no gradient; score edges by logit_diff, prob_diff or kl_to_clean.")
+        raise InputError(
+            f"Metric {metric.name!r} has no gradient; score edges by logit_diff, prob_diff or kl_to_clean."
+        )
     pairs = pairs.to(model.device)
     corrupt = record_writes(model, graph, pairs.corrupt, pairs)
     values: Values = corrupt if replacement is None or replacement.kind == "corrupt" else replacement.on(pairs)

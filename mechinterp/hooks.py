@@ -130,7 +130,9 @@ class HookManager:
 
     def __repr__(self) -> str:
         d = self.dims
-        return f"HookManager({self.info.name}, {d.n_layers} layers x {d.n_heads} heads, d_model {d.d_model}, {self.dtype})"
+        return (
+            f"HookManager({self.info.name}, {d.n_layers} layers x {d.n_heads} heads, d_model {d.d_model}, {self.dtype})"
+        )
 
     # -- sites ---------------------------------------------------------------------------------------------------
 
@@ -286,9 +288,7 @@ class HookManager:
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         if not self._lock.acquire(blocking=False):
-            raise BusyError(
-                f"{self.info.name} is being run by another thread. Load it once per thread, or take turns."
-            )
+            raise BusyError(f"{self.info.name} is being run by another thread. Load it once per thread, or take turns.")
         try:
             yield
         finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,7 @@ KINDS = ("corrupt", "mean", "mean-positional", "zero")
 pairs' corrupt prompts. mean-positional: the same per position, for prompts of one length. zero: nothing at all."""
 
 
+@runtime_checkable
 class Values(Protocol):
     """The replacement writes for one batch of pairs."""
 

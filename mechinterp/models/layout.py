@@ -79,17 +79,13 @@ class Layout:
             raise UnsupportedError(f"Layer {layer} has no MLP.")
         return norm(resid)
 
-    def attention_total(
-        self, layer: int, z: Float[Tensor, "*axes head d_head"]
-    ) -> Float[Tensor, "*axes d_model"]:
+    def attention_total(self, layer: int, z: Float[Tensor, "*axes head d_head"]) -> Float[Tensor, "*axes d_model"]:
         """The sum of all heads and the output bias, before any post-norm."""
         maps = self.attention[layer]
         total = einsum(z, maps.W_O.to(z.dtype), "... head d_head, head d_head d_model -> ... d_model")
         return total if maps.b_O is None else total + maps.b_O.to(z.dtype)
 
-    def head_writes(
-        self, layer: int, z: Float[Tensor, "*axes head d_head"]
-    ) -> Float[Tensor, "head *axes d_model"]:
+    def head_writes(self, layer: int, z: Float[Tensor, "*axes head d_head"]) -> Float[Tensor, "head *axes d_model"]:
         """What each head adds to the residual stream; the output bias belongs to no head.
 
         Under a post-norm (Gemma-2) a head's write is its share of the normed sum, with the scale that the sum of

@@ -98,11 +98,20 @@ def _open_named(
 
 
 def _from_pretrained(
-    where: str, origin: str, revision: str | None, dtype: torch.dtype | None, tokenizer: Any, trust_remote_code: bool
+    where: str,
+    origin: str,
+    revision: str | None,
+    dtype: torch.dtype | None,
+    tokenizer: Any,
+    trust_remote_code: bool,
 ) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    keywords = {"local_files_only": origin != "hub", "trust_remote_code": trust_remote_code, "revision": revision}
+    keywords = {
+        "local_files_only": origin != "hub",
+        "trust_remote_code": trust_remote_code,
+        "revision": revision,
+    }
     if revision is None:
         del keywords["revision"]
     try:

@@ -91,6 +91,10 @@ def _check_layer(model: Any, run: Any, layer: int, resid: Tensor, middle: Tensor
         check(f"the residual stream after layer {layer}", middle, run.values[after])
         return
     mlp_input = resid if dims.parallel else middle
-    check(f"the MLP input of layer {layer}", layout.read_mlp(layer, mlp_input), run.values[Site("mlp_in", layer)])
+    check(
+        f"the MLP input of layer {layer}",
+        layout.read_mlp(layer, mlp_input),
+        run.values[Site("mlp_in", layer)],
+    )
     total = middle + run.values[Site("mlp_out", layer)]
     check(f"the residual stream after layer {layer}", total, run.values[after])

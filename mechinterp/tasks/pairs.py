@@ -187,15 +187,16 @@ class Pairs:
             made.update(b"" if numbers is None else np.ascontiguousarray(numbers).tobytes())
         return made.hexdigest()
 
-    def check_vocabulary(self, d_vocab: int) -> None:
-        """Return None when every id is below `d_vocab`. Raises InputError with the first that is not."""
-        for name in ("clean", "corrupt", "right", "wrong"):
+    def check_vocabulary(self, d_vocab: int, d_vocab_out: int | None = None) -> None:
+        """Return None when every id is below `d_vocab` (answers: `d_vocab_out`). Raises InputError otherwise."""
+        answers = d_vocab if d_vocab_out is None else d_vocab_out
+        for name, size in {"clean": d_vocab, "corrupt": d_vocab, "right": answers, "wrong": answers}.items():
             ids = getattr(self, name)
-            if ids is not None and int(ids.max()) >= d_vocab:
-                row = int((ids >= d_vocab).any(1).nonzero()[0])
+            if ids is not None and int(ids.max()) >= size:
+                row = int((ids >= size).any(1).nonzero()[0])
                 raise InputError(
                     f"{name} holds token id {int(ids[row].max())} in row {row}, but the vocabulary has "
-                    f"{d_vocab} ids (0..{d_vocab - 1}). Were the pairs made with another tokenizer?"
+                    f"{size} ids (0..{size - 1}). Were the pairs made with another tokenizer?"
                 )
 
     def check_bos(self, bos_token_id: int) -> None:

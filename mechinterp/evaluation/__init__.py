@@ -1,0 +1,1 @@
+"""Evaluation: how well a circuit alone does the task."""
