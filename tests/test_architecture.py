@@ -17,7 +17,7 @@ LAYERS = (
     ("models",),
     ("hooks",),
     ("graph",),
-    ("replacement", "parallel"),
+    ("replacement", "scores", "parallel"),
     ("edges",),
     ("gradients",),
     ("analysis", "circuit"),
