@@ -120,7 +120,7 @@ class Metric:
                 f"Metric {self.name!r} takes logits [batch, n_answer, d_vocab] at the answer positions, here "
                 f"[{expected[0]}, {expected[1]}, ...]; got {tuple(logits.shape)}."
             )
-        if self.needs_reference and reference is None and not self.columns_suffice:
+        if self.needs_reference and reference is None:
             raise InputError(f"Metric {self.name!r} needs the clean run's logits as `reference`.")
         if self.needs_reference and reference is not None and reference.shape != logits.shape:
             raise InputError(
@@ -136,8 +136,12 @@ class Metric:
         wrong: Tensor | None,
         reference: Tensor | None,
     ) -> Float[Tensor, " batch"]:
-        values = self.at_positions(logits, right, wrong, reference)
         valid = pairs.answer_pos != NO_ENTRY
+        if valid.shape[1] > 1:
+            # Before, not after: an infinity where there is no entry must not reach the gradient either.
+            logits = torch.where(valid[:, :, None], logits, 0)
+            reference = None if reference is None else torch.where(valid[:, :, None], reference, 0)
+        values = self.at_positions(logits, right, wrong, reference)
         return torch.where(valid, values, 0).sum(1) / valid.sum(1)
 
 
@@ -160,17 +164,21 @@ def _places(ids: Int[Tensor, "batch n"] | None, columns: Int[Tensor, " n_columns
 
 def _answers(values: Tensor, ids: Tensor | None, absent: float) -> Float[Tensor, "batch n_answer n"]:
     """The entries of `values` [batch, n_answer, d_vocab] at `ids`; `absent` where an id is -1."""
-    if ids is None:
-        raise InputError("The metric needs right and wrong answers.")
+    ids = _given(ids)
     index = ids.clamp(min=0)[:, None, :].expand(-1, values.shape[1], -1)
     found = at_least_float32(values.gather(2, index))
     return torch.where((ids == NO_ENTRY)[:, None, :], absent, found)
 
 
+def _given(values: Tensor | None) -> Tensor:
+    if values is None:
+        raise InputError("The metric needs right and wrong answers, or the clean run's logits; none are given.")
+    return values
+
+
 def _mean_answer(logits: Tensor, ids: Tensor | None) -> Float[Tensor, "batch n_answer"]:
-    total = _answers(logits, ids, absent=0.0).sum(2)
-    assert ids is not None  # for the type checker: _answers refused None
-    return total / (ids != NO_ENTRY).sum(1, keepdim=True)
+    ids = _given(ids)
+    return _answers(logits, ids, absent=0.0).sum(2) / (ids != NO_ENTRY).sum(1, keepdim=True)
 
 
 def _logit_diff(
@@ -197,22 +205,14 @@ def _accuracy(
 def _kl_to_clean(
     logits: Tensor, right: Tensor | None, wrong: Tensor | None, reference: Tensor | None
 ) -> Float[Tensor, "batch n_answer"]:
-    ours, clean = _log_probabilities(logits), _log_probabilities(reference)
+    ours, clean = (at_least_float32(_given(values)).log_softmax(-1) for values in (logits, reference))
     return torch.nn.functional.kl_div(ours, clean, reduction="none", log_target=True).sum(-1)
 
 
 def _l2_to_clean(
     logits: Tensor, right: Tensor | None, wrong: Tensor | None, reference: Tensor | None
 ) -> Float[Tensor, "batch n_answer"]:
-    if reference is None:
-        raise InputError("The metric needs the clean run's logits as `reference`.")
-    return torch.linalg.vector_norm(at_least_float32(logits) - reference, dim=-1)
-
-
-def _log_probabilities(logits: Tensor | None) -> Tensor:
-    if logits is None:
-        raise InputError("The metric needs the clean run's logits as `reference`.")
-    return at_least_float32(logits).log_softmax(-1)
+    return torch.linalg.vector_norm(at_least_float32(logits) - _given(reference), dim=-1)
 
 
 METRICS: Registry[Metric] = Registry("metric")
