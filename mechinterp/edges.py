@@ -102,7 +102,7 @@ def check_cut(graph: Graph, cut: Tensor) -> Float[Tensor, "candidate reader writ
     masks = cut if cut.ndim == 3 else cut[None]
     if masks.ndim != 3 or tuple(masks.shape[1:]) != tuple(graph.possible.shape) or not len(masks):
         raise InputError(
-            f"A cut mask is [reader, writer] = {list(graph.possible.shape)}, or several of these; got {list(cut.shape)}."
+            f"A cut mask is [reader, writer] = {list(graph.possible.shape)}, or several; got {list(cut.shape)}."
         )
     masks = masks.float() if masks.dtype == torch.bool else masks
     if not bool(((masks >= 0) & (masks <= 1)).all()):
@@ -123,9 +123,12 @@ class _Patched:
         dtype = torch.promote_types(model.dtype, torch.float32)
         self.masks = masks.to(dtype)
         n_batch, n_pos = pairs.clean.shape
-        # What each writer's current write differs by from its replacement: filled as the forward goes.
-        shape = (len(graph.writers), self.n, n_batch, n_pos, model.dims.d_model)
-        self.differences = torch.empty(shape, dtype=dtype, device=model.device)
+        # Row 0 is the residual stream being read; the rows after it are what each writer's current write differs by
+        # from its replacement, filled as the forward goes. One product with (1, -cut) then gives what a reader sees.
+        shape = (1 + len(graph.writers), self.n, n_batch, n_pos, model.dims.d_model)
+        self.rows = torch.empty(shape, dtype=dtype, device=model.device)
+        self.differences = self.rows[1:]
+        self.weights = torch.nn.functional.pad(-self.masks, (1, 0), value=1.0)
         self.cut_readers = (self.masks != 0).any(0).any(-1).cpu()
         self.resid: Tensor | None = None
 
@@ -228,10 +231,10 @@ class _Patched:
 
     def _corrected(self, readers: slice, n_writers: int, resid: Tensor) -> Float[Tensor, "candidate reader *axes"]:
         """The residual stream as each reader sees it."""
-        weights = self.masks[:, readers, :n_writers]
-        writes = self.differences[:n_writers].flatten(2).transpose(0, 1)
-        base = resid.flatten(1)[:, None].expand(-1, weights.shape[1], -1)
-        return torch.baddbmm(base, weights, writes, alpha=-1).unflatten(-1, resid.shape[1:])
+        self.rows[0] = resid
+        weights = self.weights[:, readers, : 1 + n_writers]
+        rows = self.rows[: 1 + n_writers].flatten(2).transpose(0, 1)
+        return torch.bmm(weights, rows).unflatten(-1, resid.shape[1:])
 
     def _head_edit(self, layer: int, channel: str):
         readers = self.graph.channel_readers(layer, channel)
@@ -239,8 +242,7 @@ class _Patched:
 
         def edit(value: Tensor) -> Tensor:
             assert self.resid is not None
-            resid = self._fold(self.resid).to(self.differences.dtype)
-            seen = self._corrected(readers, before, resid)
+            seen = self._corrected(readers, before, self._fold(self.resid))
             read = self.model.layout.read_heads(layer, channel, seen.transpose(0, 1))
             new = read.permute(1, 2, 3, 0, 4).flatten(0, 1).to(value.dtype)
             # A reader without a cut edge keeps the model's own value, to the last bit.
@@ -255,8 +257,7 @@ class _Patched:
 
         def edit(value: Tensor) -> Tensor:
             assert self.resid is not None
-            resid = self._fold(self.resid).to(self.differences.dtype)
-            seen = self._corrected(slice(reader, reader + 1), before, resid)[:, 0]
+            seen = self._corrected(slice(reader, reader + 1), before, self._fold(self.resid))[:, 0]
             new = self.model.layout.read_mlp(layer, seen).flatten(0, 1).to(value.dtype)
             whole = (self.masks[:, reader] == 0).all(-1).repeat_interleave(len(self.pairs), 0)
             return torch.where(whole[:, None, None], value, new)

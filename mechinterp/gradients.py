@@ -233,8 +233,7 @@ def _pull_back_heads(
     blocks: list[Tensor] = []
     projections: list[list[Tensor]] = [[] for _ in steps]
     for channel in "qkv":
-        W = maps.W[channel].to(dtype)
-        constant = _constant(norm, W, maps.b[channel], dtype)
+        weight, constant = model.layout.folded(layer, channel, dtype)
         total: Tensor | None = None
         for i, (step, scale) in enumerate(zip(steps, scales, strict=True)):
             site = Site(channel, layer)
@@ -244,22 +243,14 @@ def _pull_back_heads(
             if norm.kind != "none":
                 projections[i].append(((value - constant[:, None]) * gradient).sum(-1) / model.dims.d_model)
         assert total is not None
-        weight = norm.project_transposed(W.transpose(1, 2))  # [head, d_head, d_model], the norm's weight folded in
-        blocks.append(torch.bmm(total, weight))
+        if norm.kind == "layer":
+            weight = weight - weight.mean(1, keepdim=True)
+        blocks.append(torch.bmm(total, weight.transpose(1, 2)))
     out = torch.cat(blocks)
     if norm.kind != "none":
         for resid, parts in zip(resids, projections, strict=True):
             out.addcmul_(norm.standardize(resid), torch.cat(parts)[..., None], value=-1)
     return out
-
-
-def _constant(norm: object, W: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Float[Tensor, "head d_head"]:
-    """What q, k or v is at a standardized residual of zero."""
-    constant = torch.zeros(W.shape[0], W.shape[2], dtype=dtype, device=W.device)
-    if bias is not None:
-        constant = constant + bias.to(dtype)
-    norm_bias = getattr(norm, "bias", None)
-    return constant if norm_bias is None else constant + norm_bias.to(dtype) @ W
 
 
 def _pull_back_mlp(

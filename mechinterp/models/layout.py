@@ -65,12 +65,22 @@ class Layout:
     ) -> Float[Tensor, "head *axes d_head"]:
         """q, k or v of every head, each head from its own residual stream."""
         maps = self.attention[layer]
-        flat = maps.norm(resid).flatten(1, -2)
-        out = torch.bmm(flat, maps.W[channel].to(resid.dtype))
-        bias = maps.b[channel]
-        if bias is not None:
-            out = out + bias[:, None].to(resid.dtype)
-        return out.unflatten(1, resid.shape[1:-1])
+        weight, constant = self.folded(layer, channel, resid.dtype)
+        flat = maps.norm.standardize(resid).flatten(1, -2)
+        return torch.baddbmm(constant[:, None], flat, weight).unflatten(1, resid.shape[1:-1])
+
+    def folded(
+        self, layer: int, channel: str, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "head d_model d_head"], Float[Tensor, "head d_head"]]:
+        """(weight, constant) of `standardize(resid) @ weight + constant`: the norm's own weight and bias folded in."""
+        maps = self.attention[layer]
+        weight, bias = maps.W[channel].to(dtype), maps.b[channel]
+        constant = weight.new_zeros(weight.shape[0], weight.shape[2]) if bias is None else bias.to(dtype)
+        if maps.norm.bias is not None:
+            constant = constant + maps.norm.bias.to(dtype) @ weight
+        if maps.norm.weight is not None:
+            weight = weight * maps.norm.weight.to(dtype)[:, None]
+        return weight, constant
 
     def read_mlp(self, layer: int, resid: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
         """The MLP's input after its norm. Raises UnsupportedError for a layer without an MLP."""
