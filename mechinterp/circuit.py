@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -54,6 +56,10 @@ class Circuit:
     def cut(self) -> Bool[Tensor, "reader writer"]:
         """The edges that are replaced when the circuit is run alone: all but its own."""
         return self.graph.possible & ~self.kept
+
+    def digest(self) -> str:
+        """sha256 over the graph and the edges: tells which circuit a result belongs to."""
+        return hashlib.sha256(json.dumps([self.graph.digest(), self.edges]).encode()).hexdigest()
 
     def to_networkx(self) -> nx.MultiDiGraph:
         """Nodes and edges as a networkx graph; an edge has `name`, `channel` and, when scored, `score`."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechinterp.errors import InputError
 from mechinterp.graph import Graph
+from mechinterp.tasks.pairs import Pairs
 
 Parameter = str | int | float | bool
 
@@ -33,6 +34,8 @@ class Scores:
     parameters: Mapping[str, Parameter] = field(default_factory=dict[str, Parameter])
     cost: Mapping[str, int] = field(default_factory=dict[str, int])
     """Examples run forward and backward."""
+    pairs: Pairs | None = field(default=None, repr=False)
+    """The examples, for the record; None in a sum and in scores that were read from a file."""
 
     def __post_init__(self) -> None:
         if self.total.shape != self.graph.possible.shape:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mechinterp.errors import InputError
@@ -67,4 +67,5 @@ def score_edges(
     pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
     metric = get_metric(metric) if isinstance(metric, str) else metric
     settings = {**chosen.defaults, **parameters}
-    return chosen.run(model, graph, pairs, metric, settings, batch_size, progress)
+    scores = chosen.run(model, graph, pairs, metric, settings, batch_size, progress)
+    return replace(scores, pairs=pairs)

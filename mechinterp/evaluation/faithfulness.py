@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float
@@ -61,8 +61,14 @@ class Evaluation:
     random_faithfulness: tuple[float, ...]
     """Faithfulness of random circuits with as many edges."""
     seed: int
-    per_example: Float[Tensor, "example 3"]
+    per_example: Float[Tensor, "example 3"] = field(repr=False)
     """Metric of circuit, full model and empty circuit, per example."""
+    circuit_digest: str
+    """`Circuit.digest()` of the circuit that this is about."""
+    pairs: Pairs = field(repr=False)
+    """The examples."""
+    reference: Pairs | None = field(default=None, repr=False)
+    """The examples whose corrupt prompts gave the means, where they are others."""
 
 
 MIN_DENOMINATOR = 1e-3
@@ -125,6 +131,9 @@ def evaluate(
         random_faithfulness=tuple(float(ratio_of_means(rows)) for rows in random_rows),
         seed=seed,
         per_example=per_example,
+        circuit_digest=circuit.digest(),
+        pairs=pairs,
+        reference=reference,
     )
 
 
