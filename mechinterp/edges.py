@@ -131,6 +131,7 @@ class _Patched:
         self.weights = torch.nn.functional.pad(-self.masks, (1, 0), value=1.0)
         self.cut_readers = (self.masks != 0).any(0).any(-1).cpu()
         self.resid: Tensor | None = None
+        self.seen: tuple[int, Tensor] | None = None
 
     def run(self, columns: Tensor | None) -> Float[Tensor, "rows n_answer n_columns"]:
         """Logits at the answer positions; the rows are candidate by candidate."""
@@ -179,7 +180,7 @@ class _Patched:
             plan += [Intervention(Site(name), self._input_tap(i, name)) for i, name in enumerate(graph.inputs)]
         for layer in layers:
             channels = [c for c in "qkv" if bool(cut[graph.channel_readers(layer, c)].any())]
-            plan.append(Intervention(Site("resid_pre", layer), self._resid_tap(layer)))
+            plan.append(Intervention(Site("resid_pre", layer), self._resid_tap(layer, channels)))
             plan += [Intervention(Site(c, layer), self._head_edit(layer, c)) for c in channels]
             plan.append(Intervention(Site("z", layer), self._z_tap(layer)))
             if dims.has_mlp:
@@ -206,10 +207,17 @@ class _Patched:
 
         return tap
 
-    def _resid_tap(self, layer: int):
+    def _resid_tap(self, layer: int, channels: list[str]):
         def tap(value: Tensor) -> Tensor:
             if layer == 0 and not self.graph.split_input:
                 self.differences[0] = self._fold(value) - self.values.inputs("input")
+            if channels:  # q, k and v together: their products share the pass over all earlier writes
+                readers = slice(
+                    self.graph.channel_readers(layer, channels[0]).start,
+                    self.graph.channel_readers(layer, channels[-1]).stop,
+                )
+                before = self.graph.n_writers_before(layer, mlp=False)
+                self.seen = (readers.start, self._corrected(readers, before, self._fold(value)))
             return self._keep_resid(value)
 
         return tap
@@ -238,12 +246,12 @@ class _Patched:
 
     def _head_edit(self, layer: int, channel: str):
         readers = self.graph.channel_readers(layer, channel)
-        before = self.graph.n_writers_before(layer, mlp=False)
 
         def edit(value: Tensor) -> Tensor:
-            assert self.resid is not None
-            seen = self._corrected(readers, before, self._fold(self.resid))
-            read = self.model.layout.read_heads(layer, channel, seen.transpose(0, 1))
+            assert self.seen is not None
+            first, seen = self.seen
+            mine = seen[:, readers.start - first : readers.stop - first].transpose(0, 1)
+            read = self.model.layout.read_heads(layer, channel, mine)
             new = read.permute(1, 2, 3, 0, 4).flatten(0, 1).to(value.dtype)
             # A reader without a cut edge keeps the model's own value, to the last bit.
             whole = (self.masks[:, readers] == 0).all(-1).repeat_interleave(len(self.pairs), 0)
