@@ -81,9 +81,7 @@ def _check_list(name: str, words: Sequence[str]) -> None:
         if word in seen:
             raise FormatError(f"The word list {name!r} holds {word!r} twice.")
         if not word or word != word.strip() or "{" in word or "}" in word:
-            raise FormatError(
-                f"The word list {name!r} holds {word!r}; a word has no space around it, no brace."
-            )
+            raise FormatError(f"The word list {name!r} holds {word!r}; a word has no space around it, no brace.")
         seen.add(word)
 
 
@@ -94,13 +92,9 @@ def _check_generator(spec: TaskSpec, lists: Mapping[str, Sequence[str]]) -> None
     _known("slot of the generator", spec.pair_split.slots, generator.slots)
     for name, needed in generator.needs(parameters).items():
         if len(lists[name]) < needed:
-            raise FormatError(
-                f"The generator needs {needed} words of {name!r}; the list has {len(lists[name])}."
-            )
+            raise FormatError(f"The generator needs {needed} words of {name!r}; the list has {len(lists[name])}.")
     if spec.answer is not None or spec.wrong is not None or spec.corruption is not None or spec.words:
-        raise FormatError(
-            "A generator writes its own answers and corrupt texts; take answer, wrong, words out."
-        )
+        raise FormatError("A generator writes its own answers and corrupt texts; take answer, wrong, words out.")
 
 
 def _check_template(spec: TaskSpec, template: Template, lists: Mapping[str, Sequence[str]]) -> None:

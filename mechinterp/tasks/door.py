@@ -114,9 +114,7 @@ def prompts(
         negative = ((ids < 0) & valid).nonzero()
         if len(negative):
             row, pos = negative[0].tolist()
-            raise InputError(
-                f"{name} holds the negative token id {int(ids[row, pos])} (row {row}, pos {pos})."
-            )
+            raise InputError(f"{name} holds the negative token id {int(ids[row, pos])} (row {row}, pos {pos}).")
     shift = _shift(valid)
     width = int(shift.lengths.max())
     offsets = torch.arange(width, device=valid.device)
@@ -152,9 +150,7 @@ def _mask(
             raise InputError("mask must be boolean (or 0 and 1), True at real tokens.")
         valid = valid.to(device=clean_ids.device, dtype=torch.bool)
         if valid.shape != clean_ids.shape:
-            raise InputError(
-                f"mask must have the shape of clean, {tuple(clean_ids.shape)}; got {tuple(valid.shape)}."
-            )
+            raise InputError(f"mask must have the shape of clean, {tuple(clean_ids.shape)}; got {tuple(valid.shape)}.")
     bare = (~valid.any(1)).nonzero()
     if len(bare):
         raise InputError(f"Row {int(bare[0])} has no real token.")
@@ -191,9 +187,7 @@ def entries(name: str, given: Ids, n_rows: int, device: torch.device) -> Int[Ten
     if table.ndim == 1:
         table = table[:, None]
     if table.ndim != 2 or len(table) != n_rows:
-        raise InputError(
-            f"{name} must be [batch] or [batch, n] with batch = {n_rows}; got shape {tuple(table.shape)}."
-        )
+        raise InputError(f"{name} must be [batch] or [batch, n] with batch = {n_rows}; got shape {tuple(table.shape)}.")
     if int(table.min()) < NO_ENTRY:
         raise InputError(f"{name} holds {int(table.min())}; only -1 (no entry) may be negative.")
     empty = (table == NO_ENTRY).all(1).nonzero()

@@ -80,8 +80,9 @@ class Encoder:
 
     def unknown(self, ids: Sequence[int]) -> bool:
         """True when the tokenizer did not know some of the text."""
+        # GPT-2 names its BOS as the unknown token too, and never uses it as that.
         unk = self.tokenizer.unk_token_id
-        return unk is not None and unk in ids
+        return unk not in (None, self.bos) and unk in ids
 
 
 def encoder_of(model_or_tokenizer: Any, prepend_bos: bool | None) -> Encoder:

@@ -109,8 +109,7 @@ def _encode(row: FileRow, encoder: Encoder | None, where: str) -> _Encoded | str
     for name, index in row.positions.items():
         if index >= len(clean):
             raise FormatError(
-                f"{where}, line {row.line}: the position {name!r} is {index}, but there are "
-                f"{len(clean)} tokens."
+                f"{where}, line {row.line}: the position {name!r} is {index}, but there are {len(clean)} tokens."
             )
     return _Encoded(row, clean, corrupt, right, wrong)
 
@@ -165,9 +164,7 @@ def _warn_of_missing_spaces(kept: Sequence[_Encoded], encoder: Encoder | None, w
         return
     answers = sorted({answer for _, answer in bare})
     plain, spaced = encoder.pieces(answers), encoder.pieces([f" {answer}" for answer in answers])
-    doubtful = {
-        answer for answer, (one, _), (two, _) in zip(answers, plain, spaced, strict=True) if one != two
-    }
+    doubtful = {answer for answer, (one, _), (two, _) in zip(answers, plain, spaced, strict=True) if one != two}
     lines = [line for line, answer in bare if answer in doubtful]
     if lines:
         log.warning(

@@ -103,6 +103,13 @@ class Pairs:
         made._fill(**values)
         return made
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and copy keep; a read-only view of a mapping is neither pickled nor copied."""
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"positions": dict(self.positions)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._fill(**state)
+
     def __len__(self) -> int:
         return len(self.clean)
 
@@ -219,9 +226,7 @@ def _check_answers(
     if wrong is not None and right is None:
         raise InputError("wrong answers are given without right ones; give right too.")
     if right is not None and wrong is not None:
-        shared = (
-            ((right[:, :, None] == wrong[:, None, :]) & (right != NO_ENTRY)[:, :, None]).flatten(1).any(1)
-        )
+        shared = _have_a_common_entry(right, wrong)
         if bool(shared.any()):
             row = int(shared.nonzero()[0])
             raise InputError(
@@ -240,10 +245,9 @@ def _check_answers(
             )
 
 
-def _have_a_common_entry(
-    left: Int[Tensor, "batch n"], right: Int[Tensor, "batch k"]
-) -> Bool[Tensor, " batch"]:
-    return ((left[:, :, None] == right[:, None, :]) & (left != NO_ENTRY)[:, :, None]).flatten(1).any(1)
+def _have_a_common_entry(left: Int[Tensor, "batch n"], right: Int[Tensor, "batch k"]) -> Bool[Tensor, " batch"]:
+    same = (left[:, :, None] == right[:, None, :]) & (left != NO_ENTRY)[:, :, None]
+    return same.flatten(1).any(1)
 
 
 def _named(name: str, at: Ids, n_rows: int, device: torch.device) -> Int[Tensor, "batch 1"]:
@@ -251,9 +255,7 @@ def _named(name: str, at: Ids, n_rows: int, device: torch.device) -> Int[Tensor,
         raise InputError("A position's name must not be empty.")
     column = whole_numbers(f"positions[{name!r}]", at).to(device)
     if column.shape != (n_rows,):
-        raise InputError(
-            f"positions[{name!r}] must be [batch] with batch = {n_rows}; got shape {tuple(column.shape)}."
-        )
+        raise InputError(f"positions[{name!r}] must be [batch] with batch = {n_rows}; got shape {tuple(column.shape)}.")
     if int(column.min()) < 0:
         raise InputError(
             f"positions[{name!r}] is {int(column.min())} in row {int(column.argmin())}; count from the first "
@@ -272,9 +274,7 @@ def _texts(name: str, texts: Sequence[str] | None, n_rows: int) -> tuple[str, ..
 
 def _rows(rows: Tensor | Sequence[int], every: Int[Tensor, " batch"]) -> Int[Tensor, " chosen"]:
     if isinstance(rows, (int, np.integer)) or not hasattr(rows, "__len__"):
-        raise InputError(
-            f"Pairs are indexed with a slice or a list of rows; got {rows!r}. Write pairs[i:i + 1]."
-        )
+        raise InputError(f"Pairs are indexed with a slice or a list of rows; got {rows!r}. Write pairs[i:i + 1].")
     index = torch.as_tensor(rows, device=every.device)
     if index.ndim != 1 or index.dtype.is_floating_point or index.dtype.is_complex:
         raise InputError(f"Pairs are indexed with whole row numbers or a boolean mask; got {rows!r}.")

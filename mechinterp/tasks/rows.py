@@ -53,9 +53,7 @@ def read_rows(path: Path) -> PairsFile:
         ".csv": _csv,
     }
     if path.suffix.lower() not in readers:
-        raise FormatError(
-            f"{path}: pairs are read from .jsonl or .csv files; got {path.suffix or 'no suffix'!r}."
-        )
+        raise FormatError(f"{path}: pairs are read from .jsonl or .csv files; got {path.suffix or 'no suffix'!r}.")
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -208,9 +206,7 @@ def _check_alike(rows: Sequence[FileRow], where: str) -> None:
     for row in rows[1:]:
         for name in ("right", "wrong"):
             if (getattr(row, name) is None) != (getattr(first, name) is None):
-                raise FormatError(
-                    f"{where}: line {row.line} and line {first.line} differ in having {name!r}."
-                )
+                raise FormatError(f"{where}: line {row.line} and line {first.line} differ in having {name!r}.")
         if set(row.positions) != set(first.positions):
             raise FormatError(
                 f"{where}: every row needs the same positions; line {first.line} has "

@@ -40,7 +40,7 @@ class _PlainLoader(yaml.BaseLoader):
     Aliases are refused (a few of them can stand for gigabytes), and so is a key that is given twice.
     """
 
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.YAMLError(f"aliases (*name) are not allowed (line {mark.line + 1})")
@@ -59,25 +59,31 @@ class _PlainLoader(yaml.BaseLoader):
         return made
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, every scalar as a string.
-
-    Raises FormatError for a missing or too large file, broken YAML, aliases, duplicate keys, no mapping.
-    """
+def read_bounded(path: Path) -> bytes:
+    """The bytes of a file. Raises FormatError when it cannot be read or is too large for a task."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise FormatError(f"{path} is larger than {MAX_BYTES} bytes; a task or word list never is.")
-        given = yaml.load(content.decode("utf-8"), Loader=_PlainLoader)
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if len(content) > MAX_BYTES:
+        raise FormatError(f"{path} is larger than {MAX_BYTES} bytes; a task or word list never is.")
+    return content
+
+
+def parse_yaml(content: bytes, where: str) -> dict[str, Any]:
+    """The mapping in a YAML text, every scalar as a string.
+
+    Raises FormatError for broken YAML, aliases, duplicate keys, too deep nesting, or what is no mapping.
+    """
+    try:
+        given = yaml.load(content.decode("utf-8"), Loader=_PlainLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path} is not valid YAML: {error}") from error
+        raise FormatError(f"{where} is not valid YAML: {error}") from error
     except RecursionError as error:
-        raise FormatError(f"{path} is nested too deeply.") from error
+        raise FormatError(f"{where} is nested too deeply.") from error
     if not isinstance(given, dict):
-        raise FormatError(f"{path} must hold a mapping (`key: value`); got {type(given).__name__}.")
+        raise FormatError(f"{where} must hold a mapping (`key: value`); got {type(given).__name__}.")
     return cast(dict[str, Any], given)
 
 

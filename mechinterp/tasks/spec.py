@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from mechinterp.tasks.schema import Strict
 
@@ -31,7 +31,19 @@ class NumberAnswers(Strict):
         return self.greater_than or self.at_most or ""
 
 
-Answer = Text | Annotated[tuple[Text, ...], Field(min_length=1)] | NumberAnswers
+def _kind_of_answer(given: object) -> str:
+    """Which of the three an answer is meant to be, so that an error speaks of that one only."""
+    if isinstance(given, (dict, NumberAnswers)):
+        return "set"
+    return "texts" if isinstance(given, (list, tuple)) else "text"
+
+
+Answer = Annotated[
+    Annotated[Text, Tag("text")]
+    | Annotated[tuple[Text, ...], Field(min_length=1), Tag("texts")]
+    | Annotated[NumberAnswers, Tag("set")],
+    Discriminator(_kind_of_answer),
+]
 """A text with slots, several of them, or a set of numbers. Texts hold their leading space."""
 
 
@@ -45,9 +57,7 @@ class Part(Strict):
     def _not_empty(self) -> Part:
         start, stop = self.characters
         if not 0 <= start < stop:
-            raise ValueError(
-                f"characters must be [start, stop) with 0 <= start < stop; got [{start}, {stop}]"
-            )
+            raise ValueError(f"characters must be [start, stop) with 0 <= start < stop; got [{start}, {stop}]")
         return self
 
 

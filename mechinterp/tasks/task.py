@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from mechinterp.errors import FormatError, InputError
 from mechinterp.registry import unknown
 from mechinterp.tasks.check import check_task, lists_used
-from mechinterp.tasks.schema import checked, read_yaml
+from mechinterp.tasks.schema import checked, parse_yaml, read_bounded
 from mechinterp.tasks.spec import TaskSpec
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def load_task(name_or_path: str | Path) -> Task:
         path = _FOLDER / f"{given}.yaml"
     else:
         raise unknown("task", given, task_names())
-    spec = checked(TaskSpec, read_yaml(path), str(path))
+    spec = checked(TaskSpec, parse_yaml(read_bounded(path), str(path)), str(path))
     lists = _lists_for(spec, str(path))
     check_task(spec, lists, str(path))
     return Task(spec, MappingProxyType(lists))
@@ -131,18 +131,18 @@ def _lists_for(spec: TaskSpec, where: str) -> dict[str, tuple[str, ...]]:
         used = lists_used(spec)
     except InputError as error:
         raise FormatError(f"{where}: {error}") from error
-    known = {**_package_lists(), **spec.lists}
+    known = {**_word_lists(read_bounded(_WORDS)), **spec.lists}
     for name in used:
         if name not in known:
             raise FormatError(f"{where}: {unknown('word list', name, known)}")
     return {name: known[name] for name in used}
 
 
-@cache
-def _package_lists() -> Mapping[str, tuple[str, ...]]:
-    """The lists of words.yaml; read once, they are part of the installed package."""
+@lru_cache(maxsize=1)
+def _word_lists(content: bytes) -> Mapping[str, tuple[str, ...]]:
+    """The lists of words.yaml, kept by content: parsing is slow, and an edited file must not give old words."""
     lists: dict[str, tuple[str, ...]] = {}
-    for name, words in read_yaml(_WORDS).items():
+    for name, words in parse_yaml(content, str(_WORDS)).items():
         if not isinstance(words, list):
             raise FormatError(f"{_WORDS}: {name} must be a list of words.")
         lists[name] = tuple(str(word) for word in cast(list[object], words))

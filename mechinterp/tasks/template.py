@@ -90,9 +90,7 @@ def with_parts(words: Mapping[str, str], parts: Mapping[str, Part]) -> dict[str,
     return {**words, **cut}
 
 
-def replacements(
-    spec: TaskSpec, template: Template, words: Mapping[str, str]
-) -> dict[tuple[str, int | None], str]:
+def replacements(spec: TaskSpec, template: Template, words: Mapping[str, str]) -> dict[tuple[str, int | None], str]:
     """(slot, occurrence) -> the word that stands there in the corrupt text."""
     if spec.corruption is None:
         return {}

@@ -44,9 +44,7 @@ def usable_words(task: Task, encoder: Encoder) -> Vocabulary:
         uses = {word: list(_uses(task.spec, slot, spaces, word)) for word in task.lists[name]}
         reasons = _reasons(uses, encoder)
         kept = tuple(word for word in task.lists[name] if word not in reasons)
-        dropped |= {
-            Dropped(f"word {word!r} of the list {name!r}", why): None for word, why in reasons.items()
-        }
+        dropped |= {Dropped(f"word {word!r} of the list {name!r}", why): None for word, why in reasons.items()}
         if len(kept) < count:
             word, why = next(iter(reasons.items()), ("", ""))
             raise InputError(
@@ -128,9 +126,7 @@ def _reasons(uses: Mapping[str, Sequence[tuple[str, tuple[str, ...]]]], encoder:
     """word -> why it cannot be used, for those that cannot."""
     flat = [(word, text, wanted) for word, texts in uses.items() for text, wanted in texts]
     reasons: dict[str, str] = {}
-    for (word, text, wanted), (ids, got) in zip(
-        flat, encoder.pieces([text for _, text, _ in flat]), strict=True
-    ):
+    for (word, text, wanted), (ids, got) in zip(flat, encoder.pieces([text for _, text, _ in flat]), strict=True):
         if encoder.unknown(ids):
             reasons.setdefault(word, "not in the vocabulary")
         elif got != wanted:

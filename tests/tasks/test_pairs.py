@@ -1,6 +1,8 @@
 """`Pairs` accepts every way to write the same examples, keeps one form of them, and refuses the rest."""
 
+import copy
 import math
+import pickle
 from types import MappingProxyType
 
 import numpy as np
@@ -233,6 +235,13 @@ def test_a_part_of_a_source_does_not_claim_to_be_it() -> None:
     assert pairs[0:2].source is None
     assert pairs[:].source is pairs.to("cpu").source is pairs.source
     assert source_record(pairs.source)["kind"] == "file" and source_record(None) == {"kind": "tensors"}
+
+
+def test_pairs_can_be_copied_and_sent_to_another_process() -> None:
+    pairs = some_pairs(source=FileSource("x.jsonl", "0" * 64, None))
+    for made in (copy.deepcopy(pairs), pickle.loads(pickle.dumps(pairs))):
+        assert made.digest() == pairs.digest() and made.source == pairs.source
+        assert isinstance(made.positions, MappingProxyType)
 
 
 def test_vocabulary() -> None:
