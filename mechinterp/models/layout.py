@@ -184,6 +184,11 @@ def build_layout(bridge: Any) -> Layout:
                 post=_norm_of(block, "ln1_post", f"{label}.ln1_post", like, d_model),
             )
         )
+        if attention[-1].post.kind != "none" and attention[-1].b_O is not None and bool(attention[-1].b_O.any()):
+            raise UnsupportedError(
+                f"Layer {layer} of {cfg.architecture} has an output bias under a post-norm: what the bias writes "
+                "depends on the prompt but belongs to no head, so edges cannot be exact."
+            )
         has_mlp = getattr(block, "mlp", None) is not None
         mlp_norms.append(_norm_of(block, "ln2", f"{label}.ln2", like, d_model) if has_mlp else None)
     W_U = bridge.W_U.detach()

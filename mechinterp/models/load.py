@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from mechinterp.errors import InputError, UnsupportedError
 from mechinterp.models.source import ModelInfo
@@ -39,7 +41,7 @@ def open_model(
     trust_remote_code: bool = False,
 ) -> Opened:
     """The model that `spec` names, bridged. See `mechinterp.load_model` for what `spec` can be."""
-    dtype = parse_dtype(dtype)
+    dtype, device = parse_dtype(dtype), parse_device(device)
     if isinstance(spec, (str, os.PathLike)):
         return _open_named(os.fspath(spec), revision, dtype, device, tokenizer, trust_remote_code)
     if revision is not None:
@@ -63,7 +65,17 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise InputError(f"Unknown dtype {dtype!r}. Known: float64, float32, bfloat16, float16.")
         return found
+    if dtype is not None and not dtype.is_floating_point:
+        raise InputError(f"A model cannot be of dtype {dtype!r}. Known: float64, float32, bfloat16, float16.")
     return dtype
+
+
+def parse_device(device: torch.device | str | None) -> torch.device | None:
+    """The torch device named `cpu`, `cuda`, `cuda:1`, ...; None stays None. Raises InputError for anything else."""
+    try:
+        return None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"Unknown device {device!r}; give 'cpu', 'cuda', 'cuda:1' or 'mps'.") from error
 
 
 def _open_named(
@@ -146,14 +158,61 @@ def _bridge(module: nn.Module, name: str, revision: str | None, origin: str, tok
 
     weights = dict(module.named_parameters())
     architecture = type(module).__name__
+    _check_finite(weights, name)
     module.eval().requires_grad_(False)
     config: Any = module.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(f"{architecture} has an encoder and a decoder; only decoder stacks are supported.")
+    force_eager_attention(module)
+    prompts = _short_prompts(config.get_text_config())
+    expected = _logits(module, architecture, prompts)
     try:
         bridge = build_bridge_from_module(module, architecture, hf_config=config, model_name=name)
     except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
         raise UnsupportedError(f"TransformerLens cannot bridge {architecture}: {error}") from error
     force_eager_attention(module)
+    _check_bridged(_logits(bridge, architecture, prompts), expected, architecture)
     return Opened(bridge, ModelInfo(name, revision, architecture, origin, "raw", weights), tokenizer)
+
+
+def _check_finite(weights: Mapping[str, Tensor], name: str) -> None:
+    for key, weight in weights.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise InputError(f"The weight {key!r} of {name} holds NaN or infinity; the checkpoint is damaged.")
+
+
+def _short_prompts(config: Any) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
+    """Token ids and attention mask of one full and one padded prompt."""
+    length = min(6, int(getattr(config, "max_position_embeddings", 6)))
+    tokens = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    mask[1, (length + 1) // 2 :] = 0
+    return tokens, mask
+
+
+def _logits(model: Any, architecture: str, prompts: tuple[Tensor, Tensor]) -> Float[Tensor, "token d_vocab"]:
+    """The logits at the real tokens of short prompts."""
+    tokens, mask = (part.to(next(model.parameters()).device) for part in prompts)
+    try:
+        with torch.no_grad():
+            found = model(tokens, attention_mask=mask)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise UnsupportedError(f"{architecture}: a short test run on token ids fails: {error}") from error
+    return getattr(found, "logits", found)[mask.bool()]
+
+
+def _check_bridged(ours: Tensor, expected: Tensor, architecture: str) -> None:
+    """Raises UnsupportedError when bridging has changed what the model computes.
+
+    TransformerLens computes the attention of some architectures itself and overlooks rare settings of theirs.
+    """
+    size = float(expected.float().abs().max()) + 1e-6
+    worst = float((ours.float() - expected.float()).abs().max()) / size
+    if not worst < (1e-3 if expected.dtype in (torch.float32, torch.float64) else 5e-2):
+        raise UnsupportedError(
+            f"TransformerLens's bridge of {architecture} computes other logits than the model itself (off by "
+            f"{worst:.2g} of their size); its activations would not be the model's."
+        )
 
 
 def _wrap_bridge(bridge: Any, dtype: torch.dtype | None, device: Any, tokenizer: Any) -> Opened:
