@@ -1,0 +1,87 @@
+"""mechinterp: find the circuit of a task in a transformer, write it to a file, and check the file again.
+
+The public names are imported when they are first used, so that `import mechinterp` does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mechinterp.circuit import Circuit as Circuit
+    from mechinterp.circuit_file import load_circuit as load_circuit
+    from mechinterp.circuit_file import save_circuit as save_circuit
+    from mechinterp.claims import Claim as Claim
+    from mechinterp.claims import Verification as Verification
+    from mechinterp.discovery.method import METHODS as METHODS
+    from mechinterp.discovery.method import score_edges as score_edges
+    from mechinterp.discovery.select import select as select
+    from mechinterp.edges import run_edges as run_edges
+    from mechinterp.errors import FormatError as FormatError
+    from mechinterp.errors import InputError as InputError
+    from mechinterp.errors import MechInterpError as MechInterpError
+    from mechinterp.errors import SiteNotReached as SiteNotReached
+    from mechinterp.errors import UnsupportedError as UnsupportedError
+    from mechinterp.evaluation.faithfulness import Evaluation as Evaluation
+    from mechinterp.evaluation.faithfulness import evaluate as evaluate
+    from mechinterp.gradients import edge_gradients as edge_gradients
+    from mechinterp.graph import Graph as Graph
+    from mechinterp.graph import build_graph as build_graph
+    from mechinterp.hooks import HookManager as HookManager
+    from mechinterp.hooks import Intervention as Intervention
+    from mechinterp.hooks import Run as Run
+    from mechinterp.hooks import load_model as load_model
+    from mechinterp.metrics import METRICS as METRICS
+    from mechinterp.metrics import Metric as Metric
+    from mechinterp.metrics import get_metric as get_metric
+    from mechinterp.metrics import metric_names as metric_names
+    from mechinterp.metrics import register_metric as register_metric
+    from mechinterp.pipeline import Discovery as Discovery
+    from mechinterp.pipeline import RunSpec as RunSpec
+    from mechinterp.pipeline import discover as discover
+    from mechinterp.scores import Scores as Scores
+    from mechinterp.sites import Edge as Edge
+    from mechinterp.sites import Node as Node
+    from mechinterp.sites import Site as Site
+    from mechinterp.tasks.files import load_pairs as load_pairs
+    from mechinterp.tasks.pairs import Pairs as Pairs
+    from mechinterp.tasks.task import Task as Task
+    from mechinterp.tasks.task import load_task as load_task
+    from mechinterp.tasks.task import task_names as task_names
+    from mechinterp.verification import verify as verify
+
+_HOMES = {
+    "circuit": ("Circuit",),
+    "circuit_file": ("load_circuit", "save_circuit"),
+    "claims": ("Claim", "Verification"),
+    "discovery.method": ("METHODS", "score_edges"),
+    "discovery.select": ("select",),
+    "edges": ("run_edges",),
+    "errors": ("FormatError", "InputError", "MechInterpError", "SiteNotReached", "UnsupportedError"),
+    "evaluation.faithfulness": ("Evaluation", "evaluate"),
+    "gradients": ("edge_gradients",),
+    "graph": ("Graph", "build_graph"),
+    "hooks": ("HookManager", "Intervention", "Run", "load_model"),
+    "metrics": ("METRICS", "Metric", "get_metric", "metric_names", "register_metric"),
+    "pipeline": ("Discovery", "RunSpec", "discover"),
+    "scores": ("Scores",),
+    "sites": ("Edge", "Node", "Site"),
+    "tasks.files": ("load_pairs",),
+    "tasks.pairs": ("Pairs",),
+    "tasks.task": ("Task", "load_task", "task_names"),
+    "verification": ("verify",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'mechinterp' has no attribute {name!r}")
+    value = getattr(import_module(f"mechinterp.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

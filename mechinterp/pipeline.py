@@ -1,0 +1,181 @@
+"""The main job in one straight line: task, model, pairs, graph, scores, circuit, evaluation, file."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mechinterp.circuit import Circuit
+from mechinterp.circuit_file import save_circuit
+from mechinterp.discovery.method import METHODS, score_edges
+from mechinterp.discovery.select import select
+from mechinterp.errors import InputError
+from mechinterp.evaluation.faithfulness import Evaluation, evaluate
+from mechinterp.graph import build_graph
+from mechinterp.hooks import HookManager, load_model
+from mechinterp.jsontext import six_digits
+from mechinterp.records import task_record
+from mechinterp.schema import CircuitFile, FileTaskRecord, TaskRecord
+from mechinterp.sizes import TARGET, CurvePoint, size_curve, size_grid, smallest_faithful
+from mechinterp.store import SUFFIX
+from mechinterp.tasks.files import load_pairs
+from mechinterp.tasks.pairs import Pairs
+from mechinterp.tasks.source import FileSource
+from mechinterp.tasks.task import Task, load_task
+from mechinterp.verification import no_progress
+from mechinterp.verification import verify as verify
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total)."""
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What to discover. `task` is a task's name, a task YAML, or a file of pairs (.jsonl, .csv).
+
+    Without `edges` and `threshold` the circuit has the smallest size on a log grid whose faithfulness on the train
+    pairs reaches 0.9. A file of pairs is cut in two: `examples` for the discovery, the next `test_examples` to test.
+    """
+
+    task: str
+    model: str = "bundled"
+    revision: str | None = None
+    method: str = "eap-ig"
+    metric: str | None = None
+    steps: int | None = None
+    edges: int | None = None
+    threshold: float | None = None
+    rule: str = "top"
+    by: str = "value"
+    examples: int = 200
+    test_examples: int = 200
+    seed: int = 0
+    dtype: str | None = None
+    device: str | None = None
+    batch_size: int = 32
+    replacement: str = "corrupt"
+    out: Path = Path("out")
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """All that a run made. `curve` is the faithfulness against size on the train pairs."""
+
+    circuit: Circuit
+    evaluation: Evaluation
+    curve: tuple[CurvePoint, ...]
+    model: HookManager
+    task: TaskRecord | FileTaskRecord
+    train: Pairs
+    test: Pairs
+    path: Path
+    document: CircuitFile
+
+
+def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
+    """Find the circuit of a task in a model, evaluate it on held-out pairs and write its file.
+
+    Raises InputError for what `spec` asks for and cannot be had; nothing is written then.
+    """
+    settings = _settings(spec)
+    progress("model", 0, 1)
+    model = load_model(spec.model, revision=spec.revision, dtype=spec.dtype, device=spec.device)
+    task, train, test, default_metric = _examples(spec, model)
+    metric = spec.metric or default_metric
+    graph = build_graph(model)
+    scores = score_edges(
+        model,
+        graph,
+        train,
+        method=spec.method,
+        metric=metric,
+        batch_size=spec.batch_size,
+        progress=lambda done, total: progress("scores", done, total),
+        **settings,
+    )
+    how: dict[str, Any] = {"rule": spec.rule, "by": spec.by}
+    measured: dict[str, Any] = {"metric": metric, "replacement": spec.replacement, "batch_size": spec.batch_size}
+    given = spec.edges is not None or spec.threshold is not None
+    progress("curve", 0, 1)
+    curve = size_curve(model, scores, train, size_grid(graph.n_edges), **how, **measured)
+    edges = spec.edges if given else smallest_faithful(curve)
+    circuit = select(graph, scores, edges=edges, threshold=spec.threshold, **how)
+    progress("evaluation", 0, 1)
+    evaluation = evaluate(model, circuit, test, seed=spec.seed, **measured)
+    path = output_path(spec)
+    progress("saving", 0, 1)
+    document = save_circuit(
+        path,
+        circuit,
+        model=model,
+        task=task,
+        result=evaluation,
+        curve={"metric": metric, "replacement": spec.replacement, "points": [_rounded(point) for point in curve]},
+        curve_pairs=train,
+        size=None if given else {"target": TARGET},
+        command=command_of(spec),
+    )
+    return Discovery(circuit, evaluation, curve, model, task, train, test, path, document)
+
+
+def output_path(spec: RunSpec) -> Path:
+    """Where the circuit file of a run goes: `OUT/{task}-{model}-{method}.circuit.json`."""
+    name = "-".join([_stem(spec.task), spec.model.rstrip("/").rpartition("/")[2].replace("@", "-"), spec.method])
+    return spec.out / f"{name}{SUFFIX}"
+
+
+def command_of(spec: RunSpec) -> str:
+    """The command line that does the same run, without where its files go."""
+    words = ["discover-circuit", "run", spec.task]
+    for field in fields(RunSpec):
+        value = getattr(spec, field.name)
+        if field.name not in ("task", "out", "device") and value != field.default:
+            words += [f"--{field.name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
+
+
+def _stem(task: str) -> str:
+    return Path(task).stem if Path(task).suffix else task
+
+
+def _rounded(point: CurvePoint) -> dict[str, Any]:
+    return {**asdict(point), "faithfulness": six_digits(point.faithfulness)}
+
+
+def _settings(spec: RunSpec) -> dict[str, Any]:
+    """The parameters of the method that were asked for; checked before anything slow begins."""
+    method = METHODS.get(spec.method)
+    wanted = {"replacement": spec.replacement, "steps": spec.steps}
+    settings = {name: value for name, value in wanted.items() if value is not None}
+    for name in settings:
+        if name not in method.defaults:
+            raise InputError(f"Method {spec.method!r} has no parameter {name!r}.")
+    if spec.edges is not None and spec.threshold is not None:
+        raise InputError("Give edges or threshold, not both.")
+    return settings
+
+
+def _examples(spec: RunSpec, model: HookManager) -> tuple[TaskRecord | FileTaskRecord, Pairs, Pairs, str]:
+    """The task's record, train pairs, test pairs and the task's metric."""
+    if Path(spec.task).suffix.lower() in (".jsonl", ".csv"):
+        return _file_examples(spec, model)
+    task: Task = load_task(spec.task)
+    train = task.pairs(model, n=spec.examples, split="train", seed=spec.seed)
+    test = task.pairs(model, n=spec.test_examples, split="test", seed=spec.seed)
+    return task_record(task, path=spec.task), train, test, task.metric
+
+
+def _file_examples(spec: RunSpec, model: HookManager) -> tuple[FileTaskRecord, Pairs, Pairs, str]:
+    pairs = load_pairs(spec.task, model)
+    source = pairs.source
+    assert isinstance(source, FileSource)
+    if len(pairs) < 4:
+        raise InputError(f"{spec.task} has {len(pairs)} usable pairs; at least 4 are needed, half of them to test.")
+    n_train = min(spec.examples, len(pairs) // 2)
+    n_test = min(spec.test_examples, len(pairs) - n_train)
+    record = FileTaskRecord(name=_stem(spec.task), path=spec.task, sha256=source.sha256)
+    metric = "logit_diff" if pairs.right is not None and pairs.wrong is not None else "kl_to_clean"
+    return record, pairs[:n_train], pairs[n_train : n_train + n_test], metric

@@ -1,0 +1,78 @@
+"""Faithfulness against the size of the circuit, and the size that is taken when nobody gives one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mechinterp.discovery.select import select
+from mechinterp.errors import InputError
+from mechinterp.evaluation.faithfulness import faithfulness_curve
+from mechinterp.hooks import HookManager
+from mechinterp.scores import Scores
+from mechinterp.tasks.pairs import Pairs
+
+TARGET = 0.9
+"""The faithfulness that the smallest circuit must reach."""
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Faithfulness of the circuit that a rule gives when it selects `n_selected` edges, `n_edges` of them on paths."""
+
+    n_selected: int
+    n_edges: int
+    faithfulness: float
+
+
+def size_grid(n_edges: int, step: float = 1.5, first: int = 4) -> tuple[int, ...]:
+    """Sizes evenly spaced on a log axis, from `first` to all edges.
+
+    >>> size_grid(100, step=3)
+    (4, 12, 36, 100)
+    """
+    sizes: list[int] = []
+    size = float(min(first, n_edges))
+    while size < n_edges:
+        sizes.append(int(size))
+        size = max(size * step, size + 1)
+    return (*sizes, n_edges)
+
+
+def size_curve(
+    model: HookManager,
+    scores: Scores,
+    pairs: Pairs,
+    sizes: Sequence[int],
+    *,
+    rule: str = "top",
+    by: str = "value",
+    metric: str = "logit_diff",
+    replacement: str = "corrupt",
+    batch_size: int = 32,
+) -> tuple[CurvePoint, ...]:
+    """The faithfulness of the circuit of each size, in the order of `sizes`. Cost: two forwards a size."""
+    graph = scores.graph
+    masks: list[Tensor] = []
+    for size in sizes:
+        try:
+            masks.append(select(graph, scores, edges=size, rule=rule, by=by).kept)
+        except InputError:  # so few edges that none lies on a path: the empty circuit
+            masks.append(torch.zeros_like(graph.possible))
+    values = faithfulness_curve(
+        model, masks, graph, pairs, metric=metric, replacement=replacement, batch_size=batch_size
+    )
+    rows = zip(sizes, masks, values, strict=True)
+    return tuple(CurvePoint(size, int(mask.sum()), value) for size, mask, value in rows)
+
+
+def smallest_faithful(points: Sequence[CurvePoint], target: float = TARGET) -> int:
+    """The smallest `n_selected` whose faithfulness reaches the target. Raises InputError when none does."""
+    for point in sorted(points, key=lambda point: point.n_selected):
+        if point.faithfulness >= target:
+            return point.n_selected
+    best = max(point.faithfulness for point in points)
+    raise InputError(f"No size reaches faithfulness {target:g} (the best is {best:.3g}); give the number of edges.")

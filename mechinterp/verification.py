@@ -1,0 +1,342 @@
+"""`verify`: a circuit file against its hashes, its model, its pairs, its scores and a new evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mechinterp.circuit import Circuit
+from mechinterp.circuit_file import stated_circuit, stated_graph, stated_scores
+from mechinterp.claims import Ledger, Verification
+from mechinterp.discovery.method import score_edges
+from mechinterp.discovery.select import select
+from mechinterp.errors import InputError
+from mechinterp.evaluation.faithfulness import Ablation, evaluate
+from mechinterp.hooks import HookManager, load_model
+from mechinterp.jsontext import six_digits
+from mechinterp.provenance import model_record, tokenizer_record, versions
+from mechinterp.records import (
+    EVALUATION_COUNTS,
+    EVALUATION_NUMBERS,
+    evaluation_record,
+    pairs_of,
+    score_table,
+    task_of,
+    tolerance_for,
+)
+from mechinterp.schema import CircuitFile, TaskPairs, TaskRecord, Tolerance, circuit_sha256
+from mechinterp.scores import Scores
+from mechinterp.sizes import CurvePoint, size_curve, smallest_faithful
+from mechinterp.store import OpenedFile, open_circuit_file
+from mechinterp.tasks.pairs import Pairs
+from mechinterp.tasks.task import Task, load_task
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total)."""
+
+SELECTION_PARAMETERS = {"edges", "threshold", "rule", "by"}
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Says nothing."""
+
+
+def verify(
+    path: str | Path,
+    *,
+    model: Any = None,
+    tolerance: float | None = None,
+    rescore: bool = False,
+    device: torch.device | str | None = None,
+    batch_size: int = 32,
+    progress: Progress = no_progress,
+) -> Verification:
+    """Which claims of a circuit file hold: hashes, model, tokenizer, task, pairs, scores, selection, every number.
+
+    The model is loaded as the file states, or is `model` (needed when it was in memory then: anything that
+    `load_model` takes). The evaluation is run again on the circuit in the file; a number holds when it is within the
+    file's tolerance, or within `tolerance` (relative, a tenth of it absolute). `rescore=True` runs the discovery
+    again too and compares all scores. Other library versions are notes, not failures.
+
+    Raises FormatError when the file is not a circuit file at all.
+    """
+    opened = open_circuit_file(path)
+    document, ledger = opened.document, Ledger()
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise InputError(f"tolerance must be between 0 and 1; got {tolerance!r}.")
+    progress("file", 0, 1)
+    _check_hashes(opened, ledger)
+    graph = scores = circuit = None
+    with ledger.claimed("graph"):
+        graph = stated_graph(document, opened.path)
+        ledger.equal("graph", graph.digest(), document.graph.sha256)
+    if graph is not None:
+        with ledger.claimed("sidecar"):
+            scores = stated_scores(document, graph, opened.path)
+            _check_scores(document, scores, ledger)
+        with ledger.claimed("edges"):
+            circuit = stated_circuit(document, graph, scores, opened.path)
+            _check_selection(circuit, document, ledger)
+    progress("model", 0, 1)
+    loaded = None
+    with ledger.claimed("model"):
+        loaded = _load(document, opened.path, model, device)
+        _check_model(document, loaded, model is not None, ledger)
+    pairs = _check_pairs(opened, loaded, ledger)
+    limit = None if tolerance is None else Tolerance(relative=tolerance, absolute=tolerance / 10)
+    if loaded is not None and circuit is not None and loaded.dims == circuit.graph.dims:
+        for number in range(len(document.evaluation)):
+            progress("evaluation", number, len(document.evaluation))
+            _check_evaluation(document, number, loaded, circuit, pairs, limit, batch_size, ledger)
+        if document.curve is not None and scores is not None:
+            progress("curve", 0, 1)
+            _check_curve(document, loaded, scores, pairs, limit, batch_size, ledger)
+        if rescore and scores is not None:
+            _rescore(document, loaded, scores, pairs, limit, batch_size, progress, ledger)
+    elif document.evaluation:
+        ledger.failed("evaluation", "not run: it needs the model and the circuit that the file states")
+    _note_versions(document, ledger)
+    return Verification(opened.path, tuple(ledger.claims), tuple(ledger.notes))
+
+
+def _check_hashes(opened: OpenedFile, ledger: Ledger) -> None:
+    stated = opened.document.integrity
+    changed = "the file was changed after it was written"
+    ledger.equal("file hash", opened.file_sha256, stated.file_sha256, changed)
+    ledger.equal("circuit hash", circuit_sha256(opened.document), stated.circuit_sha256, changed)
+
+
+def _check_scores(document: CircuitFile, scores: Scores | None, ledger: Ledger) -> None:
+    if scores is None:
+        return
+    table, graph = score_table(scores), scores.graph
+    stated = {edge.name: edge.score for edge in document.edges}
+    found = {name: six_digits(float(table[graph.edge_index(name)])) for name in stated}
+    wrong = [name for name in stated if stated[name] != found[name]]
+    expected = "the sidecar's scores" if not wrong else f"{wrong[0]} = {found[wrong[0]]}"
+    got = "the sidecar's scores" if not wrong else f"{stated[wrong[0]]}"
+    ledger.equal("scores of the edges", got, expected, f"{len(wrong)} of {len(stated)} edges differ from the sidecar")
+
+
+def _check_selection(circuit: Circuit, document: CircuitFile, ledger: Ledger) -> None:
+    """The rule, applied to the scores in the sidecar, must give exactly these edges."""
+    ledger.equal("nodes", document.nodes, circuit.nodes)
+    parameters: dict[str, Any] = dict(circuit.selection)
+    if circuit.scores is None or not parameters:
+        return
+    if set(parameters) - SELECTION_PARAMETERS:
+        ledger.notes.append(f"The selection ({', '.join(sorted(parameters))}) is not one that can be applied again.")
+        return
+    with ledger.claimed("selection"):
+        again = select(circuit.graph, circuit.scores, **parameters)
+        differ = sorted(set(again.edges) ^ set(circuit.edges))
+        detail = f"{len(differ)} edges differ, first {differ[0]}" if differ else ""
+        ledger.equal("selection", _n_of(circuit.edges, differ), _n_of(again.edges, ()), detail)
+        ledger.equal("selection.n_selected", document.selection.n_selected, again.n_selected)
+
+
+def _n_of(edges: tuple[str, ...], differ: list[str] | tuple[()]) -> str:
+    return f"{len(edges)} edges" + (f" ({', '.join(differ[:3])})" if differ else "")
+
+
+def _load(document: CircuitFile, path: Path, model: Any, device: torch.device | str | None) -> HookManager:
+    stated = document.model
+    if model is not None:
+        named = isinstance(model, (str, Path))
+        return load_model(model, dtype=stated.dtype if named else None, device=device if named else None)
+    if stated.origin == "memory":
+        raise InputError(f"The model ({stated.name}) was in memory when the file was made; give it: verify(model=...).")
+    name = stated.name
+    if stated.origin == "directory" and not Path(name).is_dir() and (path.parent / name).is_dir():
+        name = str(path.parent / name)
+    revision = stated.revision if stated.origin == "hub" else None
+    return load_model(name, revision=revision, dtype=stated.dtype, device=device)
+
+
+def _check_model(document: CircuitFile, model: HookManager, given: bool, ledger: Ledger) -> None:
+    stated, got = document.model, model_record(model)
+    for name in ("architecture", "dims", "weights_sha256", "processing", "dtype", "attention", "loader"):
+        ledger.equal(f"model.{name}", getattr(got, name), getattr(stated, name))
+    if not given:
+        ledger.equal("model.origin", got.origin, stated.origin)
+        ledger.equal("model.revision", got.revision, stated.revision)
+    tokenizer = document.tokenizer
+    if tokenizer is None:
+        return
+    found = tokenizer_record(model.tokenizer, tokenizer.prepend_bos)
+    if found is None and not any(isinstance(entry.made_from, TaskPairs) for entry in document.pairs.values()):
+        ledger.notes.append("The model has no tokenizer here; the pairs are token ids, so none is needed.")
+        return
+    ledger.equal("tokenizer", found and found.vocabulary_sha256, tokenizer.vocabulary_sha256)
+    ledger.equal("tokenizer.n_tokens", found and found.n_tokens, tokenizer.n_tokens)
+
+
+def _check_pairs(opened: OpenedFile, model: HookManager | None, ledger: Ledger) -> dict[str, Pairs]:
+    """The pairs that the file states, made again; a set that is not what is stated is left out."""
+    task = _check_task(opened, ledger)
+    made: dict[str, Pairs] = {}
+    for name, record in opened.document.pairs.items():
+        if model is None and isinstance(record.made_from, TaskPairs):
+            ledger.failed(f"pairs.{name}", "not made: the model's tokenizer is needed")
+            continue
+        with ledger.claimed(f"pairs.{name}"):
+            pairs = pairs_of(record, task, model)
+            if ledger.equal(f"pairs.{name}", pairs.digest(), record.sha256) and len(pairs) == record.n:
+                made[name] = pairs
+            ledger.equal(f"pairs.{name}.n", len(pairs), record.n)
+    return made
+
+
+def _check_task(opened: OpenedFile, ledger: Ledger) -> Task | None:
+    record = opened.document.task
+    task = None
+    if isinstance(record, TaskRecord):
+        with ledger.claimed("task"):
+            task = task_of(record)
+            ledger.equal("task", task.digest(), record.sha256, f"task {record.name!r} was changed")
+            ledger.equal("task.version", task.version, record.version)
+    path = None if record is None or record.kind == "tokens" else record.path
+    if record is None or record.kind == "tokens" or path is None:
+        return task
+    there = [place for place in (Path(path), opened.path.parent / Path(path).name) if place.is_file()]
+    if not there:
+        ledger.notes.append(f"{path} is not here; what the circuit file itself holds of it was used.")
+        return task
+    with ledger.claimed("task file"):
+        if isinstance(record, TaskRecord):
+            digest = load_task(there[0]).digest()
+        else:
+            digest = hashlib.sha256(there[0].read_bytes()).hexdigest()
+        ledger.equal("task file", digest, record.sha256, f"{there[0]} was changed")
+    return task
+
+
+def _limit(stated: Tolerance, dtype: str, own: Tolerance | None, name: str, ledger: Ledger) -> Tolerance:
+    """The tolerance to use; a file may not state a looser one than its dtype needs."""
+    usual = tolerance_for(dtype)
+    strict = stated.relative <= usual.relative and stated.absolute <= usual.absolute
+    if not strict:
+        detail = f"looser than what {dtype} needs (relative {usual.relative:g}, absolute {usual.absolute:g})"
+        ledger.failed(f"{name}.tolerance", detail)
+    return own or (stated if strict else usual)
+
+
+def _check_evaluation(
+    document: CircuitFile,
+    number: int,
+    model: HookManager,
+    circuit: Circuit,
+    pairs: dict[str, Pairs],
+    limit: Tolerance | None,
+    batch_size: int,
+    ledger: Ledger,
+) -> None:
+    stated = document.evaluation[number]
+    name = "evaluation" if len(document.evaluation) == 1 else f"evaluation[{number}]"
+    absent = [key for key in (stated.pairs, stated.reference) if key is not None and key not in pairs]
+    if absent:
+        ledger.failed(name, f"not run: the pairs {absent[0]!r} are not what the file states")
+        return
+    with ledger.claimed(name):
+        limit = _limit(stated.tolerance, document.model.dtype, limit, name, ledger)
+        kind = stated.ablation.value
+        ledger.equal(f"{name}.ablation", stated.ablation.model_dump(), asdict(Ablation(value=kind)))
+        result = evaluate(
+            model,
+            circuit,
+            pairs[stated.pairs],
+            metric=stated.metric.name,
+            replacement=kind,
+            reference=None if stated.reference is None else pairs[stated.reference],
+            n_random=len(stated.random_faithfulness),
+            seed=stated.seed,
+            batch_size=batch_size,
+        )
+        got = evaluation_record(result, stated.pairs, stated.reference, document.model.dtype)
+        ledger.equal(f"{name}.metric", got.metric, stated.metric)
+        for field in EVALUATION_COUNTS:
+            ledger.equal(f"{name}.{field}", getattr(got, field), getattr(stated, field))
+        for field in EVALUATION_NUMBERS:
+            ledger.close(f"{name}.{field}", getattr(got, field), getattr(stated, field), limit)
+
+
+def _check_curve(
+    document: CircuitFile,
+    model: HookManager,
+    scores: Scores,
+    pairs: dict[str, Pairs],
+    limit: Tolerance | None,
+    batch_size: int,
+    ledger: Ledger,
+) -> None:
+    curve, parameters = document.curve, document.selection.parameters
+    assert curve is not None
+    points = [CurvePoint(p.n_selected, p.n_edges, p.faithfulness) for p in curve.points]
+    size = document.selection.size
+    if size is not None:
+        with ledger.claimed("selection.size"):
+            ledger.equal("selection.size", parameters.get("edges"), smallest_faithful(points, size.target))
+    if curve.pairs not in pairs:
+        ledger.failed("curve", f"not run: the pairs {curve.pairs!r} are not what the file states")
+        return
+    with ledger.claimed("curve"):
+        again = size_curve(
+            model,
+            scores,
+            pairs[curve.pairs],
+            [point.n_selected for point in points],
+            rule=str(parameters.get("rule", "top")),
+            by=str(parameters.get("by", "value")),
+            metric=curve.metric,
+            replacement=curve.replacement,
+            batch_size=batch_size,
+        )
+        limit = limit or tolerance_for(document.model.dtype)
+        ledger.equal("curve.n_edges", tuple(p.n_edges for p in again), tuple(p.n_edges for p in points))
+        got, stated = (tuple(six_digits(p.faithfulness) for p in line) for line in (again, points))
+        ledger.close("curve.faithfulness", got, stated, limit)
+
+
+def _rescore(
+    document: CircuitFile,
+    model: HookManager,
+    scores: Scores,
+    pairs: dict[str, Pairs],
+    limit: Tolerance | None,
+    batch_size: int,
+    progress: Progress,
+    ledger: Ledger,
+) -> None:
+    stated = document.discovery
+    if stated is None or stated.pairs not in pairs:
+        ledger.failed("scores again", "not run: the pairs of the discovery are not known or not what the file states")
+        return
+    with ledger.claimed("scores again"):
+        again = score_edges(
+            model,
+            scores.graph,
+            pairs[stated.pairs],
+            method=stated.method,
+            metric=stated.metric.name,
+            batch_size=batch_size,
+            progress=lambda done, total: progress("scores", done, total),
+            **stated.parameters,
+        )
+        limit = limit or tolerance_for(document.model.dtype)
+        expected = score_table(scores).double()
+        gap = float((score_table(again).double() - expected).abs().max())
+        most = limit.absolute + limit.relative * float(expected.abs().max())
+        ok = gap <= most
+        ledger.equal("scores again", ok, True, f"the largest difference is {gap:.3g}, allowed is {most:.3g}")
+
+
+def _note_versions(document: CircuitFile, ledger: Ledger) -> None:
+    stated, here = document.provenance.versions, versions()
+    for name in sorted(set(stated) | set(here)):
+        if stated.get(name) != here.get(name):
+            ledger.notes.append(f"{name} is {here.get(name, 'absent')} here, was {stated.get(name, 'absent')}.")
