@@ -1,0 +1,32 @@
+"""The look that all figures share: colours, margins, transparent ground.
+
+Colours are chosen to be told apart by colour-blind readers and to stand on white and on black; backgrounds are
+transparent, so a figure takes that of the page.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+CHANNEL_COLOURS = {"q": "#3b7dd8", "k": "#1f9e77", "v": "#e08214", "mlp": "#9467bd", "logits": "#8c8c8c"}
+"""Colour of an edge by where it enters: query, key or value of a head, an MLP, or the logits."""
+CHOSEN_COLOUR = "#d1495b"
+GUIDE_COLOUR = "#999999"
+LEFT_PIXELS = 78
+
+
+def grid() -> dict[str, Any]:
+    return {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False, "linecolor": GUIDE_COLOUR}
+
+
+def look(*, height: int, showlegend: bool, below: int = 50) -> dict[str, Any]:
+    return {
+        "template": "none",
+        "height": height,
+        "showlegend": showlegend,
+        "margin": {"l": LEFT_PIXELS, "r": 20, "t": 50, "b": below},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": GUIDE_COLOUR, "activecolor": CHANNEL_COLOURS["q"]},
+        "font": {"family": "system-ui, sans-serif", "size": 13},
+    }
