@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import networkx as nx
 from jaxtyping import Bool
@@ -14,6 +15,11 @@ from torch import Tensor
 from mechinterp.errors import InputError
 from mechinterp.graph import Graph
 from mechinterp.scores import Parameter, Scores
+
+if TYPE_CHECKING:
+    NodeGraph = nx.MultiDiGraph[str]
+else:  # networkx's types take arguments in its stubs only
+    NodeGraph = nx.MultiDiGraph
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +67,7 @@ class Circuit:
         """sha256 over the graph and the edges: tells which circuit a result belongs to."""
         return hashlib.sha256(json.dumps([self.graph.digest(), self.edges]).encode()).hexdigest()
 
-    def to_networkx(self) -> nx.MultiDiGraph:
+    def to_networkx(self) -> NodeGraph:
         """Nodes and edges as a networkx graph; an edge has `name`, `channel` and, when scored, `score`."""
         out = to_networkx(self.graph, self.kept)
         if self.scores is not None:
@@ -71,9 +77,9 @@ class Circuit:
         return out
 
 
-def to_networkx(graph: Graph, mask: Bool[Tensor, "reader writer"]) -> nx.MultiDiGraph:
+def to_networkx(graph: Graph, mask: Bool[Tensor, "reader writer"]) -> NodeGraph:
     """The masked edges between nodes; an edge into a shared K or V head leads to every head of its group."""
-    out = nx.MultiDiGraph()
+    out: NodeGraph = nx.MultiDiGraph()
     for r, w in mask.nonzero().tolist():
         reader = graph.readers[r]
         channel = reader[-2] if reader.endswith(">") else ""

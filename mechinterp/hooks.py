@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,17 +16,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.errors import BusyError, InputError, SiteNotReached, UnsupportedError
+from mechinterp.interventions import Edit, Intervention, Point, Run, SiteLike, Stopped, as_interventions, fire
 from mechinterp.models.layout import Dims, Layout, build_layout
 from mechinterp.models.load import open_model
 from mechinterp.models.probe import probe
 from mechinterp.models.source import ModelInfo
+from mechinterp.models.tokens import check_at, check_tokens
 from mechinterp.registry import unknown
 from mechinterp.sites import GLOBAL_SITES, LAYER_SITES, Site
-
-SiteLike = Site | str
-"""A Site, its text (`z.3`), or a raw TransformerLens hook name (`blocks.3.attn.hook_z`)."""
-
-Edit = Callable[[Tensor], Tensor]
 
 _HOOK_NAMES = {
     "embed": "hook_embed",
@@ -49,49 +46,6 @@ _HOOK_NAMES = {
     "mlp_out": "blocks.{}.hook_mlp_out",
     "resid_post": "blocks.{}.hook_resid_post",
 }
-
-
-@dataclass(frozen=True)
-class Intervention:
-    """An edit at one site: `value` maps the activation to a new one, `grad` maps its gradient on the way back.
-
-    Each returns a tensor of the same shape, dtype and device; a tensor in place of `value` is written as it is.
-    """
-
-    site: SiteLike
-    value: Edit | Tensor | None = None
-    grad: Edit | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one run gave. `values` and `grads` are keyed by the sites as they were asked for.
-
-    `logits` is `[batch, pos, d_vocab]` (or `[batch, n_answer, d_vocab]` with `at=`), None when the run was stopped.
-    """
-
-    logits: Tensor | None
-    values: Mapping[SiteLike, Tensor]
-    grads: Mapping[SiteLike, Tensor]
-    loss: Tensor | None = None
-
-
-class _Stopped(BaseException):
-    """Ends a forward at the stop site; not an Exception, so that no model code can swallow it."""
-
-
-@dataclass
-class _Point:
-    """All that happens at one hook point in one run."""
-
-    asked: list[SiteLike] = field(default_factory=list[SiteLike])
-    edits: list[Intervention] = field(default_factory=list[Intervention])
-    record: bool = False
-    grad: bool = False
-    stop: bool = False
-    fired: int = 0
-    tap: Tensor | None = None
-    value: Tensor | None = None
 
 
 class HookManager:
@@ -210,36 +164,39 @@ class HookManager:
         `record` are sites, or a filter over site names; values come detached, moved to `device` and `dtype` if
         given. `interventions` edit values (and gradients) at their sites before they are recorded. `loss` maps the
         logits (or, with `stop`, the value at the stop site) to a tensor whose sum is differentiated with respect to
-        the values at `grads`. `at` computes logits at those positions only. `start=(layer, resid)` skips the layers
-        before `layer` and enters it with `resid`. `stop` ends the forward after that site.
+        the values at `grads`. `at` computes logits at those positions only (NaN where it is -1, no entry).
+        `start=(layer, resid)` skips the layers before `layer` and enters it with `resid`. `stop` ends the forward
+        after that site.
 
         No gradient is tracked unless `loss` is given. Padding (False in `mask`) is not attended to.
 
         Raises InputError for bad tokens, names and edits, SiteNotReached when a site did not fire exactly once,
         BusyError when another thread is running the model.
         """
-        tokens, mask = self._check_tokens(tokens, mask)
+        tokens, mask = check_tokens(tokens, mask, self.dims, self.device)
+        if isinstance(record, str) or isinstance(grads, str):
+            raise InputError("`record` and `grads` take several sites; write a list, as in record=['z.0'].")
         wanted = self.select(record) if callable(record) else tuple(record)
-        edits = (
-            [Intervention(site, value) for site, value in interventions.items()]
-            if isinstance(interventions, Mapping)
-            else list(interventions)
-        )
+        edits = as_interventions(interventions)
         grad_sites = tuple(grads)
         if bool(grad_sites) != (loss is not None):
             raise InputError("Gradients need both `loss` and `grads`; only one of them was given.")
         with self._exclusive(), ExitStack() as stack:
             if start is not None:
-                edits = [self._start(stack, *start), *edits]
+                edits = [self._start(stack, tokens, *start), *edits]
+            if at is not None:
+                at = check_at(at, tokens)
             points = self._plan(wanted, [*self._outer, *edits], grad_sites, stop)
             stack.enter_context(torch.set_grad_enabled(loss is not None))
             stack.enter_context(self._eval_mode())
             self._register(stack, points, at)
             logits, stopped = self._forward(tokens, mask)
             self._check_fired(points, stopped)
+            if at is not None and logits is not None:
+                logits = logits.masked_fill((at < 0)[..., None], torch.nan)
             value = gradients = None
             if loss is not None:
-                target = logits if stop is None else points[self.resolve(stop)].tap
+                target = logits if stop is None else points[self.resolve(stop)].end
                 value, gradients = self._backward(loss, target, points, grad_sites)
         values = {site: points[self.resolve(site)].value for site in wanted}
         moved = {site: v.to(device=device, dtype=dtype) for site, v in values.items() if v is not None}
@@ -263,28 +220,6 @@ class HookManager:
             found = dict(zip(live, torch.autograd.grad(loss(logits), inputs, allow_unused=True), strict=True))
         return logits.detach(), {s: (points[self.resolve(s)].fired, found.get(s)) for s in sites}
 
-    def _check_tokens(self, tokens: Any, mask: Any) -> tuple[Tensor, Tensor | None]:
-        try:
-            tokens = torch.as_tensor(tokens, device=self.device)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"Tokens are not a rectangle of token ids: {error}. Pad them and pass a mask.") from None
-        if tokens.ndim != 2 or tokens.numel() == 0 or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
-            raise InputError(f"Tokens must be whole numbers [batch, pos]; got {tokens.dtype} {list(tokens.shape)}.")
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.dims.d_vocab:
-            bad = low if low < 0 else high
-            raise InputError(f"Token id {bad} is not in the vocabulary of {self.dims.d_vocab} of {self.info.name}.")
-        if tokens.shape[1] > self.dims.n_ctx:
-            raise InputError(f"Prompts have {tokens.shape[1]} tokens; {self.info.name} takes {self.dims.n_ctx}.")
-        if mask is None:
-            return tokens, None
-        mask = torch.as_tensor(mask, device=self.device).bool()
-        if mask.shape != tokens.shape:
-            raise InputError(f"The mask is {list(mask.shape)}, the tokens are {list(tokens.shape)}; they must agree.")
-        if not bool(mask.any(-1).all()):
-            raise InputError("A row of the mask has no real token.")
-        return tokens, None if bool(mask.all()) else mask
-
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         if not self._lock.acquire(blocking=False):
@@ -296,7 +231,9 @@ class HookManager:
 
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:
-        training = [m for m in self.bridge.modules() if m.training]
+        # The wrapped model is no submodule of the bridge, and some of its dropouts run there.
+        roots = (self.bridge, getattr(self.bridge, "original_model", self.bridge))
+        training = [m for root in roots for m in root.modules() if m.training]
         try:
             for module in training:
                 module.training = False
@@ -305,10 +242,16 @@ class HookManager:
             for module in training:
                 module.training = True
 
-    def _start(self, stack: ExitStack, layer: int, resid: Tensor) -> Intervention:
+    def _start(self, stack: ExitStack, tokens: Tensor, layer: int, resid: Tensor) -> Intervention:
         """Makes the layers before `layer` hand on `resid` without computing, until the stack closes."""
         if not 0 <= layer < self.dims.n_layers:
             raise InputError(f"Cannot start at layer {layer}: the model has layers 0 to {self.dims.n_layers - 1}.")
+        expected = (*tokens.shape, self.dims.d_model)
+        if tuple(resid.shape) != expected or resid.dtype != self.dtype or resid.device != self.device:
+            raise InputError(
+                f"`start` enters layer {layer} with {self.dtype} {list(expected)} on {self.device}; got {resid.dtype} "
+                f"{list(resid.shape)} on {resid.device}."
+            )
 
         def hand_on(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
             return (resid,) if self._layers_give_tuples else resid
@@ -327,11 +270,11 @@ class HookManager:
         edits: Sequence[Intervention],
         grads: Sequence[SiteLike],
         stop: SiteLike | None,
-    ) -> dict[str, _Point]:
-        points: dict[str, _Point] = {}
+    ) -> dict[str, Point]:
+        points: dict[str, Point] = {}
 
-        def point(site: SiteLike) -> _Point:
-            found = points.setdefault(self.resolve(site), _Point())
+        def point(site: SiteLike) -> Point:
+            found = points.setdefault(self.resolve(site), Point())
             found.asked.append(site)
             return found
 
@@ -345,7 +288,7 @@ class HookManager:
             point(stop).stop = True
         return points
 
-    def _register(self, stack: ExitStack, points: Mapping[str, _Point], at: Tensor | None) -> None:
+    def _register(self, stack: ExitStack, points: Mapping[str, Point], at: Tensor | None) -> None:
         def add(name: str, function: Callable[[Tensor], Tensor | None]) -> None:
             hook_point = self._points[name]
 
@@ -361,9 +304,9 @@ class HookManager:
             stack.callback(remove)
 
         for name, found in points.items():
-            add(name, lambda value, name=name, found=found: _fire(name, found, value))
+            add(name, partial(fire, found))
         if at is not None:
-            index = at.to(self.device).clamp(min=0)
+            index = at.clamp(min=0)
 
             def gather(value: Tensor) -> Tensor:
                 return value.gather(1, index[..., None].expand(-1, -1, value.shape[-1]))
@@ -374,10 +317,10 @@ class HookManager:
         keywords = {} if mask is None else {"attention_mask": mask.long()}
         try:
             return self.bridge(tokens, return_type="logits", **keywords), False
-        except _Stopped:
+        except Stopped:
             return None, True
 
-    def _check_fired(self, points: Mapping[str, _Point], stopped: bool) -> None:
+    def _check_fired(self, points: Mapping[str, Point], stopped: bool) -> None:
         for name, point in points.items():
             if point.fired != 1:
                 why = "after the stop site" if stopped and point.fired == 0 else "in the run"
@@ -389,68 +332,26 @@ class HookManager:
         self,
         loss: Callable[[Tensor], Tensor],
         target: Tensor | None,
-        points: Mapping[str, _Point],
+        points: Mapping[str, Point],
         sites: Sequence[SiteLike],
     ) -> tuple[Tensor, dict[SiteLike, Tensor]]:
         if target is None:
             raise InputError("There is nothing to differentiate: the run gave no logits.")
         value = loss(target)
+        if not isinstance(value, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"`loss` must return a tensor; got {type(value).__name__}.")
+        if torch.is_inference_mode_enabled():
+            raise InputError("No gradient can be taken inside torch.inference_mode(); use torch.no_grad() there.")
         if not value.requires_grad:
             raise InputError("The loss does not depend on any of the sites in `grads`.")
         taps = [points[self.resolve(site)].tap for site in sites]
         found = torch.autograd.grad(value.sum(), [t for t in taps if t is not None], allow_unused=True)
         gradients: dict[SiteLike, Tensor] = {}
-        for site, tap, gradient in zip(sites, taps, found, strict=True):
-            if gradient is None:
+        for site, gradient in zip(sites, found, strict=True):
+            if gradient is None:  # pyright: ignore[reportUnnecessaryComparison]  # allow_unused gives None
                 raise UnsupportedError(f"The loss does not depend on site '{site}': it is not in the computation.")
-            gradients[site] = gradient.to(tap.dtype) if tap is not None else gradient
+            gradients[site] = gradient
         return value.detach(), gradients
-
-
-def _fire(name: str, point: _Point, value: Tensor) -> Tensor | None:
-    """What happens when a hook point fires: edit, tap for the gradient, record, stop."""
-    point.fired += 1
-    if point.fired > 1:
-        return None  # reported after the run, with the count
-    new = value
-    for edit in point.edits:
-        if edit.value is not None:
-            before = new
-            new = edit.value if isinstance(edit.value, Tensor) else edit.value(before)
-            _check_edit(edit.site, before, new)
-        if edit.grad is not None and torch.is_grad_enabled():
-            new = _tap(new)
-            new.register_hook(lambda g, edit=edit: _edited_gradient(edit, g))
-    if point.grad or (point.stop and torch.is_grad_enabled()):
-        new = _tap(new)
-        point.tap = new
-    if point.record:
-        point.value = new.detach()
-    if point.stop:
-        raise _Stopped
-    return None if new is value else new
-
-
-def _tap(value: Tensor) -> Tensor:
-    """A tensor equal to `value` that the rest of the run depends on and that a gradient can be taken at."""
-    return value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
-
-
-def _edited_gradient(edit: Intervention, gradient: Tensor) -> Tensor:
-    assert edit.grad is not None
-    new = edit.grad(gradient)
-    _check_edit(edit.site, gradient, new)
-    return new
-
-
-def _check_edit(site: SiteLike, before: Tensor, after: Any) -> None:
-    if not isinstance(after, Tensor):
-        raise InputError(f"The edit at '{site}' returned {type(after).__name__}; it must return the new tensor.")
-    if (after.shape, after.dtype, after.device) != (before.shape, before.dtype, before.device):
-        raise InputError(
-            f"The edit at '{site}' must keep shape, dtype and device: got {list(after.shape)} {after.dtype} "
-            f"{after.device}, expected {list(before.shape)} {before.dtype} {before.device}."
-        )
 
 
 def load_model(

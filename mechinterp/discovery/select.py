@@ -56,7 +56,7 @@ def select(
         parameters["threshold"] = float(threshold)
     else:
         assert edges is not None
-        if isinstance(edges, bool) or not isinstance(edges, int) or not 1 <= edges <= graph.n_edges:
+        if type(edges) is not int or not 1 <= edges <= graph.n_edges:  # a bool is no number of edges
             raise InputError(f"edges must be a whole number from 1 to {graph.n_edges}; got {edges!r}.")
         chosen = (_greedy if rule == "greedy" else _top)(graph, strength, edges)
         parameters["edges"] = edges

@@ -135,12 +135,12 @@ class Layout:
         self, resid: Float[Tensor, "*axes d_model"], columns: Int[Tensor, " n_columns"] | None = None
     ) -> Float[Tensor, "*axes n_columns"]:
         """Logits of the final residual stream, of all tokens or of the given columns only."""
-        W, b = self.W_U, self.b_U
+        weight, bias = self.W_U, self.b_U
         if columns is not None:
-            W, b = W[:, columns], None if b is None else b[columns]
-        logits = self.final_norm(resid) @ W.to(resid.dtype)
-        if b is not None:
-            logits = logits + b.to(resid.dtype)
+            weight, bias = weight[:, columns], None if bias is None else bias[columns]
+        logits = self.final_norm(resid) @ weight.to(resid.dtype)
+        if bias is not None:
+            logits = logits + bias.to(resid.dtype)
         if self.soft_cap:
             logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
         return logits

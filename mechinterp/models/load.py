@@ -127,7 +127,7 @@ def _from_pretrained(
     if revision is None:
         del keywords["revision"]
     try:
-        module, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
             dtype=dtype or torch.float32,
             attn_implementation="eager",
@@ -138,6 +138,7 @@ def _from_pretrained(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"Cannot load the model {where!r} from {origin}: {reason}") from error
+    module, report = loaded
     missing = sorted(report["missing_keys"]) + sorted(map(str, report.get("mismatched_keys", ())))
     if missing:
         raise InputError(

@@ -1,0 +1,128 @@
+"""The two engines on the GPT-2-small shape, in units of the bare Hugging Face model, same process.
+
+U = 2 forwards + 1 backward of the bare model with frozen parameters, F = one forward of it; both with logits at every
+position. A floor counts the multiplications that cannot be avoided (logits at the answer position only), as a share
+of those of U or F.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import mechinterp as mi
+from mechinterp.edges import run_edges_on
+from mechinterp.gradients import edge_gradients
+from mechinterp.metrics import get_metric
+
+BATCH, LENGTH = 10, 15
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured quantity: a ratio, the floor and the target beside it."""
+
+    name: str
+    value: float
+    unit: str
+    floor: str
+    target: str
+    note: str = ""
+
+
+def measure(work: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
+    """Median seconds of each piece of work, taken in turns so that drift hits all alike (CPU time on the CPU)."""
+    for function in work.values():
+        function()
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(repeats):
+        for name, function in work.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                function()
+                torch.cuda.synchronize()
+                times[name].append(time.perf_counter() - start)
+            else:
+                start = time.process_time()
+                function()
+                times[name].append(time.process_time() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def engines(device: torch.device, repeats: int) -> list[Row]:
+    """EAP, EAP-IG with 5 steps and one circuit's evaluation, as ratios; and the extra peak memory of EAP."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config()
+    config._attn_implementation = "eager"
+    bare = GPT2LMHeadModel(config).eval().requires_grad_(False).to(device)
+    model = mi.load_model(bare)
+    graph = mi.build_graph(model)
+    tokens = torch.randint(config.vocab_size, (2, BATCH, LENGTH))
+    answers = torch.randint(config.vocab_size, (2, BATCH))
+    pairs = mi.Pairs(clean=tokens[0], corrupt=tokens[1], right=answers[0], wrong=answers[1]).to(device)
+    metric = get_metric("logit_diff")
+    clean, rows = pairs.clean, torch.arange(BATCH, device=device)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return bare(clean).logits
+
+    def forward_backward() -> object:
+        embedded = bare.transformer.wte(clean).requires_grad_()
+        logits = bare(inputs_embeds=embedded).logits[:, -1]
+        difference = logits[rows, pairs.right[:, 0]] - logits[rows, pairs.wrong[:, 0]]
+        return torch.autograd.grad(difference.sum(), embedded)
+
+    generator = torch.Generator().manual_seed(0)
+    kept = (torch.rand(graph.possible.shape, generator=generator) < 0.01) & graph.possible
+    masks = (graph.possible & ~kept)[None].float().to(device)
+    steps = tuple((k + 1) / 5 for k in range(5))
+    work: dict[str, Callable[[], object]] = {
+        "forward": forward,
+        "forward_backward": forward_backward,
+        "eap": lambda: edge_gradients(model, graph, pairs, metric),
+        "eap_ig": lambda: edge_gradients(model, graph, pairs, metric, alphas=steps),
+        "circuit": lambda: run_edges_on(model, graph, pairs, masks, metric, None),
+    }
+    seconds = measure(work, device, repeats)
+    one_forward = seconds["forward"]
+    unit = one_forward + seconds["forward_backward"]
+    memory = _extra_memory(work["eap"], device)
+    clock = "CPU time" if device.type == "cpu" else "time"
+    return [
+        Row("F, one forward of the bare model", one_forward * 1e3, "ms", "", "", clock),
+        Row("U, two forwards and a backward", unit * 1e3, "ms", "", "", clock),
+        Row("EAP, all 32,491 edges", seconds["eap"] / unit, "U", "0.78", "1.3"),
+        Row("EAP-IG (inputs), 5 steps", seconds["eap_ig"] / unit, "U", "2.9", "4.5"),
+        Row("evaluate one circuit", seconds["circuit"] / one_forward, "F", "1.6", "3"),
+        Row("EAP, extra peak memory", memory / 2**30, "GiB", "", "0.65 (0.7 GB)"),
+    ]
+
+
+def _extra_memory(work: Callable[[], object], device: torch.device) -> float:
+    """Bytes that the work needs beyond what is held before it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return float(torch.cuda.max_memory_allocated() - before)
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        work()
+    held = peak = 0
+    for event in sorted(trace.profiler.kineto_results.events(), key=lambda e: e.start_ns()):  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return float(peak)

@@ -1,0 +1,49 @@
+"""Checks of the token ids and positions that a run is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechinterp.errors import InputError
+from mechinterp.models.layout import Dims
+
+
+def check_tokens(tokens: Any, mask: Any, dims: Dims, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Token ids `[batch, pos]` on `device` and their mask (None when nothing is padding).
+
+    Raises InputError for anything that the model cannot take.
+    """
+    try:
+        tokens = torch.as_tensor(tokens, device=device)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"Tokens are not a rectangle of token ids: {error}. Pad them and pass a mask.") from None
+    if tokens.ndim != 2 or tokens.numel() == 0 or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
+        raise InputError(f"Tokens must be whole numbers [batch, pos]; got {tokens.dtype} {list(tokens.shape)}.")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= dims.d_vocab:
+        raise InputError(f"Token id {low if low < 0 else high} is not in the model's vocabulary of {dims.d_vocab}.")
+    if tokens.shape[1] > dims.n_ctx:
+        raise InputError(f"Prompts have {tokens.shape[1]} tokens; the model takes {dims.n_ctx} at most.")
+    if mask is None:
+        return tokens, None
+    mask = torch.as_tensor(mask, device=device).bool()
+    if mask.shape != tokens.shape:
+        raise InputError(f"The mask is {list(mask.shape)}, the tokens are {list(tokens.shape)}; they must agree.")
+    if not bool(mask.any(-1).all()):
+        raise InputError("A row of the mask has no real token.")
+    return tokens, None if bool(mask.all()) else mask
+
+
+def check_at(at: Any, tokens: Tensor) -> Tensor:
+    """Positions `[batch, n]` (-1: no entry) on the device of the tokens. Raises InputError for others."""
+    at = torch.as_tensor(at, device=tokens.device)
+    if at.ndim != 2 or len(at) != len(tokens) or at.dtype.is_floating_point or at.dtype == torch.bool:
+        raise InputError(
+            f"`at` holds whole numbers [batch, n], batch = {len(tokens)}; got {at.dtype} {list(at.shape)}."
+        )
+    if not bool(((at >= -1) & (at < tokens.shape[1])).all()):
+        raise InputError(f"`at` holds positions from 0 to {tokens.shape[1] - 1}, or -1 for no entry; got others.")
+    return at
