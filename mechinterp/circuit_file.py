@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from mechinterp.records import (
     task_record,
 )
 from mechinterp.registry import unknown
-from mechinterp.schema import (
-    SCHEMA_VERSION,
-    CircuitFile,
+from mechinterp.schema import SCHEMA_VERSION, CircuitFile
+from mechinterp.schema_parts import (
+    CurvePointRecord,
     CurveRecord,
     GraphRecord,
     PairsRecord,
@@ -40,6 +40,7 @@ from mechinterp.schema import (
     TokensTaskRecord,
 )
 from mechinterp.scores import Scores
+from mechinterp.sizes import Curve
 from mechinterp.store import check_hashes, open_circuit_file, read_sidecar, seal, sidecar_name, write_pair
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.task import Task
@@ -61,17 +62,14 @@ def save_circuit(
     model: HookManager,
     task: Task | AnyTaskRecord | None = None,
     result: Evaluation | Sequence[Evaluation] = (),
-    curve: Mapping[str, Any] | None = None,
-    curve_pairs: Pairs | None = None,
-    size: Mapping[str, Any] | None = None,
+    curve: Curve | None = None,
     command: str | None = None,
     **about: Any,
 ) -> CircuitFile:
     """Write `NAME.circuit.json` and, for a scored circuit, `NAME.scores.safetensors`; return what was written.
 
     `task` is what made the pairs (None: their token ids are kept). `result` are evaluations of this very circuit.
-    `curve`, `size` (with `curve_pairs`) and `command` are recorded as they are. `about` are the fields of `ABOUT`.
-    Either both files are replaced or none.
+    `curve` and `command` are recorded. `about` are the fields of `ABOUT`. Either both files are replaced or none.
 
     Raises InputError when a result belongs to another circuit, the model to another graph, the pairs to another
     task; and when the files cannot be written.
@@ -88,12 +86,12 @@ def save_circuit(
     scores = circuit.scores
     discovery = None
     if scores is not None:
-        discovery = discovery_record(scores, scores.pairs and examples.name("discovery", scores.pairs))
+        discovery = discovery_record(scores, examples.name("discovery", scores.pairs))
     evaluations = [
         evaluation_record(
             entry,
-            examples.name("evaluation", entry.pairs),
-            entry.reference and examples.name("reference", entry.reference),
+            examples.known("evaluation", entry.pairs),
+            examples.name("reference", entry.reference),
             dtype_name(model),
         )
         for entry in results
@@ -116,10 +114,10 @@ def save_circuit(
             parameters=dict(circuit.selection),
             n_selected=circuit.n_selected,
             n_edges=circuit.n_edges,
-            size=None if size is None else SizeRule(**{**size, "pairs": examples.name("discovery", curve_pairs)}),
+            size=None if curve is None or curve.target is None else _size_rule(curve.target, curve, examples),
         ),
         "evaluation": evaluations,
-        "curve": None if curve is None else CurveRecord(**{**curve, "pairs": examples.name("curve", curve_pairs)}),
+        "curve": None if curve is None else _curve_record(curve, examples),
         "pairs": examples.records,
         "provenance": provenance_of(model, command),
     }
@@ -236,6 +234,19 @@ def scores_from_bytes(content: bytes, graph: Graph, where: str) -> Tensor:
     return values
 
 
+def _curve_record(curve: Curve, examples: _Examples) -> CurveRecord:
+    points = tuple(
+        CurvePointRecord(n_selected=p.n_selected, n_edges=p.n_edges, faithfulness=six_digits(p.faithfulness))
+        for p in curve.points
+    )
+    name = examples.known("curve", curve.pairs)
+    return CurveRecord(pairs=name, metric=curve.metric, replacement=curve.replacement, points=points)
+
+
+def _size_rule(target: float, curve: Curve, examples: _Examples) -> SizeRule:
+    return SizeRule(target=target, pairs=examples.known("curve", curve.pairs))
+
+
 class _Examples:
     """The sets of examples of one file, each kept once, under the name of its first use."""
 
@@ -243,10 +254,12 @@ class _Examples:
         self.task = task
         self.records: dict[str, PairsRecord] = {}
 
-    def name(self, use: str, pairs: Pairs | None) -> str:
+    def name(self, use: str, pairs: Pairs | None) -> str | None:
+        """The name of these examples in the file, None for none."""
+        return None if pairs is None else self.known(use, pairs)
+
+    def known(self, use: str, pairs: Pairs) -> str:
         """The name of these examples in the file; they are added when they are new."""
-        if pairs is None:
-            raise InputError(f"The examples of the {use} are not known; give them.")
         record = pairs_record(pairs, self.task)
         for name, known in self.records.items():
             if known.sha256 == record.sha256:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from mechinterp.errors import MechInterpError
-from mechinterp.schema import Tolerance
+from mechinterp.schema_parts import Tolerance
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,14 @@ class Ledger:
     def failed(self, name: str, detail: str) -> None:
         """Record a claim that could not be shown to hold, with the reason."""
         self.claims.append(Claim(name, False, detail=detail))
+
+    def attempt(self, name: str, make: Callable[[], T]) -> T | None:
+        """What `make` gives, or None when it raises an error of this package, which is the failure of claim `name`."""
+        try:
+            return make()
+        except MechInterpError as error:
+            self.failed(name, str(error))
+            return None
 
     @contextmanager
     def claimed(self, name: str) -> Iterator[None]:

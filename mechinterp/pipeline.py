@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from mechinterp.errors import InputError
 from mechinterp.evaluation.faithfulness import Evaluation, evaluate
 from mechinterp.graph import build_graph
 from mechinterp.hooks import HookManager, load_model
-from mechinterp.jsontext import six_digits
 from mechinterp.records import task_record
-from mechinterp.schema import CircuitFile, FileTaskRecord, TaskRecord
-from mechinterp.sizes import TARGET, CurvePoint, size_curve, size_grid, smallest_faithful
+from mechinterp.schema import CircuitFile
+from mechinterp.schema_parts import FileTaskRecord, TaskRecord
+from mechinterp.sizes import TARGET, Curve, CurvePoint, size_curve, size_grid, smallest_faithful
 from mechinterp.store import SUFFIX
 from mechinterp.tasks.files import load_pairs
 from mechinterp.tasks.pairs import Pairs
@@ -113,9 +113,7 @@ def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
         model=model,
         task=task,
         result=evaluation,
-        curve={"metric": metric, "replacement": spec.replacement, "points": [_rounded(point) for point in curve]},
-        curve_pairs=train,
-        size=None if given else {"target": TARGET},
+        curve=Curve(curve, train, metric, spec.replacement, None if given else TARGET),
         command=command_of(spec),
     )
     return Discovery(circuit, evaluation, curve, model, task, train, test, path, document)
@@ -139,10 +137,6 @@ def command_of(spec: RunSpec) -> str:
 
 def _stem(task: str) -> str:
     return Path(task).stem if Path(task).suffix else task
-
-
-def _rounded(point: CurvePoint) -> dict[str, Any]:
-    return {**asdict(point), "faithfulness": six_digits(point.faithfulness)}
 
 
 def _settings(spec: RunSpec) -> dict[str, Any]:

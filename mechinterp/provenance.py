@@ -11,7 +11,7 @@ from typing import Any
 
 from mechinterp.hooks import HookManager
 from mechinterp.models.layout import Dims
-from mechinterp.schema import DimsRecord, ModelRecord, Provenance, TokenizerRecord
+from mechinterp.schema_parts import DimsRecord, ModelRecord, Provenance, TokenizerRecord
 
 DISTRIBUTIONS = {
     "mechinterp": "mechinterp-circuits",

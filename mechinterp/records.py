@@ -14,7 +14,7 @@ from mechinterp.errors import FormatError, InputError
 from mechinterp.evaluation.faithfulness import Evaluation
 from mechinterp.jsontext import six_digits
 from mechinterp.metrics import get_metric
-from mechinterp.schema import (
+from mechinterp.schema_parts import (
     MAX_TOKEN_IDS,
     DiscoveryRecord,
     EvaluationRecord,
@@ -189,15 +189,17 @@ EVALUATION_COUNTS = ("n_examples", "n_edges", "n_edges_graph", "n_ratio", "ci_le
 
 def evaluation_record(result: Evaluation, pairs: str, reference: str | None, dtype: str) -> EvaluationRecord:
     """The numbers of an evaluation at 6 significant digits, with the tolerance of a re-run."""
-    return EvaluationRecord(
-        pairs=pairs,
-        reference=reference,
-        metric=metric_record(result.metric),
-        ablation=asdict(result.ablation),
-        tolerance=tolerance_for(dtype),
-        **{name: getattr(result, name) for name in EVALUATION_COUNTS},
-        **{name: _rounded(getattr(result, name)) for name in EVALUATION_NUMBERS},
-    )  # type: ignore[arg-type]
+    return EvaluationRecord.model_validate(
+        {
+            "pairs": pairs,
+            "reference": reference,
+            "metric": metric_record(result.metric),
+            "ablation": asdict(result.ablation),
+            "tolerance": tolerance_for(dtype),
+            **{name: getattr(result, name) for name in EVALUATION_COUNTS},
+            **{name: _rounded(getattr(result, name)) for name in EVALUATION_NUMBERS},
+        }
+    )
 
 
 def _rounded(value: float | tuple[float, ...] | None) -> float | tuple[float, ...] | None:

@@ -28,6 +28,18 @@ class CurvePoint:
     faithfulness: float
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Points with what they were measured on. `target`: the smallest circuit to reach it was taken; None: it was not
+    used to choose."""
+
+    points: tuple[CurvePoint, ...]
+    pairs: Pairs
+    metric: str
+    replacement: str
+    target: float | None = None
+
+
 def size_grid(n_edges: int, step: float = 1.5, first: int = 4) -> tuple[int, ...]:
     """Sizes evenly spaced on a log axis, from `first` to all edges.
 

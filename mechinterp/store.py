@@ -21,7 +21,8 @@ from typing import Any, cast
 
 from mechinterp.errors import FormatError, InputError
 from mechinterp.jsontext import canonical_sha256, parse_json, render_json
-from mechinterp.schema import SCHEMA_VERSION, CircuitFile, Sidecar, circuit_sha256
+from mechinterp.schema import SCHEMA_VERSION, CircuitFile, circuit_sha256
+from mechinterp.schema_parts import Sidecar
 from mechinterp.tasks.schema import checked
 
 SUFFIX = ".circuit.json"
@@ -88,7 +89,7 @@ def check_hashes(opened: OpenedFile) -> None:
 
 def seal(content: Mapping[str, Any], sidecar: Sidecar | None) -> CircuitFile:
     """The circuit file of everything but `integrity`, with its hashes."""
-    stated = {"circuit_sha256": _NO_HASH, "file_sha256": _NO_HASH}
+    stated: dict[str, Any] = {"circuit_sha256": _NO_HASH, "file_sha256": _NO_HASH}
     if sidecar is not None:
         stated["sidecar"] = sidecar.model_dump(mode="json")
     unsealed = checked(CircuitFile, {**content, "integrity": stated}, "The circuit file")

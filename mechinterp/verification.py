@@ -29,7 +29,8 @@ from mechinterp.records import (
     task_of,
     tolerance_for,
 )
-from mechinterp.schema import CircuitFile, TaskPairs, TaskRecord, Tolerance, circuit_sha256
+from mechinterp.schema import CircuitFile, circuit_sha256
+from mechinterp.schema_parts import CurveRecord, TaskPairs, TaskRecord, Tolerance
 from mechinterp.scores import Scores
 from mechinterp.sizes import CurvePoint, size_curve, smallest_faithful
 from mechinterp.store import OpenedFile, open_circuit_file
@@ -71,21 +72,11 @@ def verify(
         raise InputError(f"tolerance must be between 0 and 1; got {tolerance!r}.")
     progress("file", 0, 1)
     _check_hashes(opened, ledger)
-    graph = scores = circuit = None
-    with ledger.claimed("graph"):
-        graph = stated_graph(document, opened.path)
-        ledger.equal("graph", graph.digest(), document.graph.sha256)
-    if graph is not None:
-        with ledger.claimed("sidecar"):
-            scores = stated_scores(document, graph, opened.path)
-            _check_scores(document, scores, ledger)
-        with ledger.claimed("edges"):
-            circuit = stated_circuit(document, graph, scores, opened.path)
-            _check_selection(circuit, document, ledger)
+    circuit = _check_circuit(opened, ledger)
+    scores = None if circuit is None else circuit.scores
     progress("model", 0, 1)
-    loaded = None
-    with ledger.claimed("model"):
-        loaded = _load(document, opened.path, model, device)
+    loaded = ledger.attempt("model", lambda: _load(document, opened.path, model, device))
+    if loaded is not None:
         _check_model(document, loaded, model is not None, ledger)
     pairs = _check_pairs(opened, loaded, ledger)
     limit = None if tolerance is None else Tolerance(relative=tolerance, absolute=tolerance / 10)
@@ -95,7 +86,7 @@ def verify(
             _check_evaluation(document, number, loaded, circuit, pairs, limit, batch_size, ledger)
         if document.curve is not None and scores is not None:
             progress("curve", 0, 1)
-            _check_curve(document, loaded, scores, pairs, limit, batch_size, ledger)
+            _check_curve(document, document.curve, loaded, scores, pairs, limit, batch_size, ledger)
         if rescore and scores is not None:
             _rescore(document, loaded, scores, pairs, limit, batch_size, progress, ledger)
     elif document.evaluation:
@@ -111,9 +102,23 @@ def _check_hashes(opened: OpenedFile, ledger: Ledger) -> None:
     ledger.equal("circuit hash", circuit_sha256(opened.document), stated.circuit_sha256, changed)
 
 
-def _check_scores(document: CircuitFile, scores: Scores | None, ledger: Ledger) -> None:
-    if scores is None:
-        return
+def _check_circuit(opened: OpenedFile, ledger: Ledger) -> Circuit | None:
+    """The circuit in the file, when there is one, with its scores, when they are what the file states."""
+    document, path = opened.document, opened.path
+    graph = ledger.attempt("graph", lambda: stated_graph(document, path))
+    if graph is None:
+        return None
+    ledger.equal("graph", graph.digest(), document.graph.sha256)
+    scores = ledger.attempt("sidecar", lambda: stated_scores(document, graph, path))
+    circuit = ledger.attempt("edges", lambda: stated_circuit(document, graph, scores, path))
+    if circuit is not None:
+        if scores is not None:
+            _check_scores(document, scores, ledger)
+        _check_selection(circuit, document, ledger)
+    return circuit
+
+
+def _check_scores(document: CircuitFile, scores: Scores, ledger: Ledger) -> None:
     table, graph = score_table(scores), scores.graph
     stated = {edge.name: edge.score for edge in document.edges}
     found = {name: six_digits(float(table[graph.edge_index(name)])) for name in stated}
@@ -267,6 +272,7 @@ def _check_evaluation(
 
 def _check_curve(
     document: CircuitFile,
+    curve: CurveRecord,
     model: HookManager,
     scores: Scores,
     pairs: dict[str, Pairs],
@@ -274,8 +280,7 @@ def _check_curve(
     batch_size: int,
     ledger: Ledger,
 ) -> None:
-    curve, parameters = document.curve, document.selection.parameters
-    assert curve is not None
+    parameters = document.selection.parameters
     points = [CurvePoint(p.n_selected, p.n_edges, p.faithfulness) for p in curve.points]
     size = document.selection.size
     if size is not None:

@@ -1,0 +1,341 @@
+"""The parts of a circuit file: small pydantic models whose field names are the file's.
+
+Every part refuses unknown keys by name; numbers are finite and whole numbers are whole.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mechinterp.tasks.schema import Strict
+
+MAX_GRAPH_CELLS = 2**26
+"""Readers x writers of the largest graph that a file may describe; an 8B model has 1.7 million."""
+MAX_TOKEN_IDS = 2**21
+"""Token ids that a file may hold for pairs that no task makes."""
+SCORE_SIGN = "positive = the edge helps the task"
+
+Text = Annotated[str, Field(max_length=10_000)]
+Label = Annotated[str, Field(min_length=1, max_length=1000)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
+Small = Annotated[int, Field(strict=True, ge=1, le=2**31)]
+Seed = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)]
+Index = Annotated[int, Field(strict=True, ge=-1, lt=2**31)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
+Parameter = Flag | Annotated[int, Field(strict=True)] | Number | Text
+Version = Annotated[int, Field(strict=True, ge=1, le=10**6)]
+Rows = Annotated[tuple[tuple[Index, ...], ...], Field(max_length=10**6)]
+SidecarName = Annotated[
+    str, Field(pattern=r"^[^./\\:\x00-\x1f][^/\\:\x00-\x1f]*\.scores\.safetensors$", max_length=200)
+]
+"""A plain file name beside the circuit file: no folder, no drive, not hidden."""
+
+
+class Citation(Strict):
+    """What to cite; every part is optional."""
+
+    title: Label | None = None
+    authors: tuple[Label, ...] = ()
+    doi: Label | None = None
+    arxiv: Label | None = None
+    url: Label | None = None
+    bibtex: Text | None = None
+
+
+class Origin(Strict):
+    """What the circuit was made from, when it was not discovered here."""
+
+    source: Label
+    path: Label | None = None
+    commit: Label | None = None
+    note: Text | None = None
+
+
+class DimsRecord(Strict):
+    """Sizes and shape of the model: `mechinterp.models.layout.Dims`, name by name."""
+
+    n_layers: Small
+    n_heads: Small
+    n_kv_heads: Small
+    d_model: Small
+    d_head: Small
+    d_vocab: Small
+    d_vocab_out: Small
+    n_ctx: Small
+    has_mlp: Flag
+    parallel: Flag
+    causal: Flag
+
+    @model_validator(mode="after")
+    def _sensible(self) -> DimsRecord:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
+        writers = 2 + self.n_layers * (self.n_heads + 1)
+        readers = 1 + self.n_layers * (self.n_heads + 2 * self.n_kv_heads + 1)
+        if writers * readers > MAX_GRAPH_CELLS:
+            raise ValueError(f"a graph of {writers} writers and {readers} readers is larger than this version reads")
+        return self
+
+
+class ModelRecord(Strict):
+    """The model that the circuit is of. `name` is what `load_model` takes (a label when origin is memory)."""
+
+    name: Label
+    origin: Literal["bundled", "directory", "hub", "memory"]
+    revision: Label | None = None
+    weights_sha256: Sha256
+    architecture: Label
+    dims: DimsRecord
+    processing: Literal["raw", "compatibility"]
+    dtype: Label
+    attention: Label = "eager"
+    loader: Label
+
+
+class TokenizerRecord(Strict):
+    """`vocabulary_sha256` is over the words with their ids and the special tokens."""
+
+    kind: Label
+    n_tokens: Count
+    vocabulary_sha256: Sha256
+    prepend_bos: Flag | None = None
+    """Whether the pairs begin with BOS; null when they were made from token ids."""
+    padding_side: Literal["right"] = "right"
+
+
+class GraphRecord(Strict):
+    """Which edges could have been chosen."""
+
+    granularity: Literal["edge"] = "edge"
+    split_input: Flag
+    key_value: Literal["per kv head"] = "per kv head"
+    n_writers: Count
+    n_readers: Count
+    n_edges: Count
+    sha256: Sha256
+
+
+class Position(Strict):
+    """A named position of the circuit's nodes."""
+
+    description: Text
+
+
+class Role(Strict):
+    """Nodes that do the same job."""
+
+    label: Label
+    description: Text = ""
+    color: Annotated[str, Field(pattern=r"^#[0-9a-f]{6}$")] | None = None
+    nodes: tuple[Label, ...]
+
+
+class EdgeRecord(Strict):
+    """One edge of the circuit; its score has 6 significant digits, the sidecar has all of them."""
+
+    name: Annotated[str, Field(max_length=64)]
+    score: Number | None = None
+
+
+class TaskContent(Strict):
+    """A task that is not one of the package's: all that is needed to make its pairs again."""
+
+    spec: dict[str, Any]
+    lists: dict[Label, tuple[Text, ...]]
+
+
+class TaskRecord(Strict):
+    """A task of the package (`bundled`) or of a YAML file (`content` then holds it)."""
+
+    kind: Literal["task"] = "task"
+    name: Label
+    version: Version
+    sha256: Sha256
+    title: Text
+    source: Text
+    bundled: Flag
+    path: Label | None = None
+    content: TaskContent | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> TaskRecord:
+        if self.bundled == (self.content is not None):
+            raise ValueError("a task is bundled, or its content is given; exactly one of them")
+        return self
+
+
+class FileTaskRecord(Strict):
+    """A file of the user's own pairs; the token ids that were used are under `pairs`."""
+
+    kind: Literal["file"] = "file"
+    name: Label
+    path: Label | None = None
+    sha256: Sha256
+
+
+class TokensTaskRecord(Strict):
+    """Pairs that were made in Python; the token ids are under `pairs`."""
+
+    kind: Literal["tokens"] = "tokens"
+    name: Label
+
+
+class TaskPairs(Strict):
+    """Pairs that the task makes again from these."""
+
+    kind: Literal["task"] = "task"
+    split: Label
+    seed: Seed
+    prepend_bos: Flag
+
+
+class TokenPairs(Strict):
+    """Pairs as token ids, without padding; -1 is no entry in answers and answer positions."""
+
+    kind: Literal["tokens"] = "tokens"
+    clean: Rows
+    corrupt: Rows
+    right: Rows | None = None
+    wrong: Rows | None = None
+    answer_pos: Rows
+    positions: dict[Label, tuple[Index, ...]] = Field(default_factory=dict)
+
+
+class PairsRecord(Strict):
+    """One set of examples. `sha256` is over the token ids, answers and positions themselves."""
+
+    n: Count
+    sha256: Sha256
+    made_from: Annotated[TaskPairs | TokenPairs, Field(discriminator="kind")]
+
+
+class MetricRecord(Strict):
+    """How the task is measured, at the answer positions of the pairs."""
+
+    name: Label
+    direction: Literal["higher is better", "lower is better"]
+    unit: Label
+    positions: Literal["answer_pos"] = "answer_pos"
+
+
+class SizeRule(Strict):
+    """How the number of edges was chosen when nobody gave it."""
+
+    rule: Literal["smallest size whose faithfulness reaches the target"] = (
+        "smallest size whose faithfulness reaches the target"
+    )
+    target: Number
+    pairs: Label
+    """The examples on which it was measured."""
+
+
+class SelectionRecord(Strict):
+    """How the edges were chosen from the scores: `parameters` are those of `mechinterp.select`."""
+
+    parameters: dict[Label, Parameter]
+    n_selected: Count
+    """Edges that the rule chose, before those on no path from the input to the logits were dropped."""
+    n_edges: Count
+    size: SizeRule | None = None
+
+
+class DiscoveryRecord(Strict):
+    """How the scores were made."""
+
+    method: Label
+    parameters: dict[Label, Parameter]
+    replacement: Label
+    metric: MetricRecord
+    pairs: Label | None
+    n_examples: Count
+    score_sign: Literal["positive = the edge helps the task"] = SCORE_SIGN
+    cost: dict[Label, Count]
+    """Examples run forward and backward."""
+
+
+class AblationRecord(Strict):
+    """The six axes that define an ablation (Miller et al. 2024, arXiv 2407.08734)."""
+
+    granularity: Label
+    component: Label
+    value: Label
+    positions: Label
+    direction: Label
+    set: Label
+
+
+class Tolerance(Strict):
+    """A re-run agrees when |got - stated| <= absolute + relative * |stated|."""
+
+    relative: Annotated[Number, Field(ge=0, le=0.1)]
+    absolute: Annotated[Number, Field(ge=0, le=0.1)]
+
+
+class EvaluationRecord(Strict):
+    """What the circuit alone does: the numbers of `mechinterp.evaluate` at 6 significant digits."""
+
+    pairs: Label
+    reference: Label | None = None
+    metric: MetricRecord
+    ablation: AblationRecord
+    n_examples: Count
+    n_edges: Count
+    n_edges_graph: Count
+    circuit_value: Number
+    full_value: Number
+    empty_value: Number
+    faithfulness: Number
+    faithfulness_ci: tuple[Number, Number]
+    ci_level: Number
+    example_quartiles: tuple[Number, Number, Number]
+    n_ratio: Count
+    kl: Number
+    accuracy: Number | None = None
+    accuracy_full: Number | None = None
+    random_faithfulness: tuple[Number, ...]
+    seed: Seed
+    tolerance: Tolerance
+
+
+class CurvePointRecord(Strict):
+    """Faithfulness of the circuit that the same rule gives at another size."""
+
+    n_selected: Count
+    n_edges: Count
+    faithfulness: Number
+
+
+class CurveRecord(Strict):
+    """Faithfulness against size."""
+
+    pairs: Label
+    metric: Label
+    replacement: Label
+    points: tuple[CurvePointRecord, ...]
+
+
+class Provenance(Strict):
+    """With what the file was made."""
+
+    versions: dict[Label, Label]
+    device: Label
+    command: Text | None = None
+
+
+class Sidecar(Strict):
+    """The file of all scores, beside this one."""
+
+    file: SidecarName
+    sha256: Sha256
+
+
+class Integrity(Strict):
+    """`circuit_sha256` is for citing; `file_sha256` is over everything here but itself."""
+
+    circuit_sha256: Sha256
+    file_sha256: Sha256
+    sidecar: Sidecar | None = None
