@@ -117,6 +117,7 @@ def _from_pretrained(
     tokenizer: Any,
     trust_remote_code: bool,
 ) -> tuple[nn.Module, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     keywords = {
@@ -133,17 +134,26 @@ def _from_pretrained(
             attn_implementation="eager",
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, by name, and refused below
             **keywords,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"Cannot load the model {where!r} from {origin}: {reason}") from error
     module, report = loaded
-    missing = sorted(report["missing_keys"]) + sorted(map(str, report.get("mismatched_keys", ())))
+    mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
+    if mismatched:
+        raise InputError(
+            f"The checkpoint {where!r} has weights of other shapes than its config.json says ({_some(mismatched)})."
+        )
+    if report["unexpected_keys"]:
+        unused = sorted(report["unexpected_keys"])
+        logger.warning("%s holds weights that %s does not use: %s.", where, type(module).__name__, _some(unused))
+    missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(
-            f"The checkpoint {where!r} lacks weights that the model needs ({', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}); they would be random. Give a complete checkpoint."
+            f"The checkpoint {where!r} lacks weights that the model needs ({_some(missing)}); they would be random. "
+            "Give a complete checkpoint."
         )
     if tokenizer is None:
         try:
@@ -151,6 +161,10 @@ def _from_pretrained(
         except (OSError, ValueError, KeyError) as error:
             logger.warning("No tokenizer in %s (%s); prompts must be given as token ids.", where, type(error).__name__)
     return module, tokenizer
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _bridge(module: nn.Module, name: str, revision: str | None, origin: str, tokenizer: Any) -> Opened:
