@@ -16,11 +16,12 @@ from mechinterp.errors import InputError
 from mechinterp.evaluation.faithfulness import Evaluation, evaluate
 from mechinterp.graph import build_graph
 from mechinterp.hooks import HookManager, load_model
+from mechinterp.metrics import get_metric
 from mechinterp.records import task_record
 from mechinterp.schema import CircuitFile
 from mechinterp.schema_parts import FileTaskRecord, TaskRecord
 from mechinterp.sizes import TARGET, Curve, CurvePoint, size_curve, size_grid, smallest_faithful
-from mechinterp.store import SUFFIX
+from mechinterp.store import SUFFIX, sidecar_name
 from mechinterp.tasks.files import load_pairs
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.source import FileSource
@@ -81,8 +82,10 @@ def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
     Raises InputError for what `spec` asks for and cannot be had; nothing is written then.
     """
     settings = _settings(spec)
+    path = output_path(spec)
     progress("model", 0, 1)
     model = load_model(spec.model, revision=spec.revision, dtype=spec.dtype, device=spec.device)
+    progress("model", 1, 1)
     task, train, test, default_metric = _examples(spec, model)
     metric = spec.metric or default_metric
     graph = build_graph(model)
@@ -101,12 +104,12 @@ def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
     given = spec.edges is not None or spec.threshold is not None
     progress("curve", 0, 1)
     curve = size_curve(model, scores, train, size_grid(graph.n_edges), **how, **measured)
+    progress("curve", 1, 1)
     edges = spec.edges if given else smallest_faithful(curve)
     circuit = select(graph, scores, edges=edges, threshold=spec.threshold, **how)
     progress("evaluation", 0, 1)
     evaluation = evaluate(model, circuit, test, seed=spec.seed, **measured)
-    path = output_path(spec)
-    progress("saving", 0, 1)
+    progress("evaluation", 1, 1)
     document = save_circuit(
         path,
         circuit,
@@ -120,9 +123,19 @@ def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
 
 
 def output_path(spec: RunSpec) -> Path:
-    """Where the circuit file of a run goes: `OUT/{task}-{model}-{method}.circuit.json`."""
-    name = "-".join([_stem(spec.task), spec.model.rstrip("/").rpartition("/")[2].replace("@", "-"), spec.method])
-    return spec.out / f"{name}{SUFFIX}"
+    """Where the circuit file of a run goes: `OUT/{task}-{model}-{method}.circuit.json`.
+
+    Raises InputError when there can be no such folder, before anything slow is done for it.
+    """
+    folder = Path(spec.model)
+    model = folder.resolve().name if folder.is_dir() else spec.model.rpartition("/")[2].replace("@", "-")
+    path = spec.out / f"{'-'.join([_stem(spec.task), model, spec.method])}{SUFFIX}"
+    sidecar_name(path)
+    try:
+        spec.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"Cannot write to {spec.out}: {error.strerror or error}.") from error
+    return path
 
 
 def command_of(spec: RunSpec) -> str:
@@ -149,6 +162,8 @@ def _settings(spec: RunSpec) -> dict[str, Any]:
             raise InputError(f"Method {spec.method!r} has no parameter {name!r}.")
     if spec.edges is not None and spec.threshold is not None:
         raise InputError("Give edges or threshold, not both.")
+    if spec.metric is not None:
+        get_metric(spec.metric)
     return settings
 
 

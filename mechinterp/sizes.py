@@ -12,6 +12,7 @@ from mechinterp.discovery.select import select
 from mechinterp.errors import InputError
 from mechinterp.evaluation.faithfulness import faithfulness_curve
 from mechinterp.hooks import HookManager
+from mechinterp.jsontext import six_digits
 from mechinterp.scores import Scores
 from mechinterp.tasks.pairs import Pairs
 
@@ -82,9 +83,12 @@ def size_curve(
 
 
 def smallest_faithful(points: Sequence[CurvePoint], target: float = TARGET) -> int:
-    """The smallest `n_selected` whose faithfulness reaches the target. Raises InputError when none does."""
+    """The smallest `n_selected` whose faithfulness, at 6 digits, reaches the target.
+
+    Raises InputError when none does.
+    """
     for point in sorted(points, key=lambda point: point.n_selected):
-        if point.faithfulness >= target:
+        if six_digits(point.faithfulness) >= target:
             return point.n_selected
     best = max(point.faithfulness for point in points)
     raise InputError(f"No size reaches faithfulness {target:g} (the best is {best:.3g}); give the number of edges.")
