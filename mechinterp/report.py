@@ -6,7 +6,6 @@ Every text that comes from the file is escaped, and the page's own policy forbid
 from __future__ import annotations
 
 import html
-import shlex
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -18,15 +17,8 @@ from mechinterp.circuit import Circuit
 from mechinterp.plots import MAX_EDGES_DRAWN, circuit_figure, faithfulness_figure, head_heatmap
 from mechinterp.schema import CircuitFile, EvaluationRecord, TaskPairs
 from mechinterp.store import write_file
-from mechinterp.summary import ranked_edges, ranked_nodes
+from mechinterp.summary import finding, ranked_edges, ranked_nodes, verify_command
 
-METRIC_WORDS = {
-    "logit_diff": "the logit difference",
-    "prob_diff": "the probability difference",
-    "kl_to_clean": "the KL divergence's gap",
-    "l2_to_clean": "the logit distance's gap",
-    "accuracy": "the accuracy",
-}
 ROWS_SHOWN = 20
 MAX_ROWS = 2000
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
@@ -62,22 +54,6 @@ def render_report(circuit: Circuit, document: CircuitFile, circuit_path: str) ->
         body="\n".join(part for part in parts if part),
         plotly=get_plotlyjs(),
         script=_resource("report.js"),
-    )
-
-
-def finding(document: CircuitFile) -> str:
-    """What the file says in one sentence: how many edges recover how much of the metric.
-
-    Without an evaluation it is the circuit's title.
-    """
-    if not document.evaluation:
-        return document.title
-    entry = document.evaluation[0]
-    low, high = (f"{100 * bound:.0f}" for bound in entry.faithfulness_ci)
-    words = METRIC_WORDS.get(entry.metric.name, entry.metric.name)
-    return (
-        f"{entry.n_edges:,} of {entry.n_edges_graph:,} edges recover {100 * entry.faithfulness:.0f} % [{low}, {high}] "
-        f"of {words}"
     )
 
 
@@ -272,11 +248,6 @@ def _verify_section(circuit_path: str) -> str:
         "and says which claim does not hold (exit code 1), if any.</p>"
         f"<pre><code>pip install mechinterp-circuits\n{_text(verify_command(circuit_path))}</code></pre>"
     )
-
-
-def verify_command(circuit_path: str) -> str:
-    """What to type to verify a circuit file, quoted for a shell."""
-    return f"discover-circuit verify {shlex.quote(circuit_path)}"
 
 
 def _figure(name: str, figure: go.Figure, caption: str, *, fixed: bool = False) -> str:

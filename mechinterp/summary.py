@@ -1,12 +1,21 @@
-"""What a circuit file says of its edges and nodes, ranked: for tables. Needs neither the model nor torch."""
+"""What a circuit file says, for people: the finding in one sentence, edges and nodes ranked. Imports no torch."""
 
 from __future__ import annotations
 
+import shlex
 from collections import defaultdict
 from dataclasses import dataclass
 
 from mechinterp.schema import CircuitFile, EdgeRecord
 from mechinterp.sites import Edge, Node
+
+METRIC_WORDS = {
+    "logit_diff": "the logit difference",
+    "prob_diff": "the probability difference",
+    "kl_to_clean": "the KL divergence's gap",
+    "l2_to_clean": "the logit distance's gap",
+    "accuracy": "the accuracy",
+}
 
 
 @dataclass(frozen=True)
@@ -21,6 +30,22 @@ class NodeSummary:
     n_in: int
     n_out: int
     score: float | None
+
+
+def finding(document: CircuitFile) -> str:
+    """What the file says in one sentence: how many edges recover how much of the metric.
+
+    Without an evaluation it is the circuit's title.
+    """
+    if not document.evaluation:
+        return document.title
+    entry = document.evaluation[0]
+    low, high = (f"{100 * bound:.0f}" for bound in entry.faithfulness_ci)
+    words = METRIC_WORDS.get(entry.metric.name, entry.metric.name)
+    return (
+        f"{entry.n_edges:,} of {entry.n_edges_graph:,} edges recover {100 * entry.faithfulness:.0f} % [{low}, {high}] "
+        f"of {words}"
+    )
 
 
 def ranked_edges(document: CircuitFile) -> tuple[EdgeRecord, ...]:
@@ -49,6 +74,11 @@ def ranked_nodes(document: CircuitFile) -> tuple[NodeSummary, ...]:
             NodeSummary(name, roles.get(name, ""), n_in[name], len(leaving[name]), sum(scores) if scores else None)
         )
     return tuple(sorted(found, key=lambda node: -abs(node.score or 0.0)))
+
+
+def verify_command(circuit_path: str) -> str:
+    """What to type to verify a circuit file, quoted for a shell."""
+    return f"discover-circuit verify {shlex.quote(circuit_path)}"
 
 
 def _heads_of(reader: Node, group: int) -> tuple[Node, ...]:

@@ -23,9 +23,9 @@ LAYERS = (
     ("analysis", "circuit"),
     ("discovery", "evaluation", "formats"),
     ("plots", "records", "sizes", "claims"),
-    ("report", "circuit_file"),
+    ("report", "circuit_file", "tables"),
     ("verification",),
-    ("pipeline",),
+    ("pipeline", "progress"),
     ("cli",),
     ("__init__", "__main__"),  # the public names: import everything, and are imported by nothing here
 )

@@ -1,0 +1,360 @@
+"""`discover-circuit`: arguments in, tables out. What it does is in pipeline.py; torch is imported when that starts.
+
+Parsing and doing are two steps: a command returns what is to be done, and `main` does it. So one place turns errors
+into one line and an exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mechinterp.errors import InputError, MechInterpError
+from mechinterp.registry import unknown
+
+OK, CLAIM_FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+
+METHODS = {
+    "eap": "edge attribution patching, the gradient at the clean run (Syed et al. 2023)",
+    "eap-ig": "the same with integrated gradients over the inputs (Hanna et al. 2024); the default",
+    "exact": "every edge replaced alone; as many runs as edges",
+}
+"""Kept here as well as in the registry, so that `list` and a mistyped name need no torch; a test compares both."""
+METRICS = {
+    "logit_diff": "right answers' logits minus wrong ones'",
+    "prob_diff": "right answers' probability minus wrong ones'",
+    "accuracy": "right answer above every wrong one; only for evaluating",
+    "kl_to_clean": "KL(full model || circuit), needs no answers",
+    "l2_to_clean": "distance of the logits, needs no answers",
+}
+EXIT_CODES = "Exit codes: 0 done; 1 a claim of the file failed (verify); 2 bad input, with one line that says what."
+HELP = f"""Find the circuit of a task in a transformer, write it to a file, and check the file again.
+
+\b
+  discover-circuit run ioi                  a circuit of the bundled model, no network needed
+  discover-circuit verify FILE              run the file again: does every claim hold?
+  discover-circuit show FILE                its heads and edges
+  discover-circuit list                     tasks, methods, models, stored circuits
+
+{EXIT_CODES}
+"""
+RUN_HELP = f"""Discover the circuit of a task, evaluate it on held-out pairs, write its file and a report page.
+
+TASK is a task of the package (see `discover-circuit list`), your own task file (.yaml), or a file of pairs (.jsonl or
+.csv with the columns clean, corrupt, right, wrong as texts or token ids).
+
+Without --edges and --threshold the circuit is the smallest on a log grid that recovers 90 % of the metric on the
+pairs it was found with.
+
+\b
+  discover-circuit run ioi
+  discover-circuit run ioi --edges 60 --method eap --out out/small
+  discover-circuit run greater_than --model gpt2 --device cuda
+  discover-circuit run my_pairs.jsonl --model ./my_model --metric prob_diff
+
+{EXIT_CODES}
+"""
+VERIFY_HELP = f"""Check a circuit file: every hash, the model, the pairs, and the evaluation run again.
+
+FILE is a .circuit.json, or the name of a stored circuit (see `discover-circuit list`).
+
+\b
+  discover-circuit verify out/ioi-bundled-eap-ig.circuit.json
+
+{EXIT_CODES}
+"""
+
+SHOW_HELP = f"""Show the heads and edges of a circuit file, with roles where they are known.
+
+{EXIT_CODES}
+"""
+
+app = typer.Typer(
+    name="discover-circuit", help=HELP, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False
+)
+Action = Callable[[], int]
+# Click's base of every usage error, by way of typer, which brings its own click from some version on.
+UsageProblem: Any = typer.BadParameter.__mro__[2]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of the command line: 0, 1 a claim failed, 2 bad input, 130 interrupted."""
+    _print_what_the_terminal_can()
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        action: Action | int | None = app(given, prog_name="discover-circuit", standalone_mode=False)
+        code = action() if callable(action) else action or OK
+        sys.stdout.flush()
+        return code
+    except MechInterpError as error:
+        return _complain(str(error), BAD_INPUT)
+    except UsageProblem as error:
+        return _complain(error.format_message(), BAD_INPUT)
+    except KeyboardInterrupt:
+        return _complain("interrupted; no file was left half-written.", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return PIPE_CLOSED
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"discover-circuit {metadata.version('mechinterp-circuits')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None: ...
+
+
+@app.command("run", help=RUN_HELP, short_help="Discover the circuit of a task and report on it.")
+def _run(
+    task: Annotated[str, typer.Argument(metavar="TASK|PAIRS_FILE", help="A task's name, or a file.")],
+    model: Annotated[str, typer.Option(help="'bundled', a directory, or a hub id (also id@revision).")] = "bundled",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    method: Annotated[str, typer.Option(help=f"How edges are scored: {', '.join(METHODS)}.")] = "eap-ig",
+    metric: Annotated[str | None, typer.Option(help="What counts as doing the task.  [default: the task's]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Integration steps of eap-ig.  [default: 5]")
+    ] = None,
+    edges: Annotated[int | None, typer.Option(min=1, help="Select so many edges.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Select every edge with a score above this.")] = None,
+    examples: Annotated[int, typer.Option(min=2, help="Pairs to find it with, and as many held-out ones.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Of the pairs, random circuits and intervals.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...  [default: float32]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: cpu]")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs at a time; the result does not depend on it.")] = 32,
+    out: Annotated[Path, typer.Option(file_okay=False, writable=True, help="Folder for the files.")] = Path("out"),
+    open_report: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser.")] = False,
+) -> Action:
+    if edges is not None and threshold is not None:
+        raise InputError("Give --edges or --threshold, not both.")
+    if threshold is not None and threshold != threshold:
+        raise InputError("--threshold is not a number.")
+    _check_name("method", method, METHODS)
+    if metric is not None:
+        _check_name("metric", metric, METRICS)
+    asked = dict(
+        task=task,
+        model=model,
+        revision=revision,
+        method=method,
+        metric=metric,
+        steps=steps,
+        edges=edges,
+        threshold=threshold,
+        examples=examples,
+        test_examples=examples,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        batch_size=batch_size,
+        out=out,
+    )
+    return partial(_do_run, asked, open_report)
+
+
+@app.command("verify", help=VERIFY_HELP, short_help="Check every claim of a circuit file again.")
+def _verify(
+    file: Annotated[str, typer.Argument(help="A circuit file, or the name of a stored circuit.")],
+    model: Annotated[str | None, typer.Option(help="Use this model.  [default: the one that the file names]")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Relative tolerance.  [default: the file's own]")] = None,
+    rescore: Annotated[bool, typer.Option("--rescore", help="Score all edges again, too.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: cpu]")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs at a time.")] = 32,
+) -> Action:
+    options = dict(model=model, tolerance=tolerance, rescore=rescore, device=device, batch_size=batch_size)
+    return partial(_do_verify, file, options)
+
+
+@app.command(
+    "show", help=f"Show the heads and edges of a circuit file, with roles where they are known.\n\n{EXIT_CODES}"
+)
+def _show(
+    file: Annotated[str, typer.Argument(help="A circuit file, or the name of a stored circuit.")],
+    top: Annotated[int, typer.Option(min=1, help="Rows of each table.")] = 20,
+) -> Action:
+    return partial(_do_show, file, top)
+
+
+@app.command("list", help="List tasks, methods, metrics, models, stored circuits.")
+def _list() -> Action:
+    return _do_list
+
+
+def _do_run(asked: dict[str, Any], open_report: bool) -> int:
+    from mechinterp.progress import stages
+    from mechinterp.summary import verify_command
+
+    _check_task(asked["task"])
+    console = Console()
+    with stages(Console(stderr=True)) as progress:
+        from mechinterp.pipeline import RunSpec, discover
+        from mechinterp.report import write_report
+
+        _quiet_libraries()
+        found = discover(RunSpec(**asked), progress)
+        progress("report", 0, 1)
+        report = found.path.with_name(found.path.name.replace(".circuit.json", ".report.html"))
+        write_report(report, found.circuit, found.document, str(found.path))
+    _print_result(console, found.document)
+    sidecar = found.document.integrity.sidecar
+    for path in [found.path, *([found.path.with_name(sidecar.file)] if sidecar else []), report]:
+        _say(console, f"wrote {path}")
+    _say(console, f"next: {verify_command(str(found.path))}")
+    if open_report:
+        typer.launch(report.resolve().as_uri())
+    return OK
+
+
+def _do_verify(file: str, options: dict[str, Any]) -> int:
+    from mechinterp.progress import stages
+
+    path, console = _find(file), Console()
+    with stages(Console(stderr=True)) as progress:
+        from mechinterp.pipeline import verify
+        from mechinterp.tables import failed_table
+
+        _quiet_libraries()
+        result = verify(path, progress=progress, **options)
+    for note in result.notes:
+        _say(console, f"note: {note}")
+    if result.ok:
+        _say(console, f"verified: all {len(result.claims)} claims of {path} hold")
+        return OK
+    console.print(failed_table(result))
+    _say(console, f"NOT verified: {len(result.failed)} of {len(result.claims)} claims of {path} failed")
+    return CLAIM_FAILED
+
+
+def _do_show(file: str, top: int) -> int:
+    from mechinterp.store import check_hashes, open_circuit_file
+    from mechinterp.tables import edges_table, nodes_table
+
+    opened = open_circuit_file(_find(file))
+    check_hashes(opened)
+    console = Console()
+    _print_result(console, opened.document)
+    for table in (nodes_table(opened.document, top), edges_table(opened.document, top)):
+        console.print(table)
+        console.print()
+    _say(console, f"circuit sha256 {opened.document.integrity.circuit_sha256}")
+    return OK
+
+
+def _do_list() -> int:
+    from mechinterp.tables import names_table
+    from mechinterp.tasks.task import load_task, task_names
+
+    console = Console()
+    models = {
+        "bundled": "a small GPT-2 that comes with the package; no network needed",
+        "./directory": "a folder made by save_pretrained",
+        "org/name@revision": "a model of the Hugging Face hub, such as gpt2",
+    }
+    for kind, about in (
+        ("task", {name: load_task(name).title for name in task_names()}),
+        ("method", METHODS),
+        ("metric", METRICS),
+        ("model", models),
+        ("stored circuit", {str(name): _about(path) for name, path in _stored().items()}),
+    ):
+        console.print(names_table(kind, about))
+        console.print()
+    return OK
+
+
+def _quiet_libraries() -> None:
+    """Stop the libraries' own progress bars, which would run into ours."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
+def _check_name(kind: str, name: str, known: dict[str, str]) -> None:
+    if name not in known:
+        raise unknown(kind, name, known)
+
+
+def _check_task(task: str) -> None:
+    """Refuse a wrong task before torch is imported."""
+    if Path(task).suffix.lower() in (".jsonl", ".csv"):
+        if not Path(task).is_file():
+            raise InputError(f"There is no file {task!r}.")
+        return
+    from mechinterp.tasks.task import load_task
+
+    load_task(task)
+
+
+def _find(file: str) -> Path:
+    """The circuit file of that path, or of that name among the stored ones."""
+    stored = _stored()
+    if not Path(file).exists() and file in stored:
+        return stored[file]
+    return Path(file)
+
+
+def _stored() -> dict[str, Path]:
+    """The circuit files that come with the package, and those in ./out, by name."""
+    package = Path(str(resources.files("mechinterp")))
+    found: dict[str, Path] = {}
+    for folder in (package / "_circuits", package.parent / "circuits", Path("out")):
+        if folder.is_dir():
+            for path in sorted(folder.rglob("*.circuit.json")):
+                found.setdefault(path.name.removesuffix(".circuit.json"), path)
+    return found
+
+
+def _about(path: Path) -> str:
+    from mechinterp.store import open_circuit_file
+    from mechinterp.summary import finding
+
+    try:
+        document = open_circuit_file(path).document
+    except InputError as error:
+        return f"cannot be read: {error}"
+    return f"{finding(document)} ({document.model.name}); {path}"
+
+
+def _print_result(console: Console, document: Any) -> None:
+    from mechinterp.summary import finding
+    from mechinterp.tables import result_table
+
+    _say(console, finding(document))
+    console.print()
+    console.print(result_table(document))
+    console.print()
+
+
+def _say(console: Console, text: str) -> None:
+    """Print a line as it is: no markup, no wrapping (paths are to be copied), nothing that steers the terminal."""
+    from mechinterp.tables import plain
+
+    console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def _complain(message: str, code: int) -> int:
+    from mechinterp.tables import plain
+
+    print(f"discover-circuit: {plain(message)}", file=sys.stderr)
+    return code
+
+
+def _print_what_the_terminal_can() -> None:
+    """A letter that the terminal's encoding lacks becomes '?' instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]

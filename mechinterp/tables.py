@@ -1,0 +1,105 @@
+"""Tables for the terminal. They are built here and printed by the command line; nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from mechinterp.claims import Verification
+from mechinterp.schema import CircuitFile, EvaluationRecord
+from mechinterp.summary import ranked_edges, ranked_nodes
+
+
+def plain(text: str) -> str:
+    """The text on one line with nothing in it that could steer a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+
+
+def result_table(document: CircuitFile) -> Table:
+    """What a circuit does, number by number."""
+    table = _table("", "circuit", "compare with")
+    if not document.evaluation:
+        table.add_row("edges", f"{len(document.edges):,}", f"{document.graph.n_edges:,} in the model")
+        return table
+    for row in _numbers(document.evaluation[0]):
+        table.add_row(*row)
+    return table
+
+
+def _numbers(entry: EvaluationRecord) -> Iterable[tuple[str, str, str]]:
+    low, high = entry.faithfulness_ci
+    share = entry.n_edges / entry.n_edges_graph
+    yield "edges", f"{entry.n_edges:,}", f"{entry.n_edges_graph:,} in the model ({share:.1%} kept)"
+    yield "faithfulness", f"{entry.faithfulness:.3f}", f"{entry.ci_level:.0%} interval {low:.3f} to {high:.3f}"
+    if entry.random_faithfulness:
+        n = len(entry.random_faithfulness)
+        mean, best = sum(entry.random_faithfulness) / n, max(entry.random_faithfulness)
+        yield "  random circuits", f"{mean:.3f}", f"mean of {n} of the same size; best {best:.3f}"
+    unit = f"{entry.metric.name}, {entry.metric.unit}"
+    ends = f"full model {entry.full_value:.3f}, every edge replaced {entry.empty_value:.3f}"
+    yield plain(unit), f"{entry.circuit_value:.3f}", ends
+    yield "KL to full model", f"{entry.kl:.3f}", "nats; 0 is the full model"
+    if entry.accuracy is not None and entry.accuracy_full is not None:
+        yield "accuracy", f"{entry.accuracy:.1%}", f"full model {entry.accuracy_full:.1%}"
+    yield (
+        "examples",
+        f"{entry.n_examples:,}",
+        f"pairs {plain(entry.pairs)!r}; replaced by {plain(entry.ablation.value)}",
+    )
+
+
+def nodes_table(document: CircuitFile, most: int) -> Table:
+    """The nodes of a circuit with their roles, the most important first."""
+    nodes = ranked_nodes(document)
+    roles = any(node.role for node in nodes)
+    table = _table("node", *(("role",) if roles else ()), "edges in", "edges out", "score of edges out", text=1 + roles)
+    for node in nodes[:most]:
+        role = (plain(node.role),) if roles else ()
+        table.add_row(node.name, *role, str(node.n_in), str(node.n_out), _score(node.score))
+    table.caption = _left_out(len(nodes), most, "nodes")
+    return table
+
+
+def edges_table(document: CircuitFile, most: int) -> Table:
+    """The edges of a circuit, the strongest first."""
+    edges = ranked_edges(document)
+    table = _table("edge", "score")
+    for edge in edges[:most]:
+        table.add_row(edge.name, _score(edge.score))
+    table.caption = _left_out(len(edges), most, "edges")
+    return table
+
+
+def failed_table(verification: Verification) -> Table:
+    """The claims that do not hold, with what was stated and what was found."""
+    table = _table("claim", "stated", "found", "why", text=4)
+    for claim in verification.failed:
+        table.add_row(plain(claim.name), plain(claim.expected), plain(claim.got), plain(claim.detail))
+    return table
+
+
+def names_table(kind: str, about: Mapping[str, str]) -> Table:
+    """Names of one kind with a line about each."""
+    table = _table(kind, "", text=2)
+    for name, words in about.items():
+        table.add_row(plain(name), plain(words))
+    return table
+
+
+def _score(score: float | None) -> str:
+    return "" if score is None else f"{score:.4g}"
+
+
+def _left_out(n: int, most: int, things: str) -> str | None:
+    return f"{n - most:,} more {things}; --top {n} shows all" if n > most else None
+
+
+def _table(*columns: str, text: int = 1) -> Table:
+    """An empty table; the first `text` columns are words, the others numbers (two words ones wrap, none is cut)."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, caption_justify="left")
+    for i, name in enumerate(columns):
+        table.add_column(Text(name), justify="left" if i < text or name == "compare with" else "right", overflow="fold")
+    return table
