@@ -187,7 +187,7 @@ def _write_differences(
     chunk: slice,
     n_pos: int,
     dtype: torch.dtype,
-) -> Float[Tensor, "writer batch*pos*d_model"]:
+) -> Float[Tensor, "writer token_and_d_model"]:
     """Every writer's clean write less its replacement."""
     dims = model.dims
     n_rows = len(clean.z(0)[chunk])
