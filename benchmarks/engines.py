@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 import mechinterp as mi
-from mechinterp.edges import run_edges_on
+from mechinterp.edges import run_edges
 from mechinterp.gradients import edge_gradients
 from mechinterp.metrics import get_metric
 
@@ -90,7 +90,7 @@ def engines(device: torch.device, repeats: int) -> list[Row]:
         "forward_backward": forward_backward,
         "eap": lambda: edge_gradients(model, graph, pairs, metric),
         "eap_ig": lambda: edge_gradients(model, graph, pairs, metric, alphas=steps),
-        "circuit": lambda: run_edges_on(model, graph, pairs, masks, metric, None),
+        "circuit": lambda: run_edges(model, graph, pairs, masks, metric=metric),
     }
     seconds = measure(work, device, repeats)
     one_forward = seconds["forward"]

@@ -6,6 +6,8 @@ A reader none of whose edges is cut keeps the model's own input. Another one get
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from einops import repeat
 from jaxtyping import Bool, Float, Int
@@ -46,36 +48,41 @@ def run_edges(
     Raises InputError for a mask of another graph or with NaN.
     """
     metric = get_metric(metric) if isinstance(metric, str) else metric
+    metric.check_answers(pairs)
     masks = check_cut(graph, cut)
+    replacement = replacement or corrupt_replacement(model, graph)
     results: list[Tensor] = []
     for chunk in pairs.to(model.device).chunks(batch_size or len(pairs)):
-        results.append(run_edges_on(model, graph, chunk, masks, metric, replacement))
+        reference = clean_logits(model, chunk) if metric.needs_reference else None
+        columns = metric.columns(chunk)
+        rows: list[Tensor] = []
+        for logits in edge_logits(model, graph, chunk, masks, replacement.on(chunk), columns):
+            if columns is None:
+                rows.append(metric(logits, chunk, reference))
+            else:
+                rows.append(metric.on_columns(logits, columns, chunk))
+        results.append(torch.stack(rows))
     out = torch.cat(results, dim=-1)
     return out if cut.ndim == 3 else out[0]
 
 
-def run_edges_on(
+WRITES_BUDGET_BYTES = 2**29
+"""Masks run side by side as long as their writes fit in this many bytes."""
+
+
+def edge_logits(
     model: HookManager,
     graph: Graph,
     pairs: Pairs,
     masks: Float[Tensor, "candidate reader writer"],
-    metric: Metric,
-    replacement: Replacement | None,
-) -> Float[Tensor, "candidate batch"]:
-    """`run_edges` for one batch and checked masks."""
-    metric.check_answers(pairs)
-    values = (replacement or corrupt_replacement(model, graph)).on(pairs)
-    reference = clean_logits(model, pairs) if metric.needs_reference else None
-    columns = metric.columns(pairs)
-    work = _Patched(model, graph, pairs, masks.to(model.device), values)
-    logits = work.run(columns)
-    rows: list[Tensor] = []
-    for candidate in logits.unflatten(0, (masks.shape[0], len(pairs))):
-        if columns is None:
-            rows.append(metric(candidate, pairs, reference))
-        else:
-            rows.append(metric.on_columns(candidate, columns, pairs))
-    return torch.stack(rows)
+    values: Values,
+    columns: Int[Tensor, " n_columns"] | None = None,
+) -> Iterator[Float[Tensor, "batch n_answer n_columns"]]:
+    """For each mask, the logits at the answer positions of one batch (of all tokens, or of `columns` only)."""
+    size = len(graph.writers) * pairs.clean.numel() * model.dims.d_model * max(4, model.dtype.itemsize)
+    for some in masks.split(max(1, min(64, WRITES_BUDGET_BYTES // size))):
+        logits = _Patched(model, graph, pairs, some.to(model.device), values).run(columns)
+        yield from logits.unflatten(0, (len(some), len(pairs)))
 
 
 def clean_logits(model: HookManager, pairs: Pairs) -> Float[Tensor, "batch n_answer d_vocab"]:

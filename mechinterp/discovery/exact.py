@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from mechinterp.discovery.method import METHODS, Method, Progress
-from mechinterp.edges import answer_logits, run_edges
+from mechinterp.edges import answer_logits, edge_logits
 from mechinterp.graph import Graph
 from mechinterp.hooks import HookManager
 from mechinterp.metrics import Metric
@@ -15,8 +15,8 @@ from mechinterp.replacement import build_replacement
 from mechinterp.scores import Parameter, Scores
 from mechinterp.tasks.pairs import Pairs
 
-CANDIDATE_BUDGET_BYTES = 2**29
-"""So many bytes of writes may be held at once; it sets how many edges are tried side by side."""
+EDGES_AT_ONCE = 64
+"""Masks made at a time: neighbours in this order cut the same layer, so they share the run before it."""
 
 
 def _exact(
@@ -38,14 +38,13 @@ def _exact(
     for chunk in pairs.to(model.device).chunks(batch_size):
         clean = answer_logits(model, chunk.clean, chunk)
         full = metric(clean, chunk, clean)
-        size = len(graph.writers) * chunk.clean.numel() * model.dims.d_model * total.element_size()
-        side_by_side = max(1, min(64, CANDIDATE_BUDGET_BYTES // size))
-        for some in edges.split(side_by_side):
-            cut = torch.zeros(len(some), *graph.possible.shape, dtype=torch.bool)
-            cut[torch.arange(len(some)), some[:, 0], some[:, 1]] = True
-            values = run_edges(model, graph, chunk, cut, metric=metric, replacement=replacement)
-            drop = metric.direction * (full[None] - values).sum(-1)
-            total[some[:, 0], some[:, 1]] += drop.cpu().to(total.dtype)
+        values = replacement.on(chunk)
+        for some in edges.split(EDGES_AT_ONCE):
+            cut = torch.zeros(len(some), *graph.possible.shape)
+            cut[torch.arange(len(some)), some[:, 0], some[:, 1]] = 1
+            for (r, w), logits in zip(some.tolist(), edge_logits(model, graph, chunk, cut, values), strict=True):
+                drop = metric.direction * (full - metric(logits, chunk, clean)).sum()
+                total[r, w] += drop.cpu().to(total.dtype)
             done += len(some) * len(chunk)
             progress(done, n_runs)
     cost = {"forwards": n_runs + 2 * len(pairs), "backwards": 0}

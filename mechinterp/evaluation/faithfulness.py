@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechinterp.circuit import Circuit
-from mechinterp.edges import answer_logits, run_edges
+from mechinterp.edges import check_cut, clean_logits, edge_logits
 from mechinterp.errors import InputError
 from mechinterp.evaluation.bootstrap import bootstrap_interval
 from mechinterp.graph import Graph
@@ -99,7 +99,10 @@ def evaluate(
     pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
     values = build_replacement(replacement, model, graph, reference or pairs, batch_size)
     masks = [circuit.cut, graph.possible, *random_cuts(graph, circuit.n_edges, n_random, seed)]
-    table = _metric_table(model, graph, pairs, torch.stack(masks), metric, values, batch_size)
+    has_answers = pairs.right is not None and pairs.wrong is not None
+    metrics = [metric, get_metric("kl_to_clean"), *([get_metric("accuracy")] if has_answers else [])]
+    tables = metric_tables(model, graph, pairs, torch.stack(masks), metrics, values, batch_size)
+    table = tables[metric.name]
     ours, full, empty = table[:, 1], table[:, 0], table[:, 2]
     per_example = torch.stack([ours, full, empty], 1)
     check_denominator(full, empty)
@@ -107,7 +110,6 @@ def evaluate(
     ratios = _example_ratios(per_example)
     quartiles = ratios.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=ratios.dtype)).tolist()
     random_rows = [torch.stack([column, full, empty], 1)[None] for column in table[:, 3:].T]
-    kl = float(run_all(model, graph, pairs, circuit.cut, "kl_to_clean", values, batch_size).mean())
     has_answers = pairs.right is not None and pairs.wrong is not None
     return Evaluation(
         metric=metric.name,
@@ -123,11 +125,9 @@ def evaluate(
         ci_level=0.95,
         example_quartiles=(quartiles[0], quartiles[1], quartiles[2]),
         n_ratio=len(ratios),
-        kl=kl,
-        accuracy=_accuracy(model, graph, pairs, circuit.cut, values, batch_size) if has_answers else None,
-        accuracy_full=(
-            _accuracy(model, graph, pairs, torch.zeros_like(circuit.cut), values, batch_size) if has_answers else None
-        ),
+        kl=float(tables["kl_to_clean"][:, 1].mean()),
+        accuracy=float(tables["accuracy"][:, 1].mean()) if has_answers else None,
+        accuracy_full=float(tables["accuracy"][:, 0].mean()) if has_answers else None,
         random_faithfulness=tuple(float(ratio_of_means(rows)) for rows in random_rows),
         seed=seed,
         per_example=per_example,
@@ -168,7 +168,7 @@ def faithfulness_curve(
     metric = get_metric(metric) if isinstance(metric, str) else metric
     values = build_replacement(replacement, model, graph, pairs, batch_size)
     cuts = torch.stack([graph.possible, *[graph.possible & ~mask for mask in masks]])
-    table = _metric_table(model, graph, pairs, cuts, metric, values, batch_size)
+    table = metric_tables(model, graph, pairs, cuts, [metric], values, batch_size)[metric.name]
     full, empty = table[:, 0], table[:, 1]
     check_denominator(full, empty)
     return tuple(float(ratio_of_means(torch.stack([c, full, empty], 1)[None])) for c in table[:, 2:].T)
@@ -187,42 +187,27 @@ def random_cuts(graph: Graph, n_edges: int, n: int, seed: int) -> list[Bool[Tens
     return cuts
 
 
-def run_all(
-    model: HookManager,
-    graph: Graph,
-    pairs: Pairs,
-    cut: Bool[Tensor, "reader writer"],
-    metric: str,
-    values: Replacement,
-    batch_size: int,
-) -> Float[Tensor, " example"]:
-    """A metric of every example with one mask cut."""
-    return run_edges(model, graph, pairs, cut, metric=metric, replacement=values, batch_size=batch_size).cpu()
-
-
-def _accuracy(
-    model: HookManager, graph: Graph, pairs: Pairs, cut: Tensor, values: Replacement, batch_size: int
-) -> float:
-    return float(run_all(model, graph, pairs, cut, "accuracy", values, batch_size).mean())
-
-
-def _metric_table(
+def metric_tables(
     model: HookManager,
     graph: Graph,
     pairs: Pairs,
     cuts: Bool[Tensor, "mask reader writer"],
-    metric: Metric,
+    metrics: Sequence[Metric],
     values: Replacement,
     batch_size: int,
-) -> Float[Tensor, "example column"]:
-    """Per example: the full model, then each mask."""
-    rows: list[Tensor] = []
+) -> dict[str, Float[Tensor, "example column"]]:
+    """Per metric and example: the full model, then each mask. One run of a mask serves all metrics."""
+    masks = check_cut(graph, cuts)
+    tables: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
     for chunk in pairs.to(model.device).chunks(batch_size):
-        logits = answer_logits(model, chunk.clean, chunk)
-        full = metric(logits, chunk, logits)
-        columns = [run_edges(model, graph, chunk, cut, metric=metric, replacement=values) for cut in cuts]
-        rows.append(torch.stack([full, *columns], 1).cpu())
-    return torch.cat(rows)
+        full = clean_logits(model, chunk)
+        columns: dict[str, list[Tensor]] = {metric.name: [metric(full, chunk, full)] for metric in metrics}
+        for logits in edge_logits(model, graph, chunk, masks, values.on(chunk)):
+            for metric in metrics:
+                columns[metric.name].append(metric(logits, chunk, full))
+        for name, parts in columns.items():
+            tables[name].append(torch.stack(parts, 1).cpu())
+    return {name: torch.cat(parts) for name, parts in tables.items()}
 
 
 def _example_ratios(per_example: Float[Tensor, "example 3"]) -> Float[Tensor, " ratio"]:
