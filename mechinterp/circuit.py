@@ -41,6 +41,10 @@ class Circuit:
             raise InputError("The circuit's mask is not a part of its graph.")
         object.__setattr__(self, "kept", self.kept.cpu().clone())
 
+    def __repr__(self) -> str:
+        how = ", ".join(f"{name}={value}" for name, value in self.selection.items())
+        return f"Circuit({self.n_edges} of {self.graph.n_edges} edges, {self.n_selected} selected ({how}))"
+
     @property
     def edges(self) -> tuple[str, ...]:
         """The names of the edges, sorted."""

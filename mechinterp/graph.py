@@ -36,6 +36,9 @@ class Graph:
     feeds: Bool[Tensor, "reader writer"] = field(repr=False)
     """Whether the reader is an input of the writer (q of a head: that head; k and v: every head of the group)."""
 
+    def __repr__(self) -> str:
+        return f"Graph({len(self.writers)} writers, {len(self.readers)} readers, {self.n_edges} edges)"
+
     @property
     def n_edges(self) -> int:
         """How many edges the graph has."""

@@ -43,6 +43,9 @@ class Scores:
         if not bool(torch.isfinite(self.total).all()):
             raise InputError("Some scores are NaN or infinite; look at the model's weights and the metric.")
 
+    def __repr__(self) -> str:
+        return f"Scores({self.method}, {self.graph.n_edges} edges, {self.metric}, {self.count} examples)"
+
     @property
     def values(self) -> Float[Tensor, "reader writer"]:
         """Mean score of every edge; 0 where there is no edge."""
