@@ -247,9 +247,14 @@ def _do_show(file: str, top: int) -> int:
     check_hashes(opened)
     console = Console()
     _print_result(console, opened.document)
+    n_nodes, n_edges = len(opened.document.nodes), len(opened.document.edges)
     for table in (nodes_table(opened.document, top), edges_table(opened.document, top)):
         console.print(table)
         console.print()
+    if top < max(n_nodes, n_edges):
+        _say(
+            console, f"the first {top} of {n_nodes} nodes and {n_edges} edges; --top {max(n_nodes, n_edges)} shows all"
+        )
     _say(console, f"circuit sha256 {opened.document.integrity.circuit_sha256}")
     return OK
 

@@ -59,7 +59,6 @@ def nodes_table(document: CircuitFile, most: int) -> Table:
     for node in nodes[:most]:
         role = (plain(node.role),) if roles else ()
         table.add_row(node.name, *role, str(node.n_in), str(node.n_out), _score(node.score))
-    table.caption = _left_out(len(nodes), most, "nodes")
     return table
 
 
@@ -69,7 +68,6 @@ def edges_table(document: CircuitFile, most: int) -> Table:
     table = _table("edge", "score")
     for edge in edges[:most]:
         table.add_row(edge.name, _score(edge.score))
-    table.caption = _left_out(len(edges), most, "edges")
     return table
 
 
@@ -93,13 +91,9 @@ def _score(score: float | None) -> str:
     return "" if score is None else f"{score:.4g}"
 
 
-def _left_out(n: int, most: int, things: str) -> str | None:
-    return f"{n - most:,} more {things}; --top {n} shows all" if n > most else None
-
-
 def _table(*columns: str, text: int = 1) -> Table:
-    """An empty table; the first `text` columns are words, the others numbers (two words ones wrap, none is cut)."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, caption_justify="left")
+    """An empty table; the first `text` columns are words, the others numbers. Cells are folded, never cut."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for i, name in enumerate(columns):
         table.add_column(Text(name), justify="left" if i < text or name == "compare with" else "right", overflow="fold")
     return table

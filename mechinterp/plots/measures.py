@@ -90,7 +90,7 @@ def faithfulness_figure(
             yanchor="bottom",
             font={"size": 11},
         )
-    curve = sorted(zip(sizes, values, strict=True))
+    curve = sorted((size, value) for size, value in zip(sizes, values, strict=True) if size > 0)  # the axis is a log
     if curve:
         figure.add_trace(
             go.Scatter(

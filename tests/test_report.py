@@ -1,0 +1,196 @@
+"""The report page: whole, harmless whatever the file says, and needing nothing but a browser."""
+
+from __future__ import annotations
+
+import json
+import os
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mechinterp.circuit import Circuit
+from mechinterp.report import render_report, write_report
+from mechinterp.summary import finding, ranked_edges, ranked_nodes
+from tests.toy_circuits import toy_circuit, toy_document
+
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """All elements with their attributes, the text outside scripts and styles, and the texts of the scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == [], f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts.append((self.elements[-1][1], data))
+        elif not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def figure(self, name: str) -> Any:
+        (text,) = (text for attributes, text in self.scripts if attributes.get("data-figure") == f"figure-{name}")
+        return json.loads(text)
+
+
+@pytest.fixture(scope="module")
+def circuit() -> Circuit:
+    return toy_circuit()
+
+
+def page_of(circuit: Circuit, path: str = "out/toy.circuit.json", **changes: Any) -> tuple[Page, str]:
+    text = render_report(circuit, toy_document(circuit, **changes), path)
+    return Page(text), text
+
+
+def test_the_title_is_the_finding(circuit: Circuit) -> None:
+    page, _ = page_of(circuit)
+    words = f"{circuit.n_edges} of {circuit.graph.n_edges} edges recover 93 % [91, 95] of the logit difference"
+    assert finding(toy_document(circuit)) == words
+    assert words in page.text
+
+
+def test_the_page_is_whole_and_small_enough(circuit: Circuit) -> None:
+    page, text = page_of(circuit)
+    assert text.startswith("<!doctype html>")
+    assert len(text.encode()) < 6e6
+    assert {name for name, _ in page.elements} >= {"html", "head", "title", "main", "figure", "table"}
+    for name in ("circuit", "sizes", "heads"):
+        assert any(attributes.get("id") == f"figure-{name}" for _, attributes in page.elements)
+        assert page.figure(name)["data"]
+
+
+def test_nothing_is_fetched(circuit: Circuit) -> None:
+    page, _ = page_of(circuit)
+    for tag, attributes in page.elements:
+        assert tag not in ("link", "iframe", "object", "embed", "img", "base", "form")
+        assert not {"src", "href", "srcset", "action", "style"} & set(attributes), (tag, attributes)
+    (policy,) = (a["content"] for t, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None and "default-src 'none'" in policy and "http" not in policy
+    assert sum("plotly.js v" in text for _, text in page.scripts) == 1
+
+
+def test_every_kept_edge_has_its_nodes_and_its_name_on_the_page(circuit: Circuit) -> None:
+    page, _ = page_of(circuit)
+    data = page.figure("circuit")["data"]
+    drawn = {trace["meta"][0]: trace["meta"][1:] for trace in data if trace.get("meta")}
+    named = {name for trace in data for name in trace.get("customdata", ())}
+    assert set(drawn) == set(circuit.edges)
+    assert {node for ends in drawn.values() for node in ends} == named == set(circuit.nodes)
+    for name in circuit.edges:
+        assert name in page.text
+
+
+HOSTILE = "</script></title><script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)>\"'&{0}%s"
+
+
+def test_hostile_texts_stay_texts(circuit: Circuit) -> None:
+    usual, _ = page_of(circuit)
+    document = toy_document(circuit)
+    record = document.model_dump(mode="json", exclude_none=True)
+    metric = {**record["evaluation"][0]["metric"], "name": HOSTILE, "unit": HOSTILE}
+    evaluation = {**record["evaluation"][0], "pairs": HOSTILE, "metric": metric}
+    head = next(name for name in circuit.nodes if name.startswith("a"))
+    page, text = page_of(
+        circuit,
+        path=f"out/{HOSTILE}.circuit.json",
+        title=HOSTILE,
+        description=HOSTILE,
+        model={**record["model"], "name": HOSTILE, "architecture": HOSTILE, "loader": HOSTILE},
+        task={**record["task"], "name": HOSTILE, "title": HOSTILE},
+        pairs={**record["pairs"], HOSTILE: record["pairs"]["evaluation"]},
+        evaluation=[evaluation],
+        provenance={"versions": {HOSTILE: HOSTILE}, "device": HOSTILE, "command": HOSTILE},
+        roles={"mover": {"label": HOSTILE, "nodes": [head]}},
+    )
+    assert text.count("alert(1)") > 8
+    assert [tag for tag, _ in page.elements if tag in ("script", "img")] == ["script"] * 5
+    assert page.elements.count(("main", {})) == usual.elements.count(("main", {})) == 1
+    for name in ("circuit", "sizes", "heads"):
+        for trace in page.figure(name)["data"]:
+            # plotly shows these as a small HTML of its own, in which only what is escaped is text
+            for label in [trace.get("name") or "", *(trace.get("hovertext") or ())]:
+                assert "<script" not in label and "<img" not in label
+
+
+def test_the_numbers_of_the_evaluation_are_on_the_page(circuit: Circuit) -> None:
+    page, _ = page_of(circuit)
+    for words in ("0.9261 [0.9083, 0.9514]", "3.6 logits", "198 of 200", "0.020, -0.010, 0.050", "a" * 64):
+        assert words in page.text
+    for axis in ("granularity", "component", "value", "positions", "direction", "set"):
+        assert axis in page.text
+    assert "discover-circuit verify out/toy.circuit.json" in page.text
+
+
+def test_the_command_is_quoted_for_a_shell(circuit: Circuit) -> None:
+    page, _ = page_of(circuit, path="out/my circuit; rm.circuit.json")
+    assert "discover-circuit verify 'out/my circuit; rm.circuit.json'" in page.text
+
+
+def test_a_circuit_without_scores_and_results_has_a_page(circuit: Circuit) -> None:
+    bare = Circuit(circuit.graph, circuit.kept, circuit.n_selected)
+    edges = [{"name": name} for name in bare.edges]
+    page, _ = page_of(bare, evaluation=[], curve=None, edges=edges, title="A published circuit")
+    assert "A published circuit" in page.text
+    assert {attributes.get("data-figure") for attributes, _ in page.scripts} == {"figure-circuit", None}
+
+
+def test_writing_replaces_the_page_or_leaves_the_old_one(
+    circuit: Circuit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "toy.report.html"
+    path.write_text("old", "utf-8")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_report(path, circuit, toy_document(circuit), "toy.circuit.json")
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name] and path.read_text("utf-8") == "old"
+    write_report(path, circuit, toy_document(circuit), "toy.circuit.json")
+    assert path.read_text("utf-8").startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_nodes_are_counted_as_in_the_graph(kv_heads: int) -> None:
+    circuit = toy_circuit(3, 4, kv_heads, 60)
+    document, net = toy_document(circuit), circuit.to_networkx()
+    nodes = {node.name: node for node in ranked_nodes(document)}
+    assert set(nodes) == set(circuit.nodes)
+    for name, node in nodes.items():
+        assert node.n_in == net.in_degree(name)
+        # An edge into a shared head leaves its writer once, however many heads it reaches.
+        assert node.n_out == len({data["name"] for _, _, data in net.out_edges(name, data=True)})
+    strengths = [abs(node.score or 0.0) for node in ranked_nodes(document)]
+    assert strengths == sorted(strengths, reverse=True)
+
+
+def test_edges_are_ranked_by_magnitude(circuit: Circuit) -> None:
+    assert circuit.scores is not None
+    scores = circuit.scores.to_dict()
+    ranked = [edge.name for edge in ranked_edges(toy_document(circuit))]
+    assert sorted(ranked) == list(circuit.edges)
+    assert abs(scores[ranked[0]]) == max(abs(scores[name]) for name in circuit.edges)
