@@ -250,7 +250,7 @@ class DiscoveryRecord(Strict):
     parameters: dict[Label, Parameter]
     replacement: Label
     metric: MetricRecord
-    pairs: Label | None
+    pairs: Label | None = None
     n_examples: Count
     score_sign: Literal["positive = the edge helps the task"] = SCORE_SIGN
     cost: dict[Label, Count]
