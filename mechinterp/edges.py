@@ -45,10 +45,11 @@ def run_edges(
     layers before the first cut edge are not run again when several candidates share them. Memory: the writes of one
     batch, `n_writers * batch * pos * d_model` numbers per candidate.
 
-    Raises InputError for a mask of another graph or with NaN.
+    Raises InputError for a mask of another graph or with NaN, and for pairs or a graph of another model.
     """
     metric = get_metric(metric) if isinstance(metric, str) else metric
     metric.check_answers(pairs)
+    check_model(model, graph, pairs)
     masks = check_cut(graph, cut)
     replacement = replacement or corrupt_replacement(model, graph)
     results: list[Tensor] = []
@@ -102,6 +103,13 @@ def take_positions(
     """The rows of `value` at the positions (row 0 where a position is -1, no entry; metrics skip those)."""
     index = positions.to(value.device).clamp(min=0)
     return value.gather(1, index[..., None].expand(-1, -1, value.shape[-1]))
+
+
+def check_model(model: HookManager, graph: Graph, pairs: Pairs) -> None:
+    """Return None when the graph and the token ids can be this model's. Raises InputError otherwise."""
+    if graph.dims != model.dims:
+        raise InputError("The graph was built for a model of other dimensions; build it with build_graph(model).")
+    pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
 
 
 def check_cut(graph: Graph, cut: Tensor) -> Float[Tensor, "candidate reader writer"]:

@@ -22,7 +22,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp.edges import clean_logits, take_positions
+from mechinterp.edges import check_model, clean_logits, take_positions
 from mechinterp.errors import InputError
 from mechinterp.graph import Graph
 from mechinterp.hooks import HookManager, Intervention
@@ -60,6 +60,7 @@ def edge_gradients(
     alphas, and one contraction. Accumulates in float32 or better.
     """
     metric.check_answers(pairs)
+    check_model(model, graph, pairs)
     if not metric.differentiable:
         raise InputError(
             f"Metric {metric.name!r} has no gradient; score edges by logit_diff, prob_diff or kl_to_clean."

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mechinterp.edges import check_model
 from mechinterp.errors import InputError
 from mechinterp.graph import Graph
 from mechinterp.hooks import HookManager
@@ -62,9 +63,7 @@ def score_edges(
         raise InputError(f"Method {method!r} has no parameter {unknown_names[0]!r}. Known: {known}.")
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; got {batch_size}.")
-    if graph.dims != model.dims:
-        raise InputError("The graph was built for a model of other dimensions; build it with build_graph(model).")
-    pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
+    check_model(model, graph, pairs)
     metric = get_metric(metric) if isinstance(metric, str) else metric
     settings = {**chosen.defaults, **parameters}
     scores = chosen.run(model, graph, pairs, metric, settings, batch_size, progress)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechinterp.circuit import Circuit
-from mechinterp.edges import check_cut, clean_logits, edge_logits
+from mechinterp.edges import check_cut, check_model, clean_logits, edge_logits
 from mechinterp.errors import InputError
 from mechinterp.evaluation.bootstrap import bootstrap_interval
 from mechinterp.graph import Graph
@@ -96,7 +96,7 @@ def evaluate(
     """
     metric = get_metric(metric) if isinstance(metric, str) else metric
     graph = circuit.graph
-    pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
+    check_model(model, graph, pairs)
     values = build_replacement(replacement, model, graph, reference or pairs, batch_size)
     masks = [circuit.cut, graph.possible, *random_cuts(graph, circuit.n_edges, n_random, seed)]
     has_answers = pairs.right is not None and pairs.wrong is not None
@@ -166,6 +166,7 @@ def faithfulness_curve(
 ) -> tuple[float, ...]:
     """The faithfulness of each mask of kept edges, as a ratio of means."""
     metric = get_metric(metric) if isinstance(metric, str) else metric
+    check_model(model, graph, pairs)
     values = build_replacement(replacement, model, graph, pairs, batch_size)
     cuts = torch.stack([graph.possible, *[graph.possible & ~mask for mask in masks]])
     table = metric_tables(model, graph, pairs, cuts, [metric], values, batch_size)[metric.name]
@@ -198,6 +199,7 @@ def metric_tables(
 ) -> dict[str, Float[Tensor, "example column"]]:
     """Per metric and example: the full model, then each mask. One run of a mask serves all metrics."""
     masks = check_cut(graph, cuts)
+    metrics = list({metric.name: metric for metric in metrics}.values())
     tables: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
     for chunk in pairs.to(model.device).chunks(batch_size):
         full = clean_logits(model, chunk)
