@@ -71,11 +71,22 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def parse_device(device: torch.device | str | None) -> torch.device | None:
-    """The torch device named `cpu`, `cuda`, `cuda:1`, ...; None stays None. Raises InputError for anything else."""
+    """The torch device named `cpu`, `cuda`, `cuda:1`, ...; None stays None.
+
+    Raises InputError for anything else, and for a device that this machine does not have.
+    """
+    if device is None:
+        return None
     try:
-        return None if device is None else torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise InputError(f"Unknown device {device!r}; give 'cpu', 'cuda', 'cuda:1' or 'mps'.") from error
+    try:
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA says so by an AssertionError
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"Device {str(found)!r} cannot be used here: {reason}.") from error
+    return found
 
 
 def _open_named(
