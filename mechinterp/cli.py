@@ -105,10 +105,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return PIPE_CLOSED
 
 
-def _version(wanted: bool) -> None:
+class _Terminal(Console):
+    """Standard output. When the reader stops reading, `main` answers; rich would end with 1, our "claim failed"."""
+
+    def on_broken_pipe(self) -> None:
+        """Pass the error on."""
+        raise BrokenPipeError
+
+
+def _version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"discover-circuit {metadata.version('mechinterp-circuits')}")
         raise typer.Exit()
+    return wanted
 
 
 @app.callback()
@@ -199,7 +208,7 @@ def _do_run(asked: dict[str, Any], open_report: bool) -> int:
     from mechinterp.summary import verify_command
 
     _check_task(asked["task"])
-    console = Console()
+    console = _Terminal()
     with stages(Console(stderr=True)) as progress:
         from mechinterp.pipeline import RunSpec, discover
         from mechinterp.report import write_report
@@ -222,7 +231,7 @@ def _do_run(asked: dict[str, Any], open_report: bool) -> int:
 def _do_verify(file: str, options: dict[str, Any]) -> int:
     from mechinterp.progress import stages
 
-    path, console = _find(file), Console()
+    path, console = _find(file), _Terminal()
     with stages(Console(stderr=True)) as progress:
         from mechinterp.pipeline import verify
         from mechinterp.tables import failed_table
@@ -245,7 +254,7 @@ def _do_show(file: str, top: int) -> int:
 
     opened = open_circuit_file(_find(file))
     check_hashes(opened)
-    console = Console()
+    console = _Terminal()
     _print_result(console, opened.document)
     n_nodes, n_edges = len(opened.document.nodes), len(opened.document.edges)
     for table in (nodes_table(opened.document, top), edges_table(opened.document, top)):
@@ -263,7 +272,7 @@ def _do_list() -> int:
     from mechinterp.tables import names_table
     from mechinterp.tasks.task import load_task, task_names
 
-    console = Console()
+    console = _Terminal()
     models = {
         "bundled": "a small GPT-2 that comes with the package; no network needed",
         "./directory": "a folder made by save_pretrained",
