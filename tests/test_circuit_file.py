@@ -259,75 +259,92 @@ def test_an_error_while_writing_leaves_the_old_pair(
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.circuit.json", "a.scores.safetensors"]
 
 
-_KILLED_AT_EVERY_LINE = """
-import os, signal, sys
+_STOPPED_AT_EVERY_STEP = """
+import os, shutil, signal, sys
 from pathlib import Path
 from mechinterp import store
-from mechinterp.schema_parts import Sidecar
-folder, first, second = map(Path, sys.argv[1:])
+folder, first, second, start = map(Path, sys.argv[1:5])
+stop = sys.argv[5]
+path = folder / "a.circuit.json"
 
 def pair(place):
-    opened = store.open_circuit_file(place / "a.circuit.json")
-    return opened.document, (place / "a.scores.safetensors").read_bytes()
+    document = store.open_circuit_file(place / "a.circuit.json").document
+    return document, (place / "a.scores.safetensors").read_bytes()
 
 def state():
     opened = store.open_circuit_file(path)
     store.check_hashes(opened)
     return opened.document, store.read_sidecar(path, opened.document.integrity.sidecar, 2**20)
 
-def killed_at(line):
+def stop_at(step):
     seen = 0
     def trace(frame, event, argument):
         nonlocal seen
         if frame.f_code.co_filename != store.__file__:
             return None
-        if event == "line":
-            seen += 1
-            if seen == line:
+        seen += event in ("line", "return")
+        if seen == step and event in ("line", "return"):
+            if stop == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            raise KeyboardInterrupt
         return trace
     sys.settrace(trace)
 
-old, new = pair(first), pair(second)
-path = folder / "a.circuit.json"
-found = set()
-line = 0
-while True:
-    line += 1
-    store.write_pair(path, *old)
-    child = os.fork()
-    if child == 0:
-        killed_at(line)
+def copied(source, target):
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+
+def every_step(start, old, new):
+    for step in range(1, 10**4):
+        copied(start, folder)
+        child = os.fork()
+        if child == 0:
+            try:
+                stop_at(step)
+                store.write_pair(path, *new)
+                sys.settrace(None)
+                os._exit(0)
+            except KeyboardInterrupt:
+                os._exit(1)
+        status = os.waitpid(child, 0)[1]
+        assert state() in (old, new), (start, step)
+        if any(name.endswith(".previous") for name in os.listdir(folder)) and state() == old:
+            copied(folder, between)
         store.write_pair(path, *new)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    now = state()
-    assert now in (old, new), line
-    found.add((now == new, status == 0))
-    store.write_pair(path, *new)
-    assert state() == new, line
-    assert sorted(os.listdir(folder)) == ["a.circuit.json", "a.scores.safetensors"], (line, os.listdir(folder))
-    if status == 0:
-        break
-assert found == {(False, False), (True, False), (True, True)}, found
-print("killed at", line - 1, "lines")
+        assert state() == new, step
+        assert sorted(os.listdir(folder)) == ["a.circuit.json", "a.scores.safetensors"], (step, os.listdir(folder))
+        if status == 0:
+            return step - 1
+
+old, new = pair(first), pair(second)
+between = start.with_name("between")
+steps = every_step(first, old, new)
+if stop == "kill":  # once more, from where the first run was killed between its two renames
+    assert between.exists()
+    copied(between, start)
+    steps += every_step(start, old, new)
+print(steps)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-def test_a_run_that_is_killed_at_any_line_leaves_a_whole_pair(
-    tmp_path: Path, model: mi.HookManager, circuit: Circuit
+@pytest.mark.parametrize("stop", ["kill", "interrupt"])
+def test_a_run_that_is_stopped_at_any_step_leaves_a_whole_pair(
+    tmp_path: Path, model: mi.HookManager, circuit: Circuit, stop: str
 ) -> None:
-    """SIGKILL before every line of store.py that writing executes, one process per line."""
+    """SIGKILL (or Ctrl-C) at every line of store.py that writing executes, one process per line.
+
+    For SIGKILL, again in the run after it, which finds what the killed one left.
+    """
     assert circuit.scores is not None
     other = replace(circuit, scores=replace(circuit.scores, total=circuit.scores.total * 2))
-    (tmp_path / "out").mkdir()
     mi.save_circuit(tmp_path / "first" / "a.circuit.json", circuit, model=model)
     mi.save_circuit(tmp_path / "second" / "a.circuit.json", other, model=model)
-    places = [str(tmp_path / name) for name in ("out", "first", "second")]
-    done = subprocess.run([sys.executable, "-c", _KILLED_AT_EVERY_LINE, *places], capture_output=True, text=True)
+    places = [str(tmp_path / name) for name in ("out", "first", "second", "start")]
+    command = [sys.executable, "-c", _STOPPED_AT_EVERY_STEP, *places, stop]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[2]) > 50
+    assert int(done.stdout) > 50
 
 
 def test_leftovers_of_other_files_stay(tmp_path: Path, model: mi.HookManager, circuit: Circuit) -> None:
