@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
@@ -40,7 +39,7 @@ def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[count]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
@@ -50,15 +49,17 @@ def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     def show(stage: str, done: int, total: int) -> None:
         if stage not in started:
             _finish(bars)
-            started[stage] = bars.add_task(STAGES.get(stage, stage), total=None)
+            started[stage] = bars.add_task(STAGES.get(stage, stage), total=None, count="")
         # A stage that counts to 1 has no steps to tell: its bar pulses until the next one begins.
-        bars.update(started[stage], completed=done, total=total if total > 1 else None)
+        counts = total > 1
+        count = f"{done:,}/{total:,}" if counts else ""
+        bars.update(started[stage], completed=done, total=total if counts else None, count=count)
 
     logger, handler = logging.getLogger("mechinterp"), _Lines(console)
     logger.addHandler(handler)
     try:
         with bars:
-            bars.add_task("import torch", total=None)
+            bars.add_task("import torch", total=None, count="")
             yield show
     finally:
         logger.removeHandler(handler)
