@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mechinterp.discovery.select import select
+from mechinterp.discovery.select import EmptyCircuit, select
 from mechinterp.errors import InputError
 from mechinterp.evaluation.faithfulness import faithfulness_curve
 from mechinterp.hooks import HookManager
@@ -73,7 +73,7 @@ def size_curve(
     for size in sizes:
         try:
             masks.append(select(graph, scores, edges=size, rule=rule, by=by).kept)
-        except InputError:  # so few edges that none lies on a path: the empty circuit
+        except EmptyCircuit:  # so few edges that none lies on a path
             masks.append(torch.zeros_like(graph.possible))
     values = faithfulness_curve(
         model, masks, graph, pairs, metric=metric, replacement=replacement, batch_size=batch_size

@@ -18,6 +18,10 @@ RULES = ("top", "greedy")
 ORDERS = ("value", "magnitude")
 
 
+class EmptyCircuit(InputError):
+    """None of the selected edges lies on a path from the input to the logits."""
+
+
 def select(
     graph: Graph,
     scores: Scores,
@@ -34,7 +38,7 @@ def select(
     into what is chosen already, so nothing is dropped at the end but what does not reach the input. Ties go to the
     edge that comes first in the model. The circuit keeps both counts: `n_selected` and `n_edges`.
 
-    Raises InputError when the numbers make no sense or nothing is left.
+    Raises InputError when the numbers make no sense, EmptyCircuit when nothing is left.
     """
     if graph.digest() != scores.graph.digest():
         raise InputError("The scores belong to another graph.")
@@ -62,7 +66,7 @@ def select(
         parameters["edges"] = edges
     kept = on_paths(graph, chosen)
     if not bool(kept.any()):
-        raise InputError(
+        raise EmptyCircuit(
             f"None of the {int(chosen.sum())} selected edges lies on a path from the input to the logits; select more "
             "edges, or use rule='greedy'."
         )

@@ -1,0 +1,204 @@
+"""`discover`: one straight line from a specification to a circuit file that verifies."""
+
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mechinterp as mi
+from mechinterp.errors import InputError
+from mechinterp.pipeline import RunSpec, command_of, discover, output_path
+from mechinterp.sizes import CurvePoint, size_curve, size_grid, smallest_faithful
+from tests.words_model import save_words_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    save_words_model(folder / "small")
+    names = ("Mary", "John", "Tom", "James", "Anna", "Paul")
+    with (folder / "mine.jsonl").open("w", encoding="utf-8") as file:
+        for a in names:
+            for b in names:
+                if a != b:
+                    clean, corrupt = (
+                        f"{a} and {b} went to the store. {b} gave a drink to",
+                        f"{b} and {a} went to the store. {b} gave a drink to",
+                    )
+                    file.write(
+                        json.dumps({"clean": clean, "corrupt": corrupt, "right": f" {a}", "wrong": f" {b}"}) + "\n"
+                    )
+    return folder
+
+
+@pytest.fixture
+def spec(folder: Path, tmp_path: Path) -> RunSpec:
+    return RunSpec("ioi", str(folder / "small"), examples=12, test_examples=10, out=tmp_path / "out")
+
+
+def test_a_run_writes_what_it_returns(spec: RunSpec) -> None:
+    stages: list[str] = []
+    made = discover(spec, lambda stage, done, total: stages.append(stage))
+    assert list(dict.fromkeys(stages)) == ["model", "scores", "curve", "evaluation"]
+    assert made.path == spec.out / "ioi-small-eap-ig.circuit.json"
+    assert sorted(p.name for p in spec.out.iterdir()) == [made.path.name, "ioi-small-eap-ig.scores.safetensors"]
+    loaded = mi.load_circuit(made.path)
+    assert loaded.digest() == made.circuit.digest() == made.evaluation.circuit_digest
+    assert made.document.id == "ioi-small-eap-ig"
+    assert made.document.evaluation[0].faithfulness == float(f"{made.evaluation.faithfulness:.6g}")
+    assert made.train.digest() != made.test.digest()
+    assert mi.verify(made.path).ok
+
+
+def test_the_size_is_the_smallest_that_suffices(spec: RunSpec) -> None:
+    made = discover(spec)
+    size = made.circuit.selection["edges"]
+    reached = [point.n_selected for point in made.curve if point.faithfulness >= 0.9]
+    assert size == min(reached)
+    assert made.document.selection.size is not None and made.document.selection.size.target == 0.9
+    assert made.document.selection.size.pairs == "discovery"
+    assert "selection.size" in {claim.name for claim in mi.verify(made.path).claims}
+
+
+def test_the_same_run_gives_the_same_bytes(spec: RunSpec, tmp_path: Path) -> None:
+    other = replace(spec, out=tmp_path / "other", batch_size=spec.batch_size)
+    one, two = discover(spec), discover(other)
+    assert one.path.read_bytes() == two.path.read_bytes()
+
+
+def test_the_batch_size_changes_nothing_that_counts(spec: RunSpec) -> None:
+    whole = discover(spec)
+    parts = discover(replace(spec, batch_size=5))
+    assert whole.circuit.edges == parts.circuit.edges
+    assert mi.verify(whole.path, batch_size=3).ok
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"edges": 15},
+        {"threshold": 1e-5},
+        {"edges": 15, "rule": "greedy"},
+        {"edges": 15, "by": "magnitude"},
+        {"edges": 15, "method": "eap", "metric": "prob_diff"},
+        {"edges": 15, "steps": 2, "replacement": "zero"},
+        {"edges": 15, "replacement": "mean"},
+        {"edges": 15, "metric": "kl_to_clean"},
+        {"edges": 15, "method": "exact"},
+        {"edges": 15, "dtype": "float64"},
+        {"edges": 15, "seed": 3},
+    ],
+    ids=str,
+)
+def test_every_choice_verifies(spec: RunSpec, changes: dict[str, Any]) -> None:
+    made = discover(replace(spec, **changes))
+    found = mi.verify(made.path, rescore=True)
+    assert found.ok, str(found)
+    assert made.document.selection.size is None
+
+
+def test_a_file_of_pairs(spec: RunSpec, folder: Path) -> None:
+    path = folder / "mine.jsonl"
+    made = discover(replace(spec, task=str(path), edges=20, examples=8, test_examples=8))
+    assert made.path.name == "mine-small-eap-ig.circuit.json"
+    assert (len(made.train), len(made.test)) == (8, 8)
+    assert made.train.digest() != made.test.digest()
+    assert mi.verify(made.path).ok
+    text = path.read_text("utf-8")
+    try:
+        path.write_text(text.replace("drink", "drank", 1), "utf-8")
+        assert [claim.name for claim in mi.verify(made.path).failed] == ["task file"]
+    finally:
+        path.write_text(text, "utf-8")
+
+
+def test_pairs_without_answers_are_measured_by_kl(spec: RunSpec, tmp_path: Path) -> None:
+    path = tmp_path / "ids.jsonl"
+    rows = torch.randint(2, 100, (8, 2, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    path.write_text("\n".join(json.dumps({"clean": c, "corrupt": x}) for c, x in rows), "utf-8")
+    made = discover(replace(spec, task=str(path), edges=20))
+    assert made.document.discovery is not None
+    assert made.document.discovery.metric.name == "kl_to_clean"
+    assert made.evaluation.accuracy is None
+    assert mi.verify(made.path).ok
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"task": "ioy"}, "Unknown task 'ioy'. Did you mean 'ioi'"),
+        ({"task": "none.jsonl"}, "cannot be read"),
+        ({"task": "none.yaml"}, "cannot be read"),
+        ({"model": "./none"}, "no model directory"),
+        ({"method": "eap_ig"}, "Unknown method 'eap_ig'. Did you mean 'eap-ig'"),
+        ({"metric": "logitdiff"}, "Unknown metric 'logitdiff'. Did you mean 'logit_diff'"),
+        ({"method": "eap", "steps": 5}, "has no parameter 'steps'"),
+        ({"edges": 5, "threshold": 0.1}, "not both"),
+        ({"edges": 10**6}, "edges must be"),
+        ({"rule": "best"}, "Unknown rule"),
+        ({"by": "size"}, "Unknown order"),
+        ({"replacement": "noise"}, "Unknown replacement"),
+        ({"examples": 0}, "0"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_said_and_nothing_is_written(spec: RunSpec, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        discover(replace(spec, **changes))
+    assert words in str(caught.value)
+    assert not spec.out.exists() or not list(spec.out.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_said_first(spec: RunSpec, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="Cannot write to"):
+        discover(replace(spec, model="./none", out=tmp_path / "file" / "out"))
+
+
+def test_names_and_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert output_path(RunSpec("ioi")) == Path("out/ioi-bundled-eap-ig.circuit.json")
+    assert output_path(RunSpec("my/own.yaml", "org/name@main", method="eap")).name == "own-name-main-eap.circuit.json"
+    assert command_of(RunSpec("ioi")) == "discover-circuit run ioi"
+    spec = RunSpec("my task.jsonl", method="eap", edges=5, test_examples=7, out=Path("x"), device="cuda")
+    assert command_of(spec) == "discover-circuit run 'my task.jsonl' --method eap --edges 5 --test-examples 7"
+
+
+def test_sizes() -> None:
+    assert size_grid(3) == (3,)
+    assert size_grid(1) == (1,)
+    grid = size_grid(32_491)
+    assert grid[0] == 4 and grid[-1] == 32_491 and len(grid) < 30
+    assert all(a < b for a, b in itertools.pairwise(grid))
+    points = [CurvePoint(4, 0, 0.0), CurvePoint(8, 8, 0.95), CurvePoint(16, 16, 0.85), CurvePoint(32, 32, 1.0)]
+    assert smallest_faithful(points) == 8
+    assert smallest_faithful(points, 0.99) == 32
+    with pytest.raises(InputError, match="No size reaches"):
+        smallest_faithful(points, 1.5)
+
+
+def test_a_size_that_connects_nothing_is_the_empty_circuit(spec: RunSpec) -> None:
+    made = discover(replace(spec, edges=20))
+    assert made.circuit.scores is not None
+    (point,) = size_curve(made.model, made.circuit.scores, made.train, [1])
+    assert point.n_edges in (0, 1)
+    assert point.n_edges == 1 or point.faithfulness == pytest.approx(0, abs=1e-6)
+
+
+def test_the_package_is_imported_without_torch() -> None:
+    code = "import sys, mechinterp, mechinterp.schema, mechinterp.store; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+def test_every_public_name_is_there() -> None:
+    for name in mi.__all__:
+        assert getattr(mi, name) is not None
+    assert callable(mi.verify) and callable(mi.select) and callable(mi.discover)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = mi.nothing
