@@ -50,10 +50,11 @@ def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
         if stage not in started:
             _finish(bars)
             started[stage] = bars.add_task(STAGES.get(stage, stage), total=None, count="")
-        # A stage that counts to 1 has no steps to tell: its bar pulses until the next one begins.
-        counts = total > 1
-        count = f"{done:,}/{total:,}" if counts else ""
-        bars.update(started[stage], completed=done, total=total if counts else None, count=count)
+        # A stage that counts to 1 has no steps to tell: its bar pulses until it is done or the next one begins.
+        if done >= total:
+            bars.update(started[stage], completed=total, total=total, count=f"{done:,}/{total:,}" if total > 1 else "")
+        elif total > 1:
+            bars.update(started[stage], completed=done, total=total, count=f"{done:,}/{total:,}")
 
     logger, handler = logging.getLogger("mechinterp"), _Lines(console)
     logger.addHandler(handler)

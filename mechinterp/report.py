@@ -251,8 +251,7 @@ def _verify_section(circuit_path: str) -> str:
 
 
 def _figure(name: str, figure: go.Figure, caption: str, *, fixed: bool = False) -> str:
-    # In a script element only "<" can end the element or open a comment; in JSON it may be written as an escape.
-    data = str(figure.to_json()).replace("<", "\\u003c")
+    data = str(figure.to_json())  # plotly writes "<" as an escape, so that nothing in it can end the script element
     kind = "plot fixed" if fixed else "plot"
     return (
         f'<figure><div class="scroll"><div class="{kind}" id="figure-{name}"></div></div>'

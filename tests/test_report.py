@@ -127,6 +127,7 @@ def test_hostile_texts_stay_texts(circuit: Circuit) -> None:
     assert text.count("alert(1)") > 8
     assert [tag for tag, _ in page.elements if tag in ("script", "img")] == ["script"] * 5
     assert page.elements.count(("main", {})) == usual.elements.count(("main", {})) == 1
+    assert not [text for attributes, text in page.scripts if "data-figure" in attributes and "<" in text]
     for name in ("circuit", "sizes", "heads"):
         for trace in page.figure(name)["data"]:
             # plotly shows these as a small HTML of its own, in which only what is escaped is text
