@@ -44,7 +44,7 @@ class Curve:
 def size_grid(n_edges: int, step: float = 1.5, first: int = 4) -> tuple[int, ...]:
     """Sizes evenly spaced on a log axis, from `first` to all edges.
 
-    >>> size_grid(100, step=3)
+    >>> size_grid(100, step=3.0)
     (4, 12, 36, 100)
     """
     sizes: list[int] = []
