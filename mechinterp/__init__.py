@@ -8,10 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mechinterp.circuit import Circuit as Circuit
-    from mechinterp.circuit_file import load_circuit as load_circuit
-    from mechinterp.circuit_file import save_circuit as save_circuit
-    from mechinterp.claims import Claim as Claim
-    from mechinterp.claims import Verification as Verification
     from mechinterp.discovery.method import METHODS as METHODS
     from mechinterp.discovery.method import score_edges as score_edges
     from mechinterp.discovery.select import select as select
@@ -23,6 +19,11 @@ if TYPE_CHECKING:
     from mechinterp.errors import UnsupportedError as UnsupportedError
     from mechinterp.evaluation.faithfulness import Evaluation as Evaluation
     from mechinterp.evaluation.faithfulness import evaluate as evaluate
+    from mechinterp.files.circuit_file import load_circuit as load_circuit
+    from mechinterp.files.circuit_file import save_circuit as save_circuit
+    from mechinterp.files.claims import Claim as Claim
+    from mechinterp.files.claims import Verification as Verification
+    from mechinterp.files.verification import verify as verify
     from mechinterp.gradients import edge_gradients as edge_gradients
     from mechinterp.graph import Graph as Graph
     from mechinterp.graph import build_graph as build_graph
@@ -47,12 +48,11 @@ if TYPE_CHECKING:
     from mechinterp.tasks.task import Task as Task
     from mechinterp.tasks.task import load_task as load_task
     from mechinterp.tasks.task import task_names as task_names
-    from mechinterp.verification import verify as verify
 
 _HOMES = {
     "circuit": ("Circuit",),
-    "circuit_file": ("load_circuit", "save_circuit"),
-    "claims": ("Claim", "Verification"),
+    "files.circuit_file": ("load_circuit", "save_circuit"),
+    "files.claims": ("Claim", "Verification"),
     "discovery.method": ("METHODS", "score_edges"),
     "discovery.select": ("select",),
     "edges": ("run_edges",),
@@ -68,7 +68,7 @@ _HOMES = {
     "tasks.files": ("load_pairs",),
     "tasks.pairs": ("Pairs",),
     "tasks.task": ("Task", "load_task", "task_names"),
-    "verification": ("verify",),
+    "files.verification": ("verify",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -204,14 +204,14 @@ def _list() -> Action:
 
 
 def _do_run(asked: dict[str, Any], open_report: bool) -> int:
+    from mechinterp.files.summary import verify_command
     from mechinterp.progress import stages
-    from mechinterp.summary import verify_command
 
     _check_task(asked["task"])
     console = _Terminal()
     with stages(Console(stderr=True)) as progress:
         from mechinterp.pipeline import RunSpec, discover
-        from mechinterp.report import write_report
+        from mechinterp.report.page import write_report
 
         _quiet_libraries()
         found = discover(RunSpec(**asked), progress)
@@ -249,7 +249,7 @@ def _do_verify(file: str, options: dict[str, Any]) -> int:
 
 
 def _do_show(file: str, top: int) -> int:
-    from mechinterp.store import check_hashes, open_circuit_file
+    from mechinterp.files.store import check_hashes, open_circuit_file
     from mechinterp.tables import edges_table, nodes_table
 
     opened = open_circuit_file(_find(file))
@@ -333,8 +333,8 @@ def _stored() -> dict[str, Path]:
 
 
 def _about(path: Path) -> str:
-    from mechinterp.store import open_circuit_file
-    from mechinterp.summary import finding
+    from mechinterp.files.store import open_circuit_file
+    from mechinterp.files.summary import finding
 
     try:
         document = open_circuit_file(path).document
@@ -344,7 +344,7 @@ def _about(path: Path) -> str:
 
 
 def _print_result(console: Console, document: Any) -> None:
-    from mechinterp.summary import finding
+    from mechinterp.files.summary import finding
     from mechinterp.tables import result_table
 
     _say(console, finding(document))

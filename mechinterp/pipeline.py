@@ -9,25 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from mechinterp.circuit import Circuit
-from mechinterp.circuit_file import save_circuit
 from mechinterp.discovery.method import METHODS, score_edges
 from mechinterp.discovery.select import select
 from mechinterp.errors import InputError
 from mechinterp.evaluation.faithfulness import Evaluation, evaluate
+from mechinterp.evaluation.sizes import TARGET, Curve, CurvePoint, size_curve, size_grid, smallest_faithful
+from mechinterp.files.circuit_file import save_circuit
+from mechinterp.files.records import task_record
+from mechinterp.files.schema import CircuitFile
+from mechinterp.files.schema_parts import FileTaskRecord, TaskRecord
+from mechinterp.files.store import SUFFIX, sidecar_name
+from mechinterp.files.verification import no_progress
+from mechinterp.files.verification import verify as verify
 from mechinterp.graph import build_graph
 from mechinterp.hooks import HookManager, load_model
 from mechinterp.metrics import get_metric
-from mechinterp.records import task_record
-from mechinterp.schema import CircuitFile
-from mechinterp.schema_parts import FileTaskRecord, TaskRecord
-from mechinterp.sizes import TARGET, Curve, CurvePoint, size_curve, size_grid, smallest_faithful
-from mechinterp.store import SUFFIX, sidecar_name
 from mechinterp.tasks.files import load_pairs
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.source import FileSource
 from mechinterp.tasks.task import Task, load_task
-from mechinterp.verification import no_progress
-from mechinterp.verification import verify as verify
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""

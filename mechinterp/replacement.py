@@ -152,7 +152,17 @@ def build_replacement(
     else:
         raise unknown("replacement", kind, KINDS)
     values = ConstantWrites(model, writes)
-    return Replacement(kind, lambda pairs: values)
+    n_pos = reference.clean.shape[1] if reference is not None and kind == "mean-positional" else None
+
+    def on(pairs: Pairs) -> Values:
+        if n_pos is not None and pairs.clean.shape[1] != n_pos:
+            raise InputError(
+                f"The means per position are of {n_pos} positions, the pairs have {pairs.clean.shape[1]}; take both of "
+                "one length, or replacement 'mean'."
+            )
+        return values
+
+    return Replacement(kind, on)
 
 
 def _zeros(model: HookManager, graph: Graph) -> dict[str, Tensor]:

@@ -8,9 +8,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from mechinterp.claims import Verification
-from mechinterp.schema import CircuitFile, EvaluationRecord
-from mechinterp.summary import ranked_edges, ranked_nodes
+from mechinterp.files.claims import Verification
+from mechinterp.files.schema import CircuitFile, EvaluationRecord
+from mechinterp.files.summary import ranked_edges, ranked_nodes
 
 
 def plain(text: str) -> str:

@@ -15,18 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mechinterp as mi
-from mechinterp import store
 from mechinterp.circuit import Circuit
 from mechinterp.errors import FormatError, InputError
+from mechinterp.files import store
+from mechinterp.files.schema import circuit_sha256, json_schema
+from mechinterp.files.schema_parts import DimsRecord
+from mechinterp.files.store import check_hashes, open_circuit_file, plain_content, write_file, write_pair
 from mechinterp.jsontext import render_json
 from mechinterp.models.layout import Dims
-from mechinterp.schema import circuit_sha256, json_schema
-from mechinterp.schema_parts import DimsRecord
 from mechinterp.scores import Scores
-from mechinterp.store import check_hashes, open_circuit_file, plain_content, write_file, write_pair
 from tests import models_tiny as tiny
 
-PUBLISHED = Path(mi.__file__).parent / "schemas" / "circuit-1.schema.json"
+PUBLISHED = Path(mi.__file__).parent / "files" / "schemas" / "circuit-1.schema.json"
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +262,7 @@ def test_an_error_while_writing_leaves_the_old_pair(
 _STOPPED_AT_EVERY_STEP = """
 import os, shutil, signal, sys
 from pathlib import Path
-from mechinterp import store
+from mechinterp.files import store
 folder, first, second, start = map(Path, sys.argv[1:5])
 stop = sys.argv[5]
 path = folder / "a.circuit.json"

@@ -14,11 +14,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import mechinterp as mi
-from mechinterp import store
 from mechinterp.errors import FormatError, MechInterpError
+from mechinterp.files import store
+from mechinterp.files.schema import circuit_sha256
+from mechinterp.files.store import file_sha256, open_circuit_file
 from mechinterp.jsontext import MAX_DEPTH, parse_json
-from mechinterp.schema import circuit_sha256
-from mechinterp.store import file_sha256, open_circuit_file
 from tests import models_tiny as tiny
 
 NAME, SIDECAR = "a.circuit.json", "a.scores.safetensors"

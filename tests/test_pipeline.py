@@ -13,8 +13,8 @@ import torch
 
 import mechinterp as mi
 from mechinterp.errors import InputError
+from mechinterp.evaluation.sizes import CurvePoint, size_curve, size_grid, smallest_faithful
 from mechinterp.pipeline import RunSpec, command_of, discover, output_path
-from mechinterp.sizes import CurvePoint, size_curve, size_grid, smallest_faithful
 from tests.words_model import save_words_model
 
 
@@ -192,7 +192,7 @@ def test_a_size_that_connects_nothing_is_the_empty_circuit(spec: RunSpec) -> Non
 
 
 def test_the_package_is_imported_without_torch() -> None:
-    code = "import sys, mechinterp, mechinterp.schema, mechinterp.store; sys.exit('torch' in sys.modules)"
+    code = "import sys, mechinterp, mechinterp.files.schema, mechinterp.files.store; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
 
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mechinterp.errors import InputError
+from mechinterp.files.schema_parts import Role
 from mechinterp.plots import MAX_EDGES_DRAWN, circuit_figure, faithfulness_figure, head_heatmap
 from mechinterp.plots.layered import CLEARANCE, draw_layered, smooth, spread
-from mechinterp.schema_parts import Role
 from mechinterp.scores import Scores
 from mechinterp.sites import Node
 from tests.toy_circuits import toy_circuit, toy_document

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from mechinterp.circuit import Circuit
-from mechinterp.report import render_report, write_report
-from mechinterp.summary import finding, ranked_edges, ranked_nodes
+from mechinterp.files.summary import finding, ranked_edges, ranked_nodes
+from mechinterp.report.page import render_report, write_report
 from tests.toy_circuits import toy_circuit, toy_document
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}

@@ -14,9 +14,9 @@ import torch
 import mechinterp as mi
 from mechinterp.circuit import Circuit
 from mechinterp.errors import FormatError, InputError
+from mechinterp.files.schema import circuit_sha256
+from mechinterp.files.store import file_sha256, open_circuit_file
 from mechinterp.pipeline import RunSpec, discover
-from mechinterp.schema import circuit_sha256
-from mechinterp.store import file_sha256, open_circuit_file
 from mechinterp.tasks import task as task_module
 from tests import models_tiny as tiny
 from tests.words_model import save_words_model

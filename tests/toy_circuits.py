@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from mechinterp.circuit import Circuit
-from mechinterp.circuit_file import edge_records, graph_record
 from mechinterp.discovery.select import select
 from mechinterp.evaluation.faithfulness import Ablation
+from mechinterp.files.circuit_file import edge_records, graph_record
+from mechinterp.files.schema import CircuitFile
+from mechinterp.files.store import seal
 from mechinterp.graph import graph_of
 from mechinterp.models.layout import Dims
-from mechinterp.schema import CircuitFile
 from mechinterp.scores import Scores
-from mechinterp.store import seal
 
 SHA = "a" * 64
 METRIC = {"name": "logit_diff", "direction": "higher is better", "unit": "logits"}

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from mechinterp.errors import FormatError, InputError
+from mechinterp.files.schema import SCHEMA_VERSION, CircuitFile, circuit_sha256
+from mechinterp.files.schema_parts import Sidecar
 from mechinterp.jsontext import canonical_sha256, parse_json, render_json
-from mechinterp.schema import SCHEMA_VERSION, CircuitFile, circuit_sha256
-from mechinterp.schema_parts import Sidecar
 from mechinterp.tasks.schema import checked
 
 SUFFIX = ".circuit.json"

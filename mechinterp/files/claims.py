@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mechinterp.errors import MechInterpError
-from mechinterp.schema_parts import Tolerance
+from mechinterp.files.schema_parts import Tolerance
 
 T = TypeVar("T")
 

@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mechinterp.jsontext import canonical_sha256
-from mechinterp.schema_parts import (
+from mechinterp.files.schema_parts import (
     Citation,
     CurveRecord,
     DiscoveryRecord,
@@ -33,6 +32,7 @@ from mechinterp.schema_parts import (
     TokenizerRecord,
     TokensTaskRecord,
 )
+from mechinterp.jsontext import canonical_sha256
 from mechinterp.tasks.schema import Strict
 
 SCHEMA_VERSION = 1

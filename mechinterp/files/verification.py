@@ -11,16 +11,15 @@ from typing import Any
 import torch
 
 from mechinterp.circuit import Circuit
-from mechinterp.circuit_file import stated_circuit, stated_graph, stated_scores
-from mechinterp.claims import Ledger, Verification
 from mechinterp.discovery.method import score_edges
 from mechinterp.discovery.select import select
 from mechinterp.errors import InputError
 from mechinterp.evaluation.faithfulness import Ablation, evaluate
-from mechinterp.hooks import HookManager, load_model
-from mechinterp.jsontext import six_digits
-from mechinterp.provenance import model_record, tokenizer_record, versions
-from mechinterp.records import (
+from mechinterp.evaluation.sizes import CurvePoint, size_curve, smallest_faithful
+from mechinterp.files.circuit_file import stated_circuit, stated_graph, stated_scores
+from mechinterp.files.claims import Ledger, Verification
+from mechinterp.files.provenance import model_record, tokenizer_record, versions
+from mechinterp.files.records import (
     EVALUATION_COUNTS,
     EVALUATION_NUMBERS,
     evaluation_record,
@@ -29,11 +28,12 @@ from mechinterp.records import (
     task_of,
     tolerance_for,
 )
-from mechinterp.schema import CircuitFile, circuit_sha256
-from mechinterp.schema_parts import CurveRecord, TaskPairs, TaskRecord, Tolerance
+from mechinterp.files.schema import CircuitFile, circuit_sha256
+from mechinterp.files.schema_parts import CurveRecord, TaskPairs, TaskRecord, Tolerance
+from mechinterp.files.store import OpenedFile, open_circuit_file
+from mechinterp.hooks import HookManager, load_model
+from mechinterp.jsontext import six_digits
 from mechinterp.scores import Scores
-from mechinterp.sizes import CurvePoint, size_curve, smallest_faithful
-from mechinterp.store import OpenedFile, open_circuit_file
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.task import Task, load_task
 

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
+from mechinterp.files.schema_parts import DimsRecord, ModelRecord, Provenance, TokenizerRecord
 from mechinterp.hooks import HookManager
 from mechinterp.models.layout import Dims
-from mechinterp.schema_parts import DimsRecord, ModelRecord, Provenance, TokenizerRecord
 
 DISTRIBUTIONS = {
     "mechinterp": "mechinterp-circuits",

@@ -14,11 +14,9 @@ from torch import Tensor
 from mechinterp.circuit import Circuit
 from mechinterp.errors import FormatError, InputError
 from mechinterp.evaluation.faithfulness import Evaluation
-from mechinterp.graph import Graph, graph_of
-from mechinterp.hooks import HookManager
-from mechinterp.jsontext import parse_json, six_digits
-from mechinterp.provenance import dims_of, dtype_name, model_record, provenance_of, tokenizer_record
-from mechinterp.records import (
+from mechinterp.evaluation.sizes import Curve
+from mechinterp.files.provenance import dims_of, dtype_name, model_record, provenance_of, tokenizer_record
+from mechinterp.files.records import (
     AnyTaskRecord,
     discovery_record,
     evaluation_record,
@@ -26,9 +24,8 @@ from mechinterp.records import (
     score_table,
     task_record,
 )
-from mechinterp.registry import unknown
-from mechinterp.schema import SCHEMA_VERSION, CircuitFile
-from mechinterp.schema_parts import (
+from mechinterp.files.schema import SCHEMA_VERSION, CircuitFile
+from mechinterp.files.schema_parts import (
     CurvePointRecord,
     CurveRecord,
     GraphRecord,
@@ -39,9 +36,12 @@ from mechinterp.schema_parts import (
     TaskPairs,
     TokensTaskRecord,
 )
+from mechinterp.files.store import check_hashes, open_circuit_file, read_sidecar, seal, sidecar_name, write_pair
+from mechinterp.graph import Graph, graph_of
+from mechinterp.hooks import HookManager
+from mechinterp.jsontext import parse_json, six_digits
+from mechinterp.registry import unknown
 from mechinterp.scores import Scores
-from mechinterp.sizes import Curve
-from mechinterp.store import check_hashes, open_circuit_file, read_sidecar, seal, sidecar_name, write_pair
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.task import Task
 

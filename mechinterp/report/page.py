@@ -14,10 +14,10 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from mechinterp.circuit import Circuit
+from mechinterp.files.schema import CircuitFile, EvaluationRecord, TaskPairs
+from mechinterp.files.store import write_file
+from mechinterp.files.summary import finding, ranked_edges, ranked_nodes, verify_command
 from mechinterp.plots import MAX_EDGES_DRAWN, circuit_figure, faithfulness_figure, head_heatmap
-from mechinterp.schema import CircuitFile, EvaluationRecord, TaskPairs
-from mechinterp.store import write_file
-from mechinterp.summary import finding, ranked_edges, ranked_nodes, verify_command
 
 ROWS_SHOWN = 20
 MAX_ROWS = 2000
@@ -50,10 +50,10 @@ def render_report(circuit: Circuit, document: CircuitFile, circuit_path: str) ->
     return _PAGE.format(
         policy=_text(POLICY),
         title=_text(title),
-        style=_resource("report.css"),
+        style=_resource("page.css"),
         body="\n".join(part for part in parts if part),
         plotly=get_plotlyjs(),
-        script=_resource("report.js"),
+        script=_resource("page.js"),
     )
 
 
@@ -288,7 +288,7 @@ def _text(value: str) -> str:
 
 
 def _resource(name: str) -> str:
-    return (resources.files("mechinterp") / name).read_text("utf-8")
+    return (resources.files("mechinterp.report") / name).read_text("utf-8")
 
 
 _PAGE = """<!doctype html>

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from mechinterp.errors import FormatError, InputError
 from mechinterp.evaluation.faithfulness import Evaluation
-from mechinterp.jsontext import six_digits
-from mechinterp.metrics import get_metric
-from mechinterp.schema_parts import (
+from mechinterp.files.schema_parts import (
     MAX_TOKEN_IDS,
     DiscoveryRecord,
     EvaluationRecord,
@@ -28,6 +26,8 @@ from mechinterp.schema_parts import (
     TokensTaskRecord,
     Tolerance,
 )
+from mechinterp.jsontext import six_digits
+from mechinterp.metrics import get_metric
 from mechinterp.scores import Scores
 from mechinterp.tasks.check import check_task
 from mechinterp.tasks.pairs import Pairs

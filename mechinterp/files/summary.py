@@ -6,7 +6,7 @@ import shlex
 from collections import defaultdict
 from dataclasses import dataclass
 
-from mechinterp.schema import CircuitFile, EdgeRecord
+from mechinterp.files.schema import CircuitFile, EdgeRecord
 from mechinterp.sites import Edge, Node
 
 METRIC_WORDS = {

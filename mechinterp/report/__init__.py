@@ -1,0 +1,1 @@
+"""The report: a finding in words, and one self-contained page."""
