@@ -139,7 +139,13 @@ def _run(
         int | None, typer.Option(min=1, max=1000, help="Integration steps of eap-ig.  [default: 5]")
     ] = None,
     edges: Annotated[int | None, typer.Option(min=1, help="Select so many edges.")] = None,
-    threshold: Annotated[float | None, typer.Option(help="Select every edge with a score above this.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Select every edge whose score (as --by has it) is above this.")
+    ] = None,
+    by: Annotated[
+        str, typer.Option(help="Order edges by score: value (helping ones first) or magnitude.")
+    ] = "magnitude",
+    rule: Annotated[str, typer.Option(help="top, or greedy (grown from the logits back).")] = "top",
     examples: Annotated[int, typer.Option(min=2, help="Pairs to find it with, and as many held-out ones.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Of the pairs, random circuits and intervals.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...  [default: float32]")] = None,
@@ -153,6 +159,8 @@ def _run(
     if threshold is not None and threshold != threshold:
         raise InputError("--threshold is not a number.")
     _check_name("method", method, METHODS)
+    _check_name("order", by, ("value", "magnitude"))
+    _check_name("rule", rule, ("top", "greedy"))
     if metric is not None:
         _check_name("metric", metric, METRICS)
     asked = dict(
@@ -164,6 +172,8 @@ def _run(
         steps=steps,
         edges=edges,
         threshold=threshold,
+        by=by,
+        rule=rule,
         examples=examples,
         test_examples=examples,
         seed=seed,

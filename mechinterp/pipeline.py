@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class RunSpec:
     edges: int | None = None
     threshold: float | None = None
     rule: str = "top"
-    by: str = "value"
+    by: str = "magnitude"
     examples: int = 200
     test_examples: int = 200
     seed: int = 0
@@ -89,6 +90,8 @@ def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
     task, train, test, default_metric = _examples(spec, model)
     metric = spec.metric or default_metric
     graph = build_graph(model)
+    if spec.edges is not None and not 1 <= spec.edges <= graph.n_edges:
+        raise InputError(f"edges must be a whole number from 1 to {graph.n_edges}; got {spec.edges}.")
     scores = score_edges(
         model,
         graph,
@@ -96,20 +99,18 @@ def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
         method=spec.method,
         metric=metric,
         batch_size=spec.batch_size,
-        progress=lambda done, total: progress("scores", done, total),
+        progress=partial(progress, "scores"),
         **settings,
     )
     how: dict[str, Any] = {"rule": spec.rule, "by": spec.by}
     measured: dict[str, Any] = {"metric": metric, "replacement": spec.replacement, "batch_size": spec.batch_size}
     given = spec.edges is not None or spec.threshold is not None
-    progress("curve", 0, 1)
-    curve = size_curve(model, scores, train, size_grid(graph.n_edges), **how, **measured)
-    progress("curve", 1, 1)
+    curve = size_curve(
+        model, scores, train, size_grid(graph.n_edges), **how, **measured, progress=partial(progress, "curve")
+    )
     edges = spec.edges if given else smallest_faithful(curve)
     circuit = select(graph, scores, edges=edges, threshold=spec.threshold, **how)
-    progress("evaluation", 0, 1)
-    evaluation = evaluate(model, circuit, test, seed=spec.seed, **measured)
-    progress("evaluation", 1, 1)
+    evaluation = evaluate(model, circuit, test, seed=spec.seed, **measured, progress=partial(progress, "evaluation"))
     document = save_circuit(
         path,
         circuit,

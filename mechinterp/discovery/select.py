@@ -29,12 +29,13 @@ def select(
     edges: int | None = None,
     threshold: float | None = None,
     rule: str = "top",
-    by: str = "value",
+    by: str = "magnitude",
 ) -> Circuit:
     """The circuit of the best edges, less those that lie on no path from the input to the logits.
 
-    Either `edges` (how many to select) or `threshold` (select every edge whose score is above it). `by` orders by
-    signed `value` (helping edges first) or by `magnitude`. `rule="greedy"` grows from the logits back: the best edge
+    Either `edges` (how many to select) or `threshold` (select every edge above it). `by` orders by `magnitude`, which
+    keeps the edges that work against the task too (IOI's negative heads), as is right for a circuit that is to behave
+    as the model does; or by signed `value`, helping edges first. `rule="greedy"` grows from the logits back: the best edge
     into what is chosen already, so nothing is dropped at the end but what does not reach the input. Ties go to the
     edge that comes first in the model. The circuit keeps both counts: `n_selected` and `n_edges`.
 

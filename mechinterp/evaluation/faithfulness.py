@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechinterp.circuit import Circuit
+from mechinterp.discovery.method import Progress, no_progress
 from mechinterp.edges import check_cut, check_model, clean_logits, edge_logits
 from mechinterp.errors import InputError
 from mechinterp.evaluation.bootstrap import bootstrap_interval
@@ -86,6 +87,7 @@ def evaluate(
     n_random: int = 5,
     seed: int = 0,
     batch_size: int = 32,
+    progress: Progress = no_progress,
 ) -> Evaluation:
     """The circuit's faithfulness on `pairs` (use held-out ones), every other edge replaced. Changes nothing.
 
@@ -101,7 +103,7 @@ def evaluate(
     masks = [circuit.cut, graph.possible, *random_cuts(graph, circuit.n_edges, n_random, seed)]
     has_answers = pairs.right is not None and pairs.wrong is not None
     metrics = [metric, get_metric("kl_to_clean"), *([get_metric("accuracy")] if has_answers else [])]
-    tables = metric_tables(model, graph, pairs, torch.stack(masks), metrics, values, batch_size)
+    tables = metric_tables(model, graph, pairs, torch.stack(masks), metrics, values, batch_size, progress)
     table = tables[metric.name]
     ours, full, empty = table[:, 1], table[:, 0], table[:, 2]
     per_example = torch.stack([ours, full, empty], 1)
@@ -163,13 +165,14 @@ def faithfulness_curve(
     metric: Metric | str = "logit_diff",
     replacement: str = "corrupt",
     batch_size: int = 32,
+    progress: Progress = no_progress,
 ) -> tuple[float, ...]:
     """The faithfulness of each mask of kept edges, as a ratio of means."""
     metric = get_metric(metric) if isinstance(metric, str) else metric
     check_model(model, graph, pairs)
     values = build_replacement(replacement, model, graph, pairs, batch_size)
     cuts = torch.stack([graph.possible, *[graph.possible & ~mask for mask in masks]])
-    table = metric_tables(model, graph, pairs, cuts, [metric], values, batch_size)[metric.name]
+    table = metric_tables(model, graph, pairs, cuts, [metric], values, batch_size, progress)[metric.name]
     full, empty = table[:, 0], table[:, 1]
     check_denominator(full, empty)
     return tuple(float(ratio_of_means(torch.stack([c, full, empty], 1)[None])) for c in table[:, 2:].T)
@@ -196,8 +199,11 @@ def metric_tables(
     metrics: Sequence[Metric],
     values: Replacement,
     batch_size: int,
+    progress: Progress = no_progress,
 ) -> dict[str, Float[Tensor, "example column"]]:
     """Per metric and example: the full model, then each mask. One run of a mask serves all metrics."""
+    done, total = 0, len(masks := check_cut(graph, cuts)) * len(pairs)
+    progress(done, total)
     masks = check_cut(graph, cuts)
     metrics = list({metric.name: metric for metric in metrics}.values())
     tables: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
@@ -207,6 +213,8 @@ def metric_tables(
         for logits in edge_logits(model, graph, chunk, masks, values.on(chunk)):
             for metric in metrics:
                 columns[metric.name].append(metric(logits, chunk, full))
+            done += len(chunk)
+            progress(done, total)
         for name, parts in columns.items():
             tables[name].append(torch.stack(parts, 1).cpu())
     return {name: torch.cat(parts) for name, parts in tables.items()}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mechinterp.discovery.method import Progress, no_progress
 from mechinterp.discovery.select import EmptyCircuit, select
 from mechinterp.errors import InputError
 from mechinterp.evaluation.faithfulness import faithfulness_curve
@@ -41,7 +42,7 @@ class Curve:
     target: float | None = None
 
 
-def size_grid(n_edges: int, step: float = 1.5, first: int = 4) -> tuple[int, ...]:
+def size_grid(n_edges: int, step: float = 1.3, first: int = 4) -> tuple[int, ...]:
     """Sizes evenly spaced on a log axis, from `first` to all edges.
 
     >>> size_grid(100, step=3.0)
@@ -62,10 +63,11 @@ def size_curve(
     sizes: Sequence[int],
     *,
     rule: str = "top",
-    by: str = "value",
+    by: str = "magnitude",
     metric: str = "logit_diff",
     replacement: str = "corrupt",
     batch_size: int = 32,
+    progress: Progress = no_progress,
 ) -> tuple[CurvePoint, ...]:
     """The faithfulness of the circuit of each size, in the order of `sizes`. Cost: two forwards a size."""
     graph = scores.graph
@@ -76,7 +78,7 @@ def size_curve(
         except EmptyCircuit:  # so few edges that none lies on a path
             masks.append(torch.zeros_like(graph.possible))
     values = faithfulness_curve(
-        model, masks, graph, pairs, metric=metric, replacement=replacement, batch_size=batch_size
+        model, masks, graph, pairs, metric=metric, replacement=replacement, batch_size=batch_size, progress=progress
     )
     rows = zip(sizes, masks, values, strict=True)
     return tuple(CurvePoint(size, int(mask.sum()), value) for size, mask, value in rows)

@@ -296,7 +296,7 @@ def _check_curve(
             pairs[curve.pairs],
             [point.n_selected for point in points],
             rule=str(parameters.get("rule", "top")),
-            by=str(parameters.get("by", "value")),
+            by=str(parameters.get("by", "magnitude")),
             metric=curve.metric,
             replacement=curve.replacement,
             batch_size=batch_size,
