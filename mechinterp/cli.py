@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib import metadata, resources
 from pathlib import Path
@@ -307,7 +307,7 @@ def _quiet_libraries() -> None:
     disable_progress_bar()
 
 
-def _check_name(kind: str, name: str, known: dict[str, str]) -> None:
+def _check_name(kind: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
         raise unknown(kind, name, known)
 

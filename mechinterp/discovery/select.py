@@ -35,9 +35,9 @@ def select(
 
     Either `edges` (how many to select) or `threshold` (select every edge above it). `by` orders by `magnitude`, which
     keeps the edges that work against the task too (IOI's negative heads), as is right for a circuit that is to behave
-    as the model does; or by signed `value`, helping edges first. `rule="greedy"` grows from the logits back: the best edge
-    into what is chosen already, so nothing is dropped at the end but what does not reach the input. Ties go to the
-    edge that comes first in the model. The circuit keeps both counts: `n_selected` and `n_edges`.
+    as the model does; or by signed `value`, helping edges first. `rule="greedy"` grows from the logits back: the best
+    edge into what is chosen already, so that little is dropped at the end. Ties go to the edge that comes first in
+    the model. The circuit keeps both counts: `n_selected` and `n_edges`.
 
     Raises InputError when the numbers make no sense, EmptyCircuit when nothing is left.
     """
