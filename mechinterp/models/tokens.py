@@ -12,7 +12,10 @@ from mechinterp.models.layout import Dims
 
 
 def check_tokens(tokens: Any, mask: Any, dims: Dims, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Token ids `[batch, pos]` on `device` and their mask (None when nothing is padding).
+    """Token ids `[batch, pos]` on `device` and their mask (None when no real token can see padding).
+
+    A causal model's real tokens never see padding on the right, so no mask is needed there; and a mask would do harm:
+    with a sliding window, padding that sees nothing but padding is NaN in some models, and spreads.
 
     Raises InputError for anything that the model cannot take.
     """
@@ -34,7 +37,8 @@ def check_tokens(tokens: Any, mask: Any, dims: Dims, device: torch.device) -> tu
         raise InputError(f"The mask is {list(mask.shape)}, the tokens are {list(tokens.shape)}; they must agree.")
     if not bool(mask.any(-1).all()):
         raise InputError("A row of the mask has no real token.")
-    return tokens, None if bool(mask.all()) else mask
+    right_padded = not bool((mask[:, 1:] & ~mask[:, :-1]).any()) and bool(mask[:, 0].all())
+    return tokens, None if bool(mask.all()) or (dims.causal and right_padded) else mask
 
 
 def check_at(at: Any, tokens: Tensor) -> Tensor:

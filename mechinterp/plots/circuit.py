@@ -10,9 +10,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from mechinterp.circuit import Circuit
+from mechinterp.files.schema import Role
 from mechinterp.plots.layered import Drawing, Net, Strand, draw_layered
 from mechinterp.plots.look import CHANNEL_COLOURS, LEFT_PIXELS, look
-from mechinterp.schema import Role
 from mechinterp.sites import Node
 
 CHANNEL_LABELS = {"q": "into query", "k": "into key", "v": "into value", "mlp": "into MLP", "logits": "into logits"}

@@ -11,8 +11,8 @@ import plotly.graph_objects as go
 from mechinterp.circuit import Circuit
 from mechinterp.errors import InputError
 from mechinterp.evaluation.faithfulness import Evaluation
+from mechinterp.files.schema import EvaluationRecord
 from mechinterp.plots.look import CHANNEL_COLOURS, CHOSEN_COLOUR, GUIDE_COLOUR, grid, look
-from mechinterp.schema import EvaluationRecord
 from mechinterp.scores import Scores
 
 MAX_CELLS_WITH_NUMBERS = 80
