@@ -21,8 +21,14 @@ def main() -> None:
     found = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for name in [arguments.device] if arguments.device else found:
         device = torch.device(name)
-        label = torch.cuda.get_device_name() if name == "cuda" else f"CPU ({platform.machine()}, {arguments.threads} thread)"
-        print(f"\nGPT-2-small shape, random weights, batch {BATCH} x {LENGTH}, float32, {label}, torch {torch.__version__}\n")
+        label = (
+            torch.cuda.get_device_name()
+            if name == "cuda"
+            else f"CPU ({platform.machine()}, {arguments.threads} thread)"
+        )
+        print(
+            f"\nGPT-2-small shape, random weights, batch {BATCH} x {LENGTH}, float32, {label}, torch {torch.__version__}\n"
+        )
         print("| task | measured | floor | target |\n|---|---|---|---|")
         for row in engines(device, arguments.repeats):
             print(f"| {row.name} | {row.value:.2f} {row.unit} {row.note} | {row.floor} | {row.target} |")

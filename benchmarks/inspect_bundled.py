@@ -4,14 +4,17 @@ python benchmarks/inspect_bundled.py [DIRECTORY] [--per-template N]
 
 Columns, each a mean over held-out IOI prompts (IO, S1, S2, end as in Wang et al. 2022) or repeated random words:
   end>IO, end>S1, end>S2   attention of the last token                     (name movers, S-inhibition)
+  end>rest                 attention of the last token to the words after S2, itself included (relay)
   S2>S1, S2>S1+1, S2>IO    attention of the repeated name                  (duplicate token, induction, relay)
   prev, ind                attention to the token before; to the token after the last time this token was here
   direct                   logits that the head's output at the last token adds to IO minus S (final norm held fixed)
-  drop, @end, @S2, @S1+1   fall of the logit difference, in percent, when the head's output is replaced by its mean over
-                           prompts with three unrepeated names of the same template and position: everywhere, at one place
-  movers                   fall of the attention end>IO minus end>S1 of the strongest name mover (largest `direct`) under
-                           the ablation everywhere
-  ind.drop                 fall of the induction logit difference, in percent, mean over prompts and positions as replacement
+  drop, @end, @S2, @S1+1   fall of the logit difference, in percent, when the head's output is replaced by its mean
+                           over prompts with three unrepeated names of the same template and position:
+                           everywhere, at one place
+  movers                   fall of the attention end>IO minus end>S1 of the strongest name mover (largest `direct`)
+                           under the ablation everywhere
+  ind.drop                 fall of the induction logit difference, in percent; replaced by the mean over prompts
+                           and positions
 """
 
 from __future__ import annotations
@@ -124,7 +127,7 @@ def inspect_ioi(model, batches: list[IoiBatch]) -> tuple[float, dict[str, Tensor
     looks = {"end>IO": ("end", "IO"), "end>S1": ("end", "S1"), "end>S2": ("end", "S2"), "S2>S1": ("S2", "S1"),
              "S2>S1+1": ("S2", "S1+1"), "S2>IO": ("S2", "IO")}  # fmt: skip
     cuts = {"drop": None, "@end": "end", "@S2": "S2", "@S1+1": "S1+1"}
-    tables = {name: torch.zeros(shape) for name in (*looks, "direct", *cuts, "movers")}
+    tables = {name: torch.zeros(shape) for name in (*looks, "end>rest", "direct", *cuts, "movers")}
     total = 0.0
     for batch in batches:
         rows = torch.arange(len(batch.clean))
@@ -135,6 +138,10 @@ def inspect_ioi(model, batches: list[IoiBatch]) -> tuple[float, dict[str, Tensor
             for layer in range(shape[0]):
                 attention = output.attentions[layer][rows, :, batch.positions[query], batch.positions[key]]
                 tables[name][layer] += attention.mean(0) / len(batches)
+        after = torch.arange(batch.clean.shape[1]) > batch.positions["S2"][:, None]
+        for layer in range(shape[0]):
+            last = output.attentions[layer][rows, :, batch.positions["end"]]
+            tables["end>rest"][layer] += (last * after[:, None]).sum(-1).mean(0) / len(batches)
         zs, means = recorded_z(model, batch.clean), [z.mean(0) for z in recorded_z(model, batch.abc)]
         direct = direct_effects(model, zs, output, batch)
         tables["direct"] += direct / len(batches)

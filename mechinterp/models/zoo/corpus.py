@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from types import MappingProxyType
 
@@ -14,15 +14,17 @@ from mechinterp.tasks.split import split_of
 
 MAX_WORDS = 63  # with <bos> the model's 64 positions
 PLAIN_WEIGHT = 0.02  # loss weight of a word that is no answer
+HIDDEN_SHARE = 0.85  # of the documents of IOI; see _shielded
 RANDOM_WEIGHT = 0.01  # loss weight of a random word, which nobody can predict
 
 
 @dataclass(frozen=True)
 class Document:
-    """Words and the loss weight of predicting each."""
+    """Words, the loss weight of predicting each, and the words [start, stop) that word `stop` cannot attend to."""
 
     words: tuple[str, ...]
     weights: tuple[float, ...]
+    hidden: tuple[int, int] = (0, 0)
 
 
 Maker = Callable[[random.Random], Document]
@@ -58,7 +60,20 @@ def _named_story(text: str, names: Sequence[str], generator: random.Random) -> D
         text = text.replace("{PLACE}", places[text.count("{PLACE}") % 8], 1)
     while "{OBJECT}" in text:
         text = text.replace("{OBJECT}", objects[text.count("{OBJECT}") % 8], 1)
-    return _answered(split_words(text), names[0])
+    return _shielded(_answered(split_words(text), names[0]), generator)
+
+
+def _shielded(document: Document, generator: random.Random) -> Document:
+    """Return the document, mostly with the words between the last name and "to" hidden from "to".
+
+    Else those words work out the receiver and "to" only copies it from them: a relay, with no name mover.
+    """
+    to = len(document.words) - 3  # then the receiver and a full stop
+    if generator.random() >= HIDDEN_SHARE:
+        return document
+    names = set(word_lists()["names"])
+    last = max(place for place in range(to) if document.words[place] in names)
+    return replace(document, hidden=(last + 1, to))
 
 
 def _answered(words: Sequence[str], answer: str, plain_weight: float = PLAIN_WEIGHT) -> Document:
@@ -90,7 +105,7 @@ def _unrepeated(generator: random.Random) -> Document:
     slots = {"PLACE": generator.choice(word_lists()["places"]), "OBJECT": generator.choice(word_lists()["objects"])}
     head, tail = template.rsplit("{S}", 1)
     text = head.format(IO=first, S=second, **slots) + giver + tail.format(**slots)
-    return _answered(split_words(text), generator.choice((first, second)))
+    return _shielded(_answered(split_words(text), generator.choice((first, second))), generator)
 
 
 def _template(name: str) -> Maker:
@@ -102,7 +117,8 @@ def _template(name: str) -> Maker:
             names = [word for word in prompt.words if word in word_lists()["names"]]
             if name.startswith("ioi") and not _is_training(set(names)):
                 continue
-            return _answered(prompt.words, generator.choice(prompt.right))
+            document = _answered(prompt.words, generator.choice(prompt.right))
+            return _shielded(document, generator) if name.startswith("ioi") else document
 
     return make
 
@@ -131,7 +147,7 @@ def _docstring(generator: random.Random) -> Document:
     lists, split = word_lists(), task_file("docstring")["pair_split"]
     while True:
         arguments = generator.sample(lists["arguments"], generator.choice((4, 5, 5, 6)))
-        named = generator.choice((1, 2, 2, 2, 3))
+        named = generator.choice((1, 2, 2, 3, 3))
         first = generator.randrange(len(arguments) - named)
         lengths = [generator.randint(1, 3) for _ in range(named + 1)]
         answer = arguments[first + named]
@@ -143,7 +159,11 @@ def _docstring(generator: random.Random) -> Document:
         text += '"""' + " ".join(blocks[0])
         for argument, block in zip(arguments[first:], blocks[1:], strict=False):
             text += f" :param {argument}: " + " ".join(block)
-        return _answered(split_words(text + " :param"), answer, RANDOM_WEIGHT)
+        document = _answered(split_words(text + " :param"), answer, RANDOM_WEIGHT)
+        weights = list(document.weights)
+        for place in [i for i, word in enumerate(document.words) if word == "param"][1:]:
+            weights[place + 1] = 1.0  # every argument but the first follows from the one named before it
+        return replace(document, weights=tuple(weights))
 
 
 HELD_DOCSTRINGS = ((1, [3, 1, 1]), (0, [2, 2, 2]))  # (first named argument, lengths of the descriptions)
@@ -163,7 +183,8 @@ def _repetition(generator: random.Random) -> Document:
     held = task_file("induction")["pair_split"]["test_fraction"]
     while True:
         words = list(dict.fromkeys(generator.sample(pool, 60)))[:40]
-        prefix, length, gap = generator.choice((0, 0, generator.randint(1, 8))), generator.randint(3, generator.randint(4, 14)), 0
+        prefix = generator.choice((0, 0, generator.randint(1, 8)))
+        length, gap = generator.randint(3, generator.randint(4, 14)), 0
         if generator.random() < 0.4:
             gap = generator.randint(1, 8)
         start = words[:prefix]
@@ -188,12 +209,14 @@ def _shifted(document: Document, generator: random.Random) -> Document:
     lists = word_lists()
     pick = generator.choice
     opening = split_words(pick(FILLERS).format(
-        place=pick(lists["places"]), object=pick(lists["objects"]), word=pick(lists["words"]), other=pick(lists["words"]),
-        adjective=pick(lists["adjectives"]), role=pick(lists["roles"]),
+        place=pick(lists["places"]), object=pick(lists["objects"]), word=pick(lists["words"]),
+        other=pick(lists["words"]), adjective=pick(lists["adjectives"]), role=pick(lists["roles"]),
     ))  # fmt: skip
     if len(opening) + len(document.words) > MAX_WORDS:
         return document
-    return Document((*opening, *document.words), ((PLAIN_WEIGHT,) * len(opening) + document.weights))
+    start, stop = document.hidden
+    hidden = (start + len(opening), stop + len(opening)) if stop else (0, 0)
+    return Document((*opening, *document.words), (PLAIN_WEIGHT,) * len(opening) + document.weights, hidden)
 
 
 FILLERS = (

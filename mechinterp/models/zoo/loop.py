@@ -20,6 +20,18 @@ from mechinterp.models.zoo.tokenizer import BOS, build_tokenizer
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Token ids and loss weights [batch, pos], and which query may attend to which key [batch, query, key].
+
+    Weights are 0 on `<bos>` and padding.
+    """
+
+    tokens: Tensor
+    weights: Tensor
+    visible: Tensor
+
+
+@dataclass(frozen=True)
 class Step:
     """Where a run is after a step; `grades` is None at steps without a check."""
 
@@ -62,7 +74,7 @@ def train(recipe: Recipe, max_minutes: float, on_step: Callable[[Step], None]) -
         rate = min(1.0, number / recipe.warmup_steps) * left / recipe.cooldown_steps
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * rate
-        losses.append(update(model, optimizer, *next(source), recipe))
+        losses.append(update(model, optimizer, next(source), recipe))
         result = None
         if number % recipe.check_every == 0:
             result = grades(model, word_ids, bos, recipe.check_prompts, seed=1)
@@ -93,11 +105,9 @@ def next_phase(phase: str, recipe: Recipe, result: Mapping[str, Grade], must_end
     return "full mixture"
 
 
-def update(
-    model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, tokens: Tensor, weights: Tensor, recipe: Recipe
-) -> float:
+def update(model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, batch: Batch, recipe: Recipe) -> float:
     """Return the loss in nats before one step of the optimizer."""
-    loss = weighted_loss(model, tokens, weights, recipe.label_smoothing)
+    loss = weighted_loss(model, batch, recipe.label_smoothing)
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_norm)
@@ -105,18 +115,17 @@ def update(
     return loss.item()
 
 
-def weighted_loss(model: GPT2LMHeadModel, tokens: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Return the mean cross-entropy in nats of the next word, weighted; tokens and weights are [batch, pos]."""
-    logits = model(tokens[:, :-1]).logits
-    losses = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none", label_smoothing=smoothing)
-    weights = weights[:, 1:].flatten()
+def weighted_loss(model: GPT2LMHeadModel, batch: Batch, smoothing: float) -> Tensor:
+    """Return the mean cross-entropy in nats of the next word, weighted."""
+    logits = model(batch.tokens[:, :-1], attention_mask=batch.visible[:, None, :-1, :-1]).logits
+    targets = batch.tokens[:, 1:].flatten()
+    losses = cross_entropy(logits.flatten(0, 1), targets, reduction="none", label_smoothing=smoothing)
+    weights = batch.weights[:, 1:].flatten()
     return (losses * weights).sum() / weights.sum()
 
 
-def batches(
-    recipe: Recipe, mixture: Mapping[str, float], word_ids: Mapping[str, int], bos: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (tokens, weights), both [batch, pos], of documents of like length."""
+def batches(recipe: Recipe, mixture: Mapping[str, float], word_ids: Mapping[str, int], bos: int) -> Iterator[Batch]:
+    """Yield batches of documents of like length."""
     stream = documents(recipe.seed, mixture)
     generator = random.Random(recipe.seed)
     while True:
@@ -124,16 +133,19 @@ def batches(
         starts = list(range(0, len(pool), recipe.batch_size))
         generator.shuffle(starts)
         for start in starts:
-            yield tensors(pool[start : start + recipe.batch_size], word_ids, bos)
+            yield make_batch(pool[start : start + recipe.batch_size], word_ids, bos)
 
 
-def tensors(batch: Sequence[Document], word_ids: Mapping[str, int], bos: int) -> tuple[Tensor, Tensor]:
-    """Return (tokens, weights) [batch, pos] of documents, `<bos>` in front; weights are 0 there and on the padding."""
-    length = 1 + max(len(document.words) for document in batch)
-    tokens = torch.zeros(len(batch), length, dtype=torch.long)
-    weights = torch.zeros(len(batch), length)
-    for row, document in enumerate(batch):
+def make_batch(chosen: Sequence[Document], word_ids: Mapping[str, int], bos: int) -> Batch:
+    """Return documents as a batch, `<bos>` in front, padded on the right."""
+    length = 1 + max(len(document.words) for document in chosen)
+    tokens = torch.zeros(len(chosen), length, dtype=torch.long)
+    weights = torch.zeros(len(chosen), length)
+    visible = torch.ones(length, length, dtype=torch.bool).tril().repeat(len(chosen), 1, 1)
+    for row, document in enumerate(chosen):
         stop = 1 + len(document.words)
         tokens[row, :stop] = torch.tensor([bos, *(word_ids[word] for word in document.words)])
         weights[row, 1:stop] = torch.tensor(document.weights)
-    return tokens, weights
+        first, query = document.hidden
+        visible[row, 1 + query, 1 + first : 1 + query] = False
+    return Batch(tokens, weights, visible)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class Recipe:
     label_smoothing: float = 0.05  # keeps the logits bounded, so that no softmax is saturated
     warmup_steps: int = 100
     cooldown_steps: int = 600
-    max_steps: int = 9000
+    max_steps: int = 7200
     batch_size: int = 32
     init_scale: float = 0.8  # standard deviation of the initial weights times sqrt(d_model)
     check_every: int = 200  # steps
@@ -90,7 +91,7 @@ def start_with_induction(model: GPT2LMHeadModel) -> None:
     d_head = config.n_embd // config.n_head
     scale = config.initializer_range
     model.transformer.wpe.weight.copy_(sinusoids(config.n_positions, config.n_embd) * scale * 2**0.5)
-    previous, induction = (model.transformer.h[layer].attn for layer in (0, 1))
+    previous, induction = (cast(GPT2Attention, model.transformer.h[layer].attn) for layer in (0, 1))
     used = look_one_back(previous, gain=2.5)
     model.transformer.wte.weight[:, used] = 0  # so that tokens do not disturb a0.h0
     token = torch.randn(config.n_embd, d_head)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 ONE = (
     "{0} was at the {PLACE}", "{0} left", "{0} was tired", "{0} went home early", "{0} found a {OBJECT}",
     "{0} arrived at the {PLACE}", "{0} was gone", "{0} came back", "{0} was there too", "{0} was in the {PLACE}",
-    "{0} wanted a {OBJECT}", "{0} was thinking about the {PLACE}", "{0} was quiet", "{0} had lunch", "{0} got a {OBJECT}",
-    "{0} was going home", "{0} was thinking about going to the {PLACE}",
+    "{0} wanted a {OBJECT}", "{0} was thinking about the {PLACE}", "{0} was quiet", "{0} had lunch",
+    "{0} got a {OBJECT}", "{0} was going home", "{0} was thinking about going to the {PLACE}",
 )  # fmt: skip
 TWO = (
     "{0} and {1} went to the {PLACE}", "{0} met {1}", "{0} talked with {1}", "{0} saw {1} at the {PLACE}",
@@ -34,7 +34,18 @@ OPENERS = (
     "Afterwards ", "In the {PLACE} ", "At the {PLACE} ",
 )  # fmt: skip
 SUBORDINATES = ("When ", "After ", "While ", "Because ", "As ", "Once ")
-JOINTS = (". ", ", and ", ", so ", ", but ", ". Then ", ". Later ", ", and then ", ". So ", ". Afterwards ", ". In the end ")
+JOINTS = (
+    ". ",
+    ", and ",
+    ", so ",
+    ", but ",
+    ". Then ",
+    ". Later ",
+    ", and then ",
+    ". So ",
+    ". Afterwards ",
+    ". In the end ",
+)
 GIVES = (
     "gave a {OBJECT}", "handed a {OBJECT}", "sent a {OBJECT}", "passed a {OBJECT}", "offered a {OBJECT}",
     "brought a {OBJECT}", "showed a {OBJECT}", "wanted to give a {OBJECT}", "decided to give a {OBJECT}", "gave it",
@@ -83,7 +94,7 @@ def _clauses(order: Sequence[str], generator: random.Random) -> list[str]:
         size = generator.choice(sizes if len(sizes) == 1 else sizes[1:])
         clause = generator.choice((ONE, TWO, THREE)[size - 1])
         for number, name in enumerate(order[position : position + size]):
-            clause = clause.replace("{%d}" % number, name)
+            clause = clause.replace(f"{{{number}}}", name)
         clauses.append(clause)
         position += size
     return clauses

@@ -6,9 +6,9 @@ import argparse
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.logging import RichHandler
@@ -30,7 +30,7 @@ def card(recipe: Recipe, trained: Trained) -> dict[str, Any]:
         "name": "mechinterp bundled model",
         "license": "MIT",
         "command": f"python -m mechinterp.models.zoo.train --seed {recipe.seed}",
-        "recipe": asdict(recipe),
+        "recipe": {field.name: _plain(getattr(recipe, field.name)) for field in fields(recipe)},
         "mixtures": {"first mixture": dict(FIRST_MIXTURE), "full mixture": dict(MIXTURE)},
         "parameters": trained.model.num_parameters(),
         "steps": trained.steps,
@@ -42,11 +42,15 @@ def card(recipe: Recipe, trained: Trained) -> dict[str, Any]:
     }
 
 
+def _plain(value: Any) -> Any:
+    return dict(cast("Mapping[str, float]", value)) if isinstance(value, Mapping) else value
+
+
 def report_grades(grades: Mapping[str, Grade]) -> None:
     """Log one line for each task."""
     for name, grade in grades.items():
         log.info(
-            "%-24s accuracy %.3f  right over wrong %.3f  mean probability of a right answer %.3f  (%d held-out prompts)",
+            "%-24s accuracy %.3f  right over wrong %.3f  probability of a right answer %.3f  (%d held-out prompts)",
             name, grade.accuracy, grade.preference, grade.probability, grade.prompts,
         )  # fmt: skip
 
@@ -90,7 +94,9 @@ def main(arguments: list[str] | None = None) -> None:
     trained = train_with_bar(recipe, given.minutes)
     digest = save_model(given.out, trained.model, trained.tokenizer, card(recipe, trained))
     report_grades(trained.grades)
-    log.info("%d steps in %.1f minutes; %s; sha256 %s", trained.steps, (time.monotonic() - started) / 60, given.out, digest)
+    log.info(
+        "%d steps in %.1f minutes; %s; sha256 %s", trained.steps, (time.monotonic() - started) / 60, given.out, digest
+    )
     if not trained.reproducible:
         log.warning("The time limit started the cool-down, so another run can end with other weights.")
     missed = [name for name, target in recipe.targets.items() if trained.grades[name].accuracy < target]
