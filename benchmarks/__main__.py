@@ -21,11 +21,8 @@ def main() -> None:
     found = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for name in [arguments.device] if arguments.device else found:
         device = torch.device(name)
-        label = (
-            torch.cuda.get_device_name()
-            if name == "cuda"
-            else f"CPU ({platform.machine()}, {arguments.threads} thread)"
-        )
+        cpu = f"CPU ({platform.machine()}, {arguments.threads} thread)"
+        label = torch.cuda.get_device_name() if name == "cuda" else cpu
         print(
             f"\nGPT-2-small shape, random weights, batch {BATCH} x {LENGTH}, float32, {label}, torch {torch.__version__}\n"
         )
