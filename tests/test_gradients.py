@@ -98,8 +98,7 @@ def test_on_a_linear_edge_the_estimate_is_exact() -> None:
 # -- integrated gradients ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(("name", "split"), [(name, False) for name in EVERY] + [("gpt2", True), ("no-norm", True)])
 def test_completeness_of_integrated_gradients(name: str, split: bool) -> None:
     """Over the edges that leave the input, the scores add up to the whole effect, clean minus corrupt.
 
@@ -107,18 +106,16 @@ def test_completeness_of_integrated_gradients(name: str, split: bool) -> None:
     integral along the straight line between the two inputs, times the difference of the inputs, is the difference of
     the metric. That holds for every shape; other writers' edges have no such identity.
     """
-    if split and not tiny(name).has("pos_embed"):
-        pytest.skip("no position embedding")
     # Small weights, so that a few midpoints integrate well: their error falls with the square of the step.
     model, some = build(name, scale=0.15), pairs(2, 5, padded=True)
     graph = build_graph(model, split_input=split)
     ends = run_edges(model, graph, some, torch.stack([torch.zeros_like(graph.possible), graph.possible])).sum(1)
     errors: list[float] = []
-    for steps in (8, 32):
+    for steps in (4, 16):
         alphas = [(k + 0.5) / steps for k in range(steps)]
         scores = edge_gradients(model, graph, some, LOGIT_DIFF, alphas=alphas)
         errors.append(abs(float(scores[:, : graph.n_inputs].sum() - (ends[0] - ends[1]))))
-    assert errors[1] < 1e-2 * float((ends[0] - ends[1]).abs())
+    assert errors[1] < 5e-2 * float((ends[0] - ends[1]).abs())
     assert errors[1] < errors[0] / 6 + 1e-5  # a sixteenth in the limit; float32 noise in the rotary shapes
 
 
