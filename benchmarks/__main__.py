@@ -23,9 +23,8 @@ def main() -> None:
         device = torch.device(name)
         cpu = f"CPU ({platform.machine()}, {arguments.threads} thread)"
         label = torch.cuda.get_device_name() if name == "cuda" else cpu
-        print(
-            f"\nGPT-2-small shape, random weights, batch {BATCH} x {LENGTH}, float32, {label}, torch {torch.__version__}\n"
-        )
+        shape = f"GPT-2-small shape, random weights, batch {BATCH} x {LENGTH}, float32"
+        print(f"\n{shape}, {label}, torch {torch.__version__}\n")
         print("| task | measured | floor | target |\n|---|---|---|---|")
         for row in engines(device, arguments.repeats):
             print(f"| {row.name} | {row.value:.2f} {row.unit} {row.note} | {row.floor} | {row.target} |")
