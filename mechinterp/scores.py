@@ -57,6 +57,11 @@ class Scores:
         theirs = (other.method, other.metric, other.replacement, dict(other.parameters), other.graph.digest())
         if mine != theirs:
             raise InputError("Only scores of one method, metric, replacement and graph can be added.")
+        if self.replacement.startswith("mean"):
+            raise InputError(
+                "Scores under a mean replacement cannot be added: each was made with the mean of its own examples. "
+                "Score all examples in one call."
+            )
         cost = {name: self.cost.get(name, 0) + other.cost.get(name, 0) for name in {*self.cost, *other.cost}}
         total, count = self.total + other.total, self.count + other.count
         return Scores(self.graph, total, count, self.method, self.metric, self.replacement, self.parameters, cost)

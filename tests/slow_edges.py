@@ -91,9 +91,51 @@ class SlowLlama:
         return self.module.lm_head(self.module.model.norm(resid))
 
 
+class SlowNeoX:
+    """GPT-NeoX: q, k, v fused head by head, partial rotation, and an MLP that reads what the attention reads."""
+
+    def __init__(self, module: Any) -> None:
+        self.module, config = module, module.config
+        self.n_layers, self.n_heads = config.num_hidden_layers, config.num_attention_heads
+        self.n_kv, self.d_model = self.n_heads, config.hidden_size
+        self.d_head = config.hidden_size // config.num_attention_heads
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.module.gpt_neox.embed_in(tokens)
+
+    def project(self, layer: int, channel: str, head: int, resid: Tensor) -> Tensor:
+        block = self.module.gpt_neox.layers[layer]
+        first = (3 * head + "qkv".index(channel)) * self.d_head
+        fused, rows = block.attention.query_key_value, slice(first, first + self.d_head)
+        return block.input_layernorm(resid) @ fused.weight[rows].T + fused.bias[rows]
+
+    def rotate(self, value: Tensor) -> Tensor:
+        cos, sin = self.module.gpt_neox.rotary_emb(value, torch.arange(value.shape[1])[None])
+        turned, rest = value[..., : cos.shape[-1]], value[..., cos.shape[-1] :]
+        return torch.cat([turned * cos + rotate_half(turned) * sin, rest], -1)
+
+    def write(self, layer: int, head: int, z: Tensor) -> Tensor:
+        columns = slice(head * self.d_head, (head + 1) * self.d_head)
+        return z @ self.module.gpt_neox.layers[layer].attention.dense.weight[:, columns].T
+
+    def constant(self, layer: int) -> Tensor:
+        return self.module.gpt_neox.layers[layer].attention.dense.bias
+
+    def mlp(self, layer: int, resid: Tensor) -> Tensor:
+        block = self.module.gpt_neox.layers[layer]
+        return block.mlp(block.post_attention_layernorm(resid))
+
+    def unembed(self, resid: Tensor) -> Tensor:
+        return self.module.get_output_embeddings()(self.module.gpt_neox.final_layer_norm(resid))
+
+
+SLOW: dict[str, Any] = {"gpt2": SlowGPT2, "llama": SlowLlama, "qwen2": SlowLlama, "neox": SlowNeoX}
+"""The slow model of each shape that has one."""
+
+
 @torch.no_grad()
 def slow_run(
-    model: SlowGPT2 | SlowLlama, tokens: Tensor, mask: Tensor, cut: Cut, replacement: Mapping[str, Tensor]
+    model: SlowGPT2 | SlowLlama | SlowNeoX, tokens: Tensor, mask: Tensor, cut: Cut, replacement: Mapping[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits at every position, and what every node writes, with the edges of `cut` replaced."""
     writes: dict[str, Tensor] = {"input": model.embed(tokens)}
@@ -123,7 +165,10 @@ def slow_run(
             v = model.project(layer, "v", owner, resid_at(names["v"], before))
             scores = (q @ k.transpose(1, 2) / math.sqrt(model.d_head)).masked_fill(~seen, -torch.inf)
             new[f"a{layer}.h{head}"] = model.write(layer, head, scores.softmax(-1) @ v)
+        # A parallel MLP reads the layer's input: neither its heads nor their bias.
+        parallel_input = resid_at(f"m{layer}", before)
         writes |= new
         constant = constant + model.constant(layer)
-        writes[f"m{layer}"] = model.mlp(layer, resid_at(f"m{layer}", list(writes)))
+        parallel = isinstance(model, SlowNeoX)
+        writes[f"m{layer}"] = model.mlp(layer, parallel_input if parallel else resid_at(f"m{layer}", list(writes)))
     return model.unembed(resid_at("logits", list(writes))), writes

@@ -73,6 +73,18 @@ def test_shards_add_up_to_the_whole() -> None:
         _ = whole + mi.score_edges(model, graph, some, method="eap")
 
 
+def test_shards_under_a_mean_do_not_add_up_and_are_refused() -> None:
+    """Each shard has a mean of its own, so their sum is not the whole."""
+    model, some = tiny("gpt2"), pairs(5)
+    graph = build_graph(model)
+    first, rest = (
+        mi.score_edges(model, graph, some[rows], method="eap", replacement="mean")
+        for rows in (slice(0, 3), slice(3, 5))
+    )
+    with pytest.raises(mi.InputError, match="mean of its own examples"):
+        _ = first + rest
+
+
 @pytest.mark.parametrize("method", ["eap", "eap-ig", "exact"])
 def test_positive_means_that_the_edge_helps(method: str) -> None:
     """Cutting the best edge lowers the metric, cutting the worst raises it; a metric to be lowered turns the sign."""

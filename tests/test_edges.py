@@ -32,7 +32,7 @@ from tests.models_tiny import (
     tiny,
     tokens,
 )
-from tests.slow_edges import SlowGPT2, SlowLlama, slow_run
+from tests.slow_edges import SLOW, slow_run
 
 LOGIT_DIFF = get_metric("logit_diff")
 
@@ -131,7 +131,7 @@ def test_the_input_into_the_logits_of_a_norm_model() -> None:
 
 def slow_metric(name: str, some: Pairs, graph: Graph, mask: torch.Tensor, kind: str) -> torch.Tensor:
     module = huggingface(name)
-    model = SlowGPT2(module) if name == "gpt2" else SlowLlama(module)
+    model = SLOW[name](module)
     cut = {graph.edge_name(int(r), int(w)): float(mask[r, w]) for r, w in mask.nonzero()}
     _, writes = slow_run(model, some.corrupt, some.mask, {}, {})
     if kind == "zero":
@@ -146,7 +146,7 @@ def slow_metric(name: str, some: Pairs, graph: Graph, mask: torch.Tensor, kind: 
 
 
 @pytest.mark.parametrize("kind", ["corrupt", "zero", "mean", "mean-positional"])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize("name", SLOW)
 def test_random_cuts_agree_with_an_independent_implementation(name: str, kind: str) -> None:
     model, some = tiny(name), pairs(4, 6, padded=kind != "mean-positional")
     graph = build_graph(model)
@@ -163,7 +163,7 @@ def test_random_cuts_agree_with_an_independent_implementation(name: str, kind: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "neox"])
 def test_every_single_edge_agrees_with_an_independent_implementation(name: str) -> None:
     model, some = tiny(name), pairs(2, 5, padded=True)
     graph = build_graph(model)

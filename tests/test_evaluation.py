@@ -12,6 +12,7 @@ from mechinterp.evaluation.bootstrap import bootstrap_interval
 from mechinterp.evaluation.faithfulness import check_denominator, evaluate, random_cuts, ratio_of_means
 from mechinterp.evaluation.sizes import size_curve
 from mechinterp.graph import build_graph
+from mechinterp.replacement import build_replacement
 from tests.models_tiny import SHAPES, pairs, snapshot, tiny
 
 
@@ -33,6 +34,41 @@ def test_it_is_the_ratio_of_means_of_runs_with_everything_else_cut(name: str) ->
     assert result.circuit_value == pytest.approx(float(ours), abs=1e-6)
     assert result.faithfulness == pytest.approx(float((ours - empty) / (full - empty)), rel=1e-5, abs=1e-6)
     assert result.n_edges == circuit.n_edges and result.n_examples == 5
+
+
+@pytest.mark.parametrize("replacement", ["corrupt", "mean", "zero"])
+@pytest.mark.parametrize("metric", ["logit_diff", "prob_diff", "kl_to_clean", "l2_to_clean", "accuracy"])
+def test_every_metric_is_that_of_the_runs(metric: str, replacement: str) -> None:
+    """Also those that an evaluation computes anyway, which must not be written twice."""
+    model, circuit, some = tiny("gpt2"), circuit_of("gpt2"), pairs(6, padded=True)
+    graph = circuit.graph
+    values = build_replacement(replacement, model, graph, some)
+    cuts = torch.stack([circuit.cut, torch.zeros_like(circuit.kept), graph.possible])
+
+    def runs(name: str) -> torch.Tensor:
+        return run_edges(model, graph, some, cuts, metric=name, replacement=values).double()
+
+    result = evaluate(model, circuit, some, metric=metric, replacement=replacement, n_random=0)
+    ours, full, empty = runs(metric)[:3]
+    assert torch.allclose(result.per_example.double(), torch.stack([ours, full, empty], 1), atol=1e-9)
+    expected = (ours.mean() - empty.mean()) / (full.mean() - empty.mean())
+    assert result.faithfulness == pytest.approx(float(expected))
+    usable = (full - empty).abs() > 1e-9
+    ratios = ((ours - empty) / (full - empty))[usable].sort().values
+    assert result.n_ratio == len(ratios)
+    assert result.example_quartiles[1] == pytest.approx(float(ratios.quantile(0.5)))
+    assert result.kl == pytest.approx(float(runs("kl_to_clean")[0].mean()))
+    assert result.accuracy == pytest.approx(float(runs("accuracy")[0].mean()))
+    assert result.accuracy_full == pytest.approx(float(runs("accuracy")[1].mean()))
+
+
+def test_random_circuits_are_run_as_ours_is() -> None:
+    model, circuit, some = tiny("gpt2"), circuit_of("gpt2"), pairs(4)
+    graph = circuit.graph
+    result = evaluate(model, circuit, some, n_random=3, seed=9)
+    cuts = [graph.possible, torch.zeros_like(graph.possible), *random_cuts(graph, circuit.n_edges, 3, seed=9)]
+    empty, full, *others = run_edges(model, graph, some, torch.stack(cuts)).double().mean(1).tolist()
+    assert result.random_faithfulness == pytest.approx(tuple((m - empty) / (full - empty) for m in others))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])

@@ -10,8 +10,14 @@ import importlib
 import pytest
 
 CAUGHT_BY = {
-    "scores depend on how the examples were batched": ["test_discovery.test_scores_do_not_depend_on_the_batches"],
-    "an MLP's score uses the gradient at the wrong site": ["test_discovery.test_eap_ranks_as_brute_force_does"],
+    "scores depend on how the examples were batched": [
+        "test_discovery.test_scores_do_not_depend_on_the_batches",
+        "test_gradients.test_a_batch_is_the_sum_of_its_examples",
+    ],
+    "an MLP's score uses the gradient at the wrong site": [
+        "test_discovery.test_eap_ranks_as_brute_force_does",
+        "test_gradients.test_edge_gradients_are_the_derivative_of_run_edges",
+    ],
     "the saved circuit is not the evaluated one": [
         "test_circuit_file.test_a_result_of_another_circuit_is_refused",
         "test_verify.test_an_edge_less",
@@ -36,7 +42,8 @@ CAUGHT_BY = {
         "test_discovery.test_ids_outside_the_vocabulary_and_nan_weights_are_refused",
     ],
     "parallel blocks are walked as sequential": [
-        "test_edges.test_random_cuts_agree_with_an_independent_implementation"
+        "test_edges.test_random_cuts_agree_with_an_independent_implementation",
+        "test_graph.test_counts",
     ],
     "a hook never fires, or its value is on no path": [
         "test_hooks.test_a_site_that_fires_and_does_nothing_is_refused",
