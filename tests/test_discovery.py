@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-from scipy.stats import spearmanr
 
 import mechinterp as mi
 from mechinterp.discovery.eap import integration_points
@@ -28,6 +27,12 @@ def near(name: str, n: int = 4, length: int = 6) -> tuple[mi.HookManager, mi.Pai
     return mi.load_model(module), mi.Pairs(clean=clean, corrupt=corrupt, right=some.right, wrong=some.wrong)
 
 
+def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The correlation of the ranks (there are no ties among real numbers)."""
+    ranks = torch.stack([a.argsort().argsort(), b.argsort().argsort()]).double()
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
 def values(scores: Scores) -> torch.Tensor:
     return scores.values[scores.graph.possible].double()
 
@@ -38,12 +43,14 @@ def test_eap_ranks_as_brute_force_does(name: str) -> None:
     model, some = near(name)
     graph = build_graph(model)
     exact = values(mi.score_edges(model, graph, some, method="exact"))
-    moving = exact.abs() > 1e-12  # edges whose writer is the same in both prompts are 0 in both
+    # Gemma-2 computes norms in float32: effects of a millionth of the largest are rounding there, and have no rank.
+    moving = exact.abs() > 1e-5 * exact.abs().max()
+    assert int(moving.sum()) > 50
     mlp = torch.tensor([edge.startswith("m") or "->m" in edge for edge in graph.edge_names()])
     for method, extra in (("eap", {}), ("eap-ig", {"steps": 5})):
         estimate = values(mi.score_edges(model, graph, some, method=method, **extra))
-        assert spearmanr(estimate[moving], exact[moving]).statistic > 0.99, method
-        assert spearmanr(estimate[moving & mlp], exact[moving & mlp]).statistic > 0.99, method
+        assert spearman(estimate[moving], exact[moving]) > 0.99, method
+        assert spearman(estimate[moving & mlp], exact[moving & mlp]) > 0.99, method
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def test_sizes() -> None:
     assert size_grid(3) == (3,)
     assert size_grid(1) == (1,)
     grid = size_grid(32_491)
-    assert grid[0] == 4 and grid[-1] == 32_491 and len(grid) < 30
+    assert grid[0] == 4 and grid[-1] == 32_491 and len(grid) < 45
     assert all(a < b for a, b in itertools.pairwise(grid))
     points = [CurvePoint(4, 0, 0.0), CurvePoint(8, 8, 0.95), CurvePoint(16, 16, 0.85), CurvePoint(32, 32, 1.0)]
     assert smallest_faithful(points) == 8

@@ -196,13 +196,15 @@ def test_another_ablation_or_metric(place: Path) -> None:
 def test_other_scores(place: Path) -> None:
     """All scores doubled in both files, hashes right: only the discovery itself can tell."""
     sidecar = place.with_name("mine-model-eap-ig.scores.safetensors")
-    content = safetensors.torch.save({"scores": 2 * safetensors.torch.load_file(sidecar)["scores"]})
+    graph = mi.load_circuit(place).graph
+    table = 2 * safetensors.torch.load_file(sidecar)["scores"]
+    content = safetensors.torch.save({"scores": table})
     sidecar.write_bytes(content)
 
     def double(document: dict[str, Any]) -> None:
         document["integrity"]["sidecar"]["sha256"] = hashlib.sha256(content).hexdigest()
         for edge in document["edges"]:
-            edge["score"] = float(f"{2 * edge['score']:.6g}")
+            edge["score"] = float(f"{float(table[graph.edge_index(edge['name'])]):.6g}")
 
     edited(place, double)
     assert mi.verify(place).ok

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mechinterp.models.zoo import bundled_directory
-from mechinterp.models.zoo.corpus import MAKERS, MIXTURE, documents
+from mechinterp.models.zoo.corpus import MAKERS, MIXTURE, Document, documents
 from mechinterp.models.zoo.exam import TASKS, exam_prompts, grade
 from mechinterp.models.zoo.loop import batches, train, update, weighted_loss
 from mechinterp.models.zoo.recipe import Recipe, new_model, new_optimizer
