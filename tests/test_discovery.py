@@ -18,8 +18,9 @@ def near(name: str, n: int = 4, length: int = 6) -> tuple[mi.HookManager, mi.Pai
     """A model in which token 2k + 1 is nearly token 2k, and pairs that differ by that: first order has a chance."""
     module = huggingface(name)
     embedding = module.get_input_embeddings().weight
+    noise = torch.randn(embedding[0::2].shape, generator=torch.Generator().manual_seed(0), dtype=embedding.dtype)
     with torch.no_grad():
-        embedding[1::2] = embedding[0::2] + 0.01 * torch.randn_like(embedding[0::2])
+        embedding[1::2] = embedding[0::2] + 0.01 * noise
     some = pairs(n, length)
     clean = some.clean - some.clean % 2
     corrupt = clean.clone()

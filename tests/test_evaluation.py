@@ -141,6 +141,17 @@ def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
     assert 174 <= covered <= 200
 
 
+@pytest.mark.parametrize(("level", "quantile"), [(0.95, 1.95996), (0.5, 0.67449)])
+def test_the_interval_of_a_normal_mean_has_the_normal_width(level: float, quantile: float) -> None:
+    sample = torch.randn(400, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 7
+    low, high = bootstrap_interval(lambda t: t.mean((1, 2)), sample, resamples=4000, level=level)
+    error = float(sample.std()) / 20
+    # 4000 resamples give the ends within a few hundredths of the standard error.
+    assert (low, high) == pytest.approx(
+        (float(sample.mean()) - quantile * error, float(sample.mean()) + quantile * error), abs=0.12 * error
+    )
+
+
 def test_the_interval_is_the_same_under_a_seed() -> None:
     sample = torch.rand(30, 3) + torch.tensor([1.0, 2.0, 0.0])
     assert bootstrap_interval(ratio_of_means, sample, seed=3) == bootstrap_interval(ratio_of_means, sample, seed=3)

@@ -107,6 +107,11 @@ def test_ties_go_to_the_first_edge_of_the_model(graph: Graph) -> None:
         select(graph, flat, edges=5)
     assert all(name.startswith("input->a0") for name in first)
     assert select(graph, flat, edges=graph.n_edges).n_edges == graph.n_edges
+    # All into the logits first, then a tie of all others: of these the first few, which are on a path.
+    into_logits = torch.zeros(graph.possible.shape)
+    into_logits[-1] = 1
+    circuit = select(graph, scores_of(graph, into_logits), edges=len(graph.writers) + 5)
+    assert {name for name in circuit.edges if not name.endswith("->logits")} == set(first)
 
 
 def test_scores_are_not_changed(graph: Graph, scores: Scores) -> None:
