@@ -97,6 +97,23 @@ def answer_logits(model: HookManager, tokens: Tensor, pairs: Pairs) -> Float[Ten
     return model.layout.unembed(take_positions(run.values[Site("resid_final")], pairs.answer_pos))
 
 
+def metric_values(
+    model: HookManager,
+    pairs: Pairs,
+    metric: Metric,
+    resid: Float[Tensor, "batch pos d_model"],
+    reference: Float[Tensor, "batch n_answer d_vocab"] | None = None,
+) -> Float[Tensor, " batch"]:
+    """The metric of every example from its final residual stream, in float32 or better; differentiable in it.
+
+    Only the logits that the metric needs are computed. `reference` are the clean run's, for metrics that compare.
+    """
+    wide = take_positions(resid, pairs.answer_pos).to(torch.promote_types(resid.dtype, torch.float32))
+    columns = metric.columns(pairs)
+    logits = model.layout.unembed(wide, columns)
+    return metric(logits, pairs, reference) if columns is None else metric.on_columns(logits, columns, pairs)
+
+
 def take_positions(
     value: Float[Tensor, "batch pos d"], positions: Int[Tensor, "batch n"]
 ) -> Float[Tensor, "batch n d"]:

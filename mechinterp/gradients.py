@@ -22,7 +22,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp.edges import check_model, clean_logits, take_positions
+from mechinterp.edges import check_model, clean_logits, metric_values
 from mechinterp.errors import InputError
 from mechinterp.graph import Graph
 from mechinterp.hooks import HookManager, Intervention
@@ -110,14 +110,9 @@ def _step(
     interpolated: tuple[dict[Site, tuple[Tensor, Tensor]] | None, float] | None,
 ) -> _Step:
     dims = model.dims
-    columns = metric.columns(pairs)
 
     def loss(resid: Tensor) -> Tensor:
-        wide = take_positions(resid, pairs.answer_pos).to(torch.promote_types(resid.dtype, torch.float32))
-        logits = model.layout.unembed(wide, columns)
-        if columns is not None:
-            return metric.on_columns(logits, columns, pairs)
-        return metric(logits, pairs, reference)
+        return metric_values(model, pairs, metric, resid, reference)
 
     edits: list[Intervention] = []
     if interpolated is not None:

@@ -1,6 +1,6 @@
 """HookManager: runs one model, reads and edits its activations, and leaves nothing behind.
 
-This is the only file that registers hooks or knows TransformerLens's hook-point names.
+This is the only file that registers hooks; `models/hook_names.py` has TransformerLens's names of the hook points.
 """
 
 from __future__ import annotations
@@ -17,35 +17,16 @@ from torch import Tensor
 
 from mechinterp.errors import BusyError, InputError, SiteNotReached, UnsupportedError
 from mechinterp.interventions import Edit, Intervention, Point, Run, SiteLike, Stopped, as_interventions, fire
+from mechinterp.models.hook_names import HOOK_NAMES
 from mechinterp.models.layout import Dims, Layout, build_layout
 from mechinterp.models.load import open_model
-from mechinterp.models.probe import probe
+from mechinterp.models.modes import eval_mode
+from mechinterp.models.past import Past, empty_cache, past_of
+from mechinterp.models.probe import probe, probe_past
 from mechinterp.models.source import ModelInfo
-from mechinterp.models.tokens import check_at, check_tokens
+from mechinterp.models.tokens import check_at, check_past, check_tokens
 from mechinterp.registry import unknown
 from mechinterp.sites import GLOBAL_SITES, LAYER_SITES, Site
-
-_HOOK_NAMES = {
-    "embed": "hook_embed",
-    "pos_embed": "hook_pos_embed",
-    "resid_final": "ln_final.hook_in",
-    "final_norm": "unembed.hook_in",
-    "resid_pre": "blocks.{}.hook_resid_pre",
-    "attn_in": "blocks.{}.attn.hook_in",
-    "q": "blocks.{}.attn.hook_q",
-    "k": "blocks.{}.attn.hook_k",
-    "v": "blocks.{}.attn.hook_v",
-    "scores": "blocks.{}.attn.hook_attn_scores",
-    "pattern": "blocks.{}.attn.hook_pattern",
-    "z": "blocks.{}.attn.hook_z",
-    "attn_out": "blocks.{}.hook_attn_out",
-    "resid_mid": "blocks.{}.hook_resid_mid",
-    "mlp_in": "blocks.{}.mlp.hook_in",
-    "mlp_pre": "blocks.{}.mlp.hook_pre",
-    "mlp_post": "blocks.{}.mlp.hook_post",
-    "mlp_out": "blocks.{}.hook_mlp_out",
-    "resid_post": "blocks.{}.hook_resid_post",
-}
 
 
 class HookManager:
@@ -66,6 +47,8 @@ class HookManager:
         self.layout: Layout = build_layout(bridge)
         self.refused: Mapping[Site, str] = {}
         self.refused = probe(self)
+        self.keeps_past = True
+        self.keeps_past = probe_past(self)
 
     @property
     def dims(self) -> Dims:
@@ -88,13 +71,11 @@ class HookManager:
             f"HookManager({self.info.name}, {d.n_layers} layers x {d.n_heads} heads, d_model {d.d_model}, {self.dtype})"
         )
 
-    # -- sites ---------------------------------------------------------------------------------------------------
-
     def sites(self) -> tuple[Site, ...]:
         """Every site that this model has and that works on it, in a fixed order."""
         every = [Site(kind) for kind in GLOBAL_SITES]
         every += [Site(kind, layer) for layer in range(self.dims.n_layers) for kind in LAYER_SITES]
-        return tuple(s for s in every if self._hook_name(s) in self._points and s not in self.refused)
+        return tuple(site for site in every if self.has(site))
 
     def has(self, site: SiteLike) -> bool:
         """Whether the model has the site and it works."""
@@ -103,7 +84,7 @@ class HookManager:
 
     @staticmethod
     def _hook_name(site: Site) -> str:
-        return _HOOK_NAMES[site.kind].format(site.layer)
+        return HOOK_NAMES[site.kind].format(site.layer)
 
     def resolve(self, site: SiteLike) -> str:
         """The hook name of a site. Raises InputError when there is none, UnsupportedError when it does not work."""
@@ -129,8 +110,6 @@ class HookManager:
             raise InputError("The filter matches no site. Sites: " + ", ".join(map(str, self.sites())) + ".")
         return chosen
 
-    # -- running -------------------------------------------------------------------------------------------------
-
     @contextmanager
     def intervene(self, *interventions: Intervention) -> Iterator[HookManager]:
         """Adds interventions to every run inside the block; blocks nest, outer edits come first."""
@@ -155,6 +134,7 @@ class HookManager:
         loss: Callable[[Tensor], Tensor] | None = None,
         at: Int[Tensor, "batch n_at"] | None = None,
         start: tuple[int, Float[Tensor, "batch pos d_model"]] | None = None,
+        past: Past | None = None,
         stop: SiteLike | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -165,8 +145,9 @@ class HookManager:
         given. `interventions` edit values (and gradients) at their sites before they are recorded. `loss` maps the
         logits (or, with `stop`, the value at the stop site) to a tensor whose sum is differentiated with respect to
         the values at `grads`. `at` computes logits at those positions only (NaN where it is -1, no entry).
-        `start=(layer, resid)` skips the layers before `layer` and enters it with `resid`. `stop` ends the forward
-        after that site.
+        `start=(layer, resid)` skips the layers before `layer` and enters it with `resid`. `past` holds the tokens
+        before the given ones, from `keep_past`; every value then is of the given tokens only. `stop` ends the
+        forward after that site.
 
         No gradient is tracked unless `loss` is given. Padding (False in `mask`) is not attended to.
 
@@ -182,15 +163,17 @@ class HookManager:
         if bool(grad_sites) != (loss is not None):
             raise InputError("Gradients need both `loss` and `grads`; only one of them was given.")
         with self._exclusive(), ExitStack() as stack:
+            if past is not None:
+                check_past(past, tokens, mask, self.dims, edited=bool(self._outer))
             if start is not None:
                 edits = [self._start(stack, tokens, *start), *edits]
             if at is not None:
                 at = check_at(at, tokens)
-            points = self._plan(wanted, [*self._outer, *edits], grad_sites, stop)
+            points = self._plan(wanted, [*self._outer_from(start), *edits], grad_sites, stop)
             stack.enter_context(torch.set_grad_enabled(loss is not None))
-            stack.enter_context(self._eval_mode())
+            stack.enter_context(eval_mode(self.bridge))
             self._register(stack, points, at)
-            logits, stopped = self._forward(tokens, mask)
+            logits, stopped = self._forward(tokens, mask, None if past is None else past.cache())
             self._check_fired(points, stopped)
             if at is not None and logits is not None:
                 logits = logits.masked_fill((at < 0)[..., None], torch.nan)
@@ -202,6 +185,38 @@ class HookManager:
         moved = {site: v.to(device=device, dtype=dtype) for site, v in values.items() if v is not None}
         return Run(None if logits is None else logits.detach(), moved, gradients or {}, value)
 
+    @property
+    def edited(self) -> bool:
+        """Whether interventions of an `intervene` block are in force."""
+        return bool(self._outer)
+
+    def keep_past(self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"] | None = None) -> Past | None:
+        """Keys and values of every token, for runs that begin later (`past=`). One forward of the layers.
+
+        None when the model keeps none, is not causal, is padded on the left, or has interventions in force.
+        """
+        tokens, mask = check_tokens(tokens, mask, self.dims, self.device)
+        if not (self.keeps_past and self.dims.causal) or mask is not None or self._outer:
+            return None
+        stop, cache = Site("resid_final"), empty_cache()
+        with self._exclusive(), ExitStack() as stack, torch.no_grad():
+            stack.enter_context(eval_mode(self.bridge))
+            self._register(stack, self._plan((), (), (), stop), None)
+            self._forward(tokens, None, cache)
+        return past_of(cache, self.dims.n_layers)
+
+    def mlp(self, layer: int, mlp_in: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
+        """What a layer's MLP writes for any `mlp_in`, after the post-norm where there is one; nothing else is run.
+
+        Raises InputError inside an `intervene` block, whose edits would not be seen.
+        """
+        if self._outer:
+            raise InputError("One MLP cannot be run by itself inside `intervene`: the edits would not be seen.")
+        block = self.bridge.blocks[layer]
+        with self._exclusive(), eval_mode(self.bridge):
+            out = block.mlp(mlp_in.reshape(1, -1, mlp_in.shape[-1]).to(self.dtype)).reshape(mlp_in.shape)
+            return block.ln2_post(out[None])[0] if getattr(block, "ln2_post", None) is not None else out
+
     def survey(
         self, tokens: Int[Tensor, "batch pos"], sites: Sequence[Site], loss: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, dict[Site, tuple[int, Tensor | None]]]:
@@ -209,7 +224,7 @@ class HookManager:
         with self._exclusive(), ExitStack() as stack:
             points = self._plan((), (), sites, None)
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(self._eval_mode())
+            stack.enter_context(eval_mode(self.bridge))
             self._register(stack, points, None)
             stack.callback(self.bridge.blocks[0].register_forward_hook(self._note_layer_output).remove)
             logits, _ = self._forward(tokens, None)
@@ -228,19 +243,6 @@ class HookManager:
             yield
         finally:
             self._lock.release()
-
-    @contextmanager
-    def _eval_mode(self) -> Iterator[None]:
-        # The wrapped model is no submodule of the bridge, and some of its dropouts run there.
-        roots = (self.bridge, getattr(self.bridge, "original_model", self.bridge))
-        training = [m for root in roots for m in root.modules() if m.training]
-        try:
-            for module in training:
-                module.training = False
-            yield
-        finally:
-            for module in training:
-                module.training = True
 
     def _start(self, stack: ExitStack, tokens: Tensor, layer: int, resid: Tensor) -> Intervention:
         """Makes the layers before `layer` hand on `resid` without computing, until the stack closes."""
@@ -311,10 +313,17 @@ class HookManager:
             def gather(value: Tensor) -> Tensor:
                 return value.gather(1, index[..., None].expand(-1, -1, value.shape[-1]))
 
-            add(_HOOK_NAMES["final_norm"], gather)
+            add(HOOK_NAMES["final_norm"], gather)
 
-    def _forward(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor | None, bool]:
-        keywords = {} if mask is None else {"attention_mask": mask.long()}
+    def _outer_from(self, start: tuple[int, Tensor] | None) -> list[Intervention]:
+        """The outer interventions but those in layers that are skipped: what they did is in the `start` value."""
+        skipped = tuple(f"blocks.{layer}." for layer in range(start[0])) if start is not None else ()
+        return [i for i in self._outer if not self.resolve(i.site).startswith(skipped)] if skipped else self._outer
+
+    def _forward(self, tokens: Tensor, mask: Tensor | None, cache: Any = None) -> tuple[Tensor | None, bool]:
+        keywords: dict[str, Any] = {} if mask is None else {"attention_mask": mask.long()}
+        if cache is not None:
+            keywords |= {"past_key_values": cache, "use_cache": True}
         try:
             return self.bridge(tokens, return_type="logits", **keywords), False
         except Stopped:

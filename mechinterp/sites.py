@@ -25,16 +25,21 @@ LAYER_SITES = (
     "scores",
     "pattern",
     "z",
+    "attn_raw",
     "attn_out",
     "resid_mid",
     "mlp_in",
     "mlp_pre",
+    "mlp_up",
     "mlp_post",
+    "mlp_raw",
     "mlp_out",
     "resid_post",
 )
 """Sites of one layer. `attn_in` and `mlp_in` are after the norm; `attn_out` and `mlp_out` are what is added to
-the residual stream (after a post-norm where the model has one); `q`, `k` are before any rotation."""
+the residual stream (after a post-norm where the model has one; `attn_raw` and `mlp_raw` are before it, and exist only
+there); `q`, `k` are before any rotation. `mlp_pre` enters the activation function, `mlp_up` is what a gated MLP
+multiplies by it, `mlp_post` is the product (the neurons)."""
 
 
 @dataclass(frozen=True, order=True)

@@ -20,6 +20,7 @@ LAYERS = (
     ("replacement", "scores"),
     ("edges",),
     ("gradients",),
+    ("analysis",),
     ("circuit",),
     ("discovery",),
     ("evaluation",),

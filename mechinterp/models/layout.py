@@ -49,12 +49,26 @@ class AttentionMaps:
 
 
 @dataclass(frozen=True)
+class MlpMaps:
+    """Weights of one MLP: `[d_model, neuron]` in (and gate), `[neuron, d_model]` out, and the post-norm."""
+
+    W_in: Tensor
+    b_in: Tensor | None
+    W_gate: Tensor | None
+    W_out: Tensor
+    b_out: Tensor | None
+    post: Norm
+
+
+@dataclass(frozen=True)
 class Layout:
     """Read and write maps of one model. All maps work in the dtype of their argument."""
 
     dims: Dims
     attention: tuple[AttentionMaps, ...]
     mlp_norm: tuple[Norm | None, ...]
+    mlp_maps: tuple[MlpMaps | None, ...]
+    """None for a layer without an MLP, or whose MLP is no plain pair of matrices (a mixture of experts)."""
     final_norm: Norm
     W_U: Float[Tensor, "d_model d_vocab"]
     b_U: Float[Tensor, " d_vocab"] | None
@@ -131,6 +145,13 @@ class Layout:
             parts.append(maps.post.bias.to(z.dtype).expand(*z.shape[:-2], -1))
         return sum(parts[1:], parts[0]) if parts else None
 
+    def neurons(self, layer: int) -> MlpMaps:
+        """The weights of a layer's MLP. Raises UnsupportedError where it is no plain pair of matrices."""
+        maps = self.mlp_maps[layer]
+        if maps is None:
+            raise UnsupportedError(f"Layer {layer} has no MLP with one input and one output matrix.")
+        return maps
+
     def unembed(
         self, resid: Float[Tensor, "*axes d_model"], columns: Int[Tensor, " n_columns"] | None = None
     ) -> Float[Tensor, "*axes n_columns"]:
@@ -155,6 +176,16 @@ def _norm_of(block: Any, name: str, label: str, like: Tensor, d_model: int) -> N
     return Norm("none") if component is None else measure_norm(label, component, like, d_model)
 
 
+def _mlp_maps(block: Any, post: Norm) -> MlpMaps | None:
+    mlp = getattr(block, "mlp", None)
+    parts = {name: getattr(mlp, name, None) for name in ("W_in", "b_in", "W_gate", "W_out", "b_out")}
+    if any(part is not None and not isinstance(part, Tensor) for part in parts.values()):
+        return None
+    if parts["W_in"] is None or parts["W_out"] is None or parts["W_in"].ndim != 2 or parts["W_out"].ndim != 2:
+        return None
+    return MlpMaps(**{name: _detached(part) for name, part in parts.items()}, post=post)  # pyright: ignore[reportArgumentType]
+
+
 def build_layout(bridge: Any) -> Layout:
     """The layout of a TransformerBridge, its weights shared with the model, not copied.
 
@@ -169,6 +200,7 @@ def build_layout(bridge: Any) -> Layout:
     n_kv_heads = int(getattr(cfg, "n_key_value_heads", None) or n_heads)
     attention: list[AttentionMaps] = []
     mlp_norms: list[Norm | None] = []
+    mlp_maps: list[MlpMaps | None] = []
     for layer, block in enumerate(blocks):
         attn = getattr(block, "attn", None)
         if attn is None or not all(hasattr(attn, part) for part in ("q", "k", "v", "o")):
@@ -191,6 +223,7 @@ def build_layout(bridge: Any) -> Layout:
             )
         has_mlp = getattr(block, "mlp", None) is not None
         mlp_norms.append(_norm_of(block, "ln2", f"{label}.ln2", like, d_model) if has_mlp else None)
+        mlp_maps.append(_mlp_maps(block, _norm_of(block, "ln2_post", f"{label}.ln2_post", like, d_model)))
     W_U = bridge.W_U.detach()
     b_U = _detached(getattr(bridge, "b_U", None))
     dims = Dims(
@@ -212,6 +245,7 @@ def build_layout(bridge: Any) -> Layout:
         dims=dims,
         attention=tuple(attention),
         mlp_norm=tuple(mlp_norms),
+        mlp_maps=tuple(mlp_maps),
         final_norm=_norm_of(bridge, "ln_final", "ln_final", like, d_model),
         W_U=W_U,
         b_U=b_U,

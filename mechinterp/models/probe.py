@@ -7,6 +7,7 @@ every site tapped and one backward tell them apart: a value that the logits do n
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,9 +56,22 @@ def probe(model: Any) -> dict[Site, str]:
     return refused
 
 
+def probe_past(model: Any) -> bool:
+    """Whether a run that begins after a past gives what a whole run gives. Two forwards on 2 x 4 tokens."""
+    length = min(4, model.dims.n_ctx)
+    tokens = torch.randint(model.dims.d_vocab, (2, length), generator=torch.Generator().manual_seed(0))
+    past = model.keep_past(tokens) if length > 1 else None
+    if past is None or past.n_pos != length:
+        return False
+    whole = model.run(tokens, record=[Site("resid_final")]).values[Site("resid_final")][:, length // 2 :]
+    later = model.run(tokens[:, length // 2 :], past=past.upto(length // 2), record=[Site("resid_final")])
+    worst = float((later.values[Site("resid_final")] - whole).abs().max()) / (float(whole.abs().max()) + 1e-6)
+    return worst < (1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2)
+
+
 def _check_maps(model: Any, tokens: Tensor, plain: Tensor, refused: dict[Site, str]) -> None:
     """Compares every read and write map of the layout with the values of a real run."""
-    kinds = ("resid_pre", "q", "k", "v", "z", "mlp_in", "mlp_out", "resid_post", "resid_final")
+    kinds = ("resid_pre", "q", "k", "v", "z", "mlp_in", "mlp_post", "mlp_out", "resid_post", "resid_final")
     run = model.run(tokens, record=[s for s in model.sites() if s.kind in kinds and s not in refused])
     layout, dims = model.layout, model.dims
 
@@ -96,5 +110,24 @@ def _check_layer(model: Any, run: Any, layer: int, resid: Tensor, middle: Tensor
         layout.read_mlp(layer, mlp_input),
         run.values[Site("mlp_in", layer)],
     )
-    total = middle + run.values[Site("mlp_out", layer)]
+    written = run.values[Site("mlp_out", layer)]
+    check(f"the MLP of layer {layer} by itself", model.mlp(layer, run.values[Site("mlp_in", layer)]).detach(), written)
+    if Site("mlp_post", layer) in run.values:
+        _check_neurons(model, run, layer, check)
+    total = middle + written
     check(f"the residual stream after layer {layer}", total, run.values[after])
+
+
+def _check_neurons(model: Any, run: Any, layer: int, check: Check) -> None:
+    """Gives up the weights of an MLP's neurons, not the model, where they are not what the MLP computes."""
+    maps, neurons = model.layout.mlp_maps[layer], run.values[Site("mlp_post", layer)]
+    if maps is None:
+        return
+    try:
+        if neurons.shape[-1] != len(maps.W_out):
+            raise UnsupportedError("")
+        raw = neurons @ maps.W_out if maps.b_out is None else neurons @ maps.W_out + maps.b_out
+        check(f"what the neurons of layer {layer} write", maps.post(raw), run.values[Site("mlp_out", layer)])
+    except UnsupportedError:
+        kept = tuple(None if i == layer else m for i, m in enumerate(model.layout.mlp_maps))
+        model.layout = replace(model.layout, mlp_maps=kept)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mechinterp.errors import InputError
 from mechinterp.models.layout import Dims
+from mechinterp.models.past import Past
 
 
 def check_tokens(tokens: Any, mask: Any, dims: Dims, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -51,3 +52,19 @@ def check_at(at: Any, tokens: Tensor) -> Tensor:
     if not bool(((at >= -1) & (at < tokens.shape[1])).all()):
         raise InputError(f"`at` holds positions from 0 to {tokens.shape[1] - 1}, or -1 for no entry; got others.")
     return at
+
+
+def check_past(past: Past, tokens: Tensor, mask: Tensor | None, dims: Dims, *, edited: bool) -> None:
+    """Return None when a run of `tokens` can begin after `past`. Raises InputError otherwise."""
+    if edited:
+        raise InputError("A run inside `intervene` cannot begin after a past: the edits would meet other positions.")
+    if mask is not None:
+        raise InputError("A run that begins after a past cannot have padding on the left.")
+    batch = past.layers[0][0].shape[0]
+    if len(past.layers) != dims.n_layers or batch != len(tokens):
+        raise InputError(
+            f"The past is of {batch} prompts and {len(past.layers)} layers; the run has {len(tokens)} prompts and "
+            f"{dims.n_layers} layers."
+        )
+    if past.n_pos + tokens.shape[1] > dims.n_ctx:
+        raise InputError(f"Past and prompts have {past.n_pos + tokens.shape[1]} tokens; the model takes {dims.n_ctx}.")

@@ -1,0 +1,1 @@
+"""Analyses: plain functions over the hook manager, one file each."""

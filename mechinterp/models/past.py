@@ -1,0 +1,55 @@
+"""Keys and values of the tokens before a position, so that a run can begin there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Past:
+    """Keys and values of the first tokens of a run, per layer, as its attention used them (after any rotation).
+
+    A causal model's first tokens do not depend on later ones, so any run that is the same up to `n_pos` can take them
+    from here instead of computing them again.
+    """
+
+    layers: tuple[tuple[Float[Tensor, "batch kv_head pos d_head"], Float[Tensor, "batch kv_head pos d_head"]], ...]
+
+    @property
+    def n_pos(self) -> int:
+        """How many tokens it holds."""
+        return self.layers[0][0].shape[2]
+
+    def upto(self, n_pos: int) -> Past:
+        """The first `n_pos` tokens of it."""
+        return Past(tuple((keys[:, :, :n_pos], values[:, :, :n_pos]) for keys, values in self.layers))
+
+    def repeated(self, times: int) -> Past:
+        """Every example `times` times: all of them, then all of them again."""
+        return Past(tuple((k.repeat(times, 1, 1, 1), v.repeat(times, 1, 1, 1)) for k, v in self.layers))
+
+    def cache(self) -> Any:
+        """A fresh cache of the transformers library that holds it."""
+        cache = empty_cache()
+        for layer, (keys, values) in enumerate(self.layers):
+            cache.update(keys, values, layer)
+        return cache
+
+
+def empty_cache() -> Any:
+    """A cache of the transformers library that keeps every token, also in layers with a sliding window."""
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+def past_of(cache: Any, n_layers: int) -> Past | None:
+    """What a run has left in the cache, or None when the model does not use one."""
+    layers = [(layer.keys, layer.values) for layer in getattr(cache, "layers", ())]
+    if len(layers) != n_layers or any(keys is None or values is None for keys, values in layers):
+        return None
+    return Past(tuple(layers))
