@@ -22,7 +22,7 @@ from mechinterp.models.layout import Dims, Layout, build_layout
 from mechinterp.models.load import open_model
 from mechinterp.models.modes import eval_mode
 from mechinterp.models.past import Past, empty_cache, past_of
-from mechinterp.models.probe import probe, probe_past
+from mechinterp.models.probe import probe, probe_mlps, probe_past
 from mechinterp.models.source import ModelInfo
 from mechinterp.models.tokens import check_at, check_past, check_tokens
 from mechinterp.registry import unknown
@@ -47,8 +47,8 @@ class HookManager:
         self.layout: Layout = build_layout(bridge)
         self.refused: Mapping[Site, str] = {}
         self.refused = probe(self)
-        self.keeps_past = True
-        self.keeps_past = probe_past(self)
+        self.keeps_past, self.bound_mlps = True, dict[int, str]()
+        self.keeps_past, self.bound_mlps = probe_past(self), probe_mlps(self)
 
     @property
     def dims(self) -> Dims:
@@ -66,10 +66,8 @@ class HookManager:
         return self.layout.W_U.dtype
 
     def __repr__(self) -> str:
-        d = self.dims
-        return (
-            f"HookManager({self.info.name}, {d.n_layers} layers x {d.n_heads} heads, d_model {d.d_model}, {self.dtype})"
-        )
+        sizes = f"{self.dims.n_layers} layers x {self.dims.n_heads} heads, d_model {self.dims.d_model}"
+        return f"HookManager({self.info.name}, {sizes}, {self.dtype})"
 
     def sites(self) -> tuple[Site, ...]:
         """Every site that this model has and that works on it, in a fixed order."""
@@ -208,11 +206,13 @@ class HookManager:
     def mlp(self, layer: int, mlp_in: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
         """What a layer's MLP writes for any `mlp_in`, after the post-norm where there is one; nothing else is run.
 
-        Raises InputError inside an `intervene` block, whose edits would not be seen.
+        Raises InputError inside an `intervene` block (its edits would not be seen), UnsupportedError for no such MLP.
         """
         if self._outer:
             raise InputError("One MLP cannot be run by itself inside `intervene`: the edits would not be seen.")
         block = self.bridge.blocks[layer]
+        if layer in self.bound_mlps:
+            raise UnsupportedError(f"The MLP of layer {layer} cannot be run by itself: {self.bound_mlps[layer]}.")
         with self._exclusive(), eval_mode(self.bridge):
             out = block.mlp(mlp_in.reshape(1, -1, mlp_in.shape[-1]).to(self.dtype)).reshape(mlp_in.shape)
             return block.ln2_post(out[None])[0] if getattr(block, "ln2_post", None) is not None else out
@@ -353,8 +353,8 @@ class HookManager:
             raise InputError("No gradient can be taken inside torch.inference_mode(); use torch.no_grad() there.")
         if not value.requires_grad:
             raise InputError("The loss does not depend on any of the sites in `grads`.")
-        taps = [points[self.resolve(site)].tap for site in sites]
-        found = torch.autograd.grad(value.sum(), [t for t in taps if t is not None], allow_unused=True)
+        taps = [tap for site in sites if (tap := points[self.resolve(site)].tap) is not None]
+        found = torch.autograd.grad(value.sum(), taps, allow_unused=True)
         gradients: dict[SiteLike, Tensor] = {}
         for site, gradient in zip(sites, found, strict=True):
             if gradient is None:  # pyright: ignore[reportUnnecessaryComparison]  # allow_unused gives None
