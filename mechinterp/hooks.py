@@ -133,6 +133,7 @@ class HookManager:
         at: Int[Tensor, "batch n_at"] | None = None,
         start: tuple[int, Float[Tensor, "batch pos d_model"]] | None = None,
         past: Past | None = None,
+        keep_past: bool = False,
         stop: SiteLike | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -143,9 +144,10 @@ class HookManager:
         given. `interventions` edit values (and gradients) at their sites before they are recorded. `loss` maps the
         logits (or, with `stop`, the value at the stop site) to a tensor whose sum is differentiated with respect to
         the values at `grads`. `at` computes logits at those positions only (NaN where it is -1, no entry).
-        `start=(layer, resid)` skips the layers before `layer` and enters it with `resid`. `past` holds the tokens
-        before the given ones, from `keep_past`; every value then is of the given tokens only. `stop` ends the
-        forward after that site.
+        `start=(layer, resid)` skips the layers before `layer` and enters it with `resid`. `keep_past` keeps the keys
+        and values in `Run.past` (None where a model keeps none, with padding on the left, and inside `intervene`);
+        a later run that gets (the beginning of) it as `past` runs the tokens that follow, and its values are of
+        these alone. `stop` ends the forward after that site.
 
         No gradient is tracked unless `loss` is given. Padding (False in `mask`) is not attended to.
 
@@ -171,7 +173,9 @@ class HookManager:
             stack.enter_context(torch.set_grad_enabled(loss is not None))
             stack.enter_context(eval_mode(self.bridge))
             self._register(stack, points, at)
-            logits, stopped = self._forward(tokens, mask, None if past is None else past.cache())
+            keeps = keep_past and self.keeps_past and self.dims.causal and mask is None and not self._outer
+            cache = past.cache() if past is not None else empty_cache() if keeps else None
+            logits, stopped = self._forward(tokens, mask, cache)
             self._check_fired(points, stopped)
             if at is not None and logits is not None:
                 logits = logits.masked_fill((at < 0)[..., None], torch.nan)
@@ -181,27 +185,13 @@ class HookManager:
                 value, gradients = self._backward(loss, target, points, grad_sites)
         values = {site: points[self.resolve(site)].value for site in wanted}
         moved = {site: v.to(device=device, dtype=dtype) for site, v in values.items() if v is not None}
-        return Run(None if logits is None else logits.detach(), moved, gradients or {}, value)
+        kept = past_of(cache, self.dims.n_layers) if keeps else None
+        return Run(None if logits is None else logits.detach(), moved, gradients or {}, value, kept)
 
     @property
     def edited(self) -> bool:
         """Whether interventions of an `intervene` block are in force."""
         return bool(self._outer)
-
-    def keep_past(self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"] | None = None) -> Past | None:
-        """Keys and values of every token, for runs that begin later (`past=`). One forward of the layers.
-
-        None when the model keeps none, is not causal, is padded on the left, or has interventions in force.
-        """
-        tokens, mask = check_tokens(tokens, mask, self.dims, self.device)
-        if not (self.keeps_past and self.dims.causal) or mask is not None or self._outer:
-            return None
-        stop, cache = Site("resid_final"), empty_cache()
-        with self._exclusive(), ExitStack() as stack, torch.no_grad():
-            stack.enter_context(eval_mode(self.bridge))
-            self._register(stack, self._plan((), (), (), stop), None)
-            self._forward(tokens, None, cache)
-        return past_of(cache, self.dims.n_layers)
 
     def mlp(self, layer: int, mlp_in: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
         """What a layer's MLP writes for any `mlp_in`, after the post-norm where there is one; nothing else is run.

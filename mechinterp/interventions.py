@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mechinterp.errors import InputError
+from mechinterp.models.past import Past
 from mechinterp.sites import Site
 
 SiteLike = Site | str
@@ -55,6 +56,7 @@ class Run:
     values: Mapping[SiteLike, Tensor]
     grads: Mapping[SiteLike, Tensor]
     loss: Tensor | None = None
+    past: Past | None = None
 
 
 class Stopped(BaseException):

@@ -28,15 +28,28 @@ class Past:
         """The first `n_pos` tokens of it."""
         return Past(tuple((keys[:, :, :n_pos], values[:, :, :n_pos]) for keys, values in self.layers))
 
-    def repeated(self, times: int) -> Past:
-        """Every example `times` times: all of them, then all of them again."""
-        return Past(tuple((k.repeat(times, 1, 1, 1), v.repeat(times, 1, 1, 1)) for k, v in self.layers))
+    def repeated(self, times: int, first_layer: int = 0) -> Past:
+        """Every example `times` times: all of them, then all of them again.
+
+        For a run that starts at `first_layer`; of the layers before it only the shape is there, no copy is made.
+        """
+        rows = self.layers[0][0].shape[0] * times
+
+        def several(layer: int, kept: Tensor) -> Tensor:
+            return kept[:1].expand(rows, -1, -1, -1) if layer < first_layer else kept.repeat(times, 1, 1, 1)
+
+        return Past(tuple((several(i, keys), several(i, values)) for i, (keys, values) in enumerate(self.layers)))
 
     def cache(self) -> Any:
         """A fresh cache of the transformers library that holds it."""
+        from transformers.cache_utils import DynamicLayer
+
         cache = empty_cache()
-        for layer, (keys, values) in enumerate(self.layers):
-            cache.update(keys, values, layer)
+        for keys, values in self.layers:
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values  # not through `update`, which would copy them
+            cache.layers.append(layer)
         return cache
 
 

@@ -60,7 +60,7 @@ def probe_past(model: Any) -> bool:
     """Whether a run that begins after a past gives what a whole run gives. Two forwards on 2 x 4 tokens."""
     length = min(4, model.dims.n_ctx)
     tokens = torch.randint(model.dims.d_vocab, (2, length), generator=torch.Generator().manual_seed(0))
-    past = model.keep_past(tokens) if length > 1 else None
+    past = model.run(tokens, keep_past=True).past if length > 1 else None
     if past is None or past.n_pos != length:
         return False
     whole = model.run(tokens, record=[Site("resid_final")]).values[Site("resid_final")][:, length // 2 :]
