@@ -7,6 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mechinterp.analysis.activation_patching import activation_patching as activation_patching
+    from mechinterp.analysis.activation_patching import fraction as fraction
+    from mechinterp.analysis.grid import Grid as Grid
     from mechinterp.circuit import Circuit as Circuit
     from mechinterp.discovery.method import METHODS as METHODS
     from mechinterp.discovery.method import score_edges as score_edges
@@ -50,6 +53,8 @@ if TYPE_CHECKING:
     from mechinterp.tasks.task import task_names as task_names
 
 _HOMES = {
+    "analysis.activation_patching": ("activation_patching", "fraction"),
+    "analysis.grid": ("Grid",),
     "circuit": ("Circuit",),
     "files.circuit_file": ("load_circuit", "save_circuit"),
     "files.claims": ("Claim", "Verification"),

@@ -1,0 +1,284 @@
+"""Activation patching: what the metric becomes when parts of a run are replaced.
+
+Source: Vig et al. 2020 (arXiv 2004.12265), Geiger et al. 2021 (arXiv 2106.02997); the two directions and how they
+differ: Heimersheim & Nanda 2024 (arXiv 2404.15255).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from mechinterp.analysis.grid import Grid, numbered
+from mechinterp.analysis.parts import BY_QUERY, Part, layer_range, parse_part, unit_axis, unit_range
+from mechinterp.analysis.positions import Positions, PositionSets, position_sets
+from mechinterp.analysis.sweep import MEMORY, Base, Patch, Progress, run_base, start_layers, sweep
+from mechinterp.edges import clean_logits
+from mechinterp.errors import InputError, UnsupportedError
+from mechinterp.hooks import HookManager
+from mechinterp.metrics import Metric, get_metric
+from mechinterp.registry import unknown
+from mechinterp.sites import LAYER_SITES, Site
+from mechinterp.tasks.pairs import Pairs
+
+Replacing: TypeAlias = "str | Tensor | Callable[[Tensor, Site], Tensor]"
+Nodes: TypeAlias = "Sequence[str | Sequence[str]]"
+KINDS = ("pair", "mean", "mean-positional", "zero")
+DIRECTIONS = ("noise", "denoise")
+
+
+def activation_patching(
+    model: HookManager,
+    pairs: Pairs,
+    what: str | Nodes = "z",
+    *,
+    positions: Positions = None,
+    direction: Literal["noise", "denoise"] = "noise",
+    replacement: Replacing = "pair",
+    reference: Pairs | None = None,
+    metric: Metric | str = "logit_diff",
+    layers: Sequence[int] | None = None,
+    units: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    memory: int = MEMORY,
+    progress: Progress | None = None,
+) -> Grid:
+    """The effect of replacing each part of the run by itself: positive = the part helps the task.
+
+    `what` is a kind of site, swept over its layers and heads (`z`, `q`, `k`, `v`, `pattern`), neurons (`mlp_post`) or
+    layers (`resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`); or a list of parts (`a9.h9`, `a9.h9<q>`,
+    `m3`, `m3.n17`, `resid_pre.5`, each with an optional `@S2` or `@4`) and of sets of parts that are replaced
+    together. `positions` says where (see `Positions`; of `pattern`, query positions); `layers` and `units` restrict
+    a sweep.
+
+    `direction` is `noise` (the clean run is patched with values of the corrupt one: is the part needed?) or `denoise`
+    (the corrupt run is patched with clean values: is it enough?). `replacement` is `pair` (the other run's value, as
+    said), `mean` (over all real tokens of the corrupt prompts of `reference`, by default of `pairs`),
+    `mean-positional` (the same per position), `zero`, token ids `[batch, pos]` of other prompts (interchange), or a
+    function of (the base run's value, site) that returns the new value.
+
+    The grid has the axes (layer, head or neuron, if any; or node), pos, example, in units of the metric: for `noise`
+    metric(clean) - metric(patched), for `denoise` metric(patched) - metric(corrupt), with the sign turned where a
+    lower metric is better. An example that has no such position has NaN. `about` has the means of the metric in both
+    runs; `fraction` divides by their difference.
+
+    Cost: two forwards, and per part the share of a forward that can differ: from its layer and first position on
+    (see `cost`; positions before are skipped where the model keeps keys and values). Memory: `memory` bytes of
+    activations at a time, and the replaced sites of `batch_size` examples (default: all).
+
+    Raises InputError for parts, positions and prompts that are not there, UnsupportedError for a site that the model
+    does not have.
+
+    >>> import mechinterp as mi
+    >>> model = mi.load_model("bundled")
+    >>> pairs = mi.load_task("ioi").pairs(model, n=8)
+    >>> effects = mi.activation_patching(model, pairs, "z", positions=["S2", "end"])
+    >>> effects.mean().axes, effects.at(pos="end").top(1)["layer"].tolist()
+    (('layer', 'head', 'pos'), [2])
+    """
+    metric = get_metric(metric) if isinstance(metric, str) else metric
+    metric.check_answers(pairs)
+    pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
+    if direction not in DIRECTIONS:
+        raise unknown("direction", direction, DIRECTIONS)
+    pairs = pairs.to(model.device)
+    labels, parts = _parts(model, what, layers, units)
+    sets, pos_labels = _where(pairs, parts, positions)
+    sites = tuple(dict.fromkeys(part.site for several in parts for part in several))
+    _check_replacement(replacement, sites, pairs)
+    means = _means(model, reference or pairs, sites, replacement, batch_size) if isinstance(replacement, str) else {}
+    results: list[Tensor] = []
+    totals, forwards, skips = torch.zeros(2, dtype=torch.float64), 0.0, True
+    first_row = 0
+    for chunk in pairs.chunks(batch_size or len(pairs)):
+        rows = slice(first_row, first_row + len(chunk))
+        first_row += len(chunk)
+        patches = [Patch(several, tuple(mask[rows] for mask in where)) for several, where in sets]
+        clean_first = direction == "noise"
+        tokens = (chunk.clean, chunk.corrupt) if clean_first else (chunk.corrupt, chunk.clean)
+        logits = clean_logits(model, chunk) if metric.needs_reference else None
+        wanted = sites if callable(replacement) else ()
+        base = run_base(model, chunk, tokens[0], metric, logits, layers=start_layers(model, patches), record=wanted)
+        wanted = sites if replacement == "pair" else ()
+        other = run_base(model, chunk, tokens[1], metric, logits, record=wanted)
+        values = _values(model, chunk, sites, replacement, rows, base, other, means)
+        patched, cost = sweep(model, chunk, base, patches, values, metric, logits, memory=memory, progress=progress)
+        present = torch.stack([patch.rows(chunk.clean.shape[1]) for patch in patches])
+        effect = (base.values - patched if clean_first else patched - base.values) * metric.direction
+        results.append(torch.where(present, effect, torch.nan))
+        ends = (base.values, other.values) if clean_first else (other.values, base.values)
+        totals += torch.stack([end.double().sum().cpu() for end in ends])
+        forwards += (2 + bool(metric.needs_reference) + cost) * len(chunk) / len(pairs)
+        skips = skips and base.past is not None
+    shape = [len(names) for names in labels.values()]
+    values = torch.cat(results, -1).unflatten(0, [*shape, len(pos_labels)])
+    clean_value, corrupt_value = (totals / len(pairs)).tolist()
+    about = {
+        "analysis": "activation patching",
+        "direction": direction,
+        "replacement": replacement if isinstance(replacement, str) else "function" if callable(replacement) else "ids",
+        "metric": metric.name,
+        "sign": "positive = the part helps the task",
+        "metric_direction": metric.direction,
+        "clean_value": clean_value,
+        "corrupt_value": corrupt_value,
+        "examples": len(pairs),
+        "positions_before_the_patch": "skipped" if skips else "run again",
+    }
+    axes = {**labels, "pos": pos_labels, "example": numbered(len(pairs))}
+    return Grid(values, axes, "effect", metric.unit, about, {"forwards": forwards})
+
+
+def fraction(effects: Grid) -> Grid:
+    """The mean effect as a share of the difference that the two prompts make: a ratio of means over the examples.
+
+    1 = noising destroys (denoising restores) all of it. Raises InputError when the metric is the same in clean and
+    corrupt runs, or nearly.
+    """
+    if not {"clean_value", "corrupt_value"} <= set(effects.about):
+        raise InputError("Only effects of activation patching have the clean and the corrupt metric to divide by.")
+    clean, corrupt = float(effects.about["clean_value"]), float(effects.about["corrupt_value"])
+    whole = (clean - corrupt) * int(effects.about["metric_direction"])
+    if not abs(whole) > 1e-4 * max(abs(clean), abs(corrupt)):
+        raise InputError(
+            f"The metric is {clean:.4g} in the clean and {corrupt:.4g} in the corrupt run; a share of no difference "
+            "means nothing. Read the effects themselves."
+        )
+    mean = effects.mean("example") if "example" in effects.labels else effects
+    return Grid(mean.values / whole, mean.labels, "fraction", "", mean.about, mean.cost)
+
+
+def _parts(
+    model: HookManager, what: str | Nodes, layers: Sequence[int] | None, units: Sequence[int] | None
+) -> tuple[dict[str, tuple[str, ...]], list[tuple[Part, ...]]]:
+    """(the labels of the axes before the position, the set of parts of every entry in order)."""
+    if isinstance(what, str) and what in LAYER_SITES:
+        chosen = layer_range(model, what, layers)
+        labels = {"layer": tuple(map(str, chosen))}
+        axis = unit_axis(model, what)
+        if axis is None:
+            if units is not None:
+                raise InputError(f"Site {what!r} has no heads or neurons, so `units` chooses nothing; leave it out.")
+            return labels, [(Part(Site(what, layer)),) for layer in chosen]
+        wanted = unit_range(model, Site(what, chosen[0]), units)
+        every = [(Part(Site(what, layer), unit),) for layer in chosen for unit in wanted]
+        return {**labels, axis: tuple(map(str, wanted))}, every
+    if layers is not None or units is not None:
+        raise InputError(
+            "`layers` and `units` restrict a sweep over a kind of site; a list of parts is taken as it is."
+        )
+    nodes = [what] if isinstance(what, str) else list(what)
+    if not nodes:
+        raise InputError("No part is given to patch; name some, such as 'a9.h9', or a kind of site, such as 'z'.")
+    names: list[str] = []
+    sets: list[tuple[Part, ...]] = []
+    for node in nodes:
+        members = [node] if isinstance(node, str) else list(node)
+        if not members or len(set(members)) != len(members):
+            raise InputError(f"A set of parts is empty or names one twice: {members}.")
+        names.append(" + ".join(members))
+        sets.append(tuple(parse_part(model, member) for member in members))
+    if len(set(names)) != len(names):
+        raise InputError(f"The part {next(n for n in names if names.count(n) > 1)!r} is given twice.")
+    return {"node": tuple(names)}, sets
+
+
+def _where(
+    pairs: Pairs, parts: Sequence[tuple[Part, ...]], positions: Positions
+) -> tuple[list[tuple[tuple[Part, ...], tuple[Tensor, ...]]], tuple[str, ...]]:
+    """(each entry's parts with their masks, position by position; the labels of the positions)."""
+    if positions is not None and any(part.position is not None for several in parts for part in several):
+        raise InputError("Positions are given twice: behind an '@' and as `positions`; use one of the two.")
+    chosen = position_sets(pairs, positions)
+    own: dict[object, PositionSets] = {}
+    found: list[tuple[tuple[Part, ...], tuple[Tensor, ...]]] = []
+    for several in parts:
+        for mask in chosen.masks:
+            masks: list[Tensor] = []
+            for part in several:
+                if part.position is None:
+                    masks.append(mask)
+                    continue
+                if part.position not in own:
+                    own[part.position] = position_sets(pairs, [part.position])
+                masks.append(own[part.position].masks[0])
+            found.append((several, tuple(masks)))
+    return found, chosen.labels
+
+
+def _check_replacement(replacement: Replacing, sites: Sequence[Site], pairs: Pairs) -> None:
+    if isinstance(replacement, str):
+        if replacement not in KINDS:
+            raise unknown("replacement", replacement, KINDS)
+        if replacement == "mean" and any(site.kind in BY_QUERY for site in sites):
+            raise UnsupportedError("An attention pattern has no mean over positions; use 'mean-positional' or 'zero'.")
+    elif isinstance(replacement, Tensor) and replacement.shape != pairs.clean.shape:
+        raise InputError(
+            f"Prompts to take values from are token ids {list(pairs.clean.shape)} like the pairs'; got "
+            f"{list(replacement.shape)}."
+        )
+
+
+def _means(
+    model: HookManager, reference: Pairs, sites: Sequence[Site], kind: str, batch_size: int | None
+) -> dict[Site, Tensor]:
+    """Every site's mean over the corrupt prompts of the reference: `[1, 1, ...]`, or `[1, pos, ...]` per position."""
+    if not kind.startswith("mean"):
+        return {}
+    positional = kind == "mean-positional"
+    if positional and not bool(reference.mask.all()):
+        raise InputError("A mean per position needs prompts of one length; use 'mean', or pairs without padding.")
+    totals: dict[Site, Tensor] = {}
+    for chunk in reference.to(model.device).chunks(batch_size or 64):
+        run = model.run(chunk.corrupt, chunk.mask, record=sites, stop=Site("resid_final"))
+        for site in sites:
+            value = run.values[site].to(torch.promote_types(model.dtype, torch.float32))
+            if not positional:
+                value = value * chunk.mask.reshape(*chunk.mask.shape, *[1] * (value.ndim - 2))
+            total = value.sum(0, keepdim=True) if positional else value.sum((0, 1))[None, None]
+            totals[site] = totals[site] + total if site in totals else total
+    count = len(reference) if positional else int(reference.mask.sum())
+    return {site: total / count for site, total in totals.items()}
+
+
+def _values(
+    model: HookManager,
+    chunk: Pairs,
+    sites: Sequence[Site],
+    replacement: Replacing,
+    rows: slice,
+    base: Base,
+    other: Base,
+    means: dict[Site, Tensor],
+) -> dict[Site, Tensor]:
+    """What is written at every site."""
+    if callable(replacement) and not isinstance(replacement, Tensor):
+        made = {site: replacement(base.recorded[site].clone(), site) for site in sites}
+        for site, value in made.items():
+            if not isinstance(value, Tensor) or value.shape != base.recorded[site].shape:  # pyright: ignore[reportUnnecessaryIsInstance]
+                got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise InputError(
+                    f"The replacement at '{site}' must be a tensor {list(base.recorded[site].shape)}; got {got}."
+                )
+        return made
+    if isinstance(replacement, Tensor):
+        run = model.run(replacement[rows].to(model.device), chunk.mask, record=sites, stop=Site("resid_final"))
+        return {site: run.values[site] for site in sites}
+    if replacement == "pair":
+        return {site: other.recorded[site] for site in sites}
+    if replacement == "zero":
+        return {site: torch.zeros(1, *[1] * (_ndim(site) - 1), device=model.device) for site in sites}
+    for site, mean in means.items():
+        if mean.shape[1] != 1 and site.kind not in BY_QUERY and mean.shape[1] != chunk.clean.shape[1]:
+            raise InputError(
+                f"The means per position are of {mean.shape[1]} positions, the pairs have {chunk.clean.shape[1]}; take "
+                "both of one length, or replacement 'mean'."
+            )
+    return means
+
+
+def _ndim(site: Site) -> int:
+    return 4 if site.kind in ("q", "k", "v", "z", "scores", "pattern") else 3

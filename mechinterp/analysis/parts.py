@@ -1,0 +1,145 @@
+"""Parts of a forward that can be patched: a site, or one head or neuron of it, with one text form.
+
+`a9.h9` is a head's output z, `a9.h9<q>` its query (`<k>`, `<v>`, `<pattern>` alike; `a5.kv1<k>` where query heads
+share a key/value head), `m3` what an MLP writes, `m3.n17` a neuron, `a9` what an attention layer writes, `input` the
+residual stream that enters the first layer; any site can be named by itself (`resid_pre.5`). `@S2` or `@4` behind it
+says where.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mechinterp.analysis.positions import Position
+from mechinterp.errors import InputError, UnsupportedError
+from mechinterp.hooks import HookManager
+from mechinterp.models.layout import Dims
+from mechinterp.registry import unknown
+from mechinterp.sites import GLOBAL_SITES, LAYER_SITES, Site
+
+UNIT_AXES = {
+    "q": "head",
+    "k": "kv_head",
+    "v": "kv_head",
+    "z": "head",
+    "scores": "head",
+    "pattern": "head",
+    "mlp_pre": "neuron",
+    "mlp_up": "neuron",
+    "mlp_post": "neuron",
+}
+"""The axis along which a site has units; the others are one vector per token."""
+BY_QUERY = ("scores", "pattern")
+"""Sites `[batch, head, query, key]`; a position in them is the query's."""
+
+_UNIT = re.compile(
+    r"a(?P<a>\d{1,4})(?:\.(?P<kind>h|kv)(?P<head>\d{1,5})(?:<(?P<channel>q|k|v|z|pattern|scores)>)?)?"
+    r"|m(?P<m>\d{1,4})(?:\.n(?P<neuron>\d{1,7}))?|input"
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One head or neuron of a site (`unit`), or all of it (None); at `position`, or wherever the caller says."""
+
+    site: Site
+    unit: int | None = None
+    position: Position | None = None
+
+
+def parse_part(model: HookManager, text: str) -> Part:
+    """The part that the text names. Raises InputError for what the model does not have, by name."""
+    name, at, position = text.rpartition("@")
+    if not at:
+        name, position = text, ""
+    elif not position:
+        raise InputError(f"{text!r} names no position behind the '@'; write 'a9.h9@S2' or 'a9.h9@4'.")
+    where = None if not at else int(position) if position.lstrip("-").isdecimal() else position
+    found = _UNIT.fullmatch(name)
+    if found is None:
+        if name.partition(".")[0] not in LAYER_SITES + GLOBAL_SITES:
+            raise InputError(
+                f"{text!r} is no part of a model; parts look like 'a9.h9', 'a9.h9<q>', 'm3', 'm3.n17', 'resid_pre.5', "
+                "each with an optional '@S2' or '@4'."
+            )
+        site = Site.parse(name)
+        model.resolve(site)
+        return Part(site, None, where)
+    if name == "input":
+        return Part(Site("resid_pre", 0), None, where)
+    layer = int(found["m"] if found["m"] is not None else found["a"])
+    if layer >= model.dims.n_layers:
+        raise InputError(f"{text!r} is not there: the model has layers 0 to {model.dims.n_layers - 1}.")
+    if found["m"] is not None:
+        neuron = None if found["neuron"] is None else int(found["neuron"])
+        site = Site("mlp_out" if neuron is None else "mlp_post", layer)
+    elif found["head"] is None:
+        site, neuron = Site("attn_out", layer), None
+    else:
+        channel = found["channel"] or "z"
+        check_head(model.dims, text, found["kind"], int(found["head"]), channel)
+        site, neuron = Site(channel, layer), int(found["head"])
+    model.resolve(site)
+    if site.kind == "mlp_post" and neuron is not None and neuron >= n_units(model, site):
+        raise InputError(
+            f"{text!r} is not there: the MLP of layer {layer} has neurons 0 to {n_units(model, site) - 1}."
+        )
+    return Part(site, neuron, where)
+
+
+def check_head(dims: Dims, text: str, kind: str, head: int, channel: str) -> None:
+    """Return None when the model has that head with that channel. Raises InputError otherwise."""
+    grouped = dims.n_kv_heads != dims.n_heads
+    shared = channel in ("k", "v")
+    if kind == "kv" and not (grouped and shared):
+        why = "only <k> and <v> are per key/value head" if grouped else "every head has its own keys and values here"
+        raise InputError(f"{text!r} is not there: {why}; write 'a5.h1<{channel}>'.")
+    if kind == "h" and grouped and shared:
+        of = head // (dims.n_heads // dims.n_kv_heads)
+        raise InputError(f"{text!r} is not there: query heads share it; name the key/value head, 'kv{of}<{channel}>'.")
+    count = dims.n_kv_heads if kind == "kv" else dims.n_heads
+    if head >= count:
+        raise InputError(f"{text!r} is not there: a layer has {'key/value ' * (kind == 'kv')}heads 0 to {count - 1}.")
+
+
+def n_units(model: HookManager, site: Site) -> int:
+    """How many units a site has. Raises UnsupportedError for neurons of an MLP whose weights are not plain."""
+    axis = UNIT_AXES.get(site.kind)
+    if axis is None:
+        raise InputError(f"Site '{site}' has no heads or neurons.")
+    if axis == "neuron":
+        return int(model.layout.neurons(site.layer or 0).W_out.shape[0])
+    return model.dims.n_heads if axis == "head" else model.dims.n_kv_heads
+
+
+def unit_axis(model: HookManager, kind: str) -> str | None:
+    """`head`, `kv_head` (only where query heads share keys and values), `neuron`, or None."""
+    axis = UNIT_AXES.get(kind)
+    return "head" if axis == "kv_head" and model.dims.n_kv_heads == model.dims.n_heads else axis
+
+
+def layer_range(model: HookManager, kind: str, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers asked for (all by default) that have the site. Raises InputError for none and for unknown ones."""
+    if kind not in LAYER_SITES:
+        raise unknown("site of a layer", kind, LAYER_SITES)
+    every = range(model.dims.n_layers)
+    wanted = tuple(every) if layers is None else tuple(layers)
+    if not wanted or len(set(wanted)) != len(wanted) or not set(wanted) <= set(every):
+        raise InputError(f"Layers are different numbers from 0 to {len(every) - 1}, at least one; got {list(wanted)}.")
+    for layer in wanted:
+        if not model.has(Site(kind, layer)):
+            model.resolve(Site(kind, layer))  # says why
+            raise UnsupportedError(f"{model.info.architecture} has no site '{kind}.{layer}'.")
+    return wanted
+
+
+def unit_range(model: HookManager, site: Site, units: Sequence[int] | None) -> tuple[int, ...]:
+    """The heads or neurons asked for (all by default). Raises InputError for none and for unknown ones."""
+    count = n_units(model, site)
+    wanted = tuple(range(count)) if units is None else tuple(units)
+    if not wanted or len(set(wanted)) != len(wanted) or not set(wanted) <= set(range(count)):
+        axis = UNIT_AXES[site.kind]
+        raise InputError(f"`units` are different {axis}s from 0 to {count - 1}, at least one; got {list(wanted)}.")
+    return wanted
