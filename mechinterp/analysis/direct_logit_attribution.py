@@ -1,0 +1,228 @@
+"""Direct logit attribution: a logit, or a sum of logits, split exactly into what every part of the model wrote.
+
+The final norm divides by its scale; with that scale held at the run's value the logits are linear in the residual
+stream, and the residual stream is the sum of what was written to it. So every writer has its own term, and each bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import torch
+from einops import einsum
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechinterp.analysis.directions import DirectionLike, logit_direction
+from mechinterp.analysis.grid import Grid, numbered
+from mechinterp.analysis.logit_parts import Readout, Refined, input_split, logit_parts, read_values, readout_of
+from mechinterp.analysis.positions import Position, Positions, PositionSets, position_index, position_sets
+from mechinterp.errors import InputError, UnsupportedError
+from mechinterp.hooks import HookManager
+from mechinterp.sites import Node
+from mechinterp.tasks.pairs import Pairs
+
+
+def direct_logit_attribution(
+    model: HookManager,
+    prompts: Pairs | Int[Tensor, "batch pos"],
+    direction: DirectionLike = "answers",
+    *,
+    position: Position | None = None,
+    prompt: str = "clean",
+    refine: Sequence[str] = (),
+    source_positions: Positions = "each",
+    batch_size: int | None = None,
+) -> Grid:
+    """A Grid (node, example) in logits: what every part of the model adds to the logit that `direction` means.
+
+    The parts are `embed` and `pos_embed` (or `input`, where their sum is not what enters the first layer), every head
+    (`a0.h0`), every MLP (`m0`), and every bias that is not 0 (`a0.bias`: the output bias of an attention layer,
+    `final_norm.bias`, `unembed.bias`). Their sum over `node` is the logit. The sign is that of the direction: for
+    `answers`, positive = toward the right answers.
+
+    `prompts` are pairs, of which the clean prompts are read (or the corrupt ones, `prompt="corrupt"`), or token ids
+    without padding. `direction` is `answers` (mean right logit less mean wrong logit), `right`, `wrong`, token ids
+    (one, or one per example), a pair of these (difference), or float weights `[d_vocab]` or `[batch, d_vocab]`. It is
+    read at the answer positions (their mean where an example has several), or at `position`.
+
+    `refine` names nodes to split further: an MLP (`m3`) into its neurons (`m3.n17`) and `m3.bias`; a head (`a9.h9`)
+    into the positions it attends to (`a9.h9@4`), through the pattern and OV: pattern * v W_O, with the v of the shared
+    KV head where there is one. `source_positions` are `each` (NaN where an example has no such position) or named
+    positions and sets of them; what they leave out is `a9.h9@rest`. `group_parts` sums parts.
+
+    Frozen at the run's value: the scale of the final norm, and of post-norms (a head's or neuron's part is its share
+    of the normed sum). Centring is linear and included. Under a soft cap (Gemma-2) the parts sum to the logit before
+    the cap. Values depend on the weights as they are: folding norms or biases (compatibility mode) moves value
+    between parts, not their sum. Edits of an `intervene` block are seen where they are at z, v, patterns or MLPs.
+
+    The sum is compared with the logit in every call; `about["error"]` is the largest difference as a share of the
+    largest part (or of the size of what the norm's product with the direction sums, when that is larger).
+
+    Cost: one forward without final norm and unembedding. Memory: the writes at the read positions only, `n_layers *
+    batch * d_model`; a refined head also its layer's v and pattern rows.
+
+    Raises InputError for an unknown direction, position or node, UnsupportedError where the parts do not sum to the
+    logit (an intervention edits the residual stream itself) and for neurons of an MLP that has none (experts).
+
+    Source: Elhage et al. 2021 (the logits as a sum over paths) and TransformerLens's `logit_attrs`, which needs
+    folded weights, leaves out biases by default and does not refine to source positions.
+
+    >>> import mechinterp as mi
+    >>> model = mi.load_model("bundled")
+    >>> pairs = mi.load_task("ioi").pairs(model, n=8, split="train", seed=0)
+    >>> parts = direct_logit_attribution(model, pairs, refine=["a3.h1"], source_positions=["IO", "S1", "S2"])
+    >>> parts.axes, parts.about["error"] < 1e-5
+    (('node', 'example'), True)
+    >>> [name for name in parts.labels["node"] if name.startswith("a3.h1")]
+    ['a3.h1@IO', 'a3.h1@S1', 'a3.h1@S2', 'a3.h1@rest']
+    """
+    pairs = _as_pairs(prompts).to(model.device)
+    if prompt not in ("clean", "corrupt"):
+        raise InputError(f"`prompt` is 'clean' or 'corrupt'; got {prompt!r}.")
+    pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
+    chosen = logit_direction(pairs, direction, model.layout)
+    at = pairs.answer_pos if position is None else position_index(pairs, position)[:, None]
+    refined = _refined(model, refine)
+    sources = _sources(pairs, source_positions) if refined.heads else None
+    labels: list[str] = []
+    columns: list[Tensor] = []
+    error, split, size = 0.0, "", len(pairs) if batch_size is None else batch_size
+    if size < 1:
+        raise InputError(f"batch_size must be at least 1; got {batch_size}.")
+    for first in range(0, len(pairs), size):
+        rows = slice(first, first + size)
+        chunk = pairs[rows]
+        read = read_values(model, chunk, chunk.clean if prompt == "clean" else chunk.corrupt, at[rows], refined)
+        split = split or input_split(read, model.dtype)
+        readout = readout_of(model, read, chosen.rows(rows), at[rows])
+        attended = sources and PositionSets(sources.labels, sources.masks[:, rows])
+        blocks = list(logit_parts(model, read, readout, refined, attended, split))
+        labels = [label for names, _ in blocks for label in names]
+        values = torch.cat([block for _, block in blocks])
+        error = max(error, _check_sum(model, values, readout, read))
+        columns.append(values)
+    about = {
+        "direction": chosen.text,
+        "position": "answer positions" if position is None else str(position),
+        "prompt": prompt,
+        "sign": "positive = raises the direction's logit",
+        "frozen": "the scale of the final norm and of post-norms",
+        "sums_to": "the logit"
+        + (f" before the soft cap of {model.layout.soft_cap:g}" if model.layout.soft_cap else ""),
+        "weights": model.info.processing,
+        "error": error,
+    }
+    axes = {"node": tuple(labels), "example": numbered(len(pairs))}
+    return Grid(torch.cat(columns, 1), axes, "attribution", "logits", about, {"forwards": 1.0})
+
+
+def group_parts(parts: Grid, groups: Mapping[str, Sequence[str]]) -> Grid:
+    """The same Grid with the parts of each group summed; the other parts stay, so the sum over `node` is the same.
+
+    A group is a list of node names or patterns (`a0.h*`, `m3.n*`). NaN (no such position) counts as 0 in a sum.
+
+    Raises InputError for a name that matches nothing, a part in two groups, and a group named like a part that stays.
+
+    >>> grid = Grid(torch.tensor([1.0, 2.0, 4.0]), {"node": ("embed", "a0.h0", "a0.h1")}, "attribution")
+    >>> group_parts(grid, {"layer 0": ["a0.*"]}).to_frame().to_dict("list")
+    {'node': ['layer 0', 'embed'], 'attribution': [6.0, 1.0]}
+    """
+    if "node" not in parts.labels:
+        raise InputError(f"Groups are of the axis 'node'; this grid has the axes {', '.join(parts.axes)}.")
+    names = parts.labels["node"]
+    owner: dict[str, str] = {}
+    for group, patterns in groups.items():
+        if isinstance(patterns, str) or not patterns:
+            raise InputError(f"The group {group!r} must be a list of node names or patterns; got {patterns!r}.")
+        for pattern in patterns:
+            matched = [name for name in names if fnmatchcase(name, pattern)]
+            if not matched:
+                raise InputError(f"{pattern!r} of the group {group!r} matches no part. Parts: {', '.join(names)}.")
+            for name in matched:
+                if owner.setdefault(name, group) != group:
+                    raise InputError(f"{name!r} is in two groups, {owner[name]!r} and {group!r}; it would count twice.")
+    kept = [name for name in names if name not in owner]
+    if taken := sorted(set(kept) & set(groups)):
+        raise InputError(f"The group {taken[0]!r} has the name of a part that is in no group; choose another name.")
+    dim = parts.axes.index("node")
+    values = parts.values.movedim(dim, 0)
+    sums = [values[[i for i, name in enumerate(names) if owner.get(name) == group]].nansum(0) for group in groups]
+    rest = values[[i for i, name in enumerate(names) if name not in owner]]
+    merged = torch.cat([torch.stack(sums), rest]) if sums else rest
+    labels = {axis: (*groups, *kept) if axis == "node" else found for axis, found in parts.labels.items()}
+    return replace(parts, values=merged.movedim(0, dim), labels=labels)
+
+
+def _refined(model: HookManager, names: Sequence[str]) -> Refined:
+    if isinstance(names, str):
+        raise InputError(f"`refine` takes several nodes; write a list, as in refine=[{names!r}].")
+    dims, mlps, heads = model.dims, set[int](), dict[int, list[int]]()
+    for name in names:
+        node = Node.parse(name)
+        if node.kind not in ("head", "mlp"):
+            raise InputError(f"Only heads and MLPs can be refined, as in refine=['a9.h9', 'm3']; got {name!r}.")
+        if node.layer >= dims.n_layers or node.head >= dims.n_heads or (node.kind == "mlp" and not dims.has_mlp):
+            shape = f"{dims.n_layers} layers of {dims.n_heads} heads" + ("" if dims.has_mlp else " and no MLPs")
+            raise InputError(f"There is no node {name!r}: the model has {shape}.")
+        if node.kind == "mlp":
+            model.layout.neurons(node.layer)  # refused by name where it has none
+            mlps.add(node.layer)
+        elif node.head not in heads.setdefault(node.layer, []):
+            heads[node.layer].append(node.head)
+    return Refined(frozenset(mlps), {layer: tuple(found) for layer, found in heads.items()})
+
+
+def _as_pairs(prompts: object) -> Pairs:
+    if isinstance(prompts, Pairs):
+        return prompts
+    if not isinstance(prompts, Tensor) or prompts.ndim != 2 or not len(prompts):
+        got = f"shape {list(prompts.shape)}" if isinstance(prompts, Tensor) else type(prompts).__name__
+        raise InputError(f"Give Pairs, or token ids as a tensor [batch, pos]; got {got}.")
+    twice = torch.cat([prompts, prompts])  # Pairs want two rows; one prompt is enough here
+    return Pairs(clean=twice, corrupt=twice)[: len(prompts)]
+
+
+def _sources(pairs: Pairs, positions: Positions) -> PositionSets:
+    """The sets of source positions and, last, the rest; InputError when a position would count twice."""
+    sources = position_sets(pairs, positions)
+    twice = sources.masks.sum(0) > 1
+    if bool(twice.any()):
+        row, column = (int(i) for i in twice.nonzero()[0])
+        sets = [label for label, mask in zip(sources.labels, sources.masks, strict=True) if bool(mask[row, column])]
+        raise InputError(
+            f"Position {column} of row {row} is in the source positions {' and '.join(map(repr, sets))}; it would "
+            "count twice."
+        )
+    rest = pairs.mask & ~sources.masks.any(0)
+    if not bool(rest.any()):
+        return sources
+    if "rest" in sources.labels:
+        raise InputError("A source position is named 'rest', which is what the remaining positions are called here.")
+    return PositionSets((*sources.labels, "rest"), torch.cat([sources.masks, rest[None]]))
+
+
+def _check_sum(
+    model: HookManager, values: Float[Tensor, "node batch"], readout: Readout, read: Mapping[str, Tensor]
+) -> float:
+    """The largest difference of the sum from the logit, relative; raises UnsupportedError when it is no rounding."""
+    difference = (values.nansum(0) - readout.logit).abs()
+    # The product with the direction rounds in proportion to this, whatever the parts are.
+    rounding = einsum(
+        read["resid_final"].abs(), readout.vector.abs(), readout.weight, "batch n d, batch d, batch n -> batch"
+    )
+    size = torch.maximum(values.nan_to_num().abs().amax(0), rounding).clamp(min=torch.finfo(values.dtype).tiny)
+    error = float((difference / size).max())
+    # In a lower precision every addition to the residual stream is rounded, and no part holds what that loses.
+    low = model.dtype not in (torch.float32, torch.float64)
+    tolerance = 8 * torch.finfo(model.dtype).eps if low else 1e-5
+    if not error <= tolerance:
+        worst = int((difference / size).argmax())
+        raise UnsupportedError(
+            f"The parts sum to {float(values[:, worst].nansum()):.6g} in an example whose logit is "
+            f"{float(readout.logit[worst]):.6g} (off by {error:.2g} of the largest part, {tolerance:.2g} allowed): "
+            "something else writes to the residual stream. Are interventions on it in force?"
+        )
+    return error
