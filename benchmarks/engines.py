@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,9 +36,11 @@ class Row:
     note: str = ""
 
 
-def measure(work: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
+def measure(
+    work: dict[str, Callable[[], object]], device: torch.device, repeats: int, *, warm: bool = True
+) -> dict[str, float]:
     """Median seconds of each piece of work, taken in turns so that drift hits all alike (CPU time on the CPU)."""
-    for function in work.values():
+    for function in work.values() if warm else ():
         function()
     times: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(repeats):
@@ -55,19 +58,24 @@ def measure(work: dict[str, Callable[[], object]], device: torch.device, repeats
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def engines(device: torch.device, repeats: int) -> list[Row]:
-    """EAP, EAP-IG with 5 steps and one circuit's evaluation, as ratios; and the extra peak memory of EAP."""
+def small_gpt2(device: torch.device) -> tuple[Any, mi.HookManager, mi.Pairs]:
+    """(the bare Hugging Face model with random weights, the same wrapped, random pairs of 10 x 15 tokens)."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     config = GPT2Config()
     config._attn_implementation = "eager"
     bare = GPT2LMHeadModel(config).eval().requires_grad_(False).to(device)
-    model = mi.load_model(bare)
-    graph = mi.build_graph(model)
     tokens = torch.randint(config.vocab_size, (2, BATCH, LENGTH))
     answers = torch.randint(config.vocab_size, (2, BATCH))
     pairs = mi.Pairs(clean=tokens[0], corrupt=tokens[1], right=answers[0], wrong=answers[1]).to(device)
+    return bare, mi.load_model(bare), pairs
+
+
+def engines(device: torch.device, repeats: int) -> list[Row]:
+    """EAP, EAP-IG with 5 steps and one circuit's evaluation, as ratios; and the extra peak memory of EAP."""
+    bare, model, pairs = small_gpt2(device)
+    graph = mi.build_graph(model)
     metric = get_metric("logit_diff")
     clean, rows = pairs.clean, torch.arange(BATCH, device=device)
 

@@ -24,8 +24,8 @@ from mechinterp.models.past import Past
 from mechinterp.sites import Site
 from mechinterp.tasks.pairs import Pairs
 
-MEMORY = 2**28
-"""Bytes of activations that runs side by side may hold."""
+MEMORY = {"cpu": 2**26, "cuda": 2**30}
+"""Bytes of activations that runs side by side may hold, unless told: what is fastest on each kind of device."""
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 _FINAL = Site("resid_final")
@@ -116,7 +116,7 @@ def sweep(
     metric: Metric,
     reference: Tensor | None = None,
     *,
-    memory: int = MEMORY,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Float[Tensor, "patch batch"], float]:
     """(the metric of every patched run, what it took in whole forwards of the prompts).
@@ -125,6 +125,7 @@ def sweep(
     key]`) or what broadcasts to it.
     """
     dims = model.dims
+    memory = memory or MEMORY.get(model.device.type, MEMORY["cpu"])
     n_batch, n_pos = base.tokens.shape
     width = int(pairs.answer_pos.max()) + 1 if dims.causal else n_pos
     out = base.values.expand(len(patches), -1).clone()
