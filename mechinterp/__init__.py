@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mechinterp.analysis.activation_patching import activation_patching as activation_patching
     from mechinterp.analysis.activation_patching import fraction as fraction
+    from mechinterp.analysis.causal_tracing import causal_tracing as causal_tracing
     from mechinterp.analysis.grid import Grid as Grid
     from mechinterp.circuit import Circuit as Circuit
     from mechinterp.discovery.method import METHODS as METHODS
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "analysis.activation_patching": ("activation_patching", "fraction"),
+    "analysis.causal_tracing": ("causal_tracing",),
     "analysis.grid": ("Grid",),
     "circuit": ("Circuit",),
     "files.circuit_file": ("load_circuit", "save_circuit"),

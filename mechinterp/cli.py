@@ -30,6 +30,8 @@ METHODS = {
 """Kept here as well as in the registry, so that `list` and a mistyped name need no torch; a test compares both."""
 METRICS = {
     "logit_diff": "right answers' logits minus wrong ones'",
+    "prob": "probability of the right answers",
+    "log_prob": "log of the probability of the right answers",
     "prob_diff": "right answers' probability minus wrong ones'",
     "accuracy": "right answer above every wrong one; only for evaluating",
     "kl_to_clean": "KL(full model || circuit), needs no answers",

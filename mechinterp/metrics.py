@@ -56,6 +56,8 @@ class Metric:
     needs_reference: bool
     columns_suffice: bool = False
     differentiable: bool = True
+    needs_wrong: bool = True
+    """Whether the answers that it needs include wrong ones."""
 
     def __post_init__(self) -> None:
         if self.direction not in (1, -1):
@@ -106,10 +108,11 @@ class Metric:
 
     def check_answers(self, pairs: Answers) -> None:
         """Return None when `pairs` hold the answers this metric needs. Raises InputError otherwise."""
-        if self.needs_answers and (pairs.right is None or pairs.wrong is None):
+        if self.needs_answers and (pairs.right is None or (self.needs_wrong and pairs.wrong is None)):
             absent = "right" if pairs.right is None else "wrong"
             raise InputError(
-                f"Metric {self.name!r} needs right and wrong answers, but the pairs have no {absent} ones. "
+                f"Metric {self.name!r} needs right{' and wrong' * self.needs_wrong} answers, but the pairs have no "
+                f"{absent} ones. "
                 f"Give them, or use one of: {', '.join(_without_answers())}."
             )
 
@@ -194,6 +197,18 @@ def _prob_diff(
     return _answers(probabilities, right, 0.0).sum(2) - _answers(probabilities, wrong, 0.0).sum(2)
 
 
+def _prob(
+    logits: Tensor, right: Tensor | None, wrong: Tensor | None, reference: Tensor | None
+) -> Float[Tensor, "batch n_answer"]:
+    return _answers(at_least_float32(logits).softmax(-1), right, 0.0).sum(2)
+
+
+def _log_prob(
+    logits: Tensor, right: Tensor | None, wrong: Tensor | None, reference: Tensor | None
+) -> Float[Tensor, "batch n_answer"]:
+    return _answers(at_least_float32(logits).log_softmax(-1), right, -torch.inf).logsumexp(2)
+
+
 def _accuracy(
     logits: Tensor, right: Tensor | None, wrong: Tensor | None, reference: Tensor | None
 ) -> Float[Tensor, "batch n_answer"]:
@@ -225,6 +240,12 @@ logit_diff = METRICS.register(
 
 prob_diff = METRICS.register("prob_diff", Metric("prob_diff", _prob_diff, +1, "probability", True, False))
 """Probability of all right answers together minus that of all wrong ones together, in [-1, 1]."""
+
+prob = METRICS.register("prob", Metric("prob", _prob, +1, "probability", True, False, needs_wrong=False))
+"""Probability of all right answers together."""
+
+log_prob = METRICS.register("log_prob", Metric("log_prob", _log_prob, +1, "nats", True, False, needs_wrong=False))
+"""Log of the probability of all right answers together."""
 
 accuracy = METRICS.register(
     "accuracy",

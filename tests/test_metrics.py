@@ -15,8 +15,10 @@ from mechinterp.metrics import (
     get_metric,
     kl_to_clean,
     l2_to_clean,
+    log_prob,
     logit_diff,
     metric_names,
+    prob,
     prob_diff,
     register_metric,
 )
@@ -58,6 +60,17 @@ def test_prob_diff_adds_probabilities() -> None:
     pairs = Pairs(clean=[[3], [3]], corrupt=[[3], [3]], right=[[0, 1], [2]], wrong=[[2], [0]])
     logits = torch.log(torch.tensor([[[0.2, 0.3, 0.1, 0.4]], [[0.7, 0.1, 0.1, 0.1]]]))
     assert torch.allclose(prob_diff(logits, pairs), torch.tensor([0.4, -0.6]))
+
+
+def test_prob_adds_the_right_answers_and_needs_no_wrong_ones() -> None:
+    pairs = Pairs(clean=[[3], [3]], corrupt=[[3], [3]], right=[[0, 1], [2]])
+    logits = torch.log(torch.tensor([[[0.1, 0.2, 0.3, 0.4]], [[0.7, 0.1, 0.1, 0.1]]]))
+    assert torch.allclose(prob(logits, pairs), torch.tensor([0.3, 0.1]))
+    assert torch.allclose(log_prob(logits, pairs), torch.tensor([0.3, 0.1]).log())
+    with pytest.raises(InputError, match="needs right answers, but the pairs have no right ones"):
+        prob(logits, Pairs(clean=[[3], [3]], corrupt=[[3], [3]]))
+    with pytest.raises(InputError, match="needs right and wrong answers, but the pairs have no wrong ones"):
+        prob_diff(logits, pairs)
 
 
 def test_kl_is_summed_over_the_vocabulary_in_nats_and_clean_comes_first() -> None:

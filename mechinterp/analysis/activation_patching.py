@@ -67,7 +67,8 @@ def activation_patching(
 
     Cost: two forwards, and per part the share of a forward that can differ: from its layer and first position on
     (see `cost`; positions before are skipped where the model keeps keys and values). Memory: `memory` bytes of
-    activations at a time (by default 64 MiB on a CPU, 1 GiB elsewhere), and the replaced sites of `batch_size` examples (default: all).
+    activations at a time (by default 64 MiB on a CPU, 1 GiB elsewhere), and the replaced sites of `batch_size` examples
+    (default: all).
 
     Raises InputError for parts, positions and prompts that are not there, UnsupportedError for a site that the model
     does not have.

@@ -1,0 +1,174 @@
+"""Causal tracing: noise on the subject's embeddings breaks the answer; which clean states, put back, restore it?
+
+Source: Meng et al. 2022 (arXiv 2202.05262), section 2.1 and appendix B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp.analysis.grid import Grid, numbered
+from mechinterp.analysis.parts import Part, layer_range
+from mechinterp.analysis.positions import Positions, position_sets
+from mechinterp.analysis.sweep import Patch, Progress, run_base, start_layers, sweep
+from mechinterp.edges import clean_logits
+from mechinterp.errors import InputError
+from mechinterp.hooks import HookManager, Intervention
+from mechinterp.metrics import Metric, get_metric
+from mechinterp.registry import unknown
+from mechinterp.sites import Site
+from mechinterp.tasks.pairs import Pairs
+
+KINDS = ("resid_post", "resid_mid", "resid_pre", "attn_out", "mlp_out")
+
+
+def causal_tracing(
+    model: HookManager,
+    pairs: Pairs,
+    subject: Positions,
+    what: str = "resid_post",
+    *,
+    positions: Positions = "each",
+    window: int = 1,
+    noise: float = 3.0,
+    samples: int = 10,
+    seed: int = 0,
+    metric: Metric | str = "prob",
+    layers: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    memory: int | None = None,
+    progress: Progress | None = None,
+) -> Grid:
+    """The indirect effect of each layer and position: metric(noised, state restored) - metric(noised).
+
+    Gaussian noise is added to the embeddings at `subject` (positions of the clean prompts, one set), with `noise`
+    times the standard deviation of all embedding entries of the pairs' clean tokens; then the clean run's values of
+    `what` are put back in `window` layers around each layer (from `layer - window // 2` on; the paper takes 1 for
+    `resid_post`, 10 for `attn_out` and `mlp_out`) at each of `positions`. The mean over `samples` draws, which depend
+    on the seed and the order of the examples, not on padding or batches. The corrupt prompts are not used.
+
+    Axes layer, pos, example, in units of the metric (`prob`: the probability of the right answers), positive = the
+    state carries what the noise destroyed. `about` has the means of the metric in the clean and in the noised runs;
+    `fraction` divides by their difference.
+
+    Cost: a forward, and per sample one forward and the share of a forward that can differ per entry (see `cost`).
+
+    Raises InputError for positions that are not there, and a window or a number of samples below 1.
+
+    >>> import mechinterp as mi
+    >>> model = mi.load_model("bundled")
+    >>> pairs = mi.load_task("ioi").pairs(model, n=4)
+    >>> traced = mi.causal_tracing(model, pairs, subject="S2", positions=["S2", "end"], samples=2)
+    >>> traced.mean().axes
+    ('layer', 'pos')
+    """
+    metric = get_metric(metric) if isinstance(metric, str) else metric
+    metric.check_answers(pairs)
+    pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
+    if what not in KINDS:
+        raise unknown("site to restore", what, KINDS)
+    if window < 1 or samples < 1 or not noise > 0:
+        raise InputError(
+            f"`window` and `samples` are at least 1 and `noise` is positive; got {window}, {samples} and {noise}."
+        )
+    pairs = pairs.to(model.device)
+    chosen = layer_range(model, what, layers)
+    where, noised_at = position_sets(pairs, positions), position_sets(pairs, subject)
+    if len(noised_at.labels) != 1:
+        raise InputError(f"`subject` is one set of positions; write [({', '.join(map(repr, noised_at.labels))})].")
+    spread = _spread(model, pairs, batch_size)
+    totals, forwards = torch.zeros(2, dtype=torch.float64), 0.0
+    effects = torch.zeros(len(chosen) * len(where.labels), len(pairs), dtype=torch.float64, device=model.device)
+    for sample, drawn in enumerate(_draws(pairs, model.dims.d_model, samples, seed)):
+        first_row = 0
+        for chunk in pairs.chunks(batch_size or len(pairs)):
+            rows = slice(first_row, first_row + len(chunk))
+            first_row += len(chunk)
+            logits = clean_logits(model, chunk) if metric.needs_reference else None
+            patches = [
+                Patch((*(Part(Site(what, near)) for near in _window(model, what, layer, window)),), (mask[rows],))
+                for layer in chosen
+                for mask in where.masks
+            ]
+            patches = [Patch(patch.parts, patch.where * len(patch.parts)) for patch in patches]
+            sites = tuple(dict.fromkeys(part.site for patch in patches for part in patch.parts))
+            clean = run_base(model, chunk, chunk.clean, metric, logits, record=sites)
+            extra = noise * spread * drawn[rows].to(model.dtype) * noised_at.masks[0, rows, :, None]
+            noised = run_base(
+                model,
+                chunk,
+                chunk.clean,
+                metric,
+                logits,
+                layers=start_layers(model, patches),
+                entering=_noised_input(model, chunk, extra),
+            )
+            restored, cost = sweep(
+                model, chunk, noised, patches, clean.recorded, metric, logits, memory=memory, progress=None
+            )
+            effects[:, rows] += ((restored - noised.values) * metric.direction).double() / samples
+            totals += torch.stack([run.values.double().sum().cpu() for run in (clean, noised)]) / samples
+            forwards += (2 + cost) * len(chunk) / len(pairs)
+        if progress is not None:
+            progress(sample + 1, samples)
+    effects = torch.where(where.present.repeat(len(chosen), 1), effects, torch.nan)
+    clean_value, noised_value = (totals / len(pairs)).tolist()
+    about = {
+        "analysis": "causal tracing",
+        "metric": metric.name,
+        "metric_direction": metric.direction,
+        "sign": "positive = the state restores the task",
+        "noise": noise,
+        "noise_standard_deviation": noise * spread,
+        "samples": samples,
+        "seed": seed,
+        "window": window,
+        "site": what,
+        "clean_value": clean_value,
+        "corrupt_value": noised_value,
+        "examples": len(pairs),
+    }
+    labels = {"layer": tuple(map(str, chosen)), "pos": where.labels, "example": numbered(len(pairs))}
+    shape = [len(names) for names in labels.values()]
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    return Grid(effects.to(dtype).reshape(shape), labels, "effect", metric.unit, about, {"forwards": forwards})
+
+
+def _window(model: HookManager, what: str, layer: int, window: int) -> tuple[int, ...]:
+    """The layers around `layer`, as the paper's code takes them."""
+    first, stop = max(0, layer - window // 2), min(model.dims.n_layers, layer + (window + 1) // 2)
+    return tuple(near for near in range(first, stop) if model.has(Site(what, near)))
+
+
+def _spread(model: HookManager, pairs: Pairs, batch_size: int | None) -> float:
+    """The standard deviation of all entries of the clean tokens' embeddings, about their mean."""
+    total = square = 0.0
+    for chunk in pairs.chunks(batch_size or len(pairs)):
+        embedded = model.run(chunk.clean, chunk.mask, record=["embed"], stop=Site("embed")).values["embed"]
+        real = embedded[chunk.mask].double()
+        total, square = total + float(real.sum()), square + float(real.pow(2).sum())
+    count = int(pairs.mask.sum()) * model.dims.d_model
+    return max(0.0, square / count - (total / count) ** 2) ** 0.5
+
+
+def _draws(pairs: Pairs, d_model: int, samples: int, seed: int) -> Iterator[Float[Tensor, "batch pos d_model"]]:
+    """Standard normal numbers for every real token, sample by sample; padding gets none."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(samples):
+        out = torch.zeros(*pairs.clean.shape, d_model)
+        for row, length in enumerate(pairs.lengths.tolist()):
+            out[row, :length] = torch.randn(length, d_model, generator=generator)
+        yield out.to(pairs.device)
+
+
+def _noised_input(
+    model: HookManager, chunk: Pairs, extra: Float[Tensor, "batch pos d_model"]
+) -> Float[Tensor, "batch pos d_model"]:
+    """What enters the first layer with the noise on the embeddings."""
+    site = Site("resid_pre", 0)
+    noisy = Intervention(Site("embed"), lambda value: value + extra.to(value.dtype))
+    return model.run(chunk.clean, chunk.mask, interventions=[noisy], record=[site], stop=site).values[site]
