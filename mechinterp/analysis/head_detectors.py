@@ -1,0 +1,210 @@
+"""Head detectors: which heads attend to the previous token, to duplicates, by induction; which heads copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechinterp.analysis.grid import Grid, numbered
+from mechinterp.analysis.positions import Position, position_sets
+from mechinterp.analysis.weights import FOLDED, embedded, reading, unembedding, writing
+from mechinterp.errors import InputError, UnsupportedError
+from mechinterp.hooks import HookManager, Intervention
+from mechinterp.registry import unknown
+from mechinterp.sites import Site
+from mechinterp.tasks.pairs import Pairs
+
+
+def head_scores(
+    model: HookManager,
+    kind: str,
+    *,
+    n: int = 10,
+    length: int = 25,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Grid:
+    """A Grid (layer, head, example) of the mean attention, 0 to 1, that each head pays to what `kind` says.
+
+    On `n` sequences of `length` different random tokens, said twice (see `repeated_tokens`): `previous_token`: from
+    every token to the one before it. `duplicate_token`: from the second copy of a token to the first. `induction`:
+    from the second copy of a token to the one after the first copy. Cost: one forward up to the last pattern.
+
+    Raises InputError for an unknown kind and for a length that does not fit the context or the vocabulary.
+
+    Source: the detection patterns are those of TransformerLens's `head_detector`, whose score `mul` also divides by
+    the queries that have nothing to look for; here those are left out. Olsson et al. 2022's prefix matching score is
+    `induction` on random tokens said four times. For heads that copy what they attend to, see `copying_scores`.
+
+    >>> import mechinterp as mi
+    >>> head_scores(mi.load_model("bundled"), "previous_token", n=4).mean().top(1)[["layer", "head"]].values.tolist()
+    [[0, 0]]
+    """
+    if kind not in TARGETS:
+        raise unknown("detector", kind, TARGETS)
+    tokens = repeated_tokens(model, n, length, seed)
+    grid = pattern_scores(model, tokens, TARGETS[kind](tokens), batch_size=batch_size)
+    return Grid(grid.values, grid.labels, kind, "attention", {"kind": kind, "length": length, "seed": seed}, grid.cost)
+
+
+def repeated_tokens(model: HookManager, n: int = 10, length: int = 25, seed: int = 0) -> Int[Tensor, "example pos"]:
+    """`n` sequences of `length` different random tokens, each said twice; BOS first where the tokenizer has one.
+
+    Special tokens are left out. Raises InputError when twice the length does not fit, or there are too few tokens.
+    """
+    bos = getattr(model.tokenizer, "bos_token_id", None)
+    special = set[int](getattr(model.tokenizer, "all_special_ids", None) or [])
+    usable = torch.tensor([token for token in range(model.dims.d_vocab) if token not in special])
+    first = 0 if bos is None else 1
+    most = min((model.dims.n_ctx - first) // 2, len(usable))
+    if n < 1 or not 2 <= length <= most:
+        raise InputError(
+            f"{n} sequences of {length} tokens said twice cannot be made: the model's context and vocabulary allow "
+            f"lengths 2 to {most}, and at least one sequence is needed."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.stack([usable[torch.randperm(len(usable), generator=generator)[:length]] for _ in range(n)])
+    parts = [torch.full((n, 1), bos)] if bos is not None else []
+    return torch.cat([*parts, chosen, chosen], 1).to(model.device)
+
+
+def attention_to(
+    model: HookManager,
+    pairs: Pairs,
+    query: Position | Sequence[Position],
+    key: Position | Sequence[Position],
+    *,
+    prompt: str = "clean",
+    batch_size: int | None = None,
+) -> Grid:
+    """A Grid (layer, head, example) of the attention, 0 to 1, that each head pays from `query` to `key`.
+
+    Positions are the task's names, numbers (-1 is the last token), or lists of these: the mean over the queries of the
+    attention to all keys together. Cost: one forward up to the last pattern.
+
+    >>> import mechinterp as mi
+    >>> model = mi.load_model("bundled")
+    >>> pairs = mi.load_task("ioi").pairs(model, n=8, split="train", seed=0)
+    >>> attention_to(model, pairs, "end", "IO")
+    Grid(attention [attention]: layer 4, head 4, example 8)
+    """
+    if prompt not in ("clean", "corrupt"):
+        raise InputError(f"`prompt` is 'clean' or 'corrupt'; got {prompt!r}.")
+    pairs = pairs.to(model.device)
+    queries, keys = (position_sets(pairs, [part]).masks[0] for part in (query, key))
+    tokens = pairs.clean if prompt == "clean" else pairs.corrupt
+    grid = pattern_scores(model, tokens, queries[:, :, None] & keys[:, None, :], mask=pairs.mask, batch_size=batch_size)
+    about = {"query": str(query), "key": str(key), "prompt": prompt}
+    return Grid(grid.values, grid.labels, "attention", "attention", about, grid.cost)
+
+
+def pattern_scores(
+    model: HookManager,
+    tokens: Int[Tensor, "batch pos"],
+    targets: Bool[Tensor, "batch query key"],
+    *,
+    mask: Bool[Tensor, "batch pos"] | None = None,
+    batch_size: int | None = None,
+) -> Grid:
+    """A Grid (layer, head, example) of the attention to the targets: their sum per query, its mean over the queries.
+
+    Queries without a target are not counted. Cost: one forward up to the last pattern; memory: one layer's patterns.
+
+    Raises InputError for targets of another shape and for an example without any.
+    """
+    expected = (*tokens.shape, tokens.shape[1])
+    if tuple(targets.shape) != expected:
+        raise InputError(f"Targets are [batch, query, key] = {list(expected)}; got {list(targets.shape)}.")
+    counted = targets.any(2).sum(1)
+    if not bool(counted.all()):
+        raise InputError(f"Example {int((counted == 0).nonzero()[0])} has no target: there is nothing to look for.")
+    size = len(tokens) if batch_size is None else batch_size
+    if size < 1:
+        raise InputError(f"batch_size must be at least 1; got {batch_size}.")
+    n_layers, columns = model.dims.n_layers, list[Tensor]()
+    for first in range(0, len(tokens), size):
+        rows = slice(first, first + size)
+        found: dict[int, Tensor] = {}
+        wanted = targets[rows].to(model.device)
+
+        def note(layer: int, wanted: Tensor = wanted, found: dict[int, Tensor] = found) -> Callable[[Tensor], Tensor]:
+            def sum_targets(pattern: Tensor) -> Tensor:
+                wide = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
+                found[layer] = (wide * wanted[:, None]).sum((2, 3))
+                return pattern
+
+            return sum_targets
+
+        edits = [Intervention(Site("pattern", layer), note(layer)) for layer in range(n_layers)]
+        own = None if mask is None else mask[rows]
+        model.run(tokens[rows], own, interventions=edits, stop=Site("pattern", n_layers - 1))
+        sums = torch.stack([found[layer] for layer in range(n_layers)])  # layer batch head
+        columns.append(sums.transpose(1, 2) / counted[rows].to(sums))
+    labels = {
+        "layer": numbered(n_layers),
+        "head": numbered(model.dims.n_heads),
+        "example": numbered(len(tokens)),
+    }
+    return Grid(torch.cat(columns, 2), labels, "attention", "attention", {}, {"forwards": 1.0})
+
+
+def previous_token_targets(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos pos"]:
+    """True from every token to the one before it."""
+    n = tokens.shape[1]
+    return torch.eye(n, dtype=torch.bool, device=tokens.device).roll(-1, 1).tril(-1).expand(len(tokens), n, n)
+
+
+def duplicate_token_targets(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos pos"]:
+    """True from every token to the earlier copies of it."""
+    return (tokens[:, :, None] == tokens[:, None, :]).tril(-1)
+
+
+def induction_targets(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos pos"]:
+    """True from every token to the tokens that came right after earlier copies of it."""
+    after = duplicate_token_targets(tokens).roll(1, 2)
+    after[:, :, 0] = False
+    return after.tril()
+
+
+TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
+    "previous_token": previous_token_targets,
+    "duplicate_token": duplicate_token_targets,
+    "induction": induction_targets,
+}
+"""What each kind of head attends to; the same patterns as TransformerLens's."""
+
+
+def copying_scores(model: HookManager) -> Grid:
+    """A Grid (layer, head) of sum(eigenvalues) / sum(|eigenvalues|) of the full OV circuit, from -1 to 1.
+
+    The circuit is W_E W_V W_O W_U, d_vocab x d_vocab: a positive score says that attending to a token raises that
+    token's own logit (copying), a negative one that it lowers it. Norm weights and centring are folded in. Its
+    eigenvalues that are not 0 are those of W_O W_U W_E W_V, d_head x d_head.
+
+    Cost: no forward; `d_vocab * d_model^2` multiplications once. Raises UnsupportedError where token ids in and out
+    are not the same vocabulary. Source: Elhage et al. 2021, "Detecting copying behavior".
+
+    >>> import mechinterp as mi
+    >>> copying_scores(mi.load_model("bundled"))
+    Grid(copying: layer 4, head 4)
+    """
+    dims = model.dims
+    if dims.d_vocab != dims.d_vocab_out:
+        raise UnsupportedError(
+            f"Copying compares a token's embedding with its logit, but the model reads {dims.d_vocab} ids and writes "
+            f"{dims.d_vocab_out}."
+        )
+    wide = torch.promote_types(model.dtype, torch.float32)
+    between = torch.zeros(dims.d_model, dims.d_model, dtype=wide, device=model.device)
+    for ids in torch.arange(dims.d_vocab, device=model.device).split(4096):
+        between += unembedding(model, ids).T @ embedded(model, ids)
+    rows: list[Float[Tensor, " head"]] = []
+    for layer in range(dims.n_layers):
+        small = writing(model, layer) @ between @ reading(model, layer, "v")
+        values = torch.linalg.eigvals(small)
+        rows.append(values.sum(-1).real / values.abs().sum(-1))
+    labels = {"layer": numbered(dims.n_layers), "head": numbered(dims.n_heads)}
+    return Grid(torch.stack(rows), labels, "copying", "", {"weights": model.info.processing, "folded": FOLDED})
