@@ -87,6 +87,28 @@ def test_parts_sum_on_processed_weights_to_the_same_difference(name: str):
         assert float(moved.abs().max()) > 1e-2
 
 
+def test_on_folded_weights_the_numbers_are_transformer_lenss():
+    given, bridge = pairs(4), build("gpt2", dtype=torch.float32).bridge
+    bridge.enable_compatibility_mode()
+    parts = direct_logit_attribution(load_model(bridge), given)
+    assert given.right is not None and given.wrong is not None
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(given.clean)
+        whole, names = cache.get_full_resid_decomposition(
+            layer=-1, pos_slice=-1, expand_neurons=False, return_labels=True
+        )
+        right, wrong = given.right[:, 0], given.wrong[:, 0]
+        theirs = cache.logit_attrs(whole, tokens=right, incorrect_tokens=wrong, pos_slice=-1)
+    ours = {"embed": "embed", "pos_embed": "pos_embed"}
+    ours |= {f"L{layer}H{head}": f"a{layer}.h{head}" for layer in range(N_LAYERS) for head in range(N_HEADS)}
+    ours |= {f"{layer}_mlp_out": f"m{layer}" for layer in range(N_LAYERS)}
+    assert set(names) == {*ours, "bias"}
+    for name, values in zip(names, theirs, strict=True):
+        if name != "bias":
+            # float32 on both sides
+            torch.testing.assert_close(parts.at(node=ours[name]).values, values, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_each_write_alone_is_what_it_takes_away_behind_the_frozen_norm(name: str):
     model, given = tiny(name), pairs(3, padded=True)

@@ -67,8 +67,8 @@ def direct_logit_attribution(
     Raises InputError for an unknown direction, position or node, UnsupportedError where the parts do not sum to the
     logit (an intervention edits the residual stream itself) and for neurons of an MLP that has none (experts).
 
-    Source: Elhage et al. 2021 (the logits as a sum over paths) and TransformerLens's `logit_attrs`, which needs
-    folded weights, leaves out biases by default and does not refine to source positions.
+    Source: Elhage et al. 2021 (the logits as a sum over paths). The same numbers as TransformerLens's `logit_attrs` of
+    `get_full_resid_decomposition`, which needs folded weights, has all biases in one part and no source positions.
 
     >>> import mechinterp as mi
     >>> model = mi.load_model("bundled")

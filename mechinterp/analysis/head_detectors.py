@@ -164,9 +164,7 @@ def duplicate_token_targets(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "b
 
 def induction_targets(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos pos"]:
     """True from every token to the tokens that came right after earlier copies of it."""
-    after = duplicate_token_targets(tokens).roll(1, 2)
-    after[:, :, 0] = False
-    return after.tril()
+    return duplicate_token_targets(tokens).roll(1, 2)  # no token is before itself, so nothing wraps around
 
 
 TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
