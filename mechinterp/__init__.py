@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mechinterp.analysis.activation_patching import activation_patching as activation_patching
     from mechinterp.analysis.activation_patching import fraction as fraction
     from mechinterp.analysis.causal_tracing import causal_tracing as causal_tracing
+    from mechinterp.analysis.path_patching import path_patching as path_patching
     from mechinterp.analysis.grid import Grid as Grid
     from mechinterp.circuit import Circuit as Circuit
     from mechinterp.discovery.method import METHODS as METHODS
@@ -57,6 +58,7 @@ _HOMES = {
     "analysis.activation_patching": ("activation_patching", "fraction"),
     "analysis.causal_tracing": ("causal_tracing",),
     "analysis.grid": ("Grid",),
+    "analysis.path_patching": ("path_patching",),
     "circuit": ("Circuit",),
     "files.circuit_file": ("load_circuit", "save_circuit"),
     "files.claims": ("Claim", "Verification"),

@@ -37,6 +37,8 @@ class Patch:
 
     parts: tuple[Part, ...]
     where: tuple[Bool[Tensor, "batch pos"], ...]
+    values: tuple[Tensor, ...] | None = None
+    """What is written, per part, where it is this patch's own and not the sweep's."""
 
     def first(self, width: int) -> int | None:
         """The first of `width` positions where anything is replaced; None when nothing is."""
@@ -174,9 +176,10 @@ def _run_side_by_side(
     n = len(patches)
     edits: dict[Site, list[tuple[int, Part, Tensor, Tensor]]] = defaultdict(list)
     for i, patch in enumerate(patches):
-        for part, mask in zip(patch.parts, patch.where, strict=True):
+        own = patch.values or tuple(replacements[part.site] for part in patch.parts)
+        for part, mask, value in zip(patch.parts, patch.where, own, strict=True):
             seen = entry(model, part)[1]
-            edits[seen.site].append((i, seen, mask[:, columns], replacements[part.site]))
+            edits[seen.site].append((i, seen, mask[:, columns], value))
     past = None
     if base.past is not None and columns.start > 0:
         past = base.past.upto(columns.start).repeated(n, max(0, layer))
@@ -238,6 +241,17 @@ def _metric(
     at = (pairs.answer_pos - first).clamp(min=-1).repeat(n, 1)
     wide = take_positions(final, at).to(torch.promote_types(final.dtype, torch.float32))
     logits = model.layout.unembed(wide, columns).unflatten(0, (n, len(pairs)))
+    return metric_of_runs(metric, logits, columns, pairs, reference)
+
+
+def metric_of_runs(
+    metric: Metric,
+    logits: Float[Tensor, "run batch n_answer n_columns"],
+    columns: Int[Tensor, " n_columns"] | None,
+    pairs: Pairs,
+    reference: Float[Tensor, "batch n_answer d_vocab"] | None,
+) -> Float[Tensor, "run batch"]:
+    """The metric of several runs of the same prompts, from all logits or those of `columns`."""
     if columns is None:
         return torch.stack([metric(own, pairs, reference) for own in logits])
     return torch.stack([metric.on_columns(own, columns, pairs) for own in logits])
