@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from mechinterp.analysis.activation_patching import activation_patching as activation_patching
     from mechinterp.analysis.activation_patching import fraction as fraction
     from mechinterp.analysis.causal_tracing import causal_tracing as causal_tracing
-    from mechinterp.analysis.path_patching import path_patching as path_patching
     from mechinterp.analysis.grid import Grid as Grid
+    from mechinterp.analysis.path_patching import path_patching as path_patching
     from mechinterp.circuit import Circuit as Circuit
     from mechinterp.discovery.method import METHODS as METHODS
     from mechinterp.discovery.method import score_edges as score_edges
