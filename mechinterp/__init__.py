@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from mechinterp.analysis.activation_patching import fraction as fraction
     from mechinterp.analysis.causal_tracing import causal_tracing as causal_tracing
     from mechinterp.analysis.grid import Grid as Grid
+    from mechinterp.analysis.logit_lens import LogitLens as LogitLens
+    from mechinterp.analysis.logit_lens import logit_lens as logit_lens
+    from mechinterp.analysis.logit_lens import writes_lens as writes_lens
     from mechinterp.analysis.path_patching import path_patching as path_patching
     from mechinterp.circuit import Circuit as Circuit
     from mechinterp.discovery.method import METHODS as METHODS
@@ -58,6 +61,7 @@ _HOMES = {
     "analysis.activation_patching": ("activation_patching", "fraction"),
     "analysis.causal_tracing": ("causal_tracing",),
     "analysis.grid": ("Grid",),
+    "analysis.logit_lens": ("LogitLens", "logit_lens", "writes_lens"),
     "analysis.path_patching": ("path_patching",),
     "circuit": ("Circuit",),
     "files.circuit_file": ("load_circuit", "save_circuit"),

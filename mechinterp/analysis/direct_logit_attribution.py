@@ -19,6 +19,7 @@ from mechinterp.analysis.directions import DirectionLike, logit_direction
 from mechinterp.analysis.grid import Grid, numbered
 from mechinterp.analysis.logit_parts import Readout, Refined, input_split, logit_parts, read_values, readout_of
 from mechinterp.analysis.positions import Position, Positions, PositionSets, position_index, position_sets
+from mechinterp.analysis.prompts import as_pairs
 from mechinterp.errors import InputError, UnsupportedError
 from mechinterp.hooks import HookManager
 from mechinterp.sites import Node
@@ -79,7 +80,7 @@ def direct_logit_attribution(
     >>> [name for name in parts.labels["node"] if name.startswith("a3.h1")]
     ['a3.h1@IO', 'a3.h1@S1', 'a3.h1@S2', 'a3.h1@rest']
     """
-    pairs = _as_pairs(prompts).to(model.device)
+    pairs = as_pairs(prompts).to(model.device)
     if prompt not in ("clean", "corrupt"):
         raise InputError(f"`prompt` is 'clean' or 'corrupt'; got {prompt!r}.")
     pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
@@ -173,16 +174,6 @@ def _refined(model: HookManager, names: Sequence[str]) -> Refined:
         elif node.head not in heads.setdefault(node.layer, []):
             heads[node.layer].append(node.head)
     return Refined(frozenset(mlps), {layer: tuple(found) for layer, found in heads.items()})
-
-
-def _as_pairs(prompts: object) -> Pairs:
-    if isinstance(prompts, Pairs):
-        return prompts
-    if not isinstance(prompts, Tensor) or prompts.ndim != 2 or not len(prompts):
-        got = f"shape {list(prompts.shape)}" if isinstance(prompts, Tensor) else type(prompts).__name__
-        raise InputError(f"Give Pairs, or token ids as a tensor [batch, pos]; got {got}.")
-    twice = torch.cat([prompts, prompts])  # Pairs want two rows; one prompt is enough here
-    return Pairs(clean=twice, corrupt=twice)[: len(prompts)]
 
 
 def _sources(pairs: Pairs, positions: Positions) -> PositionSets:
