@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from mechinterp.analysis.logit_lens import logit_lens as logit_lens
     from mechinterp.analysis.logit_lens import writes_lens as writes_lens
     from mechinterp.analysis.path_patching import path_patching as path_patching
+    from mechinterp.analysis.tuned_lens import TunedLens as TunedLens
+    from mechinterp.analysis.tuned_lens import load_lens as load_lens
+    from mechinterp.analysis.tuned_lens import save_lens as save_lens
+    from mechinterp.analysis.tuned_lens import train_tuned_lens as train_tuned_lens
     from mechinterp.circuit import Circuit as Circuit
     from mechinterp.discovery.method import METHODS as METHODS
     from mechinterp.discovery.method import score_edges as score_edges
@@ -63,6 +67,7 @@ _HOMES = {
     "analysis.grid": ("Grid",),
     "analysis.logit_lens": ("LogitLens", "logit_lens", "writes_lens"),
     "analysis.path_patching": ("path_patching",),
+    "analysis.tuned_lens": ("TunedLens", "load_lens", "save_lens", "train_tuned_lens"),
     "circuit": ("Circuit",),
     "files.circuit_file": ("load_circuit", "save_circuit"),
     "files.claims": ("Claim", "Verification"),

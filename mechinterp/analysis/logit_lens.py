@@ -19,6 +19,7 @@ from mechinterp.analysis.grid import Grid, numbered
 from mechinterp.analysis.parts import parse_part
 from mechinterp.analysis.positions import Position, position_index
 from mechinterp.analysis.prompts import as_pairs
+from mechinterp.analysis.tuned_lens import TunedLens
 from mechinterp.analysis.vocabulary import Reading, extremes, logits_of, read_vocabulary
 from mechinterp.errors import InputError, UnsupportedError
 from mechinterp.hooks import HookManager
@@ -76,7 +77,8 @@ def logit_lens(
 ) -> LogitLens:
     """The model's final norm, unembedding and soft cap applied to every residual stream on the way.
 
-    `sites` are residual streams (by default all of `resid_pre` and `resid_mid`, and `resid_final`); `positions` names
+    `sites` are residual streams (by default all of `resid_pre` and `resid_mid`, which a tuned lens has no map for, and
+    `resid_final`); `positions` names
     (`end`), numbers (-1 is the last real token) or `each`, by default the first answer position. `targets` are token
     ids `[batch, n]` whose rank and log-probability to follow, by default the first right and the first wrong answer.
     `prompts` are pairs (their clean prompts) or token ids.
@@ -99,6 +101,9 @@ def logit_lens(
     """
     pairs = as_pairs(prompts).to(model.device)
     pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
+    if isinstance(lens, TunedLens):
+        lens.check_model(model)
+        sites = [site for site in _sites(model, None) if site.kind != "resid_mid"] if sites is None else sites
     if not 1 <= top_k <= model.dims.d_vocab_out:
         raise InputError(f"top_k is from 1 to the vocabulary's {model.dims.d_vocab_out}; got {top_k}.")
     chosen = _sites(model, sites)

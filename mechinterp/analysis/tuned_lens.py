@@ -1,0 +1,203 @@
+"""The tuned lens: one affine map per layer from its residual stream to one that the final norm can read.
+
+Source: Belrose et al. 2023 (arXiv 2303.08112): the map starts at the identity and is trained to minimise
+KL(model || lens). Here at every `resid_pre`; the paper's residual after layer l is our `resid_pre` of layer l + 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mechinterp.errors import FormatError, InputError
+from mechinterp.hooks import HookManager
+from mechinterp.models.tokens import check_tokens
+from mechinterp.sites import Site
+
+FORMAT = "mechinterp.tuned_lens.1"
+MAX_BYTES = 2**33
+"""A larger file is refused before it is read."""
+
+
+@dataclass(frozen=True, eq=False)
+class TunedLens:
+    """`resid + resid @ weight[layer] + bias[layer]`; call it as `lens(site, resid)`, or give it to `logit_lens`."""
+
+    weight: Float[Tensor, "layer d_model d_model"]
+    bias: Float[Tensor, "layer d_model"]
+    provenance: Mapping[str, str]
+    """Of the model (name, revision, weights_sha256), the training prompts (digest, count) and the training."""
+
+    def __call__(self, site: Site, resid: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
+        """The stream that the final norm is to read. Raises InputError for a site that no map was trained for."""
+        if site.kind == "resid_final":
+            return resid
+        layer = (site.layer or 0) + (site.kind == "resid_post")
+        if site.kind not in ("resid_pre", "resid_post") or layer > len(self.weight):
+            raise InputError(
+                f"The tuned lens has a map for every resid_pre (and resid_final as it is), not for '{site}'."
+            )
+        if layer == len(self.weight):
+            return resid  # what the last layer hands on is the final residual stream
+        weight, bias = (part[layer].to(resid) for part in (self.weight, self.bias))
+        return resid + resid @ weight + bias
+
+    def check_model(self, model: HookManager) -> None:
+        """Return None when the lens was trained on this model's weights. Raises InputError otherwise."""
+        trained_on, here = self.provenance["weights_sha256"], model.info.weights_sha256()
+        if trained_on != here:
+            raise InputError(
+                f"The lens was trained on {self.provenance['model']} (weights {trained_on[:12]}), not on "
+                f"{model.info.name} as it is here (weights {here[:12]})."
+            )
+
+
+def train_tuned_lens(
+    model: HookManager,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Bool[Tensor, "batch pos"] | None = None,
+    *,
+    steps: int = 250,
+    learning_rate: float = 1e-2,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> TunedLens:
+    """A lens trained on every real token of the prompts: all layers together, Adam, the rate falling to 0 in a line.
+
+    Each step takes `batch_size` tokens drawn with the seed, and the mean of KL(model || lens) over them, in nats,
+    through the model's own final norm, unembedding and soft cap. The same call gives the same lens. The maps see
+    streams divided by the root mean square that each layer's stream has over the prompts, so that one rate fits all.
+
+    Cost: one forward of the prompts, and per step `n_layers + 1` unembeddings of `batch_size` tokens forward and
+    `n_layers` backward. Memory: the residual streams of all prompts, `n_layers * tokens * d_model`.
+
+    Raises InputError for prompts that the model cannot take, and a training that gives NaN (lower the rate).
+
+    >>> import mechinterp as mi
+    >>> model = mi.load_model("bundled")
+    >>> prompts = mi.load_task("ioi").pairs(model, n=16, split="train")
+    >>> lens = mi.train_tuned_lens(model, prompts.clean, prompts.mask, steps=5, batch_size=32)
+    >>> read = mi.logit_lens(model, prompts, sites=["resid_pre.2", "resid_final"], lens=lens)
+    """
+    if steps < 1 or batch_size < 1 or not learning_rate > 0:
+        raise InputError("`steps` and `batch_size` are at least 1 and `learning_rate` is positive.")
+    tokens, _ = check_tokens(tokens, mask, model.dims, model.device)
+    real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.to(model.device).bool()
+    layers, final = range(model.dims.n_layers), Site("resid_final")
+    wide = torch.promote_types(model.dtype, torch.float32)
+    sites = [Site("resid_pre", layer) for layer in layers]
+    values: dict[Site, list[Tensor]] = {site: [] for site in [*sites, final]}
+    for rows in torch.arange(len(tokens)).split(64):
+        run = model.run(tokens[rows], real[rows], record=[*sites, final], stop=final)
+        for site, kept in values.items():
+            kept.append(run.values[site][real[rows]].to(wide))
+    streams = torch.stack([torch.cat(values[site]) for site in sites])
+    last = torch.cat(values[final])
+    scale = streams.pow(2).mean((1, 2)).sqrt()
+    d_model = model.dims.d_model
+    weight = torch.zeros(len(sites), d_model, d_model, device=model.device, dtype=wide, requires_grad=True)
+    bias = torch.zeros(len(sites), d_model, device=model.device, dtype=wide, requires_grad=True)
+    optimizer = torch.optim.Adam([weight, bias], lr=learning_rate / d_model**0.5)
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        drawn = torch.randint(len(last), (batch_size,), generator=generator).to(model.device)
+        with torch.no_grad():
+            own = model.layout.unembed(last[drawn]).log_softmax(-1)
+        with torch.enable_grad():
+            given = streams[:, drawn] / scale[:, None, None]
+            moved = given + torch.bmm(given, weight) + bias[:, None]
+            # Layer by layer: [layer, token, d_vocab] would not fit for a real vocabulary.
+            for layer in layers:
+                says = model.layout.unembed(moved[layer] * scale[layer]).log_softmax(-1)
+                loss = (own.exp() * (own - says)).sum(-1).mean()
+                loss.backward(retain_graph=layer + 1 < len(layers))  # pyright: ignore[reportUnknownMemberType]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate / d_model**0.5 * (1 - step / steps)
+        optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+        optimizer.zero_grad()
+        if progress is not None:
+            progress(step + 1, steps)
+    trained, shift = weight.detach(), bias.detach() * scale[:, None]
+    if not bool(trained.isfinite().all() and shift.isfinite().all()):
+        raise InputError(f"The training gave NaN at a learning rate of {learning_rate:g}; lower it.")
+    return TunedLens(trained, shift, _provenance(model, tokens, real, steps, learning_rate, batch_size, seed))
+
+
+def _provenance(model: HookManager, tokens: Tensor, real: Tensor, *settings: int | float) -> dict[str, str]:
+    from importlib.metadata import version
+
+    digest = hashlib.sha256()
+    for row, keep in zip(tokens.cpu(), real.cpu(), strict=True):
+        digest.update(json.dumps(row[keep].tolist()).encode())
+    names = ("steps", "learning_rate", "batch_size", "seed")
+    return {
+        "format": FORMAT,
+        "model": model.info.name,
+        "revision": model.info.revision or "",
+        "weights_sha256": model.info.weights_sha256(),
+        "processing": model.info.processing,
+        "prompts_sha256": digest.hexdigest(),
+        "tokens": str(int(real.sum())),
+        "torch": torch.__version__,
+        "mechinterp": version("mechinterp-circuits"),
+        **{name: repr(value) for name, value in zip(names, settings, strict=True)},
+    }
+
+
+def save_lens(path: str | os.PathLike[str], lens: TunedLens) -> None:
+    """Return None after writing the lens as safetensors, whole or not at all."""
+    target = Path(path)
+    data = save({"weight": lens.weight.cpu().contiguous(), "bias": lens.bias.cpu().contiguous()}, dict(lens.provenance))
+    try:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise InputError(f"Cannot write {str(target)!r}: {error.strerror}.") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def load_lens(path: str | os.PathLike[str]) -> TunedLens:
+    """The lens in a file of `save_lens`. Raises FormatError, in one line, for anything else."""
+    source = Path(path)
+    try:
+        if source.stat().st_size > MAX_BYTES:
+            raise FormatError(f"{str(source)!r} is larger than {MAX_BYTES:,} bytes; that is no tuned lens.")
+        with safe_open(source, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
+            opened: Any = file
+            about = dict(opened.metadata() or {})
+            if set(opened.keys()) != {"weight", "bias"} or about.get("format") != FORMAT:
+                raise FormatError(f"{str(source)!r} is no tuned lens of this package (format {FORMAT}).")
+            weight, bias = (opened.get_tensor(name) for name in ("weight", "bias"))
+    except OSError as error:
+        raise FormatError(f"Cannot read {str(source)!r}: {error.strerror or error}.") from error
+    except SafetensorError as error:
+        raise FormatError(f"{str(source)!r} is not a safetensors file: {str(error).partition(chr(10))[0]}.") from error
+    if weight.ndim != 3 or weight.shape[1] != weight.shape[2] or bias.shape != weight.shape[:2]:
+        raise FormatError(f"{str(source)!r} has maps {list(weight.shape)} and {list(bias.shape)}; they do not fit.")
+    if not (weight.is_floating_point() and bias.is_floating_point()):
+        raise FormatError(f"{str(source)!r} has maps of whole numbers; they must be floats.")
+    if not bool(weight.isfinite().all() and bias.isfinite().all()):
+        raise FormatError(f"{str(source)!r} holds NaN or infinity.")
+    if missing := {"model", "weights_sha256"} - set(about):
+        raise FormatError(f"{str(source)!r} does not say of which model it is ({', '.join(sorted(missing))} missing).")
+    return TunedLens(weight, bias, about)
