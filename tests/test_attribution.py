@@ -166,7 +166,7 @@ def test_a_layer_integrated_at_its_activations_sums_to_its_exact_effect(name: st
         torch.testing.assert_close(total, exact, rtol=0, atol=1e-3 * float(exact.abs().max()), msg=f"{name} {kind}")
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ["gpt2", "neox", "gemma2"])
 def test_integration_over_the_inputs_is_complete_at_the_input(name: str) -> None:
     model, some = build(name, scale=0.1), pairs(2, 5, padded=True)
     ends = [patched_metric(model, some, [])]
@@ -277,7 +277,7 @@ def test_the_fix_changes_queries_and_keys_only() -> None:
 # -- positions, batches, padding, errors -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("method", METHODS)
 def test_batches_and_padding_change_nothing(name: str, method: str) -> None:
     model, some = tiny(name), pairs(3, 5, padded=True)
