@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mechinterp.analysis.activation_patching import activation_patching as activation_patching
     from mechinterp.analysis.activation_patching import fraction as fraction
+    from mechinterp.analysis.attention_edits import edit_pattern as edit_pattern
+    from mechinterp.analysis.attention_edits import knock_out_attention as knock_out_attention
     from mechinterp.analysis.causal_tracing import causal_tracing as causal_tracing
     from mechinterp.analysis.grid import Grid as Grid
     from mechinterp.analysis.logit_lens import LogitLens as LogitLens
     from mechinterp.analysis.logit_lens import logit_lens as logit_lens
     from mechinterp.analysis.logit_lens import writes_lens as writes_lens
     from mechinterp.analysis.path_patching import path_patching as path_patching
+    from mechinterp.analysis.steering import ablate_direction as ablate_direction
+    from mechinterp.analysis.steering import add_direction as add_direction
+    from mechinterp.analysis.steering import affine as affine
+    from mechinterp.analysis.steering import mean_difference as mean_difference
     from mechinterp.analysis.tuned_lens import TunedLens as TunedLens
     from mechinterp.analysis.tuned_lens import load_lens as load_lens
     from mechinterp.analysis.tuned_lens import save_lens as save_lens
@@ -63,10 +69,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "analysis.activation_patching": ("activation_patching", "fraction"),
+    "analysis.attention_edits": ("edit_pattern", "knock_out_attention"),
     "analysis.causal_tracing": ("causal_tracing",),
     "analysis.grid": ("Grid",),
     "analysis.logit_lens": ("LogitLens", "logit_lens", "writes_lens"),
     "analysis.path_patching": ("path_patching",),
+    "analysis.steering": ("ablate_direction", "add_direction", "affine", "mean_difference"),
     "analysis.tuned_lens": ("TunedLens", "load_lens", "save_lens", "train_tuned_lens"),
     "circuit": ("Circuit",),
     "files.circuit_file": ("load_circuit", "save_circuit"),

@@ -1,0 +1,154 @@
+"""Steering: adding a direction to a site, mapping it, or taking a direction out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechinterp.analysis.parts import BY_QUERY
+from mechinterp.analysis.positions import Position, Positions, position_index, position_sets
+from mechinterp.errors import InputError
+from mechinterp.hooks import HookManager
+from mechinterp.interventions import Intervention
+from mechinterp.sites import Site
+from mechinterp.tasks.pairs import Pairs
+
+
+def add_direction(
+    site: str | Site,
+    vector: Float[Tensor, " d"],
+    coefficient: float = 1.0,
+    *,
+    pairs: Pairs | None = None,
+    positions: Positions = None,
+) -> Intervention:
+    """The intervention that adds `coefficient * vector` at a site: everywhere, or at `positions` of `pairs`.
+
+    The vector is of the site's last axis (d_model, d_head, neurons; at `z`, of every head alike). Positions are one
+    set and need the pairs whose prompts (clean or corrupt) will be run. Source: activation addition, Turner et al.
+    2023 (arXiv 2308.10248).
+
+    >>> import mechinterp as mi
+    >>> model = mi.load_model("bundled")
+    >>> pairs = mi.load_task("ioi").pairs(model, n=4)
+    >>> toward = mi.mean_difference(model, pairs.clean, pairs.corrupt, "resid_pre.2", mask=pairs.mask)
+    >>> steered = model.run(pairs.clean, interventions=[mi.add_direction("resid_pre.2", toward, -2.0)])
+    """
+    _check_vector(vector)
+    return _affine(site, lambda value: value + coefficient * vector.to(value), vector.shape[0], pairs, positions)
+
+
+def affine(
+    site: str | Site,
+    matrix: Float[Tensor, "d d"],
+    bias: Float[Tensor, " d"] | None = None,
+    *,
+    pairs: Pairs | None = None,
+    positions: Positions = None,
+) -> Intervention:
+    """The intervention that maps the value v at a site to `v @ matrix + bias`, everywhere or at positions."""
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or (bias is not None and bias.shape != matrix.shape[:1]):
+        got = None if bias is None else list(bias.shape)
+        raise InputError(f"An affine map is [d, d] with a bias [d]; got {list(matrix.shape)} and {got}.")
+
+    def mapped(value: Tensor) -> Tensor:
+        new = value @ matrix.to(value)
+        return new if bias is None else new + bias.to(value)
+
+    return _affine(site, mapped, matrix.shape[0], pairs, positions)
+
+
+def ablate_direction(
+    site: str | Site,
+    vector: Float[Tensor, " d"],
+    *,
+    pairs: Pairs | None = None,
+    positions: Positions = None,
+) -> Intervention:
+    """The intervention that takes the part along `vector` out of the value: `v - (v . u) u` with u of length 1.
+
+    Source: Arditi et al. 2024 (arXiv 2406.11717).
+    """
+    _check_vector(vector)
+    unit = vector.double() / vector.double().norm()
+
+    def ablate(value: Tensor) -> Tensor:
+        wide = value.to(torch.promote_types(value.dtype, torch.float32))
+        along = unit.to(wide)
+        return (wide - (wide @ along)[..., None] * along).to(value.dtype)
+
+    return _affine(site, ablate, len(vector), pairs, positions)
+
+
+def mean_difference(
+    model: HookManager,
+    toward: Int[Tensor, "batch pos"],
+    away: Int[Tensor, "batch2 pos2"],
+    site: str | Site,
+    position: Position = -1,
+    *,
+    mask: Bool[Tensor, "batch pos"] | None = None,
+    away_mask: Bool[Tensor, "batch2 pos2"] | None = None,
+) -> Float[Tensor, "*unit d"]:
+    """The mean value at a site over some prompts less that over others, at one position of each (-1: the last token).
+
+    `away_mask` is `mask` when the prompts have the same shape and it is not given. Two forwards up to the site.
+    Raises InputError for a position outside a prompt, and for attention patterns, which are no vectors.
+    """
+    site = Site.parse(site) if isinstance(site, str) else site
+    if site.kind in BY_QUERY:
+        raise InputError(f"'{site}' is an attention pattern; a direction is of a residual stream, head or neurons.")
+    if away_mask is None and mask is not None and away.shape == toward.shape:
+        away_mask = mask
+    means: list[Tensor] = []
+    for tokens, real in ((toward, mask), (away, away_mask)):
+        value = model.run(tokens, real, record=[site], stop=site).values[site]
+        valid = torch.ones_like(tokens, dtype=torch.bool) if real is None else real.bool()
+        at = position_index(_prompts(tokens, valid), position).to(value.device)
+        chosen = value[torch.arange(len(value), device=value.device), at]
+        means.append(chosen.to(torch.promote_types(value.dtype, torch.float32)).mean(0))
+    return means[0] - means[1]
+
+
+def _prompts(tokens: Tensor, mask: Tensor) -> Pairs:
+    twice = torch.cat([tokens, tokens])  # Pairs want two rows; one prompt is enough here
+    return Pairs(clean=twice, corrupt=twice, mask=torch.cat([mask, mask]))[: len(tokens)]
+
+
+def _check_vector(vector: Tensor) -> None:
+    if vector.ndim != 1 or not bool(vector.isfinite().all()) or not bool(vector.any()):
+        raise InputError(f"A direction is a vector [d] that is finite and not 0; got shape {list(vector.shape)}.")
+
+
+def _affine(
+    site: str | Site, change: Callable[[Tensor], Tensor], width: int, pairs: Pairs | None, positions: Positions
+) -> Intervention:
+    if positions is not None and pairs is None:
+        raise InputError("`positions` are of prompts; give `pairs` too.")
+    where = None if positions is None or pairs is None else position_sets(pairs, positions)
+    if where is not None and len(where.labels) != 1:
+        raise InputError(f"`positions` is one set here; write [({', '.join(map(repr, where.labels))})].")
+    site = Site.parse(site) if isinstance(site, str) else site
+    if site.kind in BY_QUERY:
+        raise InputError(f"'{site}' is an attention pattern; see `edit_pattern`.")
+
+    def edit(value: Tensor) -> Tensor:
+        if value.shape[-1] != width:
+            raise InputError(f"The direction or map at '{site}' is of {width} numbers, the value of {value.shape[-1]}.")
+        new = change(value)
+        if where is None:
+            return new
+        mask = where.masks[0].to(value.device)
+        times, rest = divmod(len(value), len(mask))
+        if rest or value.shape[1] != mask.shape[1]:
+            raise InputError(
+                f"The edit at '{site}' is for {len(mask)} prompts of {mask.shape[1]} tokens; the run has "
+                f"{list(value.shape[:2])}."
+            )
+        mask = mask.repeat(times, 1)
+        return torch.where(mask.reshape(*mask.shape, *[1] * (value.ndim - 2)), new, value)
+
+    return Intervention(site, edit)
