@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from mechinterp.edges import metric_values
 from mechinterp.errors import InputError, UnsupportedError
 from mechinterp.gradients import edge_gradients
 from mechinterp.graph import build_graph
-from mechinterp.hooks import HookManager, Intervention
+from mechinterp.hooks import HookManager, Intervention, load_model
 from mechinterp.metrics import get_metric
 from mechinterp.sites import Site
 from mechinterp.tasks.pairs import Pairs
@@ -85,17 +87,21 @@ def test_the_score_is_the_derivative_of_patching(name: str) -> None:
         torch.testing.assert_close(slope, expected, rtol=0, atol=tolerance * size, msg=f"{name} {kind}")
 
 
-def test_where_the_rest_is_linear_the_score_is_exact() -> None:
+@pytest.mark.parametrize("replacement", ["pair", "mean", "zero"])
+def test_where_the_rest_is_linear_the_score_is_exact(replacement: Any) -> None:
     """Behind the last attention layer of a model without norms and MLPs there is only the unembedding."""
-    from mechinterp.hooks import load_model
-
-    model, some = load_model(native("attention-only", normalization_type=None)), pairs(4, 6)
+    model, some = load_model(native("attention-only", normalization_type=None)), pairs(4, 6, padded=True)
     last = model.dims.n_layers - 1
     for kind in ("z", "v", "pattern", "attn_out"):
-        exact = activation_patching(model, some, kind, layers=[last], positions="each")
-        scores = attribution_patching(model, some, kind, layers=[last], positions="each")
+        if kind == "pattern" and replacement == "mean":
+            with pytest.raises(UnsupportedError, match="no mean over positions"):
+                attribution_patching(model, some, kind, replacement=replacement)
+            continue
+        where = {"layers": [last], "positions": "each", "replacement": replacement, "reference": pairs(5, 4, seed=3)}
+        exact = activation_patching(model, some, kind, **where)
+        scores = attribution_patching(model, some, kind, batch_size=3, **where)
         assert exact.axes == scores.axes
-        torch.testing.assert_close(scores.values, exact.values, rtol=0, atol=1e-10)
+        torch.testing.assert_close(scores.values, exact.values, rtol=0, atol=1e-10, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -194,8 +200,6 @@ def test_one_step_on_the_right_is_plain_attribution() -> None:
 
 def test_behind_the_softmax_all_is_linear_so_the_fix_is_exact() -> None:
     """Last layer, no norms, no MLPs: only the softmax stands between a query or key and the logits."""
-    from mechinterp.hooks import load_model
-
     model, some = load_model(native("attention-only", normalization_type=None, scale=0.6)), pairs(4, 6, padded=True)
     last = model.dims.n_layers - 1
     for kind in ("q", "k"):

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mechinterp.analysis.attribution_methods import METHODS, Batch, Plan
+from mechinterp.analysis.attribution_methods import METHODS, Batch, Plan, token_means
 from mechinterp.analysis.grid import Grid, numbered
 from mechinterp.analysis.parts import layer_range, n_units, unit_axis
 from mechinterp.analysis.positions import Positions, PositionSets, position_sets
@@ -34,7 +34,8 @@ def attribution_patching(
     quadrature: str = "midpoint",
     positions: Positions = None,
     direction: Literal["noise", "denoise"] = "noise",
-    replacement: Literal["pair", "zero"] = "pair",
+    replacement: Literal["pair", "mean", "zero"] = "pair",
+    reference: Pairs | None = None,
     metric: Metric | str = "logit_diff",
     layers: Sequence[int] | None = None,
     batch_size: int | None = None,
@@ -47,7 +48,9 @@ def attribution_patching(
     or neuron if any, pos, example), NaN where an example lacks the position.
 
     `what` is `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, `q`, `k`, `v`, `z`, `pattern` (positions
-    are queries), `mlp_post` (neurons), or another site. `replacement` is `pair` (the other run's value) or `zero`.
+    are queries), `mlp_post` (neurons), or another site. `replacement` is `pair` (the
+    other run's value), `mean` (over all real tokens of the corrupt prompts of `reference`, by default of `pairs`) or
+    `zero`.
 
     `method`, with D the node's value in the base run less its replacement, and L layers:
     - `atp`: D x gradient at the base run. 2 forwards, 1 backward.
@@ -84,7 +87,7 @@ def attribution_patching(
     if axis is not None:
         labels[axis] = numbered(n_units(model, sites[0]))
     plan = Plan(method, steps, quadrature, direction, replacement, _metric(metric))
-    found, sets, cost = _score(model, pairs, sites, plan, positions, batch_size)
+    found, sets, cost = _score(model, pairs, reference, sites, plan, positions, batch_size)
     values = torch.stack([found[site] for site in sites])
     values = values if axis is not None else values.squeeze(1)
     axes = {**labels, "pos": sets.labels, "example": numbered(len(pairs))}
@@ -100,7 +103,8 @@ def node_attribution(
     quadrature: str = "midpoint",
     positions: Positions = None,
     direction: Literal["noise", "denoise"] = "noise",
-    replacement: Literal["pair", "zero"] = "pair",
+    replacement: Literal["pair", "mean", "zero"] = "pair",
+    reference: Pairs | None = None,
     metric: Metric | str = "logit_diff",
     batch_size: int | None = None,
 ) -> Grid:
@@ -125,7 +129,7 @@ def node_attribution(
             sites.append(Site("mlp_out", layer))
             names.append(str(Node("mlp", layer)))
     plan = Plan(method, steps, quadrature, direction, replacement, _metric(metric))
-    found, sets, cost = _score(model, pairs, sites, plan, positions, batch_size)
+    found, sets, cost = _score(model, pairs, reference, sites, plan, positions, batch_size)
     values = torch.cat([found[site] for site in sites])
     axes = {"node": tuple(names), "pos": sets.labels, "example": numbered(len(pairs))}
     return Grid(values, axes, "score", plan.metric.unit, {**_about(plan), "examples": len(pairs)}, cost)
@@ -134,6 +138,7 @@ def node_attribution(
 def _score(
     model: HookManager,
     pairs: Pairs,
+    others: Pairs | None,
     sites: Sequence[Site],
     plan: Plan,
     positions: Positions,
@@ -146,15 +151,19 @@ def _score(
         model.resolve(site)
     pairs = pairs.to(model.device)
     sets = position_sets(pairs, positions)
+    means: dict[Site, Tensor] = {}
+    if plan.replacement == "mean":
+        of = (others or pairs).to(model.device)
+        means = token_means(model, of, sites, batch_size or len(of))
     results: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    forwards = backwards = 0.0
+    forwards, backwards = float(plan.replacement == "mean"), 0.0
     row = 0
     for chunk in pairs.chunks(batch_size or len(pairs)):
         masks = sets.masks[:, row : row + len(chunk)]
         row += len(chunk)
         base, other = (chunk.clean, chunk.corrupt) if plan.direction == "noise" else (chunk.corrupt, chunk.clean)
         reference = clean_logits(model, chunk) if plan.metric.needs_reference else None
-        batch = Batch(model, chunk, base, other, sites, masks, plan, reference)
+        batch = Batch(model, chunk, base, other, sites, masks, plan, reference, means)
         found, n_forwards, n_backwards = METHODS[plan.method](batch)
         share = len(chunk) / len(pairs)
         forwards += (n_forwards + plan.metric.needs_reference) * share

@@ -5,7 +5,7 @@ Sources and the meaning of each are in `attribution.attribution_patching`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,14 +25,14 @@ from mechinterp.analysis.site_gradients import (
     site_values,
     unit_products,
 )
-from mechinterp.errors import InputError
+from mechinterp.errors import InputError, UnsupportedError
 from mechinterp.hooks import HookManager, Intervention
 from mechinterp.metrics import Metric
 from mechinterp.registry import unknown
 from mechinterp.sites import Site
 from mechinterp.tasks.pairs import Pairs
 
-REPLACEMENTS = ("pair", "zero")
+REPLACEMENTS = ("pair", "mean", "zero")
 DIRECTIONS = ("noise", "denoise")
 AT_THE_BASE = ("atp", "atp-qk-fix", "atp-star", "relp")
 """Methods whose gradient is that of the base run itself."""
@@ -77,6 +77,8 @@ class Batch:
     masks: Bool[Tensor, "set batch pos"]
     plan: Plan
     reference: Tensor | None
+    means: Mapping[Site, Tensor]
+    """What replaces every token at a site, where the replacement is a mean."""
 
     def loss(self) -> Loss:
         return metric_loss(self.model, self.pairs, self.plan.metric, self.reference)
@@ -85,8 +87,10 @@ class Batch:
         """The replacement at every site."""
         if self.plan.replacement == "pair":
             return site_values(self.model, self.pairs, self.other, sites)
-        shapes = site_values(self.model, self.pairs, self.base, sites)
-        return {site: torch.zeros_like(value) for site, value in shapes.items()}
+        like = site_values(self.model, self.pairs, self.base, sites)
+        if self.plan.replacement == "zero":
+            return {site: torch.zeros_like(value) for site, value in like.items()}
+        return {site: self.means[site].to(value.dtype).expand_as(value) for site, value in like.items()}
 
     def scores(self, site: Site, base: Tensor, new: Tensor, gradient: Tensor) -> Float[Tensor, "unit set batch"]:
         """(base - new) x gradient by unit and set of positions."""
@@ -98,6 +102,23 @@ class Batch:
 
 Scores = tuple[dict[Site, Tensor], float, float]
 """(scores [unit, set, batch], forwards, backwards)"""
+
+
+def token_means(model: HookManager, pairs: Pairs, sites: Sequence[Site], batch_size: int) -> dict[Site, Tensor]:
+    """Every site's mean over all real tokens of the corrupt prompts, as one token. One forward.
+
+    Raises UnsupportedError for attention patterns, which have no mean over positions.
+    """
+    for site in sites:
+        if site.kind in BY_QUERY:
+            raise UnsupportedError(f"Attention has no mean over positions at '{site}'; use replacement 'zero'.")
+    totals: dict[Site, Tensor] = {}
+    for chunk in pairs.chunks(batch_size):
+        for site, value in site_values(model, chunk, chunk.corrupt, sites).items():
+            real = chunk.mask.reshape(*chunk.mask.shape, *[1] * (value.ndim - 2))
+            total = torch.where(real, _wide(value), 0).sum((0, 1))
+            totals[site] = totals[site] + total if site in totals else total
+    return {site: total / pairs.mask.sum() for site, total in totals.items()}
 
 
 def _atp(batch: Batch) -> Scores:
@@ -175,7 +196,7 @@ def _ig_inputs(batch: Batch) -> Scores:
         edit = Intervention(entry, ends[entry] + point * (base[entry] - ends[entry]))
         run = site_gradients(batch.model, batch.pairs, batch.base, batch.sites, batch.loss(), edits=[edit])
         for site in batch.sites:
-            total[site] = total.get(site, 0.0) + weight * run.gradients[site]
+            total[site] = total.get(site, 0.0) + weight * _wide(run.gradients[site])
     forwards = 3.0 + len(points)
     return {s: batch.scores(s, base[s], new[s], total[s]) for s in batch.sites}, forwards, float(len(points))
 
@@ -189,17 +210,21 @@ def _ig_activations(batch: Batch) -> Scores:
     points = integration_points(batch.plan.steps, batch.plan.quadrature)
     forwards = backwards = 0.0
     for site in batch.sites:
-        layer, total = site.layer or 0, torch.zeros_like(base[site])
+        layer, total = site.layer or 0, torch.zeros_like(_wide(base[site]))
         difference = torch.where(base[site] == new[site], 0, base[site] - new[site])
         for point, weight in points:
             edit = Intervention(site, base[site] - (1 - point) * difference)
             start = (layer, base[entries[layer]])
             run = site_gradients(model, pairs, batch.base, [site], batch.loss(), edits=[edit], start=start)
-            total += weight * run.gradients[site]
+            total += weight * _wide(run.gradients[site])
             forwards += 1 - layer / model.dims.n_layers
             backwards += 1 - layer / model.dims.n_layers
         out[site] = batch.scores(site, base[site], new[site], total)
     return out, forwards + 2, backwards
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 METHODS: dict[str, Callable[[Batch], Scores]] = {
