@@ -11,12 +11,23 @@ if TYPE_CHECKING:
     from mechinterp.analysis.activation_patching import fraction as fraction
     from mechinterp.analysis.attention_edits import edit_pattern as edit_pattern
     from mechinterp.analysis.attention_edits import knock_out_attention as knock_out_attention
+    from mechinterp.analysis.attribution import attribution_patching as attribution_patching
+    from mechinterp.analysis.attribution import node_attribution as node_attribution
     from mechinterp.analysis.causal_tracing import causal_tracing as causal_tracing
+    from mechinterp.analysis.composition import composition_scores as composition_scores
+    from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution as direct_logit_attribution
+    from mechinterp.analysis.direct_logit_attribution import group_parts as group_parts
     from mechinterp.analysis.grid import Grid as Grid
+    from mechinterp.analysis.head_detectors import attention_to as attention_to
+    from mechinterp.analysis.head_detectors import copying_scores as copying_scores
+    from mechinterp.analysis.head_detectors import head_scores as head_scores
+    from mechinterp.analysis.integrated_gradients import integrated_gradients as integrated_gradients
     from mechinterp.analysis.logit_lens import LogitLens as LogitLens
     from mechinterp.analysis.logit_lens import logit_lens as logit_lens
     from mechinterp.analysis.logit_lens import writes_lens as writes_lens
     from mechinterp.analysis.path_patching import path_patching as path_patching
+    from mechinterp.analysis.relevance import Relevance as Relevance
+    from mechinterp.analysis.relevance import relevance as relevance
     from mechinterp.analysis.steering import ablate_direction as ablate_direction
     from mechinterp.analysis.steering import add_direction as add_direction
     from mechinterp.analysis.steering import affine as affine
@@ -25,6 +36,10 @@ if TYPE_CHECKING:
     from mechinterp.analysis.tuned_lens import load_lens as load_lens
     from mechinterp.analysis.tuned_lens import save_lens as save_lens
     from mechinterp.analysis.tuned_lens import train_tuned_lens as train_tuned_lens
+    from mechinterp.analysis.weights import neuron_tokens as neuron_tokens
+    from mechinterp.analysis.weights import ov_circuit as ov_circuit
+    from mechinterp.analysis.weights import qk_circuit as qk_circuit
+    from mechinterp.analysis.weights import top_tokens as top_tokens
     from mechinterp.circuit import Circuit as Circuit
     from mechinterp.discovery.method import METHODS as METHODS
     from mechinterp.discovery.method import score_edges as score_edges
@@ -57,6 +72,13 @@ if TYPE_CHECKING:
     from mechinterp.pipeline import Discovery as Discovery
     from mechinterp.pipeline import RunSpec as RunSpec
     from mechinterp.pipeline import discover as discover
+    from mechinterp.plots.grids import attention_figure as attention_figure
+    from mechinterp.plots.grids import heatmap as heatmap
+    from mechinterp.plots.grids import lens_figure as lens_figure
+    from mechinterp.plots.grids import token_labels as token_labels
+    from mechinterp.plots.grids import waterfall as waterfall
+    from mechinterp.plots.save import save_html as save_html
+    from mechinterp.plots.save import save_image as save_image
     from mechinterp.scores import Scores as Scores
     from mechinterp.sites import Edge as Edge
     from mechinterp.sites import Node as Node
@@ -68,6 +90,15 @@ if TYPE_CHECKING:
     from mechinterp.tasks.task import task_names as task_names
 
 _HOMES = {
+    "analysis.attribution": ("attribution_patching", "node_attribution"),
+    "analysis.relevance": ("Relevance", "relevance"),
+    "analysis.integrated_gradients": ("integrated_gradients",),
+    "analysis.direct_logit_attribution": ("direct_logit_attribution", "group_parts"),
+    "analysis.weights": ("neuron_tokens", "ov_circuit", "qk_circuit", "top_tokens"),
+    "analysis.composition": ("composition_scores",),
+    "analysis.head_detectors": ("attention_to", "copying_scores", "head_scores"),
+    "plots.grids": ("attention_figure", "heatmap", "lens_figure", "token_labels", "waterfall"),
+    "plots.save": ("save_html", "save_image"),
     "analysis.activation_patching": ("activation_patching", "fraction"),
     "analysis.attention_edits": ("edit_pattern", "knock_out_attention"),
     "analysis.causal_tracing": ("causal_tracing",),
