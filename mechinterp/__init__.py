@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from mechinterp.analysis.logit_lens import LogitLens as LogitLens
     from mechinterp.analysis.logit_lens import logit_lens as logit_lens
     from mechinterp.analysis.logit_lens import writes_lens as writes_lens
+    from mechinterp.analysis.patchscopes import Patchscope as Patchscope
+    from mechinterp.analysis.patchscopes import patchscope as patchscope
     from mechinterp.analysis.path_patching import path_patching as path_patching
     from mechinterp.analysis.relevance import Relevance as Relevance
     from mechinterp.analysis.relevance import relevance as relevance
@@ -104,6 +106,7 @@ _HOMES = {
     "analysis.causal_tracing": ("causal_tracing",),
     "analysis.grid": ("Grid",),
     "analysis.logit_lens": ("LogitLens", "logit_lens", "writes_lens"),
+    "analysis.patchscopes": ("Patchscope", "patchscope"),
     "analysis.path_patching": ("path_patching",),
     "analysis.steering": ("ablate_direction", "add_direction", "affine", "mean_difference"),
     "analysis.tuned_lens": ("TunedLens", "load_lens", "save_lens", "train_tuned_lens"),

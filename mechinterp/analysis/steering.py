@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mechinterp.analysis.parts import BY_QUERY
 from mechinterp.analysis.positions import Position, Positions, position_index, position_sets
+from mechinterp.analysis.prompts import as_pairs
 from mechinterp.errors import InputError
 from mechinterp.hooks import HookManager
 from mechinterp.interventions import Intervention
@@ -106,16 +107,10 @@ def mean_difference(
     means: list[Tensor] = []
     for tokens, real in ((toward, mask), (away, away_mask)):
         value = model.run(tokens, real, record=[site], stop=site).values[site]
-        valid = torch.ones_like(tokens, dtype=torch.bool) if real is None else real.bool()
-        at = position_index(_prompts(tokens, valid), position).to(value.device)
+        at = position_index(as_pairs(tokens, real), position).to(value.device)
         chosen = value[torch.arange(len(value), device=value.device), at]
         means.append(chosen.to(torch.promote_types(value.dtype, torch.float32)).mean(0))
     return means[0] - means[1]
-
-
-def _prompts(tokens: Tensor, mask: Tensor) -> Pairs:
-    twice = torch.cat([tokens, tokens])  # Pairs want two rows; one prompt is enough here
-    return Pairs(clean=twice, corrupt=twice, mask=torch.cat([mask, mask]))[: len(tokens)]
 
 
 def _check_vector(vector: Tensor) -> None:
