@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from mechinterp.analysis.steering import add_direction as add_direction
     from mechinterp.analysis.steering import affine as affine
     from mechinterp.analysis.steering import mean_difference as mean_difference
+    from mechinterp.analysis.subspace import learn_subspace as learn_subspace
+    from mechinterp.analysis.subspace import subspace_interchange as subspace_interchange
     from mechinterp.analysis.tuned_lens import TunedLens as TunedLens
     from mechinterp.analysis.tuned_lens import load_lens as load_lens
     from mechinterp.analysis.tuned_lens import save_lens as save_lens
@@ -109,6 +111,7 @@ _HOMES = {
     "analysis.patchscopes": ("Patchscope", "patchscope"),
     "analysis.path_patching": ("path_patching",),
     "analysis.steering": ("ablate_direction", "add_direction", "affine", "mean_difference"),
+    "analysis.subspace": ("learn_subspace", "subspace_interchange"),
     "analysis.tuned_lens": ("TunedLens", "load_lens", "save_lens", "train_tuned_lens"),
     "circuit": ("Circuit",),
     "files.circuit_file": ("load_circuit", "save_circuit"),

@@ -1,0 +1,201 @@
+"""Interchange of a subspace: only some directions of a state take the other prompt's value.
+
+TransformerLens's `interchange` does the arithmetic, draws the random subspaces and searches (DAS); here it meets the
+pairs, the positions and the sweep engine. Source: Geiger et al. 2021 (arXiv 2106.02997) and 2024 (DAS, arXiv
+2303.02536); why controls are needed: Makelov et al. 2024 (arXiv 2311.17030).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp.analysis.activation_patching import DIRECTIONS
+from mechinterp.analysis.grid import Grid, numbered
+from mechinterp.analysis.parts import BY_QUERY, Part, parse_part
+from mechinterp.analysis.positions import Position, position_index, position_sets
+from mechinterp.analysis.sweep import Patch, entry, run_base, sweep
+from mechinterp.edges import clean_logits
+from mechinterp.errors import InputError
+from mechinterp.hooks import HookManager
+from mechinterp.metrics import Metric, get_metric
+from mechinterp.models.interchange import das, interchange, placebo, random_basis
+from mechinterp.registry import unknown
+from mechinterp.tasks.pairs import Pairs
+
+
+def subspace_interchange(
+    model: HookManager,
+    pairs: Pairs,
+    part: str,
+    basis: Float[Tensor, "d rank"],
+    *,
+    position: Position = -1,
+    placebos: int = 5,
+    seed: int = 0,
+    direction: Literal["noise", "denoise"] = "noise",
+    metric: Metric | str = "logit_diff",
+    batch_size: int | None = None,
+) -> Grid:
+    """The effect of giving a subspace of one state the other prompt's value, beside its controls.
+
+    `part` is a state of one vector per token (`resid_pre.5`, `a9.h9`, `m3`, `mlp_post.3`), read and written at
+    `position`; `basis` its orthonormal directions as columns. The axis `subspace` has `basis`; `complement` (all other
+    directions); `whole` (the state: ordinary activation patching); and `placebo 0`, ... : as far a move in a random
+    subspace of the same rank. An effect that placebos share comes from being moved, not from the subspace. A subspace
+    that was learned (`learn_subspace`) also wants the controls of its learning: arbitrary targets and an untrained
+    model (TransformerLens's `arbitrary_targets`, `random_init_bridge`).
+
+    Axes subspace, example, in units of the metric, sign and directions as in `activation_patching`. Cost: two
+    forwards, and the rest of the model from the state on per subspace.
+
+    Raises InputError for a basis that is not orthonormal or of another width, and parts that are no vector.
+
+    >>> import mechinterp as mi
+    >>> model = mi.load_model("bundled")
+    >>> pairs = mi.load_task("ioi").pairs(model, n=8)
+    >>> toward = mi.mean_difference(model, pairs.clean, pairs.corrupt, "resid_pre.3", mask=pairs.mask)
+    >>> grid = mi.subspace_interchange(model, pairs, "resid_pre.3", (toward / toward.norm())[:, None], placebos=1)
+    >>> grid.labels["subspace"]
+    ('basis', 'complement', 'whole', 'placebo 0')
+    """
+    metric = get_metric(metric) if isinstance(metric, str) else metric
+    metric.check_answers(pairs)
+    pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
+    if direction not in DIRECTIONS:
+        raise unknown("direction", direction, DIRECTIONS)
+    if placebos < 0:
+        raise InputError(f"The number of placebos is at least 0; got {placebos}.")
+    pairs, found = pairs.to(model.device), _state(model, part)
+    names = ("basis", "complement", "whole", *(f"placebo {i}" for i in range(placebos)))
+    effects: list[Tensor] = []
+    for chunk in pairs.chunks(batch_size or len(pairs)):
+        reference = clean_logits(model, chunk) if metric.needs_reference else None
+        noise = direction == "noise"
+        ids = (chunk.clean, chunk.corrupt) if noise else (chunk.corrupt, chunk.clean)
+        layers = (max(0, entry(model, found)[0]),)
+        base = run_base(model, chunk, ids[0], metric, reference, layers=layers, record=[found.site])
+        other = run_base(model, chunk, ids[1], metric, reference, record=[found.site])
+        moves = _moves(base.recorded[found.site].shape[-1], basis, placebos, seed)
+        mask = position_sets(chunk, [position]).masks[0]
+        values = [_everywhere(move, base.recorded[found.site], other.recorded[found.site]) for move in moves]
+        patches = [Patch((found,), (mask,), (value,)) for value in values]
+        patched, _ = sweep(model, chunk, base, patches, {}, metric, reference)
+        effects.append((base.values - patched if noise else patched - base.values) * metric.direction)
+    about = {
+        "analysis": "subspace interchange",
+        "part": part,
+        "position": str(position),
+        "rank": basis.shape[1],
+        "direction": direction,
+        "metric": metric.name,
+        "sign": "positive = the subspace helps the task",
+        "seed": seed,
+    }
+    labels = {"subspace": names, "example": numbered(len(pairs))}
+    return Grid(torch.cat(effects, -1), labels, "effect", metric.unit, about, {"forwards": 2.0 + len(names)})
+
+
+def learn_subspace(
+    model: HookManager,
+    pairs: Pairs,
+    part: str,
+    rank: int,
+    *,
+    position: Position = -1,
+    epochs: int = 20,
+    batch_size: int = 128,
+    learning_rate: float = 1e-2,
+    seed: int = 0,
+) -> Float[Tensor, "d rank"]:
+    """An orthonormal basis of the subspace that carries the answer from corrupt to clean prompts, by DAS.
+
+    TransformerLens's `fit_das` trains it so that a clean prompt with the corrupt prompt's value in the subspace says
+    the first wrong answer rather than the first right one (so the corrupt prompt's answer must be the wrong one).
+    `part` is a residual stream, attention or MLP output, or `mlp_post`. Judge it on other pairs with
+    `subspace_interchange`, and against its controls. Cost: `epochs` forwards and backwards of the pairs.
+
+    Raises InputError for parts that are no vector per token, pairs without answers, and a rank that does not fit.
+    """
+    found = _state(model, part)
+    if found.unit is not None:
+        raise InputError(
+            f"A subspace is learned at a whole site, such as 'resid_pre.5', not at one head; got {part!r}."
+        )
+    if pairs.right is None or pairs.wrong is None:
+        raise InputError("A subspace is learned from right and wrong answers; the pairs have none.")
+    if model.edited:
+        raise InputError("A subspace cannot be learned inside `intervene`: its edits would not be seen.")
+    width = model.run(pairs.clean[:1], record=[found.site]).values[found.site].shape[-1]
+    if not 1 <= rank <= width:
+        raise InputError(f"The rank is from 1 to the state's {width}; got {rank}.")
+    pairs = pairs.to(model.device)
+    assert pairs.right is not None and pairs.wrong is not None
+    # The answers and where they are read travel with the tokens, for the search sees nothing but its inputs.
+    extra = torch.cat([pairs.right[:, :1], pairs.wrong[:, :1], pairs.answer_pos[:, :1]], 1)
+    n_pos = pairs.clean.shape[1]
+
+    def two_logits(inputs: Tensor) -> Tensor:
+        ids, answers, at = inputs[:, :n_pos], inputs[:, n_pos : n_pos + 2], inputs[:, n_pos + 2]
+        logits = model.bridge(ids, return_type="logits")
+        return logits[torch.arange(len(ids), device=ids.device), at].gather(-1, answers)
+
+    where = position_index(pairs, position)
+    result = das(
+        model.bridge,
+        model.resolve(found.site),
+        torch.cat([pairs.clean, extra], 1),
+        torch.cat([pairs.corrupt, extra], 1),
+        torch.ones(len(pairs), dtype=torch.long),
+        two_logits,
+        rank=rank,
+        base_positions=where,
+        source_positions=where,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=learning_rate,
+        seed=seed,
+    )
+    return result.basis.to(model.device)
+
+
+def _state(model: HookManager, part: str) -> Part:
+    found = parse_part(model, part)
+    if found.position is not None:
+        raise InputError(f"The position goes into `position`, not behind the '@'; got {part!r}.")
+    if found.site.kind in BY_QUERY or (found.site.kind in ("q", "k", "v", "z") and found.unit is None):
+        raise InputError(f"{part!r} is no vector per token; name a residual stream, a head ('a9.h9') or 'm3'.")
+    if found.site.kind.startswith("mlp_") and found.unit is not None:
+        raise InputError(f"{part!r} is one number; a subspace of neurons is a basis at '{found.site}'.")
+    return found
+
+
+def _moves(d: int, basis: Tensor, placebos: int, seed: int) -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """What each row of the result does with (base, source) vectors `[n, d]`."""
+    if basis.ndim != 2 or basis.shape[0] != d or not 1 <= basis.shape[1] <= d:
+        raise InputError(f"The basis is [{d}, rank], a direction a column; got {list(basis.shape)}.")
+    wide = basis.double()
+    if not torch.allclose(
+        wide.T @ wide, torch.eye(basis.shape[1], dtype=torch.float64, device=basis.device), atol=1e-4
+    ):
+        raise InputError("The basis is not orthonormal; torch.linalg.qr(basis).Q is one of the same subspace.")
+    moves: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda base, source: interchange(base, source, basis),
+        lambda base, source: source - interchange(base, source, basis) + base,
+        lambda base, source: source,
+    ]
+    for i in range(placebos):
+        other = random_basis(d, basis.shape[1], seed + i)
+        moves.append(lambda base, source, other=other: placebo(base, source, basis, other))
+    return moves
+
+
+def _everywhere(move: Callable[[Tensor, Tensor], Tensor], base: Tensor, source: Tensor) -> Tensor:
+    """The move of every vector of a site, whatever its other axes."""
+    wide = torch.promote_types(base.dtype, torch.float32)
+    flat = move(base.to(wide).flatten(0, -2), source.to(wide).flatten(0, -2))
+    return flat.reshape(base.shape)
