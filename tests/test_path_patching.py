@@ -174,18 +174,29 @@ def test_positions_of_senders_and_receivers_equal_runs_with_all_writes_frozen(na
         assert float(got.abs().max()) > 1e-4
 
 
+@pytest.mark.parametrize("meaning", ["mlps-recomputed", "direct"])
 @pytest.mark.parametrize("receivers", ["logits", "a2.h1<q>"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_two_hops_equal_frozen_runs_one_after_the_other(name: str, receivers: str) -> None:
+def test_two_hops_equal_frozen_runs_one_after_the_other(name: str, receivers: str, meaning: Any) -> None:
+    if name == "gemma2" and meaning == "direct":
+        return  # under a post-norm a direct write is a share of the normed sum, which no frozen run shows
     model, examples = tiny(name), pairs(3, 6, padded=True)
     base, new, ids = both_runs(model, examples, True)
     plain = measured(model, examples, ids, [])
     grouped = model.dims.n_kv_heads < model.dims.n_heads
     key = "a1.kv1<k>" if grouped else "a1.h1<k>"
     heads = [2, 3] if grouped else [1]
-    got = path_patching(model, examples, ["a0.h0", "m0"], receivers, via=[[key, "m1"]])
+    got = path_patching(model, examples, ["a0.h0", "m0"], receivers, via=[[key, "m1"]], meaning=meaning)
+
+    def held(senders: dict[str, torch.Tensor]) -> list[Intervention]:
+        """For direct paths the MLPs are frozen too, but those that send."""
+        if meaning != "direct":
+            return []
+        every = [Site("mlp_out", layer) for layer in range(3) if f"m{layer}" not in senders]
+        return [Intervention(site, base[site]) for site in every]
+
     for row, sender in zip(got.values[:, 0], ["a0.h0", "m0"], strict=True):
-        edits = frozen(model, base, new, {sender: examples.mask})
+        edits = frozen(model, base, new, {sender: examples.mask}) + held({sender: examples.mask})
         seen = model.run(ids, examples.mask, interventions=edits, record=["k.1", "mlp_in.1"]).values
         z = model.run(ids, examples.mask, interventions=[put(Site("k", 1), 1, seen["k.1"])], record=["z.1"])
         out = model.run(
@@ -193,7 +204,7 @@ def test_two_hops_equal_frozen_runs_one_after_the_other(name: str, receivers: st
         )
         written = {Site("z", 1): z.values["z.1"], Site("mlp_out", 1): out.values["mlp_out.1"]}
         senders = {f"a1.h{head}": examples.mask for head in heads} | {"m1": examples.mask}
-        edits = frozen(model, base, base | written, senders)
+        edits = frozen(model, base, base | written, senders) + held(senders)
         if receivers == "logits":
             patched = measured(model, examples, ids, edits)
         else:
