@@ -108,7 +108,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_names_that_are_listed_are_those_that_are_registered() -> None:
     assert tuple(sorted(cli.METHODS)) == METHODS.names()
     assert set(cli.METRICS) <= set(METRICS.names())
-    assert {"logit_diff", "prob_diff", "kl_to_clean", "l2_to_clean", "accuracy"} == set(cli.METRICS)
+    assert {"logit_diff", "prob", "log_prob", "prob_diff", "kl_to_clean", "l2_to_clean", "accuracy"} == set(cli.METRICS)
 
 
 def test_list_names_what_there_is(
