@@ -81,7 +81,9 @@ def edge_logits(
 ) -> Iterator[Float[Tensor, "batch n_answer n_columns"]]:
     """For each mask, the logits at the answer positions of one batch (of all tokens, or of `columns` only)."""
     size = len(graph.writers) * pairs.clean.numel() * model.dims.d_model * max(4, model.dtype.itemsize)
-    for some in masks.split(max(1, min(64, WRITES_BUDGET_BYTES // size))):
+    # Edits of an `intervene` block are for the prompts as they are, each once.
+    at_once = 1 if model.edited else max(1, min(64, WRITES_BUDGET_BYTES // size))
+    for some in masks.split(at_once):
         logits = _Patched(model, graph, pairs, some.to(model.device), values).run(columns)
         yield from logits.unflatten(0, (len(some), len(pairs)))
 

@@ -241,6 +241,33 @@ def test_the_model_is_left_as_it_was_and_outer_edits_count() -> None:
     assert not torch.allclose(edited.values, plain.values)
 
 
+def test_outer_edits_of_single_rows_and_positions_meet_every_patched_run() -> None:
+    model = tiny("gpt2")
+    examples = pairs(3, 6, answer_pos=torch.tensor([[3], [2], [3]]))  # a run could end before the last position
+
+    def edit(value: torch.Tensor) -> torch.Tensor:
+        value = value.clone()
+        value[0, 1] += 3.0
+        value[2, -4] *= -1.0
+        return value
+
+    with model.intervene(Intervention("mlp_out.1", edit)):
+        got = activation_patching(model, examples, "z", layers=[0, 2])
+        where = {str((layer, head)): [(Site("z", layer), head, examples.mask)] for layer in (0, 2) for head in range(4)}
+        expected = torch.stack(list(naive(model, examples, where).values()))
+    torch.testing.assert_close(got.values.reshape(8, 3), expected, rtol=0, atol=1e-9)
+
+
+def test_embeddings_can_be_patched() -> None:
+    model, examples = tiny("gpt2"), pairs(3, 6)
+    where = {name: [(Site(name), None, at(examples, 2))] for name in ("embed", "pos_embed")}
+    where["both"] = where["embed"] + [(Site("z", 1), 0, at(examples, 4))]
+    grid = activation_patching(model, examples, ["embed@2", "pos_embed@2", ("embed@2", "a1.h0@4")])
+    expected = torch.stack(list(naive(model, examples, where).values()))
+    torch.testing.assert_close(grid.values[:, 0], expected, rtol=0, atol=1e-9)
+    assert float(grid.at(node="pos_embed@2").values.abs().max()) < 1e-12  # both prompts have the same positions
+
+
 def test_the_cost_counts_what_is_run() -> None:
     model, examples = tiny("gpt2"), pairs(3, 6)
     one = activation_patching(model, examples, ["a2.h0@5"])

@@ -346,3 +346,20 @@ def test_hooks_of_an_outer_intervention_act_in_the_engine() -> None:
         at = some.answer_pos[..., None].expand(-1, -1, D_VOCAB)
         plain = [LOGIT_DIFF(model.run(ids).logits.gather(1, at), some) for ids in (some.clean, some.corrupt)]
     torch.testing.assert_close(ends, torch.stack(plain), rtol=0, atol=1e-11)
+
+
+def test_outer_edits_of_single_rows_meet_every_mask() -> None:
+    model, examples = tiny("gpt2"), pairs(3, 6)
+    graph = build_graph(model)
+    masks = torch.stack([small_cut(graph, seed=seed) for seed in range(3)])
+
+    def edit(value: torch.Tensor) -> torch.Tensor:
+        value = value.clone()
+        value[1, 2] += 3.0
+        return value
+
+    with model.intervene(Intervention("mlp_out.1", edit)):
+        together = run_edges(model, graph, examples, masks)
+        alone = torch.stack([run_edges(model, graph, examples, mask) for mask in masks])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-9)
+    assert not torch.allclose(together, run_edges(model, graph, examples, masks))

@@ -129,7 +129,8 @@ def sweep(
     dims = model.dims
     memory = memory or MEMORY.get(model.device.type, MEMORY["cpu"])
     n_batch, n_pos = base.tokens.shape
-    width = int(pairs.answer_pos.max()) + 1 if dims.causal else n_pos
+    # Edits of an `intervene` block are for the prompts as they are: whole, and each once.
+    width = int(pairs.answer_pos.max()) + 1 if dims.causal and not model.edited else n_pos
     out = base.values.expand(len(patches), -1).clone()
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     earliest = torch.where(pairs.answer_pos < 0, width, pairs.answer_pos).amin(1)
@@ -144,7 +145,7 @@ def sweep(
     for (layer, first), members in sorted(groups.items()):
         per_token = 24 * dims.d_model + 4 * dims.n_heads * width
         each = n_batch * (width - first) * per_token * model.dtype.itemsize
-        for chunk in _split(members, max(1, memory // each)):
+        for chunk in _split(members, 1 if model.edited else max(1, memory // each)):
             final = _run_side_by_side(
                 model, pairs, base, [patches[i] for i in chunk], replacements, layer, slice(first, width)
             )
