@@ -247,7 +247,7 @@ def test_outer_edits_of_single_rows_and_positions_meet_every_patched_run() -> No
 
     def edit(value: torch.Tensor) -> torch.Tensor:
         value = value.clone()
-        value[0, 1] += 3.0
+        value[0, 1] *= 2.0
         value[2, -4] *= -1.0
         return value
 

@@ -355,7 +355,7 @@ def test_outer_edits_of_single_rows_meet_every_mask() -> None:
 
     def edit(value: torch.Tensor) -> torch.Tensor:
         value = value.clone()
-        value[1, 2] += 3.0
+        value[1, 2] *= -2.0
         return value
 
     with model.intervene(Intervention("mlp_out.1", edit)):
