@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformer_lens.tools.analysis.logit_lens import logit_readout
 
 import mechinterp.analysis.vocabulary
 from mechinterp.analysis.logit_lens import logit_lens, writes_lens
@@ -196,3 +197,23 @@ def test_an_edited_readout_is_refused() -> None:
         pytest.raises(UnsupportedError, match="reads other"),
     ):
         logit_lens(model, pairs(3, 6))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_it_agrees_with_transformer_lens(name: str) -> None:
+    model, examples = tiny(name), pairs(3, 6)
+    sites = ["resid_pre.0", "resid_pre.2"]
+    read = logit_lens(model, examples, sites=sites, targets=examples.right, top_k=3)
+    for i, site in enumerate(sites):
+        resid = model.run(examples.clean, record=[site]).values[site][:, -1]
+        best = logit_readout(model.bridge, resid, return_type="probs", top_k=3)
+        aimed = logit_readout(model.bridge, resid, return_type="log_probs", targets=examples.right[:, 0])  # type: ignore[index]
+        assert torch.equal(read.top_tokens[i, 0], best.top_ids)  # type: ignore[arg-type]
+        for ours, theirs in (
+            (read.probabilities.values[i, 0], best.values),
+            (read.entropy.values[i, 0], best.entropy),
+            (read.target_log_prob.values[i, 0], aimed.values),
+            (read.target_rank.values[i, 0].long(), aimed.target_ranks),
+        ):
+            # TransformerLens's softmax runs in float32.
+            torch.testing.assert_close(ours, theirs.to(ours), rtol=0, atol=2e-5)  # type: ignore[union-attr]
