@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "mechinterp"
 # nothing else; a new one goes into the lowest level it can, and into ARCHITECTURE.md.
 LAYERS = (
     ("errors",),
-    ("registry", "jsontext"),
+    ("registry", "jsontext", "atomic"),
     ("sites", "metrics", "tasks"),
     ("models",),
     ("interventions",),

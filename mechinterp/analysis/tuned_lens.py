@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from mechinterp.atomic import write_whole
 from mechinterp.errors import FormatError, InputError
 from mechinterp.hooks import HookManager
 from mechinterp.models.tokens import check_tokens
@@ -159,21 +159,8 @@ def _provenance(model: HookManager, tokens: Tensor, real: Tensor, *settings: int
 
 def save_lens(path: str | os.PathLike[str], lens: TunedLens) -> None:
     """Return None after writing the lens as safetensors, whole or not at all."""
-    target = Path(path)
-    data = save({"weight": lens.weight.cpu().contiguous(), "bias": lens.bias.cpu().contiguous()}, dict(lens.provenance))
-    try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise InputError(f"Cannot write {str(target)!r}: {error.strerror}.") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    tensors = {"weight": lens.weight.cpu().contiguous(), "bias": lens.bias.cpu().contiguous()}
+    write_whole(path, save(tensors, dict(lens.provenance)))
 
 
 def load_lens(path: str | os.PathLike[str]) -> TunedLens:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 
+from mechinterp.atomic import write_whole
 from mechinterp.errors import InputError
 
 PICTURES = (".png", ".svg", ".pdf", ".webp", ".jpg")
@@ -16,7 +16,7 @@ PICTURES = (".png", ".svg", ".pdf", ".webp", ".jpg")
 
 def save_html(figure: go.Figure, path: str | os.PathLike[str]) -> None:
     """Return None after writing the figure as one page with plotly inside (about 5 MB), whole or not at all."""
-    _write(Path(path), figure.to_html(include_plotlyjs=True, full_html=True).encode("utf-8"))
+    write_whole(path, figure.to_html(include_plotlyjs=True, full_html=True).encode("utf-8"))
 
 
 def save_image(
@@ -43,19 +43,4 @@ def save_image(
             f"Cannot draw {target.name!r}: {reason} Pictures need kaleido (pip install 'mechinterp-circuits[images]') "
             "and Chrome or Chromium; save_html needs neither."
         ) from error
-    _write(target, data)
-
-
-def _write(target: Path, data: bytes) -> None:
-    try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise InputError(f"Cannot write {str(target)!r}: {error.strerror}.") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole(target, data)
