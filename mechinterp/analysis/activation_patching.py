@@ -12,20 +12,20 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from mechinterp.analysis.chosen import Nodes, placed_parts, swept_parts
 from mechinterp.analysis.grid import Grid, numbered
-from mechinterp.analysis.parts import BY_QUERY, Part, layer_range, parse_part, unit_axis, unit_range
-from mechinterp.analysis.positions import Positions, PositionSets, position_sets
+from mechinterp.analysis.means import MEANS, check_means, site_means
+from mechinterp.analysis.positions import Positions
 from mechinterp.analysis.sweep import Base, Patch, Progress, run_base, start_layers, sweep
 from mechinterp.edges import clean_logits
-from mechinterp.errors import InputError, UnsupportedError
+from mechinterp.errors import InputError
 from mechinterp.hooks import HookManager
 from mechinterp.metrics import Metric, get_metric
 from mechinterp.registry import unknown
-from mechinterp.sites import LAYER_SITES, Site
+from mechinterp.sites import Site
 from mechinterp.tasks.pairs import Pairs
 
 Replacing: TypeAlias = "str | Tensor | Callable[[Tensor, Site], Tensor]"
-Nodes: TypeAlias = "Sequence[str | Sequence[str]]"
 KINDS = ("pair", "mean", "mean-positional", "zero")
 DIRECTIONS = ("noise", "denoise")
 
@@ -86,11 +86,13 @@ def activation_patching(
     if direction not in DIRECTIONS:
         raise unknown("direction", direction, DIRECTIONS)
     pairs = pairs.to(model.device)
-    labels, parts = _parts(model, what, layers, units)
-    sets, pos_labels = _where(pairs, parts, positions)
+    labels, parts = swept_parts(model, what, layers, units)
+    sets, pos_labels = placed_parts(pairs, parts, positions)
     sites = tuple(dict.fromkeys(part.site for several in parts for part in several))
     _check_replacement(replacement, sites, pairs)
-    means = _means(model, reference or pairs, sites, replacement, batch_size) if isinstance(replacement, str) else {}
+    means: dict[Site, Tensor] = {}
+    if isinstance(replacement, str) and replacement in MEANS:
+        means = site_means(model, reference or pairs, sites, replacement, batch_size)
     results: list[Tensor] = []
     totals, forwards, skips = torch.zeros(2, dtype=torch.float64), 0.0, True
     first_row = 0
@@ -152,97 +154,15 @@ def fraction(effects: Grid) -> Grid:
     return Grid(mean.values / whole, mean.labels, "fraction", "", mean.about, mean.cost)
 
 
-def _parts(
-    model: HookManager, what: str | Nodes, layers: Sequence[int] | None, units: Sequence[int] | None
-) -> tuple[dict[str, tuple[str, ...]], list[tuple[Part, ...]]]:
-    """(the labels of the axes before the position, the set of parts of every entry in order)."""
-    if isinstance(what, str) and what in LAYER_SITES:
-        chosen = layer_range(model, what, layers)
-        labels = {"layer": tuple(map(str, chosen))}
-        axis = unit_axis(model, what)
-        if axis is None:
-            if units is not None:
-                raise InputError(f"Site {what!r} has no heads or neurons, so `units` chooses nothing; leave it out.")
-            return labels, [(Part(Site(what, layer)),) for layer in chosen]
-        wanted = unit_range(model, Site(what, chosen[0]), units)
-        every = [(Part(Site(what, layer), unit),) for layer in chosen for unit in wanted]
-        return {**labels, axis: tuple(map(str, wanted))}, every
-    if layers is not None or units is not None:
-        raise InputError(
-            "`layers` and `units` restrict a sweep over a kind of site; a list of parts is taken as it is."
-        )
-    nodes = [what] if isinstance(what, str) else list(what)
-    if not nodes:
-        raise InputError("No part is given to patch; name some, such as 'a9.h9', or a kind of site, such as 'z'.")
-    names: list[str] = []
-    sets: list[tuple[Part, ...]] = []
-    for node in nodes:
-        members = [node] if isinstance(node, str) else list(node)
-        if not members or len(set(members)) != len(members):
-            raise InputError(f"A set of parts is empty or names one twice: {members}.")
-        names.append(" + ".join(members))
-        sets.append(tuple(parse_part(model, member) for member in members))
-    if len(set(names)) != len(names):
-        raise InputError(f"The part {next(n for n in names if names.count(n) > 1)!r} is given twice.")
-    return {"node": tuple(names)}, sets
-
-
-def _where(
-    pairs: Pairs, parts: Sequence[tuple[Part, ...]], positions: Positions
-) -> tuple[list[tuple[tuple[Part, ...], tuple[Tensor, ...]]], tuple[str, ...]]:
-    """(each entry's parts with their masks, position by position; the labels of the positions)."""
-    if positions is not None and any(part.position is not None for several in parts for part in several):
-        raise InputError("Positions are given twice: behind an '@' and as `positions`; use one of the two.")
-    chosen = position_sets(pairs, positions)
-    own: dict[object, PositionSets] = {}
-    found: list[tuple[tuple[Part, ...], tuple[Tensor, ...]]] = []
-    for several in parts:
-        for mask in chosen.masks:
-            masks: list[Tensor] = []
-            for part in several:
-                if part.position is None:
-                    masks.append(mask)
-                    continue
-                if part.position not in own:
-                    own[part.position] = position_sets(pairs, [part.position])
-                masks.append(own[part.position].masks[0])
-            found.append((several, tuple(masks)))
-    return found, chosen.labels
-
-
 def _check_replacement(replacement: Replacing, sites: Sequence[Site], pairs: Pairs) -> None:
     if isinstance(replacement, str):
         if replacement not in KINDS:
             raise unknown("replacement", replacement, KINDS)
-        if replacement == "mean" and any(site.kind in BY_QUERY for site in sites):
-            raise UnsupportedError("An attention pattern has no mean over positions; use 'mean-positional' or 'zero'.")
     elif isinstance(replacement, Tensor) and replacement.shape != pairs.clean.shape:
         raise InputError(
             f"Prompts to take values from are token ids {list(pairs.clean.shape)} like the pairs'; got "
             f"{list(replacement.shape)}."
         )
-
-
-def _means(
-    model: HookManager, reference: Pairs, sites: Sequence[Site], kind: str, batch_size: int | None
-) -> dict[Site, Tensor]:
-    """Every site's mean over the corrupt prompts of the reference: `[1, 1, ...]`, or `[1, pos, ...]` per position."""
-    if not kind.startswith("mean"):
-        return {}
-    positional = kind == "mean-positional"
-    if positional and not bool(reference.mask.all()):
-        raise InputError("A mean per position needs prompts of one length; use 'mean', or pairs without padding.")
-    totals: dict[Site, Tensor] = {}
-    for chunk in reference.to(model.device).chunks(batch_size or 64):
-        run = model.run(chunk.corrupt, chunk.mask, record=sites, stop=Site("resid_final"))
-        for site in sites:
-            value = run.values[site].to(torch.promote_types(model.dtype, torch.float32))
-            if not positional:
-                value = value * chunk.mask.reshape(*chunk.mask.shape, *[1] * (value.ndim - 2))
-            total = value.sum(0, keepdim=True) if positional else value.sum((0, 1))[None, None]
-            totals[site] = totals[site] + total if site in totals else total
-    count = len(reference) if positional else int(reference.mask.sum())
-    return {site: total / count for site, total in totals.items()}
 
 
 def _values(
@@ -272,12 +192,7 @@ def _values(
         return {site: other.recorded[site] for site in sites}
     if replacement == "zero":
         return {site: torch.zeros(1, *[1] * (_ndim(site) - 1), device=model.device) for site in sites}
-    for site, mean in means.items():
-        if mean.shape[1] != 1 and site.kind not in BY_QUERY and mean.shape[1] != chunk.clean.shape[1]:
-            raise InputError(
-                f"The means per position are of {mean.shape[1]} positions, the pairs have {chunk.clean.shape[1]}; take "
-                "both of one length, or replacement 'mean'."
-            )
+    check_means(means, chunk)
     return means
 
 

@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mechinterp.analysis.attribution_methods import METHODS, Batch, Plan, token_means
+from mechinterp.analysis.attribution_methods import METHODS, Batch, Plan
 from mechinterp.analysis.grid import Grid, numbered
+from mechinterp.analysis.means import site_means
 from mechinterp.analysis.parts import layer_range, n_units, unit_axis
 from mechinterp.analysis.positions import Positions, PositionSets, position_sets
 from mechinterp.edges import clean_logits
@@ -154,7 +155,7 @@ def _score(
     means: dict[Site, Tensor] = {}
     if plan.replacement == "mean":
         of = (others or pairs).to(model.device)
-        means = token_means(model, of, sites, batch_size or len(of))
+        means = {s: m[0, 0] for s, m in site_means(model, of, sites, "mean", batch_size or len(of)).items()}
     results: dict[Site, list[Tensor]] = {site: [] for site in sites}
     forwards, backwards = float(plan.replacement == "mean"), 0.0
     row = 0

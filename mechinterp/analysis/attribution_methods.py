@@ -25,7 +25,7 @@ from mechinterp.analysis.site_gradients import (
     site_values,
     unit_products,
 )
-from mechinterp.errors import InputError, UnsupportedError
+from mechinterp.errors import InputError
 from mechinterp.hooks import HookManager, Intervention
 from mechinterp.metrics import Metric
 from mechinterp.registry import unknown
@@ -102,23 +102,6 @@ class Batch:
 
 Scores = tuple[dict[Site, Tensor], float, float]
 """(scores [unit, set, batch], forwards, backwards)"""
-
-
-def token_means(model: HookManager, pairs: Pairs, sites: Sequence[Site], batch_size: int) -> dict[Site, Tensor]:
-    """Every site's mean over all real tokens of the corrupt prompts, as one token. One forward.
-
-    Raises UnsupportedError for attention patterns, which have no mean over positions.
-    """
-    for site in sites:
-        if site.kind in BY_QUERY:
-            raise UnsupportedError(f"Attention has no mean over positions at '{site}'; use replacement 'zero'.")
-    totals: dict[Site, Tensor] = {}
-    for chunk in pairs.chunks(batch_size):
-        for site, value in site_values(model, chunk, chunk.corrupt, sites).items():
-            real = chunk.mask.reshape(*chunk.mask.shape, *[1] * (value.ndim - 2))
-            total = torch.where(real, _wide(value), 0).sum((0, 1))
-            totals[site] = totals[site] + total if site in totals else total
-    return {site: total / pairs.mask.sum() for site, total in totals.items()}
 
 
 def _atp(batch: Batch) -> Scores:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,13 @@ TokenIds: TypeAlias = "int | Int[Tensor, ''] | Int[Tensor, ' batch']"
 DirectionLike: TypeAlias = "str | int | Tensor | tuple[int | Tensor, int | Tensor]"
 """A name of `NAMED`; token ids (their logit); two of them (the first's logit less the second's); or a float tensor
 `[d_vocab]` or `[batch, d_vocab]` of weights on all logits."""
+
+
+class HasUnembedding(Protocol):
+    """What has logits: `W_U [d_model, d_vocab]`."""
+
+    @property
+    def W_U(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +64,7 @@ class Direction:
         return vectors, weights @ layout.b_U[self.columns].to(dtype)
 
 
-def logit_direction(pairs: Pairs, direction: DirectionLike, layout: Layout) -> Direction:
+def logit_direction(pairs: Pairs, direction: DirectionLike, layout: HasUnembedding) -> Direction:
     """The direction that the user means, for every example of `pairs`, on the device of the model.
 
     Raises InputError for an unknown name, answers that the pairs do not have, an id outside the vocabulary, another

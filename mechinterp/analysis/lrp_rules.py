@@ -209,22 +209,31 @@ def lrp_head(
     reference: Tensor | None = None,
 ) -> Head:
     """The final norm, the unembedding, a soft cap and the metric, with the rules on their way back."""
-    layout, columns = model.layout, metric.columns(pairs)
-    norm = layout.final_norm
+    columns = metric.columns(pairs)
     wide = take_positions(resid, pairs.answer_pos).to(torch.promote_types(resid.dtype, torch.float32))
-    normed = norm(wide)
+    normed, uncapped, logits = lrp_logits(model, columns, rules, wide)
+    values = metric(logits, pairs, reference) if columns is None else metric.on_columns(logits, columns, pairs)
+    return Head(normed, uncapped, logits, values)
+
+
+def lrp_logits(
+    model: HookManager, columns: Tensor | None, rules: Rules, resid: Float[Tensor, "*axes d_model"]
+) -> tuple[Float[Tensor, "*axes d_model"], Float[Tensor, "*axes n_columns"], Float[Tensor, "*axes n_columns"]]:
+    """(the final norm's output, the logits before a soft cap, the logits), with the rules on their way back."""
+    layout = model.layout
+    norm = layout.final_norm
+    normed = norm(resid)
     if rules.norm:
-        normed = norm.project(wide) / norm.scale(wide).detach()
+        normed = norm.project(resid) / norm.scale(resid).detach()
         normed = normed if norm.bias is None else normed + norm.bias
-    weight, bias = unembedding(model, columns, wide.dtype)
+    weight, bias = unembedding(model, columns, resid.dtype)
     uncapped = logits = normed @ weight if bias is None else normed @ weight + bias
     if layout.soft_cap:
         logits = layout.soft_cap * torch.tanh(uncapped / layout.soft_cap)
         if rules.activation:
             at_zero = uncapped.abs() < torch.finfo(uncapped.dtype).tiny
             logits = uncapped * torch.where(at_zero, 1, logits / torch.where(at_zero, 1, uncapped)).detach()
-    values = metric(logits, pairs, reference) if columns is None else metric.on_columns(logits, columns, pairs)
-    return Head(normed, uncapped, logits, values)
+    return normed, uncapped, logits
 
 
 def unembedding(model: HookManager, columns: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from mechinterp.analysis.positions import Position
 from mechinterp.errors import InputError, UnsupportedError
-from mechinterp.hooks import HookManager
 from mechinterp.models.layout import Dims
+from mechinterp.models.source import ModelInfo
 from mechinterp.registry import unknown
 from mechinterp.sites import GLOBAL_SITES, LAYER_SITES, Site
 
@@ -40,6 +41,32 @@ _UNIT = re.compile(
 )
 
 
+class HasNeurons(Protocol):
+    """What knows the MLPs' weights."""
+
+    def neurons(self, layer: int) -> Any:
+        """The weights of a layer's MLP; `W_out` is `[neuron, ...]`."""
+        ...
+
+
+class HasSites(Protocol):
+    """A model whose parts can be named: a HookManager, or an encoder."""
+
+    @property
+    def dims(self) -> Dims: ...
+    @property
+    def info(self) -> ModelInfo: ...
+    @property
+    def layout(self) -> HasNeurons: ...
+    def has(self, site: Site, /) -> bool:
+        """Whether it has the site."""
+        ...
+
+    def resolve(self, site: Site, /) -> str:
+        """Its own name of the site. Raises an error that says why where there is none."""
+        ...
+
+
 @dataclass(frozen=True)
 class Part:
     """One head or neuron of a site (`unit`), or all of it (None); at `position`, or wherever the caller says."""
@@ -49,7 +76,7 @@ class Part:
     position: Position | None = None
 
 
-def parse_part(model: HookManager, text: str) -> Part:
+def parse_part(model: HasSites, text: str) -> Part:
     """The part that the text names. Raises InputError for what the model does not have, by name."""
     name, at, position = text.rpartition("@")
     if not at:
@@ -104,7 +131,7 @@ def check_head(dims: Dims, text: str, kind: str, head: int, channel: str) -> Non
         raise InputError(f"{text!r} is not there: a layer has {'key/value ' * (kind == 'kv')}heads 0 to {count - 1}.")
 
 
-def n_units(model: HookManager, site: Site) -> int:
+def n_units(model: HasSites, site: Site) -> int:
     """How many units a site has. Raises UnsupportedError for neurons of an MLP whose weights are not plain."""
     axis = UNIT_AXES.get(site.kind)
     if axis is None:
@@ -114,13 +141,13 @@ def n_units(model: HookManager, site: Site) -> int:
     return model.dims.n_heads if axis == "head" else model.dims.n_kv_heads
 
 
-def unit_axis(model: HookManager, kind: str) -> str | None:
+def unit_axis(model: HasSites, kind: str) -> str | None:
     """`head`, `kv_head` (only where query heads share keys and values), `neuron`, or None."""
     axis = UNIT_AXES.get(kind)
     return "head" if axis == "kv_head" and model.dims.n_kv_heads == model.dims.n_heads else axis
 
 
-def layer_range(model: HookManager, kind: str, layers: Sequence[int] | None) -> tuple[int, ...]:
+def layer_range(model: HasSites, kind: str, layers: Sequence[int] | None) -> tuple[int, ...]:
     """The layers asked for (all by default) that have the site. Raises InputError for none and for unknown ones."""
     if kind not in LAYER_SITES:
         raise unknown("site of a layer", kind, LAYER_SITES)
@@ -135,7 +162,7 @@ def layer_range(model: HookManager, kind: str, layers: Sequence[int] | None) -> 
     return wanted
 
 
-def unit_range(model: HookManager, site: Site, units: Sequence[int] | None) -> tuple[int, ...]:
+def unit_range(model: HasSites, site: Site, units: Sequence[int] | None) -> tuple[int, ...]:
     """The heads or neurons asked for (all by default). Raises InputError for none and for unknown ones."""
     count = n_units(model, site)
     wanted = tuple(range(count)) if units is None else tuple(units)

@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +89,57 @@ def parse_device(device: torch.device | str | None) -> torch.device | None:
     return found
 
 
-def _open_named(
-    spec: str,
-    revision: str | None,
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-    tokenizer: Any,
-    trust_remote_code: bool,
-) -> Opened:
+def open_encoder(
+    spec: Any,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, ModelInfo, Any]:
+    """(the module, its identity, its tokenizer) of an encoder with a head, as `open_model` finds them; not bridged.
+
+    A module in memory is used as it is: nothing of it is changed.
+    """
+    dtype, device = parse_dtype(dtype), parse_device(device)
+    if isinstance(spec, (str, os.PathLike)):
+        where, label, revision, origin = _named(os.fspath(spec), revision)
+        module, tokenizer = _from_pretrained(
+            where, origin, revision, dtype, tokenizer, trust_remote_code, _auto_class(where, origin, revision)
+        )
+        commit = getattr(module.config, "_commit_hash", None) if origin == "hub" else None
+        found = ModelInfo(label, commit or revision, type(module).__name__, origin, "raw", {})
+        module = module.to(device=device)
+    elif isinstance(spec, nn.Module) and hasattr(spec, "config"):
+        if dtype is not None or device is not None or revision is not None:
+            raise InputError("A module in memory is used as it is; move it yourself, and leave out revision and dtype.")
+        module = spec
+        name = str(getattr(spec.config, "name_or_path", "")) or type(spec).__name__
+        found = ModelInfo(name, None, type(spec).__name__, "memory", "raw", {})
+    else:
+        raise InputError(f"Cannot load an encoder from {type(spec).__name__}; give a directory, a hub id or a module.")
+    weights = dict(module.named_parameters())
+    _check_finite(weights, found.name)
+    return module, replace(found, weights=weights), tokenizer
+
+
+def _auto_class(where: str, origin: str, revision: str | None) -> str:
+    """The name of the transformers class that loads the checkpoint's own head."""
+    from transformers import AutoConfig
+
+    keywords: dict[str, Any] = {"local_files_only": origin != "hub"} | ({"revision": revision} if revision else {})
+    try:
+        config: Any = AutoConfig.from_pretrained(where, **keywords)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"Cannot load the model {where!r} from {origin}: {reason}") from error
+    named = (getattr(config, "architectures", None) or [""])[0]
+    return "AutoModelForSequenceClassification" if named.endswith("SequenceClassification") else "AutoModelForMaskedLM"
+
+
+def _named(spec: str, revision: str | None) -> tuple[str, str, str | None, str]:
+    """(where to load from, label, revision, origin) of a name, directory or hub id."""
     name, at, tail = spec.partition("@")
     path = BUNDLED if spec == "bundled" else Path(spec)
     if spec == "bundled":
@@ -114,8 +157,19 @@ def _open_named(
             raise InputError(f"Two revisions: {tail!r} in the id and {revision!r} beside it; give one.")
         revision = tail
     where = name if origin == "hub" else str(path)
+    return where, {"bundled": "bundled", "hub": name}.get(origin, str(path)), revision, origin
+
+
+def _open_named(
+    spec: str,
+    revision: str | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    tokenizer: Any,
+    trust_remote_code: bool,
+) -> Opened:
+    where, label, revision, origin = _named(spec, revision)
     module, tokenizer = _from_pretrained(where, origin, revision, dtype, tokenizer, trust_remote_code)
-    label = {"bundled": "bundled", "hub": name}.get(origin, str(path))
     commit = getattr(module.config, "_commit_hash", None) if origin == "hub" else None
     return _bridge(module.to(device=device), label, commit or revision, origin, tokenizer)
 
@@ -127,9 +181,11 @@ def _from_pretrained(
     dtype: torch.dtype | None,
     tokenizer: Any,
     trust_remote_code: bool,
+    auto_class: str = "AutoModelForCausalLM",
 ) -> tuple[nn.Module, Any]:
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     keywords = {
         "local_files_only": origin != "hub",
@@ -139,7 +195,7 @@ def _from_pretrained(
     if revision is None:
         del keywords["revision"]
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = getattr(transformers, auto_class).from_pretrained(
             where,
             dtype=dtype or torch.float32,
             attn_implementation="eager",
