@@ -45,6 +45,10 @@ if TYPE_CHECKING:
     from mechinterp.analysis.weights import qk_circuit as qk_circuit
     from mechinterp.analysis.weights import top_tokens as top_tokens
     from mechinterp.circuit import Circuit as Circuit
+    from mechinterp.decomposition.contextual import Decomposition as Decomposition
+    from mechinterp.decomposition.contextual import contextual_decomposition as contextual_decomposition
+    from mechinterp.decomposition.encoder import Encoder as Encoder
+    from mechinterp.decomposition.encoder import load_encoder as load_encoder
     from mechinterp.discovery.method import METHODS as METHODS
     from mechinterp.discovery.method import score_edges as score_edges
     from mechinterp.discovery.select import select as select
@@ -116,6 +120,8 @@ _HOMES = {
     "circuit": ("Circuit",),
     "files.circuit_file": ("load_circuit", "save_circuit"),
     "files.claims": ("Claim", "Verification"),
+    "decomposition.contextual": ("Decomposition", "contextual_decomposition"),
+    "decomposition.encoder": ("Encoder", "load_encoder"),
     "discovery.method": ("METHODS", "score_edges"),
     "discovery.select": ("select",),
     "edges": ("run_edges",),

@@ -22,6 +22,7 @@ LAYERS = (
     ("edges",),
     ("gradients",),
     ("analysis",),
+    ("decomposition",),
     ("circuit",),
     ("discovery",),
     ("evaluation",),

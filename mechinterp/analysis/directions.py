@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +26,7 @@ DirectionLike: TypeAlias = "str | int | Tensor | tuple[int | Tensor, int | Tenso
 `[d_vocab]` or `[batch, d_vocab]` of weights on all logits."""
 
 
+@runtime_checkable
 class HasUnembedding(Protocol):
     """What has logits: `W_U [d_model, d_vocab]`."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ MEANS = ("mean", "mean-positional")
 """mean: over all real tokens of the corrupt prompts. mean-positional: the same per position, for one length."""
 
 
+@runtime_checkable
 class Runs(Protocol):
     """A model whose activations can be read: a HookManager, or an encoder."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from mechinterp.analysis.positions import Position
 from mechinterp.errors import InputError, UnsupportedError
@@ -41,6 +41,7 @@ _UNIT = re.compile(
 )
 
 
+@runtime_checkable
 class HasNeurons(Protocol):
     """What knows the MLPs' weights."""
 
@@ -49,6 +50,7 @@ class HasNeurons(Protocol):
         ...
 
 
+@runtime_checkable
 class HasSites(Protocol):
     """A model whose parts can be named: a HookManager, or an encoder."""
 

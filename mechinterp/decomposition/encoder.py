@@ -135,7 +135,9 @@ class Encoder:
         """The values at sites (`stop` changes nothing here): one forward, compared with the module's own outputs."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         totals, _ = self._totals(tokens.to(self.device), mask.to(self.device))
-        found: dict[SiteLike, Tensor] = {site: totals[self.resolve(site) if site.kind != "pattern" else str(site)] for site in record}
+        found: dict[SiteLike, Tensor] = {}
+        for site in record:
+            found[site] = totals[str(site) if site.kind == "pattern" else self.resolve(site)]
         return Run(None, found, {}, None, None)
 
     def run_pass(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from einops import einsum
@@ -22,6 +22,7 @@ from mechinterp.models.norm import Norm
 Parts = Sequence[Tensor | None]
 
 
+@runtime_checkable
 class Operation(Protocol):
     """One step of the forward; `kind` says where opposite signs are settled (see `Preset.settle`)."""
 
@@ -86,7 +87,7 @@ class Normalize:
         (r,), (x,) = parts, totals
         assert r is not None
         if preset.norm == "remove":
-            return out - self.norm(x - r)
+            return self.norm(x) - self.norm(x - r)
         return with_bias(preset, self.norm.project(r) / self.norm.scale(x), out, self.norm.bias)
 
 
@@ -132,7 +133,7 @@ class Gate:
         gate, r_up = self.f(x), parts[1]
         r_gate = None if parts[0] is None else through_function(preset, self.f, parts[0], x, gate)
         if preset.product == "remove":
-            return out - (gate if r_gate is None else gate - r_gate) * (up if r_up is None else up - r_up)
+            return gate * up - (gate if r_gate is None else gate - r_gate) * (up if r_up is None else up - r_up)
         terms = [term for term in (None if r_gate is None else r_gate * up, None if r_up is None else gate * r_up)]
         return 0.5 * torch.stack([term for term in terms if term is not None]).sum(0)
 
@@ -180,7 +181,6 @@ class Attention:
         preset: Preset,
         parts: Parts,
         totals: Sequence[Tensor],
-        out: Float[Tensor, "batch query head d_head"],
         visible: Bool[Tensor, "batch 1 query key"],
         at: Int[Tensor, "batch query"],
     ) -> Tensor:
@@ -193,12 +193,13 @@ class Attention:
             )
             return _attended(softmax_where(self.scores(q, k, at), visible), v)
         q, k, v = (t if r is None else t - r for r, t in zip(parts, totals, strict=True))
-        return out - _attended(softmax_where(self.scores(q, k, at), visible), v)
+        whole = _attended(softmax_where(self.scores(*totals[:2], at), visible), totals[2])
+        return whole - _attended(softmax_where(self.scores(q, k, at), visible), v)
 
 
 def _attended(
-    pattern: Float[Tensor, "*axes head query key"], v: Float[Tensor, "*_axes key kv_head d_head"]
-) -> Float[Tensor, "*axes query head d_head"]:
+    pattern: Float[Tensor, "*_axes head query key"], v: Float[Tensor, "*_axes key kv_head d_head"]
+) -> Float[Tensor, "*_axes query head d_head"]:
     group = pattern.shape[-3] // v.shape[-2]
     grouped = pattern.unflatten(-3, (-1, group))
     if pattern.ndim == 4:

@@ -83,7 +83,7 @@ def with_bias(preset: Preset, relevant: Tensor, total: Tensor, bias: Tensor | No
 def through_function(preset: Preset, f: Callable[[Tensor], Tensor], relevant: Tensor, x: Tensor, out: Tensor) -> Tensor:
     """The relevant part of an activation function's output `out` = f(x)."""
     if preset.activation == "remove":
-        return out - f(x - relevant)
+        return f(x) - f(x - relevant)  # not out less it: nothing relevant is exactly nothing
     return relevant * coefficient(f, x, out)
 
 

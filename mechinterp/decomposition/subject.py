@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -32,6 +32,7 @@ class Pass:
     completeness: float
 
 
+@runtime_checkable
 class Subject(Protocol):
     """A model that can be decomposed."""
 

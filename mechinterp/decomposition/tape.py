@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from mechinterp.decomposition.operations import Attention, Operation
@@ -99,7 +99,7 @@ class Window:
         return value
 
 
-def gathered(value: Float[Tensor, "batch pos ..."], at: Int[Tensor, "batch n_at"]) -> Tensor:
+def gathered(value: Shaped[Tensor, "batch pos ..."], at: Int[Tensor, "batch n_at"]) -> Tensor:
     """The entries at the positions (entry 0 where a position is -1, no entry)."""
     index = at.clamp(min=0).reshape(*at.shape, *[1] * (value.ndim - 2))
     return value.gather(1, index.expand(-1, -1, *value.shape[2:]))
@@ -208,7 +208,7 @@ def _attention_step(
     at = window.total(everywhere, narrow).clamp(min=0)
     seen = window.total(visible[op.output].transpose(1, 2), narrow).transpose(1, 2)
     of = [window.total(totals[op.inputs[0]], narrow), totals[op.inputs[1]], totals[op.inputs[2]]]
-    return op.with_scores(preset, [query, *pad], of, out_total, seen, at)
+    return op.with_scores(preset, [query, *pad], of, seen, at)
 
 
 def _from_start(part: Tensor, first: int) -> Tensor:

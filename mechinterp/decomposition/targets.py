@@ -55,7 +55,7 @@ class Target:
 
     def read(
         self,
-        value: Float[Tensor, "source batch pos ..."] | None,
+        value: Float[Tensor, "source batch n_seen ..."] | None,
         n: int,
         totals: Mapping[str, Tensor],
         at: Int[Tensor, "batch n_at"],

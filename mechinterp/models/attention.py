@@ -24,11 +24,11 @@ class AttentionScores:
 
     def __call__(
         self,
-        q: Float[Tensor, "*axes query head d_head"],
-        k: Float[Tensor, "*axes key kv_head d_head"],
+        q: Float[Tensor, "*_axes query head d_head"],
+        k: Float[Tensor, "*_axes key kv_head d_head"],
         at: Int[Tensor, "batch query"] | None = None,
-    ) -> Float[Tensor, "*axes head query key"]:
-        """The scores; `at` are the positions of the queries (default: 0, 1, ...), the last of `axes` is the batch."""
+    ) -> Float[Tensor, "*_axes head query key"]:
+        """The scores; `at` are the positions of the queries (default: 0, 1, ...), the last axis before is the batch."""
         group = q.shape[-2] // k.shape[-2]
         rotated = self._rotated(k, None).repeat_interleave(group, -2).transpose(-3, -2)
         scores = self._rotated(q, at).transpose(-3, -2) @ rotated.transpose(-2, -1) * self.scale
