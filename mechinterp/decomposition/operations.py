@@ -193,7 +193,7 @@ class Attention:
             )
             return _attended(softmax_where(self.scores(q, k, at), visible), v)
         q, k, v = (t if r is None else t - r for r, t in zip(parts, totals, strict=True))
-        whole = _attended(softmax_where(self.scores(*totals[:2], at), visible), totals[2])
+        whole = _attended(softmax_where(self.scores(totals[0], totals[1], at), visible), totals[2])
         return whole - _attended(softmax_where(self.scores(q, k, at), visible), v)
 
 
