@@ -18,6 +18,7 @@ PARTS = {
     "attribution": ("attribution", "attribution"),
     "lens": ("lens", "lens"),
     "direct": ("attribution_direct", "direct"),
+    "decomposition": ("decomposition", "decomposition"),
 }
 """Per part the module and the function in it that measures."""
 

@@ -29,6 +29,7 @@ from mechinterp.decomposition.tape import Source, Window, narrow_values, walk
 from mechinterp.decomposition.targets import Target, TargetLike, read_columns, target_list
 from mechinterp.errors import InputError
 from mechinterp.hooks import HookManager
+from mechinterp.models.layout import Dims
 from mechinterp.registry import unknown
 from mechinterp.sites import Site
 from mechinterp.tasks.pairs import Pairs
@@ -106,8 +107,8 @@ def contextual_decomposition(
 ) -> Decomposition:
     """Splits every target into what is due to each source and the rest: positive = the source raises the target.
 
-    `source` is a kind of site, swept over its layers and heads (`z`), neurons (`mlp_post`) or layers (`mlp_out`), or a
-    list of parts (`input`, `a9.h9`, `m3`, `m3.n17`, each with an optional `@S2` or `@4`) and of sets of parts that are
+    `source` is a kind of site, swept over its layers and heads (`z`), neurons (`mlp_post`) or layers (`mlp_out`);
+    `nodes`, which is the input, every head and every MLP; or a list of parts (`input`, `a9.h9`, `m3`, `m3.n17`, each with an optional `@S2` or `@4`) and of sets of parts that are
     one source; `positions` says where, as in activation patching (`each`, `["S2", ("IO", "S1")]`). So words and
     phrases are `"input", positions="each"` and `positions=[(3, 4, 5)]`.
 
@@ -148,7 +149,7 @@ def contextual_decomposition(
     pairs.check_vocabulary(model.dims.d_vocab, max(model.dims.d_vocab, model.dims.d_vocab_out))
     if replacement not in REPLACEMENTS:
         raise unknown("replacement", replacement, REPLACEMENTS)
-    labels, parts = swept_parts(model, source, None, None)
+    labels, parts = swept_parts(model, every_node(model.dims) if source == "nodes" else source, None, None)
     placed, pos_labels = placed_parts(pairs, parts, positions)
     wanted = target_list(model, pairs, targets)
     at = subject.read_at(pairs) if position is None else position_index(pairs, position)[:, None]
@@ -206,6 +207,15 @@ def contextual_decomposition(
     relevant = {name: torch.cat(value, 1).unflatten(0, sizes) for name, value in results.items()}
     total = {name: torch.cat(value) for name, value in totals.items()}
     return Decomposition(axes, relevant, total, completeness, about, cost)
+
+
+def every_node(dims: Dims) -> list[str]:
+    """The names of the input, every head and every MLP, in the order of the model."""
+    names = ["input"]
+    for layer in range(dims.n_layers):
+        names += [f"a{layer}.h{head}" for head in range(dims.n_heads)]
+        names += [f"m{layer}"] * dims.has_mlp
+    return names
 
 
 def _check_sources(sites: Sequence[Site], rules: Preset) -> None:
