@@ -16,6 +16,7 @@ from mechinterp.analysis.attribution import attribution_patching, node_attributi
 from mechinterp.analysis.attribution_methods import METHODS
 from mechinterp.analysis.integrated_gradients import integrated_gradients
 from mechinterp.analysis.relevance import relevance
+from mechinterp.decomposition.rules import PRESETS
 from mechinterp.edges import metric_values
 from mechinterp.hooks import Intervention
 from mechinterp.metrics import get_metric
@@ -77,7 +78,8 @@ def ranks(n: int = 100, steps: int = 5) -> pd.DataFrame:
 
     The nodes are the 16 heads and 4 MLPs, the 16 queries, and the 16 keys. Exact patching is by plain runs, one for
     each node, with its corrupt value at all positions, on `n` pairs of the training split. `mean` ranks the means over
-    the examples; `magnitude` the means of |effect| (Kramar et al. 2024; all that AtP* has).
+    the examples; `magnitude` the means of |effect| (Kramar et al. 2024; all that AtP* has). `size` is the mean of
+    |estimate| over that of |exact effect|.
     """
     model = mi.load_model("bundled")
     pairs = mi.load_task("ioi").pairs(model, n=n, split="train", seed=0)
@@ -89,15 +91,39 @@ def ranks(n: int = 100, steps: int = 5) -> pd.DataFrame:
                 continue  # it holds the patterns constant
             grids = [attribution_patching(model, pairs, kind, method=method, steps=steps) for kind in kinds]
             values = torch.cat([grid.values.reshape(-1, len(pairs)) for grid in grids])
-            found.append(
-                {
-                    "nodes": ", ".join(kinds),
-                    "method": method,
-                    "mean": spearman(values.mean(1), exact.mean(1)),
-                    "magnitude": spearman(values.abs().mean(1), exact.abs().mean(1)),
-                }
-            )
-    return pd.DataFrame(found)
+            found.append(_row(", ".join(kinds), method, values, exact))
+    return pd.DataFrame([*found, *preset_ranks(model, pairs)])
+
+
+def preset_ranks(model: mi.HookManager, pairs: mi.Pairs) -> list[dict[str, object]]:
+    """The same for every preset of contextual decomposition, with the corrupt run and with means as replacement."""
+    found: list[dict[str, object]] = []
+    for replacement in ("pair", "mean"):
+        kinds, nodes = ("z", "mlp_out"), f"z, mlp_out ({replacement})"
+        grids = [mi.activation_patching(model, pairs, kind, replacement=replacement) for kind in kinds]
+        exact = torch.cat([grid.values.reshape(-1, len(pairs)) for grid in grids])
+        for method in ("atp", "relp"):
+            chosen = [attribution_patching(model, pairs, k, method=method, replacement=replacement) for k in kinds]
+            values = torch.cat([grid.values.reshape(-1, len(pairs)) for grid in chosen])
+            found.append(_row(nodes, method, values, exact))
+        for preset in PRESETS:
+            split = [
+                mi.contextual_decomposition(model, pairs, kind, preset=preset, replacement=replacement, forward=True)
+                for kind in kinds
+            ]
+            values = torch.cat([part.scores().values.reshape(-1, len(pairs)) for part in split])
+            found.append(_row(nodes, f"cd {preset}", values, exact))
+    return found
+
+
+def _row(nodes: str, method: str, values: torch.Tensor, exact: torch.Tensor) -> dict[str, object]:
+    return {
+        "nodes": nodes,
+        "method": method,
+        "mean": spearman(values.mean(1), exact.mean(1)),
+        "magnitude": spearman(values.abs().mean(1), exact.abs().mean(1)),
+        "size": float(values.abs().mean() / exact.abs().mean()),
+    }
 
 
 def exact_effects(model: mi.HookManager, pairs: mi.Pairs, kinds: tuple[str, ...]) -> torch.Tensor:

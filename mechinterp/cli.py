@@ -25,6 +25,8 @@ OK, CLAIM_FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 METHODS = {
     "eap": "edge attribution patching, the gradient at the clean run (Syed et al. 2023)",
     "eap-ig": "the same with integrated gradients over the inputs (Hanna et al. 2024); the default",
+    "cd": "contextual decomposition of nodes, from the logits back (Hsu et al. 2024)",
+    "cd-edges": "contextual decomposition along edges, linear rules in one backward",
     "exact": "every edge replaced alone; as many runs as edges",
 }
 """Kept here as well as in the registry, so that `list` and a mistyped name need no torch; a test compares both."""
@@ -54,7 +56,7 @@ TASK is a task of the package (see `discover-circuit list`), your own task file 
 .csv with the columns clean, corrupt, right, wrong as texts or token ids).
 
 Without --edges and --threshold the circuit is the smallest on a log grid that recovers 90 % of the metric on the
-pairs it was found with.
+pairs it was found with; method cd chooses its own.
 
 \b
   discover-circuit run ioi
@@ -140,6 +142,10 @@ def _run(
     steps: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Integration steps of eap-ig.  [default: 5]")
     ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A parameter of the method; repeatable."),
+    ] = None,
     edges: Annotated[int | None, typer.Option(min=1, help="Select so many edges.")] = None,
     threshold: Annotated[
         float | None, typer.Option(help="Select every edge whose score (as --by has it) is above this.")
@@ -172,6 +178,7 @@ def _run(
         method=method,
         metric=metric,
         steps=steps,
+        settings=tuple(setting or ()),
         edges=edges,
         threshold=threshold,
         by=by,

@@ -14,7 +14,7 @@ So per layer there is one batched product, one pass for the second term, and one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,16 @@ TOKEN_BUDGET_BYTES = 2**28
 
 
 @dataclass(frozen=True)
+class Backward:
+    """Another backward pass than the gradient: rules as edits of gradients, and constant scales of all norms."""
+
+    edits: Callable[[], list[Intervention]]
+    """Made anew for every run."""
+    loss: Callable[[Pairs, Tensor | None], Callable[[Tensor], Tensor]]
+    """(pairs, reference logits) -> the metric of every example as a function of the final residual stream."""
+
+
+@dataclass(frozen=True)
 class _Step:
     """One forward and backward: values and gradients at the readers' inputs, all tokens flattened."""
 
@@ -51,13 +61,14 @@ def edge_gradients(
     *,
     replacement: Replacement | None = None,
     alphas: Sequence[float] = (1.0,),
+    backward: Backward | None = None,
 ) -> Float[Tensor, "reader writer"]:
     """Sum over the examples of the estimated drop of the metric when each edge is replaced; 0 where there is no edge.
 
     The sign is that of the metric's value: clean minus replaced. Gradients are averaged over runs whose input is
     `corrupt + alpha * (clean - corrupt)` for each of `alphas`; `(1.0,)` is the clean run alone. Cost: a forward of
     the corrupt prompts, a forward and a backward per alpha, a forward of the clean prompts when 1 is not among the
-    alphas, and one contraction. Accumulates in float32 or better.
+    alphas, and one contraction. Accumulates in float32 or better. With `backward` its rules take the gradient's place.
     """
     metric.check_answers(pairs)
     check_model(model, graph, pairs)
@@ -73,12 +84,12 @@ def edge_gradients(
     steps: list[_Step] = []
     ends = None if tuple(alphas) == (1.0,) else _input_ends(model, graph, pairs, corrupt)
     for alpha in alphas:
-        step = _step(model, graph, pairs, metric, reference, None if alpha == 1.0 else (ends, alpha))
+        step = _step(model, graph, pairs, metric, reference, None if alpha == 1.0 else (ends, alpha), backward)
         if alpha == 1.0:
             clean = _clean_writes(model, graph, step)
         steps.append(_readers_only(step))
     assert clean is not None
-    return _contract(model, graph, pairs, steps, clean, values) / len(alphas)
+    return _contract(model, graph, pairs, steps, clean, values, frozen=backward is not None) / len(alphas)
 
 
 def _input_ends(
@@ -108,17 +119,18 @@ def _step(
     metric: Metric,
     reference: Tensor | None,
     interpolated: tuple[dict[Site, tuple[Tensor, Tensor]] | None, float] | None,
+    backward: Backward | None,
 ) -> _Step:
     dims = model.dims
 
     def loss(resid: Tensor) -> Tensor:
         return metric_values(model, pairs, metric, resid, reference)
 
-    edits: list[Intervention] = []
+    edits = [] if backward is None else backward.edits()
     if interpolated is not None:
         ends, alpha = interpolated
         assert ends is not None
-        edits = [Intervention(site, corrupt + alpha * (clean - corrupt)) for site, (clean, corrupt) in ends.items()]
+        edits += [Intervention(site, corrupt + alpha * (clean - corrupt)) for site, (clean, corrupt) in ends.items()]
     grads = _reader_sites(model)
     record = {site: None for site in [*write_sites(model, graph), *grads]}
     for layer in range(dims.n_layers):
@@ -131,7 +143,7 @@ def _step(
         record=list(record),
         interventions=edits,
         grads=grads,
-        loss=loss,
+        loss=loss if backward is None else backward.loss(pairs, reference),
         stop=Site("resid_final"),
     )
     return _Step({_site(k): v for k, v in run.values.items()}, {_site(k): v for k, v in run.grads.items()})
@@ -154,7 +166,14 @@ def _readers_only(step: _Step) -> _Step:
 
 
 def _contract(
-    model: HookManager, graph: Graph, pairs: Pairs, steps: list[_Step], clean: CompactWrites, values: Values
+    model: HookManager,
+    graph: Graph,
+    pairs: Pairs,
+    steps: list[_Step],
+    clean: CompactWrites,
+    values: Values,
+    *,
+    frozen: bool,
 ) -> Float[Tensor, "reader writer"]:
     """Writes' differences times readers' gradients, summed over tokens, a chunk of tokens at a time."""
     dims = model.dims
@@ -168,7 +187,7 @@ def _contract(
         chunk = slice(first, first + rows)
         writes = _write_differences(model, graph, clean, values, chunk, n_pos, dtype)
         for layer in range(dims.n_layers):
-            _score_layer(model, graph, layer, steps, chunk, writes, scores)
+            _score_layer(model, graph, layer, steps, chunk, writes, scores, frozen=frozen)
         gradient = sum(step.gradients[Site("resid_final")][chunk].to(dtype) for step in steps)
         assert isinstance(gradient, Tensor)
         scores[-1] += writes @ gradient.flatten()
@@ -206,20 +225,22 @@ def _score_layer(
     chunk: slice,
     writes: Tensor,
     scores: Tensor,
+    *,
+    frozen: bool,
 ) -> None:
     """Adds the scores of every edge into one layer."""
     dims = model.dims
     n_writers = graph.n_writers_before(layer, mlp=dims.has_mlp)
     first = graph.channel_readers(layer, "q").start
-    blocks = [_pull_back_heads(model, layer, steps, chunk, writes.dtype)]
+    blocks = [_pull_back_heads(model, layer, steps, chunk, writes.dtype, frozen=frozen)]
     if dims.has_mlp:
-        blocks.append(_pull_back_mlp(model, layer, steps, chunk, writes.dtype))
+        blocks.append(_pull_back_mlp(model, layer, steps, chunk, writes.dtype, frozen=frozen))
     gradients = torch.cat(blocks).flatten(1)
     scores[first : first + len(gradients), :n_writers] += gradients @ writes[:n_writers].T
 
 
 def _pull_back_heads(
-    model: HookManager, layer: int, steps: list[_Step], chunk: slice, dtype: torch.dtype
+    model: HookManager, layer: int, steps: list[_Step], chunk: slice, dtype: torch.dtype, *, frozen: bool
 ) -> Float[Tensor, "reader tokens d_model"]:
     """The gradient at the residual input of every q, k and v of a layer, summed over the steps."""
     maps = model.layout.attention[layer]
@@ -236,21 +257,21 @@ def _pull_back_heads(
             gradient = rearrange(step.gradients[site][chunk].to(dtype), "b p h d -> h (b p) d") / scale
             value = rearrange(step.values[site][chunk].to(dtype), "b p h d -> h (b p) d")
             total = gradient if total is None else total + gradient
-            if norm.kind != "none":
+            if norm.kind != "none" and not frozen:
                 projections[i].append(((value - constant[:, None]) * gradient).sum(-1) / model.dims.d_model)
         assert total is not None
         if norm.kind == "layer":
             weight = weight - weight.mean(1, keepdim=True)
         blocks.append(torch.bmm(total, weight.transpose(1, 2)))
     out = torch.cat(blocks)
-    if norm.kind != "none":
+    if norm.kind != "none" and not frozen:
         for resid, parts in zip(resids, projections, strict=True):
             out.addcmul_(norm.standardize(resid), torch.cat(parts)[..., None], value=-1)
     return out
 
 
 def _pull_back_mlp(
-    model: HookManager, layer: int, steps: list[_Step], chunk: slice, dtype: torch.dtype
+    model: HookManager, layer: int, steps: list[_Step], chunk: slice, dtype: torch.dtype, *, frozen: bool
 ) -> Float[Tensor, "1 tokens d_model"]:
     """The gradient at the residual input of a layer's MLP, summed over the steps."""
     norm = model.layout.mlp_norm[layer]
@@ -260,7 +281,7 @@ def _pull_back_mlp(
         resid = step.values[_resid_site(model, layer, mlp=True)][chunk].to(dtype).flatten(0, 1)
         gradient = step.gradients[Site("mlp_in", layer)][chunk].to(dtype).flatten(0, 1)
         pulled = norm.project_transposed(gradient) / norm.scale(resid)
-        if norm.kind != "none":
+        if norm.kind != "none" and not frozen:
             standard = norm.standardize(resid)
             pulled = pulled - standard * (standard * pulled).mean(-1, keepdim=True)
         total = pulled if total is None else total + pulled

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mechinterp.circuit import Circuit
-from mechinterp.discovery.method import METHODS, score_edges
+from mechinterp.discovery.method import METHODS, Method, score_edges
 from mechinterp.discovery.select import select
 from mechinterp.errors import InputError
 from mechinterp.evaluation.faithfulness import Evaluation, evaluate
@@ -25,6 +25,8 @@ from mechinterp.files.verification import verify as verify
 from mechinterp.graph import build_graph
 from mechinterp.hooks import HookManager, load_model
 from mechinterp.metrics import get_metric
+from mechinterp.registry import unknown
+from mechinterp.scores import Parameter
 from mechinterp.tasks.files import load_pairs
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.source import FileSource
@@ -39,7 +41,9 @@ class RunSpec:
     """What to discover. `task` is a task's name, a task YAML, or a file of pairs (.jsonl, .csv).
 
     Without `edges` and `threshold` the circuit has the smallest size on a log grid whose faithfulness on the train
-    pairs reaches 0.9. A file of pairs is cut in two: `examples` for the discovery, the next `test_examples` to test.
+    pairs reaches 0.9, or is the one that the method chose itself (`cd`). `settings` are further parameters of the
+    method, as `name=value`. A file of pairs is cut in two: `examples` for the discovery, the next `test_examples` to
+    test.
     """
 
     task: str
@@ -59,6 +63,7 @@ class RunSpec:
     device: str | None = None
     batch_size: int = 32
     replacement: str = "corrupt"
+    settings: tuple[str, ...] = ()
     out: Path = Path("out")
 
 
@@ -104,12 +109,14 @@ def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
     )
     how: dict[str, Any] = {"rule": spec.rule, "by": spec.by}
     measured: dict[str, Any] = {"metric": metric, "replacement": spec.replacement, "batch_size": spec.batch_size}
-    given = spec.edges is not None or spec.threshold is not None
-    curve = size_curve(
-        model, scores, train, size_grid(graph.n_edges), **how, **measured, progress=partial(progress, "curve")
-    )
+    threshold = spec.threshold
+    if spec.edges is None and threshold is None:
+        threshold = METHODS.get(spec.method).threshold
+    given = spec.edges is not None or threshold is not None
+    scored = max(1, int((scores.values != 0).sum()))
+    curve = size_curve(model, scores, train, size_grid(scored), **how, **measured, progress=partial(progress, "curve"))
     edges = spec.edges if given else smallest_faithful(curve)
-    circuit = select(graph, scores, edges=edges, threshold=spec.threshold, **how)
+    circuit = select(graph, scores, edges=edges, threshold=threshold, **how)
     evaluation = evaluate(model, circuit, test, seed=spec.seed, **measured, progress=partial(progress, "evaluation"))
     document = save_circuit(
         path,
@@ -144,7 +151,9 @@ def command_of(spec: RunSpec) -> str:
     words = ["discover-circuit", "run", spec.task]
     for field in fields(RunSpec):
         value = getattr(spec, field.name)
-        if field.name not in ("task", "out", "device") and value != field.default:
+        if field.name == "settings":
+            words += [word for setting in spec.settings for word in ("--set", setting)]
+        elif field.name not in ("task", "out", "device") and value != field.default:
             words += [f"--{field.name.replace('_', '-')}", str(value)]
     return shlex.join(words)
 
@@ -156,8 +165,9 @@ def _stem(task: str) -> str:
 def _settings(spec: RunSpec) -> dict[str, Any]:
     """The parameters of the method that were asked for; checked before anything slow begins."""
     method = METHODS.get(spec.method)
-    wanted = {"replacement": spec.replacement, "steps": spec.steps}
+    wanted: dict[str, Any] = {"replacement": spec.replacement, "steps": spec.steps}
     settings = {name: value for name, value in wanted.items() if value is not None}
+    settings |= dict(_parsed(setting, method) for setting in spec.settings)
     for name in settings:
         if name not in method.defaults:
             raise InputError(f"Method {spec.method!r} has no parameter {name!r}.")
@@ -166,6 +176,24 @@ def _settings(spec: RunSpec) -> dict[str, Any]:
     if spec.metric is not None:
         get_metric(spec.metric)
     return settings
+
+
+def _parsed(setting: str, method: Method) -> tuple[str, Parameter]:
+    """`name=value` with the type that the method's default has. Raises InputError for anything else."""
+    name, equals, text = setting.partition("=")
+    if not equals:
+        raise InputError(f"A setting is NAME=VALUE; got {setting!r}.")
+    if name not in method.defaults:
+        raise unknown(f"parameter of method {method.name!r}", name, method.defaults)
+    kind = type(method.defaults[name])
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise InputError(f"{name} is true or false; got {text!r}.")
+        return name, text == "true"
+    try:
+        return name, kind(text)
+    except ValueError:
+        raise InputError(f"{name} is a number; got {text!r}.") from None
 
 
 def _examples(spec: RunSpec, model: HookManager) -> tuple[TaskRecord | FileTaskRecord, Pairs, Pairs, str]:

@@ -34,6 +34,8 @@ class Scores:
     parameters: Mapping[str, Parameter] = field(default_factory=dict[str, Parameter])
     cost: Mapping[str, int] = field(default_factory=dict[str, int])
     """Examples run forward and backward."""
+    additive: bool = True
+    """Whether scores of two sets of examples add up to those of both; not where nodes are chosen on the way."""
     pairs: Pairs | None = field(default=None, repr=False)
     """The examples, for the record; None in a sum and in scores that were read from a file."""
 
@@ -57,6 +59,8 @@ class Scores:
         theirs = (other.method, other.metric, other.replacement, dict(other.parameters), other.graph.digest())
         if mine != theirs:
             raise InputError("Only scores of one method, metric, replacement and graph can be added.")
+        if not (self.additive and other.additive):
+            raise InputError(f"Scores of method {self.method!r} cannot be added; score all examples in one call.")
         if self.replacement.startswith("mean"):
             raise InputError(
                 "Scores under a mean replacement cannot be added: each was made with the mean of its own examples. "

@@ -108,9 +108,10 @@ def contextual_decomposition(
     """Splits every target into what is due to each source and the rest: positive = the source raises the target.
 
     `source` is a kind of site, swept over its layers and heads (`z`), neurons (`mlp_post`) or layers (`mlp_out`);
-    `nodes`, which is the input, every head and every MLP; or a list of parts (`input`, `a9.h9`, `m3`, `m3.n17`, each with an optional `@S2` or `@4`) and of sets of parts that are
-    one source; `positions` says where, as in activation patching (`each`, `["S2", ("IO", "S1")]`). So words and
-    phrases are `"input", positions="each"` and `positions=[(3, 4, 5)]`.
+    `nodes`, which is the input, every head and every MLP; or a list of parts (`input`, `a9.h9`, `m3`, `m3.n17`, each
+    with an optional `@S2` or `@4`) and of sets of parts that are one source. `positions` says where, as in activation
+    patching (`each`, `["S2", ("IO", "S1")]`), so words and phrases are `["input"]` with `positions="each"` or with
+    `positions=[(3, 4, 5)]`.
 
     At its source the relevant part is the activation less a replacement: `zero` (all of it is relevant), `mean` or
     `mean-positional` (over the corrupt prompts of `reference`, by default of `prompts`), or `pair` (the corrupt run's

@@ -28,6 +28,8 @@ class Method:
     source: str
     run: Callable[..., Scores]
     defaults: Mapping[str, Parameter] = field(default_factory=dict[str, Parameter])
+    threshold: float | None = None
+    """Of a method that chooses the circuit itself: `select` with this threshold gives it."""
 
 
 METHODS: Registry[Method] = Registry("method")

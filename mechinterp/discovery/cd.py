@@ -1,0 +1,269 @@
+"""`cd`: circuit discovery by contextual decomposition, from the logits back.
+
+Source: Hsu et al. 2024 (arXiv 2407.00886; ICLR 2025) and its public code. Every node is decomposed to the logits; the
+strongest become targets; every node is decomposed to the targets' inputs; the strongest of these are the next targets;
+and so on until no new node is found. Deviations: MLPs are nodes too (`mlps`); a target's inputs are scored by channel,
+so that the result has edges; an edge is weighed by the strength with which its target was found, so that edges of all
+rounds are on one scale, that of the logits; and the presets other than the authors' own can be chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechinterp.analysis.means import MEANS, site_means
+from mechinterp.analysis.parts import Part, parse_part
+from mechinterp.circuit import on_paths
+from mechinterp.decomposition.contextual import contextual_decomposition
+from mechinterp.decomposition.rules import get_preset
+from mechinterp.discovery.method import METHODS, Method, Progress
+from mechinterp.edges import run_edges
+from mechinterp.errors import InputError
+from mechinterp.graph import Graph
+from mechinterp.hooks import HookManager
+from mechinterp.metrics import Metric
+from mechinterp.registry import unknown
+from mechinterp.replacement import build_replacement
+from mechinterp.scores import Parameter, Scores
+from mechinterp.sites import Site
+from mechinterp.tasks.pairs import Pairs
+
+SCORES = ("dot", "l1")
+"""Of a target's input t = r + i with replacement m: dot is <r, t - m> / <t - m, t - m>, signed; l1 is |r| / (|r| +
+|i|), at least 0. Both are sums over tokens and examples, numerator and denominator each."""
+CHANNELS = ("qkv", "q", "k", "v", "z")
+REPLACEMENTS = {"corrupt": "pair", "mean": "mean", "mean-positional": "mean-positional", "zero": "zero"}
+MEMORY = 2**28
+"""Bytes of relevant parts at targets that are kept at a time."""
+
+
+@dataclass
+class _Search:
+    """The state of one discovery."""
+
+    model: HookManager
+    graph: Graph
+    pairs: Pairs
+    settings: Mapping[str, Parameter]
+    progress: Progress
+    sources: tuple[str, ...]
+    table: Float[Tensor, "reader writer"]
+    forwards: float = 0.0
+    rounds: int = 0
+    strength: dict[str, float] = field(default_factory=dict[str, float])
+    """Per node of the circuit, how strongly it was found; the sign is that of its effect."""
+
+    def decompose(self, pairs: Pairs, targets: list[str]) -> Mapping[str, Tensor]:
+        """The relevant part of each target for every source, `[source, example, ...]`; NaN at padding."""
+        found = contextual_decomposition(
+            self.model,
+            pairs,
+            list(self.sources),
+            targets=list(targets),
+            preset=str(self.settings["preset"]),
+            replacement=REPLACEMENTS[str(self.settings["replacement"])],
+            reference=self.pairs,
+        )
+        self.forwards += found.cost["forwards"] * len(pairs)
+        self.totals = found.total
+        return {name: value[:, 0] for name, value in found.relevant.items()}
+
+
+def _cd(
+    model: HookManager,
+    graph: Graph,
+    pairs: Pairs,
+    metric: Metric,
+    settings: Mapping[str, Parameter],
+    batch_size: int,
+    progress: Progress,
+) -> Scores:
+    _check(settings, metric, graph)
+    pairs = pairs.to(model.device)
+    dims = model.dims
+    sources = tuple(name for name in graph.writers if settings["mlps"] or not name.startswith("m"))
+    table = torch.zeros(graph.possible.shape, dtype=torch.promote_types(model.dtype, torch.float32))
+    search = _Search(model, graph, pairs, settings, progress, sources, table)
+    progress(0, dims.n_layers + 1)
+    first = _logit_scores(search, batch_size)
+    columns = [graph.writer_index[name] for name in sources]
+    table[-1, columns] = first
+    frontier = _strongest(search, {name: float(value) for name, value in zip(sources, first, strict=True)})
+    while frontier:
+        search.rounds += 1
+        progress(min(search.rounds, dims.n_layers), dims.n_layers + 1)
+        frontier = _strongest(search, _score_inputs(search, frontier, batch_size))
+    kept = [*graph.inputs, *search.strength]
+    if settings["prune"]:
+        kept = _pruned(search, kept, metric, batch_size)
+    mask = on_paths(graph, between(graph, kept) & (table != 0))
+    progress(dims.n_layers + 1, dims.n_layers + 1)
+    cost = {"forwards": round(search.forwards), "backwards": 0}
+    total = torch.where(mask, table, 0) * len(pairs)
+    kind = str(settings["replacement"])
+    return Scores(graph, total, len(pairs), "cd", metric.name, kind, dict(settings), cost, additive=False)
+
+
+def _check(settings: Mapping[str, Parameter], metric: Metric, graph: Graph) -> None:
+    get_preset(str(settings["preset"]))
+    for name, known in (("score", SCORES), ("channels", CHANNELS), ("replacement", tuple(REPLACEMENTS))):
+        if settings[name] not in known:
+            raise unknown(name, str(settings[name]), known)
+    top = settings["top"]
+    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
+        raise InputError(f"top must be a whole number of nodes, at least 1; got {top!r}.")
+    if metric.name != "logit_diff":
+        raise InputError(f"'cd' decomposes logits, so its metric is 'logit_diff'; got {metric.name!r}.")
+    if graph.split_input:
+        raise InputError("'cd' takes the input as one node; build the graph without split_input.")
+
+
+def between(graph: Graph, nodes: list[str]) -> Bool[Tensor, "reader writer"]:
+    """Every edge from one of the nodes to an input of another, or to the logits."""
+    chosen = torch.tensor([name in set(nodes) for name in graph.writers])
+    reads = (graph.feeds & chosen).any(1)
+    reads[-1] = True
+    return graph.possible & chosen[None, :] & reads[:, None]
+
+
+def _logit_scores(search: _Search, batch_size: int) -> Float[Tensor, " source"]:
+    """The mean relevance of every source for the answers' direction, in logits."""
+    found: list[Tensor] = []
+    for chunk in search.pairs.chunks(batch_size):
+        found.append(search.decompose(chunk, ["answers"])["answers"])
+    return torch.cat(found, -1).mean(-1).cpu().to(search.table.dtype)
+
+
+def _strongest(search: _Search, scores: Mapping[str, float]) -> list[str]:
+    """The `top` strongest nodes; those that are not in the circuit yet become the next targets."""
+    nodes = [name for name in scores if name not in search.graph.inputs and scores[name] != 0]
+    ordered = sorted(nodes, key=lambda name: -abs(scores[name]))[: int(search.settings["top"])]
+    new = [name for name in ordered if name not in search.strength]
+    search.strength.update({name: scores[name] for name in new})
+    return new
+
+
+def _readers_of(search: _Search, nodes: list[str]) -> dict[int, tuple[str, float]]:
+    """Per reader of the nodes, the target that is read for it and the node's strength (the strongest, if shared)."""
+    graph, channels = search.graph, str(search.settings["channels"])
+    found: dict[int, tuple[str, float]] = {}
+    for node in nodes:
+        strength = search.strength[node]
+        for row in graph.feeds[:, graph.writer_index[node]].nonzero().flatten().tolist():
+            reader = graph.readers[row]
+            if reader == node:
+                target = f"mlp_in.{node[1:]}"
+            elif channels == "z":
+                target = node
+            elif reader[-2] in channels:
+                target = reader
+            else:
+                continue
+            if row not in found or abs(found[row][1]) < abs(strength):
+                found[row] = (target, strength)
+    return found
+
+
+def _score_inputs(search: _Search, nodes: list[str], batch_size: int) -> dict[str, float]:
+    """Scores the edges into the nodes; returns every source's strongest of these."""
+    readers = _readers_of(search, nodes)
+    targets = sorted({target for target, _ in readers.values()})
+    shares: dict[str, Tensor] = {}
+    dims = search.model.dims
+    each = len(search.sources) * search.pairs.clean.shape[1] * dims.d_model * 8
+    rows = max(1, min(batch_size, MEMORY // each))
+    at_once = max(1, MEMORY // (each * rows))
+    for low in range(0, len(targets), at_once):
+        shares |= _shares(search, targets[low : low + at_once], rows)
+    columns = [search.graph.writer_index[name] for name in search.sources]
+    best = dict.fromkeys(search.sources, 0.0)
+    for row, (target, strength) in readers.items():
+        scores = torch.where(search.graph.possible[row, columns], strength * shares[target], 0)
+        search.table[row, columns] = scores.to(search.table.dtype)
+        for name, score in zip(search.sources, scores.tolist(), strict=True):
+            best[name] = score if abs(score) > abs(best[name]) else best[name]
+    return best
+
+
+def _shares(search: _Search, targets: list[str], rows: int) -> dict[str, Float[Tensor, " source"]]:
+    """Every source's share of every target, by the score that was asked for."""
+    parts = {target: parse_part(search.model, target) for target in targets}
+    kind = REPLACEMENTS[str(search.settings["replacement"])]
+    sites = list(dict.fromkeys(part.site for part in parts.values()))
+    means = site_means(search.model, search.pairs, sites, kind, rows) if kind in MEANS else {}
+    above: dict[str, Tensor] = {target: torch.zeros(()) for target in targets}
+    below: dict[str, Tensor] = {target: torch.zeros(()) for target in targets}
+    for chunk in search.pairs.chunks(rows):
+        base = means if kind != "pair" else _corrupt_values(search, chunk, sites)
+        relevant = search.decompose(chunk, targets)
+        real = chunk.mask[..., None]
+        for target, part in parts.items():
+            total = torch.where(real, search.totals[target], 0)
+            r = torch.where(real, relevant[target], 0)
+            if search.settings["score"] == "l1":
+                upper, lower = r.abs(), r.abs() + (total - r).abs()
+            else:
+                away = total - torch.where(real, _of_unit(base[part.site], part), 0) if kind != "zero" else total
+                upper, lower = r * away, away.pow(2)[None]
+            above[target] = above[target] + upper.flatten(1).sum(1).cpu()
+            below[target] = below[target] + lower.flatten(1).sum(1).cpu()
+    return {t: torch.where(below[t] > 0, above[t] / torch.where(below[t] > 0, below[t], 1), 0) for t in targets}
+
+
+def _corrupt_values(search: _Search, chunk: Pairs, sites: list[Site]) -> Mapping[Site, Tensor]:
+    run = search.model.run(chunk.corrupt, chunk.mask, record=sites, stop=Site("resid_final"))
+    return {site: run.values[site] for site in sites}
+
+
+def _of_unit(value: Tensor, part: Part) -> Tensor:
+    return value if part.unit is None else value[:, :, part.unit]
+
+
+def _pruned(search: _Search, kept: list[str], metric: Metric, batch_size: int) -> list[str]:
+    """Drops nodes, the weakest first, as long as the circuit loses less than `tolerance` of the metric's range."""
+    graph, model = search.graph, search.model
+    replacement = build_replacement(str(search.settings["replacement"]), model, graph, search.pairs, batch_size)
+
+    def value(nodes: list[str] | None) -> float:
+        cut = torch.zeros_like(graph.possible) if nodes is None else graph.possible & ~between(graph, nodes)
+        found = run_edges(
+            model, graph, search.pairs, cut, metric=metric, replacement=replacement, batch_size=batch_size
+        )
+        search.forwards += 2 * len(search.pairs)
+        return float(found.mean())
+
+    allowed = float(str(search.settings["tolerance"])) * abs(value(None) - value([]))
+    now = value(kept)
+    for node in sorted(search.strength, key=lambda name: abs(search.strength[name])):
+        without = [name for name in kept if name != node]
+        then = value(without)
+        if then >= now - allowed:
+            kept, now = without, max(now, then)
+    return kept
+
+
+METHODS.register(
+    "cd",
+    Method(
+        "cd",
+        "Contextual decomposition of every node, from the logits back",
+        "Hsu et al. 2024, arXiv 2407.00886",
+        _cd,
+        {
+            "replacement": "corrupt",
+            "preset": "frozen-remove",
+            "top": 8,
+            "score": "dot",
+            "channels": "qkv",
+            "mlps": True,
+            "prune": False,
+            "tolerance": 0.01,
+        },
+        threshold=0.0,
+    ),
+)
