@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from mechinterp.decomposition.contextual import contextual_decomposition as contextual_decomposition
     from mechinterp.decomposition.encoder import Encoder as Encoder
     from mechinterp.decomposition.encoder import load_encoder as load_encoder
+    from mechinterp.decomposition.phrases import PhraseRelevance as PhraseRelevance
+    from mechinterp.decomposition.phrases import phrase_relevance as phrase_relevance
     from mechinterp.discovery.method import METHODS as METHODS
     from mechinterp.discovery.method import score_edges as score_edges
     from mechinterp.discovery.select import select as select
@@ -87,6 +89,7 @@ if TYPE_CHECKING:
     from mechinterp.plots.grids import waterfall as waterfall
     from mechinterp.plots.save import save_html as save_html
     from mechinterp.plots.save import save_image as save_image
+    from mechinterp.plots.text import text_page as text_page
     from mechinterp.scores import Scores as Scores
     from mechinterp.sites import Edge as Edge
     from mechinterp.sites import Node as Node
@@ -121,6 +124,8 @@ _HOMES = {
     "files.circuit_file": ("load_circuit", "save_circuit"),
     "files.claims": ("Claim", "Verification"),
     "decomposition.contextual": ("Decomposition", "contextual_decomposition"),
+    "decomposition.phrases": ("PhraseRelevance", "phrase_relevance"),
+    "plots.text": ("text_page",),
     "decomposition.encoder": ("Encoder", "load_encoder"),
     "discovery.method": ("METHODS", "score_edges"),
     "discovery.select": ("select",),

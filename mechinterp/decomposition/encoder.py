@@ -60,7 +60,8 @@ class Encoder:
     def __init__(self, module: nn.Module, info: ModelInfo, tokenizer: Any = None) -> None:
         if info.architecture not in HEADS:
             raise UnsupportedError(f"{info.architecture} has no rules here; encoders are {' and '.join(HEADS)}.")
-        self.module, self.info, self.tokenizer = module, info, tokenizer
+        self.module: Any = module
+        self.info, self.tokenizer = info, tokenizer
         config: Any = module.config
         if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
             raise UnsupportedError(f"{info.architecture} is configured as a decoder; only encoders are supported here.")

@@ -14,9 +14,11 @@ from mechinterp.errors import InputError
 PICTURES = (".png", ".svg", ".pdf", ".webp", ".jpg")
 
 
-def save_html(figure: go.Figure, path: str | os.PathLike[str]) -> None:
-    """Return None after writing the figure as one page with plotly inside (about 5 MB), whole or not at all."""
-    write_whole(path, figure.to_html(include_plotlyjs=True, full_html=True).encode("utf-8"))
+def save_html(figure: go.Figure | str, path: str | os.PathLike[str]) -> None:
+    """Return None after writing the figure as one page with plotly inside (about 5 MB), or a page that is given as
+    text (`text_page`), whole or not at all."""
+    page = figure if isinstance(figure, str) else figure.to_html(include_plotlyjs=True, full_html=True)
+    write_whole(path, page.encode("utf-8"))
 
 
 def save_image(
