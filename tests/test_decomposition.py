@@ -359,3 +359,14 @@ def test_an_encoder_from_a_directory_is_the_one_that_was_saved(tmp_path: Any) ->
         found = contextual_decomposition(loaded, pairs, "z", targets=direction_of(name))
         torch.testing.assert_close(only(found), only(decompose(name, "z", pairs=pairs)), rtol=0, atol=1e-12)
         assert loaded.info.origin == "directory" and loaded.info.architecture == type(module).__name__
+
+
+def test_progress_counts_sources_and_examples_once() -> None:
+    told: list[tuple[int, int]] = []
+    pairs = tiny_models.pairs(4, 7)
+    decompose(
+        "gpt2", "z", pairs=pairs, forward=True, batch_size=3, progress=lambda done, total: told.append((done, total))
+    )
+    assert told[-1] == (4 * 12, 4 * 12) and told == sorted(told) and len(set(told)) == len(told)
+    with pytest.raises(InputError, match="read at its first token"):
+        decompose("classifier", "z", position=2)

@@ -6,8 +6,9 @@ Source: Hsu et al. 2024 (arXiv 2407.00886; CD-T, ICLR 2025) and its public code;
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -153,6 +154,8 @@ def contextual_decomposition(
     labels, parts = swept_parts(model, every_node(model.dims) if source == "nodes" else source, None, None)
     placed, pos_labels = placed_parts(pairs, parts, positions)
     wanted = target_list(model, pairs, targets)
+    if position is not None and isinstance(model, Encoder) and model.classifies:
+        raise InputError("A classifier is read at its first token; leave `position` out.")
     at = subject.read_at(pairs) if position is None else position_index(pairs, position)[:, None]
     sites = tuple(dict.fromkeys(part.site for several in parts for part in several))
     names = {site: subject.name(site) for site in sites}
@@ -164,7 +167,7 @@ def contextual_decomposition(
     results: dict[str, list[Tensor]] = defaultdict(list)
     totals: dict[str, list[Tensor]] = defaultdict(list)
     cost = {"forwards": float(replacement in MEANS), "backwards": 0.0}
-    completeness, row = 0.0, 0
+    completeness, row, whole_work = 0.0, 0, len(pairs) * len(placed)
     for chunk in pairs.chunks(batch_size or len(pairs)):
         rows = slice(row, row + len(chunk))
         row += len(chunk)
@@ -185,7 +188,8 @@ def contextual_decomposition(
             cost["backwards"] += len(chunk) / len(pairs)
         else:
             pass_ = subject.run_pass(chunk, at[rows], read_columns(here), scores=rules.attention != "frozen")
-            done, forwards = _forward(subject, pass_, rules, chunk, sources, here, at[rows], memory, progress)
+            told = None if progress is None else partial(_told, progress, rows.start * len(sources), whole_work)
+            done, forwards = _forward(subject, pass_, rules, chunk, sources, here, at[rows], memory, told)
             whole, worst = {t.name: t.read_total(pass_.totals, at[rows], chunk.mask) for t in here}, pass_.completeness
         completeness = max(completeness, worst)
         cost["forwards"] += (forwards + (replacement == "pair")) * len(chunk) / len(pairs)
@@ -237,7 +241,7 @@ def _forward(
     targets: Sequence[Target],
     at: Int[Tensor, "batch n_at"],
     memory: int | None,
-    progress: Progress | None,
+    told: Callable[[int], None] | None,
 ) -> tuple[dict[str, Float[Tensor, "source batch ..."]], float]:
     """(the relevant part of every target, what it took in forwards)."""
     tape, width = pass_.tape, chunk.clean.shape[1]
@@ -267,9 +271,13 @@ def _forward(
                     out[target.name][i] = own
             forwards += len(some) * (n_ops - max(0, start)) / n_ops * (width - first) / width
             finished += len(some)
-            if progress is not None:
-                progress(finished, len(sources))
+            if told is not None:
+                told(finished * len(chunk))
     return {name: torch.stack([v for v in values if v is not None]) for name, values in out.items()}, forwards
+
+
+def _told(progress: Progress, before: int, total: int, done: int) -> None:
+    progress(before + done, total)
 
 
 def _first(source: Source) -> int:
