@@ -3,9 +3,10 @@
 Source: Hsu et al. 2024 (arXiv 2407.00886; ICLR 2025) and its public code. Every node is decomposed to the logits; the
 strongest become targets; every node is decomposed to the targets' inputs; the strongest of these are the next targets;
 and so on until no new node is found. As in the paper, what is scored is all that a node gives to a target, on whatever
-way, so the score of an edge is not that of the direct edge alone. Deviations: MLPs are nodes too (`mlps`); a target's inputs are scored by channel,
-so that the result has edges; an edge is weighed by the strength with which its target was found, so that edges of all
-rounds are on one scale, that of the logits; and the presets other than the authors' own can be chosen.
+way, so the score of an edge is not that of the direct edge alone. Deviations: MLPs are nodes too (`mlps`); a target's
+inputs are scored by channel, so that the result has edges; an edge is weighed by the strength with which its target
+was found, so that edges of all rounds are on one scale, that of the logits; and presets other than the authors' own
+can be chosen.
 """
 
 from __future__ import annotations
