@@ -18,27 +18,11 @@ import typer
 from rich.console import Console
 
 from mechinterp.errors import InputError, MechInterpError
+from mechinterp.listing import METHODS, METRICS
 from mechinterp.registry import unknown
 
 OK, CLAIM_FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 
-METHODS = {
-    "eap": "edge attribution patching, the gradient at the clean run (Syed et al. 2023)",
-    "eap-ig": "the same with integrated gradients over the inputs (Hanna et al. 2024); the default",
-    "cd": "contextual decomposition of nodes, from the logits back (Hsu et al. 2024)",
-    "cd-edges": "contextual decomposition along edges, linear rules in one backward",
-    "exact": "every edge replaced alone; as many runs as edges",
-}
-"""Kept here as well as in the registry, so that `list` and a mistyped name need no torch; a test compares both."""
-METRICS = {
-    "logit_diff": "right answers' logits minus wrong ones'",
-    "prob": "probability of the right answers",
-    "log_prob": "log of the probability of the right answers",
-    "prob_diff": "right answers' probability minus wrong ones'",
-    "accuracy": "right answer above every wrong one; only for evaluating",
-    "kl_to_clean": "KL(full model || circuit), needs no answers",
-    "l2_to_clean": "distance of the logits, needs no answers",
-}
 EXIT_CODES = "Exit codes: 0 done; 1 a claim of the file failed (verify); 2 bad input, with one line that says what."
 HELP = f"""Find the circuit of a task in a transformer, write it to a file, and check the file again.
 

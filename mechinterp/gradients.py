@@ -46,7 +46,7 @@ class Backward:
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """One forward and backward: values and gradients at the readers' inputs, all tokens flattened."""
 
     values: dict[Site, Tensor]
@@ -81,7 +81,7 @@ def edge_gradients(
     values: Values = corrupt if replacement is None or replacement.kind == "corrupt" else replacement.on(pairs)
     reference = clean_logits(model, pairs) if metric.needs_reference else None
     clean = None if 1.0 in alphas else record_writes(model, graph, pairs.clean, pairs)
-    steps: list[_Step] = []
+    steps: list[Step] = []
     ends = None if tuple(alphas) == (1.0,) else _input_ends(model, graph, pairs, corrupt)
     for alpha in alphas:
         step = _step(model, graph, pairs, metric, reference, None if alpha == 1.0 else (ends, alpha), backward)
@@ -108,7 +108,7 @@ def _reader_sites(model: HookManager) -> list[Site]:
     return [*sites, Site("resid_final")]
 
 
-def _resid_site(model: HookManager, layer: int, *, mlp: bool) -> Site:
+def resid_site(model: HookManager, layer: int, *, mlp: bool) -> Site:
     return Site("resid_mid" if mlp and not model.dims.parallel else "resid_pre", layer)
 
 
@@ -120,7 +120,7 @@ def _step(
     reference: Tensor | None,
     interpolated: tuple[dict[Site, tuple[Tensor, Tensor]] | None, float] | None,
     backward: Backward | None,
-) -> _Step:
+) -> Step:
     dims = model.dims
 
     def loss(resid: Tensor) -> Tensor:
@@ -134,9 +134,9 @@ def _step(
     grads = _reader_sites(model)
     record = {site: None for site in [*write_sites(model, graph), *grads]}
     for layer in range(dims.n_layers):
-        record[_resid_site(model, layer, mlp=False)] = None
+        record[resid_site(model, layer, mlp=False)] = None
         if dims.has_mlp:
-            record[_resid_site(model, layer, mlp=True)] = None
+            record[resid_site(model, layer, mlp=True)] = None
     run = model.run(
         pairs.clean,
         pairs.mask,
@@ -146,30 +146,30 @@ def _step(
         loss=loss if backward is None else backward.loss(pairs, reference),
         stop=Site("resid_final"),
     )
-    return _Step({_site(k): v for k, v in run.values.items()}, {_site(k): v for k, v in run.grads.items()})
+    return Step({_site(k): v for k, v in run.values.items()}, {_site(k): v for k, v in run.grads.items()})
 
 
 def _site(key: Site | str) -> Site:
     return Site.parse(key) if isinstance(key, str) else key
 
 
-def _clean_writes(model: HookManager, graph: Graph, step: _Step) -> CompactWrites:
+def _clean_writes(model: HookManager, graph: Graph, step: Step) -> CompactWrites:
     dtype = torch.promote_types(model.dtype, torch.float32)
     kept = {str(site): step.values[site].to(dtype) for site in write_sites(model, graph)}
     return CompactWrites(model, kept, graph.split_input)
 
 
-def _readers_only(step: _Step) -> _Step:
+def _readers_only(step: Step) -> Step:
     """The step without the values that only the writers need."""
     kept = {s: v for s, v in step.values.items() if s.kind in ("q", "k", "v", "resid_pre", "resid_mid", "resid_final")}
-    return _Step(kept, step.gradients)
+    return Step(kept, step.gradients)
 
 
 def _contract(
     model: HookManager,
     graph: Graph,
     pairs: Pairs,
-    steps: list[_Step],
+    steps: list[Step],
     clean: CompactWrites,
     values: Values,
     *,
@@ -185,7 +185,7 @@ def _contract(
     rows = max(1, budget // n_pos)
     for first in range(0, len(pairs), rows):
         chunk = slice(first, first + rows)
-        writes = _write_differences(model, graph, clean, values, chunk, n_pos, dtype)
+        writes = write_differences(model, graph, clean, values, chunk, n_pos, dtype)
         for layer in range(dims.n_layers):
             _score_layer(model, graph, layer, steps, chunk, writes, scores, frozen=frozen)
         gradient = sum(step.gradients[Site("resid_final")][chunk].to(dtype) for step in steps)
@@ -194,7 +194,7 @@ def _contract(
     return torch.where(graph.possible.to(scores.device), scores, 0.0)
 
 
-def _write_differences(
+def write_differences(
     model: HookManager,
     graph: Graph,
     clean: CompactWrites,
@@ -221,7 +221,7 @@ def _score_layer(
     model: HookManager,
     graph: Graph,
     layer: int,
-    steps: list[_Step],
+    steps: list[Step],
     chunk: slice,
     writes: Tensor,
     scores: Tensor,
@@ -232,20 +232,20 @@ def _score_layer(
     dims = model.dims
     n_writers = graph.n_writers_before(layer, mlp=dims.has_mlp)
     first = graph.channel_readers(layer, "q").start
-    blocks = [_pull_back_heads(model, layer, steps, chunk, writes.dtype, frozen=frozen)]
+    blocks = [pull_back_heads(model, layer, steps, chunk, writes.dtype, frozen=frozen)]
     if dims.has_mlp:
-        blocks.append(_pull_back_mlp(model, layer, steps, chunk, writes.dtype, frozen=frozen))
+        blocks.append(pull_back_mlp(model, layer, steps, chunk, writes.dtype, frozen=frozen))
     gradients = torch.cat(blocks).flatten(1)
     scores[first : first + len(gradients), :n_writers] += gradients @ writes[:n_writers].T
 
 
-def _pull_back_heads(
-    model: HookManager, layer: int, steps: list[_Step], chunk: slice, dtype: torch.dtype, *, frozen: bool
+def pull_back_heads(
+    model: HookManager, layer: int, steps: list[Step], chunk: slice, dtype: torch.dtype, *, frozen: bool
 ) -> Float[Tensor, "reader tokens d_model"]:
     """The gradient at the residual input of every q, k and v of a layer, summed over the steps."""
     maps = model.layout.attention[layer]
     norm = maps.norm
-    resids = [step.values[_resid_site(model, layer, mlp=False)][chunk].to(dtype).flatten(0, 1) for step in steps]
+    resids = [step.values[resid_site(model, layer, mlp=False)][chunk].to(dtype).flatten(0, 1) for step in steps]
     scales = [norm.scale(resid) for resid in resids]
     blocks: list[Tensor] = []
     projections: list[list[Tensor]] = [[] for _ in steps]
@@ -270,15 +270,15 @@ def _pull_back_heads(
     return out
 
 
-def _pull_back_mlp(
-    model: HookManager, layer: int, steps: list[_Step], chunk: slice, dtype: torch.dtype, *, frozen: bool
+def pull_back_mlp(
+    model: HookManager, layer: int, steps: list[Step], chunk: slice, dtype: torch.dtype, *, frozen: bool
 ) -> Float[Tensor, "1 tokens d_model"]:
     """The gradient at the residual input of a layer's MLP, summed over the steps."""
     norm = model.layout.mlp_norm[layer]
     assert norm is not None
     total: Tensor | None = None
     for step in steps:
-        resid = step.values[_resid_site(model, layer, mlp=True)][chunk].to(dtype).flatten(0, 1)
+        resid = step.values[resid_site(model, layer, mlp=True)][chunk].to(dtype).flatten(0, 1)
         gradient = step.gradients[Site("mlp_in", layer)][chunk].to(dtype).flatten(0, 1)
         pulled = norm.project_transposed(gradient) / norm.scale(resid)
         if norm.kind != "none" and not frozen:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "mechinterp"
 # Modules and subpackages, the lowest level first. A module imports lower levels and its own subpackage,
 # nothing else; a new one goes into the lowest level it can, and into ARCHITECTURE.md.
 LAYERS = (
-    ("errors",),
+    ("errors", "listing"),
     ("registry", "jsontext", "atomic"),
     ("sites", "metrics", "tasks"),
     ("models",),
@@ -21,6 +21,7 @@ LAYERS = (
     ("replacement", "scores"),
     ("edges",),
     ("gradients",),
+    ("activation_paths",),
     ("analysis",),
     ("decomposition",),
     ("circuit",),

@@ -55,7 +55,8 @@ def test_eap_ranks_as_brute_force_does(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [*itertools.product(SHAPES, ["eap", "eap-ig"]), ("llama", "exact"), ("gpt2", "exact")]
+    ("name", "method"),
+    [*itertools.product(SHAPES, ["eap", "eap-ig", "eap-ig-activations"]), ("llama", "exact"), ("gpt2", "exact")],
 )
 def test_scores_do_not_depend_on_the_batches(name: str, method: str) -> None:
     """Silent error 1: EAP-IG divides a batch mean by the number of items, so 8 + 2 is not 10."""
@@ -162,3 +163,60 @@ def test_ids_outside_the_vocabulary_and_nan_weights_are_refused() -> None:
         mi.score_edges(model, graph, mi.Pairs(clean=[[1, 999]] * 2, corrupt=[[1, 2]] * 2, right=[3, 3], wrong=[4, 4]))
     with pytest.raises(mi.InputError, match="two examples"):
         mi.Pairs(clean=[[1, 2]], corrupt=[[1, 3]], right=[3], wrong=[4])
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_activation_paths_share_out_what_patching_a_group_does(name: str) -> None:
+    """Completeness: the edges out of all heads of a layer, or of an MLP, sum to the effect of patching them."""
+    model, some = tiny(name), pairs(3, padded=True)
+    graph = build_graph(model)
+    scores = mi.score_edges(model, graph, some, method="eap-ig-activations", steps=60)
+    clean = mi.run_edges(model, graph, some, torch.zeros_like(graph.possible))
+    groups = [slice(0, 1), graph.head_writers(1), slice(graph.mlp_writer(1), graph.mlp_writer(1) + 1)]
+    if name == "gemma2":  # a head's write is a share of a normed sum, which is no straight path
+        del groups[1]
+    for rows in groups:
+        cut = torch.zeros_like(graph.possible)
+        cut[:, rows] = graph.possible[:, rows]
+        effect = float((clean - mi.run_edges(model, graph, some, cut)).mean())
+        assert float(scores.values[:, rows].sum()) == pytest.approx(effect, rel=2e-2, abs=2e-3)
+
+
+def test_clean_corrupted_is_the_mean_of_both_ends() -> None:
+    from mechinterp.metrics import get_metric
+
+    model, some = tiny("gpt2"), pairs(4)
+    graph = build_graph(model)
+    both = mi.score_edges(model, graph, some, method="clean-corrupted")
+    ends = [
+        mi.edge_gradients(model, graph, some, get_metric("logit_diff"), alphas=(alpha,)) / 4 for alpha in (0.0, 1.0)
+    ]
+    assert torch.allclose(both.values, sum(ends) / 2, atol=1e-12)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox", "llama", "qwen2"])
+def test_relp_at_edges_sums_to_relp_at_nodes(name: str) -> None:
+    from dataclasses import replace
+
+    from mechinterp.analysis.lrp_rules import RULES
+
+    model, some = tiny(name), pairs(4, padded=True)
+    graph = build_graph(model)
+    scores = mi.score_edges(model, graph, some, method="relp", replacement="zero")
+    heads = mi.relevance(model, some, "z", rules=replace(RULES["relp"], pattern=1.0)).scores.values.nansum(-2).mean(-1)
+    for layer in range(graph.dims.n_layers):
+        assert torch.allclose(scores.values[:, graph.head_writers(layer)].sum(0), heads[layer], atol=1e-5)
+
+
+def test_the_baselines_know_nothing_of_the_task() -> None:
+    model, some = tiny("llama"), pairs(3)
+    graph = build_graph(model)
+    first, again, other = (mi.score_edges(model, graph, some, method="random", seed=seed).values for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    sizes = mi.score_edges(model, graph, some, method="weight-magnitude").values
+    maps = model.layout.attention[1]
+    virtual = maps.norm.project(model.layout.attention[0].W_O[2]) @ maps.W["k"][1]
+    row, column = graph.edge_index("a0.h2->a1.kv1<k>")
+    assert float(sizes[row, column]) == pytest.approx(float(virtual.norm()), rel=1e-6)
+    logits = model.layout.final_norm.project(model.layout.neurons(2).W_out) @ model.layout.W_U
+    assert float(sizes[graph.edge_index("m2->logits")]) == pytest.approx(float(logits.norm()), rel=1e-6)

@@ -1,4 +1,4 @@
-"""Edge attribution patching: `eap` and `eap-ig` (integrated gradients over the inputs).
+"""Edge attribution patching: `eap`, `eap-ig` (integrated gradients over the inputs) and `clean-corrupted`.
 
 Source: Syed et al. 2023 (arXiv 2310.10348); Hanna et al. 2024 (arXiv 2403.17806). Deviations: the score is positive
 when the edge helps (EAP-IG's code has the opposite sign); a mean over examples that does not depend on the batches;
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
+from mechinterp.activation_paths import activation_path_gradients, n_groups
 from mechinterp.discovery.method import METHODS, Method, Progress
 from mechinterp.errors import InputError
 from mechinterp.gradients import edge_gradients
@@ -99,6 +100,42 @@ def _eap_ig(
     return _run("eap-ig", model, graph, pairs, metric, settings, alphas, batch_size, progress)
 
 
+def _clean_corrupted(
+    model: HookManager,
+    graph: Graph,
+    pairs: Pairs,
+    metric: Metric,
+    settings: Mapping[str, Parameter],
+    batch_size: int,
+    progress: Progress,
+) -> Scores:
+    return _run("clean-corrupted", model, graph, pairs, metric, settings, (0.0, 1.0), batch_size, progress)
+
+
+def _activations(
+    model: HookManager,
+    graph: Graph,
+    pairs: Pairs,
+    metric: Metric,
+    settings: Mapping[str, Parameter],
+    batch_size: int,
+    progress: Progress,
+) -> Scores:
+    alphas = integration_points(settings["steps"], settings["schedule"])
+    if settings["replacement"] != "corrupt":
+        raise InputError("'eap-ig-activations' goes from the corrupt to the clean activations: replacement 'corrupt'.")
+    total = torch.zeros(graph.possible.shape, dtype=torch.promote_types(model.dtype, torch.float32))
+    done = 0
+    progress(0, len(pairs))
+    for chunk in pairs.chunks(batch_size):
+        total += metric.direction * activation_path_gradients(model, graph, chunk, metric, alphas).cpu()
+        done += len(chunk)
+        progress(done, len(pairs))
+    runs = len(alphas) * n_groups(model)
+    cost = {"forwards": (3 + runs) * len(pairs), "backwards": runs * len(pairs)}
+    return Scores(graph, total, len(pairs), "eap-ig-activations", metric.name, "corrupt", dict(settings), cost)
+
+
 METHODS.register(
     "eap",
     Method(
@@ -117,5 +154,25 @@ METHODS.register(
         "Hanna et al. 2024, arXiv 2403.17806",
         _eap_ig,
         {"steps": 5, "schedule": "right", "replacement": "corrupt"},
+    ),
+)
+METHODS.register(
+    "eap-ig-activations",
+    Method(
+        "eap-ig-activations",
+        "Edge attribution patching with integrated gradients over each layer's activations",
+        "Hanna et al. 2024, arXiv 2403.17806; Mueller et al. 2025, arXiv 2504.13151",
+        _activations,
+        {"steps": 5, "schedule": "midpoint", "replacement": "corrupt"},
+    ),
+)
+METHODS.register(
+    "clean-corrupted",
+    Method(
+        "clean-corrupted",
+        "Edge attribution patching: the mean of the gradients at the clean and at the corrupt run",
+        "Hanna et al. 2024, arXiv 2403.17806",
+        _clean_corrupted,
+        {"replacement": "corrupt"},
     ),
 )
