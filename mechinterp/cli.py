@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from mechinterp.errors import InputError, MechInterpError
-from mechinterp.listing import METHODS, METRICS
+from mechinterp.listing import METHODS, METRICS, REPLACEMENTS
 from mechinterp.registry import unknown
 
 OK, CLAIM_FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
@@ -138,7 +138,11 @@ def _run(
         str, typer.Option(help="Order edges by score: value (helping ones first) or magnitude.")
     ] = "magnitude",
     rule: Annotated[str, typer.Option(help="top, or greedy (grown from the logits back).")] = "top",
-    examples: Annotated[int, typer.Option(min=2, help="Pairs to find it with, and as many held-out ones.")] = 200,
+    replacement: Annotated[str, typer.Option(help=f"What a cut edge carries: {', '.join(REPLACEMENTS)}.")] = "corrupt",
+    examples: Annotated[int, typer.Option(min=2, help="Pairs to find it with.")] = 200,
+    test_examples: Annotated[
+        int | None, typer.Option(min=2, help="Held-out pairs.  [default: as many as --examples]")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the pairs, random circuits and intervals.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...  [default: float32]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: cpu]")] = None,
@@ -153,6 +157,7 @@ def _run(
     _check_name("method", method, METHODS)
     _check_name("order", by, ("value", "magnitude"))
     _check_name("rule", rule, ("top", "greedy"))
+    _check_name("replacement", replacement, REPLACEMENTS)
     if metric is not None:
         _check_name("metric", metric, METRICS)
     asked = dict(
@@ -167,8 +172,9 @@ def _run(
         threshold=threshold,
         by=by,
         rule=rule,
+        replacement=replacement,
         examples=examples,
-        test_examples=examples,
+        test_examples=test_examples or examples,
         seed=seed,
         dtype=dtype,
         device=device,

@@ -16,13 +16,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.errors import BusyError, InputError, SiteNotReached, UnsupportedError
-from mechinterp.interventions import Edit, Intervention, Point, Run, SiteLike, Stopped, as_interventions, fire
+from mechinterp.interventions import Carry, Edit, Intervention, Point, Run, SiteLike, Stopped, as_interventions, fire
 from mechinterp.models.hook_names import HOOK_NAMES
 from mechinterp.models.layout import Dims, Layout, build_layout
 from mechinterp.models.load import open_model
 from mechinterp.models.modes import eval_mode
 from mechinterp.models.past import Past, empty_cache, past_of
-from mechinterp.models.probe import probe, probe_mlps, probe_past
+from mechinterp.models.probe import probe, probe_branches, probe_mlps, probe_past
 from mechinterp.models.source import ModelInfo
 from mechinterp.models.tokens import check_at, check_past, check_tokens
 from mechinterp.registry import unknown
@@ -46,6 +46,8 @@ class HookManager:
         self._layers_give_tuples = False
         self.layout: Layout = build_layout(bridge)
         self.refused: Mapping[Site, str] = {}
+        self.branches: Mapping[str, str] = {}
+        self.branches = probe_branches(self)
         self.refused = probe(self)
         self.keeps_past, self.bound_mlps = True, dict[int, str]()
         self.keeps_past, self.bound_mlps = probe_past(self), probe_mlps(self)
@@ -295,8 +297,11 @@ class HookManager:
 
             stack.callback(remove)
 
+        carries = {name: Carry(points[name]) for name in self.branches if name in points}
+        for name, carry in carries.items():
+            add(self.branches[name], carry.at_sum)
         for name, found in points.items():
-            add(name, partial(fire, found))
+            add(name, carries[name].at_branch if name in carries else partial(fire, found))
         if at is not None:
             index = at.clamp(min=0)
 

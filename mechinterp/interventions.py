@@ -104,6 +104,26 @@ def fire(point: Point, value: Tensor) -> Tensor | None:
     return None if new is value else new
 
 
+class Carry:
+    """Makes a site whole whose hook sees one of two branches: what the hook changes is added where they meet again.
+
+    TransformerLens's `hook_resid_mid` is the input of the second norm; the residual stream passes beside it.
+    """
+
+    def __init__(self, point: Point) -> None:
+        self.point, self.change = point, None
+
+    def at_branch(self, value: Tensor) -> Tensor | None:
+        """Fires the point and keeps what it changed (for gradients, 0 with a way back)."""
+        new = fire(self.point, value)
+        self.change = None if new is None else new - value
+        return new
+
+    def at_sum(self, value: Tensor) -> Tensor | None:
+        """The sum with the change."""
+        return None if self.change is None else value + self.change
+
+
 def tap(value: Tensor) -> Tensor:
     """A tensor equal to `value` that the rest of the run depends on and that a gradient can be taken at."""
     return value.view_as(value) if value.requires_grad else value.detach().requires_grad_()

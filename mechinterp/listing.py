@@ -22,3 +22,5 @@ METRICS = {
     "kl_to_clean": "KL(full model || circuit), needs no answers",
     "l2_to_clean": "distance of the logits, needs no answers",
 }
+REPLACEMENTS = ("corrupt", "mean", "mean-positional", "zero")
+"""The same as `mechinterp.replacement.KINDS`."""

@@ -153,6 +153,8 @@ def command_of(spec: RunSpec) -> str:
         value = getattr(spec, field.name)
         if field.name == "settings":
             words += [word for setting in spec.settings for word in ("--set", setting)]
+        elif field.name == "test_examples" and value == spec.examples:
+            continue  # what the command line takes by default
         elif field.name not in ("task", "out", "device") and value != field.default:
             words += [f"--{field.name.replace('_', '-')}", str(value)]
     return shlex.join(words)
@@ -183,6 +185,8 @@ def _parsed(setting: str, method: Method) -> tuple[str, Parameter]:
     name, equals, text = setting.partition("=")
     if not equals:
         raise InputError(f"A setting is NAME=VALUE; got {setting!r}.")
+    if name in ("replacement", "steps"):
+        raise InputError(f"{name} has an option of its own: --{name} {text}.")
     if name not in method.defaults:
         raise unknown(f"parameter of method {method.name!r}", name, method.defaults)
     kind = type(method.defaults[name])

@@ -363,3 +363,12 @@ def test_the_bundled_model_s_movers_are_found() -> None:
     assert {"a2.h1", "a2.h3"} <= set(names)
     rest = fraction(activation_patching(model, examples, "resid_pre", positions="each", direction="denoise"))
     assert rest.values.max() < 1.3
+
+
+@pytest.mark.parametrize("name", [n for n in EVERY if n not in ("neox", "attention-only")])
+def test_the_whole_stream_in_the_middle_of_a_layer_carries_the_whole_effect(name: str) -> None:
+    """TransformerLens's hook there sees the MLP's branch only; patching that alone gave other numbers by layer."""
+    model, some = tiny(name), pairs(3)
+    effects = activation_patching(model, some, "resid_mid").values[:, 0]
+    whole = activation_patching(model, some, "resid_pre").values[:1, 0]
+    torch.testing.assert_close(effects, whole.expand_as(effects), rtol=1e-4, atol=1e-5)

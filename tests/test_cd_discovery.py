@@ -10,7 +10,7 @@ import torch
 
 import mechinterp as mi
 from mechinterp.decomposition.contextual import contextual_decomposition
-from mechinterp.discovery.cd import between
+from mechinterp.discovery.cd import _readers_of, _Search, between  # pyright: ignore[reportPrivateUsage]
 from mechinterp.discovery.method import METHODS
 from mechinterp.pipeline import RunSpec, command_of, discover
 from tests.models_tiny import ALL_FLOAT64, EVERY, SHAPES, pairs, snapshot, tiny
@@ -143,6 +143,9 @@ def test_channels_say_which_inputs_are_scored(channels: str) -> None:
         ("cd", {"top": 0}, "top must be a whole number"),
         ("cd", {"channels": "qq"}, "channels"),
         ("cd", {"replacement": "noise"}, "replacement"),
+        ("cd", {"tolerance": float("nan")}, "tolerance must be a number"),
+        ("cd", {"tolerance": "x"}, "tolerance must be a number"),
+        ("cd", {"prune": "no"}, "prune is true or false"),
         ("cd", {"metric": "prob_diff"}, "metric is 'logit_diff'"),
         ("cd-edges", {"attention": "thawed"}, "attention"),
         ("cd-edges", {"metric": "kl_to_clean"}, "no relevance at the clean run"),
@@ -156,7 +159,13 @@ def test_bad_settings_get_one_clear_line(method: str, settings: dict[str, Any], 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [(("top",), "NAME=VALUE"), (("size=3",), "size"), (("top=many",), "is a number"), (("mlps=yes",), "true or false")],
+    [
+        (("replacement=mean",), "option of its own"),
+        (("top",), "NAME=VALUE"),
+        (("size=3",), "size"),
+        (("top=many",), "is a number"),
+        (("mlps=yes",), "true or false"),
+    ],
 )
 def test_bad_settings_on_the_command_line_get_one_clear_line(
     tmp_path: Path, settings: tuple[str, ...], message: str
@@ -175,3 +184,33 @@ def test_a_circuit_by_cd_is_saved_and_verified_like_any_other(tmp_path: Path) ->
     assert found.circuit.scores.parameters["top"] == 6 and found.circuit.selection["threshold"] == 0.0
     assert found.curve[-1].n_selected == int((found.circuit.scores.values != 0).sum())
     assert mi.verify(found.path, rescore=True).ok
+
+
+def test_a_shared_key_is_scored_with_the_strongest_head_that_it_feeds() -> None:
+    """Gemma-2's key/value heads feed two query heads, which may be found in different rounds."""
+    model = tiny("gemma2")
+    graph = mi.build_graph(model)
+    settings = METHODS.get("cd").defaults
+    table = torch.zeros(graph.possible.shape)
+    search = _Search(model, graph, pairs(2), settings, lambda done, total: None, graph.writers, table, {})
+    search.strength = {"a0.h1": -0.7, "a0.h0": 0.05, "a1.h2": 0.3}
+    later = {graph.readers[row]: strength for row, (_, strength) in _readers_of(search, ["a0.h0", "a1.h2"]).items()}
+    assert later == {"a0.h0<q>": 0.05, "a1.h2<q>": 0.3, "a1.kv1<k>": 0.3, "a1.kv1<v>": 0.3}
+    first = {graph.readers[row]: strength for row, (_, strength) in _readers_of(search, ["a0.h0", "a0.h1"]).items()}
+    assert first == {"a0.h0<q>": 0.05, "a0.h1<q>": -0.7, "a0.kv0<k>": -0.7, "a0.kv0<v>": -0.7}
+
+
+@pytest.mark.parametrize("channels", ["v", "q"])
+def test_pruning_measures_the_circuit_that_it_returns(channels: str) -> None:
+    some = pairs(4)
+    plain, pruned = (
+        score("gpt2", "cd", some, channels=channels, prune=prune, tolerance=0.05) for prune in (False, True)
+    )
+    graph = plain.graph
+    cut = [graph.possible & (scores.values == 0) for scores in (plain, pruned)]
+    before, after, full, empty = (
+        float(mi.run_edges(tiny("gpt2"), graph, some, mask).mean())
+        for mask in (*cut, torch.zeros_like(graph.possible), graph.possible)
+    )
+    n_dropped = len(mi.select(graph, plain, threshold=0.0).nodes) - len(mi.select(graph, pruned, threshold=0.0).nodes)
+    assert after >= before - 0.05 * abs(full - empty) * max(1, n_dropped) - 1e-9

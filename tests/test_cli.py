@@ -17,6 +17,7 @@ import pytest
 from mechinterp import cli, pipeline
 from mechinterp.discovery.method import METHODS
 from mechinterp.metrics import METRICS
+from mechinterp.replacement import KINDS
 from mechinterp.tables import plain
 from tests.toy_circuits import toy_circuit, toy_document
 from tests.words_model import save_words_model
@@ -108,6 +109,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_names_that_are_listed_are_those_that_are_registered() -> None:
     assert tuple(sorted(cli.METHODS)) == METHODS.names()
     assert set(cli.METRICS) <= set(METRICS.names())
+    assert cli.REPLACEMENTS == KINDS
     assert {"logit_diff", "prob", "log_prob", "prob_diff", "kl_to_clean", "l2_to_clean", "accuracy"} == set(cli.METRICS)
 
 

@@ -139,6 +139,8 @@ def test_nothing_relevant_stays_nothing(name: str, preset: str) -> None:
 def test_the_patch_preset_is_ablation(name: str, replacement: str) -> None:
     model, pairs = model_of(name), tiny_models.pairs(3, 7, padded=True)
     parts: list[Any] = ["a0.h1", "a1.h3@2", ["a0.h0", "a0.h2", "a2.h1"], "input@1"]
+    if model.has(Site("resid_mid", 1)) and replacement != "zero":
+        parts.append("resid_mid.1")
     if replacement != "zero":  # a whole stream of zeros is where an RMS norm is singular
         parts.append("resid_pre.2")
     if model.dims.has_mlp:
@@ -184,10 +186,12 @@ def test_the_patch_preset_is_ablation_in_an_encoder(name: str, heads: tuple[int,
 
 
 @pytest.mark.parametrize("name", tiny_models.EVERY)
-@pytest.mark.parametrize("source", ["z", "mlp_out", "mlp_post", "input"])
+@pytest.mark.parametrize(
+    "source", ["z", "v", "attn_out", "resid_mid", "mlp_pre", "mlp_post", "mlp_out", "resid_pre", "input"]
+)
 def test_one_backward_is_the_forward_walk(name: str, source: str) -> None:
-    if source.startswith("mlp") and not model_of(name).dims.has_mlp:
-        pytest.skip("the model has no MLP")
+    if not model_of(name).has(Site("resid_pre" if source == "input" else source, 0)):
+        pytest.skip("the model has no such site")
     keywords: dict[str, Any] = {"positions": "each", "replacement": "mean"}
     what = [source] if source == "input" else source
     backward, forward = decompose(name, what, **keywords), decompose(name, what, forward=True, **keywords)
@@ -370,3 +374,22 @@ def test_progress_counts_sources_and_examples_once() -> None:
     assert told[-1] == (4 * 12, 4 * 12) and told == sorted(told) and len(set(told)) == len(told)
     with pytest.raises(InputError, match="read at its first token"):
         decompose("classifier", "z", position=2)
+
+
+@pytest.mark.parametrize("several", [["a1.h1", "a1.h1@2"], ["z.1", "a1.h1"]])
+def test_a_part_that_is_named_twice_in_a_set_counts_once(several: list[str]) -> None:
+    twice, once = decompose("gpt2", [several], replacement="pair"), decompose("gpt2", several[:1], replacement="pair")
+    torch.testing.assert_close(only(twice), only(once), rtol=0, atol=EXACT)
+
+
+def test_presets_and_prompts_that_cannot_be_are_refused() -> None:
+    with pytest.raises(InputError, match="rule for norm"):
+        Preset(norm="removed")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="kind of operation"):
+        Preset(settle=frozenset({"everything"}))
+    long = torch.ones(2, 40, dtype=torch.long)
+    for name in ("gpt2", "classifier"):
+        with pytest.raises(InputError, match="40 tokens; the model takes 32"):
+            contextual_decomposition(model_of(name), long, "z", targets=1)
+    with pytest.raises(InputError, match="Token id 77"):
+        contextual_decomposition(model_of("masked"), torch.full((2, 5), 77), "z", targets=1)

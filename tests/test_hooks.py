@@ -575,3 +575,31 @@ def test_bad_positions_and_starts_are_refused(keywords: dict[str, Any], message:
 def test_every_refusal_is_one_of_ours() -> None:
     for error in (InputError, UnsupportedError, SiteNotReached, BusyError):
         assert issubclass(error, MechInterpError)
+
+
+@pytest.mark.parametrize("name", [n for n in EVERY if n not in ("neox", "attention-only")])
+def test_the_middle_of_the_residual_stream_is_the_whole_stream(name: str) -> None:
+    """TransformerLens's hook there is the second norm's input; the stream beside it must follow an edit too."""
+    model, ids = tiny(name), tokens()
+    sites = ["resid_mid.1", "mlp_out.1", "resid_post.1"]
+    run = model.run(ids, record=sites, interventions={"resid_mid.1": lambda x: x * 0.5 + 1})
+    plain = model.run(ids, record=["resid_mid.1"])
+    torch.testing.assert_close(run.values["resid_mid.1"], plain.values["resid_mid.1"] * 0.5 + 1)
+    torch.testing.assert_close(run.values["resid_post.1"], run.values["resid_mid.1"] + run.values["mlp_out.1"])
+    same = model.run(ids, interventions={"resid_mid.1": lambda x: x.clone()}).logits
+    torch.testing.assert_close(same, model.run(ids).logits, rtol=0, atol=1e-9 if name in ALL_FLOAT64 else 1e-5)
+    other = model.run(tokens(seed=5), record=["resid_mid.1"])
+    swapped = model.run(ids, interventions={"resid_mid.1": other.values["resid_mid.1"]}).logits
+    torch.testing.assert_close(swapped, model.run(tokens(seed=5)).logits, rtol=1e-4, atol=1e-4)
+    direction = torch.randn(plain.values["resid_mid.1"].shape, dtype=torch.float64)
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, -1, 3]
+
+    gradient = model.run(ids, loss=loss, grads=["resid_mid.1"]).grads["resid_mid.1"]
+    step = 1e-4
+    ends = [
+        model.run(ids, interventions={"resid_mid.1": lambda x, s=s: x + s * step * direction}).logits for s in (1, -1)
+    ]
+    slope = (ends[0] - ends[1])[:, -1, 3].sum() / (2 * step)  # type: ignore[operator]
+    assert float((gradient * direction).sum()) == pytest.approx(float(slope), rel=2e-2, abs=1e-3)

@@ -12,7 +12,7 @@ import mechinterp as mi
 from examples.sentiment_encoder import sentence, train
 from mechinterp.decomposition.encoder import Encoder
 from mechinterp.errors import InputError
-from tests.models_tiny import as_installed
+from tests.models_tiny import as_installed, huggingface
 
 TEXT = "When Mary and John went to the store, John gave a drink to"
 
@@ -101,9 +101,13 @@ def test_token_ids_are_words_of_their_own() -> None:
     ("prompt", "target", "keywords", "message"),
     [
         (TEXT, " Mary gave", {}, "is 2 tokens; a target is one"),
-        (TEXT, " Mary", {"max_words": 0}, "max_words must be at least 1"),
+        (TEXT, " Mary", {"max_words": 0}, "max_words must be a whole number"),
         (TEXT, " Mary", {"spans": [(3, 99)]}, "not in the text"),
         (TEXT, " Mary", {"spans": [(4, 4)]}, "not in the text"),
+        (TEXT, " Mary", {"spans": [(0, 1, 2)]}, "A span is"),
+        (TEXT, " Mary", {"spans": [(0.5, 1.7)]}, "A span is"),
+        (TEXT, " Mary", {"max_words": 1.5}, "whole number"),
+        ([1, 2, 3], " Mary", {}, "A prompt is a text"),
         (torch.zeros(2, 2), " Mary", {}, "A prompt is a text, or token ids"),
         (
             TEXT,
@@ -137,3 +141,21 @@ def test_the_page_shows_every_span_and_nothing_of_it_is_run(tmp_path: Any) -> No
         assert f'title="{value:+.4f} logits">{found.text(span)}' in page
     mi.save_html(page, tmp_path / "text.html")
     assert (tmp_path / "text.html").read_text() == page
+
+
+def test_words_are_found_where_the_tokenizer_splits_none() -> None:
+    """Llama's and Gemma's tokenizers hand a whole text to BPE, with spaces as ordinary characters."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    space = "\u2581"
+    letters = {piece: i for i, piece in enumerate(["<unk>", space, *"acst", "ca", f"{space}ca"])}
+    inner = Tokenizer(models.BPE(letters, [("c", "a"), (space, "ca")], unk_token="<unk>"))
+    inner.normalizer = normalizers.Prepend(space)  # pyright: ignore[reportAttributeAccessIssue]
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(split=False)  # pyright: ignore[reportAttributeAccessIssue]
+    inner.decoder = decoders.Metaspace()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    model = mi.load_model(huggingface("llama"), tokenizer=tokenizer)
+    found = mi.phrase_relevance(model, "cat sat", 5)
+    assert [found.text(word) for word in found.words] == ["cat", "sat"]
+    assert "".join(found.pieces).split() == ["cat", "sat"]

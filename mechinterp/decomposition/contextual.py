@@ -145,6 +145,43 @@ def contextual_decomposition(
     >>> found.scores().mean().axes, found.completeness < 1e-5
     (('layer', 'head', 'pos'), True)
     """
+    means = None if replacement not in MEANS else (reference or as_pairs(prompts, mask))
+    return decompose(
+        model,
+        prompts,
+        source,
+        means,
+        positions=positions,
+        targets=targets,
+        preset=preset,
+        replacement=replacement,
+        position=position,
+        mask=mask,
+        forward=forward,
+        batch_size=batch_size,
+        memory=memory,
+        progress=progress,
+    )
+
+
+def decompose(
+    model: HookManager | Encoder,
+    prompts: Pairs | Int[Tensor, "batch pos"],
+    source: str | Nodes,
+    reference: Pairs | Mapping[Site, Tensor] | None,
+    *,
+    positions: Positions = None,
+    targets: TargetLike | list[TargetLike] = "answers",
+    preset: str | Preset = "linear",
+    replacement: str = "zero",
+    position: Position | None = None,
+    mask: Bool[Tensor, "batch pos"] | None = None,
+    forward: bool | None = None,
+    batch_size: int | None = None,
+    memory: int | None = None,
+    progress: Progress | None = None,
+) -> Decomposition:
+    """`contextual_decomposition`, with the prompts to take means over, or these means by site."""
     subject: Subject = model if isinstance(model, Encoder) else Decoder(model)
     rules = get_preset(preset)
     pairs = as_pairs(prompts, mask).to(model.device)
@@ -160,13 +197,15 @@ def contextual_decomposition(
     sites = tuple(dict.fromkeys(part.site for several in parts for part in several))
     names = {site: subject.name(site) for site in sites}
     _check_sources(sites, rules)
-    means = site_means(model, reference or pairs, sites, replacement, batch_size) if replacement in MEANS else {}
+    means = {} if reference is None or isinstance(reference, Pairs) else reference
+    if isinstance(reference, Pairs):
+        means = site_means(model, reference, sites, replacement, batch_size)
     backward = suits(model, rules, wanted, parts) if forward is None else not forward
     if backward and not suits(model, rules, wanted, parts):
         raise InputError("One backward is for preset 'linear', one direction, and sources at one site each.")
     results: dict[str, list[Tensor]] = defaultdict(list)
     totals: dict[str, list[Tensor]] = defaultdict(list)
-    cost = {"forwards": float(replacement in MEANS), "backwards": 0.0}
+    cost = {"forwards": float(isinstance(reference, Pairs)), "backwards": 0.0}
     completeness, row, whole_work = 0.0, 0, len(pairs) * len(placed)
     for chunk in pairs.chunks(batch_size or len(pairs)):
         rows = slice(row, row + len(chunk))

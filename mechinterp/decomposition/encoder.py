@@ -24,6 +24,7 @@ from mechinterp.models.layout import Dims
 from mechinterp.models.load import open_encoder
 from mechinterp.models.norm import measure_norm
 from mechinterp.models.source import ModelInfo
+from mechinterp.models.tokens import check_tokens
 from mechinterp.sites import Site
 from mechinterp.tasks.pairs import Pairs
 
@@ -53,8 +54,8 @@ class _Neurons:
 class Encoder:
     """A BERT with a head, for contextual decomposition. Made by `mechinterp.load_encoder`; the module is not changed.
 
-    Logits are classes (read at the first token, through the pooler) or the tokens at masked positions. Token types
-    are all 0.
+    Logits are classes (read at the first token, through the pooler) or tokens (read at the answer positions, or at
+    `position=`). Token types are all 0.
     """
 
     def __init__(self, module: nn.Module, info: ModelInfo, tokenizer: Any = None) -> None:
@@ -169,6 +170,7 @@ class Encoder:
     def _totals(self, tokens: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], float]:
         """Every value up to the final stream by the tape, and how far it is from the module's own."""
         module: Any = self.module
+        check_tokens(tokens, mask, self.dims, self.device)
         wide = torch.promote_types(self.dtype, torch.float32)
         training = module.training
         module.eval()

@@ -29,10 +29,20 @@ from mechinterp.tasks.pairs import Pairs
 
 
 def suits(model: object, rules: Preset, targets: Sequence[Target], parts: Sequence[tuple[Part, ...]]) -> bool:
-    """Whether one backward gives these: preset `linear`, one direction, and no source in another's way."""
+    """Whether one backward gives these: preset `linear`, one direction, and no part of a source in another's way."""
     one = len(targets) == 1 and targets[0].direction is not None
-    same = all(len({part.site for part in several}) == 1 for several in parts)
-    return isinstance(model, HookManager) and rules == PRESETS["linear"] and one and same
+    apart = all(_apart(several) for several in parts)
+    return isinstance(model, HookManager) and rules == PRESETS["linear"] and one and apart
+
+
+def _apart(several: tuple[Part, ...]) -> bool:
+    """Whether the parts of a set are different units of one site: then what is relevant of them adds up."""
+    units = [part.unit for part in several]
+    return (
+        len({part.site for part in several}) == 1
+        and len(set(units)) == len(units)
+        and (len(units) == 1 or None not in units)
+    )
 
 
 def linear_scores(

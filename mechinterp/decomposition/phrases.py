@@ -87,7 +87,8 @@ def phrase_relevance(
     Preset `authors-bert` is the published one for this use. Its rules are no sum: the relevance of a phrase is not
     that of its words together, and the difference is the `interaction` in the table.
 
-    Cost: two forwards, and for every span the share of a forward from its first token on (all of one in an encoder).
+    Cost: a forward (with its check), and for every span the share of a forward from its first token on (all of one in
+    an encoder).
     Raises InputError for a text without a tokenizer, a target that is no single token, and spans outside the text.
 
     >>> import mechinterp as mi
@@ -97,14 +98,11 @@ def phrase_relevance(
     >>> found.to_frame().columns.tolist()
     ['start', 'stop', 'text', 'relevance', 'interaction']
     """
-    ids, words = _words(model, prompt)
-    if max_words < 1:
-        raise InputError(f"max_words must be at least 1; got {max_words}.")
+    ids, words, pieces = _read(model, prompt)
+    if type(max_words) is not int or max_words < 1:
+        raise InputError(f"max_words must be a whole number, at least 1; got {max_words!r}.")
     chosen = [(words[i][0], words[i + n][1]) for n in range(max_words) for i in range(len(words) - n)]
-    for start, stop in spans:
-        if not 0 <= start < stop <= len(ids):
-            raise InputError(f"The span {start}:{stop} is not in the text, which has tokens 0 to {len(ids) - 1}.")
-    chosen = list(dict.fromkeys([*chosen, *((int(start), int(stop)) for start, stop in spans)]))
+    chosen = list(dict.fromkeys([*chosen, *(_checked(span, len(ids)) for span in spans)]))
     direction, name = _direction(model, target, against)
     found = contextual_decomposition(
         model,
@@ -117,43 +115,69 @@ def phrase_relevance(
     )
     (values,) = found.relevant.values()
     (total,) = found.total.values()
-    pieces = _pieces(model, ids)
     about = {**found.about, "target": name, "prompt": "".join(pieces)}
     return PhraseRelevance(pieces, tuple(words), tuple(chosen), values[0, :, 0].cpu(), float(total[0]), name, about)
 
 
-def _words(model: HookManager | Encoder, prompt: str | Tensor) -> tuple[Int[Tensor, " pos"], list[Span]]:
-    """The token ids and the words as spans of tokens."""
+def _checked(span: object, length: int) -> Span:
+    if not isinstance(span, (tuple, list)) or len(span) != 2 or not all(type(end) is int for end in span):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        raise InputError(f"A span is (first token, one behind its last); got {span!r}.")
+    start, stop = int(span[0]), int(span[1])  # pyright: ignore[reportUnknownArgumentType]
+    if not 0 <= start < stop <= length:
+        raise InputError(f"The span {start}:{stop} is not in the text, which has tokens 0 to {length - 1}.")
+    return start, stop
+
+
+def _read(model: HookManager | Encoder, prompt: object) -> tuple[Int[Tensor, " pos"], list[Span], tuple[str, ...]]:
+    """The token ids, the words as spans of tokens, and the text of every token, a space before each word."""
     if isinstance(prompt, Tensor):
         if prompt.ndim != 1 or not len(prompt) or prompt.is_floating_point():
             raise InputError(f"A prompt is a text, or token ids [pos]; got {prompt.dtype} {list(prompt.shape)}.")
-        return prompt.long(), [(i, i + 1) for i in range(len(prompt))]
+        ids = prompt.long()
+        return ids, [(i, i + 1) for i in range(len(ids))], _pieces(model, ids)
+    if not isinstance(prompt, str):
+        raise InputError(f"A prompt is a text, or token ids as a tensor [pos]; got {type(prompt).__name__}.")
     tokenizer = _tokenizer(model)
+    if not tokenizer.is_fast:
+        raise InputError("Texts need a fast tokenizer, which knows each token's characters; give token ids.")
     encoding = tokenizer(prompt)
     ids = torch.tensor(encoding["input_ids"], dtype=torch.long)
     if not len(ids):
         raise InputError("The prompt is empty.")
     _check_known(tokenizer, prompt, encoding)
+    # Special tokens that the tokenizer adds have no characters.
+    places = [
+        place if place and place[1] > place[0] else None for place in map(encoding.token_to_chars, range(len(ids)))
+    ]
     words: list[Span] = []
-    previous: int | None = None
-    for i, word in enumerate(encoding.word_ids()):
-        if words and word is not None and word == previous:
-            words[-1] = (words[-1][0], i + 1)
-        else:
-            words.append((i, i + 1))
-        previous = word
-    return ids, words
+    pieces: list[str] = []
+    for i, place in enumerate(places):
+        before = places[i - 1] if i else None
+        begins = place is None or before is None or _begins(encoding, prompt, before, place, i)
+        words = [*words, (i, i + 1)] if begins else [*words[:-1], (words[-1][0], i + 1)]
+        text = str(tokenizer.decode([int(ids[i])])) if place is None else prompt[place[0] : place[1]]
+        pieces.append(f" {text.strip()}" if begins else text)
+    return ids, words, tuple(pieces)
+
+
+def _begins(encoding: Any, text: str, before: Any, place: Any, i: int) -> bool:
+    """Whether a token begins a word: after a space, or where the tokenizer splits words (at punctuation)."""
+    if text[before[0] : before[1]].isspace():
+        return False  # the space is a token of its own, and begins the word
+    spaced = text[place[0] : place[0] + 1].isspace() or text[place[0] - 1 : place[0]].isspace()
+    return spaced or encoding.word_ids()[i] != encoding.word_ids()[i - 1]
 
 
 def _check_known(tokenizer: Any, text: str, encoding: Any) -> None:
     """Return None when the vocabulary has every word. Raises InputError for one that would be read as unknown."""
     unknown = tokenizer.unk_token_id
+    if unknown in (None, tokenizer.bos_token_id):
+        return  # some byte-level tokenizers have one token for all of these, and no unknown words
     for i, token in enumerate(encoding["input_ids"]):
-        if token == unknown and tokenizer.unk_token not in text:
-            start, stop = encoding.token_to_chars(i)
-            raise InputError(
-                f"{text[start:stop].strip()!r} is not in the vocabulary; the model would not see the word."
-            )
+        place = encoding.token_to_chars(i)
+        word = "" if place is None else text[place[0] : place[1]].strip()
+        if token == unknown and word and word != tokenizer.unk_token:
+            raise InputError(f"{word!r} is not in the vocabulary; the model would not see the word.")
 
 
 def _tokenizer(model: HookManager | Encoder) -> Any:
@@ -163,14 +187,10 @@ def _tokenizer(model: HookManager | Encoder) -> Any:
 
 
 def _pieces(model: HookManager | Encoder, ids: Int[Tensor, " pos"]) -> tuple[str, ...]:
-    """The text of every token; a word piece that begins a word has a space before it."""
+    """The text of every token of a prompt of ids."""
     if model.tokenizer is None:
         return tuple(f" {int(i)}" for i in ids)
-    tokenizer = model.tokenizer
-    pieces = [str(tokenizer.decode([int(i)])) for i in ids]
-    if any(piece.startswith(" ") for piece in pieces):  # byte-level tokenizers keep their spaces
-        return tuple(pieces)
-    return tuple(piece[2:] if piece.startswith("##") else f" {piece}" for piece in pieces)
+    return tuple(f" {str(model.tokenizer.decode([int(i)])).strip()}" for i in ids)
 
 
 def _direction(
@@ -180,7 +200,7 @@ def _direction(
     one = _logit(model, target) if isinstance(target, (str, int)) else target
     if against is None:
         return one, str(target).strip() if isinstance(target, (str, int)) else "a direction"
-    if not isinstance(one, int):
+    if not isinstance(one, int) or not isinstance(against, (str, int)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError("`against` goes with a target that is one token or class.")
     return (one, _logit(model, against)), f"{str(target).strip()} rather than {str(against).strip()}"
 
@@ -204,8 +224,10 @@ def _logit(model: HookManager | Encoder, target: str | int) -> int:
 
 
 def _mask_position(model: HookManager | Encoder, ids: Int[Tensor, " pos"]) -> int | None:
-    if not isinstance(model, Encoder) or model.classifies or model.tokenizer is None:
+    if not isinstance(model, Encoder) or model.classifies:
         return None
+    if model.tokenizer is None:
+        raise InputError("A masked encoder is read at its mask token, and without a tokenizer none is known.")
     at = (ids == model.tokenizer.mask_token_id).nonzero().flatten()
     if len(at) != 1:
         raise InputError(f"A masked prompt has one mask token; this one has {len(at)}.")

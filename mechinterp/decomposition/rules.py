@@ -40,7 +40,23 @@ class Preset:
     """Where r and i of opposite sign are settled (the larger in magnitude takes the total, the other 0): kinds of
     operations, of `linear`, `attention_out`, `mlp_in`, `mlp_out`, `attention_sum`, `mlp_sum`."""
 
+    def __post_init__(self) -> None:
+        for name, known in _RULES.items():
+            if getattr(self, name) not in known:
+                raise unknown(f"rule for {name}", str(getattr(self, name)), known)
+        for kind in self.settle:
+            if kind not in _SETTLED:
+                raise unknown("kind of operation", str(kind), _SETTLED)
 
+
+_RULES = {
+    "bias": ("irrelevant", "shared"),
+    "norm": ("frozen", "remove"),
+    "attention": ("frozen", "own", "remove"),
+    "activation": ("ratio", "remove"),
+    "product": ("half", "remove"),
+}
+_SETTLED = ("linear", "attention_out", "mlp_in", "mlp_out", "attention_sum", "mlp_sum")
 PRESETS = {
     "linear": Preset(),
     "frozen-remove": Preset(activation="remove"),
@@ -63,8 +79,8 @@ def get_preset(preset: str | Preset) -> Preset:
     """The named preset. Raises InputError for an unknown name."""
     if isinstance(preset, Preset):
         return preset
-    if preset not in PRESETS:
-        raise unknown("preset", preset, PRESETS)
+    if not isinstance(preset, str) or preset not in PRESETS:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise unknown("preset", str(preset), PRESETS)
     return PRESETS[preset]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from mechinterp.analysis.means import MEANS, site_means
 from mechinterp.analysis.parts import Part, parse_part
 from mechinterp.circuit import on_paths
-from mechinterp.decomposition.contextual import contextual_decomposition
+from mechinterp.decomposition.contextual import decompose
 from mechinterp.decomposition.rules import get_preset
 from mechinterp.discovery.method import METHODS, Method, Progress
 from mechinterp.edges import run_edges
@@ -55,6 +55,8 @@ class _Search:
     progress: Progress
     sources: tuple[str, ...]
     table: Float[Tensor, "reader writer"]
+    means: Mapping[Site, Tensor]
+    """Of every source's and every target's site, when the replacement is a mean; computed once."""
     forwards: float = 0.0
     rounds: int = 0
     strength: dict[str, float] = field(default_factory=dict[str, float])
@@ -62,14 +64,15 @@ class _Search:
 
     def decompose(self, pairs: Pairs, targets: list[str]) -> Mapping[str, Tensor]:
         """The relevant part of each target for every source, `[source, example, ...]`; NaN at padding."""
-        found = contextual_decomposition(
+        kind = REPLACEMENTS[str(self.settings["replacement"])]
+        found = decompose(
             self.model,
             pairs,
             list(self.sources),
+            self.means if kind in MEANS else None,
             targets=list(targets),
             preset=str(self.settings["preset"]),
-            replacement=REPLACEMENTS[str(self.settings["replacement"])],
-            reference=self.pairs,
+            replacement=kind,
         )
         self.forwards += found.cost["forwards"] * len(pairs)
         self.totals = found.total
@@ -90,7 +93,9 @@ def _cd(
     dims = model.dims
     sources = tuple(name for name in graph.writers if settings["mlps"] or not name.startswith("m"))
     table = torch.zeros(graph.possible.shape, dtype=torch.promote_types(model.dtype, torch.float32))
-    search = _Search(model, graph, pairs, settings, progress, sources, table)
+    means = _means(model, pairs, settings, batch_size)
+    search = _Search(model, graph, pairs, settings, progress, sources, table, means)
+    search.forwards += len(pairs) * (str(settings["replacement"]) in MEANS)
     progress(0, dims.n_layers + 1)
     first = _logit_scores(search, batch_size)
     columns = [graph.writer_index[name] for name in sources]
@@ -103,12 +108,23 @@ def _cd(
     kept = [*graph.inputs, *search.strength]
     if settings["prune"]:
         kept = _pruned(search, kept, metric, batch_size)
-    mask = on_paths(graph, between(graph, kept) & (table != 0))
+    mask = _circuit(search, kept)
     progress(dims.n_layers + 1, dims.n_layers + 1)
     cost = {"forwards": round(search.forwards), "backwards": 0}
     total = torch.where(mask, table, 0) * len(pairs)
     kind = str(settings["replacement"])
     return Scores(graph, total, len(pairs), "cd", metric.name, kind, dict(settings), cost, additive=False)
+
+
+def _means(
+    model: HookManager, pairs: Pairs, settings: Mapping[str, Parameter], batch_size: int
+) -> Mapping[Site, Tensor]:
+    kind = REPLACEMENTS[str(settings["replacement"])]
+    if kind not in MEANS:
+        return {}
+    kinds = ["q", "k", "v", "z", *(["mlp_in", "mlp_out"] if model.dims.has_mlp else [])]
+    sites = [Site("resid_pre", 0), *(Site(name, layer) for layer in range(model.dims.n_layers) for name in kinds)]
+    return site_means(model, pairs, sites, kind, batch_size)
 
 
 def _check(settings: Mapping[str, Parameter], metric: Metric, graph: Graph) -> None:
@@ -119,6 +135,12 @@ def _check(settings: Mapping[str, Parameter], metric: Metric, graph: Graph) -> N
     top = settings["top"]
     if isinstance(top, bool) or not isinstance(top, int) or top < 1:
         raise InputError(f"top must be a whole number of nodes, at least 1; got {top!r}.")
+    for name in ("mlps", "prune"):
+        if not isinstance(settings[name], bool):
+            raise InputError(f"{name} is true or false; got {settings[name]!r}.")
+    tolerance = settings["tolerance"]
+    if isinstance(tolerance, (bool, str)) or not 0 <= tolerance < float("inf"):
+        raise InputError(f"tolerance must be a number, at least 0; got {tolerance!r}.")
     if metric.name != "logit_diff":
         raise InputError(f"'cd' decomposes logits, so its metric is 'logit_diff'; got {metric.name!r}.")
     if graph.split_input:
@@ -131,6 +153,11 @@ def between(graph: Graph, nodes: list[str]) -> Bool[Tensor, "reader writer"]:
     reads = (graph.feeds & chosen).any(1)
     reads[-1] = True
     return graph.possible & chosen[None, :] & reads[:, None]
+
+
+def _circuit(search: _Search, nodes: list[str]) -> Bool[Tensor, "reader writer"]:
+    """The scored edges between the nodes that are on a path from the input to the logits."""
+    return on_paths(search.graph, between(search.graph, nodes) & (search.table != 0))
 
 
 def _logit_scores(search: _Search, batch_size: int) -> Float[Tensor, " source"]:
@@ -166,9 +193,17 @@ def _readers_of(search: _Search, nodes: list[str]) -> dict[int, tuple[str, float
                 target = reader
             else:
                 continue
-            if row not in found or abs(found[row][1]) < abs(strength):
-                found[row] = (target, strength)
+            stronger = _strongest_of(search, row)
+            if stronger not in nodes or (row in found and abs(found[row][1]) >= abs(strength)):
+                continue  # a key/value head that is shared was scored, or is, with the strongest node that it feeds
+            found[row] = (target, strength)
     return found
+
+
+def _strongest_of(search: _Search, row: int) -> str:
+    """The strongest node of the circuit that a reader feeds."""
+    fed = [search.graph.writers[i] for i in search.graph.feeds[row].nonzero().flatten().tolist()]
+    return max((name for name in fed if name in search.strength), key=lambda name: abs(search.strength[name]))
 
 
 def _score_inputs(search: _Search, nodes: list[str], batch_size: int) -> dict[str, float]:
@@ -197,11 +232,10 @@ def _shares(search: _Search, targets: list[str], rows: int) -> dict[str, Float[T
     parts = {target: parse_part(search.model, target) for target in targets}
     kind = REPLACEMENTS[str(search.settings["replacement"])]
     sites = list(dict.fromkeys(part.site for part in parts.values()))
-    means = site_means(search.model, search.pairs, sites, kind, rows) if kind in MEANS else {}
     above: dict[str, Tensor] = {target: torch.zeros(()) for target in targets}
     below: dict[str, Tensor] = {target: torch.zeros(()) for target in targets}
     for chunk in search.pairs.chunks(rows):
-        base = means if kind != "pair" else _corrupt_values(search, chunk, sites)
+        base = search.means if kind != "pair" else _corrupt_values(search, chunk, sites)
         relevant = search.decompose(chunk, targets)
         real = chunk.mask[..., None]
         for target, part in parts.items():
@@ -218,6 +252,7 @@ def _shares(search: _Search, targets: list[str], rows: int) -> dict[str, Float[T
 
 
 def _corrupt_values(search: _Search, chunk: Pairs, sites: list[Site]) -> Mapping[Site, Tensor]:
+    search.forwards += len(chunk)
     run = search.model.run(chunk.corrupt, chunk.mask, record=sites, stop=Site("resid_final"))
     return {site: run.values[site] for site in sites}
 
@@ -232,7 +267,7 @@ def _pruned(search: _Search, kept: list[str], metric: Metric, batch_size: int) -
     replacement = build_replacement(str(search.settings["replacement"]), model, graph, search.pairs, batch_size)
 
     def value(nodes: list[str] | None) -> float:
-        cut = torch.zeros_like(graph.possible) if nodes is None else graph.possible & ~between(graph, nodes)
+        cut = torch.zeros_like(graph.possible) if nodes is None else graph.possible & ~_circuit(search, nodes)
         found = run_edges(
             model, graph, search.pairs, cut, metric=metric, replacement=replacement, batch_size=batch_size
         )

@@ -56,6 +56,26 @@ def probe(model: Any) -> dict[Site, str]:
     return refused
 
 
+def probe_branches(model: Any) -> dict[str, str]:
+    """Hook of `resid_mid` -> hook of the layer's output, where the former sees one branch of the stream only.
+
+    An edit there must come out of the layer: output = stream + MLP. One forward on 2 x 4 tokens.
+    """
+    layers = range(model.dims.n_layers if model.dims.has_mlp else 0)
+    kinds = ("resid_mid", "mlp_out", "resid_post")
+    layers = [layer for layer in layers if all(model.has(Site(kind, layer)) for kind in kinds)]
+    tokens = torch.arange(min(4, model.dims.n_ctx, model.dims.d_vocab))[None].repeat(2, 1).to(model.device)
+    sites = [Site(kind, layer) for layer in layers for kind in kinds]
+    edits = {Site("resid_mid", layer): lambda value: value * 2 + 1 for layer in layers}
+    values = model.run(tokens, record=sites, interventions=edits).values if layers else {}
+    found: dict[str, str] = {}
+    for layer in layers:
+        middle, written, after = (values[Site(kind, layer)].float() for kind in kinds)
+        if float((after - middle - written).abs().max()) > 5e-2 * float(middle.abs().max()):
+            found[model.resolve(Site("resid_mid", layer))] = model.resolve(Site("resid_post", layer))
+    return found
+
+
 def probe_past(model: Any) -> bool:
     """Whether a run that begins after a past gives what a whole run gives. Two forwards on 2 x 4 tokens."""
     length = min(4, model.dims.n_ctx)
