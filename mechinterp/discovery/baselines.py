@@ -2,54 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp.discovery.method import METHODS, Method, Progress
+from mechinterp.discovery.method import METHODS, Job, Method
 from mechinterp.errors import InputError
-from mechinterp.graph import Graph
-from mechinterp.hooks import HookManager
-from mechinterp.metrics import Metric
-from mechinterp.scores import Parameter, Scores
-from mechinterp.tasks.pairs import Pairs
+from mechinterp.scores import Scores
 
 
-def _random(
-    model: HookManager,
-    graph: Graph,
-    pairs: Pairs,
-    metric: Metric,
-    settings: Mapping[str, Parameter],
-    batch_size: int,
-    progress: Progress,
-) -> Scores:
+def _random(job: Job) -> Scores:
     """Scores drawn from a normal distribution, the same for the same seed on every machine."""
-    seed = settings["seed"]
+    graph, seed = job.graph, job.settings["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"seed must be a whole number; got {seed!r}.")
     drawn = torch.randn(graph.n_edges, generator=torch.Generator().manual_seed(seed))
     total = torch.zeros(graph.possible.shape)
-    total[graph.possible] = drawn * len(pairs)
-    return Scores(graph, total, len(pairs), "random", metric.name, "none", dict(settings), additive=False)
+    total[graph.possible] = drawn * len(job.pairs)
+    return job.scores("random", total, {}, additive=False)
 
 
-def _weight_magnitude(
-    model: HookManager,
-    graph: Graph,
-    pairs: Pairs,
-    metric: Metric,
-    settings: Mapping[str, Parameter],
-    batch_size: int,
-    progress: Progress,
-) -> Scores:
+def _weight_magnitude(job: Job) -> Scores:
     """The Frobenius norm of the product of the writer's output matrix and the reader's input matrix.
 
     Norms' weights and centring are part of a reader's matrix. The input writes the embedding matrix divided by the root
     of its rows, so that it is one typical token.
     """
+    model, graph = job.model, job.graph
     layout, dims = model.layout, model.dims
     dtype = torch.promote_types(model.dtype, torch.float32)
     # |O R|^2 = <O'O, R R'>: one square matrix for each node.
@@ -62,7 +41,7 @@ def _weight_magnitude(
             writers.append(_gram(layout.neurons(layer).W_out.to(dtype).T))
     written = torch.stack(writers).flatten(1)
     total = torch.zeros(graph.possible.shape, dtype=dtype)
-    progress(0, dims.n_layers)
+    job.progress(0, dims.n_layers)
     for layer in range(dims.n_layers):
         norm = layout.attention[layer].norm
         for channel in "qkv":
@@ -75,11 +54,11 @@ def _weight_magnitude(
             inward = [maps.W_in] if maps.W_gate is None else [maps.W_gate, maps.W_in]
             read = _gram(mlp_norm.project_transposed(torch.cat(inward, 1).to(dtype).T).T).flatten()
             total[graph.mlp_reader(layer)] = (written @ read).clamp(min=0).sqrt().cpu()
-        progress(layer + 1, dims.n_layers)
+        job.progress(layer + 1, dims.n_layers)
     read = _gram(layout.final_norm.project_transposed(layout.W_U.to(dtype).T).T).flatten()
     total[-1] = (written @ read).clamp(min=0).sqrt().cpu()
-    total = torch.where(graph.possible, total, 0) * len(pairs)
-    return Scores(graph, total, len(pairs), "weight-magnitude", metric.name, "none", dict(settings), additive=False)
+    total = torch.where(graph.possible, total, 0) * len(job.pairs)
+    return job.scores("weight-magnitude", total, {}, additive=False)
 
 
 def _gram(matrix: Float[Tensor, "d_model n"]) -> Float[Tensor, "d_model d_model"]:

@@ -23,7 +23,7 @@ from mechinterp.analysis.parts import Part, parse_part
 from mechinterp.circuit import on_paths
 from mechinterp.decomposition.contextual import decompose
 from mechinterp.decomposition.rules import get_preset
-from mechinterp.discovery.method import METHODS, Method, Progress
+from mechinterp.discovery.method import METHODS, Job, Method, Progress
 from mechinterp.edges import run_edges
 from mechinterp.errors import InputError
 from mechinterp.graph import Graph
@@ -79,17 +79,10 @@ class _Search:
         return {name: value[:, 0] for name, value in found.relevant.items()}
 
 
-def _cd(
-    model: HookManager,
-    graph: Graph,
-    pairs: Pairs,
-    metric: Metric,
-    settings: Mapping[str, Parameter],
-    batch_size: int,
-    progress: Progress,
-) -> Scores:
-    _check(settings, metric, graph)
-    pairs = pairs.to(model.device)
+def _cd(job: Job) -> Scores:
+    model, graph, settings, batch_size, progress = job.model, job.graph, job.settings, job.batch_size, job.progress
+    _check(settings, job.metric, graph)
+    pairs = job.pairs.to(model.device)
     dims = model.dims
     sources = tuple(name for name in graph.writers if settings["mlps"] or not name.startswith("m"))
     table = torch.zeros(graph.possible.shape, dtype=torch.promote_types(model.dtype, torch.float32))
@@ -107,13 +100,12 @@ def _cd(
         frontier = _strongest(search, _score_inputs(search, frontier, batch_size))
     kept = [*graph.inputs, *search.strength]
     if settings["prune"]:
-        kept = _pruned(search, kept, metric, batch_size)
+        kept = _pruned(search, kept, job.metric, batch_size)
     mask = _circuit(search, kept)
     progress(dims.n_layers + 1, dims.n_layers + 1)
     cost = {"forwards": round(search.forwards), "backwards": 0}
     total = torch.where(mask, table, 0) * len(pairs)
-    kind = str(settings["replacement"])
-    return Scores(graph, total, len(pairs), "cd", metric.name, kind, dict(settings), cost, additive=False)
+    return job.scores("cd", total, cost, additive=False)
 
 
 def _means(

@@ -8,23 +8,16 @@ the same backward with the plain gradient of attention, as RelP has it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
-import torch
-
 from mechinterp.analysis.lrp_rules import RULES, lrp_loss, rule_edits
-from mechinterp.discovery.method import METHODS, Method, Progress
+from mechinterp.discovery.method import METHODS, Job, Method
 from mechinterp.errors import InputError
 from mechinterp.gradients import Backward, edge_gradients
-from mechinterp.graph import Graph
-from mechinterp.hooks import HookManager
-from mechinterp.metrics import Metric
 from mechinterp.registry import unknown
 from mechinterp.replacement import build_replacement
-from mechinterp.scores import Parameter, Scores
-from mechinterp.tasks.pairs import Pairs
+from mechinterp.scores import Scores
 
 ATTENTION = {
     "frozen": RULES["relp"],
@@ -36,37 +29,27 @@ circuit of these scores can attend where the model does. halved: each product in
 and the softmax its gradient. gradient: attention is differentiated as it is."""
 
 
-def _cd_edges(
-    name: str,
-    model: HookManager,
-    graph: Graph,
-    pairs: Pairs,
-    metric: Metric,
-    settings: Mapping[str, Parameter],
-    batch_size: int,
-    progress: Progress,
-) -> Scores:
+def _cd_edges(name: str, job: Job) -> Scores:
     """<write of the clean run less its replacement, changed gradient at the reader's input>, summed over tokens."""
+    model, metric = job.model, job.metric
     if metric.needs_reference:
         raise InputError(f"{metric.name} has no relevance at the clean run itself; use metric 'logit_diff'.")
-    attention, kind = str(settings["attention"]), str(settings["replacement"])
+    attention = str(job.settings["attention"])
     if attention not in ATTENTION:
         raise unknown("attention", attention, ATTENTION)
     rules = ATTENTION[attention]
     backward = Backward(
         partial(rule_edits, model, rules), lambda chunk, reference: lrp_loss(model, chunk, metric, reference, rules)
     )
-    replacement = build_replacement(kind, model, graph, pairs, batch_size)
-    total = torch.zeros(graph.possible.shape, dtype=torch.promote_types(model.dtype, torch.float32))
-    done = 0
-    progress(0, len(pairs))
-    for chunk in pairs.chunks(batch_size):
-        part = edge_gradients(model, graph, chunk, metric, replacement=replacement, backward=backward)
-        total += metric.direction * part.cpu()
-        done += len(chunk)
-        progress(done, len(pairs))
-    cost = {"forwards": (2 + kind.startswith("mean")) * len(pairs), "backwards": len(pairs)}
-    return Scores(graph, total, len(pairs), name, metric.name, kind, dict(settings), cost)
+    replacement = build_replacement(job.replacement, model, job.graph, job.pairs, job.batch_size)
+    total = job.sum_over_batches(
+        lambda chunk: (
+            metric.direction
+            * edge_gradients(model, job.graph, chunk, metric, replacement=replacement, backward=backward)
+        )
+    )
+    forwards = (2 + job.replacement.startswith("mean")) * len(job.pairs)
+    return job.scores(name, total, {"forwards": forwards, "backwards": len(job.pairs)})
 
 
 METHODS.register(

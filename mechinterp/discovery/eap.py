@@ -1,4 +1,5 @@
-"""Edge attribution patching: `eap`, `eap-ig` (integrated gradients over the inputs) and `clean-corrupted`.
+"""Edge attribution patching: `eap`, `eap-ig` (integrated gradients over the inputs), `eap-ig-activations` and
+`clean-corrupted`.
 
 Source: Syed et al. 2023 (arXiv 2310.10348); Hanna et al. 2024 (arXiv 2403.17806). Deviations: the score is positive
 when the edge helps (EAP-IG's code has the opposite sign); a mean over examples that does not depend on the batches;
@@ -7,21 +8,15 @@ the IG steps are k = 1..m as in the paper (EAP-IG's code takes 0..m-1: `schedule
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
+from functools import partial
 
 from mechinterp.activation_paths import activation_path_gradients, n_groups
-from mechinterp.discovery.method import METHODS, Method, Progress
+from mechinterp.discovery.method import METHODS, Job, Method
 from mechinterp.errors import InputError
 from mechinterp.gradients import edge_gradients
-from mechinterp.graph import Graph
-from mechinterp.hooks import HookManager
-from mechinterp.metrics import Metric
 from mechinterp.registry import unknown
 from mechinterp.replacement import build_replacement
-from mechinterp.scores import Parameter, Scores
-from mechinterp.tasks.pairs import Pairs
+from mechinterp.scores import Scores
 
 SCHEDULES = {
     "right": lambda k, m: (k + 1) / m,
@@ -44,96 +39,34 @@ def integration_points(steps: object, schedule: object) -> tuple[float, ...]:
     return tuple(SCHEDULES[str(schedule)](k, steps) for k in range(steps))
 
 
-def _run(
-    name: str,
-    model: HookManager,
-    graph: Graph,
-    pairs: Pairs,
-    metric: Metric,
-    settings: Mapping[str, Parameter],
-    alphas: tuple[float, ...],
-    batch_size: int,
-    progress: Progress,
-) -> Scores:
-    if metric.needs_reference and alphas == (1.0,):
+def _run(name: str, alphas: tuple[float, ...] | None, job: Job) -> Scores:
+    if alphas is None:
+        alphas = integration_points(job.settings["steps"], job.settings["schedule"])
+    if job.metric.needs_reference and alphas == (1.0,):
         raise InputError(
-            f"The gradient of {metric.name} at the clean run is 0, so {name!r} would score every edge 0; "
+            f"The gradient of {job.metric.name} at the clean run is 0, so {name!r} would score every edge 0; "
             "use method 'eap-ig' with several steps, or metric 'logit_diff'."
         )
-    kind = str(settings["replacement"])
-    replacement = build_replacement(kind, model, graph, pairs, batch_size)
-    total = torch.zeros(graph.possible.shape, dtype=torch.promote_types(model.dtype, torch.float32))
-    done = 0
-    progress(0, len(pairs))
-    for chunk in pairs.chunks(batch_size):
-        part = edge_gradients(model, graph, chunk, metric, replacement=replacement, alphas=alphas)
-        total += metric.direction * part.cpu()
-        done += len(chunk)
-        progress(done, len(pairs))
-    forwards = 1 + len(alphas) + (1.0 not in alphas) + (kind != "corrupt" and kind != "zero")
-    cost = {"forwards": forwards * len(pairs), "backwards": len(alphas) * len(pairs)}
-    return Scores(graph, total, len(pairs), name, metric.name, kind, dict(settings), cost)
+    replacement = build_replacement(job.replacement, job.model, job.graph, job.pairs, job.batch_size)
+    total = job.sum_over_batches(
+        lambda chunk: (
+            job.metric.direction
+            * edge_gradients(job.model, job.graph, chunk, job.metric, replacement=replacement, alphas=alphas)
+        )
+    )
+    forwards = 1 + len(alphas) + (1.0 not in alphas) + (job.replacement != "corrupt" and job.replacement != "zero")
+    return job.scores(name, total, {"forwards": forwards * len(job.pairs), "backwards": len(alphas) * len(job.pairs)})
 
 
-def _eap(
-    model: HookManager,
-    graph: Graph,
-    pairs: Pairs,
-    metric: Metric,
-    settings: Mapping[str, Parameter],
-    batch_size: int,
-    progress: Progress,
-) -> Scores:
-    return _run("eap", model, graph, pairs, metric, settings, (1.0,), batch_size, progress)
-
-
-def _eap_ig(
-    model: HookManager,
-    graph: Graph,
-    pairs: Pairs,
-    metric: Metric,
-    settings: Mapping[str, Parameter],
-    batch_size: int,
-    progress: Progress,
-) -> Scores:
-    alphas = integration_points(settings["steps"], settings["schedule"])
-    return _run("eap-ig", model, graph, pairs, metric, settings, alphas, batch_size, progress)
-
-
-def _clean_corrupted(
-    model: HookManager,
-    graph: Graph,
-    pairs: Pairs,
-    metric: Metric,
-    settings: Mapping[str, Parameter],
-    batch_size: int,
-    progress: Progress,
-) -> Scores:
-    return _run("clean-corrupted", model, graph, pairs, metric, settings, (0.0, 1.0), batch_size, progress)
-
-
-def _activations(
-    model: HookManager,
-    graph: Graph,
-    pairs: Pairs,
-    metric: Metric,
-    settings: Mapping[str, Parameter],
-    batch_size: int,
-    progress: Progress,
-) -> Scores:
-    alphas = integration_points(settings["steps"], settings["schedule"])
-    if settings["replacement"] != "corrupt":
+def _activations(job: Job) -> Scores:
+    alphas = integration_points(job.settings["steps"], job.settings["schedule"])
+    if job.replacement != "corrupt":
         raise InputError("'eap-ig-activations' goes from the corrupt to the clean activations: replacement 'corrupt'.")
-    total = torch.zeros(graph.possible.shape, dtype=torch.promote_types(model.dtype, torch.float32))
-    done = 0
-    progress(0, len(pairs))
-    for chunk in pairs.chunks(batch_size):
-        total += metric.direction * activation_path_gradients(model, graph, chunk, metric, alphas).cpu()
-        done += len(chunk)
-        progress(done, len(pairs))
-    runs = len(alphas) * n_groups(model)
-    cost = {"forwards": (3 + runs) * len(pairs), "backwards": runs * len(pairs)}
-    return Scores(graph, total, len(pairs), "eap-ig-activations", metric.name, "corrupt", dict(settings), cost)
+    total = job.sum_over_batches(
+        lambda chunk: job.metric.direction * activation_path_gradients(job.model, job.graph, chunk, job.metric, alphas)
+    )
+    runs = len(alphas) * n_groups(job.model) * len(job.pairs)
+    return job.scores("eap-ig-activations", total, {"forwards": 3 * len(job.pairs) + runs, "backwards": runs})
 
 
 METHODS.register(
@@ -142,7 +75,7 @@ METHODS.register(
         "eap",
         "Edge attribution patching: gradient at the clean run",
         "Syed et al. 2023, arXiv 2310.10348",
-        _eap,
+        partial(_run, "eap", (1.0,)),
         {"replacement": "corrupt"},
     ),
 )
@@ -152,7 +85,7 @@ METHODS.register(
         "eap-ig",
         "Edge attribution patching with integrated gradients over the inputs",
         "Hanna et al. 2024, arXiv 2403.17806",
-        _eap_ig,
+        partial(_run, "eap-ig", None),
         {"steps": 5, "schedule": "right", "replacement": "corrupt"},
     ),
 )
@@ -172,7 +105,7 @@ METHODS.register(
         "clean-corrupted",
         "Edge attribution patching: the mean of the gradients at the clean and at the corrupt run",
         "Hanna et al. 2024, arXiv 2403.17806",
-        _clean_corrupted,
+        partial(_run, "clean-corrupted", (0.0, 1.0)),
         {"replacement": "corrupt"},
     ),
 )

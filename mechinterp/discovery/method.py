@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp.discovery.checkpoint import Checkpoint, open_checkpoint
 from mechinterp.edges import check_model
 from mechinterp.errors import InputError
 from mechinterp.graph import Graph
@@ -15,31 +21,81 @@ from mechinterp.registry import Registry
 from mechinterp.scores import Parameter, Scores
 from mechinterp.tasks.pairs import Pairs
 
+Progress = Callable[[int, int], None]
+"""Called with (done, in all)."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """Says nothing."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a method is given. `settings` are its defaults with what was asked for."""
+
+    model: HookManager
+    graph: Graph
+    pairs: Pairs
+    metric: Metric
+    settings: Mapping[str, Parameter]
+    batch_size: int
+    progress: Progress
+    checkpoint: Checkpoint
+
+    @property
+    def replacement(self) -> str:
+        """The kind of replacement that was asked for."""
+        return str(self.settings["replacement"])
+
+    def zeros(self) -> Float[Tensor, "reader writer"]:
+        """A table for scores, in float32 or better."""
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        return torch.zeros(self.graph.possible.shape, dtype=dtype)
+
+    def scores(self, method: str, total: Tensor, cost: Mapping[str, int], **more: Any) -> Scores:
+        """The result, with all that was asked for."""
+        return Scores(
+            self.graph,
+            total,
+            len(self.pairs),
+            method,
+            self.metric.name,
+            self.replacement,
+            dict(self.settings),
+            cost,
+            **more,
+        )
+
+    def sum_over_batches(self, of: Callable[[Pairs], Tensor]) -> Float[Tensor, "reader writer"]:
+        """The sum over all batches of a table of edges; taken up again where a killed run had come to."""
+        total, done = self.zeros(), 0
+        saved = self.checkpoint.load()
+        if saved is not None:
+            total, done = saved["total"], int(saved["done"])
+        self.progress(done, len(self.pairs))
+        while done < len(self.pairs):
+            chunk = self.pairs[done : done + self.batch_size]
+            total = total + of(chunk).cpu()
+            done += len(chunk)
+            self.checkpoint.save({"total": total, "done": torch.tensor(done)})
+            self.progress(done, len(self.pairs))
+        return total
+
 
 @dataclass(frozen=True)
 class Method:
-    """A way to score edges: `run(model, graph, pairs, metric, parameters, batch_size, progress) -> Scores`.
-
-    `defaults` are its parameters with their default values; an unknown one is refused.
-    """
+    """A way to score edges. `defaults` are its parameters with their default values; an unknown one is refused."""
 
     name: str
     title: str
     source: str
-    run: Callable[..., Scores]
+    run: Callable[[Job], Scores]
     defaults: Mapping[str, Parameter] = field(default_factory=dict[str, Parameter])
     threshold: float | None = None
     """Of a method that chooses the circuit itself: `select` with this threshold gives it."""
 
 
 METHODS: Registry[Method] = Registry("method")
-
-Progress = Callable[[int, int], None]
-"""Called with (examples done, examples in all)."""
-
-
-def no_progress(done: int, total: int) -> None:
-    """Says nothing."""
 
 
 def score_edges(
@@ -51,12 +107,17 @@ def score_edges(
     metric: Metric | str = "logit_diff",
     batch_size: int = 32,
     progress: Progress = no_progress,
+    resume: str | os.PathLike[str] | None = None,
     **parameters: Any,
 ) -> Scores:
     """The score of every edge by a registered method; positive = the edge helps the task.
 
-    Parameters of the method go by name (`steps=5` for `eap-ig`). The result does not depend on `batch_size`.
-    Raises InputError for an unknown method, parameter or metric, and for token ids that the model does not have.
+    Parameters of the method go by name (`steps=5` for `eap-ig`). The result does not depend on `batch_size`. With
+    `resume`, a file, the state of a long run is kept there every half minute and taken up by the next call that asks
+    for the same; the file is gone when the scores are there.
+
+    Raises InputError for an unknown method, parameter or metric, for token ids that the model does not have, and for
+    a `resume` file of another run.
     """
     chosen = METHODS.get(method)
     unknown_names = sorted(set(parameters) - set(chosen.defaults))
@@ -68,5 +129,7 @@ def score_edges(
     check_model(model, graph, pairs)
     metric = get_metric(metric) if isinstance(metric, str) else metric
     settings = {**chosen.defaults, **parameters}
-    scores = chosen.run(model, graph, pairs, metric, settings, batch_size, progress)
+    checkpoint = open_checkpoint(resume, model, graph, pairs, method, metric.name, settings, batch_size)
+    scores = chosen.run(Job(model, graph, pairs, metric, settings, batch_size, progress, checkpoint))
+    checkpoint.clear()
     return replace(scores, pairs=pairs)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mechinterp.circuit import Circuit
-from mechinterp.discovery.method import score_edges
+from mechinterp.discovery.method import METHODS, score_edges
 from mechinterp.discovery.select import select
 from mechinterp.errors import InputError
 from mechinterp.evaluation.faithfulness import Ablation, evaluate
@@ -322,6 +322,10 @@ def _rescore(
         ledger.failed("scores again", "not run: the pairs of the discovery are not known or not what the file states")
         return
     with ledger.claimed("scores again"):
+        settings: dict[str, Any] = dict(stated.parameters)
+        foreign = sorted(set(settings) - set(METHODS.get(stated.method).defaults))
+        if foreign:  # a file must not reach the other arguments, such as `resume`
+            raise InputError(f"Method {stated.method!r} has no parameter {foreign[0]!r}.")
         again = score_edges(
             model,
             scores.graph,
@@ -330,7 +334,7 @@ def _rescore(
             metric=stated.metric.name,
             batch_size=batch_size,
             progress=lambda done, total: progress("scores", done, total),
-            **stated.parameters,
+            **settings,
         )
         limit = limit or tolerance_for(document.model.dtype)
         expected = score_table(scores).double()
