@@ -384,7 +384,7 @@ def test_a_part_that_is_named_twice_in_a_set_counts_once(several: list[str]) -> 
 
 def test_presets_and_prompts_that_cannot_be_are_refused() -> None:
     with pytest.raises(InputError, match="rule for norm"):
-        Preset(norm="removed")  # type: ignore[arg-type]
+        Preset(norm="removed")
     with pytest.raises(InputError, match="kind of operation"):
         Preset(settle=frozenset({"everything"}))
     long = torch.ones(2, 40, dtype=torch.long)

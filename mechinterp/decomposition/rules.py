@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,16 +23,16 @@ from mechinterp.registry import unknown
 class Preset:
     """Which rule each kind of operation gets."""
 
-    bias: Literal["irrelevant", "shared"] = "irrelevant"
+    bias: str = "irrelevant"
     """Of a bias: none of it is relevant, or |r W| / (|r W| + |i W|) of it, entry by entry."""
-    norm: Literal["frozen", "remove"] = "frozen"
+    norm: str = "frozen"
     """frozen: the scale is the total's. remove: norm(t) - norm(i)."""
-    attention: Literal["frozen", "own", "remove"] = "frozen"
+    attention: str = "frozen"
     """frozen: the total's pattern times the relevant values. own: softmax(q_r k_r) v_r. remove: z - softmax(q_i k_i)
     v_i."""
-    activation: Literal["ratio", "remove"] = "ratio"
+    activation: str = "ratio"
     """ratio: r f(t) / t. remove: f(t) - f(i)."""
-    product: Literal["half", "remove"] = "half"
+    product: str = "half"
     """Of a gate g and what it multiplies, u: half is (g_r u_t + g_t u_r) / 2; remove is g_t u_t - g_i u_i. A soft cap
     on the logits goes with it: r cap(t) / t, or cap(t) - cap(i)."""
     settle: frozenset[str] = frozenset()
