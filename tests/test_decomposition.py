@@ -391,5 +391,8 @@ def test_presets_and_prompts_that_cannot_be_are_refused() -> None:
     for name in ("gpt2", "classifier"):
         with pytest.raises(InputError, match="40 tokens; the model takes 32"):
             contextual_decomposition(model_of(name), long, "z", targets=1)
-    with pytest.raises(InputError, match="Token id 77"):
+    with pytest.raises(InputError, match="token id 77"):
         contextual_decomposition(model_of("masked"), torch.full((2, 5), 77), "z", targets=1)
+    strange = mi.Pairs(clean=torch.full((2, 5), 77), corrupt=torch.full((2, 5), 77))
+    with pytest.raises(InputError, match="Token id 77"):
+        decompose("masked", "z", targets=1, replacement="mean", reference=strange)
