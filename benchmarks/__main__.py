@@ -19,6 +19,7 @@ PARTS = {
     "lens": ("lens", "lens"),
     "direct": ("attribution_direct", "direct"),
     "decomposition": ("decomposition", "decomposition"),
+    "acdc": ("acdc", "acdc"),
 }
 """Per part the module and the function in it that measures."""
 

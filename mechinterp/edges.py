@@ -7,6 +7,7 @@ A reader none of whose edges is cut keeps the model's own input. Another one get
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from einops import repeat
@@ -78,13 +79,17 @@ def edge_logits(
     masks: Float[Tensor, "candidate reader writer"],
     values: Values,
     columns: Int[Tensor, " n_columns"] | None = None,
+    prefix: Prefix | None = None,
 ) -> Iterator[Float[Tensor, "batch n_answer n_columns"]]:
-    """For each mask, the logits at the answer positions of one batch (of all tokens, or of `columns` only)."""
+    """For each mask, the logits at the answer positions of one batch (of all tokens, or of `columns` only).
+
+    `prefix` (see `run_prefix`) spares the layers before its own, where no edge of any mask may be cut.
+    """
     size = len(graph.writers) * pairs.clean.numel() * model.dims.d_model * max(4, model.dtype.itemsize)
     # Edits of an `intervene` block are for the prompts as they are, each once.
     at_once = 1 if model.edited else max(1, min(64, WRITES_BUDGET_BYTES // size))
     for some in masks.split(at_once):
-        logits = _Patched(model, graph, pairs, some.to(model.device), values).run(columns)
+        logits = _Patched(model, graph, pairs, some.to(model.device), values, prefix).run(columns)
         yield from logits.unflatten(0, (len(some), len(pairs)))
 
 
@@ -148,10 +153,38 @@ def check_cut(graph: Graph, cut: Tensor) -> Float[Tensor, "candidate reader writ
     return masks
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """The run of one batch up to a layer, with no edge cut before it: what patched runs from there share."""
+
+    layer: int
+    resid: Float[Tensor, "batch pos d_model"]
+    differences: Float[Tensor, "writer 1 batch pos d_model"]
+    """What each earlier writer's write differs by from its replacement."""
+
+
+def run_prefix(model: HookManager, graph: Graph, pairs: Pairs, values: Values, layer: int) -> Prefix:
+    """The run of a batch up to `layer` (the number of layers: all of it), for `edge_logits`. One forward at most."""
+    with torch.no_grad():
+        nothing = torch.zeros(1, *graph.possible.shape, device=model.device)
+        run = _Patched(model, graph, pairs, nothing, values)
+        resid = run.shared(layer)
+        before = graph.n_writers_before(layer, mlp=False) if layer < model.dims.n_layers else len(graph.writers)
+        return Prefix(layer, resid, run.differences[:before].clone())
+
+
 class _Patched:
     """One forward of (candidate x batch) prompts with edges cut; lives as long as the run."""
 
-    def __init__(self, model: HookManager, graph: Graph, pairs: Pairs, masks: Tensor, values: Values) -> None:
+    def __init__(
+        self,
+        model: HookManager,
+        graph: Graph,
+        pairs: Pairs,
+        masks: Tensor,
+        values: Values,
+        prefix: Prefix | None = None,
+    ) -> None:
         self.model, self.graph, self.pairs, self.masks, self.values = model, graph, pairs, masks, values
         self.n = masks.shape[0]
         dtype = torch.promote_types(model.dtype, torch.float32)
@@ -165,6 +198,7 @@ class _Patched:
         self.weights = torch.nn.functional.pad(-self.masks, (1, 0), value=1.0)
         self.cut_readers = (self.masks != 0).any(0).any(-1).cpu()
         self.resid: Tensor | None = None
+        self.prefix = prefix
         self.seen: tuple[int, Tensor] | None = None
 
     def run(self, columns: Tensor | None) -> Float[Tensor, "rows n_answer n_columns"]:
@@ -180,13 +214,17 @@ class _Patched:
         """The final residual stream, the layers before the first cut edge run once for all candidates."""
         first, last = self._first_cut_layer(), Site("resid_final")
         n_layers = self.model.dims.n_layers
-        stop = Site("resid_pre", first) if first < n_layers else last
         tokens, mask, start = self.pairs.clean, self.pairs.mask, None
-        if first > 0:
-            plan = self._plan(range(first))
-            shared = self.model.run(tokens, mask, interventions=plan, record=[stop], stop=stop).values[stop]
-            if first == n_layers:
-                return self._fold(shared).to(self.differences.dtype)
+        if self.prefix is not None and self.prefix.layer <= first:
+            first = self.prefix.layer
+            self.differences[: len(self.prefix.differences)] = self.prefix.differences
+            shared = self.prefix.resid
+        else:
+            shared = self.shared(first) if first > 0 else None
+        if first == n_layers:
+            assert shared is not None
+            return self._fold(shared).to(self.differences.dtype)
+        if shared is not None and first > 0:
             start = (first, self._repeated(shared))
         plan = self._plan(range(first, n_layers))
         run = self.model.run(
@@ -198,6 +236,14 @@ class _Patched:
             stop=last,
         )
         return self._fold(run.values[last]).to(self.differences.dtype)
+
+    def shared(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream before a layer, run once for all candidates; the writes until then are kept."""
+        stop = Site("resid_pre", layer) if layer < self.model.dims.n_layers else Site("resid_final")
+        plan = self._plan(range(layer))
+        return self.model.run(self.pairs.clean, self.pairs.mask, interventions=plan, record=[stop], stop=stop).values[
+            stop
+        ]
 
     def _repeated(self, value: Tensor) -> Tensor:
         return value.repeat(self.n, *[1] * (value.ndim - 1))

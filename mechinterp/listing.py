@@ -3,6 +3,7 @@
 METHODS = {
     "eap": "edge attribution patching, the gradient at the clean run (Syed et al. 2023)",
     "eap-ig": "the same with integrated gradients over the inputs (Hanna et al. 2024); the default",
+    "acdc": "every edge cut for good unless that costs tau (Conmy et al. 2023); best with --metric kl_to_clean",
     "cd": "contextual decomposition of nodes, from the logits back (Hsu et al. 2024)",
     "cd-edges": "contextual decomposition along edges, linear rules in one backward",
     "relp": "edge attribution with LRP coefficients (Rezaei Jafari et al. 2025)",

@@ -1,5 +1,6 @@
 """Discovery: scores for every edge, and the selection of a circuit. Importing this registers the methods."""
 
+from mechinterp.discovery import acdc as acdc
 from mechinterp.discovery import baselines as baselines
 from mechinterp.discovery import cd as cd
 from mechinterp.discovery import cd_edges as cd_edges
