@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from mechinterp.errors import MechInterpError as MechInterpError
     from mechinterp.errors import SiteNotReached as SiteNotReached
     from mechinterp.errors import UnsupportedError as UnsupportedError
+    from mechinterp.evaluation.compare import Comparison as Comparison
+    from mechinterp.evaluation.compare import compare_methods as compare_methods
     from mechinterp.evaluation.faithfulness import Evaluation as Evaluation
     from mechinterp.evaluation.faithfulness import evaluate as evaluate
     from mechinterp.files.circuit_file import load_circuit as load_circuit
@@ -82,6 +84,8 @@ if TYPE_CHECKING:
     from mechinterp.pipeline import Discovery as Discovery
     from mechinterp.pipeline import RunSpec as RunSpec
     from mechinterp.pipeline import discover as discover
+    from mechinterp.plots.compare import comparison_curves as comparison_curves
+    from mechinterp.plots.compare import overlap_matrix as overlap_matrix
     from mechinterp.plots.grids import attention_figure as attention_figure
     from mechinterp.plots.grids import heatmap as heatmap
     from mechinterp.plots.grids import lens_figure as lens_figure
@@ -131,6 +135,8 @@ _HOMES = {
     "discovery.select": ("select",),
     "edges": ("run_edges",),
     "errors": ("FormatError", "InputError", "MechInterpError", "SiteNotReached", "UnsupportedError"),
+    "evaluation.compare": ("Comparison", "compare_methods"),
+    "plots.compare": ("comparison_curves", "overlap_matrix"),
     "evaluation.faithfulness": ("Evaluation", "evaluate"),
     "gradients": ("edge_gradients",),
     "graph": ("Graph", "build_graph"),

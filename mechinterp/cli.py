@@ -18,52 +18,10 @@ import typer
 from rich.console import Console
 
 from mechinterp.errors import InputError, MechInterpError
-from mechinterp.listing import METHODS, METRICS, REPLACEMENTS
+from mechinterp.listing import COMPARE_HELP, EXIT_CODES, HELP, METHODS, METRICS, REPLACEMENTS, RUN_HELP, VERIFY_HELP
 from mechinterp.registry import unknown
 
 OK, CLAIM_FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
-
-EXIT_CODES = "Exit codes: 0 done; 1 a claim of the file failed (verify); 2 bad input, with one line that says what."
-HELP = f"""Find the circuit of a task in a transformer, write it to a file, and check the file again.
-
-\b
-  discover-circuit run ioi                  a circuit of the bundled model, no network needed
-  discover-circuit verify FILE              run the file again: does every claim hold?
-  discover-circuit show FILE                its heads and edges
-  discover-circuit list                     tasks, methods, models, stored circuits
-
-{EXIT_CODES}
-"""
-RUN_HELP = f"""Discover the circuit of a task, evaluate it on held-out pairs, write its file and a report page.
-
-TASK is a task of the package (see `discover-circuit list`), your own task file (.yaml), or a file of pairs (.jsonl or
-.csv with the columns clean, corrupt, right, wrong as texts or token ids).
-
-Without --edges and --threshold the circuit is the smallest on a log grid that recovers 90 % of the metric on the
-pairs it was found with; method cd chooses its own.
-
-\b
-  discover-circuit run ioi
-  discover-circuit run ioi --edges 60 --method eap --out out/small
-  discover-circuit run greater_than --model gpt2 --device cuda
-  discover-circuit run my_pairs.jsonl --model ./my_model --metric prob_diff
-
-{EXIT_CODES}
-"""
-VERIFY_HELP = f"""Check a circuit file: every hash, the model, the pairs, and the evaluation run again.
-
-FILE is a .circuit.json, or the name of a stored circuit (see `discover-circuit list`).
-
-\b
-  discover-circuit verify out/ioi-bundled-eap-ig.circuit.json
-
-{EXIT_CODES}
-"""
-
-SHOW_HELP = f"""Show the heads and edges of a circuit file, with roles where they are known.
-
-{EXIT_CODES}
-"""
 
 app = typer.Typer(
     name="discover-circuit", help=HELP, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False
@@ -184,6 +142,43 @@ def _run(
     return partial(_do_run, asked, open_report)
 
 
+@app.command("compare", help=COMPARE_HELP, short_help="Compare methods on one task.")
+def _compare(
+    task: Annotated[str, typer.Argument(metavar="TASK|PAIRS_FILE", help="A task's name, or a file.")],
+    methods: Annotated[str, typer.Option(help="Methods, with commas between.")] = "eap,eap-ig,cd,cd-edges,random",
+    model: Annotated[str, typer.Option(help="'bundled', a directory, or a hub id (also id@revision).")] = "bundled",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    metric: Annotated[str | None, typer.Option(help="What counts as doing the task.  [default: the task's]")] = None,
+    replacement: Annotated[str, typer.Option(help=f"What a cut edge carries: {', '.join(REPLACEMENTS)}.")] = "corrupt",
+    sizes: Annotated[str, typer.Option(help="'mib', or shares of edges with commas between, ending in 1.")] = "mib",
+    examples: Annotated[int, typer.Option(min=2, help="Pairs to score with, and as many held-out ones.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of the pairs.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...  [default: float32]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: cpu]")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs at a time; the result does not depend on it.")] = 32,
+    out: Annotated[Path, typer.Option(file_okay=False, writable=True, help="Folder for the page.")] = Path("out"),
+) -> Action:
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    for name in names:
+        _check_name("method", name, METHODS)
+    _check_name("replacement", replacement, REPLACEMENTS)
+    asked = dict(
+        task=task,
+        model=model,
+        revision=revision,
+        metric=metric,
+        replacement=replacement,
+        examples=examples,
+        test_examples=examples,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        batch_size=batch_size,
+        out=out,
+    )
+    return partial(_do_compare, asked, names, sizes)
+
+
 @app.command("verify", help=VERIFY_HELP, short_help="Check every claim of a circuit file again.")
 def _verify(
     file: Annotated[str, typer.Argument(help="A circuit file, or the name of a stored circuit.")],
@@ -234,6 +229,23 @@ def _do_run(asked: dict[str, Any], open_report: bool) -> int:
     _say(console, f"next: {verify_command(str(found.path))}")
     if open_report:
         typer.launch(report.resolve().as_uri())
+    return OK
+
+
+def _do_compare(asked: dict[str, Any], methods: list[str], sizes: str) -> int:
+    from mechinterp.progress import stages
+
+    _check_task(asked["task"])
+    console = _Terminal()
+    with stages(Console(stderr=True)) as progress:
+        from mechinterp.pipeline import RunSpec, compare
+        from mechinterp.tables import frame_table
+
+        _quiet_libraries()
+        found, page = compare(RunSpec(**asked), methods, sizes, progress)
+    short = {"log area": "log", "forwards": "fwd", "backwards": "bwd", "seconds": "s"}
+    console.print(frame_table(found.to_frame().rename(columns=short)))
+    _say(console, f"wrote {page}")
     return OK
 
 

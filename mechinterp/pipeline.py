@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from mechinterp.circuit import Circuit
 from mechinterp.discovery.method import METHODS, Method, score_edges
 from mechinterp.discovery.select import select
 from mechinterp.errors import InputError
+from mechinterp.evaluation.compare import MIB_SHARES, Comparison, compare_methods
 from mechinterp.evaluation.faithfulness import Evaluation, evaluate
 from mechinterp.evaluation.sizes import TARGET, Curve, CurvePoint, size_curve, size_grid, smallest_faithful
 from mechinterp.files.circuit_file import save_circuit
@@ -26,6 +27,7 @@ from mechinterp.graph import build_graph
 from mechinterp.hooks import HookManager, load_model
 from mechinterp.metrics import get_metric
 from mechinterp.registry import unknown
+from mechinterp.report.comparison import write_comparison
 from mechinterp.scores import Parameter
 from mechinterp.tasks.files import load_pairs
 from mechinterp.tasks.pairs import Pairs
@@ -128,6 +130,51 @@ def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
         command=command_of(spec),
     )
     return Discovery(circuit, evaluation, curve, model, task, train, test, path, document)
+
+
+def compare(
+    spec: RunSpec, methods: Sequence[str], sizes: str = "mib", progress: Progress = no_progress
+) -> tuple[Comparison, Path]:
+    """Several methods on one task, judged alike, and the page that was written.
+
+    `sizes` is `mib` or shares of edges with commas between. Raises InputError for what cannot be had.
+    """
+    shares = MIB_SHARES if sizes == "mib" else _shares(sizes)
+    try:
+        spec.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"Cannot write to {spec.out}: {error.strerror or error}.") from error
+    progress("model", 0, 1)
+    model = load_model(spec.model, revision=spec.revision, dtype=spec.dtype, device=spec.device)
+    progress("model", 1, 1)
+    task, train, test, default_metric = _examples(spec, model)
+    found = compare_methods(
+        model,
+        build_graph(model),
+        train,
+        test,
+        methods,
+        metric=spec.metric or default_metric,
+        replacement=spec.replacement,
+        shares=shares,
+        batch_size=spec.batch_size,
+        progress=progress,
+    )
+    path = spec.out / f"{_stem(spec.task)}-comparison.html"
+    words = ["discover-circuit", "compare", spec.task, "--methods", ",".join(methods), "--sizes", sizes]
+    for name in ("model", "revision", "metric", "replacement", "examples", "seed", "dtype", "batch_size"):
+        value = getattr(spec, name)
+        if value != RunSpec.__dataclass_fields__[name].default:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    write_comparison(path, found, f"Methods compared on {task.name} in {spec.model}", shlex.join(words))
+    return found, path
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"Sizes are 'mib' or numbers with commas between, such as 0.01,0.1,1; got {text!r}.") from None
 
 
 def output_path(spec: RunSpec) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -12,10 +13,28 @@ from mechinterp.files.claims import Verification
 from mechinterp.files.schema import CircuitFile, EvaluationRecord
 from mechinterp.files.summary import ranked_edges, ranked_nodes
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 
 def plain(text: str) -> str:
     """The text on one line with nothing in it that could steer a terminal."""
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+
+
+def frame_table(frame: DataFrame) -> Table:
+    """A table of a data frame; missing entries are `-`."""
+    table = _table(*(str(column) for column in frame.columns))
+    table.columns[0].no_wrap = True
+    for row in frame.itertuples(index=False):
+        table.add_row(*(_cell(value) for value in row))
+    return table
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10 or value == 0 else f"{value:.3f}"
+    return "-" if str(value) == "<NA>" else plain(str(value))
 
 
 def result_table(document: CircuitFile) -> Table:

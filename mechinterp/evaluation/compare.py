@@ -1,0 +1,207 @@
+"""Several methods on one task, judged by the same circuits' sizes, examples and ablation.
+
+The sizes and the two areas are those of MIB (Mueller et al. 2025, arXiv 2504.13151): CPR is the area under faithfulness
+against the share of edges, selected by signed score; CMD the area between faithfulness and 1, selected by magnitude;
+both by the trapezoid rule over the share itself, from 0.1 % to all edges. A circuit that does nothing until every edge
+is in has CPR 0.25 and CMD 0.75. Most of either area lies above 20 % of the edges, so the smallest sizes that reach 80 %
+and 90 % and an area over the logarithm of the share stand beside them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from mechinterp.circuit import on_paths
+from mechinterp.discovery.method import METHODS, score_edges
+from mechinterp.errors import InputError
+from mechinterp.evaluation.faithfulness import faithfulness_curve
+from mechinterp.graph import Graph
+from mechinterp.hooks import HookManager
+from mechinterp.metrics import Metric
+from mechinterp.scores import Parameter, Scores
+from mechinterp.tasks.pairs import Pairs
+
+MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""The ten shares of edges at which MIB evaluates; a size is the whole number below the share."""
+LEVELS = (0.8, 0.9)
+
+Told = Callable[[str, int, int], None]
+"""Called with (what is done, done, in all)."""
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Says nothing."""
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One method: its scores, and the faithfulness of its circuits by size, on held-out pairs."""
+
+    scores: Scores
+    by_value: tuple[float, ...]
+    by_magnitude: tuple[float, ...]
+    seconds: float
+
+    def cpr(self, shares: Sequence[float]) -> float:
+        """The area under faithfulness, circuits by signed score."""
+        return area(shares, self.by_value)
+
+    def cmd(self, shares: Sequence[float]) -> float:
+        """The area between faithfulness and 1, circuits by magnitude; 0 is the model itself at every size."""
+        return area(shares, [abs(1 - value) for value in self.by_magnitude])
+
+    def log_area(self, shares: Sequence[float]) -> float:
+        """The mean faithfulness over the logarithm of the share, circuits by magnitude."""
+        logs = [math.log(share) for share in shares]
+        return area(logs, self.by_magnitude) / (logs[-1] - logs[0])
+
+    def reaches(self, sizes: Sequence[int], level: float) -> int | None:
+        """The smallest of the sizes whose circuit (by magnitude) is that faithful, or None."""
+        return next((n for n, value in zip(sizes, self.by_magnitude, strict=True) if value >= level), None)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare_methods` found."""
+
+    results: Mapping[str, MethodResult]
+    shares: tuple[float, ...]
+    sizes: tuple[int, ...]
+    about: Mapping[str, Parameter]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a method, the best CMD first: the areas, the smallest sizes that reach 80 and 90 %, the cost."""
+        rows = [
+            {
+                "method": name,
+                "CPR": result.cpr(self.shares),
+                "CMD": result.cmd(self.shares),
+                "log area": result.log_area(self.shares),
+                **{f"edges@{level:.0%}": result.reaches(self.sizes, level) for level in LEVELS},
+                "forwards": result.scores.cost.get("forwards", 0) / result.scores.count,
+                "backwards": result.scores.cost.get("backwards", 0) / result.scores.count,
+                "seconds": result.seconds,
+            }
+            for name, result in self.results.items()
+        ]
+        frame = pd.DataFrame(rows).sort_values("CMD", ignore_index=True, kind="stable")
+        return frame.astype({f"edges@{level:.0%}": "Int64" for level in LEVELS})
+
+    def curves(self) -> pd.DataFrame:
+        """A tidy table: method, edges, share, order (`value`, `magnitude`), faithfulness."""
+        rows = [
+            (name, size, share, order, value)
+            for name, result in self.results.items()
+            for order, values in (("value", result.by_value), ("magnitude", result.by_magnitude))
+            for size, share, value in zip(self.sizes, self.shares, values, strict=True)
+        ]
+        return pd.DataFrame(rows, columns=["method", "edges", "share", "order", "faithfulness"])
+
+    def overlap(self, edges: int) -> pd.DataFrame:
+        """Jaccard index of the edges that each two methods select first, by magnitude; edges with score 0 are none."""
+        masks = {name: top_edges(result.scores, edges, "magnitude") for name, result in self.results.items()}
+        table = {
+            a: {b: float((x & y).sum() / max(1, int((x | y).sum()))) for b, y in masks.items()}
+            for a, x in masks.items()
+        }
+        return pd.DataFrame(table)
+
+
+def compare_methods(
+    model: HookManager,
+    graph: Graph,
+    train: Pairs,
+    test: Pairs,
+    methods: Sequence[str],
+    *,
+    metric: Metric | str = "logit_diff",
+    replacement: str = "corrupt",
+    shares: Sequence[float] = MIB_SHARES,
+    settings: Mapping[str, Mapping[str, Parameter]] | None = None,
+    batch_size: int = 32,
+    progress: Told = _silent,
+) -> Comparison:
+    """Every method's scores on `train`, and how faithful its circuits of each size are on `test`.
+
+    `settings` has parameters by method. Edges that a method leaves at score 0 are never selected, but in the whole
+    graph. Circuits are pruned to what lies on a path from the input to the logits.
+
+    Cost: the methods' own, and two forwards of `test` for every size and order. Raises InputError for unknown or
+    doubled methods and for shares that are not rising from above 0 to 1.
+    """
+    if not methods or len(set(methods)) != len(methods):
+        raise InputError("Name at least one method, and each once.")
+    shares = tuple(float(share) for share in shares)
+    rising = all(a < b for a, b in pairwise(shares))
+    if len(shares) < 2 or not rising or not shares[0] > 0 or shares[-1] != 1:
+        raise InputError(f"Shares rise from above 0 to 1; got {list(shares)}.")
+    chosen = {name: METHODS.get(name) for name in methods}
+    sizes = tuple(int(share * graph.n_edges) for share in shares)
+    results: dict[str, MethodResult] = {}
+    for name in chosen:
+        start = time.perf_counter()
+        asked: dict[str, Any] = {"replacement": replacement, **(settings or {}).get(name, {})}
+        scores = score_edges(
+            model,
+            graph,
+            train,
+            method=name,
+            metric=metric,
+            batch_size=batch_size,
+            progress=lambda done, total, name=name: progress(name, done, total),
+            **asked,
+        )
+        seconds = time.perf_counter() - start
+        orders = ("value", "magnitude")
+        masks = [on_paths(graph, top_edges(scores, size, order)) for order in orders for size in sizes]
+        values = faithfulness_curve(
+            model,
+            masks,
+            graph,
+            test,
+            metric=metric,
+            replacement=replacement,
+            batch_size=batch_size,
+            progress=lambda done, total, name=name: progress(f"{name}: faithfulness", done, total),
+        )
+        results[name] = MethodResult(scores, values[: len(sizes)], values[len(sizes) :], seconds)
+    about: dict[str, Parameter] = {
+        "metric": metric if isinstance(metric, str) else metric.name,
+        "replacement": replacement,
+        "train": len(train),
+        "test": len(test),
+        "edges": graph.n_edges,
+    }
+    return Comparison(results, shares, sizes, about)
+
+
+def top_edges(scores: Scores, edges: int, by: str) -> Bool[Tensor, "reader writer"]:
+    """The `edges` best edges by signed value or magnitude, without those of score 0 unless all are wanted."""
+    graph = scores.graph
+    if edges >= graph.n_edges:
+        return graph.possible.clone()
+    values = scores.values.cpu()
+    strength = (values.abs() if by == "magnitude" else values).masked_fill(~graph.possible, -torch.inf)
+    order = strength.flatten().argsort(descending=True, stable=True)[:edges]
+    mask = torch.zeros(graph.possible.numel(), dtype=torch.bool)
+    mask[order] = True
+    return mask.view_as(graph.possible) & (values != 0)
+
+
+def area(x: Sequence[float], y: Sequence[float]) -> float:
+    """The area under y over x by the trapezoid rule.
+
+    >>> area([0.0, 1.0], [0.0, 2.0])
+    1.0
+    """
+    return sum((b - a) * (p + q) / 2 for a, b, p, q in zip(x, x[1:], y, y[1:], strict=False))
