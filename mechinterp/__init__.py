@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from mechinterp.evaluation.compare import compare_methods as compare_methods
     from mechinterp.evaluation.faithfulness import Evaluation as Evaluation
     from mechinterp.evaluation.faithfulness import evaluate as evaluate
+    from mechinterp.evaluation.truth import against_truth as against_truth
     from mechinterp.files.circuit_file import load_circuit as load_circuit
     from mechinterp.files.circuit_file import save_circuit as save_circuit
     from mechinterp.files.claims import Claim as Claim
@@ -135,6 +136,7 @@ _HOMES = {
     "discovery.select": ("select",),
     "edges": ("run_edges",),
     "errors": ("FormatError", "InputError", "MechInterpError", "SiteNotReached", "UnsupportedError"),
+    "evaluation.truth": ("against_truth",),
     "evaluation.compare": ("Comparison", "compare_methods"),
     "plots.compare": ("comparison_curves", "overlap_matrix"),
     "evaluation.faithfulness": ("Evaluation", "evaluate"),

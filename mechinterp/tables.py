@@ -33,7 +33,7 @@ def frame_table(frame: DataFrame) -> Table:
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 10 or value == 0 else f"{value:.3f}"
+        return f"{value:,.0f}" if abs(value) >= 10 or not value else f"{value:.3f}"
     return "-" if str(value) == "<NA>" else plain(str(value))
 
 
