@@ -6,6 +6,7 @@ METHODS = {
     "acdc": "every edge cut for good unless that costs tau (Conmy et al. 2023); best with --metric kl_to_clean",
     "cd": "contextual decomposition of nodes, from the logits back (Hsu et al. 2024)",
     "cd-edges": "contextual decomposition along edges, linear rules in one backward",
+    "path-patching": "path patching from the logits back (Wang et al. 2022)",
     "relp": "edge attribution with LRP coefficients (Rezaei Jafari et al. 2025)",
     "clean-corrupted": "the mean of the gradients at the clean and the corrupt run",
     "eap-ig-activations": "integrated gradients over each layer's activations (MIB)",
@@ -43,7 +44,7 @@ TASK is a task of the package (see `discover-circuit list`), your own task file 
 .csv with the columns clean, corrupt, right, wrong as texts or token ids).
 
 Without --edges and --threshold the circuit is the smallest on a log grid that recovers 90 % of the metric on the
-pairs it was found with; methods cd and acdc choose their own.
+pairs it was found with; methods cd, acdc and path-patching choose their own.
 
 \b
   discover-circuit run ioi

@@ -1,0 +1,74 @@
+"""`path-patching`: from the logits back, the receivers of one round being the strongest senders of the round before.
+
+Source: Wang et al. 2022 (arXiv 2211.00593), who found the IOI circuit so by hand. Every node sends to the logits; the
+`top` strongest become receivers, each of their inputs by itself; and so on until no new node is found. Deviations: the
+choice of receivers is a number and not a look at the pictures; MLPs are nodes too; and by default only the direct
+edges are patched (`meaning=direct`), so that a score is exactly that of `exact`, without the edges into other nodes.
+"""
+
+from __future__ import annotations
+
+from mechinterp.analysis.path_patching import MEANINGS, path_patching
+from mechinterp.circuit import on_paths
+from mechinterp.discovery.cd import between
+from mechinterp.discovery.method import METHODS, Job, Method
+from mechinterp.errors import InputError
+from mechinterp.registry import unknown
+from mechinterp.scores import Scores
+
+
+def _path_patching(job: Job) -> Scores:
+    model, graph, top, meaning = job.model, job.graph, job.settings["top"], str(job.settings["meaning"])
+    if type(top) is not int or top < 1:
+        raise InputError(f"top must be a whole number of nodes, at least 1; got {top!r}.")
+    if meaning not in MEANINGS:
+        raise unknown("meaning", meaning, MEANINGS)
+    if job.replacement != "corrupt":
+        raise InputError("'path-patching' sends the corrupt run's values: replacement 'corrupt'.")
+    if graph.split_input:
+        raise InputError("'path-patching' takes the input as one node; build the graph without split_input.")
+    table, forwards = job.zeros(), 0.0
+    nodes: list[str] = []
+    rows, scored = [len(graph.readers) - 1], set[int]()
+    while rows:
+        best = dict.fromkeys(graph.writers, 0.0)
+        for row in rows:
+            before = graph.possible[row].nonzero().flatten().tolist()
+            senders = [graph.writers[i] for i in before]
+            grid = path_patching(
+                model,
+                job.pairs,
+                senders,
+                "logits" if graph.readers[row] == "logits" else [graph.readers[row]],
+                meaning=meaning,  # type: ignore[arg-type]
+                metric=job.metric,
+                batch_size=job.batch_size,
+            )
+            table[row, before] = grid.values[:, 0].mean(-1).cpu().to(table.dtype)
+            forwards += grid.cost["forwards"] * len(job.pairs)
+            scored.add(row)
+            job.progress(len(scored), len(graph.readers))
+            for name, effect in zip(graph.writers, table[row].abs().tolist(), strict=True):
+                best[name] = max(best[name], effect)
+        found = sorted((n for n in best if n not in graph.inputs and best[n] > 0), key=lambda n: -best[n])[:top]
+        new = [name for name in found if name not in nodes]
+        nodes += new
+        fed = [graph.feeds[:, graph.writer_index[name]].nonzero().flatten().tolist() for name in new]
+        rows = sorted({row for several in fed for row in several} - scored)
+    mask = on_paths(graph, between(graph, [*graph.inputs, *nodes]) & (table != 0))
+    job.progress(len(graph.readers), len(graph.readers))
+    cost = {"forwards": round(forwards), "backwards": 0}
+    return job.scores("path-patching", table * mask * len(job.pairs), cost, additive=False)
+
+
+METHODS.register(
+    "path-patching",
+    Method(
+        "path-patching",
+        "Path patching from the logits back, the strongest senders being the next receivers",
+        "Wang et al. 2022, arXiv 2211.00593",
+        _path_patching,
+        {"replacement": "corrupt", "top": 6, "meaning": "direct"},
+        threshold=0.0,
+    ),
+)
