@@ -135,7 +135,7 @@ def _contract(
             scores[first : first + len(pulled)] += pulled @ writes.T
         if Site("mlp_in", layer) in readers:
             pulled = pull_back_mlp(model, layer, steps, every, writes.dtype, frozen=False).flatten(1)
-            scores[graph.mlp_reader(layer)] += (pulled @ writes.T)[0]
+            scores[graph.mlp_readers(layer)] += pulled @ writes.T
     gradient = torch.stack([step.gradients[END].to(writes.dtype) for step in steps]).sum(0)
     scores[-1] += writes @ gradient.flatten()
 

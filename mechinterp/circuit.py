@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -52,7 +52,15 @@ class Circuit:
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """The writers (and `logits`) that an edge touches, in the model's order."""
+        """The writers (and `logits`) that an edge touches, in the model's order; `a9.h9@end` where positions are named.
+
+        At named positions these are the nodes that write: a key at one position serves its head at all later ones.
+        """
+        if self.graph.positions:
+            edges = self.kept.nonzero()
+            pairs = sorted({(w, int(self.graph.position[r])) for r, w in edges.tolist()})
+            written = [self.graph.node_name(w, p) for w, p in pairs]
+            return (*written, "logits") if bool(self.kept[-1].any()) else tuple(written)
         used = self.kept.any(0) | (self.graph.feeds & self.kept.any(1, keepdim=True)).any(0)
         names = [name for name, is_used in zip(self.graph.writers, used.tolist(), strict=True) if is_used]
         return (*names, "logits") if bool(self.kept[-1].any()) else tuple(names)
@@ -61,6 +69,11 @@ class Circuit:
     def n_edges(self) -> int:
         """How many edges the circuit has."""
         return int(self.kept.sum())
+
+    @property
+    def n_units(self) -> int:
+        """How many edges were chosen, or nodes where the graph's level is `node`."""
+        return len(self.graph.unit[self.kept].unique())
 
     @property
     def cut(self) -> Bool[Tensor, "reader writer"]:
@@ -82,14 +95,16 @@ class Circuit:
 
 
 def to_networkx(graph: Graph, mask: Bool[Tensor, "reader writer"]) -> NodeGraph:
-    """The masked edges between nodes; an edge into a shared K or V head leads to every head of its group."""
+    """The masked edges between nodes; an edge into a shared K or V head leads to every head of its group.
+
+    At named positions the nodes are `a9.h9@end`, and a key or value leads to its head wherever that writes.
+    """
     out: NodeGraph = nx.MultiDiGraph()
-    for r, w in mask.nonzero().tolist():
-        reader = graph.readers[r]
+    for r, w, source, targets in _ends(graph, mask):
+        reader = graph.readers[r].partition("@")[0]
         channel = reader[-2] if reader.endswith(">") else ""
-        fed = [graph.writers[i] for i in graph.feeds[r].nonzero().flatten().tolist()] or ["logits"]
-        for node in fed:
-            out.add_edge(graph.writers[w], node, name=graph.edge_name(r, w), channel=channel)
+        for node in targets:
+            out.add_edge(source, node, name=graph.edge_name(r, w), channel=channel)
     return out
 
 
@@ -97,12 +112,28 @@ def on_paths(graph: Graph, mask: Bool[Tensor, "reader writer"]) -> Bool[Tensor, 
     """The part of the mask that lies on a path from an input to the logits."""
     net = to_networkx(graph, mask)
     reached: set[str] = set()
-    for source in graph.inputs:
-        if source in net:
+    for source in net:
+        if source.partition("@")[0] in graph.inputs:
             reached |= {source} | nx.descendants(net, source)
     useful = {"logits"} | nx.ancestors(net, "logits") if "logits" in net else set[str]()
     kept = mask.clone()
-    for r, w in mask.nonzero().tolist():
-        fed = {graph.writers[i] for i in graph.feeds[r].nonzero().flatten().tolist()} or {"logits"}
-        kept[r, w] = graph.writers[w] in reached and not useful.isdisjoint(fed)
+    for r, w, source, targets in _ends(graph, mask):
+        kept[r, w] = source in reached and not useful.isdisjoint(targets)
     return kept
+
+
+def _ends(graph: Graph, mask: Bool[Tensor, "reader writer"]) -> Iterator[tuple[int, int, str, tuple[str, ...]]]:
+    """(reader, writer, the node that it comes from, the nodes that it leads to) of every masked edge."""
+    writes_at: dict[int, set[int]] = {}
+    for r, w in mask.nonzero().tolist():
+        writes_at.setdefault(w, set()).add(int(graph.position[r]))
+    for r, w in mask.nonzero().tolist():
+        fed = graph.feeds[r].nonzero().flatten().tolist()
+        source = graph.node_name(w, int(graph.position[r]))
+        if not fed:
+            targets = ["logits"]
+        elif graph.positions and graph.readers[r].partition("@")[0][-2:] in ("k>", "v>"):
+            targets = [graph.node_name(f, p) for f in fed for p in sorted(writes_at.get(f, ()))]
+        else:
+            targets = [graph.node_name(f, int(graph.position[r])) for f in fed]
+        yield r, w, source, tuple(targets)

@@ -1,23 +1,19 @@
-"""The exact engine: `run_edges` runs the model with a set of edges cut.
-
-A reader none of whose edges is cut keeps the model's own input. Another one gets
-`resid - sum over cut writers (current write - replacement)`, then its norm and projection again, per head.
-"""
+"""The exact engine: `run_edges` runs the model with a set of edges cut; how, patched_run.py says."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
-from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.errors import InputError
 from mechinterp.graph import Graph
-from mechinterp.hooks import HookManager, Intervention
+from mechinterp.hooks import HookManager
 from mechinterp.metrics import Metric, get_metric
+from mechinterp.patched_run import PatchedRun, Prefix
+from mechinterp.places import places_of, take_positions
 from mechinterp.replacement import Replacement, Values, corrupt_replacement
 from mechinterp.sites import Site
 from mechinterp.tasks.pairs import Pairs
@@ -89,7 +85,7 @@ def edge_logits(
     # Edits of an `intervene` block are for the prompts as they are, each once.
     at_once = 1 if model.edited else max(1, min(64, WRITES_BUDGET_BYTES // size))
     for some in masks.split(at_once):
-        logits = _Patched(model, graph, pairs, some.to(model.device), values, prefix).run(columns)
+        logits = PatchedRun(model, graph, pairs, some.to(model.device), values, prefix).run(columns)
         yield from logits.unflatten(0, (len(some), len(pairs)))
 
 
@@ -121,18 +117,11 @@ def metric_values(
     return metric(logits, pairs, reference) if columns is None else metric.on_columns(logits, columns, pairs)
 
 
-def take_positions(
-    value: Float[Tensor, "batch pos d"], positions: Int[Tensor, "batch n"]
-) -> Float[Tensor, "batch n d"]:
-    """The rows of `value` at the positions (row 0 where a position is -1, no entry; metrics skip those)."""
-    index = positions.to(value.device).clamp(min=0)
-    return value.gather(1, index[..., None].expand(-1, -1, value.shape[-1]))
-
-
 def check_model(model: HookManager, graph: Graph, pairs: Pairs) -> None:
     """Return None when the graph and the token ids can be this model's. Raises InputError otherwise."""
     if graph.dims != model.dims:
         raise InputError("The graph was built for a model of other dimensions; build it with build_graph(model).")
+    places_of(graph, pairs)
     pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
 
 
@@ -151,203 +140,3 @@ def check_cut(graph: Graph, cut: Tensor) -> Float[Tensor, "candidate reader writ
         r, w = (int(i) for i in impossible.nonzero()[0])
         raise InputError(f"The cut mask names {graph.edge_name(r, w)}, which is not an edge of the graph.")
     return masks
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """The run of one batch up to a layer, with no edge cut before it: what patched runs from there share."""
-
-    layer: int
-    resid: Float[Tensor, "batch pos d_model"]
-    differences: Float[Tensor, "writer 1 batch pos d_model"]
-    """What each earlier writer's write differs by from its replacement."""
-
-
-def run_prefix(model: HookManager, graph: Graph, pairs: Pairs, values: Values, layer: int) -> Prefix:
-    """The run of a batch up to `layer` (the number of layers: all of it), for `edge_logits`. One forward at most."""
-    with torch.no_grad():
-        nothing = torch.zeros(1, *graph.possible.shape, device=model.device)
-        run = _Patched(model, graph, pairs, nothing, values)
-        resid = run.shared(layer)
-        before = graph.n_writers_before(layer, mlp=False) if layer < model.dims.n_layers else len(graph.writers)
-        return Prefix(layer, resid, run.differences[:before].clone())
-
-
-class _Patched:
-    """One forward of (candidate x batch) prompts with edges cut; lives as long as the run."""
-
-    def __init__(
-        self,
-        model: HookManager,
-        graph: Graph,
-        pairs: Pairs,
-        masks: Tensor,
-        values: Values,
-        prefix: Prefix | None = None,
-    ) -> None:
-        self.model, self.graph, self.pairs, self.masks, self.values = model, graph, pairs, masks, values
-        self.n = masks.shape[0]
-        dtype = torch.promote_types(model.dtype, torch.float32)
-        self.masks = masks.to(dtype)
-        n_batch, n_pos = pairs.clean.shape
-        # Row 0 is the residual stream being read; the rows after it are what each writer's current write differs by
-        # from its replacement, filled as the forward goes. One product with (1, -cut) then gives what a reader sees.
-        shape = (1 + len(graph.writers), self.n, n_batch, n_pos, model.dims.d_model)
-        self.rows = torch.empty(shape, dtype=dtype, device=model.device)
-        self.differences = self.rows[1:]
-        self.weights = torch.nn.functional.pad(-self.masks, (1, 0), value=1.0)
-        self.cut_readers = (self.masks != 0).any(0).any(-1).cpu()
-        self.resid: Tensor | None = None
-        self.prefix = prefix
-        self.seen: tuple[int, Tensor] | None = None
-
-    def run(self, columns: Tensor | None) -> Float[Tensor, "rows n_answer n_columns"]:
-        """Logits at the answer positions; the rows are candidate by candidate."""
-        readers = slice(len(self.graph.readers) - 1, None)
-        with torch.no_grad():
-            resid = self._final_resid()
-            seen = self._corrected(readers, len(self.graph.writers), resid)[:, 0].flatten(0, 1)
-            at = repeat(self.pairs.answer_pos, "batch n_answer -> (candidate batch) n_answer", candidate=self.n)
-            return self.model.layout.unembed(take_positions(seen, at), columns)
-
-    def _final_resid(self) -> Float[Tensor, "candidate batch pos d_model"]:
-        """The final residual stream, the layers before the first cut edge run once for all candidates."""
-        first, last = self._first_cut_layer(), Site("resid_final")
-        n_layers = self.model.dims.n_layers
-        tokens, mask, start = self.pairs.clean, self.pairs.mask, None
-        if self.prefix is not None and self.prefix.layer <= first:
-            first = self.prefix.layer
-            self.differences[: len(self.prefix.differences)] = self.prefix.differences
-            shared = self.prefix.resid
-        else:
-            shared = self.shared(first) if first > 0 else None
-        if first == n_layers:
-            assert shared is not None
-            return self._fold(shared).to(self.differences.dtype)
-        if shared is not None and first > 0:
-            start = (first, self._repeated(shared))
-        plan = self._plan(range(first, n_layers))
-        run = self.model.run(
-            self._repeated(tokens),
-            self._repeated(mask),
-            interventions=plan,
-            record=[last],
-            start=start,
-            stop=last,
-        )
-        return self._fold(run.values[last]).to(self.differences.dtype)
-
-    def shared(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream before a layer, run once for all candidates; the writes until then are kept."""
-        stop = Site("resid_pre", layer) if layer < self.model.dims.n_layers else Site("resid_final")
-        plan = self._plan(range(layer))
-        return self.model.run(self.pairs.clean, self.pairs.mask, interventions=plan, record=[stop], stop=stop).values[
-            stop
-        ]
-
-    def _repeated(self, value: Tensor) -> Tensor:
-        return value.repeat(self.n, *[1] * (value.ndim - 1))
-
-    def _first_cut_layer(self) -> int:
-        per_layer = (len(self.graph.readers) - 1) // self.model.dims.n_layers
-        cut = self.cut_readers.nonzero()
-        return int(cut[0]) // per_layer if len(cut) else self.model.dims.n_layers
-
-    def _plan(self, layers: range) -> list[Intervention]:
-        graph, dims, cut = self.graph, self.model.dims, self.cut_readers
-        plan: list[Intervention] = []
-        if graph.split_input and 0 in layers:
-            plan += [Intervention(Site(name), self._input_tap(i, name)) for i, name in enumerate(graph.inputs)]
-        for layer in layers:
-            channels = [c for c in "qkv" if bool(cut[graph.channel_readers(layer, c)].any())]
-            plan.append(Intervention(Site("resid_pre", layer), self._resid_tap(layer, channels)))
-            plan += [Intervention(Site(c, layer), self._head_edit(layer, c)) for c in channels]
-            plan.append(Intervention(Site("z", layer), self._z_tap(layer)))
-            if dims.has_mlp:
-                if not dims.parallel:
-                    plan.append(Intervention(Site("resid_mid", layer), self._keep_resid))
-                if bool(cut[graph.mlp_reader(layer)]):
-                    plan.append(Intervention(Site("mlp_in", layer), self._mlp_edit(layer)))
-                plan.append(Intervention(Site("mlp_out", layer), self._mlp_tap(layer)))
-        return plan
-
-    def _fold(self, value: Tensor) -> Tensor:
-        """`[candidate, batch, ...]`; a run shared by all candidates has the candidate axis 1 repeated."""
-        shared = value.shape[0] == len(self.pairs)
-        return value[None].expand(self.n, *value.shape) if shared else value.unflatten(0, (self.n, len(self.pairs)))
-
-    def _keep_resid(self, value: Tensor) -> Tensor:
-        self.resid = value
-        return value
-
-    def _input_tap(self, index: int, name: str):
-        def tap(value: Tensor) -> Tensor:
-            self.differences[index] = self._fold(value) - self.values.inputs(name)
-            return value
-
-        return tap
-
-    def _resid_tap(self, layer: int, channels: list[str]):
-        def tap(value: Tensor) -> Tensor:
-            if layer == 0 and not self.graph.split_input:
-                self.differences[0] = self._fold(value) - self.values.inputs("input")
-            if channels:  # q, k and v together: their products share the pass over all earlier writes
-                readers = slice(
-                    self.graph.channel_readers(layer, channels[0]).start,
-                    self.graph.channel_readers(layer, channels[-1]).stop,
-                )
-                before = self.graph.n_writers_before(layer, mlp=False)
-                self.seen = (readers.start, self._corrected(readers, before, self._fold(value)))
-            return self._keep_resid(value)
-
-        return tap
-
-    def _z_tap(self, layer: int):
-        def tap(value: Tensor) -> Tensor:
-            z = self._fold(value).to(self.differences.dtype)
-            self.differences[self.graph.head_writers(layer)] = self.values.head_differences(layer, z)
-            return value
-
-        return tap
-
-    def _mlp_tap(self, layer: int):
-        def tap(value: Tensor) -> Tensor:
-            self.differences[self.graph.mlp_writer(layer)] = self._fold(value) - self.values.mlp(layer)
-            return value
-
-        return tap
-
-    def _corrected(self, readers: slice, n_writers: int, resid: Tensor) -> Float[Tensor, "candidate reader *axes"]:
-        """The residual stream as each reader sees it."""
-        self.rows[0] = resid
-        weights = self.weights[:, readers, : 1 + n_writers]
-        rows = self.rows[: 1 + n_writers].flatten(2).transpose(0, 1)
-        return torch.bmm(weights, rows).unflatten(-1, resid.shape[1:])
-
-    def _head_edit(self, layer: int, channel: str):
-        readers = self.graph.channel_readers(layer, channel)
-
-        def edit(value: Tensor) -> Tensor:
-            assert self.seen is not None
-            first, seen = self.seen
-            mine = seen[:, readers.start - first : readers.stop - first].transpose(0, 1)
-            read = self.model.layout.read_heads(layer, channel, mine)
-            new = read.permute(1, 2, 3, 0, 4).flatten(0, 1).to(value.dtype)
-            # A reader without a cut edge keeps the model's own value, to the last bit.
-            whole = (self.masks[:, readers] == 0).all(-1).repeat_interleave(len(self.pairs), 0)
-            return torch.where(whole[:, None, :, None], value, new)
-
-        return edit
-
-    def _mlp_edit(self, layer: int):
-        reader = self.graph.mlp_reader(layer)
-        before = self.graph.n_writers_before(layer, mlp=True)
-
-        def edit(value: Tensor) -> Tensor:
-            assert self.resid is not None
-            seen = self._corrected(slice(reader, reader + 1), before, self._fold(self.resid))[:, 0]
-            new = self.model.layout.read_mlp(layer, seen).flatten(0, 1).to(value.dtype)
-            whole = (self.masks[:, reader] == 0).all(-1).repeat_interleave(len(self.pairs), 0)
-            return torch.where(whole[:, None, None], value, new)
-
-        return edit

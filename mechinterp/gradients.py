@@ -27,6 +27,7 @@ from mechinterp.errors import InputError
 from mechinterp.graph import Graph
 from mechinterp.hooks import HookManager, Intervention
 from mechinterp.metrics import Metric
+from mechinterp.places import places_of
 from mechinterp.replacement import CompactWrites, Replacement, Values, input_sites, record_writes, write_sites
 from mechinterp.sites import Site
 from mechinterp.tasks.pairs import Pairs
@@ -186,8 +187,9 @@ def _contract(
     for first in range(0, len(pairs), rows):
         chunk = slice(first, first + rows)
         writes = write_differences(model, graph, clean, values, chunk, n_pos, dtype)
+        places = places_of(graph, pairs[chunk])
         for layer in range(dims.n_layers):
-            _score_layer(model, graph, layer, steps, chunk, writes, scores, frozen=frozen)
+            _score_layer(model, graph, layer, steps, chunk, writes, scores, places, frozen=frozen)
         gradient = sum(step.gradients[Site("resid_final")][chunk].to(dtype) for step in steps)
         assert isinstance(gradient, Tensor)
         scores[-1] += writes @ gradient.flatten()
@@ -214,6 +216,10 @@ def write_differences(
         out[graph.head_writers(layer)] = cut.head_differences(layer, kept.z(layer))
         if dims.has_mlp:
             torch.sub(kept.mlp(layer), cut.mlp(layer), out=out[graph.mlp_writer(layer)])
+        if own := graph.neurons_of(layer):
+            post, neurons = kept.values[f"mlp_post.{layer}"], graph.neuron_writers(layer)
+            out[neurons] = cut.neuron_differences(layer, post, torch.tensor(own, device=model.device))
+            out[graph.mlp_writer(layer)] -= out[neurons].sum(0)
     return out.flatten(1)
 
 
@@ -225,6 +231,7 @@ def _score_layer(
     chunk: slice,
     writes: Tensor,
     scores: Tensor,
+    places: list[Tensor] | None,
     *,
     frozen: bool,
 ) -> None:
@@ -235,8 +242,14 @@ def _score_layer(
     blocks = [pull_back_heads(model, layer, steps, chunk, writes.dtype, frozen=frozen)]
     if dims.has_mlp:
         blocks.append(pull_back_mlp(model, layer, steps, chunk, writes.dtype, frozen=frozen))
-    gradients = torch.cat(blocks).flatten(1)
-    scores[first : first + len(gradients), :n_writers] += gradients @ writes[:n_writers].T
+    gradients = torch.cat(blocks)
+    if places is None:
+        scores[first : first + len(gradients), :n_writers] += gradients.flatten(1) @ writes[:n_writers].T
+        return
+    by_token = writes[:n_writers].unflatten(1, (-1, dims.d_model))
+    for i, tokens in enumerate(places):  # the rows of a reader are its positions
+        rows = slice(first + i, first + len(gradients) * len(places), len(places))
+        scores[rows, :n_writers] += gradients[:, tokens].flatten(1) @ by_token[:, tokens].flatten(1).T
 
 
 def pull_back_heads(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mechinterp.errors import InputError, UnsupportedError
@@ -17,14 +18,23 @@ from mechinterp.models.layout import Dims
 from mechinterp.registry import unknown
 from mechinterp.sites import Node, Site
 
+REST = "rest"
+"""The position of every token that has no name of its own."""
+LEVELS = ("edge", "node")
+MOST_CELLS = 2**28
+"""Readers x writers of the largest graph; a table of scores for it takes 1 GiB."""
+
 
 @dataclass(frozen=True, eq=False)
 class Graph:
     """Writers and readers of the residual stream in the order in which the model computes them.
 
-    Writers: `input` (or `embed` and `pos_embed`), then per layer its heads and its MLP. Readers: per layer the q
-    inputs of its heads, the k and v inputs (per KV head), and its MLP; at last `logits`. GPT-2 small has 157
-    writers, 445 readers and 32,491 edges.
+    Writers: `input` (or `embed` and `pos_embed`), then per layer its heads, its MLP and the neurons that were taken out
+    of the MLP. Readers: per layer the q inputs of its heads, the k and v inputs (per KV head), and its MLP; at last
+    `logits`. GPT-2 small has 157 writers, 445 readers and 32,491 edges.
+
+    With named positions each reader is there once per position (`a9.h9<q>@end`, `a9.h9<q>@rest`): an edge is then
+    between two nodes at one position. `logits` is one reader, where the answers are.
     """
 
     dims: Dims
@@ -35,9 +45,74 @@ class Graph:
     """Whether the edge exists."""
     feeds: Bool[Tensor, "reader writer"] = field(repr=False)
     """Whether the reader is an input of the writer (q of a head: that head; k and v: every head of the group)."""
+    positions: tuple[str, ...] = ()
+    """The positions that edges are told apart by, the last one `rest`; empty: an edge is one at all positions."""
+    answers: str = ""
+    """Where the answers are: one of `positions`, or ""."""
+    neurons: tuple[tuple[int, ...], ...] = ()
+    """Per layer the neurons that are writers by themselves; the MLP's own writer is the others together."""
+    level: str = "edge"
+    """What is chosen as one: an `edge`, or a `node`: all edges out of it (at one position, where those are named)."""
+
+    def __post_init__(self) -> None:
+        if self.level not in LEVELS:
+            raise unknown("level", self.level, LEVELS)
 
     def __repr__(self) -> str:
-        return f"Graph({len(self.writers)} writers, {len(self.readers)} readers, {self.n_edges} edges)"
+        more = f", {self.n_units} nodes to choose" if self.level == "node" else ""
+        where = f", at {', '.join(self.positions)}" if self.positions else ""
+        return f"Graph({len(self.writers)} writers, {len(self.readers)} readers, {self.n_edges} edges{more}{where})"
+
+    @property
+    def plain(self) -> bool:
+        """Whether its edges are at all positions, its level edges and its MLPs whole."""
+        return not self.positions and self.level == "edge" and not any(self.neurons)
+
+    @property
+    def n_positions(self) -> int:
+        """Rows of each reader but `logits`: 1 when positions are not told apart."""
+        return max(1, len(self.positions))
+
+    @cached_property
+    def position(self) -> Int[Tensor, " reader"]:
+        """The row of `positions` of every reader; 0 when positions are not told apart."""
+        places = torch.arange(len(self.readers)) % self.n_positions
+        places[-1] = self.positions.index(self.answers) if self.positions else 0
+        return places
+
+    @cached_property
+    def unit(self) -> Int[Tensor, "reader writer"]:
+        """Which edges are chosen together: numbers from 0 up in order, -1 where there is no edge."""
+        units = torch.full(self.possible.shape, -1)
+        if self.level == "edge":
+            units[self.possible] = torch.arange(self.n_edges)
+            return units
+        key = torch.arange(len(self.writers)) * self.n_positions + self.position[:, None]
+        units[self.possible] = key[self.possible].unique(return_inverse=True)[1]
+        return units
+
+    @cached_property
+    def n_units(self) -> int:
+        """How many edges, or nodes, there are to choose from."""
+        return int(self.unit.max()) + 1
+
+    @cached_property
+    def first_of_unit(self) -> Int[Tensor, "unit 2"]:
+        """(reader, writer) of the first edge of every unit."""
+        flat = self.unit.flatten()
+        places = torch.arange(len(flat))
+        first = torch.full((self.n_units,), len(flat)).scatter_reduce(0, flat[flat >= 0], places[flat >= 0], "amin")
+        return torch.stack([first // len(self.writers), first % len(self.writers)], 1)
+
+    def unit_names(self) -> tuple[str, ...]:
+        """Every edge's or node's name, in order of `unit`."""
+        if self.level == "edge":
+            return self.edge_names()
+        return tuple(self.node_name(w, int(self.position[r])) for r, w in self.first_of_unit.tolist())
+
+    def node_name(self, writer: int, position: int) -> str:
+        """The name of a writer, at a position where they are told apart: `a9.h9`, `a9.h9@end`."""
+        return f"{self.writers[writer]}@{self.positions[position]}" if self.positions else self.writers[writer]
 
     @property
     def n_edges(self) -> int:
@@ -66,27 +141,38 @@ class Graph:
 
     def head_writers(self, layer: int) -> slice:
         """The rows of a layer's heads among the writers."""
-        first = self.n_inputs + layer * (self.dims.n_heads + self.dims.has_mlp)
+        neurons = sum(len(some) for some in self.neurons[:layer])
+        first = self.n_inputs + layer * (self.dims.n_heads + self.dims.has_mlp) + neurons
         return slice(first, first + self.dims.n_heads)
 
     def mlp_writer(self, layer: int) -> int:
         """The row of a layer's MLP among the writers."""
         return self.head_writers(layer).stop
 
+    def neurons_of(self, layer: int) -> tuple[int, ...]:
+        """The neurons of a layer that are writers by themselves."""
+        return self.neurons[layer] if self.neurons else ()
+
+    def neuron_writers(self, layer: int) -> slice:
+        """The rows of those neurons among the writers."""
+        first = self.mlp_writer(layer) + 1
+        return slice(first, first + len(self.neurons_of(layer)))
+
     def channel_readers(self, layer: int, channel: str) -> slice:
-        """The rows of a layer's q, k or v inputs among the readers."""
-        d = self.dims
+        """The rows of a layer's q, k or v inputs among the readers (by head, then by position)."""
+        d, n = self.dims, self.n_positions
         first = layer * (d.n_heads + 2 * d.n_kv_heads + d.has_mlp)
         counts = {"q": d.n_heads, "k": d.n_kv_heads, "v": d.n_kv_heads}
         for name, count in counts.items():
             if name == channel:
-                return slice(first, first + count)
+                return slice(n * first, n * (first + count))
             first += count
         raise unknown("channel", channel, counts)
 
-    def mlp_reader(self, layer: int) -> int:
-        """The row of a layer's MLP among the readers."""
-        return self.channel_readers(layer, "v").stop
+    def mlp_readers(self, layer: int) -> slice:
+        """The rows of a layer's MLP among the readers, one per position."""
+        first = self.channel_readers(layer, "v").stop
+        return slice(first, first + self.n_positions)
 
     def n_writers_before(self, layer: int, *, mlp: bool) -> int:
         """How many writers come before the attention of `layer` (or before its MLP)."""
@@ -124,30 +210,81 @@ class Graph:
         return mask
 
     def digest(self) -> str:
-        """sha256 over writers, readers and edges."""
+        """sha256 over writers, readers and edges, and what is chosen as one where that is not edges."""
         rows = [self.writers, self.readers, self.possible.nonzero().tolist()]
+        rows += [[self.level]] * (self.level != "edge") + [[self.answers]] * bool(self.positions)
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def build_graph(model: HookManager, *, split_input: bool = False) -> Graph:
+def build_graph(
+    model: HookManager,
+    *,
+    split_input: bool = False,
+    level: str = "edge",
+    positions: Sequence[str] = (),
+    answers: str | None = None,
+    neurons: Mapping[int, Sequence[int]] | None = None,
+) -> Graph:
     """The graph of all edges that the model has.
 
-    `split_input` makes `embed` and `pos_embed` separate writers. Raises UnsupportedError when the model has no
-    position embedding to split off, or its sum is not what enters the first layer (Gemma scales its embedding).
+    `split_input` makes `embed` and `pos_embed` separate writers. With `level="node"` all edges out of a node are chosen
+    together. `positions` are names of positions that the pairs have: edges at each of them, and at all other tokens
+    (`rest`), are then told apart; `answers` is the one where the metric reads (default: `end` if it is named, else
+    `rest`). `neurons` maps layers to neurons of their MLPs that become writers by themselves, see `top_neurons`.
+
+    Raises InputError for names and numbers that make no sense and for a graph too large for a dense table;
+    UnsupportedError when the model has no position embedding to split off, or its sum is not what enters the first
+    layer (Gemma scales its embedding), or an MLP has no neurons that can be told apart.
     """
     if split_input:
         _check_split(model)
-    return graph_of(model.dims, split_input=split_input)
+    chosen: list[tuple[int, ...]] = []
+    if neurons:
+        for layer in sorted(set(neurons)):
+            if not 0 <= layer < model.dims.n_layers:
+                raise InputError(f"There is no layer {layer}; the model has layers 0 to {model.dims.n_layers - 1}.")
+            d_mlp = model.layout.neurons(layer).W_out.shape[0]
+            if not all(type(n) is int and 0 <= n < d_mlp for n in neurons[layer]):
+                raise InputError(f"Layer {layer} has neurons 0 to {d_mlp - 1}; got {list(neurons[layer])[:5]}.")
+        chosen = [tuple(sorted(neurons.get(layer, ()))) for layer in range(model.dims.n_layers)]
+    return graph_of(
+        model.dims, split_input=split_input, level=level, positions=positions, answers=answers, neurons=chosen
+    )
 
 
-def graph_of(dims: Dims, *, split_input: bool = False) -> Graph:
-    """The graph of a model of these dimensions."""
+def graph_of(
+    dims: Dims,
+    *,
+    split_input: bool = False,
+    level: str = "edge",
+    positions: Sequence[str] = (),
+    answers: str | None = None,
+    neurons: Sequence[Sequence[int]] = (),
+) -> Graph:
+    """The graph of a model of these dimensions; what the arguments are, `build_graph` says."""
+    names = _position_names(positions)
+    where = "" if not names else answers or ("end" if "end" in names else REST)
+    if where and where not in names:
+        raise unknown("position of the answers", where, names)
+    if any(len(set(some)) != len(some) for some in neurons) or len(neurons) not in (0, dims.n_layers):
+        raise InputError("`neurons` names each neuron once, layer by layer.")
+    if any(neurons) and not dims.has_mlp:
+        raise InputError("The model has no MLP, so it has no neurons.")
+    _check_size(dims, len(names), sum(map(len, neurons)))
     writers = [Node("embed"), Node("pos_embed")] if split_input else [Node("input")]
     readers: list[str] = []
     before: list[int] = []  # per reader, how many writers come before it
     feeds: list[tuple[int, int]] = []
     grouped = dims.n_kv_heads != dims.n_heads
     group = dims.n_heads // dims.n_kv_heads
+    ends = [f"@{name}" for name in names] or [""]
+
+    def add(reader: str, n_before: int, fed: range) -> None:
+        for end in ends:
+            feeds.extend((len(readers), writer) for writer in fed)
+            readers.append(reader + end)
+            before.append(n_before)
+
     for layer in range(dims.n_layers):
         start = len(writers)
         for channel, count in (("q", dims.n_heads), ("k", dims.n_kv_heads), ("v", dims.n_kv_heads)):
@@ -155,22 +292,52 @@ def graph_of(dims: Dims, *, split_input: bool = False) -> Graph:
                 shared = channel != "q" and grouped
                 node = Node("kv_head" if shared else "head", layer, head)
                 width = group if shared else 1
-                feeds += [(len(readers), start + head * width + i) for i in range(width)]
-                readers.append(f"{node}<{channel}>")
-                before.append(start)
+                add(f"{node}<{channel}>", start, range(start + head * width, start + (head + 1) * width))
         writers += [Node("head", layer, head) for head in range(dims.n_heads)]
         if dims.has_mlp:
-            feeds.append((len(readers), len(writers)))
-            readers.append(str(Node("mlp", layer)))
-            before.append(start if dims.parallel else len(writers))
+            own = neurons[layer] if neurons else ()
+            n_before = start if dims.parallel else len(writers)
+            add(str(Node("mlp", layer)), n_before, range(len(writers), len(writers) + 1 + len(own)))
             writers.append(Node("mlp", layer))
+            writers += [Node("neuron", layer, neuron) for neuron in own]
     readers.append("logits")
     before.append(len(writers))
     possible = torch.arange(len(writers))[None, :] < torch.tensor(before)[:, None]
     fed = torch.zeros_like(possible)
     for reader, writer in feeds:
         fed[reader, writer] = True
-    return Graph(dims, split_input, tuple(map(str, writers)), tuple(readers), possible, fed)
+    return Graph(
+        dims,
+        split_input,
+        tuple(map(str, writers)),
+        tuple(readers),
+        possible,
+        fed,
+        names,
+        where,
+        tuple(tuple(some) for some in neurons) if any(neurons) else (),
+        level,
+    )
+
+
+def _position_names(positions: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(name for name in positions if name != REST)
+    if isinstance(positions, str) or len(set(names)) != len(names):
+        raise InputError(f"`positions` are different names, as in ['S2', 'end']; got {positions!r}.")
+    for name in names:
+        if not name or any(sign in name for sign in "@<>,") or not name.isprintable() or " " in name:
+            raise InputError(f"A position's name has no '@', '<', '>', ',' or space; got {name!r}.")
+    return (*names, REST) if names else ()
+
+
+def _check_size(dims: Dims, n_positions: int, n_neurons: int) -> None:
+    writers = 2 + dims.n_layers * (dims.n_heads + 1) + n_neurons
+    readers = 1 + dims.n_layers * (dims.n_heads + 2 * dims.n_kv_heads + 1) * max(1, n_positions)
+    if writers * readers > MOST_CELLS:
+        raise InputError(
+            f"A table of {readers:,} readers x {writers:,} writers takes {4 * writers * readers / 2**30:.1f} GiB "
+            "and is not made; take fewer neurons (the strongest first: top_neurons) or positions."
+        )
 
 
 def _check_split(model: HookManager) -> None:

@@ -38,6 +38,10 @@ class Values(Protocol):
         """`[batch, pos, d_model]` (or what broadcasts to it) for an MLP."""
         ...
 
+    def neuron_differences(self, layer: int, post: Tensor, chosen: Tensor) -> Float[Tensor, "neuron *axes d"]:
+        """What each of the chosen neurons writes with `post` (the values of all), less its replacement."""
+        ...
+
     def rows(self, chosen: slice) -> Values:
         """The same for some of the examples."""
         ...
@@ -57,11 +61,11 @@ def input_sites(graph: Graph) -> list[Site]:
 
 
 def write_sites(model: HookManager, graph: Graph) -> list[Site]:
-    """The sites that hold every write in compact form: inputs, `z` and `mlp_out`."""
+    """The sites that hold every write in compact form: inputs, `z`, `mlp_out`, and `mlp_post` for single neurons."""
     sites = input_sites(graph) + [Site("z", layer) for layer in range(model.dims.n_layers)]
     if model.dims.has_mlp:
         sites += [Site("mlp_out", layer) for layer in range(model.dims.n_layers)]
-    return sites
+    return sites + [Site("mlp_post", layer) for layer in range(model.dims.n_layers) if graph.neurons_of(layer)]
 
 
 def record_writes(model: HookManager, graph: Graph, tokens: Tensor, pairs: Pairs) -> CompactWrites:
@@ -96,6 +100,13 @@ class CompactWrites:
         """The write of a layer's MLP."""
         return self.values[f"mlp_out.{layer}"]
 
+    def neuron_differences(self, layer: int, post: Tensor, chosen: Tensor) -> Tensor:
+        """What each of the chosen neurons writes with `post`, less what it wrote here."""
+        layout, own = self.model.layout, self.values[f"mlp_post.{layer}"]
+        if layout.neurons(layer).post.kind == "none":
+            return layout.neuron_writes(layer, post - own, chosen)
+        return layout.neuron_writes(layer, post, chosen) - layout.neuron_writes(layer, own.expand_as(post), chosen)
+
     def rows(self, chosen: slice) -> CompactWrites:
         """The writes of some of the examples."""
         return CompactWrites(self.model, {k: v[chosen] for k, v in self.values.items()}, self.split_input)
@@ -107,7 +118,8 @@ class ConstantWrites:
 
     model: HookManager
     writes: dict[str, Tensor]
-    """Per node `[d_model]` or `[pos, d_model]`; per layer `a{l}` the heads' `[head, (pos,) d_model]`."""
+    """Per node `[d_model]` or `[pos, d_model]`; per layer `a{l}` the heads' `[head, (pos,) d_model]`, `n{l}` the chosen
+    neurons' likewise."""
 
     def inputs(self, name: str) -> Tensor:
         """The write of an input node."""
@@ -123,6 +135,13 @@ class ConstantWrites:
     def mlp(self, layer: int) -> Tensor:
         """The write of a layer's MLP."""
         return self.writes[f"m{layer}"]
+
+    def neuron_differences(self, layer: int, post: Tensor, chosen: Tensor) -> Tensor:
+        """What each of the chosen neurons writes with `post`, less its constant."""
+        current = self.model.layout.neuron_writes(layer, post, chosen)
+        constant = self.writes[f"n{layer}"]
+        missing = current.ndim - constant.ndim
+        return current - constant.reshape(constant.shape[0], *([1] * missing), *constant.shape[1:])
 
     def rows(self, chosen: slice) -> ConstantWrites:
         """The same writes: they do not depend on the example."""
@@ -169,6 +188,7 @@ def _zeros(model: HookManager, graph: Graph) -> dict[str, Tensor]:
     d = model.dims
     zero = torch.zeros(d.d_model, device=model.device, dtype=torch.promote_types(model.dtype, torch.float32))
     writes = {name: zero for name in graph.inputs} | {f"m{layer}": zero for layer in range(d.n_layers)}
+    writes |= {f"n{layer}": zero.expand(len(graph.neurons_of(layer)), -1) for layer in range(d.n_layers)}
     return writes | {f"a{layer}": zero.expand(d.n_heads, -1) for layer in range(d.n_layers)}
 
 
@@ -196,4 +216,7 @@ def _expanded(model: HookManager, graph: Graph, compact: CompactWrites) -> list[
         parts.append((f"a{layer}", model.layout.head_writes(layer, compact.z(layer))))
         if model.dims.has_mlp:
             parts.append((f"m{layer}", compact.mlp(layer)))
+        if own := graph.neurons_of(layer):
+            post, chosen = compact.values[f"mlp_post.{layer}"], torch.tensor(own, device=model.device)
+            parts.append((f"n{layer}", model.layout.neuron_writes(layer, post, chosen)))
     return parts

@@ -72,14 +72,18 @@ class Site:
         return Site(kind, int(layer) if dot else None)
 
 
-_NODE = re.compile(r"a(?P<a>\d{1,4})\.(?P<unit>h|kv)(?P<head>\d{1,5})|m(?P<m>\d{1,4})|input|embed|pos_embed|logits")
+_NODE = re.compile(
+    r"a(?P<a>\d{1,4})\.(?P<unit>h|kv)(?P<head>\d{1,5})|m(?P<m>\d{1,4})(?:\.n(?P<neuron>\d{1,7}))?"
+    r"|input|embed|pos_embed|logits"
+)
 
 
 @dataclass(frozen=True, order=True)
 class Node:
-    """A unit of the graph: `kind` is input, embed, pos_embed, head, kv_head, mlp or logits.
+    """A unit of the graph: `kind` is input, embed, pos_embed, head, kv_head, mlp, neuron or logits.
 
-    A `kv_head` (`a5.kv1`) is only ever read into: it is the key/value head that several query heads share.
+    A `kv_head` (`a5.kv1`) is only ever read into: it is the key/value head that several query heads share. A `neuron`
+    (`m3.n17`, its number under `head`) is one that was taken out of its MLP.
 
     >>> Node.parse("a9.h6"), str(Node("mlp", 3))
     (Node(kind='head', layer=9, head=6), 'm3')
@@ -94,22 +98,26 @@ class Node:
             return f"a{self.layer}.h{self.head}"
         if self.kind == "kv_head":
             return f"a{self.layer}.kv{self.head}"
+        if self.kind == "neuron":
+            return f"m{self.layer}.n{self.head}"
         return f"m{self.layer}" if self.kind == "mlp" else self.kind
 
     @staticmethod
     def parse(text: str) -> Node:
-        """The node written as `a9.h9`, `a5.kv1`, `m3`, `input`, `embed`, `pos_embed` or `logits`."""
+        """The node written as `a9.h9`, `a5.kv1`, `m3`, `m3.n17`, `input`, `embed`, `pos_embed` or `logits`."""
         found = _NODE.fullmatch(text)
         if not found:
             raise InputError(f"{text!r} is not a node; nodes look like 'a9.h9', 'm3', 'input' or 'logits'.")
         if found["a"] is not None:
             return Node("head" if found["unit"] == "h" else "kv_head", int(found["a"]), int(found["head"]))
+        if found["neuron"] is not None:
+            return Node("neuron", int(found["m"]), int(found["neuron"]))
         return Node("mlp", int(found["m"])) if found["m"] is not None else Node(text)
 
 
 @dataclass(frozen=True, order=True)
 class Edge:
-    """From `writer` to the `channel` (q, k, v or none) of `reader`.
+    """From `writer` to the `channel` (q, k, v or none) of `reader`, at all positions or at the one that is named.
 
     >>> Edge.parse("a0.h0->a5.h5<q>").channel
     'q'
@@ -118,20 +126,39 @@ class Edge:
     writer: Node
     reader: Node
     channel: str = ""
+    position: str = ""
 
     def __str__(self) -> str:
-        return f"{self.writer}->{self.reader}" + (f"<{self.channel}>" if self.channel else "")
+        channel, at = f"<{self.channel}>" * bool(self.channel), f"@{self.position}" * bool(self.position)
+        return f"{self.writer}->{self.reader}{channel}{at}"
 
     @staticmethod
     def parse(text: str) -> Edge:
-        """The edge written as `writer->reader` or `writer->reader<q|k|v>`. Raises InputError otherwise."""
-        writer, arrow, rest = text.partition("->")
+        """The edge written as `writer->reader` or `writer->reader<q|k|v>`, then perhaps `@position`.
+
+        Raises InputError for anything else.
+        """
+        whole, position = split_position(text)
+        writer, arrow, rest = whole.partition("->")
         found = re.fullmatch(r"([^<>]+)(?:<([qkv])>)?", rest)
         if not arrow or not found:
             raise InputError(f"{text!r} is not an edge; edges look like 'a0.h0->a5.h5<q>' or 'm11->logits'.")
-        edge = Edge(Node.parse(writer), Node.parse(found[1]), found[2] or "")
-        if edge.writer.kind in ("logits", "kv_head") or edge.reader.kind in ("input", "embed", "pos_embed"):
+        edge = Edge(Node.parse(writer), Node.parse(found[1]), found[2] or "", position)
+        reads = edge.reader.kind in ("head", "kv_head", "mlp", "logits")
+        if edge.writer.kind in ("logits", "kv_head") or not reads:
             raise InputError(f"{text!r} is not an edge: it does not go from a writer to a reader.")
         if (edge.reader.kind in ("head", "kv_head")) != bool(edge.channel):
             raise InputError(f"{text!r} is not an edge: a head is entered by <q>, <k> or <v>, nothing else is.")
         return edge
+
+
+def split_position(text: str) -> tuple[str, str]:
+    """The name without its position, and the position ("" for none).
+
+    >>> split_position("a9.h9@end"), split_position("m3")
+    (('a9.h9', 'end'), ('m3', ''))
+    """
+    name, at, position = text.partition("@")
+    if at and not position:
+        raise InputError(f"{text!r} names no position after '@'.")
+    return name, position

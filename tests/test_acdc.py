@@ -10,8 +10,9 @@ import torch
 
 import mechinterp as mi
 from mechinterp.discovery import checkpoint
-from mechinterp.edges import edge_logits, run_prefix
+from mechinterp.edges import edge_logits
 from mechinterp.metrics import get_metric
+from mechinterp.patched_run import run_prefix
 from mechinterp.replacement import corrupt_replacement
 from tests.models_tiny import SHAPES, pairs, small_cut, tiny
 

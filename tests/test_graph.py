@@ -89,9 +89,11 @@ def test_slices_and_names_agree(name: str) -> None:
             assert len(rows) == (d.n_heads if channel == "q" else d.n_kv_heads)
             assert all(row.startswith(f"a{layer}.") and row.endswith(f"<{channel}>") for row in rows)
         if d.has_mlp:
-            assert graph.writers[graph.mlp_writer(layer)] == f"m{layer}" == graph.readers[graph.mlp_reader(layer)]
+            assert (
+                graph.writers[graph.mlp_writer(layer)] == f"m{layer}" == graph.readers[graph.mlp_readers(layer).start]
+            )
             n_before = graph.n_writers_before(layer, mlp=True)
-            assert n_before == int(graph.possible[graph.mlp_reader(layer)].sum())
+            assert n_before == int(graph.possible[graph.mlp_readers(layer)].sum())
         first = graph.channel_readers(layer, "q").start
         assert graph.n_writers_before(layer, mlp=False) == int(graph.possible[first].sum())
     for name in graph.edge_names():

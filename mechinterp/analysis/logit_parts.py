@@ -16,10 +16,10 @@ from torch import Tensor
 
 from mechinterp.analysis.directions import Direction
 from mechinterp.analysis.positions import PositionSets
-from mechinterp.edges import take_positions
 from mechinterp.hooks import HookManager, Intervention
 from mechinterp.metrics import NO_ENTRY
 from mechinterp.models.norm import Norm
+from mechinterp.places import take_positions
 from mechinterp.sites import Site
 from mechinterp.tasks.pairs import Pairs
 

@@ -15,11 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.analysis.site_gradients import Loss
-from mechinterp.edges import take_positions
 from mechinterp.errors import UnsupportedError
 from mechinterp.hooks import HookManager, Intervention
 from mechinterp.metrics import Metric
 from mechinterp.models.norm import Norm
+from mechinterp.places import take_positions
 from mechinterp.registry import unknown
 from mechinterp.sites import Site
 from mechinterp.tasks.pairs import Pairs

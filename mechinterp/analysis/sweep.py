@@ -16,11 +16,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.analysis.parts import BY_QUERY, Part
-from mechinterp.edges import take_positions
 from mechinterp.errors import UnsupportedError
 from mechinterp.hooks import HookManager, Intervention
 from mechinterp.metrics import Metric
 from mechinterp.models.past import Past
+from mechinterp.places import take_positions
 from mechinterp.sites import Site
 from mechinterp.tasks.pairs import Pairs
 

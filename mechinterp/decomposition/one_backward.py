@@ -21,9 +21,9 @@ from mechinterp.decomposition.rules import PRESETS, Preset
 from mechinterp.decomposition.subject import Subject
 from mechinterp.decomposition.tape import Source
 from mechinterp.decomposition.targets import Target
-from mechinterp.edges import take_positions
 from mechinterp.hooks import HookManager
 from mechinterp.metrics import NO_ENTRY
+from mechinterp.places import take_positions
 from mechinterp.sites import Site
 from mechinterp.tasks.pairs import Pairs
 

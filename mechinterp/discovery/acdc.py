@@ -1,7 +1,8 @@
 """`acdc`: automatic circuit discovery, edge by edge from the logits back.
 
 Source: Conmy et al. 2023 (arXiv 2304.14997). Every edge is cut in turn, in reverse order of the model (readers from the
-logits to the first layer; of a reader, the latest writer first); it stays cut when that raises the loss by less than
+logits to the first layer; of a reader, the latest writer first; nodes, where those are chosen, in reverse order too);
+it stays cut when that raises the loss by less than
 `tau`. The loss is the metric, turned so that lower is better; with `kl_to_clean` that is the paper's KL divergence.
 Deviations: the order is fixed (the paper's code takes a set's), and several next edges are tried at once.
 
@@ -15,12 +16,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechinterp.discovery.method import METHODS, Job, Method
-from mechinterp.edges import Prefix, clean_logits, edge_logits, run_prefix
+from mechinterp.edges import clean_logits, edge_logits
 from mechinterp.errors import InputError
+from mechinterp.patched_run import Prefix, run_prefix
 from mechinterp.replacement import Values, build_replacement
 from mechinterp.scores import Scores
 from mechinterp.tasks.pairs import Pairs
@@ -74,53 +76,52 @@ def _acdc(job: Job) -> Scores:
     chunks = list(job.pairs.to(model.device).chunks(job.batch_size))
     references = [clean_logits(model, chunk) if job.metric.needs_reference else None for chunk in chunks]
     search = _Search(job, chunks, [replacement.on(chunk) for chunk in chunks], references, [])
-    edges = graph.possible.nonzero().flip(0)
+    units = list(reversed(range(graph.n_units)))
     cut, kept, done, k = torch.zeros_like(graph.possible), job.zeros(), 0, 1
     saved = job.checkpoint.load()
     if saved is not None:
         cut, kept, done, search.n_runs = saved["cut"], saved["kept"], int(saved["done"]), int(saved["n_runs"])
-    loss = float(search.losses(cut[None].float(), _layer(job, edges[min(done, len(edges) - 1)]))[0])
+    loss = float(search.losses(cut[None].float(), _layer(job, units[min(done, len(units) - 1)]))[0])
     search.n_runs -= saved is not None
-    job.progress(done, len(edges))
-    while done < len(edges):
-        layer = _layer(job, edges[done])
-        some = edges[done : done + k]
-        some = some[[_layer(job, edge) == layer for edge in some]]
-        losses = search.losses(_one_upon_the_other(cut, some), layer)
-        for edge, value in zip(some, losses.tolist(), strict=True):
+    job.progress(done, len(units))
+    while done < len(units):
+        layer = _layer(job, units[done])
+        some = [unit for unit in units[done : done + k] if _layer(job, unit) == layer]
+        edges = [graph.unit == unit for unit in some]
+        losses = search.losses(_one_upon_the_other(cut, edges), layer)
+        all_cut = True
+        for mask, value in zip(edges, losses.tolist(), strict=True):
             done += 1
-            r, w = edge.tolist()
             if value - loss >= tau:
-                kept[r, w] = value - loss
+                kept[mask] = value - loss
+                all_cut = False
                 break
-            cut[r, w], loss = True, value
-        all_cut = bool(cut[some[-1, 0], some[-1, 1]])
+            cut, loss = cut | mask, value
         k = min(int(at_once), 2 * len(some)) if all_cut else max(1, k // 2)
         job.checkpoint.save(
             {"cut": cut, "kept": kept, "done": torch.tensor(done), "n_runs": torch.tensor(search.n_runs)}
         )
-        job.progress(done, len(edges))
+        job.progress(done, len(units))
     per_example = search.n_runs + 2 + job.metric.needs_reference + graph.dims.n_layers
     return job.scores(
         "acdc", kept * len(job.pairs), {"forwards": per_example * len(job.pairs), "backwards": 0}, additive=False
     )
 
 
-def _layer(job: Job, edge: Int[Tensor, 2]) -> int:
-    """The layer of the edge's reader; the number of layers for the logits."""
-    reader = int(edge[0])
+def _layer(job: Job, unit: int) -> int:
+    """The first layer that reads an edge of the unit; the number of layers for the logits."""
+    reader = int(job.graph.first_of_unit[unit, 0])
     per_layer = (len(job.graph.readers) - 1) // job.graph.dims.n_layers
     return min(reader // per_layer, job.graph.dims.n_layers)
 
 
-def _one_upon_the_other(
-    cut: Bool[Tensor, "reader writer"], edges: Int[Tensor, "edge 2"]
-) -> Float[Tensor, "edge reader writer"]:
-    """What is cut, with the first edge, with the first two, and so on."""
-    masks = cut.float().expand(len(edges), -1, -1).clone()
-    for i, (r, w) in enumerate(edges.tolist()):
-        masks[i:, r, w] = 1
-    return masks
+def _one_upon_the_other(cut: Bool[Tensor, "reader writer"], units: list[Tensor]) -> Float[Tensor, "unit reader writer"]:
+    """What is cut, with the first unit, with the first two, and so on."""
+    masks: list[Tensor] = []
+    for unit in units:
+        cut = cut | unit
+        masks.append(cut)
+    return torch.stack(masks).float()
 
 
 METHODS.register(
@@ -132,5 +133,6 @@ METHODS.register(
         _acdc,
         {"replacement": "corrupt", "tau": 0.01, "at_once": 8},
         threshold=0.0,
+        graphs="own",
     ),
 )

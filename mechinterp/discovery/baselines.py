@@ -16,9 +16,8 @@ def _random(job: Job) -> Scores:
     graph, seed = job.graph, job.settings["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"seed must be a whole number; got {seed!r}.")
-    drawn = torch.randn(graph.n_edges, generator=torch.Generator().manual_seed(seed))
-    total = torch.zeros(graph.possible.shape)
-    total[graph.possible] = drawn * len(job.pairs)
+    drawn = torch.randn(graph.n_units, generator=torch.Generator().manual_seed(seed))
+    total = torch.where(graph.possible, drawn[graph.unit.clamp(min=0)] * len(job.pairs), 0)
     return job.scores("random", total, {}, additive=False)
 
 
@@ -53,7 +52,7 @@ def _weight_magnitude(job: Job) -> Scores:
             maps = layout.neurons(layer)
             inward = [maps.W_in] if maps.W_gate is None else [maps.W_gate, maps.W_in]
             read = _gram(mlp_norm.project_transposed(torch.cat(inward, 1).to(dtype).T).T).flatten()
-            total[graph.mlp_reader(layer)] = (written @ read).clamp(min=0).sqrt().cpu()
+            total[graph.mlp_readers(layer)] = (written @ read).clamp(min=0).sqrt().cpu()
         job.progress(layer + 1, dims.n_layers)
     read = _gram(layout.final_norm.project_transposed(layout.W_U.to(dtype).T).T).flatten()
     total[-1] = (written @ read).clamp(min=0).sqrt().cpu()
@@ -73,6 +72,7 @@ METHODS.register(
         "Mueller et al. 2025, arXiv 2504.13151",
         _random,
         {"seed": 0, "replacement": "corrupt"},
+        graphs="own",
     ),
 )
 METHODS.register(

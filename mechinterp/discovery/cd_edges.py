@@ -60,6 +60,7 @@ METHODS.register(
         "Hsu et al. 2024, arXiv 2407.00886, with the linear rules; RelP, arXiv 2508.21258",
         partial(_cd_edges, "cd-edges"),
         {"replacement": "corrupt", "attention": "halved"},
+        graphs="summed",
     ),
 )
 METHODS.register(
@@ -70,5 +71,6 @@ METHODS.register(
         "Rezaei Jafari et al. 2025, arXiv 2508.21258",
         partial(_cd_edges, "relp"),
         {"replacement": "corrupt", "attention": "gradient"},
+        graphs="summed",
     ),
 )

@@ -77,6 +77,7 @@ METHODS.register(
         "Syed et al. 2023, arXiv 2310.10348",
         partial(_run, "eap", (1.0,)),
         {"replacement": "corrupt"},
+        graphs="summed",
     ),
 )
 METHODS.register(
@@ -87,6 +88,7 @@ METHODS.register(
         "Hanna et al. 2024, arXiv 2403.17806",
         partial(_run, "eap-ig", None),
         {"steps": 5, "schedule": "right", "replacement": "corrupt"},
+        graphs="summed",
     ),
 )
 METHODS.register(
@@ -107,5 +109,6 @@ METHODS.register(
         "Hanna et al. 2024, arXiv 2403.17806",
         partial(_run, "clean-corrupted", (0.0, 1.0)),
         {"replacement": "corrupt"},
+        graphs="summed",
     ),
 )

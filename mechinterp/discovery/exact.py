@@ -1,4 +1,4 @@
-"""`exact`: every edge replaced alone, by the exact engine. The reference that the other methods estimate."""
+"""`exact`: every edge (or node) replaced alone, by the exact engine. The reference that the other methods estimate."""
 
 from __future__ import annotations
 
@@ -9,37 +9,36 @@ from mechinterp.edges import answer_logits, edge_logits
 from mechinterp.replacement import build_replacement
 from mechinterp.scores import Scores
 
-EDGES_AT_ONCE = 64
+UNITS_AT_ONCE = 64
 """Masks made at a time: neighbours in this order cut the same layer, so they share the run before it."""
 
 
 def _exact(job: Job) -> Scores:
-    """Drop of the metric when one edge is cut, edge by edge; edges into one layer share the run before it."""
+    """Drop of the metric when one edge (or node) is cut; those that begin in one layer share the run before it."""
     model, graph, metric = job.model, job.graph, job.metric
     replacement = build_replacement(job.replacement, model, graph, job.pairs, job.batch_size)
-    edges = graph.possible.nonzero()
+    units = list(range(graph.n_units))
     total, before = job.zeros(), 0
     saved = job.checkpoint.load()
     if saved is not None:
         total, before = saved["total"], int(saved["done"])
-    done, n_runs = 0, len(edges) * len(job.pairs)
+    done, n_runs = 0, len(units) * len(job.pairs)
     job.progress(before, n_runs)
     for chunk in job.pairs.to(model.device).chunks(job.batch_size):
-        if done + len(edges) * len(chunk) <= before:
-            done += len(edges) * len(chunk)
+        if done + len(units) * len(chunk) <= before:
+            done += len(units) * len(chunk)
             continue
         clean = answer_logits(model, chunk.clean, chunk)
         full = metric(clean, chunk, clean)
         values = replacement.on(chunk)
-        for some in edges.split(EDGES_AT_ONCE):
+        for some in (units[i : i + UNITS_AT_ONCE] for i in range(0, len(units), UNITS_AT_ONCE)):
             done += len(some) * len(chunk)
             if done <= before:
                 continue
-            cut = torch.zeros(len(some), *graph.possible.shape)
-            cut[torch.arange(len(some)), some[:, 0], some[:, 1]] = 1
-            for (r, w), logits in zip(some.tolist(), edge_logits(model, graph, chunk, cut, values), strict=True):
+            cut = torch.stack([graph.unit == unit for unit in some])
+            for mask, logits in zip(cut, edge_logits(model, graph, chunk, cut.float(), values), strict=True):
                 drop = metric.direction * (full - metric(logits, chunk, clean)).sum()
-                total[r, w] += drop.cpu().to(total.dtype)
+                total[mask] += drop.cpu().to(total.dtype)
             job.checkpoint.save({"total": total, "done": torch.tensor(done)})
             job.progress(done, n_runs)
     return job.scores("exact", total, {"forwards": n_runs + 2 * len(job.pairs), "backwards": 0})
@@ -53,5 +52,6 @@ METHODS.register(
         "activation patching of single edges; Conmy et al. 2023, arXiv 2304.14997, for the edges",
         _exact,
         {"replacement": "corrupt"},
+        graphs="own",
     ),
 )

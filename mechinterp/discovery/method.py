@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -93,6 +93,9 @@ class Method:
     defaults: Mapping[str, Parameter] = field(default_factory=dict[str, Parameter])
     threshold: float | None = None
     """Of a method that chooses the circuit itself: `select` with this threshold gives it."""
+    graphs: Literal["plain", "summed", "own"] = "plain"
+    """What graphs it takes: only the plain one (edges at all positions, whole MLPs); any, a node scoring what the edges
+    out of it score together; or any, with a score of its own for nodes."""
 
 
 METHODS: Registry[Method] = Registry("method")
@@ -126,10 +129,26 @@ def score_edges(
         raise InputError(f"Method {method!r} has no parameter {unknown_names[0]!r}. Known: {known}.")
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; got {batch_size}.")
+    if chosen.graphs == "plain" and not graph.plain:
+        others = ", ".join(name for name in METHODS.names() if METHODS.get(name).graphs != "plain")
+        raise InputError(
+            f"Method {method!r} scores edges at all positions between heads and whole MLPs. For nodes, named positions "
+            f"and neurons take one of: {others}."
+        )
     check_model(model, graph, pairs)
     metric = get_metric(metric) if isinstance(metric, str) else metric
     settings = {**chosen.defaults, **parameters}
     checkpoint = open_checkpoint(resume, model, graph, pairs, method, metric.name, settings, batch_size)
     scores = chosen.run(Job(model, graph, pairs, metric, settings, batch_size, progress, checkpoint))
     checkpoint.clear()
-    return replace(scores, pairs=pairs)
+    total = _by_node(graph, scores.total) if chosen.graphs == "summed" and graph.level == "node" else scores.total
+    return replace(scores, total=total, pairs=pairs)
+
+
+def _by_node(graph: Graph, table: Float[Tensor, "reader writer"]) -> Float[Tensor, "reader writer"]:
+    """Every edge with the sum over all edges that are chosen with it."""
+    units = graph.unit[graph.possible]
+    sums = table.new_zeros(graph.n_units).index_add(0, units, table[graph.possible])
+    out = torch.zeros_like(table)
+    out[graph.possible] = sums[units]
+    return out

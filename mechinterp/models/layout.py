@@ -152,6 +152,22 @@ class Layout:
             raise UnsupportedError(f"Layer {layer} has no MLP with one input and one output matrix.")
         return maps
 
+    def neuron_writes(
+        self, layer: int, post: Float[Tensor, "*axes d_mlp"], chosen: Int[Tensor, " neuron"]
+    ) -> Float[Tensor, "neuron *axes d_model"]:
+        """What each of the chosen neurons adds to the residual stream, with the values `post` of all of them.
+
+        Under a post-norm it is a neuron's share of the normed sum, as for heads.
+        """
+        maps = self.neurons(layer)
+        W_out = maps.W_out.to(post.dtype)
+        values = post[..., chosen].movedim(-1, 0)
+        if maps.post.kind == "none" and maps.post.weight is None:
+            return einsum(values, W_out[chosen], "neuron ..., neuron d_model -> neuron ... d_model")
+        projected = maps.post.project(W_out[chosen])
+        total = post @ W_out if maps.b_out is None else post @ W_out + maps.b_out.to(post.dtype)
+        return einsum(values / maps.post.scale(total)[..., 0], projected, "neuron ..., neuron d -> neuron ... d")
+
     def unembed(
         self, resid: Float[Tensor, "*axes d_model"], columns: Int[Tensor, " n_columns"] | None = None
     ) -> Float[Tensor, "*axes n_columns"]:

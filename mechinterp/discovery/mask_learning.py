@@ -1,0 +1,232 @@
+"""`edge-pruning` and `subnetwork-probing`: a mask over the edges (or nodes) learned by gradient descent.
+
+Every edge has a gate between cut (0) and kept (1), drawn anew at each step from a hard-concrete distribution (Louizos
+et al. 2018, arXiv 1712.01312: beta 2/3, stretched to [-0.1, 1.1]) with one parameter, `log alpha`; cut edges carry
+their replacement. What is minimised is the KL divergence of the circuit from the full model at the answers, with
+
+* `edge-pruning` (Bhaskar et al. 2024, arXiv 2406.16778): a Lagrangian that brings the expected share of open gates to
+  `target`, which falls linearly over the first half of the steps;
+* `subnetwork-probing` (Cao et al. 2021, arXiv 2104.03514, as adapted by Conmy et al. 2023): `penalty` times the
+  expected share of open gates. The papers' masks are of nodes: build the graph with `level="node"` for those.
+
+The score of an edge is sigmoid(log alpha), above 1/2 where the gate without noise is more open than closed: the chance
+that the gate is open, not an effect on the metric. Deviations: one drawing of all gates serves all examples of a step;
+edge-pruning's second set of gates, of whole nodes, is left out; exact replacement instead of weights' own masks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp.discovery.method import METHODS, Job, Method
+from mechinterp.edges import clean_logits
+from mechinterp.errors import InputError
+from mechinterp.mask_gradients import mask_gradients
+from mechinterp.metrics import get_metric
+from mechinterp.registry import unknown
+from mechinterp.replacement import Values, build_replacement
+from mechinterp.scores import Parameter, Scores
+from mechinterp.tasks.pairs import Pairs
+
+BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
+OBJECTIVES = ("kl", "metric")
+WARM_UP = 0.5
+"""Share of the steps over which the target of edge-pruning falls from 1."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The examples of one step, with what every run of them shares."""
+
+    chunks: Sequence[tuple[Pairs, Values, Tensor]]
+    n: int
+
+
+def hard_concrete(
+    log_alpha: Float[Tensor, " unit"], noise: Float[Tensor, " unit"] | None = None
+) -> Float[Tensor, " unit"]:
+    """Gates in [0, 1] for uniform noise in (0, 1); without noise the gates that are kept at the end."""
+    if noise is None:
+        soft = torch.sigmoid(log_alpha)
+    else:
+        soft = torch.sigmoid((noise.log() - (1 - noise).log() + log_alpha) / BETA)
+    return (soft * (HIGH - LOW) + LOW).clamp(0, 1)
+
+
+def open_chance(log_alpha: Float[Tensor, " unit"]) -> Float[Tensor, " unit"]:
+    """The chance that a drawn gate is not 0.
+
+    >>> float(open_chance(torch.tensor([0.0]))) > 0.5
+    True
+    """
+    return torch.sigmoid(log_alpha - BETA * math.log(-LOW / HIGH))
+
+
+class _Learning:
+    """Parameters, their optimiser and the blocks of examples of one run."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, graph, asked = job, job.graph, job.settings
+        self.n_steps = _whole("learning_steps", asked["learning_steps"])
+        self.seed = _whole("seed", asked["seed"], least=0)
+        self.objective = str(asked["objective"])
+        if self.objective not in OBJECTIVES:
+            raise unknown("objective", self.objective, OBJECTIVES)
+        if self.objective == "metric" and not job.metric.differentiable:
+            raise InputError(f"Metric {job.metric.name!r} has no gradient; learn masks with objective=kl.")
+        start, lr = _number("start", asked["start"]), _number("lr", asked["lr"])
+        self.log_alpha = torch.full((graph.n_units,), start, dtype=torch.float64, requires_grad=True)
+        self.multipliers = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        groups = [{"params": [self.log_alpha]}, {"params": [self.multipliers], "maximize": True}]
+        self.optimizer = torch.optim.Adam(groups, lr=lr)
+        self.unit = graph.unit[graph.possible]
+        self.blocks = self._blocks(_whole("examples", asked["examples"]))
+        self.n_runs = 0
+
+    def _blocks(self, size: int) -> list[_Block]:
+        job = self.job
+        replacement = build_replacement(job.replacement, job.model, job.graph, job.pairs, job.batch_size)
+        order = torch.randperm(len(job.pairs), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        shuffled = job.pairs[order].to(job.model.device)
+        blocks: list[_Block] = []
+        for block in shuffled.chunks(size):
+            chunks = [
+                (chunk, replacement.on(chunk), clean_logits(job.model, chunk)) for chunk in block.chunks(job.batch_size)
+            ]
+            blocks.append(_Block(chunks, len(block)))
+        return blocks
+
+    def learn(self, penalty: Callable[[Tensor, Tensor, int], Tensor]) -> Float[Tensor, " unit"]:
+        """The log alphas after all steps. `penalty` is of the share of open gates, the multipliers and the step."""
+        done = self._resume()
+        self.job.progress(done, self.n_steps)
+        while done < self.n_steps:
+            self.optimizer.zero_grad()
+            penalty(open_chance(self.log_alpha).mean(), self.multipliers, done).backward()
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + done)
+            noise = torch.rand(self.log_alpha.shape, generator=generator, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
+            gates = hard_concrete(self.log_alpha, noise)
+            gates.backward(self._gate_gradient(gates.detach(), self.blocks[done % len(self.blocks)]))
+            self.n_runs += self.blocks[done % len(self.blocks)].n
+            self.optimizer.step()
+            done += 1
+            self.job.checkpoint.save(self._state(done))
+            self.job.progress(done, self.n_steps)
+        return self.log_alpha.detach()
+
+    def _state(self, done: int) -> dict[str, Tensor]:
+        state = {"done": torch.tensor(done), "n_runs": torch.tensor(self.n_runs)}
+        for name, parameter in (("log_alpha", self.log_alpha), ("multipliers", self.multipliers)):
+            state[name] = parameter.detach()
+            kept = self.optimizer.state[parameter]
+            state |= {f"{name}.{key}": value for key, value in kept.items()}
+        return state
+
+    def _resume(self) -> int:
+        saved = self.job.checkpoint.load()
+        if saved is None:
+            return 0
+        with torch.no_grad():
+            for name, parameter in (("log_alpha", self.log_alpha), ("multipliers", self.multipliers)):
+                parameter.copy_(saved[name])
+                keys = {key.partition(".")[2]: value for key, value in saved.items() if key.startswith(name + ".")}
+                self.optimizer.state[parameter] = {key: value.clone() for key, value in keys.items()}
+        self.n_runs = int(saved["n_runs"])
+        return int(saved["done"])
+
+    def _gate_gradient(self, gates: Float[Tensor, " unit"], block: _Block) -> Float[Tensor, " unit"]:
+        """The derivative of the mean loss in every gate."""
+        job, possible, total = self.job, self.job.graph.possible, torch.zeros_like(gates)
+        metric = get_metric("kl_to_clean") if self.objective == "kl" else job.metric
+        cut = torch.zeros(possible.shape, dtype=torch.float64)
+        cut[possible] = 1 - gates[self.unit]
+        for chunk, values, reference in block.chunks:
+
+            def loss(logits: Tensor, chunk: Pairs = chunk, reference: Tensor = reference) -> Tensor:
+                return -metric.direction * metric(logits[0], chunk, reference)[None]
+
+            _, gradient = mask_gradients(job.model, job.graph, chunk, cut[None], values, loss)
+            total.index_add_(0, self.unit, -gradient[0].cpu().double()[possible] / block.n)
+        return total
+
+    def scores(self, method: str, log_alpha: Float[Tensor, " unit"]) -> Scores:
+        """The chance of every gate."""
+        graph, n = self.job.graph, len(self.job.pairs)
+        table = self.job.zeros()
+        table[graph.possible] = torch.sigmoid(log_alpha)[self.unit].to(table.dtype) * n
+        cost = {"forwards": 2 * n + self.n_runs, "backwards": self.n_runs}
+        return self.job.scores(method, table, cost, additive=False)
+
+
+def _edge_pruning(job: Job) -> Scores:
+    target, learning = _number("target", job.settings["target"]), _Learning(job)
+    if not 0 < target < 1:
+        raise InputError(f"target is the share of edges to keep, between 0 and 1; got {target:g}.")
+
+    def lagrangian(share: Tensor, multipliers: Tensor, step: int) -> Tensor:
+        fallen = min(1.0, (step + 1) / (WARM_UP * learning.n_steps))
+        excess = share - (1 + fallen * (target - 1))
+        return multipliers[0] * excess + multipliers[1] * excess**2
+
+    return learning.scores("edge-pruning", learning.learn(lagrangian))
+
+
+def _subnetwork_probing(job: Job) -> Scores:
+    penalty, learning = _number("penalty", job.settings["penalty"]), _Learning(job)
+    if penalty <= 0:
+        raise InputError(f"penalty must be above 0; got {penalty:g}.")
+    found = learning.learn(lambda share, multipliers, step: penalty * share + 0 * multipliers.sum())
+    return learning.scores("subnetwork-probing", found)
+
+
+def _whole(name: str, value: object, least: int = 1) -> int:
+    if type(value) is not int or value < least:
+        raise InputError(f"{name} must be a whole number, at least {least}; got {value!r}.")
+    return value
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, (bool, str)) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError(f"{name} must be a number; got {value!r}.")
+    return float(value)
+
+
+_SHARED: dict[str, Parameter] = {
+    "replacement": "corrupt",
+    "learning_steps": 300,
+    "examples": 32,
+    "lr": 0.1,
+    "start": 2.0,
+    "objective": "kl",
+    "seed": 0,
+}
+METHODS.register(
+    "edge-pruning",
+    Method(
+        "edge-pruning",
+        "A mask over edges learned by gradient descent, to a target share of edges",
+        "Bhaskar et al. 2024, arXiv 2406.16778",
+        _edge_pruning,
+        {**_SHARED, "target": 0.1},
+        threshold=0.5,
+        graphs="own",
+    ),
+)
+METHODS.register(
+    "subnetwork-probing",
+    Method(
+        "subnetwork-probing",
+        "A mask learned by gradient descent, each open gate at a price",
+        "Cao et al. 2021, arXiv 2104.03514; Conmy et al. 2023, arXiv 2304.14997",
+        _subnetwork_probing,
+        {**_SHARED, "penalty": 1.0},
+        threshold=0.5,
+        graphs="own",
+    ),
+)
