@@ -60,10 +60,26 @@ if TYPE_CHECKING:
     from mechinterp.errors import MechInterpError as MechInterpError
     from mechinterp.errors import SiteNotReached as SiteNotReached
     from mechinterp.errors import UnsupportedError as UnsupportedError
+    from mechinterp.evaluation.against_random import minimality_test as minimality_test
+    from mechinterp.evaluation.against_random import necessity_test as necessity_test
+    from mechinterp.evaluation.against_random import sufficiency_test as sufficiency_test
     from mechinterp.evaluation.compare import Comparison as Comparison
     from mechinterp.evaluation.compare import compare_methods as compare_methods
+    from mechinterp.evaluation.completeness import Completeness as Completeness
+    from mechinterp.evaluation.completeness import completeness as completeness
+    from mechinterp.evaluation.completeness import greedy_completeness as greedy_completeness
     from mechinterp.evaluation.faithfulness import Evaluation as Evaluation
     from mechinterp.evaluation.faithfulness import evaluate as evaluate
+    from mechinterp.evaluation.hypotheses import HypothesisTest as HypothesisTest
+    from mechinterp.evaluation.hypotheses import equivalence_test as equivalence_test
+    from mechinterp.evaluation.hypotheses import independence_test as independence_test
+    from mechinterp.evaluation.minimality import Minimality as Minimality
+    from mechinterp.evaluation.minimality import edge_minimality as edge_minimality
+    from mechinterp.evaluation.minimality import node_minimality as node_minimality
+    from mechinterp.evaluation.stability import Stability as Stability
+    from mechinterp.evaluation.stability import stability as stability
+    from mechinterp.evaluation.transfer import Transfer as Transfer
+    from mechinterp.evaluation.transfer import transfer as transfer
     from mechinterp.evaluation.truth import against_truth as against_truth
     from mechinterp.files.circuit_file import load_circuit as load_circuit
     from mechinterp.files.circuit_file import save_circuit as save_circuit
@@ -137,6 +153,12 @@ _HOMES = {
     "edges": ("run_edges",),
     "errors": ("FormatError", "InputError", "MechInterpError", "SiteNotReached", "UnsupportedError"),
     "evaluation.truth": ("against_truth",),
+    "evaluation.against_random": ("minimality_test", "necessity_test", "sufficiency_test"),
+    "evaluation.completeness": ("Completeness", "completeness", "greedy_completeness"),
+    "evaluation.hypotheses": ("HypothesisTest", "equivalence_test", "independence_test"),
+    "evaluation.minimality": ("Minimality", "edge_minimality", "node_minimality"),
+    "evaluation.stability": ("Stability", "stability"),
+    "evaluation.transfer": ("Transfer", "transfer"),
     "evaluation.compare": ("Comparison", "compare_methods"),
     "plots.compare": ("comparison_curves", "overlap_matrix"),
     "evaluation.faithfulness": ("Evaluation", "evaluate"),

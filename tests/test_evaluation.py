@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -177,3 +179,18 @@ def test_pairs_without_answers_are_evaluated_by_kl() -> None:
     assert result.circuit_value == pytest.approx(result.kl)
     with pytest.raises(mi.InputError, match="right"):
         evaluate(model, circuit, bare)
+
+
+def test_the_frame_per_example_holds_what_the_summary_is_of() -> None:
+    model, circuit, some = tiny("gpt2"), circuit_of("gpt2"), pairs(6, padded=True)
+    corrupt = some.corrupt.clone()
+    corrupt[2] = some.clean[2]  # full and empty are alike on this example
+    result = evaluate(model, circuit, replace(some, corrupt=corrupt), n_random=0)
+    frame = result.per_example_frame()
+    assert frame.usable.tolist() == [True, True, False, True, True, True] and result.n_ratio == 5
+    assert frame.ratio.isna().tolist() == (~frame.usable).tolist()
+    assert frame.ratio.median() == pytest.approx(result.example_quartiles[1])
+    ours, full, empty = frame[["circuit", "full", "empty"]].mean()
+    assert (ours - empty) / (full - empty) == pytest.approx(result.faithfulness)
+    rows = frame[frame.usable]
+    assert rows.ratio.tolist() == pytest.approx(((rows.circuit - rows["empty"]) / (rows.full - rows["empty"])).tolist())

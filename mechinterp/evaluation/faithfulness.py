@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -71,6 +72,18 @@ class Evaluation:
     reference: Pairs | None = field(default=None, repr=False)
     """The examples whose corrupt prompts gave the means, where they are others."""
 
+    def per_example_frame(self) -> pd.DataFrame:
+        """One row an example: example, circuit, full, empty (the metric of each), ratio, usable.
+
+        The ratio is (circuit - empty) / (full - empty) of the example itself; NaN where that denominator is near zero
+        and the example therefore not `usable`. The median of `ratio` is that of `example_quartiles`; its mean is not
+        `faithfulness`, which is a ratio of means.
+        """
+        frame = pd.DataFrame(self.per_example.double().numpy(), columns=["circuit", "full", "empty"])
+        frame.insert(0, "example", range(len(frame)))
+        ratios, usable = _example_ratios(self.per_example)
+        return frame.assign(ratio=ratios.masked_fill(~usable, torch.nan).numpy(), usable=usable.numpy())
+
 
 MIN_DENOMINATOR = 1e-3
 """|m(full) - m(empty)| below this times the spread of the metric makes every ratio meaningless: refused."""
@@ -109,7 +122,8 @@ def evaluate(
     per_example = torch.stack([ours, full, empty], 1)
     check_denominator(full, empty)
     faithfulness = ratio_of_means(per_example[None])
-    ratios = _example_ratios(per_example)
+    ratios, usable = _example_ratios(per_example)
+    ratios = ratios[usable]
     quartiles = ratios.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=ratios.dtype)).tolist()
     random_rows = [torch.stack([column, full, empty], 1)[None] for column in table[:, 3:].T]
     has_answers = pairs.right is not None and pairs.wrong is not None
@@ -220,8 +234,11 @@ def metric_tables(
     return {name: torch.cat(parts) for name, parts in tables.items()}
 
 
-def _example_ratios(per_example: Float[Tensor, "example 3"]) -> Float[Tensor, " ratio"]:
+def _example_ratios(
+    per_example: Float[Tensor, "example 3"],
+) -> tuple[Float[Tensor, " example"], Bool[Tensor, " example"]]:
+    """The ratio of every example, and whether its own denominator is far enough from zero."""
     ours, full, empty = per_example.double().unbind(1)
     gap = full - empty
     usable = gap.abs() > MIN_DENOMINATOR * (per_example.abs().mean() + 1e-12)
-    return ((ours - empty) / gap)[usable]
+    return (ours - empty) / gap, usable

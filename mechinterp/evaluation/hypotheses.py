@@ -1,0 +1,282 @@
+"""The equivalence and the independence test of a circuit: ideals, which a rejection speaks against.
+
+Source: Shi et al. 2024, "Hypothesis Testing the Circuit Hypothesis in LLMs" (arXiv 2410.13032), and the authors' code,
+blei-lab/circuitry, by which details were settled. `s` is the metric of an example, M the model, C the circuit.
+The tests against random circuits are in `against_random.py`. Deviations are named with each test.
+
+A null hypothesis that is not rejected has not been shown to be true: few examples reject nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from scipy.stats import binom
+from torch import Tensor
+
+from mechinterp.circuit import Circuit
+from mechinterp.discovery.method import Progress, no_progress
+from mechinterp.errors import InputError
+from mechinterp.evaluation.faithfulness import Ablation
+from mechinterp.evaluation.masks import mask_values, with_axes
+from mechinterp.hooks import HookManager
+from mechinterp.metrics import Metric, get_metric
+from mechinterp.scores import Parameter
+from mechinterp.tasks.pairs import Pairs
+
+TIE = 1e-5
+"""Performances that differ by less than this times the mean size of the model's own are equal: float32 resolves no
+more of a difference of logits."""
+
+
+@dataclass(frozen=True)
+class HypothesisTest:
+    """One test: what was asked, and what came out."""
+
+    name: str
+    null: str
+    """The null hypothesis, in words."""
+    if_rejected: str
+    """What a rejection speaks for, in words."""
+    statistic_name: str
+    statistic: float
+    p_value: float
+    alpha: float
+    details: Mapping[str, Parameter]
+    """The test's settings, and what else it found."""
+    metric: str
+    ablation: Ablation
+    n_examples: int
+    circuit_digest: str
+    pairs: Pairs = field(repr=False)
+    reference: Pairs | None = field(default=None, repr=False)
+
+    @property
+    def rejected(self) -> bool:
+        """Whether the p-value is at most alpha."""
+        return self.p_value <= self.alpha
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in one sentence."""
+        if self.rejected:
+            return f"Rejected (p = {self.p_value:.3g}): {self.if_rejected}."
+        return f"Not rejected (p = {self.p_value:.3g}): nothing here speaks against '{self.null}', nor shows it."
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row: test, statistic, its name, p_value, alpha, rejected, null, verdict, and the details."""
+        row = {
+            "test": self.name,
+            "statistic": self.statistic,
+            "statistic_name": self.statistic_name,
+            "p_value": self.p_value,
+            "alpha": self.alpha,
+            "rejected": self.rejected,
+            "null": self.null,
+            "verdict": self.verdict,
+            **self.details,
+        }
+        return with_axes(pd.DataFrame([row]), self.metric, self.ablation)
+
+
+def check_level(alpha: float, **shares: float) -> None:
+    """Return None when alpha and the named shares lie between 0 and 1. Raises InputError otherwise."""
+    for name, value in {"alpha": alpha, **shares}.items():
+        if not 0 < value < 1:
+            raise InputError(f"{name} must lie between 0 and 1; got {value!r}.")
+
+
+def equivalence_test(
+    model: HookManager,
+    circuit: Circuit,
+    pairs: Pairs,
+    *,
+    epsilon: float = 0.1,
+    alpha: float = 0.05,
+    metric: Metric | str = "logit_diff",
+    replacement: str = "corrupt",
+    reference: Pairs | None = None,
+    batch_size: int = 32,
+    progress: Progress = no_progress,
+) -> HypothesisTest:
+    """Whether the circuit does better than the model on about half of the examples, as an equal would.
+
+    Null: |P(s(C) > s(M)) - 1/2| <= epsilon. Statistic: |share of examples - 1/2|; p-value: the chance that a binomial
+    share with chance 1/2 + epsilon is as far from 1/2, the largest under the null. A tie counts half for either side:
+    a circuit that does what the model does is its equal. `reference` as in `evaluate`. Cost: two forwards an example.
+
+    Source: Shi et al. 2024, the equivalence test. Deviations: ties (the paper assumes that there are none); signs are
+    counted, as in the paper, where the authors' code has the mean of the differences in their place.
+
+    Raises InputError for a metric that compares with the model itself (`kl_to_clean`): there the model always wins.
+    """
+    check_level(alpha)
+    if not 0 <= epsilon < 0.5:
+        raise InputError(f"epsilon must be at least 0 and below 1/2; got {epsilon!r}.")
+    metric = _own_performance(metric, "equivalence_test")
+    cuts = [torch.zeros_like(circuit.cut), circuit.cut]
+    table = mask_values(
+        model,
+        circuit.graph,
+        pairs,
+        cuts,
+        metric=metric,
+        replacement=replacement,
+        reference=reference,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    full, ours = table.unbind(1)
+    ahead = metric.direction * (ours - full)
+    tied = ahead.abs() <= TIE * full.abs().mean()
+    n, n_ties, n_wins = len(ahead), int(tied.sum()), int((ahead[~tied] > 0).sum())
+    return HypothesisTest(
+        name="equivalence",
+        null=f"on a random example the circuit does better than the model with chance 1/2, give or take {epsilon:g}",
+        if_rejected="the circuit and the model do not do equally well, which speaks against the circuit",
+        statistic_name="|share of examples on which the circuit does better - 1/2|",
+        statistic=abs((n_wins + n_ties / 2) / n - 0.5),
+        p_value=sign_p_value(n, n_wins, n_ties, epsilon),
+        alpha=alpha,
+        details={"epsilon": epsilon, "circuit_better": n_wins, "ties": n_ties, "model_better": n - n_wins - n_ties},
+        metric=metric.name,
+        ablation=Ablation(value=replacement),
+        n_examples=n,
+        circuit_digest=circuit.digest(),
+        pairs=pairs,
+        reference=reference,
+    )
+
+
+def sign_p_value(n: int, n_wins: int, n_ties: int, epsilon: float) -> float:
+    """The chance that of n draws with chance 1/2 + epsilon the wins are as far from n / 2 as those seen, ties halved.
+
+    >>> sign_p_value(4, 4, 0, 0.0)
+    0.125
+    """
+    twice = abs(2 * n_wins + n_ties - n)  # in halves of an example, so that all is whole numbers
+    if twice == 0:
+        return 1.0
+    low, high = (n - twice) // 2, (n + twice + 1) // 2
+    return float(binom.cdf(low, n, 0.5 + epsilon) + binom.sf(high - 1, n, 0.5 + epsilon))
+
+
+def independence_test(
+    model: HookManager,
+    circuit: Circuit,
+    pairs: Pairs,
+    *,
+    n_permutations: int = 1000,
+    alpha: float = 0.05,
+    metric: Metric | str = "logit_diff",
+    replacement: str = "corrupt",
+    reference: Pairs | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> HypothesisTest:
+    """Whether the model without the circuit still knows on which examples the model does well.
+
+    Null: s(M without C), every edge of the circuit cut, is independent of s(M). Statistic: HSIC with Gaussian kernels;
+    p-value by permuting the examples of one of them. `p_value_all_cut` is that of the same test with every edge of the
+    model cut: where it is small too, the corrupt prompts themselves tell of the clean ones, and a rejection says
+    nothing of the circuit. `reference` as in `evaluate`. Cost: three forwards an example.
+
+    Source: Shi et al. 2024, the independence test; Gretton et al. 2007 for HSIC. Deviations: each kernel's width is the
+    median distance of its own values (the authors' code has one width, the median distance between the two kinds of
+    values); the observed order counts as one of the permutations, so that the p-value is never 0 (Phipson & Smyth
+    2010).
+
+    Raises InputError for a metric that compares with the model itself, and when the model does equally well on all
+    examples, so that nothing could depend on it.
+    """
+    check_level(alpha)
+    metric = _own_performance(metric, "independence_test")
+    graph = circuit.graph
+    table = mask_values(
+        model,
+        graph,
+        pairs,
+        [torch.zeros_like(graph.possible), circuit.kept, graph.possible],
+        metric=metric,
+        replacement=replacement,
+        reference=reference,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    full, without, corrupt = table.unbind(1)
+    if _is_constant(full):
+        raise InputError(
+            f"The model's {metric.name} is the same on all {len(full)} examples, so nothing can depend on it; take a "
+            "metric that varies, such as 'logit_diff', or other pairs."
+        )
+    statistic, p_value = hsic_test(without, full, n_permutations, seed)
+    _, p_value_all_cut = hsic_test(corrupt, full, n_permutations, seed)
+    return HypothesisTest(
+        name="independence",
+        null="how well the model does without the circuit is independent of how well the whole model does",
+        if_rejected="without the circuit the model still knows of the task, which speaks against the circuit (unless "
+        "p_value_all_cut is small too)",
+        statistic_name="HSIC",
+        statistic=statistic,
+        p_value=p_value,
+        alpha=alpha,
+        details={"n_permutations": n_permutations, "p_value_all_cut": p_value_all_cut, "seed": seed},
+        metric=metric.name,
+        ablation=Ablation(component="the circuit's edges", value=replacement, set="circuit"),
+        n_examples=len(full),
+        circuit_digest=circuit.digest(),
+        pairs=pairs,
+        reference=reference,
+    )
+
+
+def hsic_test(
+    x: Float[Tensor, " example"], y: Float[Tensor, " example"], n_permutations: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """HSIC of two variables (Gaussian kernels of median width) and its p-value by permutation.
+
+    tr(K H L H) / (n - 1)^2. Values that are all alike have HSIC 0 and p-value 1. Time n^2 a permutation.
+    """
+    if len(x) != len(y) or len(x) < 4 or n_permutations < 1:
+        raise InputError(f"Give at least 4 examples of both and one permutation; got {len(x)}, {len(y)}.")
+    if _is_constant(x) or _is_constant(y):
+        return 0.0, 1.0
+    a, b = _centred_kernel(x), _centred_kernel(y)
+    scale = (len(x) - 1) ** 2
+    observed = float((a * b).sum()) / scale
+    generator = torch.Generator().manual_seed(seed)
+    # A permutation that changes nothing (of equal examples) must not lose by a rounding.
+    enough, as_large = observed - 1e-12 * abs(observed), 0
+    for _ in range(n_permutations):
+        order = torch.randperm(len(x), generator=generator)
+        as_large += float((a * b[order][:, order]).sum()) / scale >= enough
+    return observed, (1 + as_large) / (1 + n_permutations)
+
+
+def _centred_kernel(values: Float[Tensor, " example"]) -> Float[Tensor, "example example"]:
+    values = values.double()
+    distances = (values[:, None] - values[None, :]).abs()
+    apart = distances[torch.ones_like(distances, dtype=torch.bool).triu(1)]
+    width = apart.median() if apart.median() > 0 else apart[apart > 0].median()
+    kernel = torch.exp(-(distances**2) / (2 * width**2))
+    kernel = kernel - kernel.mean(0, keepdim=True)
+    return kernel - kernel.mean(1, keepdim=True)
+
+
+def _is_constant(values: Float[Tensor, " example"]) -> bool:
+    return float(values.max() - values.min()) <= TIE * float(values.abs().mean())
+
+
+def _own_performance(metric: Metric | str, test: str) -> Metric:
+    metric = get_metric(metric) if isinstance(metric, str) else metric
+    if metric.needs_reference:
+        raise InputError(
+            f"{test} compares how well circuit and model do the task; {metric.name!r} measures the distance from the "
+            "model. Take a metric of the answers, such as 'logit_diff'."
+        )
+    return metric
