@@ -19,7 +19,7 @@ def information_flow(device: torch.device, repeats: int) -> list[Row]:
     """All 32,491 edges, with each importance.
 
     The floor is the forward without its unembedding (0.69 F) and 2,041 distances of a write to a stream per token
-    (0.02 F); `from-answer` also has as many distances as a layer has pairs of positions and heads (0.08 F).
+    (0.02 F); `from-answer` also has the write of every value vector and its distance to each later write (0.08 F).
     """
     bare, model, pairs = small_gpt2(device)
     graph = mi.build_graph(model)

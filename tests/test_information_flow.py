@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
@@ -64,9 +65,8 @@ class ByHand:
         weights = self.at[f"pattern.{layer}"][head, pos]
         total = self.model.layout.attention_total(layer, self.at[f"z.{layer}"])[pos]
         y = self.writes[f"a{layer}.h{head}"][pos]
-        terms = [
-            maps.post.project(w * x @ maps.W_O[head].double()) / maps.post.scale(total) for w, x in zip(weights, v)
-        ]
+        moved = [w * x @ maps.W_O[head].double() for w, x in zip(weights, v, strict=True)]
+        terms = [maps.post.project(term) / maps.post.scale(total) for term in moved]
         torch.testing.assert_close(torch.stack(terms).sum(0), y, rtol=0, atol=TOLERANCE)
         near = [max(0.0, float(y.abs().sum() - (y - term).abs().sum())) for term in terms]
         return [value / sum(near) if value else 0.0 for value in near]
@@ -108,17 +108,19 @@ class ByHand:
 
 
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("importance", IMPORTANCES)
-def test_it_is_the_formula_by_hand(name: str, importance: str) -> None:
-    some = pairs(2, 4, padded=True, answer_pos=[[3, 1], [2, -1]])
-    scores = mi.score_edges(
-        tiny(name), mi.build_graph(tiny(name)), some, method="information-flow", importance=importance
-    )
+def test_it_is_the_formula_by_hand(name: str) -> None:
+    model, some = tiny(name), pairs(2, 4, padded=True, answer_pos=[[3, 1], [2, -1]])
+    graph = mi.build_graph(model)
     rows = [ByHand(name, some, row) for row in range(2)]
-    tables = [row.per_reader() if importance == "per-reader" else row.from_answer() for row in rows]
-    for edge, value in scores.to_dict().items():
-        assert value == pytest.approx(sum(table[edge] for table in tables) / 2, abs=TOLERANCE), edge
-    assert dict(scores.cost) == {"forwards": 2, "backwards": 0}
+    by_hand = {
+        "per-reader": [row.per_reader() for row in rows],
+        "from-answer": [row.from_answer() for row in rows],
+    }
+    for importance, tables in by_hand.items():
+        scores = mi.score_edges(model, graph, some, method="information-flow", importance=importance)
+        for edge, value in scores.to_dict().items():
+            assert value == pytest.approx(sum(table[edge] for table in tables) / 2, abs=TOLERANCE), edge
+        assert dict(scores.cost) == {"forwards": 2, "backwards": 0}
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -207,8 +209,7 @@ def test_a_write_of_nothing_and_a_model_of_nothing_score_exactly_zero(importance
     assert bool((edge_importances(model, graph, pairs(2), importance=importance) == 0).all())
 
 
-def test_an_unknown_importance_gets_one_clear_line() -> None:
-    with pytest.raises(mi.InputError, match="importance"):
-        mi.score_edges(
-            tiny("gpt2"), mi.build_graph(tiny("gpt2")), pairs(2), method="information-flow", importance="paths"
-        )
+@pytest.mark.parametrize("settings", [{"importance": "paths"}, {"replacement": "means"}])
+def test_an_unknown_setting_gets_one_clear_line(settings: dict[str, Any]) -> None:
+    with pytest.raises(mi.InputError, match=f"Unknown {next(iter(settings))}"):
+        mi.score_edges(tiny("gpt2"), mi.build_graph(tiny("gpt2")), pairs(2), method="information-flow", **settings)

@@ -5,10 +5,10 @@ Source: Ferrando & Voita 2024 (arXiv 2403.00824), with the benchmark's form of i
 its proximity `max(0, |y|_1 - |y - x|_1)` over the proximities of all terms. Here y is the residual stream at a
 reader's input and the terms are the earlier writers' writes.
 
-What it does not see: the corrupt prompt (a write that is the same in both counts in full), the metric and the answer,
-the norm and the weights of the reader (so q, k, v of all heads of a layer get the same scores), and biases, which are
-part of y but no term. It depends on the basis: processed weights (centred, folded) give other scores than raw ones.
-Scores are never negative and say nothing about helping or hurting.
+What it does not see: the corrupt prompt (a write that is the same in both counts in full), the metric and the answer
+tokens, the norm and the weights of the reader (so, per reader, q, k and v of all heads of a layer score the same), and
+biases, which are part of y but no term. It depends on the basis: processed weights (centred, folded) give other scores
+than raw ones. Scores are never negative and say nothing about helping or hurting.
 
 `importance=per-reader` is the mean over an example's tokens, every reader by itself, the logits too. With
 `importance=from-answer` importances are multiplied along the way from the logits at the answer positions, so a reader
@@ -35,7 +35,7 @@ from mechinterp.gradients import TOKEN_BUDGET_BYTES, resid_site
 from mechinterp.graph import Graph
 from mechinterp.hooks import HookManager
 from mechinterp.registry import unknown
-from mechinterp.replacement import write_sites
+from mechinterp.replacement import KINDS, write_sites
 from mechinterp.scores import Scores
 from mechinterp.sites import Site
 from mechinterp.tasks.pairs import Pairs
@@ -134,6 +134,8 @@ def _information_flow(job: Job) -> Scores:
     importance = str(job.settings["importance"])
     if importance not in IMPORTANCES:
         raise unknown("importance", importance, IMPORTANCES)
+    if job.replacement not in KINDS:  # not used here, but recorded: it is what the circuit will be evaluated with
+        raise unknown("replacement", job.replacement, KINDS)
     total = job.sum_over_batches(
         lambda chunk: edge_importances(job.model, job.graph, chunk.to(job.model.device), importance=importance)
     )
