@@ -20,6 +20,7 @@ PARTS = {
     "direct": ("attribution_direct", "direct"),
     "decomposition": ("decomposition", "decomposition"),
     "acdc": ("acdc", "acdc"),
+    "information-flow": ("information_flow", "information_flow"),
 }
 """Per part the module and the function in it that measures."""
 

@@ -1,0 +1,84 @@
+"""Every method on the models with a known circuit: what is run, and what it misses or has too many.
+
+A new method is one line in `ANY_METRIC` or, if it needs answers, in `ANSWERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mechinterp.discovery.method import score_edges
+from mechinterp.evaluation.truth import AgainstTruth, against_truth
+from mechinterp.graph import build_graph
+from mechinterp.scores import Scores
+from tests.hand_circuits import HAND
+from tests.known_circuits import known
+
+EFFECT = 1e-3
+"""The truth's own threshold: an edge counts when it moves an output by more."""
+ROUNDING = 1e-5
+"""Scores below this share of the strongest count as 0: in float32 they are rounding. Outside the circuits scores are
+often exactly 0, so rounding at the true edges would rank them first and give AUC 1 to a method that sees nothing."""
+Settings = Mapping[str, tuple[str, Mapping[str, Any]]]
+"""What a row is called -> (method, its settings)."""
+ANY_METRIC: Settings = {
+    "exact": ("exact", {}),
+    "acdc": ("acdc", {"tau": EFFECT}),
+    "eap-ig": ("eap-ig", {"steps": 10}),
+    "eap-ig-activations": ("eap-ig-activations", {"steps": 10}),
+    "clean-corrupted": ("clean-corrupted", {}),
+    "information-flow": ("information-flow", {}),
+    "information-flow, from the answer": ("information-flow", {"importance": "from-answer"}),
+    "weight-magnitude": ("weight-magnitude", {}),
+    "random": ("random", {}),
+}
+ANSWERS: Settings = {
+    "eap": ("eap", {}),
+    "relp": ("relp", {}),
+    "cd-edges": ("cd-edges", {}),
+    "cd": ("cd", {}),
+    "path-patching": ("path-patching", {}),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One method on one model."""
+
+    against: AgainstTruth
+    missed: frozenset[str]
+    """True edges that are not above `EFFECT`."""
+    extra: frozenset[str]
+    """Other edges that are."""
+    at_size: float
+    """The share of true edges among as many of the strongest edges; for scores that are in no unit of the metric."""
+
+
+def run(label: str, name: str) -> Outcome:
+    """A row of `ANY_METRIC` or `ANSWERS` on a compiled model (metric `l2_to_clean`) or one by hand (`logit_diff`)."""
+    method, settings = {**ANY_METRIC, **ANSWERS}[label]
+    if name in HAND:
+        this = HAND[name]()
+        scores, truth = score_edges(this.model, this.graph, this.pairs, method=method, **settings), set(this.truth)
+    else:
+        that = known(name)
+        graph, truth = build_graph(that.model, split_input=True), that.truth("derived_resample")
+        more: dict[str, Any] = {"metric": "l2_to_clean", "batch_size": 64, **settings}
+        scores = score_edges(that.model, graph, that.pairs, method=method, **more)
+    return outcome(scores, truth)
+
+
+def outcome(scores: Scores, truth: set[str]) -> Outcome:
+    """The scores against the truth."""
+    scores = replace(scores, total=scores.total * (scores.total.abs() >= ROUNDING * scores.total.abs().max()))
+    strength = {name: abs(value) for name, value in scores.to_dict().items()}
+    selected = {name for name, value in strength.items() if value > EFFECT}
+    strongest = set(sorted(strength, key=lambda name: -strength[name])[: len(truth)])
+    return Outcome(
+        against_truth(scores, truth, EFFECT),
+        frozenset(truth - selected),
+        frozenset(selected - truth),
+        len(strongest & truth) / len(truth),
+    )
