@@ -42,7 +42,10 @@ def mask_gradients(
     `n_writers * candidates * batch * pos * d_model` numbers, and what the model's own backward keeps.
     """
     run = _DifferentiableRun(model, graph, pairs, masks.to(model.device), values)
-    return run.differentiate(loss)
+    try:
+        return run.differentiate(loss)
+    finally:
+        run.forget()
 
 
 class _DifferentiableRun(PatchedRun):
@@ -75,6 +78,11 @@ class _DifferentiableRun(PatchedRun):
         self.model.run(tokens, mask, interventions=self.plan(layers), grads=[last], loss=differentiated, stop=last)
         gradient, value = found
         return value, torch.where(self.graph.possible.to(gradient.device), gradient, 0)
+
+    def forget(self) -> None:
+        """Lets go of what the backward's nodes are reached by: they hold this run, and only a circle would free it."""
+        self.seen = self.apart = self.resid = None
+        del self.chain, self.masks
 
     def keep(self, writers: slice, differences: Tensor) -> None:
         self.chain = _Keep.apply(self.chain, differences, self, writers)
