@@ -54,6 +54,10 @@ if TYPE_CHECKING:
     from mechinterp.discovery.method import METHODS as METHODS
     from mechinterp.discovery.method import score_edges as score_edges
     from mechinterp.discovery.select import select as select
+    from mechinterp.discovery.stable import CircuitStability as CircuitStability
+    from mechinterp.discovery.stable import StableScores as StableScores
+    from mechinterp.discovery.stable import circuit_stability as circuit_stability
+    from mechinterp.discovery.stable import stable_scores as stable_scores
     from mechinterp.edges import run_edges as run_edges
     from mechinterp.errors import FormatError as FormatError
     from mechinterp.errors import InputError as InputError
@@ -150,6 +154,7 @@ _HOMES = {
     "decomposition.encoder": ("Encoder", "load_encoder"),
     "discovery.method": ("METHODS", "score_edges"),
     "discovery.select": ("select",),
+    "discovery.stable": ("CircuitStability", "StableScores", "circuit_stability", "stable_scores"),
     "edges": ("run_edges",),
     "errors": ("FormatError", "InputError", "MechInterpError", "SiteNotReached", "UnsupportedError"),
     "evaluation.truth": ("against_truth",),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata, resources
 from pathlib import Path
@@ -17,9 +17,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from mechinterp import options
 from mechinterp.errors import InputError, MechInterpError
-from mechinterp.listing import COMPARE_HELP, EXIT_CODES, HELP, METHODS, METRICS, REPLACEMENTS, RUN_HELP, VERIFY_HELP
-from mechinterp.registry import unknown
+from mechinterp.listing import COMPARE_HELP, EVAL_HELP, EXIT_CODES, HELP, METHODS, METRICS, RUN_HELP, VERIFY_HELP
 
 OK, CLAIM_FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 
@@ -76,107 +76,87 @@ def _top(
 
 @app.command("run", help=RUN_HELP, short_help="Discover the circuit of a task and report on it.")
 def _run(
-    task: Annotated[str, typer.Argument(metavar="TASK|PAIRS_FILE", help="A task's name, or a file.")],
-    model: Annotated[str, typer.Option(help="'bundled', a directory, or a hub id (also id@revision).")] = "bundled",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    method: Annotated[str, typer.Option(help=f"How edges are scored: {', '.join(METHODS)}.")] = "eap-ig",
-    metric: Annotated[str | None, typer.Option(help="What counts as doing the task.  [default: the task's]")] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Integration steps of eap-ig.  [default: 5]")
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="A parameter of the method; repeatable."),
-    ] = None,
-    edges: Annotated[int | None, typer.Option(min=1, help="Select so many edges.")] = None,
-    threshold: Annotated[
-        float | None, typer.Option(help="Select every edge whose score (as --by has it) is above this.")
-    ] = None,
-    by: Annotated[
-        str, typer.Option(help="Order edges by score: value (helping ones first) or magnitude.")
-    ] = "magnitude",
-    rule: Annotated[str, typer.Option(help="top, or greedy (grown from the logits back).")] = "top",
-    replacement: Annotated[str, typer.Option(help=f"What a cut edge carries: {', '.join(REPLACEMENTS)}.")] = "corrupt",
-    examples: Annotated[int, typer.Option(min=2, help="Pairs to find it with.")] = 200,
-    test_examples: Annotated[
-        int | None, typer.Option(min=2, help="Held-out pairs.  [default: as many as --examples]")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the pairs, random circuits and intervals.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...  [default: float32]")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: cpu]")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pairs at a time; the result does not depend on it.")] = 32,
-    out: Annotated[Path, typer.Option(file_okay=False, writable=True, help="Folder for the files.")] = Path("out"),
+    task: options.Task,
+    model: options.Model = "bundled",
+    revision: options.Revision = None,
+    method: options.Method = "eap-ig",
+    metric: options.Metric = None,
+    steps: options.Steps = None,
+    setting: options.Settings = None,
+    level: options.Level = "edge",
+    positions: options.Positions = None,
+    neurons: options.Neurons = None,
+    edges: options.Edges = None,
+    nodes: options.Nodes = None,
+    threshold: options.Threshold = None,
+    by: options.By = "magnitude",
+    rule: options.Rule = "top",
+    ratio: options.Ratio = None,
+    replacement: options.Replacement = "corrupt",
+    examples: options.Examples = 200,
+    test_examples: options.TestExamples = None,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    batch_size: options.BatchSize = 32,
+    out: options.Out = Path("out"),
     open_report: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser.")] = False,
 ) -> Action:
-    if edges is not None and threshold is not None:
-        raise InputError("Give --edges or --threshold, not both.")
-    if threshold is not None and threshold != threshold:
-        raise InputError("--threshold is not a number.")
-    _check_name("method", method, METHODS)
-    _check_name("order", by, ("value", "magnitude"))
-    _check_name("rule", rule, ("top", "greedy"))
-    _check_name("replacement", replacement, REPLACEMENTS)
-    if metric is not None:
-        _check_name("metric", metric, METRICS)
-    asked = dict(
-        task=task,
-        model=model,
-        revision=revision,
-        method=method,
-        metric=metric,
-        steps=steps,
-        settings=tuple(setting or ()),
-        edges=edges,
-        threshold=threshold,
-        by=by,
-        rule=rule,
-        replacement=replacement,
-        examples=examples,
-        test_examples=test_examples or examples,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        batch_size=batch_size,
-        out=out,
-    )
+    asked = {name: value for name, value in locals().items() if name not in ("setting", "open_report")}
+    options.check(asked)
+    asked |= dict(settings=tuple(setting or ()), test_examples=test_examples or examples)
     return partial(_do_run, asked, open_report)
 
 
 @app.command("compare", help=COMPARE_HELP, short_help="Compare methods on one task.")
 def _compare(
-    task: Annotated[str, typer.Argument(metavar="TASK|PAIRS_FILE", help="A task's name, or a file.")],
+    task: options.Task,
     methods: Annotated[str, typer.Option(help="Methods, with commas between.")] = "eap,eap-ig,cd,cd-edges,random",
-    model: Annotated[str, typer.Option(help="'bundled', a directory, or a hub id (also id@revision).")] = "bundled",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    metric: Annotated[str | None, typer.Option(help="What counts as doing the task.  [default: the task's]")] = None,
-    replacement: Annotated[str, typer.Option(help=f"What a cut edge carries: {', '.join(REPLACEMENTS)}.")] = "corrupt",
+    model: options.Model = "bundled",
+    revision: options.Revision = None,
+    metric: options.Metric = None,
+    setting: options.MethodSettings = None,
+    level: options.Level = "edge",
+    positions: options.Positions = None,
+    neurons: options.Neurons = None,
+    replacement: options.Replacement = "corrupt",
     sizes: Annotated[str, typer.Option(help="'mib', or shares of edges with commas between, ending in 1.")] = "mib",
     examples: Annotated[int, typer.Option(min=2, help="Pairs to score with, and as many held-out ones.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Of the pairs.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...  [default: float32]")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: cpu]")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pairs at a time; the result does not depend on it.")] = 32,
-    out: Annotated[Path, typer.Option(file_okay=False, writable=True, help="Folder for the page.")] = Path("out"),
+    seed: options.Seed = 0,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    batch_size: options.BatchSize = 32,
+    out: options.Out = Path("out"),
 ) -> Action:
     names = [name.strip() for name in methods.split(",") if name.strip()]
     for name in names:
-        _check_name("method", name, METHODS)
-    _check_name("replacement", replacement, REPLACEMENTS)
-    asked = dict(
-        task=task,
-        model=model,
-        revision=revision,
-        metric=metric,
-        replacement=replacement,
-        examples=examples,
-        test_examples=examples,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        batch_size=batch_size,
-        out=out,
-    )
+        options.check_name("method", name, METHODS)
+    asked = {
+        name: value for name, value in locals().items() if name not in ("methods", "names", "name", "sizes", "setting")
+    }
+    options.check(asked)
+    asked |= dict(settings=tuple(setting or ()), test_examples=examples)
     return partial(_do_compare, asked, names, sizes)
+
+
+@app.command("eval", help=EVAL_HELP, short_help="Evaluate a circuit file on a task.")
+def _eval(
+    file: Annotated[str, typer.Argument(help="A circuit file, or the name of a stored circuit.")],
+    task: Annotated[
+        str | None, typer.Option(help="Another task, or a file of pairs.  [default: the file's own]")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Use this model.  [default: the one that the file names]")] = None,
+    metric: options.Metric = None,
+    replacement: options.Replacement = "corrupt",
+    tests: Annotated[bool, typer.Option("--tests", help="Completeness, minimality and hypothesis tests, too.")] = False,
+    examples: Annotated[int, typer.Option(min=2, help="Held-out pairs.")] = 200,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    batch_size: options.BatchSize = 32,
+) -> Action:
+    asked = dict(locals())
+    options.check(asked)
+    return partial(_do_eval, asked)
 
 
 @app.command("verify", help=VERIFY_HELP, short_help="Check every claim of a circuit file again.")
@@ -269,6 +249,27 @@ def _do_verify(file: str, options: dict[str, Any]) -> int:
     return CLAIM_FAILED
 
 
+def _do_eval(asked: dict[str, Any]) -> int:
+    from mechinterp.progress import stages
+
+    if asked["task"] is not None:
+        _check_task(asked["task"])
+    path, console = _find(asked.pop("file")), _Terminal()
+    with stages(Console(stderr=True)) as progress:
+        from mechinterp.reevaluate import reevaluate
+        from mechinterp.tables import frame_table
+
+        _quiet_libraries()
+        found = reevaluate(path, progress=progress, **asked)
+    _say(console, f"{path}: {found.circuit.n_edges} edges on {found.on}")
+    for note in found.notes:
+        _say(console, f"note: {note}")
+    for frame in (found.to_frame(), found.tests, found.nodes):
+        if frame is not None:
+            console.print(frame_table(frame))
+    return OK
+
+
 def _do_show(file: str, top: int) -> int:
     from mechinterp.files.store import check_hashes, open_circuit_file
     from mechinterp.tables import edges_table, nodes_table
@@ -316,11 +317,6 @@ def _quiet_libraries() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-
-
-def _check_name(kind: str, name: str, known: Iterable[str]) -> None:
-    if name not in known:
-        raise unknown(kind, name, known)
 
 
 def _check_task(task: str) -> None:

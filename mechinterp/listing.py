@@ -13,6 +13,9 @@ METHODS = {
     "random": "random scores, a baseline",
     "weight-magnitude": "size of the weights between writer and reader, a baseline",
     "exact": "every edge replaced alone; as many runs as edges",
+    "edge-pruning": "mask over edges learned by gradient descent, to a target share",
+    "subnetwork-probing": "mask learned by gradient descent, each open gate at a price",
+    "information-flow": "how near each write is to what a reader reads (clean run alone)",
 }
 """Kept here as well as in the registry, so that `list` and a mistyped name need no torch; a test compares both."""
 METRICS = {
@@ -24,6 +27,9 @@ METRICS = {
     "kl_to_clean": "KL(full model || circuit), needs no answers",
     "l2_to_clean": "distance of the logits, needs no answers",
 }
+LEVELS = ("edge", "node", "neuron")
+RULES = ("top", "greedy", "ilp")
+"""The same as `mechinterp.discovery.select.RULES`."""
 REPLACEMENTS = ("corrupt", "mean", "mean-positional", "zero")
 """The same as `mechinterp.replacement.KINDS`."""
 EXIT_CODES = "Exit codes: 0 done; 1 a claim of the file failed (verify); 2 bad input, with one line that says what."
@@ -32,6 +38,7 @@ HELP = f"""Find the circuit of a task in a transformer, write it to a file, and 
 \b
   discover-circuit run ioi                  a circuit of the bundled model, no network needed
   discover-circuit compare ioi              several methods on one task, as a table and a page
+  discover-circuit eval FILE --task other   how well does it do on that task?
   discover-circuit verify FILE              run the file again: does every claim hold?
   discover-circuit show FILE                its heads and edges
   discover-circuit list                     tasks, methods, models, stored circuits
@@ -44,13 +51,24 @@ TASK is a task of the package (see `discover-circuit list`), your own task file 
 .csv with the columns clean, corrupt, right, wrong as texts or token ids).
 
 Without --edges and --threshold the circuit is the smallest on a log grid that recovers 90 % of the metric on the
-pairs it was found with; methods cd, acdc and path-patching choose their own.
+pairs it was found with; methods cd, acdc, path-patching and learned masks choose their own. A run
+that was killed goes on where it was when the same command is given again.
 
 \b
   discover-circuit run ioi
   discover-circuit run ioi --edges 60 --method eap --out out/small
+  discover-circuit run ioi --level node --positions IO,S1,S2,end --nodes 40
   discover-circuit run greater_than --model gpt2 --device cuda
   discover-circuit run my_pairs.jsonl --model ./my_model --metric prob_diff
+
+{EXIT_CODES}
+"""
+EVAL_HELP = f"""Evaluate a circuit file on held-out pairs of its own task, or of another one: does it transfer?
+
+\b
+  discover-circuit eval out/ioi-bundled-eap-ig.circuit.json
+  discover-circuit eval ioi-bundled-eap-ig --task ioi_distractor
+  discover-circuit eval ioi-bundled-eap-ig --tests
 
 {EXIT_CODES}
 """
@@ -70,6 +88,7 @@ Sizes and areas (CPR, CMD) are those of MIB. All methods are scored on the same 
 \b
   discover-circuit compare ioi
   discover-circuit compare ioi --methods eap,eap-ig,acdc,cd --out out/compare
+  discover-circuit compare ioi --methods acdc,edge-pruning --set acdc.tau=0.05
 
 {EXIT_CODES}
 """

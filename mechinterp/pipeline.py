@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -11,7 +12,8 @@ from typing import Any
 
 from mechinterp.circuit import Circuit
 from mechinterp.discovery.method import METHODS, Method, score_edges
-from mechinterp.discovery.select import select
+from mechinterp.discovery.neurons import top_neurons
+from mechinterp.discovery.select import select, sized, unit_count
 from mechinterp.errors import InputError
 from mechinterp.evaluation.compare import MIB_SHARES, Comparison, compare_methods
 from mechinterp.evaluation.faithfulness import Evaluation, evaluate
@@ -23,7 +25,7 @@ from mechinterp.files.schema_parts import FileTaskRecord, TaskRecord
 from mechinterp.files.store import SUFFIX, sidecar_name
 from mechinterp.files.verification import no_progress
 from mechinterp.files.verification import verify as verify
-from mechinterp.graph import build_graph
+from mechinterp.graph import Graph, build_graph
 from mechinterp.hooks import HookManager, load_model
 from mechinterp.metrics import get_metric
 from mechinterp.registry import unknown
@@ -34,6 +36,10 @@ from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.source import FileSource
 from mechinterp.tasks.task import Task, load_task
 
+OWN_OPTIONS = ("replacement", "steps")
+"""Parameters of methods that have an option of their own."""
+NEURONS = 50
+"""Neurons that become nodes when nobody says how many."""
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 
@@ -42,10 +48,11 @@ Progress = Callable[[str, int, int], None]
 class RunSpec:
     """What to discover. `task` is a task's name, a task YAML, or a file of pairs (.jsonl, .csv).
 
-    Without `edges` and `threshold` the circuit has the smallest size on a log grid whose faithfulness on the train
-    pairs reaches 0.9, or is the one that the method chose itself (`cd`). `settings` are further parameters of the
-    method, as `name=value`. A file of pairs is cut in two: `examples` for the discovery, the next `test_examples` to
-    test.
+    Without `edges`, `nodes` and `threshold` the circuit has the smallest size on a log grid whose faithfulness on the
+    train pairs reaches 0.9, or is the one that the method chose itself (`cd`). `settings` are further parameters of the
+    method, as `name=value`. `level` is `edge`, `node`, or `neuron` (nodes, the `neurons` strongest neurons among them);
+    `positions` are names with commas between, or `all`. A file of pairs is cut in two: `examples` for the discovery,
+    the next `test_examples` to test.
     """
 
     task: str
@@ -54,10 +61,15 @@ class RunSpec:
     method: str = "eap-ig"
     metric: str | None = None
     steps: int | None = None
-    edges: int | None = None
+    level: str = "edge"
+    positions: str | None = None
+    neurons: int | None = None
+    edges: int | str | None = None
+    nodes: int | str | None = None
     threshold: float | None = None
     rule: str = "top"
     by: str = "magnitude"
+    ratio: float | None = None
     examples: int = 200
     test_examples: int = 200
     seed: int = 0
@@ -96,9 +108,8 @@ def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
     progress("model", 1, 1)
     task, train, test, default_metric = _examples(spec, model)
     metric = spec.metric or default_metric
-    graph = build_graph(model)
-    if spec.edges is not None and not 1 <= spec.edges <= graph.n_edges:
-        raise InputError(f"edges must be a whole number from 1 to {graph.n_edges}; got {spec.edges}.")
+    graph = _graph(spec, model, train, metric)
+    size = _size(spec, graph)
     scores = score_edges(
         model,
         graph,
@@ -107,18 +118,20 @@ def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
         metric=metric,
         batch_size=spec.batch_size,
         progress=partial(progress, "scores"),
+        resume=_state_path(path, spec),
         **settings,
     )
-    how: dict[str, Any] = {"rule": spec.rule, "by": spec.by}
+    how: dict[str, Any] = {"rule": spec.rule, "by": spec.by, "ratio": spec.ratio}
     measured: dict[str, Any] = {"metric": metric, "replacement": spec.replacement, "batch_size": spec.batch_size}
     threshold = spec.threshold
-    if spec.edges is None and threshold is None:
+    if size is None and threshold is None:
         threshold = METHODS.get(spec.method).threshold
-    given = spec.edges is not None or threshold is not None
-    scored = max(1, int((scores.values != 0).sum()))
+    given = size is not None or threshold is not None
+    scored = max(1, len(graph.unit[scores.values.cpu() != 0].unique()))
     curve = size_curve(model, scores, train, size_grid(scored), **how, **measured, progress=partial(progress, "curve"))
-    edges = spec.edges if given else smallest_faithful(curve)
-    circuit = select(graph, scores, edges=edges, threshold=threshold, **how)
+    if not given:
+        size = smallest_faithful(curve)
+    circuit = select(graph, scores, **({} if size is None else sized(graph, size)), threshold=threshold, **how)
     evaluation = evaluate(model, circuit, test, seed=spec.seed, **measured, progress=partial(progress, "evaluation"))
     document = save_circuit(
         path,
@@ -140,6 +153,7 @@ def compare(
     `sizes` is `mib` or shares of edges with commas between. Raises InputError for what cannot be had.
     """
     shares = MIB_SHARES if sizes == "mib" else _shares(sizes)
+    settings = _settings_by_method(spec, methods)
     try:
         spec.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -148,13 +162,15 @@ def compare(
     model = load_model(spec.model, revision=spec.revision, dtype=spec.dtype, device=spec.device)
     progress("model", 1, 1)
     task, train, test, default_metric = _examples(spec, model)
+    metric = spec.metric or default_metric
     found = compare_methods(
         model,
-        build_graph(model),
+        _graph(spec, model, train, metric),
         train,
         test,
         methods,
-        metric=spec.metric or default_metric,
+        metric=metric,
+        settings=settings,
         replacement=spec.replacement,
         shares=shares,
         batch_size=spec.batch_size,
@@ -162,12 +178,52 @@ def compare(
     )
     path = spec.out / f"{_stem(spec.task)}-comparison.html"
     words = ["discover-circuit", "compare", spec.task, "--methods", ",".join(methods), "--sizes", sizes]
-    for name in ("model", "revision", "metric", "replacement", "examples", "seed", "dtype", "batch_size"):
+    words += [word for setting in spec.settings for word in ("--set", setting)]
+    shown = (
+        "model",
+        "revision",
+        "metric",
+        "level",
+        "positions",
+        "neurons",
+        "replacement",
+        "seed",
+        "dtype",
+        "batch_size",
+    )
+    for name in shown:
         value = getattr(spec, name)
         if value != RunSpec.__dataclass_fields__[name].default:
             words += [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--examples", str(spec.examples)]
     write_comparison(path, found, f"Methods compared on {task.name} in {spec.model}", shlex.join(words))
     return found, path
+
+
+def _graph(spec: RunSpec, model: HookManager, train: Pairs, metric: str) -> Graph:
+    """The graph of what is to be chosen; the neurons are the strongest on the train pairs."""
+    named = [] if spec.positions is None else spec.positions.split(",")
+    positions = list(train.positions) if named == ["all"] else [name.strip() for name in named]
+    if spec.level != "neuron":
+        return build_graph(model, level=spec.level, positions=positions)
+    chosen = top_neurons(model, train, spec.neurons or NEURONS, metric=metric, batch_size=spec.batch_size)
+    return build_graph(model, level="node", positions=positions, neurons=chosen)
+
+
+def _size(spec: RunSpec, graph: Graph) -> int | None:
+    """The number of edges or nodes that was asked for, checked before anything slow begins."""
+    size = spec.edges if spec.nodes is None else spec.nodes
+    if size is None:
+        return None
+    if spec.nodes is not None and graph.level == "edge":
+        raise InputError("`nodes` goes with level 'node' or 'neuron'; give `edges`.")
+    return unit_count(graph, int(size) if str(size).isdecimal() else size)
+
+
+def _state_path(path: Path, spec: RunSpec) -> Path:
+    """Where a long run keeps its state: another file for every other run."""
+    key = hashlib.sha256(command_of(spec).encode()).hexdigest()[:8]
+    return path.with_name(f".{path.name.removesuffix(SUFFIX)}.{key}.unfinished")
 
 
 def _shares(text: str) -> tuple[float, ...]:
@@ -220,19 +276,33 @@ def _settings(spec: RunSpec) -> dict[str, Any]:
     for name in settings:
         if name not in method.defaults:
             raise InputError(f"Method {spec.method!r} has no parameter {name!r}.")
-    if spec.edges is not None and spec.threshold is not None:
-        raise InputError("Give edges or threshold, not both.")
+    if (spec.edges is not None) + (spec.nodes is not None) + (spec.threshold is not None) > 1:
+        raise InputError("Give edges, nodes or threshold, and only one of them.")
     if spec.metric is not None:
         get_metric(spec.metric)
     return settings
 
 
-def _parsed(setting: str, method: Method) -> tuple[str, Parameter]:
+def _settings_by_method(spec: RunSpec, methods: Sequence[str]) -> dict[str, dict[str, Parameter]]:
+    """`METHOD.NAME=VALUE` of every setting, by method."""
+    found: dict[str, dict[str, Parameter]] = {}
+    for setting in spec.settings:
+        name, dot, rest = setting.partition(".")
+        if not dot or name not in methods:
+            raise InputError(f"A setting is METHOD.NAME=VALUE with one of the methods compared; got {setting!r}.")
+        parameter, value = _parsed(rest, METHODS.get(name), own_options=())
+        found.setdefault(name, {})[parameter] = value
+    return found
+
+
+def _parsed(
+    setting: str, method: Method, own_options: Sequence[str] = ("replacement", "steps")
+) -> tuple[str, Parameter]:
     """`name=value` with the type that the method's default has. Raises InputError for anything else."""
     name, equals, text = setting.partition("=")
     if not equals:
         raise InputError(f"A setting is NAME=VALUE; got {setting!r}.")
-    if name in ("replacement", "steps"):
+    if name in own_options:
         raise InputError(f"{name} has an option of its own: --{name} {text}.")
     if name not in method.defaults:
         raise unknown(f"parameter of method {method.name!r}", name, method.defaults)

@@ -162,3 +162,8 @@ def split_position(text: str) -> tuple[str, str]:
     if at and not position:
         raise InputError(f"{text!r} names no position after '@'.")
     return name, position
+
+
+def node_of(name: str) -> Node:
+    """The node of a name that may say a position: `a9.h9@end`."""
+    return Node.parse(split_position(name)[0])

@@ -18,8 +18,9 @@ LAYERS = (
     ("interventions",),
     ("hooks",),
     ("graph",),
-    ("replacement", "scores"),
-    ("edges",),
+    ("replacement", "scores", "places"),
+    ("patched_run",),
+    ("edges", "mask_gradients"),
     ("gradients",),
     ("activation_paths",),
     ("analysis",),
@@ -30,7 +31,8 @@ LAYERS = (
     ("files",),
     ("plots", "tables"),
     ("report", "progress"),
-    ("pipeline",),
+    ("pipeline", "reevaluate"),
+    ("options",),
     ("cli",),
     ("__init__", "__main__"),  # the public names: import everything, and are imported by nothing here
 )

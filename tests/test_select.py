@@ -9,7 +9,7 @@ import torch
 
 import mechinterp as mi
 from mechinterp.circuit import Circuit, on_paths
-from mechinterp.discovery.select import EmptyCircuit, select
+from mechinterp.discovery.select import EmptyCircuit, select, unit_count
 from mechinterp.graph import Graph, build_graph
 from mechinterp.scores import Scores
 from tests.models_tiny import tiny
@@ -114,6 +114,39 @@ def test_ties_go_to_the_first_edge_of_the_model(graph: Graph) -> None:
     assert {name for name in circuit.edges if not name.endswith("->logits")} == set(first)
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.29, 0.75, 1.0])
+def test_a_ratio_of_the_edges_are_the_best_helpers(graph: Graph, scores: Scores, ratio: float) -> None:
+    scores = scores_of(graph, scores.values + 0.5)  # so that there are 100 helpers
+    circuit = select(graph, scores, edges=100, ratio=ratio)
+    values = scores.to_dict()
+    helpers = sorted((n for n in values if values[n] > 0), key=lambda n: -values[n])[: round(100 * ratio)]
+    rest = sorted(set(values) - set(helpers), key=lambda n: -abs(values[n]))
+    chosen = graph.mask_of([*helpers, *rest[: 100 - len(helpers)]])
+    assert circuit.n_selected == 100 and torch.equal(circuit.kept, on_paths(graph, chosen))
+    assert len(helpers) == round(100 * ratio)
+    again: dict[str, object] = dict(circuit.selection)
+    assert again.pop("ratio") == ratio
+    assert torch.equal(select(graph, scores, ratio=ratio, **again).kept, circuit.kept)  # type: ignore[arg-type]
+    plain = select(graph, scores, edges=100, by="magnitude" if ratio == 0 else "value")
+    assert torch.equal(plain.kept, circuit.kept) == (ratio in (0, 1))
+
+
+def test_a_ratio_takes_what_helpers_there_are_and_fills_up_by_magnitude(graph: Graph, scores: Scores) -> None:
+    harmful = scores_of(graph, -scores.values.abs())
+    assert torch.equal(
+        select(graph, harmful, edges=100, ratio=1.0).kept, select(graph, harmful, edges=100, by="magnitude").kept
+    )
+
+
+@pytest.mark.parametrize(("share", "part"), [("5%", 0.05), ("0.5 %", 0.005), ("100%", 1.0), ("0.001%", 0.0)])
+def test_a_share_of_the_edges_is_recorded_as_their_number(
+    graph: Graph, scores: Scores, share: str, part: float
+) -> None:
+    circuit = select(graph, scores, edges=share, rule="ilp")
+    assert circuit.selection["edges"] == unit_count(graph, share) == max(1, int(part * graph.n_edges))
+    assert type(circuit.selection["edges"]) is int
+
+
 def test_scores_are_not_changed(graph: Graph, scores: Scores) -> None:
     before = scores.total.clone()
     circuit = select(graph, scores, edges=40)
@@ -134,6 +167,16 @@ def test_scores_are_not_changed(graph: Graph, scores: Scores) -> None:
         ({"threshold": float("nan")}, "NaN"),
         ({"threshold": 1e9}, "lies on a path"),
         ({"threshold": 0.1, "rule": "greedy"}, "takes edges="),
+        ({"threshold": 0.1, "rule": "ilp"}, "takes edges="),
+        ({"edges": "0%"}, "share above 0"),
+        ({"edges": "101%"}, "share above 0"),
+        ({"edges": "5"}, "share above 0"),
+        ({"edges": "-5%"}, "share above 0"),
+        ({"edges": 9, "ratio": 1.1}, "from 0 to 1"),
+        ({"edges": 9, "ratio": float("nan")}, "from 0 to 1"),
+        ({"edges": 9, "ratio": 0.5, "rule": "ilp"}, "rule='top'"),
+        ({"threshold": 0.1, "ratio": 0.5}, "edges= only"),
+        ({"edges": 9, "ratio": 0.5, "by": "value"}, "leave by= out"),
     ],
 )
 def test_nonsense_is_refused(graph: Graph, scores: Scores, arguments: dict[str, object], words: str) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mechinterp.circuit import on_paths
 from mechinterp.discovery.method import METHODS, score_edges
+from mechinterp.discovery.select import best_units
 from mechinterp.errors import InputError
 from mechinterp.evaluation.faithfulness import faithfulness_curve
 from mechinterp.graph import Graph
@@ -146,7 +147,7 @@ def compare_methods(
     if len(shares) < 2 or not rising or not shares[0] > 0 or shares[-1] != 1:
         raise InputError(f"Shares rise from above 0 to 1; got {list(shares)}.")
     chosen = {name: METHODS.get(name) for name in methods}
-    sizes = tuple(int(share * graph.n_edges) for share in shares)
+    sizes = tuple(int(share * graph.n_units) for share in shares)
     results: dict[str, MethodResult] = {}
     for name in chosen:
         start = time.perf_counter()
@@ -186,16 +187,14 @@ def compare_methods(
 
 
 def top_edges(scores: Scores, edges: int, by: str) -> Bool[Tensor, "reader writer"]:
-    """The `edges` best edges by signed value or magnitude, without those of score 0 unless all are wanted."""
+    """The `edges` best edges (or nodes) by signed value or magnitude; those of score 0 only when all are."""
     graph = scores.graph
-    if edges >= graph.n_edges:
+    if edges >= graph.n_units:
         return graph.possible.clone()
+    if edges < 1:
+        return torch.zeros_like(graph.possible)
     values = scores.values.cpu()
-    strength = (values.abs() if by == "magnitude" else values).masked_fill(~graph.possible, -torch.inf)
-    order = strength.flatten().argsort(descending=True, stable=True)[:edges]
-    mask = torch.zeros(graph.possible.numel(), dtype=torch.bool)
-    mask[order] = True
-    return mask.view_as(graph.possible) & (values != 0)
+    return best_units(graph, values.abs() if by == "magnitude" else values, edges) & (values != 0)
 
 
 def area(x: Sequence[float], y: Sequence[float]) -> float:

@@ -34,6 +34,12 @@ class Ablation:
     set: str = "complement"
 
 
+def ablation_of(graph: Graph, replacement: str) -> Ablation:
+    """The six axes of running a circuit of this graph alone."""
+    where = ", ".join(graph.positions) if graph.positions else "all"
+    return Ablation(graph.level, f"{graph.level}s outside the circuit", replacement, where)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What a circuit alone does. All numbers are over examples; metric values are in the metric's unit.
@@ -113,7 +119,7 @@ def evaluate(
     graph = circuit.graph
     check_model(model, graph, pairs)
     values = build_replacement(replacement, model, graph, reference or pairs, batch_size)
-    masks = [circuit.cut, graph.possible, *random_cuts(graph, circuit.n_edges, n_random, seed)]
+    masks = [circuit.cut, graph.possible, *random_cuts(graph, circuit.n_units, n_random, seed)]
     has_answers = pairs.right is not None and pairs.wrong is not None
     metrics = [metric, get_metric("kl_to_clean"), *([get_metric("accuracy")] if has_answers else [])]
     tables = metric_tables(model, graph, pairs, torch.stack(masks), metrics, values, batch_size, progress)
@@ -129,7 +135,7 @@ def evaluate(
     has_answers = pairs.right is not None and pairs.wrong is not None
     return Evaluation(
         metric=metric.name,
-        ablation=Ablation(value=replacement),
+        ablation=ablation_of(graph, replacement),
         n_examples=len(pairs),
         n_edges=circuit.n_edges,
         n_edges_graph=graph.n_edges,
@@ -192,16 +198,14 @@ def faithfulness_curve(
     return tuple(float(ratio_of_means(torch.stack([c, full, empty], 1)[None])) for c in table[:, 2:].T)
 
 
-def random_cuts(graph: Graph, n_edges: int, n: int, seed: int) -> list[Bool[Tensor, "reader writer"]]:
-    """`n` masks that cut all but `n_edges` random edges."""
+def random_cuts(graph: Graph, n_units: int, n: int, seed: int) -> list[Bool[Tensor, "reader writer"]]:
+    """`n` masks that cut all but `n_units` random edges (or nodes, where those are what is chosen)."""
     generator = torch.Generator().manual_seed(seed)
-    edges = graph.possible.nonzero()
     cuts: list[Tensor] = []
     for _ in range(n):
-        chosen = edges[torch.randperm(len(edges), generator=generator)[:n_edges]]
-        cut = graph.possible.clone()
-        cut[chosen[:, 0], chosen[:, 1]] = False
-        cuts.append(cut)
+        kept = torch.zeros(graph.n_units, dtype=torch.bool)
+        kept[torch.randperm(graph.n_units, generator=generator)[:n_units]] = True
+        cuts.append(graph.possible & ~kept[graph.unit.clamp(min=0)])
     return cuts
 
 

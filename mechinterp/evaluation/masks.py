@@ -20,6 +20,7 @@ from mechinterp.hooks import HookManager
 from mechinterp.metrics import Metric
 from mechinterp.registry import unknown
 from mechinterp.replacement import build_replacement
+from mechinterp.sites import split_position
 from mechinterp.tasks.pairs import Pairs
 
 MASKS_AT_ONCE = 64
@@ -65,20 +66,25 @@ def mask_values(
 def knock_out(graph: Graph, nodes: Iterable[str]) -> Bool[Tensor, "reader writer"]:
     """The mask that cuts all outgoing edges of the nodes: no reader sees what they write. Unknown ones are refused.
 
-    That is ablating the node's output; its own inputs need no cut, since nothing carries what it makes of them.
+    `a9.h9@end` is cut at that position only. That is ablating the node's output; its own inputs need no cut, since
+    nothing carries what it makes of them.
     """
     mask = torch.zeros_like(graph.possible)
     for name in nodes:
-        if name not in graph.writer_index:
+        writer, position = split_position(name)
+        if writer not in graph.writer_index:
             raise unknown("node that writes", name, graph.writers)
-        mask[:, graph.writer_index[name]] = True
+        if position and position not in graph.positions:
+            raise unknown("position of the graph", position, graph.positions)
+        here = graph.position == graph.positions.index(position) if position else slice(None)
+        mask[here, graph.writer_index[writer]] = True
     return mask & graph.possible
 
 
 def writers_of(circuit: Circuit, *, inputs: bool) -> tuple[str, ...]:
     """The circuit's nodes that write, in the model's order; the graph's inputs only when asked for."""
     left_out = {"logits", *(() if inputs else circuit.graph.inputs)}
-    return tuple(name for name in circuit.nodes if name not in left_out)
+    return tuple(name for name in circuit.nodes if split_position(name)[0] not in left_out)
 
 
 def check_members(circuit: Circuit, nodes: Iterable[str]) -> None:

@@ -22,6 +22,8 @@ class RandomPaths:
     """Draws paths through a graph, or through a part of its edges, under a seed."""
 
     def __init__(self, graph: Graph, seed: int, within: Bool[Tensor, "reader writer"] | None = None) -> None:
+        if graph.positions:
+            raise InputError("Random paths are of edges at all positions; these have names.")
         allowed = graph.possible if within is None else on_paths(graph, within)
         self.graph, self.allowed = graph, allowed
         self.generator = torch.Generator().manual_seed(seed)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mechinterp.discovery.method import Progress, no_progress
-from mechinterp.discovery.select import EmptyCircuit, select
+from mechinterp.discovery.select import EmptyCircuit, select, sized
 from mechinterp.errors import InputError
 from mechinterp.evaluation.faithfulness import faithfulness_curve
 from mechinterp.hooks import HookManager
@@ -23,7 +23,8 @@ TARGET = 0.9
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Faithfulness of the circuit that a rule gives when it selects `n_selected` edges, `n_edges` of them on paths."""
+    """Faithfulness of the circuit that a rule gives when it selects `n_selected` edges (or nodes), with `n_edges` edges
+    on paths."""
 
     n_selected: int
     n_edges: int
@@ -64,6 +65,7 @@ def size_curve(
     *,
     rule: str = "top",
     by: str = "magnitude",
+    ratio: float | None = None,
     metric: str = "logit_diff",
     replacement: str = "corrupt",
     batch_size: int = 32,
@@ -74,7 +76,7 @@ def size_curve(
     masks: list[Tensor] = []
     for size in sizes:
         try:
-            masks.append(select(graph, scores, edges=size, rule=rule, by=by).kept)
+            masks.append(select(graph, scores, **sized(graph, size), rule=rule, by=by, ratio=ratio).kept)
         except EmptyCircuit:  # so few edges that none lies on a path
             masks.append(torch.zeros_like(graph.possible))
     values = faithfulness_curve(

@@ -156,7 +156,18 @@ def stated_circuit(document: CircuitFile, graph: Graph, scores: Scores | None, p
 
 def stated_graph(document: CircuitFile, path: Path) -> Graph:
     """The graph of the dimensions that a document states. Raises FormatError when its counts are others."""
-    graph = graph_of(dims_of(document.model.dims), split_input=document.graph.split_input)
+    stated_parts = document.graph
+    try:
+        graph = graph_of(
+            dims_of(document.model.dims),
+            split_input=stated_parts.split_input,
+            level=stated_parts.granularity,
+            positions=stated_parts.positions or (),
+            answers=stated_parts.answers,
+            neurons=stated_parts.neurons or (),
+        )
+    except InputError as error:
+        raise FormatError(f"{path}: {error}") from error
     got = (len(graph.writers), len(graph.readers), graph.n_edges)
     stated = (document.graph.n_writers, document.graph.n_readers, document.graph.n_edges)
     if got != stated:
@@ -186,7 +197,11 @@ def stated_scores(document: CircuitFile, graph: Graph, path: Path) -> Scores | N
 def graph_record(graph: Graph) -> GraphRecord:
     """What a file says about a graph."""
     return GraphRecord(
+        granularity="node" if graph.level == "node" else "edge",
         split_input=graph.split_input,
+        positions=graph.positions or None,
+        answers=graph.answers or None,
+        neurons=graph.neurons or None,
         n_writers=len(graph.writers),
         n_readers=len(graph.readers),
         n_edges=graph.n_edges,

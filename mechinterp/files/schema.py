@@ -105,7 +105,7 @@ def circuit_sha256(document: CircuitFile) -> str:
                 "dims": model.dims.model_dump(mode="json"),
                 "processing": model.processing,
             },
-            "graph": document.graph.model_dump(mode="json"),
+            "graph": document.graph.model_dump(mode="json", exclude_none=True),
             "nodes": sorted(document.nodes),
             "edges": sorted(edge.name for edge in document.edges),
             "positions": {name: entry.description for name, entry in document.positions.items()},

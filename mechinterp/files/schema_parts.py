@@ -110,8 +110,15 @@ class TokenizerRecord(Strict):
 class GraphRecord(Strict):
     """Which edges could have been chosen."""
 
-    granularity: Literal["edge"] = "edge"
+    granularity: Literal["edge", "node"] = "edge"
+    """What was chosen as one: edges, or nodes with all edges out of them."""
     split_input: Flag
+    positions: tuple[Label, ...] | None = None
+    """The positions that edges are told apart by, the last one `rest`; null: edges are at all positions."""
+    answers: Label | None = None
+    """Which of them the answers are at."""
+    neurons: Annotated[tuple[tuple[Count, ...], ...], Field(max_length=10_000)] | None = None
+    """Per layer the neurons that are nodes by themselves; null: MLPs are whole."""
     key_value: Literal["per kv head"] = "per kv head"
     n_writers: Count
     n_readers: Count
@@ -238,7 +245,8 @@ class SelectionRecord(Strict):
 
     parameters: dict[Label, Parameter]
     n_selected: Count
-    """Edges that the rule chose, before those on no path from the input to the logits were dropped."""
+    """Edges that the rule chose (all those out of a chosen node), before those on no path from the input to the logits
+    were dropped."""
     n_edges: Count
     size: SizeRule | None = None
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from mechinterp.files.schema import CircuitFile, EdgeRecord
-from mechinterp.sites import Edge, Node
+from mechinterp.sites import Edge, Node, node_of
 
 METRIC_WORDS = {
     "logit_diff": "the logit difference",
@@ -42,6 +42,12 @@ def finding(document: CircuitFile) -> str:
     entry = document.evaluation[0]
     low, high = (f"{100 * bound:.0f}" for bound in entry.faithfulness_ci)
     words = METRIC_WORDS.get(entry.metric.name, entry.metric.name)
+    if document.graph.granularity == "node":
+        n_nodes = len(document.nodes) - ("logits" in document.nodes)
+        return (
+            f"{n_nodes:,} nodes ({entry.n_edges:,} of {entry.n_edges_graph:,} edges) recover "
+            f"{100 * entry.faithfulness:.0f} % [{low}, {high}] of {words}"
+        )
     return (
         f"{entry.n_edges:,} of {entry.n_edges_graph:,} edges recover {100 * entry.faithfulness:.0f} % [{low}, {high}] "
         f"of {words}"
@@ -56,17 +62,20 @@ def ranked_edges(document: CircuitFile) -> tuple[EdgeRecord, ...]:
 def ranked_nodes(document: CircuitFile) -> tuple[NodeSummary, ...]:
     """The nodes, those with the largest scores (either sign) first, then in the order of the model.
 
-    An edge into a shared key or value head counts as one edge into every head of its group.
+    An edge into a shared key or value head counts as one edge into every head of its group. At named positions a key or
+    value counts for its head at the key's own position.
     """
     roles = {name: role.label for role in document.roles.values() for name in role.nodes}
     group = document.model.dims.n_heads // document.model.dims.n_kv_heads
+    logits_at = f"@{document.graph.answers}" if document.graph.answers else ""
     n_in: dict[str, int] = defaultdict(int)
     leaving: dict[str, list[float | None]] = defaultdict(list)
     for record in document.edges:
         edge = Edge.parse(record.name)
-        leaving[str(edge.writer)].append(record.score)
+        at = f"@{edge.position}" if edge.position else logits_at
+        leaving[f"{edge.writer}{at}"].append(record.score)
         for node in _heads_of(edge.reader, group):
-            n_in[str(node)] += 1
+            n_in[str(node) if node.kind == "logits" else f"{node}{at}"] += 1
     found: list[NodeSummary] = []
     for name in sorted(document.nodes, key=_order):
         scores = [score for score in leaving[name] if score is not None]
@@ -88,5 +97,5 @@ def _heads_of(reader: Node, group: int) -> tuple[Node, ...]:
 
 
 def _order(name: str) -> tuple[bool, int, bool, int]:
-    node = Node.parse(name)
+    node = node_of(name)
     return (node.kind == "logits", node.layer, node.kind == "mlp", node.head)

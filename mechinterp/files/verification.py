@@ -13,8 +13,9 @@ import torch
 from mechinterp.circuit import Circuit
 from mechinterp.discovery.method import METHODS, score_edges
 from mechinterp.discovery.select import select
+from mechinterp.discovery.stable import stable_scores
 from mechinterp.errors import InputError
-from mechinterp.evaluation.faithfulness import Ablation, evaluate
+from mechinterp.evaluation.faithfulness import ablation_of, evaluate
 from mechinterp.evaluation.sizes import CurvePoint, size_curve, smallest_faithful
 from mechinterp.files.circuit_file import stated_circuit, stated_graph, stated_scores
 from mechinterp.files.claims import Ledger, Verification
@@ -40,7 +41,9 @@ from mechinterp.tasks.task import Task, load_task
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 
-SELECTION_PARAMETERS = {"edges", "threshold", "rule", "by"}
+SELECTION_PARAMETERS = {"edges", "nodes", "threshold", "rule", "by", "ratio"}
+STABLE, STABLE_SETTINGS = "bootstrap_", ("resamples", "agreement", "seed")
+"""How `stable_scores` records its own settings among those of the method."""
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -75,7 +78,7 @@ def verify(
     circuit = _check_circuit(opened, ledger)
     scores = None if circuit is None else circuit.scores
     progress("model", 0, 1)
-    loaded = ledger.attempt("model", lambda: _load(document, opened.path, model, device))
+    loaded = ledger.attempt("model", lambda: load_stated_model(document, opened.path, model, device))
     if loaded is not None:
         _check_model(document, loaded, model is not None, ledger)
     pairs = _check_pairs(opened, loaded, ledger)
@@ -149,7 +152,8 @@ def _n_of(edges: tuple[str, ...], differ: list[str] | tuple[()]) -> str:
     return f"{len(edges)} edges" + (f" ({', '.join(differ[:3])})" if differ else "")
 
 
-def _load(document: CircuitFile, path: Path, model: Any, device: torch.device | str | None) -> HookManager:
+def load_stated_model(document: CircuitFile, path: Path, model: Any, device: torch.device | str | None) -> HookManager:
+    """The model that a file names, or the one that is given instead, in the file's dtype when it is given by name."""
     stated = document.model
     if model is not None:
         named = isinstance(model, (str, Path))
@@ -250,7 +254,7 @@ def _check_evaluation(
     with ledger.claimed(name):
         limit = _limit(stated.tolerance, document.model.dtype, limit, name, ledger)
         kind = stated.ablation.value
-        ledger.equal(f"{name}.ablation", stated.ablation.model_dump(), asdict(Ablation(value=kind)))
+        ledger.equal(f"{name}.ablation", stated.ablation.model_dump(), asdict(ablation_of(circuit.graph, kind)))
         result = evaluate(
             model,
             circuit,
@@ -281,11 +285,13 @@ def _check_curve(
     ledger: Ledger,
 ) -> None:
     parameters = document.selection.parameters
+    ratio = parameters.get("ratio")
     points = [CurvePoint(p.n_selected, p.n_edges, p.faithfulness) for p in curve.points]
     size = document.selection.size
     if size is not None:
         with ledger.claimed("selection.size"):
-            ledger.equal("selection.size", parameters.get("edges"), smallest_faithful(points, size.target))
+            got = parameters.get("nodes", parameters.get("edges"))
+            ledger.equal("selection.size", got, smallest_faithful(points, size.target))
     if curve.pairs not in pairs:
         ledger.failed("curve", f"not run: the pairs {curve.pairs!r} are not what the file states")
         return
@@ -297,6 +303,7 @@ def _check_curve(
             [point.n_selected for point in points],
             rule=str(parameters.get("rule", "top")),
             by=str(parameters.get("by", "magnitude")),
+            ratio=None if ratio is None else float(ratio),
             metric=curve.metric,
             replacement=curve.replacement,
             batch_size=batch_size,
@@ -323,10 +330,17 @@ def _rescore(
         return
     with ledger.claimed("scores again"):
         settings: dict[str, Any] = dict(stated.parameters)
+        stable = {name: settings.pop(f"{STABLE}{name}") for name in STABLE_SETTINGS if f"{STABLE}{name}" in settings}
         foreign = sorted(set(settings) - set(METHODS.get(stated.method).defaults))
         if foreign:  # a file must not reach the other arguments, such as `resume`
             raise InputError(f"Method {stated.method!r} has no parameter {foreign[0]!r}.")
-        again = score_edges(
+        score = score_edges
+        if stable:
+
+            def score(*args: Any, **keywords: Any) -> Scores:
+                return stable_scores(*args, **keywords, **stable).scores
+
+        again = score(
             model,
             scores.graph,
             pairs[stated.pairs],

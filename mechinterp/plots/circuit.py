@@ -13,7 +13,7 @@ from mechinterp.circuit import Circuit
 from mechinterp.files.schema import Role
 from mechinterp.plots.layered import Drawing, Net, Strand, draw_layered
 from mechinterp.plots.look import CHANNEL_COLOURS, LEFT_PIXELS, look
-from mechinterp.sites import Node
+from mechinterp.sites import node_of
 
 CHANNEL_LABELS = {"q": "into query", "k": "into key", "v": "into value", "mlp": "into MLP", "logits": "into logits"}
 WIDTHS = (0.7, 6.0)
@@ -40,6 +40,7 @@ KINDS = {
     "input": NodeGroup("input", "#5c6773", "square", named=False),
     "head": NodeGroup("attention head", "#2f5f8f", "circle", named=True),
     "mlp": NodeGroup("MLP", "#7b4fa3", "square", named=True),
+    "neuron": NodeGroup("neuron", "#a3568c", "diamond", named=True),
     "logits": NodeGroup("logits", "#5c6773", "square", named=False),
 }
 ROLE_COLOURS = ("#2f5f8f", "#a6611a", "#1b7a5a", "#a13d63", "#6b5b95", "#7a6a00", "#3f7f93")
@@ -186,7 +187,7 @@ def _node_trace(circuit: Circuit, drawing: Drawing, group: NodeGroup, names: Seq
 
 
 def _kind(name: str) -> str:
-    kind = Node.parse(name).kind
+    kind = node_of(name).kind
     return "input" if kind in ("embed", "pos_embed") else kind
 
 

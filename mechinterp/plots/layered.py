@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import networkx as nx
 
-from mechinterp.sites import Node
+from mechinterp.sites import Node, node_of
 
 Point = tuple[float, float]
 
@@ -68,9 +68,9 @@ def draw_layered(net: Net) -> Drawing:
     Rows without a node are left out. A node stands near the weighted mean of its neighbours, and an edge weighs by
     its score, so that the strong edges are the straight ones. An edge goes past the nodes between its ends.
     """
-    keys = {str(name): _row_key(Node.parse(str(name))) for name in net.nodes}
+    keys = {str(name): _row_key(node_of(str(name))) for name in net.nodes}
     occupied = sorted(set(keys.values()))
-    rows = [sorted((name for name, key in keys.items() if key == row), key=Node.parse) for row in occupied]
+    rows = [sorted((name for name, key in keys.items() if key == row), key=node_of) for row in occupied]
     places = _places(rows, _neighbours(net))
     return Drawing(places, tuple(_row_label(key) for key in occupied), _strands(net, rows, places))
 

@@ -1,0 +1,42 @@
+"""The neurons that matter most, to become nodes of a graph of their own."""
+
+from __future__ import annotations
+
+import torch
+
+from mechinterp.analysis.attribution import attribution_patching
+from mechinterp.errors import InputError
+from mechinterp.hooks import HookManager
+from mechinterp.metrics import Metric
+from mechinterp.tasks.pairs import Pairs
+
+
+def top_neurons(
+    model: HookManager,
+    pairs: Pairs,
+    n: int,
+    *,
+    metric: Metric | str = "logit_diff",
+    method: str = "eap-ig-inputs",
+    steps: int = 5,
+    batch_size: int = 32,
+) -> dict[int, tuple[int, ...]]:
+    """The `n` neurons of largest estimated effect (either sign), by layer: `neurons` of `build_graph`.
+
+    The effect is that of `attribution_patching` of `mlp_post`, summed over positions, mean over examples. A dense graph
+    of all neurons does not fit for most models: its engine holds `n_writers * batch * pos * d_model` numbers (37
+    thousand writers for GPT-2 small), so the strongest are taken first. Ties go to the earlier neuron.
+
+    Raises InputError for more neurons than the model has, UnsupportedError for MLPs without neurons.
+    """
+    total = None
+    for chunk in pairs.chunks(batch_size):
+        grid = attribution_patching(model, chunk, "mlp_post", method=method, steps=steps, metric=metric)
+        effect = grid.values.nansum(2).sum(-1).cpu()  # (layer, neuron, pos, example)
+        total = effect if total is None else total + effect
+    assert total is not None
+    if type(n) is not int or not 1 <= n <= total.numel():
+        raise InputError(f"The model has {total.numel()} neurons; got {n!r} to take.")
+    best = total.flatten().abs().argsort(descending=True, stable=True)[:n]
+    layers, neurons = best // total.shape[1], best % total.shape[1]
+    return {layer: tuple(sorted(neurons[layers == layer].tolist())) for layer in torch.unique(layers).tolist()}
