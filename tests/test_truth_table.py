@@ -15,9 +15,9 @@ import mechinterp as mi
 from mechinterp.discovery.method import METHODS
 from mechinterp.edges import answer_logits
 from tests.hand_circuits import HAND, SHARP, induction
-from tests.truth_table import ANSWERS, ANY_METRIC, EFFECT, run
+from tests.truth_table import ANSWERS, ANY_METRIC, EFFECT, LEARNED, run
 
-RECOVER = ("exact", "acdc", "path-patching", "eap-ig", "eap-ig-activations")
+RECOVER = ("exact", "acdc", "path-patching", "eap-ig", "eap-ig-activations", *LEARNED)
 ATTENDING = {
     "induction": {"input->a0.h0<v>", "a0.h0->a1.h0<k>", "input->a1.h0<q>"},
     "copy_head": {"input->a0.h0<k>"},

@@ -33,6 +33,8 @@ ANY_METRIC: Settings = {
     "information-flow, from the answer": ("information-flow", {"importance": "from-answer"}),
     "weight-magnitude": ("weight-magnitude", {}),
     "random": ("random", {}),
+    "edge-pruning": ("edge-pruning", {"objective": "metric", "learning_steps": 150}),
+    "subnetwork-probing": ("subnetwork-probing", {"objective": "metric", "learning_steps": 150}),
 }
 ANSWERS: Settings = {
     "eap": ("eap", {}),
@@ -43,13 +45,17 @@ ANSWERS: Settings = {
 }
 
 
+LEARNED = ("edge-pruning", "subnetwork-probing")
+"""Their scores are chances that a gate is open: an edge is selected above 1/2."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """One method on one model."""
 
     against: AgainstTruth
     missed: frozenset[str]
-    """True edges that are not above `EFFECT`."""
+    """True edges that are not selected (above `EFFECT`)."""
     extra: frozenset[str]
     """Other edges that are."""
     at_size: float
@@ -67,17 +73,17 @@ def run(label: str, name: str) -> Outcome:
         graph, truth = build_graph(that.model, split_input=True), that.truth("derived_resample")
         more: dict[str, Any] = {"metric": "l2_to_clean", "batch_size": 64, **settings}
         scores = score_edges(that.model, graph, that.pairs, method=method, **more)
-    return outcome(scores, truth)
+    return outcome(scores, truth, 0.5 if method in LEARNED else EFFECT)
 
 
-def outcome(scores: Scores, truth: set[str]) -> Outcome:
+def outcome(scores: Scores, truth: set[str], threshold: float) -> Outcome:
     """The scores against the truth."""
     scores = replace(scores, total=scores.total * (scores.total.abs() >= ROUNDING * scores.total.abs().max()))
     strength = {name: abs(value) for name, value in scores.to_dict().items()}
-    selected = {name for name, value in strength.items() if value > EFFECT}
+    selected = {name for name, value in strength.items() if value > threshold}
     strongest = set(sorted(strength, key=lambda name: -strength[name])[: len(truth)])
     return Outcome(
-        against_truth(scores, truth, EFFECT),
+        against_truth(scores, truth, threshold),
         frozenset(truth - selected),
         frozenset(selected - truth),
         len(strongest & truth) / len(truth),
