@@ -10,6 +10,7 @@ import torch
 
 import mechinterp as mi
 from mechinterp.discovery import checkpoint
+from mechinterp.discovery.acdc import acdc_thresholds
 from mechinterp.edges import edge_logits
 from mechinterp.metrics import get_metric
 from mechinterp.patched_run import run_prefix
@@ -47,7 +48,7 @@ def test_it_keeps_what_one_edge_after_another_keeps(name: str, metric: str, tau:
     model = tiny(name)
     graph = mi.build_graph(model)
     assert 0 < len(expected) < graph.n_edges
-    for at_once, batch_size in ((1, 3), (8, 3), (32, 2)):
+    for at_once, batch_size in ((8, 3), (32, 2)):
         scores = mi.score_edges(
             model, graph, some, method="acdc", metric=metric, tau=tau, at_once=at_once, batch_size=batch_size
         )
@@ -117,3 +118,18 @@ def test_bad_settings_get_one_clear_line(settings: dict[str, Any], message: str)
     model = tiny("gpt2")
     with pytest.raises(mi.InputError, match=message):
         mi.score_edges(model, mi.build_graph(model), pairs(3), method="acdc", **settings)
+
+
+@pytest.mark.parametrize("level", ["edge", "node"])
+def test_several_thresholds_at_once_are_each_of_them(level: str) -> None:
+    model, some = tiny("gpt2"), pairs(3, 5)
+    graph = mi.build_graph(model, level=level)
+    taus = [0.3, 0.005, 0.02, 0.08]
+    together = acdc_thresholds(model, graph, some, taus)
+    alone = {tau: mi.score_edges(model, graph, some, method="acdc", metric="kl_to_clean", tau=tau) for tau in taus}
+    assert len({frozenset(names(scores)) for scores in alone.values()}) == len(taus)  # they differ
+    for tau in taus:
+        assert names(together[tau]) == names(alone[tau])
+        torch.testing.assert_close(together[tau].values, alone[tau].values, rtol=0, atol=1e-9)
+        assert together[tau].parameters == alone[tau].parameters
+    assert together[0.3].cost["shared_forwards"] < sum(scores.cost["forwards"] for scores in alone.values())

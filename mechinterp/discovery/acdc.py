@@ -13,18 +13,23 @@ the same. The layers before the reader's are run once per layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechinterp.discovery.method import METHODS, Job, Method
-from mechinterp.edges import clean_logits, edge_logits
+from mechinterp.discovery.checkpoint import Checkpoint
+from mechinterp.discovery.method import METHODS, Job, Method, Progress, no_progress
+from mechinterp.edges import check_model, clean_logits, edge_logits
 from mechinterp.errors import InputError
+from mechinterp.graph import Graph
+from mechinterp.hooks import HookManager
+from mechinterp.metrics import Metric, get_metric
 from mechinterp.patched_run import Prefix, run_prefix
 from mechinterp.replacement import Values, build_replacement
-from mechinterp.scores import Scores
+from mechinterp.scores import Parameter, Scores
 from mechinterp.tasks.pairs import Pairs
 
 MOST_AT_ONCE = 64
@@ -64,6 +69,18 @@ class _Search:
         return total / len(job.pairs)
 
 
+@dataclass
+class _State:
+    """Where the search stands for thresholds that have decided alike so far."""
+
+    taus: tuple[float, ...]
+    cut: Tensor
+    kept: Tensor
+    loss: float
+    done: int = 0
+    at_once: int = 1
+
+
 def _acdc(job: Job) -> Scores:
     """The score of a kept edge is what cutting it added to the loss, at least tau; of a cut one 0."""
     tau, at_once = job.settings["tau"], job.settings["at_once"]
@@ -71,41 +88,100 @@ def _acdc(job: Job) -> Scores:
         raise InputError(f"tau must be a number above 0; got {tau!r}.")
     if type(at_once) is not int or not 1 <= at_once <= MOST_AT_ONCE:
         raise InputError(f"at_once must be a whole number from 1 to {MOST_AT_ONCE}; got {at_once!r}.")
+    search, state = _begin(job, (float(tau),))
+    saved = job.checkpoint.load()
+    if saved is not None:
+        state.cut, state.kept, state.done = saved["cut"], saved["kept"], int(saved["done"])
+        state.loss, state.at_once = float(saved["loss"]), int(saved["at_once"])
+        search.n_runs = int(saved["n_runs"])
+    job.progress(state.done, job.graph.n_units)
+    while state.done < job.graph.n_units:
+        (state,) = _decide(search, state, at_once)
+        found = {"done": state.done, "n_runs": search.n_runs, "at_once": state.at_once}
+        numbers = {name: torch.tensor(value) for name, value in found.items()}
+        loss = torch.tensor(state.loss, dtype=torch.float64)
+        job.checkpoint.save({"cut": state.cut, "kept": state.kept, "loss": loss, **numbers})
+        job.progress(state.done, job.graph.n_units)
+    return _scores(job, state, search.n_runs)
+
+
+def acdc_thresholds(
+    model: HookManager,
+    graph: Graph,
+    pairs: Pairs,
+    taus: Sequence[float],
+    *,
+    metric: Metric | str = "kl_to_clean",
+    replacement: str = "corrupt",
+    at_once: int = 8,
+    batch_size: int = 32,
+    progress: Progress = no_progress,
+) -> dict[float, Scores]:
+    """What method `acdc` gives for each of several thresholds. Runs are shared as long as thresholds decide alike.
+
+    `cost` of each is what a search for it alone takes at most; `shared_forwards` what all of them took together.
+    """
+    if not taus or len(set(taus)) != len(taus) or not all(0 < tau < float("inf") for tau in taus):
+        raise InputError(f"taus are different numbers above 0; got {list(taus)}.")
+    check_model(model, graph, pairs)
+    settings: dict[str, Parameter] = {"replacement": replacement, "at_once": at_once}
+    chosen = get_metric(metric) if isinstance(metric, str) else metric
+    job = Job(model, graph, pairs, chosen, settings, batch_size, progress, Checkpoint())
+    search, first = _begin(job, tuple(float(tau) for tau in taus))
+    open_states, finished = [first], dict[float, _State]()
+    while open_states:  # the one that is furthest back first, so that layers' prefixes are shared
+        state = open_states.pop(min(range(len(open_states)), key=lambda i: open_states[i].done))
+        if state.done == graph.n_units:
+            finished.update({tau: state for tau in state.taus})
+        else:
+            open_states += _decide(search, state, at_once)
+        progress(min([s.done for s in open_states], default=graph.n_units), graph.n_units)
+    out: dict[float, Scores] = {}
+    for tau in taus:
+        mine = replace(job, settings={**settings, "tau": float(tau)})
+        scores = _scores(mine, finished[float(tau)], search.n_runs)
+        cost = {"shared_forwards": scores.cost["forwards"], "forwards": scores.cost["forwards"], "backwards": 0}
+        out[tau] = replace(scores, cost=cost, pairs=pairs)
+    return out
+
+
+def _begin(job: Job, taus: tuple[float, ...]) -> tuple[_Search, _State]:
     model, graph = job.model, job.graph
     replacement = build_replacement(job.replacement, model, graph, job.pairs, job.batch_size)
     chunks = list(job.pairs.to(model.device).chunks(job.batch_size))
     references = [clean_logits(model, chunk) if job.metric.needs_reference else None for chunk in chunks]
     search = _Search(job, chunks, [replacement.on(chunk) for chunk in chunks], references, [])
-    units = list(reversed(range(graph.n_units)))
-    cut, kept, done, k = torch.zeros_like(graph.possible), job.zeros(), 0, 1
-    saved = job.checkpoint.load()
-    if saved is not None:
-        cut, kept, done, search.n_runs = saved["cut"], saved["kept"], int(saved["done"]), int(saved["n_runs"])
-    loss = float(search.losses(cut[None].float(), _layer(job, units[min(done, len(units) - 1)]))[0])
-    search.n_runs -= saved is not None
-    job.progress(done, len(units))
-    while done < len(units):
-        layer = _layer(job, units[done])
-        some = [unit for unit in units[done : done + k] if _layer(job, unit) == layer]
-        edges = [graph.unit == unit for unit in some]
-        losses = search.losses(_one_upon_the_other(cut, edges), layer)
-        all_cut = True
-        for mask, value in zip(edges, losses.tolist(), strict=True):
-            done += 1
-            if value - loss >= tau:
-                kept[mask] = value - loss
-                all_cut = False
-                break
-            cut, loss = cut | mask, value
-        k = min(int(at_once), 2 * len(some)) if all_cut else max(1, k // 2)
-        job.checkpoint.save(
-            {"cut": cut, "kept": kept, "done": torch.tensor(done), "n_runs": torch.tensor(search.n_runs)}
-        )
-        job.progress(done, len(units))
-    per_example = search.n_runs + 2 + job.metric.needs_reference + graph.dims.n_layers
-    return job.scores(
-        "acdc", kept * len(job.pairs), {"forwards": per_example * len(job.pairs), "backwards": 0}, additive=False
-    )
+    cut = torch.zeros_like(graph.possible)
+    loss = float(search.losses(cut[None].float(), _layer(job, graph.n_units - 1))[0])
+    return search, _State(taus, cut, job.zeros(), loss)
+
+
+def _decide(search: _Search, state: _State, most: int) -> list[_State]:
+    """The state after the next units, up to the first that a threshold keeps; one state for each way they decide."""
+    job, graph = search.job, search.job.graph
+    units = range(graph.n_units - 1 - state.done, max(-1, graph.n_units - 1 - state.done - state.at_once), -1)
+    layer = _layer(job, units[0])
+    some = [unit for unit in units if _layer(job, unit) == layer]
+    edges = [graph.unit == unit for unit in some]
+    losses = search.losses(_one_upon_the_other(state.cut, edges), layer)
+    cut, loss, done = state.cut, state.loss, state.done
+    for mask, value in zip(edges, losses.tolist(), strict=True):
+        done += 1
+        keep = tuple(tau for tau in state.taus if value - loss >= tau)
+        if keep:
+            fewer = max(1, state.at_once // 2)
+            kept = torch.where(mask, torch.as_tensor(value - loss, dtype=state.kept.dtype), state.kept)
+            states = [_State(keep, cut, kept, loss, done, fewer)]
+            rest = tuple(tau for tau in state.taus if tau not in keep)
+            return states + ([_State(rest, cut | mask, state.kept, value, done, fewer)] if rest else [])
+        cut, loss = cut | mask, value
+    return [_State(state.taus, cut, state.kept, loss, done, min(most, 2 * len(some)))]
+
+
+def _scores(job: Job, state: _State, n_runs: int) -> Scores:
+    per_example = n_runs + 2 + job.metric.needs_reference + job.graph.dims.n_layers
+    cost = {"forwards": per_example * len(job.pairs), "backwards": 0}
+    return job.scores("acdc", state.kept * len(job.pairs), cost, additive=False)
 
 
 def _layer(job: Job, unit: int) -> int:

@@ -49,8 +49,8 @@ class _Block:
 
 
 def hard_concrete(
-    log_alpha: Float[Tensor, " unit"], noise: Float[Tensor, " unit"] | None = None
-) -> Float[Tensor, " unit"]:
+    log_alpha: Float[Tensor, "*unit"], noise: Float[Tensor, "*unit"] | None = None
+) -> Float[Tensor, "*unit"]:
     """Gates in [0, 1] for uniform noise in (0, 1); without noise the gates that are kept at the end."""
     if noise is None:
         soft = torch.sigmoid(log_alpha)
@@ -59,7 +59,7 @@ def hard_concrete(
     return (soft * (HIGH - LOW) + LOW).clamp(0, 1)
 
 
-def open_chance(log_alpha: Float[Tensor, " unit"]) -> Float[Tensor, " unit"]:
+def open_chance(log_alpha: Float[Tensor, "*unit"]) -> Float[Tensor, "*unit"]:
     """The chance that a drawn gate is not 0.
 
     >>> float(open_chance(torch.tensor([0.0]))) > 0.5
