@@ -51,8 +51,10 @@ if TYPE_CHECKING:
     from mechinterp.decomposition.encoder import load_encoder as load_encoder
     from mechinterp.decomposition.phrases import PhraseRelevance as PhraseRelevance
     from mechinterp.decomposition.phrases import phrase_relevance as phrase_relevance
+    from mechinterp.discovery.acdc import acdc_thresholds as acdc_thresholds
     from mechinterp.discovery.method import METHODS as METHODS
     from mechinterp.discovery.method import score_edges as score_edges
+    from mechinterp.discovery.neurons import top_neurons as top_neurons
     from mechinterp.discovery.select import select as select
     from mechinterp.discovery.stable import CircuitStability as CircuitStability
     from mechinterp.discovery.stable import StableScores as StableScores
@@ -115,6 +117,8 @@ if TYPE_CHECKING:
     from mechinterp.plots.save import save_html as save_html
     from mechinterp.plots.save import save_image as save_image
     from mechinterp.plots.text import text_page as text_page
+    from mechinterp.reevaluate import Reevaluation as Reevaluation
+    from mechinterp.reevaluate import reevaluate as reevaluate
     from mechinterp.scores import Scores as Scores
     from mechinterp.sites import Edge as Edge
     from mechinterp.sites import Node as Node
@@ -152,6 +156,9 @@ _HOMES = {
     "decomposition.phrases": ("PhraseRelevance", "phrase_relevance"),
     "plots.text": ("text_page",),
     "decomposition.encoder": ("Encoder", "load_encoder"),
+    "discovery.acdc": ("acdc_thresholds",),
+    "discovery.neurons": ("top_neurons",),
+    "reevaluate": ("Reevaluation", "reevaluate"),
     "discovery.method": ("METHODS", "score_edges"),
     "discovery.select": ("select",),
     "discovery.stable": ("CircuitStability", "StableScores", "circuit_stability", "stable_scores"),

@@ -54,9 +54,10 @@ class Circuit:
     def nodes(self) -> tuple[str, ...]:
         """The writers (and `logits`) that an edge touches, in the model's order; `a9.h9@end` where positions are named.
 
-        At named positions these are the nodes that write: a key at one position serves its head at all later ones.
+        Where positions, nodes or neurons are told apart, these are the nodes that write: a key at one position
+        serves its head at all later ones, and the input of an MLP serves every neuron of it.
         """
-        if self.graph.positions:
+        if not self.graph.plain:
             edges = self.kept.nonzero()
             pairs = sorted({(w, int(self.graph.position[r])) for r, w in edges.tolist()})
             written = [self.graph.node_name(w, p) for w, p in pairs]
@@ -99,7 +100,7 @@ def to_networkx(graph: Graph, mask: Bool[Tensor, "reader writer"]) -> NodeGraph:
 
     At named positions the nodes are `a9.h9@end`, and a key or value leads to its head wherever that writes.
     """
-    out: NodeGraph = nx.MultiDiGraph()
+    out: NodeGraph = nx.MultiDiGraph(positions=graph.positions)
     for r, w, source, targets in _ends(graph, mask):
         reader = graph.readers[r].partition("@")[0]
         channel = reader[-2] if reader.endswith(">") else ""

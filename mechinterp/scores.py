@@ -53,6 +53,14 @@ class Scores:
         """Mean score of every edge; 0 where there is no edge."""
         return self.total / self.count
 
+    def by_writer(self) -> Float[Tensor, " writer"]:
+        """The sum of what the edges out of each writer score; where nodes are chosen, the sum of its own scores."""
+        if self.graph.level == "edge":
+            return self.values.sum(0)
+        first = self.graph.first_of_unit
+        out = self.values.new_zeros(len(self.graph.writers))
+        return out.index_add(0, first[:, 1], self.values[first[:, 0], first[:, 1]])
+
     def __add__(self, other: Scores) -> Scores:
         """The scores over both sets of examples. Raises InputError when they were made differently."""
         mine = (self.method, self.metric, self.replacement, dict(self.parameters), self.graph.digest())

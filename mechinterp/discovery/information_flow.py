@@ -197,7 +197,7 @@ def _from_answer(model: HookManager, graph: Graph, pairs: Pairs, values: Values)
     read(len(graph.readers) - 1, answers)
     for layer in reversed(range(dims.n_layers)):
         if dims.has_mlp:
-            read(graph.mlp_reader(layer), flow[..., graph.mlp_writer(layer)].clone())
+            read(graph.mlp_readers(layer).start, flow[..., graph.mlp_writer(layer)].clone())
         heads = flow[..., graph.head_writers(layer)].clone()
         sources = torch.where(pairs.mask[:, None, :, None], source_importances(model, layer, values), 0)
         at_sources = einsum(heads, sources, "batch query head, batch head query key -> batch key head")

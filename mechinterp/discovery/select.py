@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import re
 from fractions import Fraction
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -106,7 +107,7 @@ def select(
     return Circuit(graph, kept, int(chosen.sum()), parameters, scores)
 
 
-def sized(graph: Graph, size: int | str) -> dict[str, int | str]:
+def sized(graph: Graph, size: int | str) -> dict[str, Any]:
     """The keyword of `select` for that many edges, or nodes where the graph's level is `node`."""
     return {f"{graph.level}s": size}
 

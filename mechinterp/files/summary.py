@@ -79,6 +79,8 @@ def ranked_nodes(document: CircuitFile) -> tuple[NodeSummary, ...]:
     found: list[NodeSummary] = []
     for name in sorted(document.nodes, key=_order):
         scores = [score for score in leaving[name] if score is not None]
+        if document.graph.granularity == "node":
+            scores = scores[:1]  # the node's own, on each of its edges
         found.append(
             NodeSummary(name, roles.get(name, ""), n_in[name], len(leaving[name]), sum(scores) if scores else None)
         )

@@ -7,19 +7,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import networkx as nx
 import plotly.graph_objects as go
 
 from mechinterp.circuit import Circuit
 from mechinterp.files.schema import Role
 from mechinterp.plots.layered import Drawing, Net, Strand, draw_layered
-from mechinterp.plots.look import CHANNEL_COLOURS, LEFT_PIXELS, look
-from mechinterp.sites import node_of
+from mechinterp.plots.look import CHANNEL_COLOURS, LEFT_PIXELS, SEVERAL, look
+from mechinterp.sites import node_of, split_position
 
 CHANNEL_LABELS = {"q": "into query", "k": "into key", "v": "into value", "mlp": "into MLP", "logits": "into logits"}
+CHANNEL_LABELS[SEVERAL] = "into several inputs"
 WIDTHS = (0.7, 6.0)
 """Width of an edge in pixels, from score 0 to the largest absolute score, linear."""
 ROW_PIXELS = 78
 NODE_PIXELS = 116
+NARROW_PIXELS = 58
+"""The same where positions have columns: edges pass over nodes there, and there are more of them."""
 MIN_WIDTH = 5.0
 """A drawing is at least so many node spacings wide, or the legend would not fit."""
 HOVER_STEP = 5
@@ -54,9 +58,11 @@ def circuit_figure(circuit: Circuit, roles: Mapping[str, Role] | None = None) ->
     An edge is coloured by the channel that it enters, as wide as its score is large, dashed when its score is
     negative (it works against the task). Without scores all edges are equally wide. Each trace of an edge carries
     its name and its two nodes in `meta`. Nodes that have a role are coloured by it, the others by their kind. Of more
-    than `MAX_EDGES_DRAWN` edges only the strongest are drawn.
+    than `MAX_EDGES_DRAWN` edges only the strongest are drawn. Where nodes were chosen, one line stands for all edges
+    between two of them, as wide as the writer's score; at named positions each has columns of its own.
     """
-    drawing = draw_layered(_strongest(circuit.to_networkx()))
+    net = circuit.to_networkx()
+    drawing = draw_layered(_strongest(_merged(net) if circuit.graph.level == "node" else net))
     figure = go.Figure()
     largest = max((abs(strand.score or 0.0) for strand in drawing.strands), default=0.0)
     ordered = sorted(drawing.strands, key=lambda strand: abs(strand.score or 0.0))  # strong edges on top
@@ -70,10 +76,13 @@ def circuit_figure(circuit: Circuit, roles: Mapping[str, Role] | None = None) ->
     for group, names in _node_groups(drawing, roles or {}).items():
         figure.add_trace(_node_trace(circuit, drawing, group, names))
     low, high = drawing.x_range
+    pixels = NARROW_PIXELS if drawing.columns else NODE_PIXELS
     return figure.update_layout(
         **look(below=5, height=int(90 + ROW_PIXELS * len(drawing.rows)), showlegend=True),
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "left", "x": 0},
-        width=int(LEFT_PIXELS + 20 + NODE_PIXELS * max(high - low + 0.8, MIN_WIDTH)),
+        width=int(
+            LEFT_PIXELS + 20 + (NARROW_PIXELS if drawing.columns else NODE_PIXELS) * max(high - low + 0.8, MIN_WIDTH)
+        ),
         xaxis={"visible": False, "range": _widened(low - 0.4, high + 0.4)},
         yaxis={
             "tickvals": list(range(len(drawing.rows))),
@@ -83,7 +92,22 @@ def circuit_figure(circuit: Circuit, roles: Mapping[str, Role] | None = None) ->
             "range": [-0.5, len(drawing.rows) - 0.5],
         },
         hovermode="closest",
+        annotations=[
+            {"x": x, "y": -0.5, "text": f"<b>{html.escape(name)}</b>", "showarrow": False, "yshift": 8}
+            for name, x in drawing.columns.items()
+        ],
     )
+
+
+def _merged(net: Net) -> Net:
+    """One edge between each two nodes: where nodes are chosen, the edges between them say nothing one by one."""
+    out: Net = nx.MultiDiGraph(**net.graph)
+    for writer, reader in dict.fromkeys(net.edges()):
+        several = [data for data in net.get_edge_data(writer, reader).values()]
+        channels = {data["channel"] for data in several}
+        channel = channels.pop() if len(channels) == 1 else SEVERAL
+        out.add_edge(writer, reader, **{**several[0], "name": f"{writer} -> {reader}", "channel": channel})
+    return out
 
 
 def _strongest(net: Net) -> Net:
@@ -169,10 +193,10 @@ def _node_trace(circuit: Circuit, drawing: Drawing, group: NodeGroup, names: Seq
         x=[round(drawing.places[name][0], 3) for name in names],
         y=[drawing.places[name][1] for name in names],
         mode="markers+text",
-        text=names,
+        text=[_label(drawing, name) for name in names],
         textfont={"size": 11, "color": "#ffffff"},
         marker={
-            "size": [max(32.0, 6.4 * len(name) + 8) for name in names],
+            "size": [max(32.0, 6.4 * len(_label(drawing, name)) + 8) for name in names],
             "symbol": group.symbol,
             "color": group.colour,
             "opacity": 1,
@@ -184,6 +208,11 @@ def _node_trace(circuit: Circuit, drawing: Drawing, group: NodeGroup, names: Seq
         name=html.escape(group.label),
         showlegend=group.named,
     )
+
+
+def _label(drawing: Drawing, name: str) -> str:
+    """The name; without its position where the column says that."""
+    return split_position(name)[0] if drawing.columns else name
 
 
 def _kind(name: str) -> str:
@@ -200,6 +229,9 @@ def _node_text(circuit: Circuit, drawing: Drawing, group: NodeGroup, name: str) 
         f"{len(entering)} edges in, {len(leaving)} out",
     ]
     if circuit.scores is not None and leaving:
-        total = sum(score or 0.0 for score in leaving.values())
-        lines.append(f"scores of its edges in the circuit: {total:.4g}")
+        if circuit.graph.level == "node":
+            lines.append(f"score: {next(iter(leaving.values())) or 0.0:.4g}")
+        else:
+            total = sum(score or 0.0 for score in leaving.values())
+            lines.append(f"scores of its edges in the circuit: {total:.4g}")
     return "<br>".join(lines)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import networkx as nx
 
-from mechinterp.sites import Node, node_of
+from mechinterp.graph import REST
+from mechinterp.sites import Node, node_of, split_position
 
 Point = tuple[float, float]
 
@@ -54,6 +55,8 @@ class Drawing:
     places: Mapping[str, Point]
     rows: tuple[str, ...]
     strands: tuple[Strand, ...]
+    columns: Mapping[str, float] = field(default_factory=dict[str, float])
+    """The x of the middle of every named position; empty where nodes have none."""
 
     @property
     def x_range(self) -> tuple[float, float]:
@@ -67,12 +70,18 @@ def draw_layered(net: Net) -> Drawing:
 
     Rows without a node are left out. A node stands near the weighted mean of its neighbours, and an edge weighs by
     its score, so that the strong edges are the straight ones. An edge goes past the nodes between its ends.
+
+    At named positions every position has columns of its own instead, in the order of the graph.
     """
     keys = {str(name): _row_key(node_of(str(name))) for name in net.nodes}
     occupied = sorted(set(keys.values()))
     rows = [sorted((name for name, key in keys.items() if key == row), key=node_of) for row in occupied]
-    places = _places(rows, _neighbours(net))
-    return Drawing(places, tuple(_row_label(key) for key in occupied), _strands(net, rows, places))
+    labels, columns = tuple(_row_label(key) for key in occupied), dict[str, float]()
+    if any(split_position(name)[1] for name in keys):
+        rows, places, columns = _in_columns(net, rows)
+    else:
+        places = _places(rows, _neighbours(net))
+    return Drawing(places, labels, _strands(net, rows, places), columns)
 
 
 def spread(wanted: Sequence[float], apart: float = 1.0, low: float = -math.inf, high: float = math.inf) -> list[float]:
@@ -121,6 +130,30 @@ def _places(rows: Sequence[list[str]], neighbours: Mapping[str, Mapping[str, flo
             row.sort(key=lambda name: wanted[name])
             x.update(zip(row, spread([wanted[name] for name in row]), strict=True))
     return {name: (x[name], float(height)) for height, row in enumerate(rows) for name in row}
+
+
+def _in_columns(net: Net, rows: list[list[str]]) -> tuple[list[list[str]], dict[str, Point], dict[str, float]]:
+    """The rows from left to right, the places, and the middle of each position's columns."""
+    place_of = {name: split_position(name)[1] for row in rows for name in row}
+    for name, position in place_of.items():
+        if not position:  # the logits are where what enters them is
+            place_of[name] = next((place_of[str(writer)] for writer in net.predecessors(name)), "")
+    known = [*net.graph.get("positions", ()), ""]
+    order = sorted(dict.fromkeys(place_of.values()), key=lambda position: (position == REST, known.index(position)))
+    width = {p: max(sum(place_of[name] == p for name in row) for row in rows) for p in order}
+    columns, places, left = dict[str, float](), dict[str, Point](), 0.0
+    for position in order:
+        columns[position] = left + (width[position] - 1) / 2
+        left += width[position] + 0.5
+    arranged: list[list[str]] = []
+    for height, row in enumerate(rows):
+        here = sorted(row, key=lambda name: order.index(place_of[name]))
+        for position in order:
+            mine = [name for name in here if place_of[name] == position]
+            for i, name in enumerate(mine):
+                places[name] = (columns[position] + i - (len(mine) - 1) / 2, float(height))
+        arranged.append(here)
+    return arranged, places, columns
 
 
 def _strands(net: Net, rows: Sequence[Sequence[str]], places: Mapping[str, Point]) -> tuple[Strand, ...]:

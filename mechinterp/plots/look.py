@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+SEVERAL = "several"
 CHANNEL_COLOURS = {"q": "#3b7dd8", "k": "#1f9e77", "v": "#e08214", "mlp": "#9467bd", "logits": "#8c8c8c"}
-"""Colour of an edge by where it enters: query, key or value of a head, an MLP, or the logits."""
+CHANNEL_COLOURS[SEVERAL] = "#b5a642"
+"""Colour of an edge by where it enters: query, key or value of a head, an MLP, the logits, or several of these."""
 CHOSEN_COLOUR = "#d1495b"
 GUIDE_COLOUR = "#999999"
 LEFT_PIXELS = 78

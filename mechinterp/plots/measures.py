@@ -14,6 +14,7 @@ from mechinterp.evaluation.faithfulness import Evaluation
 from mechinterp.files.schema import EvaluationRecord
 from mechinterp.plots.look import CHANNEL_COLOURS, CHOSEN_COLOUR, GUIDE_COLOUR, grid, look
 from mechinterp.scores import Scores
+from mechinterp.sites import split_position
 
 MAX_CELLS_WITH_NUMBERS = 80
 
@@ -26,7 +27,7 @@ def head_heatmap(scores: Scores, circuit: Circuit | None = None) -> go.Figure:
     """
     graph = scores.graph
     dims = graph.dims
-    totals = scores.values.sum(0).tolist()
+    totals = scores.by_writer().tolist()
     columns = [str(head) for head in range(dims.n_heads)] + (["MLP"] if dims.has_mlp else [])
     values: list[list[float]] = []
     names: list[list[str]] = []
@@ -52,7 +53,7 @@ def head_heatmap(scores: Scores, circuit: Circuit | None = None) -> go.Figure:
         )
     )
     if circuit is not None:
-        figure.add_trace(_corner_dots(names, set(circuit.nodes)))
+        figure.add_trace(_corner_dots(names, {split_position(name)[0] for name in circuit.nodes}))
     pixels = min(46, max(18, 560 // max(1, dims.n_layers)))
     return figure.update_layout(
         **look(height=100 + pixels * dims.n_layers, showlegend=False),
