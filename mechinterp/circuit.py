@@ -98,7 +98,8 @@ class Circuit:
 def to_networkx(graph: Graph, mask: Bool[Tensor, "reader writer"]) -> NodeGraph:
     """The masked edges between nodes; an edge into a shared K or V head leads to every head of its group.
 
-    At named positions the nodes are `a9.h9@end`, and a key or value leads to its head wherever that writes.
+    At named positions the nodes are `a9.h9@end`, and a key or value leads to its head wherever that writes. Where
+    positions, nodes or neurons are told apart, an edge leads only to nodes that write.
     """
     out: NodeGraph = nx.MultiDiGraph(positions=graph.positions)
     for r, w, source, targets in _ends(graph, mask):
@@ -136,5 +137,6 @@ def _ends(graph: Graph, mask: Bool[Tensor, "reader writer"]) -> Iterator[tuple[i
         elif graph.positions and graph.readers[r].partition("@")[0][-2:] in ("k>", "v>"):
             targets = [graph.node_name(f, p) for f in fed for p in sorted(writes_at.get(f, ()))]
         else:
-            targets = [graph.node_name(f, int(graph.position[r])) for f in fed]
+            here = int(graph.position[r])
+            targets = [graph.node_name(f, here) for f in fed if graph.plain or here in writes_at.get(f, ())]
         yield r, w, source, tuple(targets)

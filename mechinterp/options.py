@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from mechinterp.errors import InputError
 from mechinterp.listing import LEVELS, METHODS, METRICS, REPLACEMENTS, RULES
 from mechinterp.registry import unknown
 
+SIZE = re.compile(r"[1-9][0-9]{0,8}|[0-9]{1,3}(\.[0-9]{1,9})? ?%")
 Task = Annotated[str, typer.Argument(metavar="TASK|PAIRS_FILE", help="A task's name, or a file.")]
 Model = Annotated[str, typer.Option(help="'bundled', a directory, or a hub id (also id@revision).")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
@@ -75,6 +77,10 @@ def check(asked: Mapping[str, Any]) -> None:
         raise InputError(
             f"--{wrong} does not go with --level {level}; give --{'edges' if wrong == 'nodes' else 'nodes'}."
         )
+    for name in ("edges", "nodes"):
+        size = asked.get(name)
+        if size is not None and not SIZE.fullmatch(size):
+            raise InputError(f"--{name} is a whole number above 0, or a share such as 5%; got {size!r}.")
     if asked.get("neurons") is not None and level != "neuron":
         raise InputError("--neurons goes with --level neuron.")
 

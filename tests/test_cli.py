@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 
-from mechinterp import cli, pipeline
+from mechinterp import cli, options, pipeline
+from mechinterp.discovery import checkpoint
 from mechinterp.discovery.method import METHODS
+from mechinterp.discovery.select import RULES
+from mechinterp.graph import LEVELS
 from mechinterp.metrics import METRICS
 from mechinterp.replacement import KINDS
 from mechinterp.tables import plain
@@ -109,7 +112,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_names_that_are_listed_are_those_that_are_registered() -> None:
     assert tuple(sorted(cli.METHODS)) == METHODS.names()
     assert set(cli.METRICS) <= set(METRICS.names())
-    assert cli.REPLACEMENTS == KINDS
+    assert options.REPLACEMENTS == KINDS and options.RULES == RULES
+    assert options.LEVELS[:2] == LEVELS
     assert {"logit_diff", "prob", "log_prob", "prob_diff", "kl_to_clean", "l2_to_clean", "accuracy"} == set(cli.METRICS)
 
 
@@ -140,6 +144,21 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "edges and threshold": (["run", "ioi", "--edges", "3", "--threshold", "0.1"], "--edges or --threshold"),
     "no edges": (["run", "ioi", "--edges", "0"], "--edges"),
     "edges in words": (["run", "ioi", "--edges", "many"], "--edges"),
+    "edges above 100 %": (["run", "ioi", "--model", "MODEL", "--edges", "101%"], "100%"),
+    "nodes without their level": (["run", "ioi", "--nodes", "5"], "--nodes does not go with --level edge"),
+    "edges of nodes": (["run", "ioi", "--level", "node", "--edges", "5"], "give --nodes"),
+    "neurons without their level": (["run", "ioi", "--neurons", "5"], "--level neuron"),
+    "unknown level": (["run", "ioi", "--level", "layer"], "level 'layer'"),
+    "unknown position": (["run", "ioi", "--model", "MODEL", "--positions", "S3"], "position 'S3'"),
+    "positions for cd": (
+        ["run", "ioi", "--model", "MODEL", "--positions", "S2", "--method", "cd"],
+        "'cd' scores edges",
+    ),
+    "a ratio of 2": (["run", "ioi", "--ratio", "2"], "--ratio"),
+    "a ratio of the integer program": (["run", "ioi", "--model", "MODEL", "--rule", "ilp", "--ratio", "0.5"], "ratio"),
+    "a setting of no method": (["compare", "ioi", "--methods", "eap", "--set", "steps=3"], "METHOD.NAME=VALUE"),
+    "evaluate a missing file": (["eval", "nothing.circuit.json"], "nothing.circuit.json"),
+    "evaluate on nothing": (["eval", "TOY", "--task", "ioy"], "Did you mean 'ioi'?"),
     "threshold is no number": (["run", "ioi", "--threshold", "nan"], "--threshold"),
     "negative examples": (["run", "ioi", "--examples", "-5"], "--examples"),
     "no steps": (["run", "ioi", "--steps", "0"], "--steps"),
@@ -293,6 +312,59 @@ def test_a_stored_circuit_has_a_name(
 
 def interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_eval_says_how_a_circuit_does_on_another_task(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored = str(Path(__file__).parents[1] / "circuits" / "ioi-bundled-eap-ig.circuit.json")
+    assert cli.main(["eval", stored, "--task", "ioi_distractor", "--examples", "20"]) == 0
+    other = capsys.readouterr().out
+    assert "144 edges on ioi_distractor\n" in other and "faithfulness" in other and "completeness" not in other
+    assert cli.main(["eval", str(made), "--examples", "12", "--tests"]) == 0
+    own = capsys.readouterr().out
+    for words in ("edges on ioi\n", "equivalence", "independence", "sufficiency", "necessity", "incompleteness"):
+        assert words in own
+
+
+@pytest.mark.parametrize(
+    "more", [["--level", "node", "--positions", "all"], ["--level", "neuron", "--neurons", "6"], ["--edges", "60%"]]
+)
+def test_levels_and_positions_go_into_a_file_that_verifies(
+    more: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["run", "ioi", "--model", str(model), "--out", str(tmp_path), "--examples", "12", "--method", "eap"]
+    size = [] if "--edges" in more else ["--nodes", "60%"]
+    assert cli.main([*run, *more, *size]) == 0
+    (file,) = tmp_path.glob("*.circuit.json")
+    assert cli.main(["verify", str(file), "--rescore"]) == 0
+    assert cli.main(["show", str(file)]) == 0
+    words = json.loads(file.read_text("utf-8"))["provenance"]["command"]
+    assert all(word in words for word in [*more, *size])
+
+
+def test_a_killed_run_goes_on_where_it_was(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checkpoint, "EVERY_SECONDS", 0.0)
+    arguments = ["run", "ioi", "--model", str(model), "--examples", "8", "--edges", "20", "--method", "exact"]
+    arguments += ["--batch-size", "2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert cli.main([*arguments, "--out", str(whole)]) == 0
+    save, calls = checkpoint.Checkpoint.save, list[int]()
+
+    def once(self: checkpoint.Checkpoint, state: Any, **keywords: Any) -> None:
+        save(self, state, **keywords)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "save", once)
+    assert cli.main([*arguments, "--out", str(killed)]) == cli.INTERRUPTED
+    assert [path.suffix for path in killed.iterdir()] == [".unfinished"]
+    n = len(calls)
+    assert cli.main([*arguments, "--out", str(killed)]) == 0
+    assert len(calls) > n and not list(killed.glob("*.unfinished"))
+    name = "ioi-words-exact.circuit.json"
+    assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.parametrize("place", ["score_edges", "evaluate", "save_circuit"])

@@ -139,7 +139,7 @@ def test_pairs_without_answers_are_measured_by_kl(spec: RunSpec, tmp_path: Path)
         ({"method": "eap_ig"}, "Unknown method 'eap_ig'. Did you mean 'eap-ig'"),
         ({"metric": "logitdiff"}, "Unknown metric 'logitdiff'. Did you mean 'logit_diff'"),
         ({"method": "eap", "steps": 5}, "has no parameter 'steps'"),
-        ({"edges": 5, "threshold": 0.1}, "not both"),
+        ({"edges": 5, "threshold": 0.1}, "only one of them"),
         ({"edges": 10**6}, "edges must be"),
         ({"rule": "best"}, "Unknown rule"),
         ({"by": "size"}, "Unknown order"),

@@ -80,9 +80,7 @@ def circuit_figure(circuit: Circuit, roles: Mapping[str, Role] | None = None) ->
     return figure.update_layout(
         **look(below=5, height=int(90 + ROW_PIXELS * len(drawing.rows)), showlegend=True),
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "left", "x": 0},
-        width=int(
-            LEFT_PIXELS + 20 + (NARROW_PIXELS if drawing.columns else NODE_PIXELS) * max(high - low + 0.8, MIN_WIDTH)
-        ),
+        width=int(LEFT_PIXELS + 20 + pixels * max(high - low + 0.8, MIN_WIDTH)),
         xaxis={"visible": False, "range": _widened(low - 0.4, high + 0.4)},
         yaxis={
             "tickvals": list(range(len(drawing.rows))),
