@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import networkx as nx
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -80,6 +81,15 @@ class Circuit:
     def cut(self) -> Bool[Tensor, "reader writer"]:
         """The edges that are replaced when the circuit is run alone: all but its own."""
         return self.graph.possible & ~self.kept
+
+    @property
+    def members(self) -> Bool[Tensor, "reader writer"]:
+        """All edges of what was chosen: those of the circuit, and where nodes are chosen all edges out of them.
+
+        Cutting these is running the model without the circuit.
+        """
+        units = self.graph.unit[self.kept].unique()
+        return torch.isin(self.graph.unit, units) & self.graph.possible
 
     def digest(self) -> str:
         """sha256 over the graph and the edges: tells which circuit a result belongs to."""

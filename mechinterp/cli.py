@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from rich.console import Console
 from mechinterp import options
 from mechinterp.errors import InputError, MechInterpError
 from mechinterp.listing import COMPARE_HELP, EVAL_HELP, EXIT_CODES, HELP, METHODS, METRICS, RUN_HELP, VERIFY_HELP
+from mechinterp.stored import about_file, find_file, stored_files
 
 OK, CLAIM_FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 
@@ -111,7 +112,9 @@ def _run(
 @app.command("compare", help=COMPARE_HELP, short_help="Compare methods on one task.")
 def _compare(
     task: options.Task,
-    methods: Annotated[str, typer.Option(help="Methods, with commas between.")] = "eap,eap-ig,cd,cd-edges,random",
+    methods: Annotated[
+        str | None, typer.Option(help=f"With commas between.  [default: {options.COMPARED['edge']}]")
+    ] = None,
     model: options.Model = "bundled",
     revision: options.Revision = None,
     metric: options.Metric = None,
@@ -128,7 +131,13 @@ def _compare(
     batch_size: options.BatchSize = 32,
     out: options.Out = Path("out"),
 ) -> Action:
-    names = [name.strip() for name in methods.split(",") if name.strip()]
+    names = [
+        name.strip()
+        for name in (methods or options.COMPARED["edge" if level == "edge" and positions is None else "node"]).split(
+            ","
+        )
+        if name.strip()
+    ]
     for name in names:
         options.check_name("method", name, METHODS)
     asked = {
@@ -147,7 +156,9 @@ def _eval(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Use this model.  [default: the one that the file names]")] = None,
     metric: options.Metric = None,
-    replacement: options.Replacement = "corrupt",
+    replacement: Annotated[
+        str | None, typer.Option(help="What a cut edge carries.  [default: as in the file's own evaluation]")
+    ] = None,
     tests: Annotated[bool, typer.Option("--tests", help="Completeness, minimality and hypothesis tests, too.")] = False,
     examples: Annotated[int, typer.Option(min=2, help="Held-out pairs.")] = 200,
     seed: options.Seed = 0,
@@ -232,7 +243,7 @@ def _do_compare(asked: dict[str, Any], methods: list[str], sizes: str) -> int:
 def _do_verify(file: str, options: dict[str, Any]) -> int:
     from mechinterp.progress import stages
 
-    path, console = _find(file), _Terminal()
+    path, console = find_file(file), _Terminal()
     with stages(Console(stderr=True)) as progress:
         from mechinterp.pipeline import verify
         from mechinterp.tables import failed_table
@@ -254,7 +265,7 @@ def _do_eval(asked: dict[str, Any]) -> int:
 
     if asked["task"] is not None:
         _check_task(asked["task"])
-    path, console = _find(asked.pop("file")), _Terminal()
+    path, console = find_file(asked.pop("file")), _Terminal()
     with stages(Console(stderr=True)) as progress:
         from mechinterp.reevaluate import reevaluate
         from mechinterp.tables import frame_table
@@ -274,7 +285,7 @@ def _do_show(file: str, top: int) -> int:
     from mechinterp.files.store import check_hashes, open_circuit_file
     from mechinterp.tables import edges_table, nodes_table
 
-    opened = open_circuit_file(_find(file))
+    opened = open_circuit_file(find_file(file))
     check_hashes(opened)
     console = _Terminal()
     _print_result(console, opened.document)
@@ -305,7 +316,7 @@ def _do_list() -> int:
         ("method", METHODS),
         ("metric", METRICS),
         ("model", models),
-        ("stored circuit", {str(name): _about(path) for name, path in _stored().items()}),
+        ("stored circuit", {str(name): about_file(path) for name, path in stored_files().items()}),
     ):
         console.print(names_table(kind, about))
         console.print()
@@ -328,36 +339,6 @@ def _check_task(task: str) -> None:
     from mechinterp.tasks.task import load_task
 
     load_task(task)
-
-
-def _find(file: str) -> Path:
-    """The circuit file of that path, or of that name among the stored ones."""
-    stored = _stored()
-    if not Path(file).exists() and file in stored:
-        return stored[file]
-    return Path(file)
-
-
-def _stored() -> dict[str, Path]:
-    """The circuit files that come with the package, and those in ./out, by name."""
-    package = Path(str(resources.files("mechinterp")))
-    found: dict[str, Path] = {}
-    for folder in (package / "_circuits", package.parent / "circuits", Path("out")):
-        if folder.is_dir():
-            for path in sorted(folder.rglob("*.circuit.json")):
-                found.setdefault(path.name.removesuffix(".circuit.json"), path)
-    return found
-
-
-def _about(path: Path) -> str:
-    from mechinterp.files.store import open_circuit_file
-    from mechinterp.files.summary import finding
-
-    try:
-        document = open_circuit_file(path).document
-    except InputError as error:
-        return f"cannot be read: {error}"
-    return f"{finding(document)} ({document.model.name}); {path}"
 
 
 def _print_result(console: Console, document: Any) -> None:

@@ -121,6 +121,10 @@ def check_model(model: HookManager, graph: Graph, pairs: Pairs) -> None:
     """Return None when the graph and the token ids can be this model's. Raises InputError otherwise."""
     if graph.dims != model.dims:
         raise InputError("The graph was built for a model of other dimensions; build it with build_graph(model).")
+    for layer in range(graph.dims.n_layers):
+        own = graph.neurons_of(layer)
+        if own and max(own) >= (d_mlp := model.layout.neurons(layer).W_out.shape[0]):
+            raise InputError(f"The graph has neuron m{layer}.n{max(own)}; that layer has neurons 0 to {d_mlp - 1}.")
     places_of(graph, pairs)
     pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
 

@@ -21,8 +21,8 @@ from mechinterp.sites import Node, Site
 REST = "rest"
 """The position of every token that has no name of its own."""
 LEVELS = ("edge", "node")
-MOST_CELLS = 2**28
-"""Readers x writers of the largest graph; a table of scores for it takes 1 GiB."""
+MOST_CELLS = 2**26
+"""Readers x writers of the largest graph; a table of scores for it takes 256 MiB. An 8B model has 1.7 million."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,8 +211,11 @@ class Graph:
 
     def digest(self) -> str:
         """sha256 over writers, readers and edges, and what is chosen as one where that is not edges."""
-        rows = [self.writers, self.readers, self.possible.nonzero().tolist()]
-        rows += [[self.level]] * (self.level != "edge") + [[self.answers]] * bool(self.positions)
+        rows: list[object] = [self.writers, self.readers]
+        if self.plain:
+            rows.append(self.possible.nonzero().tolist())
+        else:  # of every reader the first so many writers are possible
+            rows += [self.possible.sum(1).tolist(), self.level, self.answers]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -322,11 +325,15 @@ def graph_of(
 
 def _position_names(positions: Sequence[str]) -> tuple[str, ...]:
     names = tuple(name for name in positions if name != REST)
+    if positions and not names:
+        raise InputError(f"Name positions besides {REST!r}, which is all other tokens.")
     if isinstance(positions, str) or len(set(names)) != len(names):
         raise InputError(f"`positions` are different names, as in ['S2', 'end']; got {positions!r}.")
     for name in names:
-        if not name or any(sign in name for sign in "@<>,") or not name.isprintable() or " " in name:
-            raise InputError(f"A position's name has no '@', '<', '>', ',' or space; got {name!r}.")
+        if not 1 <= len(name) <= 30 or any(sign in name for sign in "@<>, ") or not name.isprintable():
+            raise InputError(
+                f"A position's name has 1 to 30 letters, and no '@', '<', '>', ',' or space; got {name!r}."
+            )
     return (*names, REST) if names else ()
 
 

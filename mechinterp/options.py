@@ -14,6 +14,7 @@ from mechinterp.listing import LEVELS, METHODS, METRICS, REPLACEMENTS, RULES
 from mechinterp.registry import unknown
 
 SIZE = re.compile(r"[1-9][0-9]{0,8}|[0-9]{1,3}(\.[0-9]{1,9})? ?%")
+COMPARED = {"edge": "eap,eap-ig,cd,cd-edges,random", "node": "eap,eap-ig,relp,cd-edges,random"}
 Task = Annotated[str, typer.Argument(metavar="TASK|PAIRS_FILE", help="A task's name, or a file.")]
 Model = Annotated[str, typer.Option(help="'bundled', a directory, or a hub id (also id@revision).")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
@@ -83,6 +84,11 @@ def check(asked: Mapping[str, Any]) -> None:
             raise InputError(f"--{name} is a whole number above 0, or a share such as 5%; got {size!r}.")
     if asked.get("neurons") is not None and level != "neuron":
         raise InputError("--neurons goes with --level neuron.")
+
+
+def compared(level: str, positions: str | None) -> str:
+    """What `compare` compares when nobody says."""
+    return COMPARED["edge" if level == "edge" and positions is None else "node"]
 
 
 def check_name(kind: str, name: str, known: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from mechinterp.circuit import Circuit
 from mechinterp.discovery.method import METHODS, Method, score_edges
 from mechinterp.discovery.neurons import top_neurons
-from mechinterp.discovery.select import select, sized, unit_count
+from mechinterp.discovery.select import check_selection, select, sized, unit_count
 from mechinterp.errors import InputError
 from mechinterp.evaluation.compare import MIB_SHARES, Comparison, compare_methods
 from mechinterp.evaluation.faithfulness import Evaluation, evaluate
@@ -109,7 +109,11 @@ def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
     task, train, test, default_metric = _examples(spec, model)
     metric = spec.metric or default_metric
     graph = _graph(spec, model, train, metric)
+    threshold = spec.threshold
+    if spec.edges is None and spec.nodes is None and threshold is None:
+        threshold = METHODS.get(spec.method).threshold
     size = _size(spec, graph)
+    check_selection(graph, rule=spec.rule, by=spec.by, ratio=spec.ratio, threshold=threshold)
     scores = score_edges(
         model,
         graph,
@@ -123,9 +127,6 @@ def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
     )
     how: dict[str, Any] = {"rule": spec.rule, "by": spec.by, "ratio": spec.ratio}
     measured: dict[str, Any] = {"metric": metric, "replacement": spec.replacement, "batch_size": spec.batch_size}
-    threshold = spec.threshold
-    if size is None and threshold is None:
-        threshold = METHODS.get(spec.method).threshold
     given = size is not None or threshold is not None
     scored = max(1, len(graph.unit[scores.values.cpu() != 0].unique()))
     curve = size_curve(model, scores, train, size_grid(scored), **how, **measured, progress=partial(progress, "curve"))
@@ -204,6 +205,10 @@ def _graph(spec: RunSpec, model: HookManager, train: Pairs, metric: str) -> Grap
     """The graph of what is to be chosen; the neurons are the strongest on the train pairs."""
     named = [] if spec.positions is None else spec.positions.split(",")
     positions = list(train.positions) if named == ["all"] else [name.strip() for name in named]
+    if spec.positions is not None and not positions:
+        raise InputError(
+            "The pairs name no positions; give them as `positions` in a task file, or leave --positions out."
+        )
     if spec.level != "neuron":
         return build_graph(model, level=spec.level, positions=positions)
     chosen = top_neurons(model, train, spec.neurons or NEURONS, metric=metric, batch_size=spec.batch_size)

@@ -32,7 +32,7 @@ LAYERS = (
     ("plots", "tables"),
     ("report", "progress"),
     ("pipeline", "reevaluate"),
-    ("options",),
+    ("options", "stored"),
     ("cli",),
     ("__init__", "__main__"),  # the public names: import everything, and are imported by nothing here
 )

@@ -12,7 +12,7 @@ import mechinterp as mi
 from mechinterp.circuit import Circuit, on_paths
 from mechinterp.evaluation.completeness import Completeness, completeness, greedy_completeness
 from mechinterp.evaluation.faithfulness import faithfulness_curve
-from mechinterp.evaluation.masks import knock_out, mask_values
+from mechinterp.evaluation.masks import knock_out, mask_values, writers_of
 from mechinterp.evaluation.minimality import edge_minimality, node_minimality
 from mechinterp.sites import Site
 from tests.known_circuits import NAMES, known
@@ -141,10 +141,10 @@ def test_each_greedy_step_takes_the_worst_node() -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_node_is_worth_what_the_circuit_loses_without_it(name: str) -> None:
     model, circuit, some = tiny(name), circuit_of(name, 0.3), pairs(3, padded=True)
-    first, second, *_, later, last = [node for node in circuit.nodes if node not in ("input", "logits")]
+    first, second, *_, later, last = writers_of(circuit, inputs=False)
     given = {later: [first, second], last: [second, first]}
     found = node_minimality(model, circuit, some, given=given, batch_size=3)
-    assert {row.name for row in found.removals} == set(circuit.nodes) - {"logits"}
+    assert {row.name for row in found.removals} == set(writers_of(circuit, inputs=True))
     assert [row.change for row in found.removals] == sorted((row.change for row in found.removals), reverse=True)
     frame = found.to_frame().set_index("name")
     every = {later, last, first, "input"}

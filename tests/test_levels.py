@@ -12,10 +12,10 @@ import mechinterp as mi
 from mechinterp.circuit import on_paths
 from mechinterp.discovery.neurons import top_neurons
 from mechinterp.edges import run_edges
-from mechinterp.errors import InputError
-from mechinterp.evaluation.masks import knock_out
+from mechinterp.errors import FormatError, InputError, UnsupportedError
+from mechinterp.evaluation.masks import knock_out, writers_of
 from mechinterp.gradients import edge_gradients
-from mechinterp.graph import build_graph
+from mechinterp.graph import build_graph, graph_of
 from mechinterp.mask_gradients import mask_gradients
 from mechinterp.metrics import get_metric
 from mechinterp.replacement import build_replacement, corrupt_replacement
@@ -251,3 +251,88 @@ def test_a_table_that_does_not_fit_is_refused_with_its_size() -> None:
     names = [f"p{i}" for i in range(40_000)]
     with pytest.raises(InputError, match="GiB"):
         build_graph(model, neurons=many, positions=names)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("n", [3, 5, 8])
+def test_a_ratio_counts_nodes_where_nodes_are_chosen(n: int, ratio: float) -> None:
+    graph = build_graph(tiny("gpt2"), level="node")
+    scores = mi.score_edges(tiny("gpt2"), graph, some(), method="exact")
+    value = scores.values[tuple(graph.first_of_unit.T)]
+    first = value.argsort(descending=True, stable=True)[: int(ratio * n)]
+    first = first[value[first] > 0].tolist()
+    rest = [i for i in value.abs().argsort(descending=True, stable=True).tolist() if i not in first]
+    chosen = torch.isin(graph.unit, torch.tensor([*first, *rest[: n - len(first)]]))
+    kept = on_paths(graph, chosen)
+    if not kept.any():
+        with pytest.raises(InputError, match="path"):
+            mi.select(graph, scores, nodes=n, ratio=ratio)
+        return
+    assert torch.equal(mi.select(graph, scores, nodes=n, ratio=ratio).kept, kept)
+
+
+def test_nodes_at_positions_overlap_by_name() -> None:
+    graph = build_graph(tiny("gpt2"), level="node", positions=NAMED)
+    scores = mi.score_edges(tiny("gpt2"), graph, some(), method="eap")
+    small, large = (mi.select(graph, scores, nodes=n) for n in (20, 32))
+    found = mi.stability([small, large])
+    both, either = set(small.nodes) & set(large.nodes), set(small.nodes) | set(large.nodes)
+    assert float(found.node_jaccard[0, 1]) == pytest.approx(len(both) / len(either)) and len(both) < len(either)
+
+
+def test_a_head_that_only_shares_a_key_is_no_member() -> None:
+    """Under grouped queries an edge into a shared key feeds every head of the group; one may write nothing."""
+    graph = build_graph(tiny("llama"))
+    names = ["input->a0.kv0<k>", "a0.h0->logits"]
+    circuit = mi.Circuit(graph, graph.mask_of(names), 2)
+    assert "a0.h1" in circuit.nodes and writers_of(circuit, inputs=True) == ("input", "a0.h0")
+
+
+def test_the_model_without_a_circuit_of_nodes_has_none_of_their_edges() -> None:
+    model, graph = tiny("gpt2"), build_graph(tiny("gpt2"), level="node")
+    scores = mi.score_edges(model, graph, some(), method="eap")
+    circuit = mi.select(graph, scores, nodes=8)
+    writers = {graph.writer_index[name] for name in circuit.nodes if name != "logits"}
+    whole = graph.possible.clone()
+    whole[:, [w for w in range(len(graph.writers)) if w not in writers]] = False
+    assert torch.equal(circuit.members, whole) and int(whole.sum()) > circuit.n_edges
+    for test in (mi.sufficiency_test, mi.necessity_test, mi.minimality_test, mi.edge_minimality):
+        with pytest.raises(UnsupportedError, match=r"node"):
+            test(model, circuit, some())
+
+
+@pytest.mark.parametrize("test", ["equivalence_test", "completeness", "node_minimality"])
+def test_the_axes_are_those_of_the_graph(test: str) -> None:
+    model, examples = tiny("gpt2"), pairs(5, 6, positions={"a": [1] * 5, "end": [5] * 5})
+    graph = build_graph(model, level="node", positions=NAMED)
+    circuit = mi.select(graph, mi.score_edges(model, graph, examples, method="eap"), nodes=24)
+    stated = getattr(mi, test)(model, circuit, examples).ablation
+    assert stated.positions == "a, end, rest"
+    assert stated.granularity == (
+        "node" if test == "equivalence_test" else "node; knocked out nodes by all their outgoing edges"
+    )
+
+
+def test_a_file_of_nodes_has_whole_nodes(tmp_path: Path) -> None:
+    model, examples = tiny("gpt2"), some()
+    graph = build_graph(model, level="node")
+    whole = mi.select(graph, mi.score_edges(model, graph, examples, method="eap"), nodes=9)
+    part = whole.kept.clone()
+    part[tuple(part.nonzero()[0])] = False
+    path = tmp_path / "part.circuit.json"
+    mi.save_circuit(path, mi.Circuit(graph, on_paths(graph, part), 9), model=model)
+    with pytest.raises(FormatError, match="has not all edges"):
+        mi.load_circuit(path)
+
+
+def test_neurons_of_another_model_are_refused() -> None:
+    model = tiny("gpt2")
+    graph = graph_of(model.dims, neurons=[[10**6], [], []])
+    with pytest.raises(InputError, match="neurons 0 to"):
+        run_edges(model, graph, some(), torch.zeros_like(graph.possible))
+
+
+@pytest.mark.parametrize("positions", [["rest"], ["x" * 31], [""]])
+def test_positions_that_say_nothing_are_refused(positions: list[str]) -> None:
+    with pytest.raises(InputError, match="osition"):
+        build_graph(tiny("gpt2"), positions=positions)

@@ -86,8 +86,6 @@ def _acdc(job: Job) -> Scores:
     tau, at_once = job.settings["tau"], job.settings["at_once"]
     if isinstance(tau, (bool, str)) or not 0 < tau < float("inf"):
         raise InputError(f"tau must be a number above 0; got {tau!r}.")
-    if type(at_once) is not int or not 1 <= at_once <= MOST_AT_ONCE:
-        raise InputError(f"at_once must be a whole number from 1 to {MOST_AT_ONCE}; got {at_once!r}.")
     search, state = _begin(job, (float(tau),))
     saved = job.checkpoint.load()
     if saved is not None:
@@ -96,7 +94,7 @@ def _acdc(job: Job) -> Scores:
         search.n_runs = int(saved["n_runs"])
     job.progress(state.done, job.graph.n_units)
     while state.done < job.graph.n_units:
-        (state,) = _decide(search, state, at_once)
+        (state,) = _decide(search, state, int(at_once))
         found = {"done": state.done, "n_runs": search.n_runs, "at_once": state.at_once}
         numbers = {name: torch.tensor(value) for name, value in found.items()}
         loss = torch.tensor(state.loss, dtype=torch.float64)
@@ -146,7 +144,9 @@ def acdc_thresholds(
 
 
 def _begin(job: Job, taus: tuple[float, ...]) -> tuple[_Search, _State]:
-    model, graph = job.model, job.graph
+    model, graph, at_once = job.model, job.graph, job.settings["at_once"]
+    if type(at_once) is not int or not 1 <= at_once <= MOST_AT_ONCE:
+        raise InputError(f"at_once must be a whole number from 1 to {MOST_AT_ONCE}; got {at_once!r}.")
     replacement = build_replacement(job.replacement, model, graph, job.pairs, job.batch_size)
     chunks = list(job.pairs.to(model.device).chunks(job.batch_size))
     references = [clean_logits(model, chunk) if job.metric.needs_reference else None for chunk in chunks]

@@ -9,9 +9,10 @@ their replacement. What is minimised is the KL divergence of the circuit from th
 * `subnetwork-probing` (Cao et al. 2021, arXiv 2104.03514, as adapted by Conmy et al. 2023): `penalty` times the
   expected share of open gates. The papers' masks are of nodes: build the graph with `level="node"` for those.
 
-The score of an edge is sigmoid(log alpha), above 1/2 where the gate without noise is more open than closed: the chance
-that the gate is open, not an effect on the metric. Deviations: one drawing of all gates serves all examples of a step;
-edge-pruning's second set of gates, of whole nodes, is left out; exact replacement instead of weights' own masks.
+The score of an edge is sigmoid(log alpha), the chance that its gate is more than half open, and above 1/2 where the
+gate without noise is: not an effect on the metric. `target` and `penalty` are of gates that are open at all
+(`open_chance`). Deviations: one drawing of all gates serves all examples of a step; edge-pruning's second set of gates,
+of whole nodes, is left out; exact replacement instead of weights' own masks.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ class _Learning:
         return total
 
     def scores(self, method: str, log_alpha: Float[Tensor, " unit"]) -> Scores:
-        """The chance of every gate."""
+        """The chance of every gate that it is more than half open."""
         graph, n = self.job.graph, len(self.job.pairs)
         table = self.job.zeros()
         table[graph.possible] = torch.sigmoid(log_alpha)[self.unit].to(table.dtype) * n

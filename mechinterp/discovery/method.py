@@ -129,12 +129,7 @@ def score_edges(
         raise InputError(f"Method {method!r} has no parameter {unknown_names[0]!r}. Known: {known}.")
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; got {batch_size}.")
-    if chosen.graphs == "plain" and not graph.plain:
-        others = ", ".join(name for name in METHODS.names() if METHODS.get(name).graphs != "plain")
-        raise InputError(
-            f"Method {method!r} scores edges at all positions between heads and whole MLPs. For nodes, named positions "
-            f"and neurons take one of: {others}."
-        )
+    check_graph(method, graph)
     check_model(model, graph, pairs)
     metric = get_metric(metric) if isinstance(metric, str) else metric
     settings = {**chosen.defaults, **parameters}
@@ -143,6 +138,16 @@ def score_edges(
     checkpoint.clear()
     total = _by_node(graph, scores.total) if chosen.graphs == "summed" and graph.level == "node" else scores.total
     return replace(scores, total=total, pairs=pairs)
+
+
+def check_graph(method: str, graph: Graph) -> None:
+    """Return None when the method takes the graph. Raises InputError for an unknown method, or one that does not."""
+    if METHODS.get(method).graphs == "plain" and not graph.plain:
+        others = ", ".join(name for name in METHODS.names() if METHODS.get(name).graphs != "plain")
+        raise InputError(
+            f"Method {method!r} scores edges at all positions between heads and whole MLPs. For nodes, named positions "
+            f"and neurons take one of: {others}."
+        )
 
 
 def _by_node(graph: Graph, table: Float[Tensor, "reader writer"]) -> Float[Tensor, "reader writer"]:

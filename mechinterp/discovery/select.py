@@ -68,21 +68,11 @@ def select(
         raise InputError(f"The graph's level is {graph.level!r}: give {unit}=, how many of them to select.")
     if (size is None) == (threshold is None):
         raise InputError(f"Give either {unit}= (how many) or threshold= (scores above it), and only one of them.")
-    if by not in ORDERS:
-        raise unknown("order", by, ORDERS)
-    if rule not in RULES:
-        raise unknown("rule", rule, RULES)
-    if rule != "top" and (graph.level == "node" or graph.positions):
-        raise InputError(f"rule={rule!r} selects edges at all positions; for nodes and named positions take 'top'.")
-    _check_ratio(ratio, rule, by, threshold)
+    check_selection(graph, rule=rule, by=by, ratio=ratio, threshold=threshold)
     values = scores.values.cpu()
     strength = values.abs() if by == "magnitude" else values
     parameters: dict[str, Parameter] = {"rule": rule, "by": by}
     if threshold is not None:
-        if not threshold == threshold:
-            raise InputError("threshold is NaN.")
-        if rule != "top":
-            raise InputError(f"rule={rule!r} takes edges=, not threshold=.")
         chosen = (strength > threshold) & graph.possible
         parameters["threshold"] = float(threshold)
     else:
@@ -105,6 +95,28 @@ def select(
             "edges, or use rule='greedy' or 'ilp'."
         )
     return Circuit(graph, kept, int(chosen.sum()), parameters, scores)
+
+
+def check_selection(
+    graph: Graph,
+    *,
+    rule: str = "top",
+    by: str = "magnitude",
+    ratio: float | None = None,
+    threshold: float | None = None,
+) -> None:
+    """Return None when `select` takes these together on this graph. Raises InputError otherwise."""
+    if by not in ORDERS:
+        raise unknown("order", by, ORDERS)
+    if rule not in RULES:
+        raise unknown("rule", rule, RULES)
+    if rule != "top" and (graph.level == "node" or graph.positions):
+        raise InputError(f"rule={rule!r} selects edges at all positions; for nodes and named positions take 'top'.")
+    if threshold is not None and threshold != threshold:
+        raise InputError("threshold is NaN.")
+    if threshold is not None and rule != "top":
+        raise InputError(f"rule={rule!r} takes edges=, not threshold=.")
+    _check_ratio(ratio, rule, by, threshold)
 
 
 def sized(graph: Graph, size: int | str) -> dict[str, Any]:
@@ -153,7 +165,7 @@ def _by_ratio(
 ) -> Bool[Tensor, "reader writer"]:
     n_first = int(Fraction(str(float(ratio))) * n)  # 0.29 of 100 is 29, which 0.29 * 100 is not
     first = best_units(graph, values, n_first) & (values > 0)
-    n_rest = n - int(first.sum())
+    n_rest = n - len(graph.unit[first].unique())
     return first | best_units(graph, values.abs().masked_fill(first, -torch.inf), n_rest)
 
 

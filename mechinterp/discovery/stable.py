@@ -18,13 +18,15 @@ from torch import Tensor
 
 from mechinterp.circuit import Circuit
 from mechinterp.discovery.method import Progress, no_progress, score_edges
-from mechinterp.discovery.select import select, unit_count
+from mechinterp.discovery.select import select, sized, unit_count
 from mechinterp.errors import InputError
 from mechinterp.graph import Graph
 from mechinterp.hooks import HookManager
 from mechinterp.metrics import Metric
 from mechinterp.scores import Scores
 from mechinterp.tasks.pairs import Pairs
+
+MOST_RESAMPLES = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +116,8 @@ def stable_scores(
     Raises InputError for fewer than 2 examples or resamples, an agreement that is not above 0.5 and up to 1, and what
     `score_edges` refuses.
     """
-    if type(resamples) is not int or resamples < 2:
-        raise InputError(f"resamples must be a whole number, at least 2; got {resamples!r}.")
+    if type(resamples) is not int or not 2 <= resamples <= MOST_RESAMPLES:
+        raise InputError(f"resamples must be a whole number from 2 to {MOST_RESAMPLES}; got {resamples!r}.")
     if isinstance(agreement, (bool, str)) or not 0.5 < agreement <= 1:
         raise InputError(f"agreement is a share of the resamples, above 0.5 and up to 1; got {agreement!r}.")
     if len(pairs) < 2:
@@ -172,16 +174,17 @@ def circuit_stability(
 ) -> CircuitStability:
     """How often each edge is in the circuit that `select` gives for the scores of a resample, and how alike they are.
 
-    The circuits are those of all edges' scores, stable or not. Cost: one `select` per resample, no run of the model.
+    `edges` counts nodes where those are chosen. The circuits are those of all edges' scores, stable or not. Cost: one
+    `select` per resample, no run of the model.
     Raises EmptyCircuit when a resample has no circuit of that size, and what `select` refuses.
     """
     graph = stable.every.graph
-    n = unit_count(graph, edges)
-    circuit = select(graph, stable.every, edges=n, rule=rule, by=by, ratio=ratio)
+    n = sized(graph, unit_count(graph, edges))
+    circuit = select(graph, stable.every, **n, rule=rule, by=by, ratio=ratio)
     kept: list[Bool[Tensor, " edge"]] = []
     for sample in stable.samples:
         drawn = replace(stable.every, total=on_graph(graph, sample), count=1)
-        kept.append(select(graph, drawn, edges=n, rule=rule, by=by, ratio=ratio).kept[graph.possible])
+        kept.append(select(graph, drawn, **n, rule=rule, by=by, ratio=ratio).kept[graph.possible])
     table = torch.stack(kept).double()
     shared, sizes = table @ table.T, table.sum(1)
     jaccard = shared / (sizes[:, None] + sizes[None] - shared)

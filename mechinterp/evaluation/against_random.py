@@ -11,7 +11,7 @@ not yet in, and on from it in both directions; the authors walk from the input u
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import pandas as pd
@@ -23,7 +23,7 @@ from torch import Tensor
 from mechinterp.circuit import Circuit, on_paths
 from mechinterp.discovery.method import Progress, no_progress
 from mechinterp.errors import InputError
-from mechinterp.evaluation.faithfulness import Ablation
+from mechinterp.evaluation.faithfulness import ablation_of
 from mechinterp.evaluation.hypotheses import TIE, HypothesisTest, check_level
 from mechinterp.evaluation.masks import mask_values, with_axes
 from mechinterp.evaluation.random_circuits import RandomPaths
@@ -137,9 +137,9 @@ def minimality_test(
         alpha=alpha,
         details={"quantile": quantile, "n_random": n_random, "n_rejected": n_rejected, "seed": seed},
         metric=metric if isinstance(metric, str) else metric.name,
-        ablation=Ablation(
+        ablation=replace(
+            ablation_of(circuit.graph, replacement),
             component="edges outside the circuit (some with a random path added), and one edge",
-            value=replacement,
             set="complement and one edge",
         ),
         n_examples=len(pairs),
@@ -201,7 +201,7 @@ def sufficiency_test(
         alpha=alpha,
         details=_details(ours, others, drawn, quantile, seed),
         metric=metric if isinstance(metric, str) else metric.name,
-        ablation=Ablation(value=replacement),
+        ablation=ablation_of(circuit.graph, replacement),
         n_examples=len(pairs),
         circuit_digest=circuit.digest(),
         pairs=pairs,
@@ -247,7 +247,7 @@ def necessity_test(
         model,
         circuit.graph,
         pairs,
-        [torch.zeros_like(circuit.cut), circuit.kept, *drawn],
+        [torch.zeros_like(circuit.cut), circuit.members, *drawn],
         metric=metric,
         replacement=replacement,
         reference=reference,
@@ -267,7 +267,9 @@ def necessity_test(
         alpha=alpha,
         details={"drawn_from": drawn_from, **_details(ours, others, drawn, quantile, seed)},
         metric=metric if isinstance(metric, str) else metric.name,
-        ablation=Ablation(component="the circuit's edges", value=replacement, set="circuit"),
+        ablation=replace(
+            ablation_of(circuit.graph, replacement), component="all edges of the circuit's members", set="circuit"
+        ),
         n_examples=len(pairs),
         circuit_digest=circuit.digest(),
         pairs=pairs,

@@ -22,7 +22,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mechinterp.circuit import on_paths
-from mechinterp.discovery.method import METHODS, score_edges
+from mechinterp.discovery.method import check_graph, score_edges
 from mechinterp.discovery.select import best_units
 from mechinterp.errors import InputError
 from mechinterp.evaluation.faithfulness import faithfulness_curve
@@ -82,13 +82,14 @@ class Comparison:
 
     def to_frame(self) -> pd.DataFrame:
         """One row a method, the best CMD first: the areas, the smallest sizes that reach 80 and 90 %, the cost."""
+        units = f"{next(iter(self.results.values())).scores.graph.level}s"
         rows = [
             {
                 "method": name,
                 "CPR": result.cpr(self.shares),
                 "CMD": result.cmd(self.shares),
                 "log area": result.log_area(self.shares),
-                **{f"edges@{level:.0%}": result.reaches(self.sizes, level) for level in LEVELS},
+                **{f"{units}@{level:.0%}": result.reaches(self.sizes, level) for level in LEVELS},
                 "forwards": result.scores.cost.get("forwards", 0) / result.scores.count,
                 "backwards": result.scores.cost.get("backwards", 0) / result.scores.count,
                 "seconds": result.seconds,
@@ -96,7 +97,7 @@ class Comparison:
             for name, result in self.results.items()
         ]
         frame = pd.DataFrame(rows).sort_values("CMD", ignore_index=True, kind="stable")
-        return frame.astype({f"edges@{level:.0%}": "Int64" for level in LEVELS})
+        return frame.astype({f"{units}@{level:.0%}": "Int64" for level in LEVELS})
 
     def curves(self) -> pd.DataFrame:
         """A tidy table: method, edges, share, order (`value`, `magnitude`), faithfulness."""
@@ -146,10 +147,11 @@ def compare_methods(
     rising = all(a < b for a, b in pairwise(shares))
     if len(shares) < 2 or not rising or not shares[0] > 0 or shares[-1] != 1:
         raise InputError(f"Shares rise from above 0 to 1; got {list(shares)}.")
-    chosen = {name: METHODS.get(name) for name in methods}
+    for name in methods:
+        check_graph(name, graph)
     sizes = tuple(int(share * graph.n_units) for share in shares)
     results: dict[str, MethodResult] = {}
-    for name in chosen:
+    for name in methods:
         start = time.perf_counter()
         asked: dict[str, Any] = {"replacement": replacement, **(settings or {}).get(name, {})}
         scores = score_edges(

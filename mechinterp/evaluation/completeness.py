@@ -10,7 +10,7 @@ replacement is `replacement`, where the paper takes means over another distribut
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from mechinterp.circuit import Circuit
 from mechinterp.discovery.method import Progress, no_progress
 from mechinterp.errors import InputError
-from mechinterp.evaluation.faithfulness import Ablation, check_denominator
+from mechinterp.evaluation.faithfulness import Ablation, ablation_of, check_denominator
 from mechinterp.evaluation.masks import check_members, knock_out, mask_values, with_axes, writers_of
 from mechinterp.hooks import HookManager
 from mechinterp.metrics import Metric, get_metric
@@ -223,10 +223,10 @@ def _result(
     ]
     return Completeness(
         metric=get_metric(metric).name if isinstance(metric, str) else metric.name,
-        ablation=Ablation(
-            granularity="edge; knocked out nodes by all their outgoing edges",
+        ablation=replace(
+            ablation_of(circuit.graph, replacement),
+            granularity=f"{circuit.graph.level}; knocked out nodes by all their outgoing edges",
             component="edges outside the circuit (C) or none (M), and the outgoing edges of the nodes in K",
-            value=replacement,
             set="complement and K (C), K (M)",
         ),
         n_examples=len(pairs),

@@ -10,7 +10,7 @@ A null hypothesis that is not rejected has not been shown to be true: few exampl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from mechinterp.circuit import Circuit
 from mechinterp.discovery.method import Progress, no_progress
 from mechinterp.errors import InputError
-from mechinterp.evaluation.faithfulness import Ablation
+from mechinterp.evaluation.faithfulness import Ablation, ablation_of
 from mechinterp.evaluation.masks import mask_values, with_axes
 from mechinterp.hooks import HookManager
 from mechinterp.metrics import Metric, get_metric
@@ -144,7 +144,7 @@ def equivalence_test(
         alpha=alpha,
         details={"epsilon": epsilon, "circuit_better": n_wins, "ties": n_ties, "model_better": n - n_wins - n_ties},
         metric=metric.name,
-        ablation=Ablation(value=replacement),
+        ablation=ablation_of(circuit.graph, replacement),
         n_examples=n,
         circuit_digest=circuit.digest(),
         pairs=pairs,
@@ -201,7 +201,7 @@ def independence_test(
         model,
         graph,
         pairs,
-        [torch.zeros_like(graph.possible), circuit.kept, graph.possible],
+        [torch.zeros_like(graph.possible), circuit.members, graph.possible],
         metric=metric,
         replacement=replacement,
         reference=reference,
@@ -227,7 +227,9 @@ def independence_test(
         alpha=alpha,
         details={"n_permutations": n_permutations, "p_value_all_cut": p_value_all_cut, "seed": seed},
         metric=metric.name,
-        ablation=Ablation(component="the circuit's edges", value=replacement, set="circuit"),
+        ablation=replace(
+            ablation_of(circuit.graph, replacement), component="all edges of the circuit's members", set="circuit"
+        ),
         n_examples=len(full),
         circuit_digest=circuit.digest(),
         pairs=pairs,

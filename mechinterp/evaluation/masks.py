@@ -82,9 +82,15 @@ def knock_out(graph: Graph, nodes: Iterable[str]) -> Bool[Tensor, "reader writer
 
 
 def writers_of(circuit: Circuit, *, inputs: bool) -> tuple[str, ...]:
-    """The circuit's nodes that write, in the model's order; the graph's inputs only when asked for."""
-    left_out = {"logits", *(() if inputs else circuit.graph.inputs)}
-    return tuple(name for name in circuit.nodes if split_position(name)[0] not in left_out)
+    """The circuit's nodes that write in it, in the model's order; the graph's inputs only when asked for.
+
+    A head that shares a key or value with one of the circuit is fed by the same edge, and may still write nothing.
+    """
+    graph = circuit.graph
+    left_out = {"logits", *(() if inputs else graph.inputs)}
+    written = {graph.writers[w] for w in circuit.kept.any(0).nonzero().flatten().tolist()}
+    names = ((name, split_position(name)[0]) for name in circuit.nodes)
+    return tuple(name for name, writer in names if writer in written and writer not in left_out)
 
 
 def check_members(circuit: Circuit, nodes: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ Deviations: circuits are edges here, and a node is knocked out by cutting its ou
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mechinterp.circuit import Circuit
 from mechinterp.discovery.method import Progress, no_progress
-from mechinterp.errors import InputError
-from mechinterp.evaluation.faithfulness import Ablation, check_denominator
+from mechinterp.errors import InputError, UnsupportedError
+from mechinterp.evaluation.faithfulness import Ablation, ablation_of, check_denominator
 from mechinterp.evaluation.masks import check_members, knock_out, mask_values, with_axes, writers_of
 from mechinterp.hooks import HookManager
 from mechinterp.metrics import Metric, get_metric
@@ -117,7 +117,7 @@ def node_minimality(
             raise InputError(f"The set K of {name!r} holds {name!r} itself.")
     graph = circuit.graph
     items = [(name, knock_out(graph, [name]), sets.get(name, ())) for name in nodes]
-    kind = "edge; knocked out nodes by all their outgoing edges"
+    kind = f"{circuit.graph.level}; knocked out nodes by all their outgoing edges"
     return _removals(model, circuit, pairs, items, kind, metric, replacement, reference, batch_size, progress)
 
 
@@ -138,6 +138,8 @@ def edge_minimality(
     """
     graph = circuit.graph
     items: list[tuple[str, Tensor, tuple[str, ...]]] = []
+    if circuit.graph.level != "edge":
+        raise UnsupportedError("The circuit was chosen node by node; take node_minimality.")
     for r, w in circuit.kept.nonzero().tolist():
         mask = torch.zeros_like(graph.possible)
         mask[r, w] = True
@@ -185,10 +187,10 @@ def _removals(
     return Minimality(
         metric=metric.name,
         direction=metric.direction,
-        ablation=Ablation(
+        ablation=replace(
+            ablation_of(circuit.graph, replacement),
             granularity=granularity,
             component="edges outside the circuit, and the node or edge (and K)",
-            value=replacement,
             set="complement and the node or edge (and K)",
         ),
         n_examples=len(pairs),

@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mechinterp.circuit import on_paths
-from mechinterp.errors import InputError
+from mechinterp.errors import InputError, UnsupportedError
 from mechinterp.graph import Graph
 
 T = TypeVar("T")
@@ -22,8 +22,8 @@ class RandomPaths:
     """Draws paths through a graph, or through a part of its edges, under a seed."""
 
     def __init__(self, graph: Graph, seed: int, within: Bool[Tensor, "reader writer"] | None = None) -> None:
-        if graph.positions:
-            raise InputError("Random paths are of edges at all positions; these have names.")
+        if graph.positions or graph.level != "edge":
+            raise UnsupportedError("Random circuits of paths are made of single edges at all positions, not of nodes.")
         allowed = graph.possible if within is None else on_paths(graph, within)
         self.graph, self.allowed = graph, allowed
         self.generator = torch.Generator().manual_seed(seed)

@@ -14,6 +14,7 @@ from torch import Tensor
 from mechinterp.circuit import Circuit
 from mechinterp.errors import InputError
 from mechinterp.graph import Graph
+from mechinterp.sites import split_position
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +93,8 @@ def stability(circuits: Sequence[Circuit], names: Sequence[str] | None = None) -
             raise InputError(f"Circuit {label!r} has no edges, so its overlap is not defined.")
     edges = torch.stack([circuit.kept[graph.possible] for circuit in circuits])
     used = [set(circuit.nodes) for circuit in circuits]
-    every = [name for name in (*graph.writers, "logits") if any(name in some for some in used)]
+    rows = {name: row for row, name in enumerate((*graph.writers, "logits"))}
+    every = sorted(set[str]().union(*used), key=lambda name: (rows[split_position(name)[0]], name))
     nodes = torch.tensor([[name in some for name in every] for some in used])
     sizes = edges.sum(1).tolist()
     common = [(a, b, a * b / graph.n_edges) for a, b in combinations(sizes, 2)]

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mechinterp.circuit import Circuit
+from mechinterp.circuit import Circuit, on_paths
 from mechinterp.errors import FormatError, InputError
 from mechinterp.evaluation.faithfulness import Evaluation
 from mechinterp.evaluation.sizes import Curve
@@ -149,6 +149,8 @@ def stated_circuit(document: CircuitFile, graph: Graph, scores: Scores | None, p
         circuit = Circuit(graph, kept, document.selection.n_selected, dict(document.selection.parameters), scores)
     except InputError as error:
         raise FormatError(f"{path}: {error}") from error
+    if graph.level == "node" and not torch.equal(circuit.kept, on_paths(graph, circuit.members)):
+        raise FormatError(f"{path}: the circuit is of nodes, but has not all edges between them.")
     if circuit.nodes != document.nodes:
         raise FormatError(f"{path}: the nodes are not those that the edges touch.")
     return circuit
@@ -185,6 +187,10 @@ def stated_scores(document: CircuitFile, graph: Graph, path: Path) -> Scores | N
     most = 8 + MAX_HEADER_BYTES + graph.possible.numel() * max(_DTYPES.values())
     where = str(path.parent / sidecar.file)
     values = scores_from_bytes(read_sidecar(path, sidecar, most), graph, where)
+    if graph.level == "node":
+        first = values[tuple(graph.first_of_unit.T)]
+        if not torch.equal(values[graph.possible], first[graph.unit[graph.possible]]):
+            raise FormatError(f"{where}: nodes were scored, but the edges out of one of them have different scores.")
     n = discovery.n_examples
     if n < 1:
         raise FormatError(f"{path}: discovery.n_examples is {n}; scores are a mean over at least one example.")

@@ -113,7 +113,7 @@ class GraphRecord(Strict):
     granularity: Literal["edge", "node"] = "edge"
     """What was chosen as one: edges, or nodes with all edges out of them."""
     split_input: Flag
-    positions: tuple[Label, ...] | None = None
+    positions: Annotated[tuple[Label, ...], Field(max_length=1000)] | None = None
     """The positions that edges are told apart by, the last one `rest`; null: edges are at all positions."""
     answers: Label | None = None
     """Which of them the answers are at."""
