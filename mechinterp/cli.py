@@ -18,11 +18,11 @@ import typer
 from rich.console import Console
 
 from mechinterp import options
-from mechinterp.errors import InputError, MechInterpError
+from mechinterp.errors import InputError, MechInterpError, ModelNotAvailable
 from mechinterp.listing import COMPARE_HELP, EVAL_HELP, EXIT_CODES, HELP, METHODS, METRICS, RUN_HELP, VERIFY_HELP
 from mechinterp.stored import about_file, find_file, stored_files
 
-OK, CLAIM_FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+OK, CLAIM_FAILED, BAD_INPUT, NO_MODEL, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 130, 141
 
 app = typer.Typer(
     name="discover-circuit", help=HELP, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False
@@ -33,7 +33,7 @@ UsageProblem: Any = typer.BadParameter.__mro__[2]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code of the command line: 0, 1 a claim failed, 2 bad input, 130 interrupted."""
+    """The exit code of the command line: 0, 1 a claim failed, 2 bad input, 3 no model here, 130 interrupted."""
     _print_what_the_terminal_can()
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = action() if callable(action) else action or OK
         sys.stdout.flush()
         return code
+    except ModelNotAvailable as error:
+        return _complain(str(error), NO_MODEL)
     except MechInterpError as error:
         return _complain(str(error), BAD_INPUT)
     except UsageProblem as error:

@@ -11,6 +11,10 @@ class InputError(MechInterpError):
     """A user's input is wrong: an unknown name, a wrong shape, a value out of range."""
 
 
+class ModelNotAvailable(InputError):
+    """The model cannot be had here: the hub is out of reach and nothing is cached, or no name opens it."""
+
+
 class FormatError(InputError):
     """A file (circuit, scores, task, pairs) is not what it must be."""
 

@@ -93,7 +93,9 @@ def reevaluate(
     manager = load_stated_model(document, opened.path, model, device)
     progress("model", 1, 1)
     notes: list[str] = []
-    if manager.info.weights_sha256() != document.model.weights_sha256:
+    if document.model.weights_sha256 is None:
+        notes.append(f"the file does not state the weights of {document.model.name}; they were not compared.")
+    elif manager.info.weights_sha256() != document.model.weights_sha256:
         notes.append(f"the weights of {manager.info.name} are not those of the file's model ({document.model.name}).")
     on, pairs, default = _pairs(document, task, manager, examples, seed)
     stated = document.evaluation[0].ablation.value if document.evaluation else "corrupt"

@@ -29,7 +29,7 @@ LAYERS = (
     ("discovery",),
     ("evaluation",),
     ("files",),
-    ("plots", "tables"),
+    ("plots", "tables", "library"),
     ("report", "progress"),
     ("pipeline", "reevaluate"),
     ("options", "stored"),

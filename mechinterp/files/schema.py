@@ -25,6 +25,7 @@ from mechinterp.files.schema_parts import (
     Position,
     Provenance,
     Role,
+    RoleEdge,
     SelectionRecord,
     TaskPairs,
     TaskRecord,
@@ -57,6 +58,8 @@ class CircuitFile(Strict):
     positions: dict[Label, Position] = Field(default_factory=dict)
     """The named positions that nodes are restricted to; empty: every node is at all positions."""
     roles: dict[Label, Role] = Field(default_factory=dict)
+    role_edges: tuple[RoleEdge, ...] | None = None
+    """The claim between roles that the edges were made from by a rule; null: there is none."""
     nodes: tuple[Label, ...]
     edges: Annotated[tuple[EdgeRecord, ...], Field(min_length=1)]
     task: Annotated[TaskRecord | FileTaskRecord | TokensTaskRecord, Field(discriminator="kind")] | None = None
@@ -88,15 +91,23 @@ class CircuitFile(Strict):
             for node in role.nodes:
                 if node not in self.nodes:
                     raise ValueError(f"role {role.label!r} names {node!r}, which is no node of the circuit")
+        for edge in self.role_edges or ():
+            for name, end in ((edge.source, "input"), (edge.target, "logits")):
+                if name not in self.roles and name != end:
+                    raise ValueError(f"a role edge names {name!r}, which is neither a role nor {end!r}")
+        if self.model.weights_sha256 is None and (self.status != "published" or self.evaluation or self.discovery):
+            raise ValueError("model.weights_sha256 is missing; only a published circuit without results can do so")
         return self
 
 
 def circuit_sha256(document: CircuitFile) -> str:
     """The hash to cite: over model, graph, nodes, edges and positions; not over scores or results.
 
-    The model counts by its weights, architecture, sizes and processing, not by where it was loaded from.
+    The model counts by its weights, architecture, sizes and processing, not by where it was loaded from; by its name
+    and revision where no weights are stated.
     """
     model = document.model
+    unhashed = {"name": model.name, "revision": model.revision} if model.weights_sha256 is None else {}
     return canonical_sha256(
         {
             "model": {
@@ -104,6 +115,7 @@ def circuit_sha256(document: CircuitFile) -> str:
                 "architecture": model.architecture,
                 "dims": model.dims.model_dump(mode="json"),
                 "processing": model.processing,
+                **unhashed,
             },
             "graph": document.graph.model_dump(mode="json", exclude_none=True),
             "nodes": sorted(document.nodes),

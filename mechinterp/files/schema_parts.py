@@ -87,7 +87,8 @@ class ModelRecord(Strict):
     name: Label
     origin: Literal["bundled", "directory", "hub", "memory"]
     revision: Label | None = None
-    weights_sha256: Sha256
+    weights_sha256: Sha256 | None = None
+    """Of the weights as they were loaded; null only in a published circuit that was never run here."""
     architecture: Label
     dims: DimsRecord
     processing: Literal["raw", "compatibility"]
@@ -139,6 +140,20 @@ class Role(Strict):
     description: Text = ""
     color: Annotated[str, Field(pattern=r"^#[0-9a-f]{6}$")] | None = None
     nodes: tuple[Label, ...]
+
+
+class RoleEdge(Strict):
+    """What the nodes of one role send to those of another, as a publication states it; `edges` spell it out."""
+
+    source: Label
+    """A role, or `input`."""
+    target: Label
+    """A role, or `logits`."""
+    inputs: tuple[Literal["q", "k", "v"], ...] = ()
+    """Which inputs of the target's heads; empty for MLPs and `logits`."""
+    positions: dict[Label, Label] | None = None
+    """Per input (or `logits`) the token position at which it is read, where the source states one."""
+    note: Text | None = None
 
 
 class EdgeRecord(Strict):

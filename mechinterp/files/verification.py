@@ -14,12 +14,13 @@ from mechinterp.circuit import Circuit
 from mechinterp.discovery.method import METHODS, score_edges
 from mechinterp.discovery.select import select
 from mechinterp.discovery.stable import stable_scores
-from mechinterp.errors import InputError
+from mechinterp.errors import InputError, MechInterpError, ModelNotAvailable
 from mechinterp.evaluation.faithfulness import ablation_of, evaluate
 from mechinterp.evaluation.sizes import CurvePoint, size_curve, smallest_faithful
 from mechinterp.files.circuit_file import stated_circuit, stated_graph, stated_scores
 from mechinterp.files.claims import Ledger, Verification
 from mechinterp.files.provenance import model_record, tokenizer_record, versions
+from mechinterp.files.published import check_published
 from mechinterp.files.records import (
     EVALUATION_COUNTS,
     EVALUATION_NUMBERS,
@@ -67,7 +68,8 @@ def verify(
     file's tolerance, or within `tolerance` (relative, a tenth of it absolute). `rescore=True` runs the discovery
     again too and compares all scores. Other library versions are notes, not failures.
 
-    Raises FormatError when the file is not a circuit file at all.
+    Raises FormatError when the file is not a circuit file at all; ModelNotAvailable when all claims hold that need no
+    model and the model cannot be had: the hub is out of reach, or a published circuit's model must be given.
     """
     opened = open_circuit_file(path)
     document, ledger = opened.document, Ledger()
@@ -78,7 +80,7 @@ def verify(
     circuit = _check_circuit(opened, ledger)
     scores = None if circuit is None else circuit.scores
     progress("model", 0, 1)
-    loaded = ledger.attempt("model", lambda: load_stated_model(document, opened.path, model, device))
+    loaded = _loaded(opened, model, device, ledger)
     if loaded is not None:
         _check_model(document, loaded, model is not None, ledger)
     pairs = _check_pairs(opened, loaded, ledger)
@@ -118,6 +120,8 @@ def _check_circuit(opened: OpenedFile, ledger: Ledger) -> Circuit | None:
         if scores is not None:
             _check_scores(document, scores, ledger)
         _check_selection(circuit, document, ledger)
+        if document.status == "published":
+            check_published(circuit, document, ledger)
     return circuit
 
 
@@ -152,6 +156,21 @@ def _n_of(edges: tuple[str, ...], differ: list[str] | tuple[()]) -> str:
     return f"{len(edges)} edges" + (f" ({', '.join(differ[:3])})" if differ else "")
 
 
+def _loaded(opened: OpenedFile, model: Any, device: torch.device | str | None, ledger: Ledger) -> HookManager | None:
+    """The model, or None with a failed claim; what nobody could open here is no failure of a file that holds so far."""
+    document = opened.document
+    try:
+        return load_stated_model(document, opened.path, model, device)
+    except MechInterpError as error:
+        elsewhere = document.model.origin == "hub" or document.status == "published"
+        if isinstance(error, ModelNotAvailable) and elsewhere and all(claim.ok for claim in ledger.claims):
+            found = f"{opened.path}: the {len(ledger.claims)} claims that need no model hold, the others are unchecked"
+            give = "; give it: verify(model=...)" if document.model.origin == "memory" else ""
+            raise ModelNotAvailable(f"{found}: model not available offline ({document.model.name}){give}.") from error
+        ledger.failed("model", str(error))
+        return None
+
+
 def load_stated_model(document: CircuitFile, path: Path, model: Any, device: torch.device | str | None) -> HookManager:
     """The model that a file names, or the one that is given instead, in the file's dtype when it is given by name."""
     stated = document.model
@@ -159,7 +178,9 @@ def load_stated_model(document: CircuitFile, path: Path, model: Any, device: tor
         named = isinstance(model, (str, Path))
         return load_model(model, dtype=stated.dtype if named else None, device=device if named else None)
     if stated.origin == "memory":
-        raise InputError(f"The model ({stated.name}) was in memory when the file was made; give it: verify(model=...).")
+        raise ModelNotAvailable(
+            f"The model ({stated.name}) was in memory, no name opens it; give it: verify(model=...)."
+        )
     name = stated.name
     if stated.origin == "directory" and not Path(name).is_dir() and (path.parent / name).is_dir():
         name = str(path.parent / name)
@@ -170,7 +191,10 @@ def load_stated_model(document: CircuitFile, path: Path, model: Any, device: tor
 def _check_model(document: CircuitFile, model: HookManager, given: bool, ledger: Ledger) -> None:
     stated, got = document.model, model_record(model)
     for name in ("architecture", "dims", "weights_sha256", "processing", "dtype", "attention", "loader"):
-        ledger.equal(f"model.{name}", getattr(got, name), getattr(stated, name))
+        if name != "weights_sha256" or stated.weights_sha256 is not None:
+            ledger.equal(f"model.{name}", getattr(got, name), getattr(stated, name))
+    if stated.weights_sha256 is None:
+        ledger.notes.append(f"The file does not state the weights of {stated.name}; they were not compared.")
     if not given:
         ledger.equal("model.origin", got.origin, stated.origin)
         ledger.equal("model.revision", got.revision, stated.revision)
@@ -360,6 +384,6 @@ def _rescore(
 
 def _note_versions(document: CircuitFile, ledger: Ledger) -> None:
     stated, here = document.provenance.versions, versions()
-    for name in sorted(set(stated) | set(here)):
+    for name in sorted(set(stated) | set(here)) if stated else ():  # none are stated where nothing was run
         if stated.get(name) != here.get(name):
             ledger.notes.append(f"{name} is {here.get(name, 'absent')} here, was {stated.get(name, 'absent')}.")

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mechinterp.errors import InputError, UnsupportedError
+from mechinterp.errors import InputError, ModelNotAvailable, UnsupportedError
 from mechinterp.models.source import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,8 @@ def _from_pretrained(
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"Cannot load the model {where!r} from {origin}: {reason}") from error
+        kind = ModelNotAvailable if origin == "hub" and _out_of_reach(error) else InputError
+        raise kind(f"Cannot load the model {where!r} from {origin}: {reason}") from error
     module, report = loaded
     mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
     if mismatched:
@@ -228,6 +229,17 @@ def _from_pretrained(
         except (OSError, ValueError, KeyError) as error:
             logger.warning("No tokenizer in %s (%s); prompts must be given as token ids.", where, type(error).__name__)
     return module, tokenizer
+
+
+def _out_of_reach(error: BaseException | None) -> bool:
+    """Whether an error comes from files that are not cached while the hub cannot be asked."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    while error is not None:
+        if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _some(names: list[str]) -> str:

@@ -208,7 +208,7 @@ def _with_interval(entry: EvaluationRecord) -> str:
 def _provenance_section(document: CircuitFile) -> str:
     model, rows = document.model, list[tuple[str, str]]()
     rows.append(("model", model.name + (f" at {model.revision}" if model.revision else f" ({model.origin})")))
-    rows.append(("weights sha256", model.weights_sha256))
+    rows.append(("weights sha256", model.weights_sha256 or "not stated"))
     rows.append(("architecture", f"{model.architecture}, weights {model.processing}, {model.dtype}, {model.loader}"))
     if document.tokenizer is not None:
         rows.append(("vocabulary sha256", document.tokenizer.vocabulary_sha256))

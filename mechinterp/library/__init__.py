@@ -1,0 +1,1 @@
+"""Published circuits as tables of facts, and the importer that writes them as circuit files."""
