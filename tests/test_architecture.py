@@ -30,7 +30,7 @@ LAYERS = (
     ("evaluation",),
     ("files",),
     ("plots", "tables"),
-    ("report", "progress"),
+    ("report", "formats", "progress"),
     ("pipeline", "reevaluate"),
     ("options",),
     ("cli",),
