@@ -30,7 +30,7 @@ LAYERS = (
     ("evaluation",),
     ("files",),
     ("plots", "tables", "library"),
-    ("report", "progress"),
+    ("report", "formats", "progress"),
     ("pipeline", "reevaluate"),
     ("options", "stored"),
     ("cli",),
