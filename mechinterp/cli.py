@@ -18,9 +18,20 @@ import typer
 from rich.console import Console
 
 from mechinterp import options
+from mechinterp.cli_exchange import commands
 from mechinterp.errors import InputError, MechInterpError, ModelNotAvailable
-from mechinterp.listing import COMPARE_HELP, EVAL_HELP, EXIT_CODES, HELP, METHODS, METRICS, RUN_HELP, VERIFY_HELP
+from mechinterp.listing import (
+    COMPARE_HELP,
+    EVAL_HELP,
+    EXIT_CODES,
+    HELP,
+    METHODS,
+    METRICS,
+    RUN_HELP,
+    VERIFY_HELP,
+)
 from mechinterp.stored import about_file, find_file, stored_files
+from mechinterp.terminal import Terminal, print_what_the_terminal_can, quiet_libraries, say
 
 OK, CLAIM_FAILED, BAD_INPUT, NO_MODEL, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 130, 141
 
@@ -34,7 +45,7 @@ UsageProblem: Any = typer.BadParameter.__mro__[2]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of the command line: 0, 1 a claim failed, 2 bad input, 3 no model here, 130 interrupted."""
-    _print_what_the_terminal_can()
+    print_what_the_terminal_can()
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         action: Action | int | None = app(given, prog_name="discover-circuit", standalone_mode=False)
@@ -52,14 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
         return PIPE_CLOSED
-
-
-class _Terminal(Console):
-    """Standard output. When the reader stops reading, `main` answers; rich would end with 1, our "claim failed"."""
-
-    def on_broken_pipe(self) -> None:
-        """Pass the error on."""
-        raise BrokenPipeError
 
 
 def _version(wanted: bool) -> bool:
@@ -152,7 +155,7 @@ def _compare(
 
 @app.command("eval", help=EVAL_HELP, short_help="Evaluate a circuit file on a task.")
 def _eval(
-    file: Annotated[str, typer.Argument(help="A circuit file, or the name of a stored circuit.")],
+    file: options.File,
     task: Annotated[
         str | None, typer.Option(help="Another task, or a file of pairs.  [default: the file's own]")
     ] = None,
@@ -174,7 +177,7 @@ def _eval(
 
 @app.command("verify", help=VERIFY_HELP, short_help="Check every claim of a circuit file again.")
 def _verify(
-    file: Annotated[str, typer.Argument(help="A circuit file, or the name of a stored circuit.")],
+    file: options.File,
     model: Annotated[str | None, typer.Option(help="Use this model.  [default: the one that the file names]")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Relative tolerance.  [default: the file's own]")] = None,
     rescore: Annotated[bool, typer.Option("--rescore", help="Score all edges again, too.")] = False,
@@ -189,7 +192,7 @@ def _verify(
     "show", help=f"Show the heads and edges of a circuit file, with roles where they are known.\n\n{EXIT_CODES}"
 )
 def _show(
-    file: Annotated[str, typer.Argument(help="A circuit file, or the name of a stored circuit.")],
+    file: options.File,
     top: Annotated[int, typer.Option(min=1, help="Rows of each table.")] = 20,
 ) -> Action:
     return partial(_do_show, file, top)
@@ -200,17 +203,20 @@ def _list() -> Action:
     return _do_list
 
 
+app.registered_commands += commands.registered_commands
+
+
 def _do_run(asked: dict[str, Any], open_report: bool) -> int:
     from mechinterp.files.summary import verify_command
     from mechinterp.progress import stages
 
     _check_task(asked["task"])
-    console = _Terminal()
+    console = Terminal()
     with stages(Console(stderr=True)) as progress:
         from mechinterp.pipeline import RunSpec, discover
         from mechinterp.report.page import write_report
 
-        _quiet_libraries()
+        quiet_libraries()
         found = discover(RunSpec(**asked), progress)
         progress("report", 0, 1)
         report = found.path.with_name(found.path.name.replace(".circuit.json", ".report.html"))
@@ -218,8 +224,8 @@ def _do_run(asked: dict[str, Any], open_report: bool) -> int:
     _print_result(console, found.document)
     sidecar = found.document.integrity.sidecar
     for path in [found.path, *([found.path.with_name(sidecar.file)] if sidecar else []), report]:
-        _say(console, f"wrote {path}")
-    _say(console, f"next: {verify_command(str(found.path))}")
+        say(console, f"wrote {path}")
+    say(console, f"next: {verify_command(str(found.path))}")
     if open_report:
         typer.launch(report.resolve().as_uri())
     return OK
@@ -229,36 +235,36 @@ def _do_compare(asked: dict[str, Any], methods: list[str], sizes: str) -> int:
     from mechinterp.progress import stages
 
     _check_task(asked["task"])
-    console = _Terminal()
+    console = Terminal()
     with stages(Console(stderr=True)) as progress:
         from mechinterp.pipeline import RunSpec, compare
         from mechinterp.tables import frame_table
 
-        _quiet_libraries()
+        quiet_libraries()
         found, page = compare(RunSpec(**asked), methods, sizes, progress)
     short = {"log area": "log", "forwards": "fwd", "backwards": "bwd", "seconds": "s"}
     console.print(frame_table(found.to_frame().rename(columns=short)))
-    _say(console, f"wrote {page}")
+    say(console, f"wrote {page}")
     return OK
 
 
 def _do_verify(file: str, options: dict[str, Any]) -> int:
     from mechinterp.progress import stages
 
-    path, console = find_file(file), _Terminal()
+    path, console = find_file(file), Terminal()
     with stages(Console(stderr=True)) as progress:
         from mechinterp.pipeline import verify
         from mechinterp.tables import failed_table
 
-        _quiet_libraries()
+        quiet_libraries()
         result = verify(path, progress=progress, **options)
     for note in result.notes:
-        _say(console, f"note: {note}")
+        say(console, f"note: {note}")
     if result.ok:
-        _say(console, f"verified: all {len(result.claims)} claims of {path} hold")
+        say(console, f"verified: all {len(result.claims)} claims of {path} hold")
         return OK
     console.print(failed_table(result))
-    _say(console, f"NOT verified: {len(result.failed)} of {len(result.claims)} claims of {path} failed")
+    say(console, f"NOT verified: {len(result.failed)} of {len(result.claims)} claims of {path} failed")
     return CLAIM_FAILED
 
 
@@ -267,16 +273,16 @@ def _do_eval(asked: dict[str, Any]) -> int:
 
     if asked["task"] is not None:
         _check_task(asked["task"])
-    path, console = find_file(asked.pop("file")), _Terminal()
+    path, console = find_file(asked.pop("file")), Terminal()
     with stages(Console(stderr=True)) as progress:
         from mechinterp.reevaluate import reevaluate
         from mechinterp.tables import frame_table
 
-        _quiet_libraries()
+        quiet_libraries()
         found = reevaluate(path, progress=progress, **asked)
-    _say(console, f"{path}: {found.circuit.n_edges} edges on {found.on}")
+    say(console, f"{path}: {found.circuit.n_edges} edges on {found.on}")
     for note in found.notes:
-        _say(console, f"note: {note}")
+        say(console, f"note: {note}")
     for frame in (found.to_frame(), found.tests, found.nodes):
         if frame is not None:
             console.print(frame_table(frame))
@@ -289,17 +295,15 @@ def _do_show(file: str, top: int) -> int:
 
     opened = open_circuit_file(find_file(file))
     check_hashes(opened)
-    console = _Terminal()
+    console = Terminal()
     _print_result(console, opened.document)
     n_nodes, n_edges = len(opened.document.nodes), len(opened.document.edges)
     for table in (nodes_table(opened.document, top), edges_table(opened.document, top)):
         console.print(table)
         console.print()
     if top < max(n_nodes, n_edges):
-        _say(
-            console, f"the first {top} of {n_nodes} nodes and {n_edges} edges; --top {max(n_nodes, n_edges)} shows all"
-        )
-    _say(console, f"circuit sha256 {opened.document.integrity.circuit_sha256}")
+        say(console, f"the first {top} of {n_nodes} nodes and {n_edges} edges; --top {max(n_nodes, n_edges)} shows all")
+    say(console, f"circuit sha256 {opened.document.integrity.circuit_sha256}")
     return OK
 
 
@@ -307,7 +311,7 @@ def _do_list() -> int:
     from mechinterp.tables import names_table
     from mechinterp.tasks.task import load_task, task_names
 
-    console = _Terminal()
+    console = Terminal()
     models = {
         "bundled": "a small GPT-2 that comes with the package; no network needed",
         "./directory": "a folder made by save_pretrained",
@@ -325,13 +329,6 @@ def _do_list() -> int:
     return OK
 
 
-def _quiet_libraries() -> None:
-    """Stop the libraries' own progress bars, which would run into ours."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-
-
 def _check_task(task: str) -> None:
     """Refuse a wrong task before torch is imported."""
     if Path(task).suffix.lower() in (".jsonl", ".csv"):
@@ -347,17 +344,10 @@ def _print_result(console: Console, document: Any) -> None:
     from mechinterp.files.summary import finding
     from mechinterp.tables import result_table
 
-    _say(console, finding(document))
+    say(console, finding(document))
     console.print()
     console.print(result_table(document))
     console.print()
-
-
-def _say(console: Console, text: str) -> None:
-    """Print a line as it is: no markup, no wrapping (paths are to be copied), nothing that steers the terminal."""
-    from mechinterp.tables import plain
-
-    console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _complain(message: str, code: int) -> int:
@@ -365,10 +355,3 @@ def _complain(message: str, code: int) -> int:
 
     print(f"discover-circuit: {plain(message)}", file=sys.stderr)
     return code
-
-
-def _print_what_the_terminal_can() -> None:
-    """A letter that the terminal's encoding lacks becomes '?' instead of an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]

@@ -32,7 +32,23 @@ RULES = ("top", "greedy", "ilp")
 """The same as `mechinterp.discovery.select.RULES`."""
 REPLACEMENTS = ("corrupt", "mean", "mean-positional", "zero")
 """The same as `mechinterp.replacement.KINDS`."""
-EXIT_CODES = "Exit codes: 0 done; 1 a claim of the file failed (verify); 2 bad input, with one line that says what."
+EXPORT_FORMATS = {
+    "eap-ig-json": "EAP-IG's and MIB's graph as JSON",
+    "eap-ig-pt": "the same as tensors (.pt)",
+    "mib": "a submission folder of MIB",
+    "dot": "Graphviz",
+    "graphml": "GraphML",
+    "cytoscape": "Cytoscape JSON",
+    "neuronpedia": "an attribution graph as JSON",
+    "csv": "the edges as a table",
+    "latex": "a table for a paper",
+    "tikz": "a figure for a paper",
+}
+IMPORT_FORMATS = ("eap-ig-json", "eap-ig-pt", "mib", "acdc", "edge-pruning")
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 a claim of the file failed (verify); 2 bad input, with one line that says what; "
+    "3 the model is not available here."
+)
 HELP = f"""Find the circuit of a task in a transformer, write it to a file, and check the file again.
 
 \b
@@ -41,6 +57,8 @@ HELP = f"""Find the circuit of a task in a transformer, write it to a file, and 
   discover-circuit eval FILE --task other   how well does it do on that task?
   discover-circuit verify FILE              run the file again: does every claim hold?
   discover-circuit show FILE                its heads and edges
+  discover-circuit validate|cite FILE       its form and hashes; BibTeX
+  discover-circuit export|import FILE       other tools' formats
   discover-circuit list                     tasks, methods, models, stored circuits
 
 {EXIT_CODES}
@@ -69,6 +87,23 @@ EVAL_HELP = f"""Evaluate a circuit file on held-out pairs of its own task, or of
   discover-circuit eval out/ioi-bundled-eap-ig.circuit.json
   discover-circuit eval ioi-bundled-eap-ig --task ioi_distractor
   discover-circuit eval ioi-bundled-eap-ig --tests
+
+{EXIT_CODES}
+"""
+EXPORT_HELP = f"""Write a circuit file in another tool's format, and say what that format cannot hold.
+
+\b
+  discover-circuit export ioi-bundled-eap-ig --format dot --out ioi.dot
+  discover-circuit export FILE --format latex
+
+{EXIT_CODES}
+"""
+IMPORT_HELP = f"""Make a circuit file of another tool's file: its edges, on the graph of a model.
+
+Scores are left out, because no file says which sign they have; from Python they can be read when told.
+
+\b
+  discover-circuit import graph.json --format eap-ig-json --model gpt2 --out mine.circuit.json
 
 {EXIT_CODES}
 """

@@ -16,6 +16,7 @@ from mechinterp.registry import unknown
 SIZE = re.compile(r"[1-9][0-9]{0,8}|[0-9]{1,3}(\.[0-9]{1,9})? ?%")
 COMPARED = {"edge": "eap,eap-ig,cd,cd-edges,random", "node": "eap,eap-ig,relp,cd-edges,random"}
 Task = Annotated[str, typer.Argument(metavar="TASK|PAIRS_FILE", help="A task's name, or a file.")]
+File = Annotated[str, typer.Argument(help="A circuit file, or the name of a stored circuit.")]
 Model = Annotated[str, typer.Option(help="'bundled', a directory, or a hub id (also id@revision).")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Method = Annotated[str, typer.Option(help=f"How edges are scored: {', '.join(METHODS)}.")]

@@ -31,8 +31,9 @@ LAYERS = (
     ("files",),
     ("plots", "tables", "library"),
     ("report", "formats", "progress"),
-    ("pipeline", "reevaluate"),
-    ("options", "stored"),
+    ("pipeline", "reevaluate", "exchange"),
+    ("options", "stored", "terminal"),
+    ("cli_exchange",),
     ("cli",),
     ("__init__", "__main__"),  # the public names: import everything, and are imported by nothing here
 )
