@@ -183,7 +183,8 @@ def compare_methods(
         "replacement": replacement,
         "train": len(train),
         "test": len(test),
-        "edges": graph.n_edges,
+        "units": f"{graph.level}s",
+        graph.level + "s": graph.n_units,
     }
     return Comparison(results, shares, sizes, about)
 

@@ -13,6 +13,7 @@ DASHES = ("solid", "dash", "dot")
 
 def comparison_curves(found: Comparison) -> go.Figure:
     """Faithfulness against the number of edges (log axis), a line for each method, circuits by magnitude."""
+    units = str(found.about["units"])
     figure = go.Figure()
     colours = qualitative.Safe
     for i, (name, result) in enumerate(found.results.items()):
@@ -22,13 +23,13 @@ def comparison_curves(found: Comparison) -> go.Figure:
             name=name,
             mode="lines+markers",
             line={"color": colours[i % len(colours)], "dash": DASHES[i // len(colours) % len(DASHES)]},
-            hovertemplate=f"<b>{name}</b><br>%{{x}} edges: %{{y:.3f}}<extra></extra>",
+            hovertemplate=f"<b>{name}</b><br>%{{x}} {found.about['units']}: %{{y:.3f}}<extra></extra>",
         )
     for level in (0.0, 1.0):
         figure.add_hline(y=level, line={"color": GUIDE_COLOUR, "dash": "dash", "width": 1})
     return figure.update_layout(
         **look(height=460, showlegend=True),
-        xaxis={"title": f"edges kept (of {found.about['edges']})", "type": "log", **grid()},
+        xaxis={"title": f"{units} kept (of {found.about[units]})", "type": "log", **grid()},
         yaxis={"title": "faithfulness", **grid()},
     )
 
@@ -52,6 +53,6 @@ def overlap_matrix(found: Comparison, edges: int) -> go.Figure:
     figure.update_layout(**look(height=160 + 34 * len(table), showlegend=False))
     return figure.update_layout(
         margin={"l": 150, "r": 20, "t": 50, "b": 120},
-        title={"text": f"the first {edges} edges"},
+        title={"text": f"the first {edges} {found.about['units']}"},
         yaxis={"autorange": "reversed"},
     )

@@ -32,9 +32,10 @@ def write_comparison(path: str | os.PathLike[str], found: Comparison, title: str
         f"{escape(str(about['metric']))}, cut edges carry: {escape(str(about['replacement']))}. Forwards and backwards "
         f"are per example.</p>{table}"
         "<p>CPR: area under faithfulness, circuits by signed score. CMD: area between faithfulness and 1, circuits by "
-        "magnitude (0 is best). Both over the share of edges, as MIB has them; a circuit that does nothing until every "
+        "magnitude (0 is best). Both over the share of "
+        f"{about['units']}, as MIB has them; a circuit that does nothing until every "
         "edge is in has CPR 0.25 and CMD 0.75.</p>"
-        f"<h2>Faithfulness against size, by magnitude</h2>{parts[0]}<h2>Which edges they share</h2>{parts[1]}"
+        f"<h2>Faithfulness against size, by magnitude</h2>{parts[0]}<h2>Which edges they share first</h2>{parts[1]}"
         f"<p><code>{escape(command)}</code></p></body></html>"
     )
     write_whole(path, page.encode("utf-8"))
