@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mechinterp import cli, options, pipeline
+from mechinterp import cli, options, pipeline, stored
 from mechinterp.discovery import checkpoint
 from mechinterp.discovery.method import METHODS
 from mechinterp.discovery.select import RULES
@@ -301,7 +301,7 @@ def test_show_knows_roles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_a_stored_circuit_has_a_name(
     toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_stored", lambda: {"toy": toy})
+    monkeypatch.setattr(stored, "stored_files", lambda: {"toy": toy})
     monkeypatch.chdir(toy.parent)
     assert cli.main(["show", "toy"]) == 0
     assert "edges recover" in capsys.readouterr().out
@@ -315,8 +315,8 @@ def interrupt(*_: object, **__: object) -> None:
 
 
 def test_eval_says_how_a_circuit_does_on_another_task(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stored = str(Path(__file__).parents[1] / "circuits" / "ioi-bundled-eap-ig.circuit.json")
-    assert cli.main(["eval", stored, "--task", "ioi_distractor", "--examples", "20"]) == 0
+    of_package = str(Path(__file__).parents[1] / "circuits" / "ioi-bundled-eap-ig.circuit.json")
+    assert cli.main(["eval", of_package, "--task", "ioi_distractor", "--examples", "20"]) == 0
     other = capsys.readouterr().out
     assert "144 edges on ioi_distractor\n" in other and "faithfulness" in other and "completeness" not in other
     assert cli.main(["eval", str(made), "--examples", "12", "--tests"]) == 0

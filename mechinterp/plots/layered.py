@@ -138,7 +138,7 @@ def _in_columns(net: Net, rows: list[list[str]]) -> tuple[list[list[str]], dict[
     for name, position in place_of.items():
         if not position:  # the logits are where what enters them is
             place_of[name] = next((place_of[str(writer)] for writer in net.predecessors(name)), "")
-    known = [*net.graph.get("positions", ()), ""]
+    known = [*net.graph.get("positions", ()), *place_of.values()]
     order = sorted(dict.fromkeys(place_of.values()), key=lambda position: (position == REST, known.index(position)))
     width = {p: max(sum(place_of[name] == p for name in row) for row in rows) for p in order}
     columns, places, left = dict[str, float](), dict[str, Point](), 0.0
