@@ -41,6 +41,9 @@ def mask_gradients(
     Cost: one patched forward and its backward per candidate, side by side. Memory: two tables of
     `n_writers * candidates * batch * pos * d_model` numbers, and what the model's own backward keeps.
     """
+    if model.edited and len(masks) > 1:  # edits of an `intervene` block are for the prompts as they are, each once
+        found = [mask_gradients(model, graph, pairs, mask[None], values, loss) for mask in masks]
+        return torch.cat([value for value, _ in found]), torch.cat([gradient for _, gradient in found])
     run = _DifferentiableRun(model, graph, pairs, masks.to(model.device), values)
     try:
         return run.differentiate(loss)

@@ -132,4 +132,4 @@ def test_several_thresholds_at_once_are_each_of_them(level: str) -> None:
         assert names(together[tau]) == names(alone[tau])
         torch.testing.assert_close(together[tau].values, alone[tau].values, rtol=0, atol=1e-9)
         assert together[tau].parameters == alone[tau].parameters
-    assert together[0.3].cost["shared_forwards"] < sum(scores.cost["forwards"] for scores in alone.values())
+    assert together[0.3].cost["forwards"] < sum(scores.cost["forwards"] for scores in alone.values())

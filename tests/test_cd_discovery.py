@@ -10,7 +10,7 @@ import torch
 
 import mechinterp as mi
 from mechinterp.decomposition.contextual import contextual_decomposition
-from mechinterp.discovery.cd import _readers_of, _Search, between  # pyright: ignore[reportPrivateUsage]
+from mechinterp.discovery.cd import Search, between, readers_of
 from mechinterp.discovery.method import METHODS
 from mechinterp.pipeline import RunSpec, command_of, discover
 from tests.models_tiny import ALL_FLOAT64, EVERY, SHAPES, pairs, snapshot, tiny
@@ -192,11 +192,11 @@ def test_a_shared_key_is_scored_with_the_strongest_head_that_it_feeds() -> None:
     graph = mi.build_graph(model)
     settings = METHODS.get("cd").defaults
     table = torch.zeros(graph.possible.shape)
-    search = _Search(model, graph, pairs(2), settings, lambda done, total: None, graph.writers, table, {})
+    search = Search(model, graph, pairs(2), settings, lambda done, total: None, graph.writers, table, {})
     search.strength = {"a0.h1": -0.7, "a0.h0": 0.05, "a1.h2": 0.3}
-    later = {graph.readers[row]: strength for row, (_, strength) in _readers_of(search, ["a0.h0", "a1.h2"]).items()}
+    later = {graph.readers[row]: strength for row, (_, strength) in readers_of(search, ["a0.h0", "a1.h2"]).items()}
     assert later == {"a0.h0<q>": 0.05, "a1.h2<q>": 0.3, "a1.kv1<k>": 0.3, "a1.kv1<v>": 0.3}
-    first = {graph.readers[row]: strength for row, (_, strength) in _readers_of(search, ["a0.h0", "a0.h1"]).items()}
+    first = {graph.readers[row]: strength for row, (_, strength) in readers_of(search, ["a0.h0", "a0.h1"]).items()}
     assert first == {"a0.h0<q>": 0.05, "a0.h1<q>": -0.7, "a0.kv0<k>": -0.7, "a0.kv0<v>": -0.7}
 
 

@@ -336,3 +336,27 @@ def test_neurons_of_another_model_are_refused() -> None:
 def test_positions_that_say_nothing_are_refused(positions: list[str]) -> None:
     with pytest.raises(InputError, match="osition"):
         build_graph(tiny("gpt2"), positions=positions)
+
+
+def test_gradients_under_an_intervention_are_those_of_one_mask_at_a_time() -> None:
+    model, examples, metric = tiny("gpt2"), some(), get_metric("logit_diff")
+    graph = build_graph(model)
+    masks = torch.stack([small_cut(graph, seed=seed).double() * 0.5 for seed in (0, 1)])
+    with model.intervene(
+        mi.Intervention("z.1", torch.zeros_like(model.run(examples.clean, record=["z.1"]).values["z.1"]))
+    ):
+        values = corrupt_replacement(model, graph).on(examples)
+
+        def gradients(several: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return mask_gradients(
+                model,
+                graph,
+                examples,
+                several,
+                values,
+                lambda logits: torch.stack([metric(x, examples) for x in logits]),
+            )
+
+        found, slopes = gradients(masks)
+        torch.testing.assert_close(found, run_edges(model, graph, examples, masks))
+        torch.testing.assert_close(slopes[1:], gradients(masks[1:])[1])

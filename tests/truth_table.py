@@ -6,11 +6,11 @@ A new method is one line in `ANY_METRIC` or, if it needs answers, in `ANSWERS`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from mechinterp.discovery.method import score_edges
-from mechinterp.evaluation.truth import AgainstTruth, against_truth
+from mechinterp.evaluation.truth import AgainstTruth, against_truth, without_rounding
 from mechinterp.graph import build_graph
 from mechinterp.scores import Scores
 from tests.hand_circuits import HAND
@@ -18,9 +18,6 @@ from tests.known_circuits import known
 
 EFFECT = 1e-3
 """The truth's own threshold: an edge counts when it moves an output by more."""
-ROUNDING = 1e-5
-"""Scores below this share of the strongest count as 0: in float32 they are rounding. Outside the circuits scores are
-often exactly 0, so rounding at the true edges would rank them first and give AUC 1 to a method that sees nothing."""
 Settings = Mapping[str, tuple[str, Mapping[str, Any]]]
 """What a row is called -> (method, its settings)."""
 ANY_METRIC: Settings = {
@@ -78,7 +75,7 @@ def run(label: str, name: str) -> Outcome:
 
 def outcome(scores: Scores, truth: set[str], threshold: float) -> Outcome:
     """The scores against the truth."""
-    scores = replace(scores, total=scores.total * (scores.total.abs() >= ROUNDING * scores.total.abs().max()))
+    scores = without_rounding(scores)
     strength = {name: abs(value) for name, value in scores.to_dict().items()}
     selected = {name for name, value in strength.items() if value > threshold}
     strongest = set(sorted(strength, key=lambda name: -strength[name])[: len(truth)])

@@ -117,7 +117,7 @@ def acdc_thresholds(
 ) -> dict[float, Scores]:
     """What method `acdc` gives for each of several thresholds. Runs are shared as long as thresholds decide alike.
 
-    `cost` of each is what a search for it alone takes at most; `shared_forwards` what all of them took together.
+    `cost` is what all of them took together.
     """
     if not taus or len(set(taus)) != len(taus) or not all(0 < tau < float("inf") for tau in taus):
         raise InputError(f"taus are different numbers above 0; got {list(taus)}.")
@@ -137,9 +137,7 @@ def acdc_thresholds(
     out: dict[float, Scores] = {}
     for tau in taus:
         mine = replace(job, settings={**settings, "tau": float(tau)})
-        scores = _scores(mine, finished[float(tau)], search.n_runs)
-        cost = {"shared_forwards": scores.cost["forwards"], "forwards": scores.cost["forwards"], "backwards": 0}
-        out[tau] = replace(scores, cost=cost, pairs=pairs)
+        out[tau] = replace(_scores(mine, finished[float(tau)], search.n_runs), pairs=pairs)
     return out
 
 

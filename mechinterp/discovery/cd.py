@@ -45,7 +45,7 @@ MEMORY = 2**28
 
 
 @dataclass
-class _Search:
+class Search:
     """The state of one discovery."""
 
     model: HookManager
@@ -87,7 +87,7 @@ def _cd(job: Job) -> Scores:
     sources = tuple(name for name in graph.writers if settings["mlps"] or not name.startswith("m"))
     table = torch.zeros(graph.possible.shape, dtype=torch.promote_types(model.dtype, torch.float32))
     means = _means(model, pairs, settings, batch_size)
-    search = _Search(model, graph, pairs, settings, progress, sources, table, means)
+    search = Search(model, graph, pairs, settings, progress, sources, table, means)
     search.forwards += len(pairs) * (str(settings["replacement"]) in MEANS)
     progress(0, dims.n_layers + 1)
     first = _logit_scores(search, batch_size)
@@ -147,12 +147,12 @@ def between(graph: Graph, nodes: list[str]) -> Bool[Tensor, "reader writer"]:
     return graph.possible & chosen[None, :] & reads[:, None]
 
 
-def _circuit(search: _Search, nodes: list[str]) -> Bool[Tensor, "reader writer"]:
+def _circuit(search: Search, nodes: list[str]) -> Bool[Tensor, "reader writer"]:
     """The scored edges between the nodes that are on a path from the input to the logits."""
     return on_paths(search.graph, between(search.graph, nodes) & (search.table != 0))
 
 
-def _logit_scores(search: _Search, batch_size: int) -> Float[Tensor, " source"]:
+def _logit_scores(search: Search, batch_size: int) -> Float[Tensor, " source"]:
     """The mean relevance of every source for the answers' direction, in logits."""
     found: list[Tensor] = []
     for chunk in search.pairs.chunks(batch_size):
@@ -160,7 +160,7 @@ def _logit_scores(search: _Search, batch_size: int) -> Float[Tensor, " source"]:
     return torch.cat(found, -1).mean(-1).cpu().to(search.table.dtype)
 
 
-def _strongest(search: _Search, scores: Mapping[str, float]) -> list[str]:
+def _strongest(search: Search, scores: Mapping[str, float]) -> list[str]:
     """The `top` strongest nodes; those that are not in the circuit yet become the next targets."""
     nodes = [name for name in scores if name not in search.graph.inputs and scores[name] != 0]
     ordered = sorted(nodes, key=lambda name: -abs(scores[name]))[: int(search.settings["top"])]
@@ -169,7 +169,7 @@ def _strongest(search: _Search, scores: Mapping[str, float]) -> list[str]:
     return new
 
 
-def _readers_of(search: _Search, nodes: list[str]) -> dict[int, tuple[str, float]]:
+def readers_of(search: Search, nodes: list[str]) -> dict[int, tuple[str, float]]:
     """Per reader of the nodes, the target that is read for it and the node's strength (the strongest, if shared)."""
     graph, channels = search.graph, str(search.settings["channels"])
     found: dict[int, tuple[str, float]] = {}
@@ -192,15 +192,15 @@ def _readers_of(search: _Search, nodes: list[str]) -> dict[int, tuple[str, float
     return found
 
 
-def _strongest_of(search: _Search, row: int) -> str:
+def _strongest_of(search: Search, row: int) -> str:
     """The strongest node of the circuit that a reader feeds."""
     fed = [search.graph.writers[i] for i in search.graph.feeds[row].nonzero().flatten().tolist()]
     return max((name for name in fed if name in search.strength), key=lambda name: abs(search.strength[name]))
 
 
-def _score_inputs(search: _Search, nodes: list[str], batch_size: int) -> dict[str, float]:
+def _score_inputs(search: Search, nodes: list[str], batch_size: int) -> dict[str, float]:
     """Scores the edges into the nodes; returns every source's strongest of these."""
-    readers = _readers_of(search, nodes)
+    readers = readers_of(search, nodes)
     targets = sorted({target for target, _ in readers.values()})
     shares: dict[str, Tensor] = {}
     dims = search.model.dims
@@ -219,7 +219,7 @@ def _score_inputs(search: _Search, nodes: list[str], batch_size: int) -> dict[st
     return best
 
 
-def _shares(search: _Search, targets: list[str], rows: int) -> dict[str, Float[Tensor, " source"]]:
+def _shares(search: Search, targets: list[str], rows: int) -> dict[str, Float[Tensor, " source"]]:
     """Every source's share of every target, by the score that was asked for."""
     parts = {target: parse_part(search.model, target) for target in targets}
     kind = REPLACEMENTS[str(search.settings["replacement"])]
@@ -243,7 +243,7 @@ def _shares(search: _Search, targets: list[str], rows: int) -> dict[str, Float[T
     return {t: torch.where(below[t] > 0, above[t] / torch.where(below[t] > 0, below[t], 1), 0) for t in targets}
 
 
-def _corrupt_values(search: _Search, chunk: Pairs, sites: list[Site]) -> Mapping[Site, Tensor]:
+def _corrupt_values(search: Search, chunk: Pairs, sites: list[Site]) -> Mapping[Site, Tensor]:
     search.forwards += len(chunk)
     run = search.model.run(chunk.corrupt, chunk.mask, record=sites, stop=Site("resid_final"))
     return {site: run.values[site] for site in sites}
@@ -253,7 +253,7 @@ def _of_unit(value: Tensor, part: Part) -> Tensor:
     return value if part.unit is None else value[:, :, part.unit]
 
 
-def _pruned(search: _Search, kept: list[str], metric: Metric, batch_size: int) -> list[str]:
+def _pruned(search: Search, kept: list[str], metric: Metric, batch_size: int) -> list[str]:
     """Drops nodes, the weakest first, as long as the circuit loses less than `tolerance` of the metric's range."""
     graph, model = search.graph, search.model
     replacement = build_replacement(str(search.settings["replacement"]), model, graph, search.pairs, batch_size)

@@ -8,6 +8,8 @@ edges are patched (`meaning=direct`), so that a score is exactly that of `exact`
 
 from __future__ import annotations
 
+from typing import Literal, cast
+
 from mechinterp.analysis.path_patching import MEANINGS, path_patching
 from mechinterp.circuit import on_paths
 from mechinterp.discovery.cd import between
@@ -40,7 +42,7 @@ def _path_patching(job: Job) -> Scores:
                 job.pairs,
                 senders,
                 "logits" if graph.readers[row] == "logits" else [graph.readers[row]],
-                meaning=meaning,  # type: ignore[arg-type]
+                meaning=cast(Literal["direct", "mlps-recomputed"], meaning),
                 metric=job.metric,
                 batch_size=job.batch_size,
             )

@@ -132,7 +132,6 @@ def evaluate(
     ratios = ratios[usable]
     quartiles = ratios.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=ratios.dtype)).tolist()
     random_rows = [torch.stack([column, full, empty], 1)[None] for column in table[:, 3:].T]
-    has_answers = pairs.right is not None and pairs.wrong is not None
     return Evaluation(
         metric=metric.name,
         ablation=ablation_of(graph, replacement),
@@ -220,9 +219,9 @@ def metric_tables(
     progress: Progress = no_progress,
 ) -> dict[str, Float[Tensor, "example column"]]:
     """Per metric and example: the full model, then each mask. One run of a mask serves all metrics."""
-    done, total = 0, len(masks := check_cut(graph, cuts)) * len(pairs)
-    progress(done, total)
     masks = check_cut(graph, cuts)
+    done, total = 0, len(masks) * len(pairs)
+    progress(done, total)
     metrics = list({metric.name: metric for metric in metrics}.values())
     tables: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
     for chunk in pairs.to(model.device).chunks(batch_size):

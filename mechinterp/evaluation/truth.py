@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from mechinterp.errors import InputError
 from mechinterp.scores import Scores
@@ -26,14 +28,27 @@ class AgainstTruth:
         return self.precision == 1 and self.recall == 1
 
 
+ROUNDING = 1e-5
+"""Scores below this share of the strongest count as 0: in float32 they are rounding. Outside a circuit scores are often
+exactly 0, so rounding at the true edges would rank them first and give AUC 1 to a method that sees nothing."""
+
+
+def without_rounding(scores: Scores) -> Scores:
+    """The scores, 0 where they are below `ROUNDING` of the strongest."""
+    size = scores.total.abs()
+    return replace(scores, total=torch.where(size >= ROUNDING * size.max(), scores.total, 0))
+
+
 def against_truth(scores: Scores, truth: Iterable[str], threshold: float = 0.0) -> AgainstTruth:
     """`scores` against the names of the circuit's edges; selected are the edges above `threshold` in magnitude.
+
+    What is rounding beside the strongest score counts as 0 (see `ROUNDING`).
 
     Raises InputError for names that are no edges of the graph, and for a truth that is empty or the whole graph.
     """
     graph = scores.graph
     true = graph.mask_of(sorted(set(truth)))[graph.possible]
-    values = scores.values.cpu().abs().double()[graph.possible]
+    values = without_rounding(scores).values.cpu().abs().double()[graph.possible]
     n_true = int(true.sum())
     if not 0 < n_true < len(true):
         raise InputError(f"A truth has some of the graph's {len(true)} edges, not {n_true}.")
