@@ -117,8 +117,8 @@ if TYPE_CHECKING:
     from mechinterp.plots.save import save_html as save_html
     from mechinterp.plots.save import save_image as save_image
     from mechinterp.plots.text import text_page as text_page
-    from mechinterp.reevaluate import Reevaluation as Reevaluation
-    from mechinterp.reevaluate import reevaluate as reevaluate
+    from mechinterp.reevaluation import Reevaluation as Reevaluation
+    from mechinterp.reevaluation import reevaluate as reevaluate
     from mechinterp.scores import Scores as Scores
     from mechinterp.sites import Edge as Edge
     from mechinterp.sites import Node as Node
@@ -158,7 +158,7 @@ _HOMES = {
     "decomposition.encoder": ("Encoder", "load_encoder"),
     "discovery.acdc": ("acdc_thresholds",),
     "discovery.neurons": ("top_neurons",),
-    "reevaluate": ("Reevaluation", "reevaluate"),
+    "reevaluation": ("Reevaluation", "reevaluate"),
     "discovery.method": ("METHODS", "score_edges"),
     "discovery.select": ("select",),
     "discovery.stable": ("CircuitStability", "StableScores", "circuit_stability", "stable_scores"),

@@ -275,7 +275,7 @@ def _do_eval(asked: dict[str, Any]) -> int:
         _check_task(asked["task"])
     path, console = find_file(asked.pop("file")), Terminal()
     with stages(Console(stderr=True)) as progress:
-        from mechinterp.reevaluate import reevaluate
+        from mechinterp.reevaluation import reevaluate
         from mechinterp.tables import frame_table
 
         quiet_libraries()

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import mechinterp
+
 PACKAGE = Path(__file__).parents[1] / "mechinterp"
 
 # Modules and subpackages, the lowest level first. A module imports lower levels and its own subpackage,
@@ -31,7 +33,7 @@ LAYERS = (
     ("files",),
     ("plots", "tables", "library"),
     ("report", "formats", "progress"),
-    ("pipeline", "reevaluate", "exchange"),
+    ("pipeline", "reevaluation", "exchange"),
     ("options", "stored", "terminal"),
     ("cli_exchange",),
     ("cli",),
@@ -124,3 +126,9 @@ def test_the_check_finds(parts: str, source: str) -> None:
 )
 def test_the_check_allows(parts: str, source: str) -> None:
     assert violations(source, *parts.split("/")) == []
+
+
+def test_no_public_name_is_hidden_by_a_module() -> None:
+    """Python binds a module to its package when it is imported, over a function of the same name."""
+    modules = {path.stem for path in PACKAGE.iterdir()}
+    assert not modules & set(mechinterp.__all__)
