@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution as direct_logit_attribution
     from mechinterp.analysis.direct_logit_attribution import group_parts as group_parts
     from mechinterp.analysis.grid import Grid as Grid
+    from mechinterp.analysis.head_detectors import attention_between as attention_between
     from mechinterp.analysis.head_detectors import attention_to as attention_to
     from mechinterp.analysis.head_detectors import copying_scores as copying_scores
     from mechinterp.analysis.head_detectors import head_scores as head_scores
@@ -79,9 +80,23 @@ if TYPE_CHECKING:
     from mechinterp.evaluation.hypotheses import HypothesisTest as HypothesisTest
     from mechinterp.evaluation.hypotheses import equivalence_test as equivalence_test
     from mechinterp.evaluation.hypotheses import independence_test as independence_test
+    from mechinterp.evaluation.measurements import Checked as Checked
+    from mechinterp.evaluation.measurements import check_predictions as check_predictions
+    from mechinterp.evaluation.measurements import predictions_frame as predictions_frame
     from mechinterp.evaluation.minimality import Minimality as Minimality
     from mechinterp.evaluation.minimality import edge_minimality as edge_minimality
     from mechinterp.evaluation.minimality import node_minimality as node_minimality
+    from mechinterp.evaluation.predictions import Attention as Attention
+    from mechinterp.evaluation.predictions import Control as Control
+    from mechinterp.evaluation.predictions import Copying as Copying
+    from mechinterp.evaluation.predictions import Detector as Detector
+    from mechinterp.evaluation.predictions import DirectEffect as DirectEffect
+    from mechinterp.evaluation.predictions import EdgesCut as EdgesCut
+    from mechinterp.evaluation.predictions import PartsReplaced as PartsReplaced
+    from mechinterp.evaluation.predictions import Prediction as Prediction
+    from mechinterp.evaluation.roles import MeasuredRoles as MeasuredRoles
+    from mechinterp.evaluation.roles import RoleLimits as RoleLimits
+    from mechinterp.evaluation.roles import measured_roles as measured_roles
     from mechinterp.evaluation.stability import Stability as Stability
     from mechinterp.evaluation.stability import stability as stability
     from mechinterp.evaluation.transfer import Transfer as Transfer
@@ -136,7 +151,7 @@ _HOMES = {
     "analysis.direct_logit_attribution": ("direct_logit_attribution", "group_parts"),
     "analysis.weights": ("neuron_tokens", "ov_circuit", "qk_circuit", "top_tokens"),
     "analysis.composition": ("composition_scores",),
-    "analysis.head_detectors": ("attention_to", "copying_scores", "head_scores"),
+    "analysis.head_detectors": ("attention_between", "attention_to", "copying_scores", "head_scores"),
     "plots.grids": ("attention_figure", "heatmap", "lens_figure", "token_labels", "waterfall"),
     "plots.save": ("save_html", "save_image"),
     "analysis.activation_patching": ("activation_patching", "fraction"),
@@ -169,6 +184,18 @@ _HOMES = {
     "evaluation.completeness": ("Completeness", "completeness", "greedy_completeness"),
     "evaluation.hypotheses": ("HypothesisTest", "equivalence_test", "independence_test"),
     "evaluation.minimality": ("Minimality", "edge_minimality", "node_minimality"),
+    "evaluation.predictions": (
+        "Attention",
+        "Control",
+        "Copying",
+        "Detector",
+        "DirectEffect",
+        "EdgesCut",
+        "PartsReplaced",
+        "Prediction",
+    ),
+    "evaluation.measurements": ("Checked", "check_predictions", "predictions_frame"),
+    "evaluation.roles": ("MeasuredRoles", "RoleLimits", "measured_roles"),
     "evaluation.stability": ("Stability", "stability"),
     "evaluation.transfer": ("Transfer", "transfer"),
     "evaluation.compare": ("Comparison", "compare_methods"),

@@ -106,6 +106,7 @@ def _run(
     device: options.Device = None,
     batch_size: options.BatchSize = 32,
     out: options.Out = Path("out"),
+    roles: options.Roles = True,
     open_report: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser.")] = False,
 ) -> Action:
     asked = {name: value for name, value in locals().items() if name not in ("setting", "open_report")}
@@ -222,6 +223,8 @@ def _do_run(asked: dict[str, Any], open_report: bool) -> int:
         report = found.path.with_name(found.path.name.replace(".circuit.json", ".report.html"))
         write_report(report, found.circuit, found.document, str(found.path))
     _print_result(console, found.document)
+    if found.roles is not None:
+        _print_roles(console, found.roles)
     sidecar = found.document.integrity.sidecar
     for path in [found.path, *([found.path.with_name(sidecar.file)] if sidecar else []), report]:
         say(console, f"wrote {path}")
@@ -347,6 +350,19 @@ def _print_result(console: Console, document: Any) -> None:
     say(console, finding(document))
     console.print()
     console.print(result_table(document))
+    console.print()
+
+
+def _print_roles(console: Console, found: Any) -> None:
+    from mechinterp.tables import names_table
+
+    if found.roles:
+        console.print(names_table("role", {role["label"]: ", ".join(role["nodes"]) for role in found.roles.values()}))
+    say(console, f"{len(found.predictions)} predictions hold on held-out pairs")
+    for entry in found.failed:
+        say(console, f"left out, for it does not hold there: {entry.prediction!r} (got {entry.value:.4g})")
+    for note in found.notes:
+        say(console, f"note: {note}")
     console.print()
 
 

@@ -51,6 +51,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Of the pairs, random circuits an
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...  [default: float32]")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: cpu]")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pairs at a time; the result does not depend on it.")]
+Roles = Annotated[bool, typer.Option("--roles/--no-roles", help="Measure roles of heads and MLPs, as predictions.")]
 Out = Annotated[Path, typer.Option(file_okay=False, writable=True, help="Folder for the files.")]
 
 

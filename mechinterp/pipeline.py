@@ -17,6 +17,7 @@ from mechinterp.discovery.select import check_selection, select, sized, unit_cou
 from mechinterp.errors import InputError
 from mechinterp.evaluation.compare import MIB_SHARES, Comparison, compare_methods
 from mechinterp.evaluation.faithfulness import Evaluation, evaluate
+from mechinterp.evaluation.roles import MeasuredRoles, measured_roles
 from mechinterp.evaluation.sizes import TARGET, Curve, CurvePoint, size_curve, size_grid, smallest_faithful
 from mechinterp.files.circuit_file import save_circuit
 from mechinterp.files.records import task_record
@@ -38,6 +39,8 @@ from mechinterp.tasks.task import Task, load_task
 
 OWN_OPTIONS = ("replacement", "steps")
 """Parameters of methods that have an option of their own."""
+ROLE_EXAMPLES = 100
+"""Train and test pairs on which roles are measured."""
 NEURONS = 50
 """Neurons that become nodes when nobody says how many."""
 Progress = Callable[[str, int, int], None]
@@ -52,7 +55,7 @@ class RunSpec:
     train pairs reaches 0.9, or is the one that the method chose itself (`cd`). `settings` are further parameters of the
     method, as `name=value`. `level` is `edge`, `node`, or `neuron` (nodes, the `neurons` strongest neurons among them);
     `positions` are names with commas between, or `all`. A file of pairs is cut in two: `examples` for the discovery,
-    the next `test_examples` to test.
+    the next `test_examples` to test. `roles` are measured (see `measured_roles`) on `ROLE_EXAMPLES` of either.
     """
 
     task: str
@@ -78,6 +81,7 @@ class RunSpec:
     batch_size: int = 32
     replacement: str = "corrupt"
     settings: tuple[str, ...] = ()
+    roles: bool = True
     out: Path = Path("out")
 
 
@@ -94,6 +98,7 @@ class Discovery:
     test: Pairs
     path: Path
     document: CircuitFile
+    roles: MeasuredRoles | None = None
 
 
 def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
@@ -134,16 +139,24 @@ def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
         size = smallest_faithful(curve)
     circuit = select(graph, scores, **({} if size is None else sized(graph, size)), threshold=threshold, **how)
     evaluation = evaluate(model, circuit, test, seed=spec.seed, **measured, progress=partial(progress, "evaluation"))
+    roles = None
+    if spec.roles:
+        progress("roles", 0, 1)
+        examples = train[:ROLE_EXAMPLES], test[:ROLE_EXAMPLES]
+        roles = measured_roles(model, circuit, *examples, **measured)
+        progress("roles", 1, 1)
     document = save_circuit(
         path,
         circuit,
         model=model,
         task=task,
         result=evaluation,
+        predictions=roles.predictions if roles else (),
+        roles=roles.roles if roles else {},
         curve=Curve(curve, train, metric, spec.replacement, None if given else TARGET),
         command=command_of(spec),
     )
-    return Discovery(circuit, evaluation, curve, model, task, train, test, path, document)
+    return Discovery(circuit, evaluation, curve, model, task, train, test, path, document, roles)
 
 
 def compare(
@@ -263,6 +276,8 @@ def command_of(spec: RunSpec) -> str:
             words += [word for setting in spec.settings for word in ("--set", setting)]
         elif field.name == "test_examples" and value == spec.examples:
             continue  # what the command line takes by default
+        elif field.name == "roles":
+            words += [] if spec.roles else ["--no-roles"]
         elif field.name not in ("task", "out", "device") and value != field.default:
             words += [f"--{field.name.replace('_', '-')}", str(value)]
     return shlex.join(words)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.analysis.grid import Grid, numbered
-from mechinterp.analysis.positions import Position, position_sets
+from mechinterp.analysis.positions import Position, position_index, position_sets
 from mechinterp.analysis.weights import FOLDED, embedded, reading, unembedding, writing
 from mechinterp.errors import InputError, UnsupportedError
 from mechinterp.hooks import HookManager, Intervention
@@ -99,6 +100,62 @@ def attention_to(
     grid = pattern_scores(model, tokens, queries[:, :, None] & keys[:, None, :], mask=pairs.mask, batch_size=batch_size)
     about = {"query": str(query), "key": str(key), "prompt": prompt}
     return Grid(grid.values, grid.labels, "attention", "attention", about, grid.cost)
+
+
+def attention_between(
+    model: HookManager,
+    pairs: Pairs,
+    positions: Sequence[Position] | None = None,
+    *,
+    prompt: str = "clean",
+    batch_size: int | None = None,
+) -> Grid:
+    """A Grid (layer, head, query, key, example) of the attention, 0 to 1, between single positions.
+
+    `positions` are the task's names or numbers (default: all that the pairs name). Two positions may be one token.
+    Cost: one forward up to the last pattern for all of them; `attention_to` takes sets of tokens.
+
+    >>> import mechinterp as mi
+    >>> model = mi.load_model("bundled")
+    >>> pairs = mi.load_task("ioi").pairs(model, n=8, split="train", seed=0)
+    >>> both = attention_between(model, pairs, ["end", "IO"])
+    >>> both.axes, float(both.mean().at(layer=3, head=2, query="IO", key="end"))  # a causal model looks back only
+    (('layer', 'head', 'query', 'key', 'example'), 0.0)
+    """
+    if prompt not in ("clean", "corrupt"):
+        raise InputError(f"`prompt` is 'clean' or 'corrupt'; got {prompt!r}.")
+    named = list(pairs.positions) if positions is None else list(positions)
+    if not named or len({str(name) for name in named}) != len(named):
+        raise InputError(f"Give each position once, and at least one; got {named or 'none'}.")
+    pairs = pairs.to(model.device)
+    size = len(pairs) if batch_size is None else batch_size
+    if size < 1:
+        raise InputError(f"batch_size must be at least 1; got {batch_size}.")
+    dims, columns = model.dims, list[Tensor]()
+    for first in range(0, len(pairs), size):
+        chunk = pairs[first : first + size]
+        at = torch.stack([position_index(chunk, name) for name in named], 1)  # batch position
+        rows = torch.arange(len(chunk), device=model.device)[:, None, None]
+        found: list[Tensor] = []
+
+        def note(pattern: Tensor, at: Tensor = at, rows: Tensor = rows, found: list[Tensor] = found) -> Tensor:
+            found.append(pattern[rows, :, at[:, :, None], at[:, None, :]])  # batch query key head
+            return pattern
+
+        tokens = chunk.clean if prompt == "clean" else chunk.corrupt
+        edits = [Intervention(Site("pattern", layer), note) for layer in range(dims.n_layers)]
+        model.run(tokens, chunk.mask, interventions=edits, stop=Site("pattern", dims.n_layers - 1))
+        columns.append(rearrange(torch.stack(found), "layer batch query key head -> layer head query key batch"))
+    names = tuple(str(name) for name in named)
+    labels = {
+        "layer": numbered(dims.n_layers),
+        "head": numbered(dims.n_heads),
+        "query": names,
+        "key": names,
+        "example": numbered(len(pairs)),
+    }
+    values = torch.cat(columns, -1).to(torch.promote_types(model.dtype, torch.float32))
+    return Grid(values, labels, "attention", "attention", {"prompt": prompt}, {"forwards": 1.0})
 
 
 def pattern_scores(

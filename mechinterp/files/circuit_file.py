@@ -14,6 +14,8 @@ from torch import Tensor
 from mechinterp.circuit import Circuit, on_paths
 from mechinterp.errors import FormatError, InputError
 from mechinterp.evaluation.faithfulness import Evaluation
+from mechinterp.evaluation.measurements import Checked
+from mechinterp.evaluation.predictions import Prediction
 from mechinterp.evaluation.sizes import Curve
 from mechinterp.files.provenance import dims_of, dtype_name, model_record, provenance_of, tokenizer_record
 from mechinterp.files.records import (
@@ -63,16 +65,18 @@ def save_circuit(
     task: Task | AnyTaskRecord | None = None,
     result: Evaluation | Sequence[Evaluation] = (),
     curve: Curve | None = None,
+    predictions: Sequence[Checked] = (),
     command: str | None = None,
     **about: Any,
 ) -> CircuitFile:
     """Write `NAME.circuit.json` and, for a scored circuit, `NAME.scores.safetensors`; return what was written.
 
     `task` is what made the pairs (None: their token ids are kept). `result` are evaluations of this very circuit.
-    `curve` and `command` are recorded. `about` are the fields of `ABOUT`. Either both files are replaced or none.
+    `predictions` are what `check_predictions` found to hold. `curve` and `command` are recorded. `about` are the fields
+    of `ABOUT`. Either both files are replaced or none.
 
     Raises InputError when a result belongs to another circuit, the model to another graph, the pairs to another
-    task; and when the files cannot be written.
+    task; for a prediction that does not hold; and when the files cannot be written.
     """
     path = Path(path)
     name = sidecar_name(path)
@@ -118,6 +122,7 @@ def save_circuit(
         ),
         "evaluation": evaluations,
         "curve": None if curve is None else _curve_record(curve, examples),
+        "predictions": tuple(_prediction(entry, examples) for entry in predictions) or None,
         "pairs": examples.records,
         "provenance": provenance_of(model, command),
     }
@@ -262,6 +267,19 @@ def _curve_record(curve: Curve, examples: _Examples) -> CurveRecord:
     )
     name = examples.known("curve", curve.pairs)
     return CurveRecord(pairs=name, metric=curve.metric, replacement=curve.replacement, points=points)
+
+
+def _prediction(found: Checked, examples: _Examples) -> Prediction:
+    """The prediction with the numbers that were measured, at 6 significant digits."""
+    if not found.ok:
+        raise InputError(f"A file states predictions that hold; {found.prediction.name!r} does not: {found}.")
+    controls = tuple(
+        control.model_copy(update={"measured": six_digits(value)})
+        for control, value in zip(found.prediction.controls, found.controls, strict=True)
+    )
+    name = examples.name("predictions", found.pairs)
+    update = {"measured": six_digits(found.value), "controls": controls, "pairs": name}
+    return found.prediction.model_copy(update=update)
 
 
 def _size_rule(target: float, curve: Curve, examples: _Examples) -> SizeRule:

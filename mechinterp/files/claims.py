@@ -76,6 +76,10 @@ class Ledger:
         self.claims.append(Claim(name, ok, _short(expected), _short(got), "" if ok else limit))
         return ok
 
+    def holds(self, name: str, ok: bool, expected: str, got: str) -> None:
+        """Record whether what was measured is what was expected of it."""
+        self.claims.append(Claim(name, ok, expected, got))
+
     def failed(self, name: str, detail: str) -> None:
         """Record a claim that could not be shown to hold, with the reason."""
         self.claims.append(Claim(name, False, detail=detail))

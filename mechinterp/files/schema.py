@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from mechinterp.evaluation.predictions import ON_PAIRS, Prediction
 from mechinterp.files.schema_parts import (
     Citation,
     CurveRecord,
@@ -37,6 +38,7 @@ from mechinterp.jsontext import canonical_sha256
 from mechinterp.tasks.schema import Strict
 
 SCHEMA_VERSION = 1
+MAX_PREDICTIONS = 1000
 
 
 class CircuitFile(Strict):
@@ -68,6 +70,8 @@ class CircuitFile(Strict):
     selection: SelectionRecord
     evaluation: tuple[EvaluationRecord, ...] = ()
     curve: CurveRecord | None = None
+    predictions: Annotated[tuple[Prediction, ...], Field(max_length=MAX_PREDICTIONS)] | None = None
+    """What the file predicts, to be measured again; null: nothing."""
     provenance: Provenance
     integrity: Integrity
     extensions: dict[str, Any] = Field(default_factory=dict)
@@ -79,6 +83,15 @@ class CircuitFile(Strict):
         used += [self.discovery.pairs] if self.discovery else []
         used += [self.curve.pairs] if self.curve else []
         used += [self.selection.size.pairs] if self.selection.size else []
+        predictions = self.predictions or ()
+        used += [prediction.pairs for prediction in predictions]
+        if len({prediction.name for prediction in predictions}) != len(predictions):
+            raise ValueError("two predictions have the same name")
+        for prediction in predictions:
+            if isinstance(prediction.measure, ON_PAIRS) != (prediction.pairs is not None):
+                raise ValueError(
+                    f"prediction {prediction.name!r}: a measurement on examples names its pairs, others none"
+                )
         for name in used:
             if name is not None and name not in self.pairs:
                 raise ValueError(f"pairs {name!r} are used but not described under `pairs`")

@@ -19,6 +19,7 @@ from mechinterp.evaluation.faithfulness import ablation_of, evaluate
 from mechinterp.evaluation.sizes import CurvePoint, size_curve, smallest_faithful
 from mechinterp.files.circuit_file import stated_circuit, stated_graph, stated_scores
 from mechinterp.files.claims import Ledger, Verification
+from mechinterp.files.predicted import check_stated_predictions
 from mechinterp.files.provenance import model_record, tokenizer_record, versions
 from mechinterp.files.published import check_published
 from mechinterp.files.records import (
@@ -65,8 +66,9 @@ def verify(
 
     The model is loaded as the file states, or is `model` (needed when it was in memory then: anything that
     `load_model` takes). The evaluation is run again on the circuit in the file; a number holds when it is within the
-    file's tolerance, or within `tolerance` (relative, a tenth of it absolute). `rescore=True` runs the discovery
-    again too and compares all scores. Other library versions are notes, not failures.
+    file's tolerance, or within `tolerance` (relative, a tenth of it absolute). Predictions are measured again: each
+    must hold, and no negative control may show it. `rescore=True` runs the discovery again too and compares all scores.
+    Other library versions are notes, not failures.
 
     Raises FormatError when the file is not a circuit file at all; ModelNotAvailable when all claims hold that need no
     model and the model cannot be had: the hub is out of reach, or a published circuit's model must be given.
@@ -96,6 +98,9 @@ def verify(
             _rescore(document, loaded, scores, pairs, limit, batch_size, progress, ledger)
     elif document.evaluation:
         ledger.failed("evaluation", "not run: it needs the model and the circuit that the file states")
+    if loaded is not None and document.predictions:
+        progress("predictions", 0, 1)
+        check_stated_predictions(document, loaded, pairs, limit, batch_size, ledger)
     _note_versions(document, ledger)
     return Verification(opened.path, tuple(ledger.claims), tuple(ledger.notes))
 

@@ -1,0 +1,196 @@
+"""What a prediction measures, measured: `check_predictions` runs many of them on the same pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+
+from mechinterp.analysis.activation_patching import activation_patching
+from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution
+from mechinterp.analysis.grid import Grid
+from mechinterp.analysis.head_detectors import attention_to, copying_scores, head_scores
+from mechinterp.errors import InputError
+from mechinterp.evaluation.masks import mask_values
+from mechinterp.evaluation.predictions import (
+    ON_PAIRS,
+    Attention,
+    Copying,
+    Detector,
+    DirectEffect,
+    EdgesCut,
+    Measure,
+    PartsReplaced,
+    Prediction,
+)
+from mechinterp.graph import build_graph
+from mechinterp.hooks import HookManager
+from mechinterp.metrics import get_metric
+from mechinterp.registry import unknown
+from mechinterp.sites import Node
+from mechinterp.tasks.pairs import Pairs
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A prediction, what was measured for it and for its controls, on which pairs."""
+
+    prediction: Prediction
+    value: float
+    controls: tuple[float, ...]
+    n_examples: int | None
+    """How many examples the mean is over; None where no pairs are needed."""
+    pairs: Pairs | None = field(default=None, repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the prediction holds and no control shows it too."""
+        return self.prediction.holds(self.value) and all(map(self.prediction.refuted, self.controls))
+
+    def __str__(self) -> str:
+        shown = [
+            f"{control.measure} {value:.4g}"
+            for control, value in zip(self.prediction.controls, self.controls, strict=True)
+        ]
+        against = f"; controls: {', '.join(shown)}" if shown else "; no negative control"
+        return f"{'holds' if self.ok else 'FAILS'}: {self.prediction!r}: {self.value:.4g}{against}"
+
+
+def check_predictions(
+    model: HookManager, predictions: Sequence[Prediction], pairs: Pairs | None = None, *, batch_size: int = 32
+) -> tuple[Checked, ...]:
+    """What every prediction and its controls measure on the pairs; `predictions_frame` makes a table of it.
+
+    A number is a mean over the examples. Cost: at most one forward up to the last pattern
+    for each pair of positions and prompt, one forward for all direct effects, for every set of replaced parts what
+    `activation_patching` needs, for every set of edges one patched forward.
+
+    Raises InputError for two predictions of one name, for names that the model or the pairs do not have, and where
+    pairs are needed and not given.
+    """
+    names = [prediction.name for prediction in predictions]
+    if len(set(names)) != len(names):
+        raise InputError(f"Two predictions are named {next(n for n in names if names.count(n) > 1)!r}; name each once.")
+    wanted = [entry for p in predictions for entry in (p.measure, *(control.measure for control in p.controls))]
+    found = measure_all(model, wanted, pairs, batch_size=batch_size)
+    return tuple(
+        Checked(
+            p,
+            found[p.measure],
+            tuple(found[control.measure] for control in p.controls),
+            len(pairs) if pairs is not None and isinstance(p.measure, ON_PAIRS) else None,
+            pairs if isinstance(p.measure, ON_PAIRS) else None,
+        )
+        for p in predictions
+    )
+
+
+def predictions_frame(checked: Sequence[Checked]) -> pd.DataFrame:
+    """One row a prediction and one a control: what is measured, what was predicted, what came out, whether it holds."""
+    rows: list[dict[str, object]] = []
+    for found in checked:
+        p = found.prediction
+        opposite = "<" if p.relation == ">=" else ">"
+        rows.append(
+            _row(p.name, "prediction", p.measure, f"{p.relation} {p.value:g}", found.value, p.holds(found.value))
+        )
+        for control, value in zip(p.controls, found.controls, strict=True):
+            rows.append(_row(p.name, "control", control.measure, f"{opposite} {p.value:g}", value, p.refuted(value)))
+    return pd.DataFrame(rows)
+
+
+def _row(name: str, what: str, measure: Measure, expected: str, got: float, ok: bool) -> dict[str, object]:
+    return {"name": name, "what": what, "measure": str(measure), "expected": expected, "measured": got, "holds": ok}
+
+
+def measure_all(
+    model: HookManager, measures: Sequence[Measure], pairs: Pairs | None = None, *, batch_size: int = 32
+) -> dict[Measure, float]:
+    """The number of every measure; those that one run gives are taken from one run. Raises as `check_predictions`."""
+    found: dict[Measure, float] = {}
+    for kind, run in _RUNS.items():
+        several = list(dict.fromkeys(measure for measure in measures if isinstance(measure, kind)))
+        if several and kind in ON_PAIRS and pairs is None:
+            raise InputError(f"To measure that {several[0]} ... needs pairs; give them.")
+        if several:
+            values = run(model, several, pairs, batch_size)
+            found |= dict(zip(several, values, strict=True))
+    return found
+
+
+def _replaced(model: HookManager, wanted: Sequence[PartsReplaced], pairs: Pairs, batch_size: int) -> list[float]:
+    values: dict[PartsReplaced, float] = {}
+    for how in dict.fromkeys((one.metric, one.replacement) for one in wanted):
+        alike = [one for one in wanted if (one.metric, one.replacement) == how]
+        metric, kind = how
+        effects = activation_patching(
+            model,
+            pairs,
+            [one.parts for one in alike],
+            metric=metric,
+            replacement="pair" if kind == "corrupt" else kind,
+            batch_size=batch_size,
+        )
+        values |= dict(zip(alike, effects.mean().values[:, 0].tolist(), strict=True))
+    return [values[one] for one in wanted]
+
+
+def _cut(model: HookManager, wanted: Sequence[EdgesCut], pairs: Pairs, batch_size: int) -> list[float]:
+    graph, values = build_graph(model), dict[EdgesCut, float]()
+    for how in dict.fromkeys((one.metric, one.replacement) for one in wanted):
+        alike = [one for one in wanted if (one.metric, one.replacement) == how]
+        metric, kind = how
+        masks = [torch.zeros_like(graph.possible), *(graph.mask_of(one.edges) for one in alike)]
+        rows = mask_values(model, graph, pairs, masks, metric=metric, replacement=kind, batch_size=batch_size)
+        full, *cut = rows.mean(0).tolist()
+        values |= {one: get_metric(metric).direction * (full - left) for one, left in zip(alike, cut, strict=True)}
+    return [values[one] for one in wanted]
+
+
+def _attention(model: HookManager, wanted: Sequence[Attention], pairs: Pairs, batch_size: int) -> list[float]:
+    grids: dict[tuple[object, ...], Grid] = {}
+    for one in wanted:
+        key = (one.query, one.key, one.prompt)
+        if key not in grids:
+            grids[key] = attention_to(model, pairs, one.query, one.key, prompt=one.prompt, batch_size=batch_size).mean()
+    return [_of_head(grids[one.query, one.key, one.prompt], one.head) for one in wanted]
+
+
+def _direct(model: HookManager, wanted: Sequence[DirectEffect], pairs: Pairs, batch_size: int) -> list[float]:
+    parts = direct_logit_attribution(model, pairs, batch_size=batch_size).mean()
+    return [float(parts.at(node=one.node)) for one in wanted]
+
+
+def _detected(model: HookManager, wanted: Sequence[Detector], pairs: Pairs | None, batch_size: int) -> list[float]:
+    grids: dict[tuple[object, ...], Grid] = {}
+    for one in wanted:
+        key = (one.pattern, one.n, one.length, one.seed)
+        if key not in grids:
+            made = head_scores(model, one.pattern, n=one.n, length=one.length, seed=one.seed, batch_size=batch_size)
+            grids[key] = made.mean()
+    return [_of_head(grids[one.pattern, one.n, one.length, one.seed], one.head) for one in wanted]
+
+
+def _copied(model: HookManager, wanted: Sequence[Copying], pairs: Pairs | None, batch_size: int) -> list[float]:
+    grid = copying_scores(model)
+    return [_of_head(grid, one.head) for one in wanted]
+
+
+def _of_head(grid: Grid, head: str) -> float:
+    node = Node.parse(head)
+    if str(node.layer) not in grid.labels["layer"] or str(node.head) not in grid.labels["head"]:
+        heads = [f"a{layer}.h{unit}" for layer in grid.labels["layer"] for unit in grid.labels["head"]]
+        raise unknown("head", head, heads)
+    return float(grid.at(layer=node.layer, head=node.head))
+
+
+_RUNS: dict[type, Callable[..., list[float]]] = {
+    PartsReplaced: _replaced,
+    EdgesCut: _cut,
+    Attention: _attention,
+    DirectEffect: _direct,
+    Detector: _detected,
+    Copying: _copied,
+}
