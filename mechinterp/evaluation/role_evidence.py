@@ -18,6 +18,7 @@ from mechinterp.hooks import HookManager
 from mechinterp.sites import Node, split_position
 from mechinterp.tasks.pairs import Pairs
 
+DETECTOR_LENGTH = 25
 Values = Mapping[str, float]
 """A number per node."""
 
@@ -40,6 +41,8 @@ class Evidence:
     """|logit difference on clean less on corrupt prompts|."""
     detectors: dict[str, Values] = field(default_factory=dict[str, Values])
     """Per kind of detector, of all heads."""
+    detector_length: int = DETECTOR_LENGTH
+    """Of the random tokens that are said twice: fewer where the context or the vocabulary is small."""
     attention: dict[tuple[str, str], Values] = field(default_factory=dict[tuple[str, str], Values])
     """Per query and earlier key, of all heads."""
     notes: list[str] = field(default_factory=list[str])
@@ -85,6 +88,8 @@ def measure_evidence(model: HookManager, circuit: Circuit, pairs: Pairs, batch_s
         names.setdefault(split_position(name)[0], []).append(name)
     found = Evidence((*heads, *(f"m{layer}" for layer in range(dims.n_layers) if dims.has_mlp)), names)
 
+    found.detector_length = min(DETECTOR_LENGTH, (dims.n_ctx - 1) // 2, dims.d_vocab // 2)
+
     def of_heads(values: Tensor) -> Values:
         return dict(zip(heads, values.flatten().tolist(), strict=True))
 
@@ -95,7 +100,8 @@ def measure_evidence(model: HookManager, circuit: Circuit, pairs: Pairs, batch_s
         found.notes.append(f"Direct effects were not measured: {error}")
     try:
         for kind in TARGETS:
-            found.detectors[kind] = of_heads(head_scores(model, kind, batch_size=batch_size).mean().values)
+            scores = head_scores(model, kind, length=found.detector_length, batch_size=batch_size)
+            found.detectors[kind] = of_heads(scores.mean().values)
     except (InputError, UnsupportedError) as error:
         found.notes.append(f"Detectors were not measured: {error}")
     try:

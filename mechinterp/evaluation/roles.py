@@ -174,7 +174,16 @@ def _candidates(found: Evidence, limits: RoleLimits, answers: str | None) -> lis
     for kind, values in found.detectors.items():
         name = kind.replace("_", " ")
         described = f"On random tokens said twice: {name} score of at least {limits.detector:g}."
-        roles.append(_Role(kind, f"{name} heads", described, partial(_detector, kind), values, limits.detector))
+        roles.append(
+            _Role(
+                kind,
+                f"{name} heads",
+                described,
+                partial(_detector, kind, found.detector_length),
+                values,
+                limits.detector,
+            )
+        )
     strongest = {head: found.strongest(head) for head in found.heads}
     for (query, key), values in found.attention.items():
         described = f"Attends from {query} to {key} with at least {limits.attention:g} (mean over the clean prompts)."
@@ -189,8 +198,8 @@ def _direct(node: str) -> Measure:
     return DirectEffect(node=node)
 
 
-def _detector(kind: str, node: str) -> Measure:
-    return Detector.model_validate({"head": node, "pattern": kind, "seed": CONTROL_SEED})
+def _detector(kind: str, length: int, node: str) -> Measure:
+    return Detector.model_validate({"head": node, "pattern": kind, "length": length, "seed": CONTROL_SEED})
 
 
 def _attention(query: str, key: str, node: str) -> Measure:
