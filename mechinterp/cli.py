@@ -294,7 +294,7 @@ def _do_eval(asked: dict[str, Any]) -> int:
 
 def _do_show(file: str, top: int) -> int:
     from mechinterp.files.store import check_hashes, open_circuit_file
-    from mechinterp.tables import edges_table, nodes_table
+    from mechinterp.tables import edges_table, nodes_table, predictions_table
 
     opened = open_circuit_file(find_file(file))
     check_hashes(opened)
@@ -303,6 +303,9 @@ def _do_show(file: str, top: int) -> int:
     n_nodes, n_edges = len(opened.document.nodes), len(opened.document.edges)
     for table in (nodes_table(opened.document, top), edges_table(opened.document, top)):
         console.print(table)
+        console.print()
+    if opened.document.predictions:
+        console.print(predictions_table(opened.document))
         console.print()
     if top < max(n_nodes, n_edges):
         say(console, f"the first {top} of {n_nodes} nodes and {n_edges} edges; --top {max(n_nodes, n_edges)} shows all")

@@ -23,6 +23,8 @@ STAGES = {
     "scores": "score the edges",
     "curve": "faithfulness by size",
     "evaluation": "evaluate on held-out pairs",
+    "roles": "measure roles",
+    "predictions": "measure predictions",
     "saving": "write the files",
     "file": "read the file",
     "rescore": "score the edges again",

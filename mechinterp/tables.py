@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mechinterp.files.claims import Verification
 from mechinterp.files.schema import CircuitFile, EvaluationRecord
-from mechinterp.files.summary import ranked_edges, ranked_nodes
+from mechinterp.files.summary import ranked_edges, ranked_nodes, stated_predictions
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -87,6 +87,15 @@ def edges_table(document: CircuitFile, most: int) -> Table:
     table = _table("edge", "score")
     for edge in edges[:most]:
         table.add_row(edge.name, _score(edge.score))
+    return table
+
+
+def predictions_table(document: CircuitFile) -> Table:
+    """What a circuit file predicts, what was measured, and its negative controls."""
+    table = _table("prediction", "measured", "negative controls")
+    table.columns[2].justify = "left"
+    for row in stated_predictions(document):
+        table.add_row(*map(plain, row))
     return table
 
 

@@ -45,7 +45,7 @@ def spec(folder: Path, tmp_path: Path) -> RunSpec:
 def test_a_run_writes_what_it_returns(spec: RunSpec) -> None:
     stages: list[str] = []
     made = discover(spec, lambda stage, done, total: stages.append(stage))
-    assert list(dict.fromkeys(stages)) == ["model", "scores", "curve", "evaluation"]
+    assert list(dict.fromkeys(stages)) == ["model", "scores", "curve", "evaluation", "roles"]
     assert made.path == spec.out / "ioi-small-eap-ig.circuit.json"
     assert sorted(p.name for p in spec.out.iterdir()) == [made.path.name, "ioi-small-eap-ig.scores.safetensors"]
     loaded = mi.load_circuit(made.path)

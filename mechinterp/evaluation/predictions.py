@@ -173,7 +173,7 @@ class Prediction(Strict):
         return self
 
     def __repr__(self) -> str:
-        return f"{self.measure} {self.relation} {self.value:g}"
+        return f"{self.measure} {self.relation} {self.value:.4g}"
 
     def holds(self, got: float) -> bool:
         """Whether a measured number is on the predicted side; never for NaN."""

@@ -101,3 +101,21 @@ def _heads_of(reader: Node, group: int) -> tuple[Node, ...]:
 def _order(name: str) -> tuple[bool, int, bool, int]:
     node = node_of(name)
     return (node.kind == "logits", node.layer, node.kind == "mlp", node.head)
+
+
+def stated_predictions(document: CircuitFile) -> list[tuple[str, str, str]]:
+    """Per prediction: what is predicted, what was measured, and what its negative controls measured."""
+    rows: list[tuple[str, str, str]] = []
+    for stated in document.predictions or ():
+        side = "<" if stated.relation == ">=" else ">"
+        controls = [
+            f"{control.measure} {side} {stated.value:.4g}" + _measured(control.measured, ": ")
+            for control in stated.controls
+        ]
+        said = f"{stated.statement} ({stated!r})" if stated.statement else f"{stated!r}"
+        rows.append((said, _measured(stated.measured), "; ".join(controls) or "none"))
+    return rows
+
+
+def _measured(value: float | None, before: str = "") -> str:
+    return "" if value is None else f"{before}{value:.4g}"
