@@ -141,10 +141,8 @@ def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
     evaluation = evaluate(model, circuit, test, seed=spec.seed, **measured, progress=partial(progress, "evaluation"))
     roles = None
     if spec.roles:
-        progress("roles", 0, 1)
         examples = train[:ROLE_EXAMPLES], test[:ROLE_EXAMPLES]
-        roles = measured_roles(model, circuit, *examples, **measured)
-        progress("roles", 1, 1)
+        roles = measured_roles(model, circuit, *examples, **measured, progress=partial(progress, "roles"))
     document = save_circuit(
         path,
         circuit,

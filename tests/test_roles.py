@@ -108,7 +108,17 @@ def test_every_shape(shape: str, tmp_path: Path) -> None:
     train, test = (tiny.pairs(6, seed=seed, positions={"a": torch.ones(6).long()}) for seed in (0, 1))
     limits = mi.RoleLimits(direct=0.02, detector=0.05, attention=0.1, matters=0.0, effect=0.0)
     circuit = whole(mi.build_graph(model))
-    found = mi.measured_roles(model, circuit, train, test, limits=limits, batch_size=4)
+    told: list[tuple[int, int]] = []
+    found = mi.measured_roles(
+        model,
+        circuit,
+        train,
+        test,
+        limits=limits,
+        batch_size=4,
+        progress=lambda done, total: told.append((done, total)),
+    )
+    assert told == sorted(told) and told[-1][0] == told[-1][1]
     again = mi.measured_roles(model, circuit, train, test, limits=limits, batch_size=6)
     assert by_role(found) == by_role(again)
     path = tmp_path / "x.circuit.json"

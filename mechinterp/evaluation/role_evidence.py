@@ -13,6 +13,7 @@ from mechinterp.analysis.activation_patching import activation_patching
 from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution
 from mechinterp.analysis.head_detectors import TARGETS, attention_between, head_scores
 from mechinterp.circuit import Circuit
+from mechinterp.discovery.method import Progress, no_progress
 from mechinterp.errors import InputError, UnsupportedError
 from mechinterp.hooks import HookManager
 from mechinterp.sites import Node, split_position
@@ -77,7 +78,9 @@ class Evidence:
         return pd.DataFrame(rows)
 
 
-def measure_evidence(model: HookManager, circuit: Circuit, pairs: Pairs, batch_size: int) -> Evidence:
+def measure_evidence(
+    model: HookManager, circuit: Circuit, pairs: Pairs, batch_size: int, progress: Progress = no_progress
+) -> Evidence:
     """The evidence on these pairs. Cost: three forwards, one patched run per head and MLP of the circuit; detectors
     have tokens of their own.
     """
@@ -94,7 +97,7 @@ def measure_evidence(model: HookManager, circuit: Circuit, pairs: Pairs, batch_s
         return dict(zip(heads, values.flatten().tolist(), strict=True))
 
     try:
-        _measure_effects(found, model, pairs, batch_size)
+        _measure_effects(found, model, pairs, batch_size, progress)
     except (InputError, UnsupportedError) as error:
         found.direct, found.effects = {}, {}
         found.notes.append(f"Direct effects were not measured: {error}")
@@ -113,13 +116,20 @@ def measure_evidence(model: HookManager, circuit: Circuit, pairs: Pairs, batch_s
     return found
 
 
-def _measure_effects(found: Evidence, model: HookManager, pairs: Pairs, batch_size: int) -> None:
+def _measure_effects(found: Evidence, model: HookManager, pairs: Pairs, batch_size: int, progress: Progress) -> None:
     parts = direct_logit_attribution(model, pairs, batch_size=batch_size).mean()
     found.direct = {node: float(parts.at(node=node)) for node in found.nodes}
     found.logit_diff = float(parts.values.sum())
     own = [node for node in found.nodes if node in found.names]
     if own:
-        effects = activation_patching(model, pairs, own, batch_size=batch_size)
+        n_batches, finished = -(-len(pairs) // batch_size), 0
+
+        def count(done: int, total: int) -> None:
+            nonlocal finished
+            progress(finished * total + done, n_batches * total)
+            finished += done == total
+
+        effects = activation_patching(model, pairs, own, batch_size=batch_size, progress=count)
         found.effects = dict(zip(own, effects.mean().values[:, 0].tolist(), strict=True))
         found.span = abs(float(effects.about["clean_value"]) - float(effects.about["corrupt_value"]))
 

@@ -24,6 +24,7 @@ import pandas as pd
 
 from mechinterp.analysis.activation_patching import activation_patching
 from mechinterp.circuit import Circuit
+from mechinterp.discovery.method import Progress, no_progress
 from mechinterp.evaluation.measurements import Checked, check_predictions
 from mechinterp.evaluation.predictions import (
     Attention,
@@ -113,6 +114,7 @@ def measured_roles(
     replacement: str = "corrupt",
     limits: RoleLimits | None = None,
     batch_size: int = 32,
+    progress: Progress = no_progress,
 ) -> MeasuredRoles:
     """The roles of the circuit's heads and MLPs, given on `train`, with predictions that hold on `test`.
 
@@ -126,7 +128,7 @@ def measured_roles(
     order are ours.
     """
     limits = limits or RoleLimits()
-    found = measure_evidence(model, circuit, train, batch_size)
+    found = measure_evidence(model, circuit, train, batch_size, progress)
     roles = _candidates(found, limits, circuit.graph.answers or None)
     members: dict[str, list[str]] = {}
     for node, names in ((node, found.names[node]) for node in found.nodes if node in found.names):
