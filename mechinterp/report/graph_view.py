@@ -57,6 +57,7 @@ def graph_view(circuit: Circuit, document: CircuitFile) -> dict[str, Any]:
         "kinds": {kind: [group.label, group.colour] for kind, group in KINDS.items()},
         "scored": circuit.scores is not None,
         "level": circuit.graph.level,
+        "answers": circuit.graph.answers,
         "about": about,
     }
 

@@ -49,7 +49,7 @@ class Panel {
     const total = this.graph.level === "node" ? scores[0] : scores.reduce((sum, score) => sum + score, 0);
     const rows = [["role", role ? role.label : `none stated (${node.what})`]];
     if (this.graph.scored && scores.length) rows.push([this.graph.level === "node" ? "score" : "score, its edges summed", number(total)]);
-    rows.push(["edges", `${into.length} in, ${leaving.size} out`]);
+    rows.push(this.graph.level === "node" ? ["neighbours", `${into.length} in, ${out.length} out`] : ["edges", `${into.length} in, ${leaving.size} out`]);
     const direct = this.details.direct[node.bare];
     if (direct !== undefined) rows.push(["direct effect", `${signed(direct)} logits (mean of ${this.details.n_direct})`]);
     this.show(
@@ -78,11 +78,13 @@ class Panel {
     });
     const words = prompt.tokens.map((token, k) => element("span", k === prompt.answer_pos ? { class: "answer", title: "answer position" } : {}, token.replace(/^␣/, "")));
     const answers = [prompt.right.length ? `right: ${prompt.right.join(", ")}` : "", prompt.wrong.length ? `wrong: ${prompt.wrong.join(", ")}` : ""];
-    const at = node.position ? ` The pattern is of the whole head${node.position === "end" ? "" : `, and the tokens are what it writes at the answer position, not at ${node.position}`}.` : "";
+    const notes = [...answers.filter(Boolean)];
+    if (node.position && pattern) notes.push("the pattern is of the whole head, at every position");
+    if (node.position && node.position !== this.graph.answers) notes.push(`what it writes is shown at the answer position, not at ${node.position}`);
     return [
       element("p", { class: "prompt" }, choose),
       element("p", { class: "prompt" }, ...words),
-      element("p", { class: "note" }, answers.filter(Boolean).join("; ") + (at && `.${at}`)),
+      element("p", { class: "note" }, notes.join("; ")),
       ...(pattern ? patternOf(pattern, prompt, node.bare) : []),
       ...(written ? writtenOf(written) : []),
     ];

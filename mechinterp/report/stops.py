@@ -7,6 +7,7 @@ file states is an error of the file, and then there is no slider.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -52,16 +53,18 @@ def stops_of(circuit: Circuit, document: CircuitFile) -> tuple[tuple[Stop, ...],
         return (), "There is no slider: each size would be an integer program of its own."
     points = sorted({(p.n_selected, p.n_edges, p.faithfulness) for p in curve.points})
     drawn = [point for point in points if point[1] <= MAX_EDGES and point[0] <= MAX_SELECTED][:MAX_STOPS]
+    if not drawn:
+        return (), f"There is no slider: all sizes of the curve have more edges than can be drawn ({MAX_EDGES:,})."
     found: list[Stop] = []
     for n_selected, n_edges, faithfulness in drawn:
-        how = {"rule": rule, "by": str(parameters.get("by", "magnitude"))}
+        how: dict[str, Any] = {"rule": rule, "by": str(parameters.get("by", "magnitude"))}
         try:
             kept = select(
                 graph, scores, **sized(graph, n_selected), **how, ratio=None if ratio is None else float(ratio)
             ).kept
         except EmptyCircuit:
             kept = torch.zeros_like(graph.possible)
-        except InputError as error:
+        except (InputError, ValueError) as error:  # ValueError: a ratio that is no number
             return (), f"There is no slider: the rule of the file gives no circuit of size {n_selected} ({error})"
         if int(kept.sum()) != n_edges:
             return (), (
@@ -74,4 +77,5 @@ def stops_of(circuit: Circuit, document: CircuitFile) -> tuple[tuple[Stop, ...],
     if not any(torch.equal(stop.kept, circuit.kept) for stop in found):
         found.append(Stop(circuit.n_selected, circuit.kept, None))
     found.sort(key=lambda stop: (int(stop.kept.sum()), stop.n_selected))
-    return tuple(found), "Every stop shows the edges that the rule selects at that size, as they were measured." + more
+    about = "Every stop of the slider is a size that was measured, with the edges that the rule selects there."
+    return tuple(found), about + more

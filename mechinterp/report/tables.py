@@ -52,9 +52,14 @@ def nodes_part(document: CircuitFile) -> str:
         score = ("" if node.score is None else f"{node.score:.4g}",) if scored else ()
         rows.append((node.name, *((node.role,) if role else ()), str(node.n_in), str(node.n_out), *score))
     first = 1 + len(role)
-    return f"<h2>Nodes</h2>{_folded(head, rows, range(first, len(head)), 'nodes')}" + (
-        '<p class="note">Only edges of the circuit count here.</p>'
-    )
+    note = "Only edges of the circuit count here."
+    if document.graph.positions:
+        note += (
+            " A key or value counts for its head at the key's own position; the graph draws it to wherever the head "
+            "writes."
+        )
+    table = _folded(head, rows, range(first, len(head)), "nodes")
+    return f'<h2>Nodes</h2>{table}<p class="note">{note}</p>'
 
 
 def _folded(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int], things: str) -> str:
@@ -134,6 +139,10 @@ def provenance_section(document: CircuitFile) -> str:
     rows += [("command", document.provenance.command)] if document.provenance.command else []
     rows.append(("made", f"{document.created_utc or 'at an unknown time'}, on {document.provenance.device}"))
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in document.provenance.versions.items())))
+    cited = document.citation
+    if cited is not None:
+        parts = (", ".join(cited.authors), cited.title, cited.arxiv and f"arXiv {cited.arxiv}", cited.doi, cited.url)
+        rows.append(("source", ". ".join(part for part in parts if part)))
     rows.append(("circuit sha256 (for citing)", document.integrity.circuit_sha256))
     return f"<h2>Provenance</h2>{_table(None, rows)}"
 
