@@ -134,6 +134,7 @@ if TYPE_CHECKING:
     from mechinterp.plots.text import text_page as text_page
     from mechinterp.reevaluation import Reevaluation as Reevaluation
     from mechinterp.reevaluation import reevaluate as reevaluate
+    from mechinterp.report.view import write_page as write_page
     from mechinterp.scores import Scores as Scores
     from mechinterp.sites import Edge as Edge
     from mechinterp.sites import Node as Node
@@ -206,6 +207,7 @@ _HOMES = {
     "hooks": ("HookManager", "Intervention", "Run", "load_model"),
     "metrics": ("METRICS", "Metric", "get_metric", "metric_names", "register_metric"),
     "pipeline": ("Discovery", "RunSpec", "discover"),
+    "report.view": ("write_page",),
     "scores": ("Scores",),
     "sites": ("Edge", "Node", "Site"),
     "tasks.files": ("load_pairs",),

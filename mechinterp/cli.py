@@ -17,8 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mechinterp import options
-from mechinterp.cli_exchange import commands
+from mechinterp import cli_exchange, cli_view, options
 from mechinterp.errors import InputError, MechInterpError, ModelNotAvailable
 from mechinterp.listing import (
     COMPARE_HELP,
@@ -204,7 +203,7 @@ def _list() -> Action:
     return _do_list
 
 
-app.registered_commands += commands.registered_commands
+app.registered_commands += cli_exchange.commands.registered_commands + cli_view.commands.registered_commands
 
 
 def _do_run(asked: dict[str, Any], open_report: bool) -> int:
@@ -215,22 +214,26 @@ def _do_run(asked: dict[str, Any], open_report: bool) -> int:
     console = Terminal()
     with stages(Console(stderr=True)) as progress:
         from mechinterp.pipeline import RunSpec, discover
+        from mechinterp.report.node_details import node_details
         from mechinterp.report.page import write_report
 
         quiet_libraries()
         found = discover(RunSpec(**asked), progress)
         progress("report", 0, 1)
         report = found.path.with_name(found.path.name.replace(".circuit.json", ".report.html"))
-        write_report(report, found.circuit, found.document, str(found.path))
+        details = node_details(found.model, found.circuit, found.test, found.document.evaluation[0].pairs)
+        write_report(report, found.circuit, found.document, str(found.path), details)
     _print_result(console, found.document)
     if found.roles is not None:
         _print_roles(console, found.roles)
+    for note in details.notes:
+        say(console, f"note: {note}")
     sidecar = found.document.integrity.sidecar
     for path in [found.path, *([found.path.with_name(sidecar.file)] if sidecar else []), report]:
         say(console, f"wrote {path}")
     say(console, f"next: {verify_command(str(found.path))}")
     if open_report:
-        typer.launch(report.resolve().as_uri())
+        cli_view.open_in_browser(report)
     return OK
 
 

@@ -57,6 +57,7 @@ HELP = f"""Find the circuit of a task in a transformer, write it to a file, and 
   discover-circuit eval FILE --task other   how well does it do on that task?
   discover-circuit verify FILE              run the file again: does every claim hold?
   discover-circuit show FILE                its heads and edges
+  discover-circuit view FILE                its page in the browser
   discover-circuit validate|cite FILE       its form and hashes; BibTeX
   discover-circuit export|import FILE       other tools' formats
   discover-circuit list                     tasks, methods, models, stored circuits
@@ -104,6 +105,17 @@ Scores are left out, because no file says which sign they have; from Python they
 
 \b
   discover-circuit import graph.json --format eap-ig-json --model gpt2 --out mine.circuit.json
+
+{EXIT_CODES}
+"""
+VIEW_HELP = f"""Write the page of a circuit file and open it: its graph, sizes, patterns and tokens.
+
+FILE is a .circuit.json, or the name of a stored circuit (see `discover-circuit list`). The page is one file that needs
+no network. Attention patterns need the model; where it is not available they are left out, and the page says so.
+
+\b
+  discover-circuit view out/ioi-bundled-eap-ig.circuit.json
+  discover-circuit view ioi-wang2022-heads --out ioi.html --no-open
 
 {EXIT_CODES}
 """

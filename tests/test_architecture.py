@@ -35,7 +35,7 @@ LAYERS = (
     ("report", "formats", "progress"),
     ("pipeline", "reevaluation", "exchange"),
     ("options", "stored", "terminal"),
-    ("cli_exchange",),
+    ("cli_exchange", "cli_view"),
     ("cli",),
     ("__init__", "__main__"),  # the public names: import everything, and are imported by nothing here
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 from html.parser import HTMLParser
@@ -11,9 +13,11 @@ from typing import Any
 import pytest
 
 from mechinterp.circuit import Circuit
+from mechinterp.discovery.select import select
 from mechinterp.files.summary import finding, ranked_edges, ranked_nodes
+from mechinterp.plots.layered import POINTS_PER_ROW, draw_layered
 from mechinterp.report.page import render_report, write_report
-from tests.toy_circuits import toy_circuit, toy_document
+from tests.toy_circuits import curve_of, scores_of, toy_circuit, toy_document
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -49,9 +53,17 @@ class Page(HTMLParser):
     def text(self) -> str:
         return " ".join(" ".join(self.words).split())
 
-    def figure(self, name: str) -> Any:
-        (text,) = (text for attributes, text in self.scripts if attributes.get("data-figure") == f"figure-{name}")
+    @property
+    def data(self) -> Any:
+        (text,) = (text for attributes, text in self.scripts if attributes.get("type") == "application/json")
         return json.loads(text)
+
+    def lines(self, stop: Any) -> list[tuple[str, str, str]]:
+        """(writer, reader, name) of every line that a stop of the slider draws."""
+        graph = self.data["graph"]
+        nodes = [node["name"] for node in graph["nodes"]]
+        chosen = [graph["edges"][i] for first, last in stop["edges"] for i in range(first, last + 1)]
+        return [(nodes[writer], nodes[reader], name) for writer, reader, _, name, _ in chosen]
 
 
 @pytest.fixture(scope="module")
@@ -71,35 +83,97 @@ def test_the_title_is_the_finding(circuit: Circuit) -> None:
     assert words in page.text
 
 
-def test_the_page_is_whole_and_small_enough(circuit: Circuit) -> None:
+def test_the_page_is_whole_and_small(circuit: Circuit) -> None:
     page, text = page_of(circuit)
     assert text.startswith("<!doctype html>")
-    assert len(text.encode()) < 6e6
-    assert {name for name, _ in page.elements} >= {"html", "head", "title", "main", "figure", "table"}
+    assert len(text.encode()) < 3e5
+    assert {name for name, _ in page.elements} >= {"html", "head", "title", "main", "figure", "table", "aside"}
     for name in ("circuit", "sizes", "heads"):
         assert any(attributes.get("id") == f"figure-{name}" for _, attributes in page.elements)
-        assert page.figure(name)["data"]
+    assert page.data["curve"] and page.data["heat"]
 
 
-def test_nothing_is_fetched(circuit: Circuit) -> None:
-    page, _ = page_of(circuit)
+def test_nothing_is_fetched_and_nothing_but_the_pages_own_script_can_run(circuit: Circuit) -> None:
+    page, text = page_of(circuit)
     for tag, attributes in page.elements:
         assert tag not in ("link", "iframe", "object", "embed", "img", "base", "form")
         assert not {"src", "href", "srcset", "action", "style"} & set(attributes), (tag, attributes)
+        assert not [name for name in attributes if name.startswith("on")]
     (policy,) = (a["content"] for t, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy is not None and "default-src 'none'" in policy and "http" not in policy
-    assert sum("plotly.js v" in text for _, text in page.scripts) == 1
+    assert policy is not None and "default-src 'none'" in policy and "http" not in policy and "unsafe" not in policy
+    style = text.partition("<style>")[2].partition("</style>")[0]
+    (script,) = (text for attributes, text in page.scripts if not attributes)
+    for kind, content in (("style", style), ("script", script)):
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
 
 
 def test_every_kept_edge_has_its_nodes_and_its_name_on_the_page(circuit: Circuit) -> None:
     page, _ = page_of(circuit)
-    data = page.figure("circuit")["data"]
-    drawn = {trace["meta"][0]: trace["meta"][1:] for trace in data if trace.get("meta")}
-    named = {name for trace in data for name in trace.get("customdata", ())}
-    assert set(drawn) == set(circuit.edges)
-    assert {node for ends in drawn.values() for node in ends} == named == set(circuit.nodes)
-    for name in circuit.edges:
-        assert name in page.text
+    graph = page.data["graph"]
+    (stop,) = graph["stops"]
+    net = circuit.to_networkx()
+    assert sorted(page.lines(stop)) == sorted((a, b, data["name"]) for a, b, data in net.edges(data=True))
+    places = {graph["nodes"][int(i)]["name"] for i in graph["drawings"][0]["places"]}
+    assert {node["name"] for node in graph["nodes"]} == places == set(circuit.nodes)
+    scores = scores_of(circuit).to_dict()
+    for _, _, _, name, score in graph["edges"]:
+        assert score == pytest.approx(scores[name], rel=1e-5) and name in page.text
+
+
+SIZES = (1, 8, 20, 40, 60, 90, 150)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_every_stop_of_the_slider_is_what_select_selects(kv_heads: int) -> None:
+    circuit = toy_circuit(3, 4, kv_heads, 50)
+    curve = curve_of(circuit, SIZES)
+    page, _ = page_of(circuit, curve=curve)
+    stops = page.data["graph"]["stops"]
+    (own,) = (stop for stop in stops if stop["circuit"])
+    assert own["faithfulness"] is None and own["held_out"]["value"] == 0.9261  # no point of the curve is this circuit
+    assert set(name for *_, name in page.lines(own)) == set(circuit.edges)
+    measured = [stop for stop in stops if not stop["circuit"]]
+    assert len(measured) == len(SIZES) and stops == sorted(stops, key=lambda stop: stop["n_edges"])
+    for stop, point in zip(measured, curve["points"], strict=True):
+        assert (stop["n_selected"], stop["n_edges"]) == (point["n_selected"], point["n_edges"])
+        assert stop["faithfulness"] == point["faithfulness"] and stop["held_out"] is None
+        names = {name for *_, name in page.lines(stop)}
+        if stop["n_edges"]:
+            chosen = select(circuit.graph, scores_of(circuit), edges=stop["n_selected"], by="magnitude")
+            assert names == set(chosen.edges)
+            drawn = page.data["graph"]["drawings"][stop["drawing"]]["knots"]
+            assert {str(i) for first, last in stop["edges"] for i in range(first, last + 1)} <= set(drawn)
+        else:
+            assert names == set()
+
+
+def test_a_point_that_is_the_circuit_is_one_stop() -> None:
+    circuit = toy_circuit(edges=40)
+    page, _ = page_of(circuit, curve=curve_of(circuit, [20, 40]))
+    assert [stop["circuit"] for stop in page.data["graph"]["stops"]] == [False, True]
+
+
+def test_no_slider_where_the_curve_is_not_of_these_scores(circuit: Circuit) -> None:
+    curve = curve_of(circuit, [20, 40])
+    curve["points"][0]["n_edges"] += 1
+    page, _ = page_of(circuit, curve=curve)
+    assert len(page.data["graph"]["stops"]) == 1
+    assert "There is no slider: the file states" in page.text
+    for bad in (0, 10**6):
+        page, _ = page_of(circuit, curve={**curve, "points": [{"n_selected": bad, "n_edges": 0, "faithfulness": 0.0}]})
+        assert len(page.data["graph"]["stops"]) == 1 and "no slider" in page.text
+
+
+def test_a_line_bends_where_the_layout_has_it(circuit: Circuit) -> None:
+    page, _ = page_of(circuit)
+    graph = page.data["graph"]
+    knots = graph["drawings"][0]["knots"]
+    for strand in draw_layered(circuit.to_networkx()).strands:
+        (i,) = (i for i, edge in enumerate(graph["edges"]) if edge[3] == strand.name)
+        rows = [y for _, y in strand.curve[::POINTS_PER_ROW]]
+        assert len(knots[str(i)]) == len(rows)
+        assert knots[str(i)] == pytest.approx([x for x, _ in strand.curve[::POINTS_PER_ROW]], abs=1e-3)
 
 
 HOSTILE = "</script></title><script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)>\"'&{0}%s"
@@ -125,14 +199,10 @@ def test_hostile_texts_stay_texts(circuit: Circuit) -> None:
         roles={"mover": {"label": HOSTILE, "nodes": [head]}},
     )
     assert text.count("alert(1)") > 8
-    assert [tag for tag, _ in page.elements if tag in ("script", "img")] == ["script"] * 5
+    assert [tag for tag, _ in page.elements if tag in ("script", "img")] == ["script"] * 2
     assert page.elements.count(("main", {})) == usual.elements.count(("main", {})) == 1
-    assert not [text for attributes, text in page.scripts if "data-figure" in attributes and "<" in text]
-    for name in ("circuit", "sizes", "heads"):
-        for trace in page.figure(name)["data"]:
-            # plotly shows these as a small HTML of its own, in which only what is escaped is text
-            for label in [trace.get("name") or "", *(trace.get("hovertext") or ())]:
-                assert "<script" not in label and "<img" not in label
+    assert not [text for attributes, text in page.scripts if attributes and "<" in text]
+    assert page.data["graph"]["roles"][0]["label"] == HOSTILE  # whole, and only ever set as text
 
 
 def test_the_numbers_of_the_evaluation_are_on_the_page(circuit: Circuit) -> None:
@@ -153,8 +223,11 @@ def test_a_circuit_without_scores_and_results_has_a_page(circuit: Circuit) -> No
     bare = Circuit(circuit.graph, circuit.kept, circuit.n_selected)
     edges = [{"name": name} for name in bare.edges]
     page, _ = page_of(bare, evaluation=[], curve=None, edges=edges, title="A published circuit")
-    assert "A published circuit" in page.text
-    assert {attributes.get("data-figure") for attributes, _ in page.scripts} == {"figure-circuit", None}
+    assert "A published circuit" in page.text and "The file has no scores, so there is no slider" in page.text
+    data = page.data
+    assert data["curve"] is None and data["heat"] is None and not data["graph"]["scored"]
+    (stop,) = data["graph"]["stops"]
+    assert stop["faithfulness"] is None and stop["held_out"] is None
 
 
 def test_writing_replaces_the_page_or_leaves_the_old_one(

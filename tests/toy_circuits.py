@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from mechinterp.circuit import Circuit
-from mechinterp.discovery.select import select
+from mechinterp.discovery.select import EmptyCircuit, select
 from mechinterp.evaluation.faithfulness import Ablation
 from mechinterp.files.circuit_file import edge_records, graph_record
 from mechinterp.files.schema import CircuitFile
@@ -104,3 +105,22 @@ def toy_document(circuit: Circuit, **changes: Any) -> CircuitFile:
         "provenance": {"versions": {"torch": "2.13"}, "device": "cpu", "command": "discover-circuit run ioi"},
     }
     return seal({**content, **changes}, None)
+
+
+def curve_of(circuit: Circuit, sizes: Sequence[int]) -> dict[str, Any]:
+    """The curve of a file with the edges that the circuit's rule selects at these sizes, and invented values."""
+    points: list[dict[str, Any]] = []
+    for size in sizes:
+        try:
+            made = select(circuit.graph, scores_of(circuit), edges=size, by="magnitude")
+            n_edges = made.n_edges
+        except EmptyCircuit:
+            n_edges = 0
+        points.append({"n_selected": size, "n_edges": n_edges, "faithfulness": round(n_edges**0.5 / 40, 6)})
+    return {"pairs": "discovery", "metric": "logit_diff", "replacement": "corrupt", "points": points}
+
+
+def scores_of(circuit: Circuit) -> Scores:
+    """Its scores, which a toy circuit always has."""
+    assert circuit.scores is not None
+    return circuit.scores

@@ -62,7 +62,7 @@ def circuit_figure(circuit: Circuit, roles: Mapping[str, Role] | None = None) ->
     between two of them, as wide as the writer's score; at named positions each has columns of its own.
     """
     net = circuit.to_networkx()
-    drawing = draw_layered(_strongest(_merged(net) if circuit.graph.level == "node" else net))
+    drawing = draw_layered(_strongest(merged(net) if circuit.graph.level == "node" else net))
     figure = go.Figure()
     largest = max((abs(strand.score or 0.0) for strand in drawing.strands), default=0.0)
     ordered = sorted(drawing.strands, key=lambda strand: abs(strand.score or 0.0))  # strong edges on top
@@ -97,7 +97,7 @@ def circuit_figure(circuit: Circuit, roles: Mapping[str, Role] | None = None) ->
     )
 
 
-def _merged(net: Net) -> Net:
+def merged(net: Net) -> Net:
     """One edge between each two nodes: where nodes are chosen, the edges between them say nothing one by one."""
     out: Net = nx.MultiDiGraph(**net.graph)
     for writer, reader in dict.fromkeys(net.edges()):
@@ -182,7 +182,7 @@ def _node_groups(drawing: Drawing, roles: Mapping[str, Role]) -> dict[NodeGroup,
         of_node.update({name: NodeGroup(role.label, colour, "circle", named=True) for name in role.nodes})
     groups: dict[NodeGroup, list[str]] = {}
     for name in drawing.places:
-        groups.setdefault(of_node.get(name, KINDS[_kind(name)]), []).append(name)
+        groups.setdefault(of_node.get(name, KINDS[kind_of(name)]), []).append(name)
     return groups
 
 
@@ -213,7 +213,8 @@ def _label(drawing: Drawing, name: str) -> str:
     return split_position(name)[0] if drawing.columns else name
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
+    """Which of `KINDS` a node is of; its name may say a position."""
     kind = node_of(name).kind
     return "input" if kind in ("embed", "pos_embed") else kind
 

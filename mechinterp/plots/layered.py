@@ -30,6 +30,8 @@ CLEARANCE = 0.27
 """An edge keeps this far from the middle of a node that is not one of its ends."""
 STRAND = 0.06
 """Edges that pass through one gap between nodes keep this far from each other, while there is room."""
+BUNDLE = 1.5
+"""Edges that pass beside the outermost node of a row take no more room than this, however many they are."""
 NODE_HEIGHT = 0.2
 PORTS = {"q": -0.09, "k": 0.0, "v": 0.09}
 """Where an edge enters a head: the query on the left, the value on the right."""
@@ -172,7 +174,7 @@ def _strands(net: Net, rows: Sequence[Sequence[str]], places: Mapping[str, Point
             low = row[gap - 1] + CLEARANCE if gap else -math.inf
             high = row[gap] - CLEARANCE if gap < len(row) else math.inf
             those.sort()
-            apart = min(STRAND, (high - low) / len(those))
+            apart = min(STRAND, min(high - low, BUNDLE) / len(those))
             for (_, i), x in zip(those, spread([x for x, _ in those], apart, low, high), strict=True):
                 stops[i][height] = x
     found: list[Strand] = []

@@ -1,69 +1,88 @@
 """`render_report`: a circuit file as one HTML page that needs nothing but a browser, not even a network.
 
-Every text that comes from the file is escaped, and the page's own policy forbids it to load anything.
+Every text that comes from the file is escaped; the page's own policy forbids it to load anything, and to run or obey
+any script or style but the ones written here.
 """
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Sequence
+import base64
+import hashlib
+import json
 from importlib import resources
 from pathlib import Path
-
-import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
+from typing import Any
 
 from mechinterp.circuit import Circuit
-from mechinterp.files.schema import CircuitFile, EvaluationRecord, TaskPairs
+from mechinterp.files.schema import CircuitFile, EvaluationRecord
 from mechinterp.files.store import write_file
-from mechinterp.files.summary import finding, ranked_edges, ranked_nodes, verify_command
-from mechinterp.plots import MAX_EDGES_DRAWN, circuit_figure, faithfulness_figure, head_heatmap
+from mechinterp.files.summary import finding
+from mechinterp.report.charts import curve_view, heat_view
+from mechinterp.report.graph_view import graph_view
+from mechinterp.report.node_details import NodeDetails, PromptDetails
+from mechinterp.report.tables import (
+    cards,
+    edges_part,
+    evaluation_section,
+    nodes_part,
+    provenance_section,
+    text,
+    verify_section,
+)
 
-ROWS_SHOWN = 20
-MAX_ROWS = 2000
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
+SCRIPTS = ("draw.js", "panel.js", "charts.js", "page.js")
+NO_MODEL = NodeDetails(notes=("Attention patterns and written tokens are left out: no model was at hand.",))
 
 
-def write_report(path: Path, circuit: Circuit, document: CircuitFile, circuit_path: str) -> None:
+def write_report(
+    path: Path, circuit: Circuit, document: CircuitFile, circuit_path: str, details: NodeDetails = NO_MODEL
+) -> None:
     """Write the page of `render_report`, completely or not at all. Raises InputError when that is not possible."""
-    write_file(path, render_report(circuit, document, circuit_path).encode("utf-8"))
+    write_file(path, render_report(circuit, document, circuit_path, details).encode("utf-8"))
 
 
-def render_report(circuit: Circuit, document: CircuitFile, circuit_path: str) -> str:
+def render_report(circuit: Circuit, document: CircuitFile, circuit_path: str, details: NodeDetails = NO_MODEL) -> str:
     """The page about a circuit and the file that describes it; `circuit_path` is what one gives `verify`.
 
-    About 5 MB, nearly all of it plotly.js.
+    `details` is what `node_details` found with the model. About 0.1 to 1 MB, by the number of edges and patterns.
     """
     evaluation = document.evaluation[0] if document.evaluation else None
     title = finding(document)
+    graph, curve, heat = graph_view(circuit, document), curve_view(document), heat_view(circuit)
     parts = [
-        f"<h1>{_text(title)}</h1>",
+        f"<h1>{text(title)}</h1>",
         _lead(document),
-        _cards(evaluation) if evaluation else "",
-        _graph_section(circuit, document),
-        _measures_section(circuit, document, evaluation),
-        f'<div class="pair"><section>{_edges_part(document)}</section><section>{_nodes_part(document)}</section></div>',
-        _evaluation_section(document, evaluation) if evaluation else "",
-        _provenance_section(document),
-        _verify_section(circuit_path),
+        cards(evaluation) if evaluation else "",
+        _graph_section(graph, details),
+        _measures_section(evaluation, heat is not None),
+        f'<div class="pair"><section>{edges_part(document)}</section><section>{nodes_part(document)}</section></div>',
+        evaluation_section(document, evaluation) if evaluation else "",
+        provenance_section(document),
+        verify_section(circuit_path),
     ]
+    data = {"graph": graph, "curve": curve, "heat": heat, "details": _details(details)}
+    style, script = _resource("page.css"), "\n".join(_resource(name) for name in SCRIPTS)
+    policy = (
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; "
+        "form-action 'none'"
+    )
     return _PAGE.format(
-        policy=_text(POLICY),
-        title=_text(title),
-        style=_resource("page.css"),
+        policy=text(policy),
+        title=text(title),
+        style=style,
         body="\n".join(part for part in parts if part),
-        plotly=get_plotlyjs(),
-        script=_resource("page.js"),
+        data=_json(data),
+        script=script,
     )
 
 
 def _lead(document: CircuitFile) -> str:
     task = _task_words(document)
-    words = [f"Circuit of the model {_text(document.model.name)}" + (f" on the task {task}" if task else "")]
+    words = [f"Circuit of the model {text(document.model.name)}" + (f" on the task {task}" if task else "")]
     if document.discovery is not None:
-        words.append(f"found by {_text(document.discovery.method)}")
-    words.append(f"status: {_text(document.status)}")
-    described = f"<p>{_text(document.description)}</p>" if document.description else ""
+        words.append(f"found by {text(document.discovery.method)}")
+    words.append(f"status: {text(document.status)}")
+    described = f"<p>{text(document.description)}</p>" if document.description else ""
     return f'<p class="lead">{", ".join(words)}.</p>{described}'
 
 
@@ -71,225 +90,141 @@ def _task_words(document: CircuitFile) -> str:
     task = document.task
     if task is None:
         return ""
-    return f"{_text(task.name)} ({_text(task.title)})" if task.kind == "task" else _text(task.name)
+    return f"{text(task.name)} ({text(task.title)})" if task.kind == "task" else text(task.name)
 
 
-def _cards(entry: EvaluationRecord) -> str:
-    low, high = entry.faithfulness_ci
-    cards = [
-        ("Faithfulness", _number(entry.faithfulness), f"{entry.ci_level:.0%} interval {low:.3f} to {high:.3f}"),
-        ("Edges", f"{entry.n_edges:,}", f"of {entry.n_edges_graph:,} ({entry.n_edges / entry.n_edges_graph:.1%})"),
-        ("KL to the full model", f"{_number(entry.kl)}", "nats, mean over examples"),
-    ]
-    if entry.accuracy is not None and entry.accuracy_full is not None:
-        cards.append(("Accuracy", f"{entry.accuracy:.1%}", f"full model {entry.accuracy_full:.1%}"))
-    if entry.random_faithfulness:
-        best, n = max(entry.random_faithfulness), len(entry.random_faithfulness)
-        mean = sum(entry.random_faithfulness) / n
-        cards.append(("Random circuits", _number(mean), f"mean of {n} of this size; best {best:.3f}"))
-    items = (f"<div><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>" for name, value, note in cards)
-    return f'<dl class="cards">{"".join(items)}</dl>'
-
-
-def _graph_section(circuit: Circuit, document: CircuitFile) -> str:
-    drawn = min(circuit.n_edges, MAX_EDGES_DRAWN)
-    left_out = f" The {drawn} strongest of its {circuit.n_edges:,} edges are drawn." if drawn < circuit.n_edges else ""
+def _graph_section(graph: dict[str, Any], details: NodeDetails) -> str:
     scored = (
-        "An edge is as wide as its score is large and dashed where the score is negative (it works against the task). "
-        if circuit.scores is not None
-        else "The edges have no scores. "
+        "An edge is as wide as its score is large, and dashed where the score is negative (it works against the task)."
+        if graph["scored"]
+        else "The edges have no scores, so all are equally wide."
     )
+    lines = " One line stands for all edges between two nodes." if graph["level"] == "node" else ""
     caption = (
-        "Information flows upward. " + scored + "Its colour says where it enters; q, k and v enter a head on the left, "
-        "in the middle and on the right. Only nodes of the circuit are shown. Point at a node to see its edges alone."
-        + left_out
+        f"Information flows upward. {scored}{lines} q, k and v enter a head on the left, in the middle and on the "
+        f"right. {graph['about']}"
     )
-    return "<h2>The circuit</h2>" + _figure("circuit", circuit_figure(circuit, document.roles), caption, fixed=True)
+    notes = "".join(f'<p class="note">{text(note)}</p>' for note in (_measured(details), *details.notes) if note)
+    return _GRAPH.format(caption=text(caption), notes=notes)
 
 
-def _measures_section(circuit: Circuit, document: CircuitFile, entry: EvaluationRecord | None) -> str:
+def _measured(details: NodeDetails) -> str:
+    """On which examples the details of the nodes were measured."""
+    parts: list[str] = []
+    if details.prompts:
+        numbers = ", ".join(str(prompt.row + 1) for prompt in details.prompts)
+        parts.append(
+            f"Patterns and written tokens: clean prompts {numbers} of the {details.n_examples} {details.pairs} pairs, "
+            "one at a time. Written tokens: what the node alone adds to the logits at the answer position, with the "
+            "scale of the final norm in that run."
+        )
+    if details.n_direct:
+        parts.append(
+            f"Direct effect: on the {details.direction}, the mean over the first {details.n_direct} of these pairs."
+        )
+    return " ".join(parts)
+
+
+def _measures_section(entry: EvaluationRecord | None, scored: bool) -> str:
     parts: list[str] = []
     if entry is not None:
-        curve = document.curve
-        sizes = [point.n_edges for point in curve.points] if curve else []
-        values = [point.faithfulness for point in curve.points] if curve else []
-        figure = faithfulness_figure(sizes, values, entry, curve_label=curve.pairs if curve else "", label=entry.pairs)
         caption = (
             "The part of the performance between every edge replaced (0) and the full model (1) that the best edges "
             "give back. Above 1 the circuit does better than the full model. Edges on no path from input to logits "
             "are dropped before counting."
         )
-        parts.append(f"<section><h2>Faithfulness against size</h2>{_figure('sizes', figure, caption)}</section>")
-    if circuit.scores is not None:
+        parts.append(_figure("sizes", "Faithfulness against size", caption))
+    if scored:
         caption = (
             "Score of a node: the sum of the scores of all edges that leave it, in the circuit or not (blue helps the "
             "task, red works against it). A dot marks the nodes of the circuit."
         )
-        figure = head_heatmap(circuit.scores, circuit)
-        parts.append(f"<section><h2>Scores by layer and head</h2>{_figure('heads', figure, caption)}</section>")
+        parts.append(_figure("heads", "Scores by layer and head", caption))
     return f'<div class="pair">{"".join(parts)}</div>' if parts else ""
 
 
-def _edges_part(document: CircuitFile) -> str:
-    edges = ranked_edges(document)
-    largest = abs(edges[0].score or 0.0) or 1.0
-    scored = edges[0].score is not None
-    head = ("", "edge", "score", "of the largest") if scored else ("", "edge")
-    rows: list[tuple[str, ...]] = []
-    for rank, edge in enumerate(edges, 1):
-        score = () if edge.score is None else (f"{edge.score:.4g}", f"{edge.score / largest:.1%}")
-        rows.append((str(rank), edge.name, *score))
-    return f"<h2>Strongest edges</h2>{_folded(head, rows, (0, 2, 3), 'edges')}"
-
-
-def _nodes_part(document: CircuitFile) -> str:
-    nodes = ranked_nodes(document)
-    role = ("role",) if document.roles else ()
-    head = ("node", *role, "edges in", "edges out", "score of the edges out")
-    rows: list[tuple[str, ...]] = []
-    for node in nodes:
-        score = "" if node.score is None else f"{node.score:.4g}"
-        rows.append((node.name, *((node.role,) if role else ()), str(node.n_in), str(node.n_out), score))
-    n = len(head)
-    return f"<h2>Nodes</h2>{_folded(head, rows, (n - 3, n - 2, n - 1), 'nodes')}" + (
-        '<p class="note">Only edges of the circuit count here.</p>'
-    )
-
-
-def _folded(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int], things: str) -> str:
-    """The first rows as a table, the others behind a fold."""
-    top = _table(head, rows[:ROWS_SHOWN], numbers)
-    rest = rows[ROWS_SHOWN:MAX_ROWS]
-    if not rest:
-        return top
-    more = len(rows) - MAX_ROWS
-    note = f'<p class="note">{more:,} more are in the circuit file.</p>' if more > 0 else ""
-    table = _table(head, rest, numbers)
-    return f"{top}<details><summary>{len(rest):,} more {things}</summary>{table}{note}</details>"
-
-
-def _evaluation_section(document: CircuitFile, entry: EvaluationRecord) -> str:
-    pairs = document.pairs.get(entry.pairs)
-    made = pairs.made_from if pairs is not None else None
-    drawn = f"split {made.split}, seed {made.seed}" if isinstance(made, TaskPairs) else "given as token ids"
-    first, middle, third = entry.example_quartiles
-    unit = entry.metric.unit
-    gap = entry.full_value - entry.empty_value
-    numbers = [
-        ("examples", f"{entry.n_examples:,} ({entry.pairs}; {drawn})"),
-        ("metric", f"{entry.metric.name}, in {unit}, {entry.metric.direction}"),
-        ("m(C): the circuit alone", f"{entry.circuit_value:.4g} {unit}"),
-        ("m(full): the whole model", f"{entry.full_value:.4g} {unit}"),
-        ("m(empty): every edge replaced", f"{entry.empty_value:.4g} {unit}"),
-        ("denominator m(full) - m(empty)", f"{gap:.4g} {unit}"),
-        ("faithfulness (m(C) - m(empty)) / (m(full) - m(empty))", _with_interval(entry)),
-        ("the same ratio per example: quartiles", f"{first:.3f}, {middle:.3f}, {third:.3f}"),
-        ("examples that have a ratio of their own", f"{entry.n_ratio:,} of {entry.n_examples:,}"),
-        ("KL(full model || circuit)", f"{entry.kl:.4g} nats"),
-        ("accuracy, circuit", "not defined" if entry.accuracy is None else f"{entry.accuracy:.4f}"),
-        ("accuracy, full model", "not defined" if entry.accuracy_full is None else f"{entry.accuracy_full:.4f}"),
-        ("random circuits of this size", ", ".join(f"{value:.3f}" for value in entry.random_faithfulness) or "not run"),
-        ("seed of random circuits and bootstrap", str(entry.seed)),
-    ]
-    axes = [(name, str(value)) for name, value in entry.ablation.model_dump().items()]
+def _figure(name: str, heading: str, caption: str) -> str:
     return (
-        '<div class="pair"><section><h2>Evaluation</h2>'
-        f"{_table(None, numbers)}</section><section><h2>Ablation</h2>{_table(None, axes)}"
-        '<p class="note">The six axes of Miller et al. 2024, arXiv 2407.08734; a number of faithfulness means nothing '
-        "without them.</p></section></div>"
+        f'<section><h2>{heading}</h2><figure><div class="scroll" id="figure-{name}"></div>'
+        f'<p class="readout" id="readout-{name}">&nbsp;</p><figcaption>{caption}</figcaption></figure></section>'
     )
 
 
-def _with_interval(entry: EvaluationRecord) -> str:
-    low, high = entry.faithfulness_ci
-    return f"{entry.faithfulness:.4f} [{low:.4f}, {high:.4f}], {entry.ci_level:.0%} bootstrap over examples"
+def _details(details: NodeDetails) -> dict[str, Any]:
+    return {
+        "pairs": details.pairs,
+        "n_examples": details.n_examples,
+        "n_direct": details.n_direct,
+        "direction": details.direction,
+        "direct": {name: _digits(value) for name, value in details.direct.items()},
+        "prompts": [_prompt(prompt) for prompt in details.prompts],
+    }
 
 
-def _provenance_section(document: CircuitFile) -> str:
-    model, rows = document.model, list[tuple[str, str]]()
-    rows.append(("model", model.name + (f" at {model.revision}" if model.revision else f" ({model.origin})")))
-    rows.append(("weights sha256", model.weights_sha256 or "not stated"))
-    rows.append(("architecture", f"{model.architecture}, weights {model.processing}, {model.dtype}, {model.loader}"))
-    if document.tokenizer is not None:
-        rows.append(("vocabulary sha256", document.tokenizer.vocabulary_sha256))
-    if document.task is not None:
-        version = f", version {document.task.version}" if document.task.kind == "task" else ""
-        rows.append(("task", document.task.name + version))
-        if document.task.kind != "tokens":
-            rows.append(("task sha256", document.task.sha256))
-    rows += [(f"pairs {name!r} sha256", f"{pairs.sha256} ({pairs.n} pairs)") for name, pairs in document.pairs.items()]
-    if document.discovery is not None:
-        found = document.discovery
-        rows.append(("method", f"{found.method} ({_parameters(found.parameters)}), metric {found.metric.name}"))
-        rows.append(("scored on", f"{found.n_examples} examples ({found.pairs}); replacement: {found.replacement}"))
-        rows.append(("cost", ", ".join(f"{count:,} {name}" for name, count in found.cost.items()) + " of one example"))
-        rows.append(("sign of scores", found.score_sign))
-    chosen = document.selection
-    rows.append(
-        ("selection", f"{_parameters(chosen.parameters)}; {chosen.n_selected} selected, {chosen.n_edges} on a path")
-    )
-    if chosen.size is not None:
-        rows.append(("size", f"{chosen.size.rule}: {chosen.size.target:g} on the {chosen.size.pairs} pairs"))
-    rows += [("command", document.provenance.command)] if document.provenance.command else []
-    rows.append(("made", f"{document.created_utc or 'at an unknown time'}, on {document.provenance.device}"))
-    rows.append(("versions", ", ".join(f"{name} {version}" for name, version in document.provenance.versions.items())))
-    rows.append(("circuit sha256 (for citing)", document.integrity.circuit_sha256))
-    return f"<h2>Provenance</h2>{_table(None, rows)}"
+def _prompt(prompt: PromptDetails) -> dict[str, Any]:
+    return {
+        "row": prompt.row,
+        "tokens": prompt.tokens,
+        "answer_pos": prompt.answer_pos,
+        "right": prompt.right,
+        "wrong": prompt.wrong,
+        # To a thousandth, and without the zeros behind each row: a causal head does not attend forward.
+        "patterns": {
+            name: [_without_zeros([round(1000 * value) for value in row]) for row in pattern.tolist()]
+            for name, pattern in prompt.patterns.items()
+        },
+        "written": {
+            name: [[[token, _digits(by)] for token, by in tokens] for tokens in (written.raised, written.lowered)]
+            for name, written in prompt.written.items()
+        },
+    }
 
 
-def _parameters(parameters: object) -> str:
-    items = parameters.items() if isinstance(parameters, dict) else ()
-    return ", ".join(f"{name}={value}" for name, value in items) or "no parameters"
+def _without_zeros(row: list[int]) -> list[int]:
+    while row and row[-1] == 0:
+        row.pop()
+    return row
 
 
-def _verify_section(circuit_path: str) -> str:
-    return (
-        "<h2>How to verify this</h2><p>This makes the examples again, checks every hash, runs the evaluation once more "
-        "and says which claim does not hold (exit code 1), if any.</p>"
-        f"<pre><code>pip install mechinterp-circuits\n{_text(verify_command(circuit_path))}</code></pre>"
-    )
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
-def _figure(name: str, figure: go.Figure, caption: str, *, fixed: bool = False) -> str:
-    data = str(figure.to_json())  # plotly writes "<" as an escape, so that nothing in it can end the script element
-    kind = "plot fixed" if fixed else "plot"
-    return (
-        f'<figure><div class="scroll"><div class="{kind}" id="figure-{name}"></div></div>'
-        f'<script type="application/json" data-figure="figure-{name}">{data}</script>'
-        f"<figcaption>{_text(caption)}</figcaption></figure>"
-    )
+def _json(data: object) -> str:
+    """JSON that is safe inside a script element: nothing in it can end the element or begin a comment."""
+    packed = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return packed.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _table(head: Sequence[str] | None, rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """Rows as a table; without a head, the first column names the rows."""
-
-    def cell(column: int, value: str) -> str:
-        if head is None and column == 0:
-            return f'<th scope="row">{_text(value)}</th>'
-        return f'<td class="number">{_text(value)}</td>' if column in numbers else f"<td>{_text(value)}</td>"
-
-    top = ""
-    if head is not None:
-        names = (
-            f'<th class="number">{_text(n)}</th>' if i in numbers else f"<th>{_text(n)}</th>"
-            for i, n in enumerate(head)
-        )
-        top = f"<thead><tr>{''.join(names)}</tr></thead>"
-    body = "".join(f"<tr>{''.join(cell(i, value) for i, value in enumerate(row))}</tr>" for row in rows)
-    return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) >= 0.0005 or value == 0 else f"{value:.1e}"
-
-
-def _text(value: str) -> str:
-    return html.escape(value, quote=True)
+def _hash(content: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode("utf-8")).digest()).decode("ascii")
 
 
 def _resource(name: str) -> str:
     return (resources.files("mechinterp.report") / name).read_text("utf-8")
 
+
+_GRAPH = """<section id="graph"><h2>The circuit</h2>
+<div class="controls" role="group" aria-label="What the graph shows">
+<div class="control" id="size-control" hidden><label for="size">Size</label>
+<input type="range" id="size" min="0" value="0" step="1"><output id="size-says" for="size"></output></div>
+<div class="control"><label for="search">Search</label>
+<input type="search" id="search" placeholder="node, edge or role" autocomplete="off" spellcheck="false">
+<output id="search-says" for="search"></output></div>
+<fieldset class="control" id="colour-control"><legend>Edge colour</legend>
+<label><input type="radio" name="colour" value="input" checked> where it enters</label>
+<label><input type="radio" name="colour" value="sign"> sign of the score</label></fieldset>
+<div class="control"><span class="buttons"><button type="button" id="smaller" aria-label="Smaller">&minus;</button>
+<button type="button" id="larger" aria-label="Larger">+</button>
+<button type="button" id="everything" disabled>Show everything</button>
+<button type="button" id="theme">Dark</button></span></div>
+</div>
+<div class="legend" id="legend"></div>
+<div class="stage"><div class="canvas" id="figure-circuit"></div>
+<aside id="panel" aria-live="polite" aria-label="Details"></aside></div>
+<p class="note">{caption}</p>{notes}
+<noscript><p>The pictures need JavaScript; the tables below have every number.</p></noscript>
+</section>"""
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -304,7 +239,7 @@ _PAGE = """<!doctype html>
 <main>
 {body}
 </main>
-<script>{plotly}</script>
+<script type="application/json" id="data">{data}</script>
 <script>{script}</script>
 </body>
 </html>
