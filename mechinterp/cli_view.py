@@ -25,7 +25,8 @@ Action = Callable[[], int]
 def _view(
     file: options.File,
     out: Annotated[
-        Path | None, typer.Option(help="The page to write.  [default: NAME.report.html beside the file]")
+        Path | None,
+        typer.Option(help="The page to write.  [default: NAME.report.html beside the file, here for a stored circuit]"),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Use this model.  [default: the one that the file names]")] = None,
     device: options.Device = None,
@@ -38,11 +39,13 @@ def _do_view(file: str, out: Path | None, model: str | None, device: str | None,
     from mechinterp.progress import stages
 
     path, console = find_file(file), Terminal()
+    if out is None and path != Path(file):  # a stored circuit lies among the package's files
+        out = Path(f"{file}.report.html")
     with stages(Console(stderr=True)) as progress:
         from mechinterp.report.view import write_page
 
         quiet_libraries()
-        page = write_page(path, out, model=model, device=device, progress=progress)
+        page = write_page(path, out, model=model, device=device, called=file, progress=progress)
     for note in page.notes:
         say(console, f"note: {note}")
     say(console, f"wrote {page.path}")

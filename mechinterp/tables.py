@@ -56,6 +56,7 @@ def _numbers(entry: EvaluationRecord) -> Iterable[tuple[str, str, str]]:
     if entry.random_faithfulness:
         n = len(entry.random_faithfulness)
         mean, best = sum(entry.random_faithfulness) / n, max(entry.random_faithfulness)
+        mean, best = (round(value, 3) + 0.0 for value in (mean, best))  # zero has no sign
         yield "  random circuits", f"{mean:.3f}", f"mean of {n} of the same size; best {best:.3f}"
     unit = f"{entry.metric.name}, {entry.metric.unit}"
     ends = f"full model {entry.full_value:.3f}, every edge replaced {entry.empty_value:.3f}"

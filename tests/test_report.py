@@ -268,3 +268,20 @@ def test_edges_are_ranked_by_magnitude(circuit: Circuit) -> None:
     ranked = [edge.name for edge in ranked_edges(toy_document(circuit))]
     assert sorted(ranked) == list(circuit.edges)
     assert abs(scores[ranked[0]]) == max(abs(scores[name]) for name in circuit.edges)
+
+
+def test_predictions_are_on_the_page_with_their_controls() -> None:
+    circuit = toy_circuit()
+    prediction = {
+        "name": "p",
+        "measure": {"kind": "copying", "head": "a0.h0"},
+        "relation": ">=",
+        "value": 0.25,
+        "measured": 0.75,
+        "statement": "<b>it copies</b>",
+        "controls": [{"measure": {"kind": "copying", "head": "a0.h1"}, "measured": 0.125}],
+    }
+    page = render_report(circuit, toy_document(circuit, predictions=[prediction]), "toy.circuit.json")
+    assert "&lt;b&gt;it copies&lt;/b&gt; (a0.h0&#x27;s copying score is &gt;= 0.25)" in page
+    assert "a0.h1&#x27;s copying score is &lt; 0.25: 0.125" in page and '<td class="number">0.75</td>' in page
+    assert "Predictions" not in render_report(circuit, toy_document(circuit), "toy.circuit.json")

@@ -49,6 +49,16 @@ def test_view_writes_the_page_beside_the_file_and_says_what_is_missing(
     assert opened == [toy.with_name("other.html").as_uri()]
 
 
+def test_a_stored_circuit_has_its_page_here_and_is_called_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "ioi-wang2022-naive"
+    assert cli.main(["view", name, "--no-open"]) == 0
+    assert f"discover-circuit verify {name}\n" in (tmp_path / f"{name}.report.html").read_text("utf-8")
+    assert not list(STORED.glob("*.html"))
+
+
 def test_a_desktop_without_a_browser_is_no_failure(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: str) -> bool:
         raise webbrowser.Error("no browser")

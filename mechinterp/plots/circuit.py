@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
@@ -47,9 +47,26 @@ KINDS = {
     "neuron": NodeGroup("neuron", "#a3568c", "diamond", named=True),
     "logits": NodeGroup("logits", "#5c6773", "square", named=False),
 }
-ROLE_COLOURS = ("#2f5f8f", "#a6611a", "#1b7a5a", "#a13d63", "#6b5b95", "#7a6a00", "#3f7f93")
+ROLE_COLOURS = (
+    *("#2f5f8f", "#a6611a", "#1b7a5a", "#a13d63", "#6b5b95", "#7a6a00"),
+    *("#3f7f93", "#c23b22", "#5a8f29", "#b07aa1", "#7f4f24", "#4b6cb7"),
+)
+NO_ROLE = "#8b949e"
+"""Nodes without a role, where others have one."""
 MAX_EDGES_DRAWN = 400
 """More than these nobody can tell apart, and a browser grows slow."""
+
+
+def node_kinds(roles: Mapping[str, Role]) -> dict[str, NodeGroup]:
+    """How nodes without a role look, by kind: grey where others have one, so that a colour always is a role."""
+    if not roles:
+        return KINDS
+    without = {
+        kind: replace(group, label=f"{group.label} without a role", colour=NO_ROLE)
+        for kind, group in KINDS.items()
+        if kind in ("head", "mlp", "neuron")
+    }
+    return {**KINDS, **without}
 
 
 def circuit_figure(circuit: Circuit, roles: Mapping[str, Role] | None = None) -> go.Figure:
@@ -180,9 +197,9 @@ def _node_groups(drawing: Drawing, roles: Mapping[str, Role]) -> dict[NodeGroup,
     for i, role in enumerate(roles.values()):
         colour = role.color or ROLE_COLOURS[i % len(ROLE_COLOURS)]
         of_node.update({name: NodeGroup(role.label, colour, "circle", named=True) for name in role.nodes})
-    groups: dict[NodeGroup, list[str]] = {}
+    groups, kinds = dict[NodeGroup, list[str]](), node_kinds(roles)
     for name in drawing.places:
-        groups.setdefault(of_node.get(name, KINDS[kind_of(name)]), []).append(name)
+        groups.setdefault(of_node.get(name, kinds[kind_of(name)]), []).append(name)
     return groups
 
 

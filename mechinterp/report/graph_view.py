@@ -13,7 +13,7 @@ from torch import Tensor
 from mechinterp.circuit import Circuit, to_networkx
 from mechinterp.files.schema import CircuitFile, Role
 from mechinterp.jsontext import six_digits
-from mechinterp.plots.circuit import CHANNEL_LABELS, KINDS, ROLE_COLOURS, kind_of, merged
+from mechinterp.plots.circuit import CHANNEL_LABELS, KINDS, ROLE_COLOURS, kind_of, merged, node_kinds
 from mechinterp.plots.layered import POINTS_PER_ROW, Net, draw_layered
 from mechinterp.plots.look import CHANNEL_COLOURS
 from mechinterp.report.stops import MAX_EDGES, Stop, stops_of
@@ -54,7 +54,7 @@ def graph_view(circuit: Circuit, document: CircuitFile) -> dict[str, Any]:
             for net, number, stop in zip(nets, which, stops or [None], strict=True)
         ],
         "channels": {name: [CHANNEL_LABELS[name], colour] for name, colour in CHANNEL_COLOURS.items()},
-        "kinds": {kind: [group.label, group.colour] for kind, group in KINDS.items()},
+        "kinds": {kind: [group.label, group.colour] for kind, group in node_kinds(document.roles).items()},
         "scored": circuit.scores is not None,
         "level": circuit.graph.level,
         "answers": circuit.graph.answers,

@@ -236,7 +236,7 @@ function legend() {
   });
   const plain = new Set(graph.nodes.filter((node) => node.role < 0).map((node) => node.kind));
   for (const [kind, [label, colour]] of Object.entries(graph.kinds)) {
-    if (plain.has(kind)) parts.push(element("span", { class: "key" }, swatch(kind === "head" ? "round" : "square", colour), graph.roles.length && kind === "head" ? `${label} without a role` : label));
+    if (plain.has(kind)) parts.push(element("span", { class: "key" }, swatch(kind === "head" ? "round" : "square", colour), label));
   }
   const used = new Set(graph.edges.map((edge) => edge[2])), lines = element("span", { class: "keys by-input" }), signs = element("span", { class: "keys by-sign" });
   for (const [channel, [label, colour]] of Object.entries(graph.channels)) if (used.has(channel)) lines.append(element("span", { class: "key" }, swatch("line", colour), label));

@@ -25,6 +25,7 @@ from mechinterp.report.tables import (
     edges_part,
     evaluation_section,
     nodes_part,
+    predictions_section,
     provenance_section,
     text,
     verify_section,
@@ -57,6 +58,7 @@ def render_report(circuit: Circuit, document: CircuitFile, circuit_path: str, de
         _measures_section(evaluation, heat is not None),
         f'<div class="pair"><section>{edges_part(document)}</section><section>{nodes_part(document)}</section></div>',
         evaluation_section(document, evaluation) if evaluation else "",
+        predictions_section(document),
         provenance_section(document),
         verify_section(circuit_path),
     ]

@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable, Sequence
 
 from mechinterp.files.schema import CircuitFile, EvaluationRecord, TaskPairs
-from mechinterp.files.summary import ranked_edges, ranked_nodes, verify_command
+from mechinterp.files.summary import ranked_edges, ranked_nodes, stated_predictions, verify_command
 
 ROWS_SHOWN = 20
 MAX_ROWS = 2000
@@ -24,7 +24,7 @@ def cards(entry: EvaluationRecord) -> str:
     if entry.random_faithfulness:
         best, n = max(entry.random_faithfulness), len(entry.random_faithfulness)
         mean = sum(entry.random_faithfulness) / n
-        cards.append(("Random circuits", _number(mean), f"mean of {n} of this size; best {best:.3f}"))
+        cards.append(("Random circuits", _rounded(mean), f"mean of {n} of this size; best {_rounded(best)}"))
     items = (f"<div><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>" for name, value, note in cards)
     return f'<dl class="cards">{"".join(items)}</dl>'
 
@@ -94,7 +94,7 @@ def evaluation_section(document: CircuitFile, entry: EvaluationRecord) -> str:
         ("KL(full model || circuit)", f"{entry.kl:.4g} nats"),
         ("accuracy, circuit", "not defined" if entry.accuracy is None else f"{entry.accuracy:.4f}"),
         ("accuracy, full model", "not defined" if entry.accuracy_full is None else f"{entry.accuracy_full:.4f}"),
-        ("random circuits of this size", ", ".join(f"{value:.3f}" for value in entry.random_faithfulness) or "not run"),
+        ("random circuits of this size", ", ".join(map(_rounded, entry.random_faithfulness)) or "not run"),
         ("seed of random circuits and bootstrap", str(entry.seed)),
     ]
     axes = [(name, str(value)) for name, value in entry.ablation.model_dump().items()]
@@ -103,6 +103,17 @@ def evaluation_section(document: CircuitFile, entry: EvaluationRecord) -> str:
         f"{_table(None, numbers)}</section><section><h2>Ablation</h2>{_table(None, axes)}"
         '<p class="note">The six axes of Miller et al. 2024, arXiv 2407.08734; a number of faithfulness means nothing '
         "without them.</p></section></div>"
+    )
+
+
+def predictions_section(document: CircuitFile) -> str:
+    """What the file predicts, with what was measured, also where it must not hold."""
+    rows = stated_predictions(document)
+    if not rows:
+        return ""
+    return (
+        f"<h2>Predictions</h2>{_folded(('prediction', 'measured', 'negative controls'), rows, (1,), 'predictions')}"
+        '<p class="note"><code>verify</code> measures each again, and what must not show it.</p>'
     )
 
 
@@ -180,6 +191,11 @@ def _table(head: Sequence[str] | None, rows: Iterable[Sequence[str]], numbers: S
 
 def _number(value: float) -> str:
     return f"{value:.3f}" if abs(value) >= 0.0005 or value == 0 else f"{value:.1e}"
+
+
+def _rounded(value: float) -> str:
+    """Three decimals; zero has no sign."""
+    return f"{round(value, 3) + 0.0:.3f}"
 
 
 def text(value: str) -> str:

@@ -36,13 +36,15 @@ def write_page(
     *,
     model: Any = None,
     device: Any = None,
+    called: str | None = None,
     progress: Progress = no_progress,
 ) -> WrittenPage:
     """Write the page of a circuit file, by default `NAME.report.html` beside it; what was there is replaced.
 
     The file's hashes are checked first. Attention patterns and written tokens come from the model that the file names
     (or `model`: anything that `load_model` takes) on the file's own pairs; where the model or the pairs cannot be had,
-    or are not those that the file states, they are left out, and the page and `notes` say so.
+    or are not those that the file states, they are left out, and the page and `notes` say so. `called` is
+    the name by which the page tells to `verify` the file (default: its path).
 
     Raises FormatError when the file is not a circuit file or was changed, InputError when the page cannot be written
     and for a `model` that was asked for and cannot be opened.
@@ -52,7 +54,7 @@ def write_page(
     target = path.with_name(path.name.removesuffix(SUFFIX) + ".report.html") if out is None else Path(out)
     details = _details(path, circuit, document, model, device, progress)
     progress("report", 0, 1)
-    write_report(target, circuit, document, str(path), details)
+    write_report(target, circuit, document, called or str(path), details)
     return WrittenPage(target, details.notes)
 
 
