@@ -55,7 +55,7 @@ def test_a_stored_circuit_has_its_page_here_and_is_called_by_its_name(
     monkeypatch.chdir(tmp_path)
     name = "ioi-wang2022-naive"
     assert cli.main(["view", name, "--no-open"]) == 0
-    assert f"discover-circuit verify {name}\n" in (tmp_path / f"{name}.report.html").read_text("utf-8")
+    assert f"discover-circuit verify {name}<" in (tmp_path / f"{name}.report.html").read_text("utf-8")
     assert not list(STORED.glob("*.html"))
 
 
