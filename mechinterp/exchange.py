@@ -17,6 +17,8 @@ from mechinterp.formats.imports import IMPORTS, import_circuit
 from mechinterp.hooks import load_model
 from mechinterp.registry import unknown
 
+DISTRIBUTION = "mechinterp-circuits"
+
 
 def opened(file: str | Path) -> tuple[Circuit, CircuitFile]:
     """The circuit and its document. Raises FormatError for a file that is none or was changed."""
@@ -63,9 +65,12 @@ def validate_file(file: str | Path) -> tuple[str, ...]:
 
 
 def cite_file(file: str | Path) -> str:
-    """BibTeX of the paper that the circuit is of, where it names one, and of the file with its content hash."""
+    """BibTeX of the paper that the circuit is of, where it names one, of the file with its hash, and of the software.
+
+    The software's version is the one that made the file, or this one where it states none.
+    """
     _, document = opened(file)
-    citation, made = document.citation, document.provenance.versions.get("mechinterp-circuits", "")
+    citation, made = document.citation, document.provenance.versions.get("mechinterp")
     entries: list[str] = []
     if citation is not None and citation.bibtex is not None:
         entries.append(citation.bibtex.strip())
@@ -76,10 +81,15 @@ def cite_file(file: str | Path) -> str:
     fields = {
         "title": f"{{{document.title}}}",
         "howpublished": f"circuit file, {document.kind} {document.id}",
-        "note": f"circuit sha256 {document.integrity.circuit_sha256}, status {document.status}; mechinterp-circuits "
-        f"{made or metadata.version('mechinterp-circuits')}",
+        "note": f"circuit sha256 {document.integrity.circuit_sha256}, status {document.status}",
     }
-    return "\n\n".join([*entries, _entry("misc", document.id, fields)])
+    software = {
+        "title": "{mechinterp: find the circuit of a task in a transformer, write it to a file, and check it again}",
+        "author": "{mechinterp contributors}",
+        "version": made or metadata.version(DISTRIBUTION),
+        "howpublished": f"Python package {DISTRIBUTION}",
+    }
+    return "\n\n".join([*entries, _entry("misc", document.id, fields), _entry("misc", DISTRIBUTION, software)])
 
 
 def _entry(kind: str, key: str, fields: Mapping[str, str | None]) -> str:

@@ -46,8 +46,9 @@ def test_cite_names_the_hash_and_the_paper(capsys: pytest.CaptureFixture[str]) -
     own = capsys.readouterr().out
     assert re.search(r"^@misc\{ioi-bundled-eap-ig,$", own, flags=re.M) and own.count("{") == own.count("}")
     assert "circuit sha256 " in own
+    assert "@misc{mechinterp-circuits," in own and "version = {0.1.0}," in own
     assert cli.main(["cite", str(PUBLISHED)]) == 0
-    assert capsys.readouterr().out.count("@") == 2
+    assert capsys.readouterr().out.count("@") == 3
 
 
 @pytest.mark.parametrize(
