@@ -11,7 +11,7 @@ import torch
 from mechinterp.analysis.activation_patching import activation_patching
 from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution
 from mechinterp.analysis.grid import Grid
-from mechinterp.analysis.head_detectors import attention_to, copying_scores, head_scores
+from mechinterp.analysis.head_detectors import attention_between, copying_scores, head_scores
 from mechinterp.errors import InputError
 from mechinterp.evaluation.masks import mask_values
 from mechinterp.evaluation.predictions import (
@@ -63,8 +63,8 @@ def check_predictions(
 ) -> tuple[Checked, ...]:
     """What every prediction and its controls measure on the pairs; `predictions_frame` makes a table of it.
 
-    A number is a mean over the examples. Cost: at most one forward up to the last pattern
-    for each pair of positions and prompt, one forward for all direct effects, for every set of replaced parts what
+    A number is a mean over the examples. Cost: one forward up to the last pattern for all attention on clean prompts
+    and one on corrupt ones, one forward for all direct effects, for every set of replaced parts what
     `activation_patching` needs, for every set of edges one patched forward.
 
     Raises InputError for two predictions of one name, for names that the model or the pairs do not have, and where
@@ -150,12 +150,11 @@ def _cut(model: HookManager, wanted: Sequence[EdgesCut], pairs: Pairs, batch_siz
 
 
 def _attention(model: HookManager, wanted: Sequence[Attention], pairs: Pairs, batch_size: int) -> list[float]:
-    grids: dict[tuple[object, ...], Grid] = {}
-    for one in wanted:
-        key = (one.query, one.key, one.prompt)
-        if key not in grids:
-            grids[key] = attention_to(model, pairs, one.query, one.key, prompt=one.prompt, batch_size=batch_size).mean()
-    return [_of_head(grids[one.query, one.key, one.prompt], one.head) for one in wanted]
+    grids: dict[str, Grid] = {}
+    for prompt in dict.fromkeys(one.prompt for one in wanted):
+        places = {str(place): place for one in wanted if one.prompt == prompt for place in (one.query, one.key)}
+        grids[prompt] = attention_between(model, pairs, [*places.values()], prompt=prompt, batch_size=batch_size).mean()
+    return [_of_head(grids[one.prompt].at(query=one.query, key=one.key), one.head) for one in wanted]
 
 
 def _direct(model: HookManager, wanted: Sequence[DirectEffect], pairs: Pairs, batch_size: int) -> list[float]:

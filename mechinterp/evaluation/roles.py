@@ -121,8 +121,8 @@ def measured_roles(
     Where the graph names positions, a node has its role at the position where it was measured. What a model or a task
     does not allow (no wrong answers, no tokenizer, no named positions) is left out and said in `notes`.
 
-    Cost: on `train` three forwards, one patched run per head and MLP of the circuit and two per role; on `test` one
-    forward for each pair of positions that a role is about, one for direct effects, two patched runs per role.
+    Cost: on `train` three forwards, one patched run per head and MLP of the circuit and two per role; on `test` two
+    forwards and two patched runs per role.
 
     Source: detectors as `head_scores`; direct effects as in Wang et al. 2022 (arXiv 2211.00593); the limits and the
     order are ours.
