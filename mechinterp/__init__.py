@@ -91,6 +91,8 @@ if TYPE_CHECKING:
     from mechinterp.files.circuit_file import save_circuit as save_circuit
     from mechinterp.files.claims import Claim as Claim
     from mechinterp.files.claims import Verification as Verification
+    from mechinterp.files.compare_files import diff_circuits as diff_circuits
+    from mechinterp.files.difference import CircuitDiff as CircuitDiff
     from mechinterp.files.verification import verify as verify
     from mechinterp.gradients import edge_gradients as edge_gradients
     from mechinterp.graph import Graph as Graph
@@ -185,6 +187,8 @@ _HOMES = {
     "tasks.pairs": ("Pairs",),
     "tasks.task": ("Task", "load_task", "task_names"),
     "files.verification": ("verify",),
+    "files.compare_files": ("diff_circuits",),
+    "files.difference": ("CircuitDiff",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -59,6 +59,8 @@ HELP = f"""Find the circuit of a task in a transformer, write it to a file, and 
   discover-circuit show FILE                its heads and edges
   discover-circuit validate|cite FILE       its form and hashes; BibTeX
   discover-circuit export|import FILE       other tools' formats
+  discover-circuit diff A B                 how two circuit files differ
+  discover-circuit push|pull                share files through the Hugging Face hub
   discover-circuit list                     tasks, methods, models, stored circuits
 
 {EXIT_CODES}
@@ -126,4 +128,15 @@ Sizes and areas (CPR, CMD) are those of MIB. All methods are scored on the same 
   discover-circuit compare ioi --methods acdc,edge-pruning --set acdc.tau=0.05
 
 {EXIT_CODES}
+"""
+DIFF_HELP = """Compare what two circuit files say: edges, nodes, roles, scores, and how they were made. No model runs.
+
+A and B are circuit files, or names of stored circuits. Read the notes that come first: they say what cannot be
+compared. --out draws both circuits over each other.
+
+\b
+  discover-circuit diff ioi-bundled-eap-ig ioi-bundled-cd-edges
+  discover-circuit diff old.circuit.json new.circuit.json --out difference.html
+
+Exit codes, as those of diff: 0 the same nodes and edges (whatever else differs); 1 they differ; 2 bad input.
 """
