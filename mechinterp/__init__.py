@@ -101,6 +101,8 @@ if TYPE_CHECKING:
     from mechinterp.hooks import Intervention as Intervention
     from mechinterp.hooks import Run as Run
     from mechinterp.hooks import load_model as load_model
+    from mechinterp.hub import pull_circuit as pull_circuit
+    from mechinterp.hub import push_circuit as push_circuit
     from mechinterp.metrics import METRICS as METRICS
     from mechinterp.metrics import Metric as Metric
     from mechinterp.metrics import get_metric as get_metric
@@ -179,6 +181,7 @@ _HOMES = {
     "gradients": ("edge_gradients",),
     "graph": ("Graph", "build_graph"),
     "hooks": ("HookManager", "Intervention", "Run", "load_model"),
+    "hub": ("pull_circuit", "push_circuit"),
     "metrics": ("METRICS", "Metric", "get_metric", "metric_names", "register_metric"),
     "pipeline": ("Discovery", "RunSpec", "discover"),
     "scores": ("Scores",),

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from mechinterp import options
 from mechinterp.cli_exchange import commands
-from mechinterp.errors import InputError, MechInterpError, ModelNotAvailable
+from mechinterp.cli_hub import commands as hub_commands
+from mechinterp.errors import HubNotReached, InputError, MechInterpError, ModelNotAvailable
 from mechinterp.listing import (
     COMPARE_HELP,
     EVAL_HELP,
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = action() if callable(action) else action or OK
         sys.stdout.flush()
         return code
-    except ModelNotAvailable as error:
+    except (ModelNotAvailable, HubNotReached) as error:
         return _complain(str(error), NO_MODEL)
     except MechInterpError as error:
         return _complain(str(error), BAD_INPUT)
@@ -203,7 +204,7 @@ def _list() -> Action:
     return _do_list
 
 
-app.registered_commands += commands.registered_commands
+app.registered_commands += commands.registered_commands + hub_commands.registered_commands
 
 
 def _do_run(asked: dict[str, Any], open_report: bool) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy.stats import pearsonr, rankdata, spearmanr
@@ -159,7 +159,9 @@ def _agreement(over: str, a: np.ndarray, b: np.ndarray) -> Agreement:
     flipped = int((np.sign(a) * np.sign(b) < 0).sum())
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return Agreement(over, len(a), None, None, flipped)
-    return Agreement(over, len(a), float(spearmanr(a, b)[0]), float(pearsonr(a, b)[0]), flipped)
+    by_rank: Any = spearmanr(a, b)
+    by_size: Any = pearsonr(a, b)
+    return Agreement(over, len(a), float(by_rank.statistic), float(by_size.statistic), flipped)
 
 
 def _made_differently(a: CircuitFile, b: CircuitFile) -> str:
