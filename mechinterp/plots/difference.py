@@ -107,7 +107,11 @@ def difference_svg(diff: CircuitDiff, a: Circuit, b: Circuit) -> str:
         ]
         opacity = (0.45 if crowded else 0.55) if kind == "both" else 0.8
         groups.append(f'<g class="edges {CLASSES[kind]}" opacity="{opacity}">{"".join(lines)}</g>')
-    marks = (_mark(*paths[strand].middle) for strand in drawn if known[strand.name].flipped)
+    marks = dict.fromkeys(ORDER, "")
+    for strand in drawn:
+        if known[strand.name].flipped:
+            marks[where[strand.writer, strand.reader, strand.name]] += _mark(*paths[strand].middle)
+    signs = (f'<g class="marks edges {CLASSES[kind]}">{marked}</g>' for kind, marked in marks.items())
     nodes = {entry.name: entry for entry in diff.nodes}
     boxes = (_node(nodes[name], drawing, canvas) for name in drawing.places)
     width, height = canvas.size
@@ -115,7 +119,7 @@ def difference_svg(diff: CircuitDiff, a: Circuit, b: Circuit) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" class="difference" width="{width}" height="{height}" '
         f'viewBox="0 0 {width} {height}"><style>{STYLE}</style><rect class="ground" width="{width}" height="{height}"/>'
         f"{''.join(_legend(diff))}{''.join(_labels(drawing, canvas))}{''.join(groups)}"
-        f'<g class="marks">{"".join(marks)}</g>{"".join(boxes)}</svg>\n'
+        f"{''.join(signs)}{''.join(boxes)}</svg>\n"
     )
 
 
