@@ -106,6 +106,8 @@ if TYPE_CHECKING:
     from mechinterp.files.circuit_file import save_circuit as save_circuit
     from mechinterp.files.claims import Claim as Claim
     from mechinterp.files.claims import Verification as Verification
+    from mechinterp.files.compare_files import diff_circuits as diff_circuits
+    from mechinterp.files.difference import CircuitDiff as CircuitDiff
     from mechinterp.files.verification import verify as verify
     from mechinterp.gradients import edge_gradients as edge_gradients
     from mechinterp.graph import Graph as Graph
@@ -114,6 +116,8 @@ if TYPE_CHECKING:
     from mechinterp.hooks import Intervention as Intervention
     from mechinterp.hooks import Run as Run
     from mechinterp.hooks import load_model as load_model
+    from mechinterp.hub import pull_circuit as pull_circuit
+    from mechinterp.hub import push_circuit as push_circuit
     from mechinterp.metrics import METRICS as METRICS
     from mechinterp.metrics import Metric as Metric
     from mechinterp.metrics import get_metric as get_metric
@@ -205,6 +209,7 @@ _HOMES = {
     "gradients": ("edge_gradients",),
     "graph": ("Graph", "build_graph"),
     "hooks": ("HookManager", "Intervention", "Run", "load_model"),
+    "hub": ("pull_circuit", "push_circuit"),
     "metrics": ("METRICS", "Metric", "get_metric", "metric_names", "register_metric"),
     "pipeline": ("Discovery", "RunSpec", "discover"),
     "report.view": ("write_page",),
@@ -214,6 +219,8 @@ _HOMES = {
     "tasks.pairs": ("Pairs",),
     "tasks.task": ("Task", "load_task", "task_names"),
     "files.verification": ("verify",),
+    "files.compare_files": ("diff_circuits",),
+    "files.difference": ("CircuitDiff",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -17,8 +17,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mechinterp import cli_exchange, cli_view, options
-from mechinterp.errors import InputError, MechInterpError, ModelNotAvailable
+from mechinterp import cli_exchange, cli_hub, cli_view, options
+from mechinterp.errors import HubNotReached, InputError, MechInterpError, ModelNotAvailable
 from mechinterp.listing import (
     COMPARE_HELP,
     EVAL_HELP,
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = action() if callable(action) else action or OK
         sys.stdout.flush()
         return code
-    except ModelNotAvailable as error:
+    except (ModelNotAvailable, HubNotReached) as error:
         return _complain(str(error), NO_MODEL)
     except MechInterpError as error:
         return _complain(str(error), BAD_INPUT)
@@ -203,7 +203,8 @@ def _list() -> Action:
     return _do_list
 
 
-app.registered_commands += cli_exchange.commands.registered_commands + cli_view.commands.registered_commands
+for others in (cli_exchange, cli_view, cli_hub):
+    app.registered_commands += others.commands.registered_commands
 
 
 def _do_run(asked: dict[str, Any], open_report: bool) -> int:

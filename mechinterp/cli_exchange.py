@@ -1,4 +1,4 @@
-"""The commands that read and write files without running a model: export, import, validate, cite."""
+"""The commands that read and write files without running a model: export, import, validate, cite, diff."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mechinterp import options
-from mechinterp.listing import EXIT_CODES, EXPORT_FORMATS, EXPORT_HELP, IMPORT_FORMATS, IMPORT_HELP
+from mechinterp.listing import DIFF_HELP, EXIT_CODES, EXPORT_FORMATS, EXPORT_HELP, IMPORT_FORMATS, IMPORT_HELP
 from mechinterp.stored import find_file
 from mechinterp.terminal import Terminal, quiet_libraries, say
 
@@ -49,6 +49,16 @@ def _cite(file: options.File) -> Action:
     return partial(_do_cite, file)
 
 
+@commands.command("diff", help=DIFF_HELP, short_help="Compare two circuit files.")
+def _diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A circuit file, or the name of a stored circuit.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    top: Annotated[int, typer.Option(min=1, help="Rows of each table of edges and nodes.")] = 20,
+    out: Annotated[Path | None, typer.Option(help="Draw the difference as a page (.html) or picture (.svg).")] = None,
+) -> Action:
+    return partial(_do_diff, a, b, top, out)
+
+
 def _do_export(file: str, format: str, out: Path | None) -> int:
     from mechinterp.exchange import export_file
 
@@ -83,3 +93,26 @@ def _do_cite(file: str) -> int:
     for line in cite_file(find_file(file)).splitlines():
         say(Terminal(), line)
     return 0
+
+
+def _do_diff(a: str, b: str, top: int, out: Path | None) -> int:
+    from mechinterp.exchange import diff_files
+    from mechinterp.tables import difference_tables
+
+    console, paths = Terminal(), (find_file(a), find_file(b))
+    found = diff_files(*paths, out)
+    for letter, path, sha in zip("AB", paths, found.circuit_sha256, strict=True):
+        say(console, f"{letter}: {path}, circuit sha256 {sha}")
+    for note in found.notes:
+        say(console, f"note: {note}")
+    for heading, table in difference_tables(found, top):
+        console.print()
+        if heading:
+            say(console, heading)
+        console.print(table)
+    console.print()
+    if out is not None:
+        say(console, f"wrote {out}")
+    nodes_and_edges = "nodes and edges differ" if found.differs else "the same nodes and edges"
+    say(console, "the same circuit" if found.same_circuit else f"{nodes_and_edges}; the circuit hashes differ")
+    return int(found.differs)

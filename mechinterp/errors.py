@@ -15,6 +15,10 @@ class ModelNotAvailable(InputError):
     """The model cannot be had here: the hub is out of reach and nothing is cached, or no name opens it."""
 
 
+class HubNotReached(InputError):
+    """The Hugging Face hub cannot be asked: no network, offline mode, or the hub itself is down."""
+
+
 class FormatError(InputError):
     """A file (circuit, scores, task, pairs) is not what it must be."""
 

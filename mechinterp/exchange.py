@@ -1,4 +1,4 @@
-"""Circuit files and the rest of the world: exported, imported, validated, cited. No model runs for any of it."""
+"""Circuit files and the rest of the world: exported, imported, validated, cited, compared. No model runs for it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from mechinterp.circuit import Circuit
 from mechinterp.errors import InputError
 from mechinterp.files.circuit_file import load_circuit, save_circuit
+from mechinterp.files.compare_files import diff_circuits
+from mechinterp.files.difference import CircuitDiff
 from mechinterp.files.schema import CircuitFile
 from mechinterp.files.schema_parts import Origin
 from mechinterp.files.store import SUFFIX, check_hashes, open_circuit_file
@@ -16,6 +18,7 @@ from mechinterp.formats.exports import EXPORTS, export_circuit, write_export
 from mechinterp.formats.imports import IMPORTS, import_circuit
 from mechinterp.hooks import load_model
 from mechinterp.registry import unknown
+from mechinterp.report.difference import write_difference
 
 DISTRIBUTION = "mechinterp-circuits"
 
@@ -62,6 +65,14 @@ def validate_file(file: str | Path) -> tuple[str, ...]:
         f"{len(document.evaluation)} evaluations, {len(document.pairs)} sets of pairs, {len(document.roles)} roles",
         f"circuit sha256 {document.integrity.circuit_sha256}",
     )
+
+
+def diff_files(a: str | Path, b: str | Path, out: str | Path | None = None) -> CircuitDiff:
+    """How the files differ, after `out` (.html or .svg) was drawn, if it is given. See `diff_circuits`."""
+    found = diff_circuits(a, b)
+    if out is not None:
+        write_difference(Path(out), found, load_circuit(a), load_circuit(b))
+    return found
 
 
 def cite_file(file: str | Path) -> str:

@@ -47,7 +47,7 @@ EXPORT_FORMATS = {
 IMPORT_FORMATS = ("eap-ig-json", "eap-ig-pt", "mib", "acdc", "edge-pruning")
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a claim of the file failed (verify); 2 bad input, with one line that says what; "
-    "3 the model is not available here."
+    "3 the model, or the hub, is not available here."
 )
 HELP = f"""Find the circuit of a task in a transformer, write it to a file, and check the file again.
 
@@ -60,6 +60,8 @@ HELP = f"""Find the circuit of a task in a transformer, write it to a file, and 
   discover-circuit view FILE                its page in the browser
   discover-circuit validate|cite FILE       its form and hashes; BibTeX
   discover-circuit export|import FILE       other tools' formats
+  discover-circuit diff A B                 how two circuit files differ
+  discover-circuit push|pull                share files through the Hugging Face hub
   discover-circuit list                     tasks, methods, models, stored circuits
 
 {EXIT_CODES}
@@ -136,6 +138,37 @@ Sizes and areas (CPR, CMD) are those of MIB. All methods are scored on the same 
   discover-circuit compare ioi
   discover-circuit compare ioi --methods eap,eap-ig,acdc,cd --out out/compare
   discover-circuit compare ioi --methods acdc,edge-pruning --set acdc.tau=0.05
+
+{EXIT_CODES}
+"""
+DIFF_HELP = """Compare what two circuit files say: edges, nodes, roles, scores, and how they were made. No model runs.
+
+A and B are circuit files, or names of stored circuits. Read the notes that come first: they say what cannot be
+compared. --out draws both circuits over each other.
+
+\b
+  discover-circuit diff ioi-bundled-eap-ig ioi-bundled-cd-edges
+  discover-circuit diff old.circuit.json new.circuit.json --out difference.html
+
+Exit codes, as those of diff: 0 the same nodes and edges (whatever else differs); 1 they differ; 2 bad input.
+"""
+PUSH_HELP = f"""Upload a circuit file, with its file of scores, to a repository of the Hugging Face hub, as one commit.
+
+The file is checked first. REPO is org/name, or datasets/org/name; it must exist. Who you are is taken from HF_TOKEN or
+`hf auth login`, the hub from HF_ENDPOINT.
+
+\b
+  discover-circuit push out/ioi-gpt2-eap-ig.circuit.json me/circuits
+
+{EXIT_CODES}
+"""
+PULL_HELP = f"""Download a circuit file, with its file of scores, from the Hugging Face hub; check it, then keep it.
+
+Name the --revision: a commit (40 hex digits) is what can be had again; of a branch or tag the commit is printed. PATH
+may be left out where the repository has one circuit file.
+
+\b
+  discover-circuit pull me/circuits/ioi-gpt2-eap-ig.circuit.json --revision COMMIT
 
 {EXIT_CODES}
 """

@@ -16,6 +16,8 @@ from mechinterp.files.summary import ranked_edges, ranked_nodes, stated_predicti
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from mechinterp.files.difference import CircuitDiff, Compared
+
 
 def plain(text: str) -> str:
     """The text on one line with nothing in it that could steer a terminal."""
@@ -35,6 +37,60 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 10 or not value else f"{value:.3f}"
     return "-" if str(value) == "<NA>" else plain(str(value))
+
+
+def difference_tables(diff: CircuitDiff, most: int) -> Iterable[tuple[str, Table]]:
+    """A heading and a table for each thing in which two circuit files differ, at most so many rows of edges and nodes.
+
+    The counts of nodes and edges are always there.
+    """
+    table = _table("", "in both", "only A", "only B", "Jaccard")
+    for row in diff.overlaps():
+        table.add_row(row.kind, f"{row.both:,}", f"{row.only_a:,}", f"{row.only_b:,}", f"{row.jaccard:.3f}")
+    yield "", table
+    if diff.scores:
+        table = _table("scores over", "number", "Spearman", "Pearson", "of opposite signs")
+        for entry in diff.scores:
+            table.add_row(
+                entry.over, f"{entry.n:,}", _known(entry.spearman), _known(entry.pearson), f"{entry.n_flipped:,}"
+            )
+        yield "", table
+    for kind, entries in (("nodes", diff.nodes), ("edges", diff.edges)):
+        some = [entry for entry in entries if entry.where != "both"]
+        if some:
+            yield _first(most, len(some), f"{kind} in one circuit only"), _compared_table(some[:most])
+    changes = diff.changes()
+    if changes:
+        by = "score" if diff.scored_alike else "rank"
+        yield _first(most, len(changes), f"edges in both, by change of {by}"), _compared_table(changes[:most])
+    if diff.roles:
+        table = _table("node", "role in A", "role in B", "", text=4)
+        for role in diff.roles:
+            table.add_row(plain(role.node), plain(role.a) or "-", plain(role.b) or "-", role.change)
+        yield "roles that differ", table
+    if diff.fields:
+        table = _table("field", "A", "B", text=3)
+        for row in diff.fields:
+            table.add_row(*(Text("-" if cell is None else plain(cell)) for cell in (row.field, row.a, row.b)))
+        yield "what else the files state differently", table
+
+
+def _compared_table(entries: Iterable[Compared]) -> Table:
+    table = _table("", "in", "score A", "rank A", "score B", "rank B", "signs", text=2)
+    for entry in entries:
+        ranks = ["-" if rank is None else f"{rank:,}" for rank in (entry.rank_a, entry.rank_b)]
+        signs = "opposite" if entry.flipped else ""
+        scores = (_known(entry.score_a), _known(entry.score_b))
+        table.add_row(plain(entry.name), entry.where, scores[0], ranks[0], scores[1], ranks[1], signs)
+    return table
+
+
+def _known(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _first(most: int, n: int, words: str) -> str:
+    return f"{words}: {n:,}" if n <= most else f"{words}: the first {most:,} of {n:,}"
 
 
 def result_table(document: CircuitFile) -> Table:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "mechinterp"
 # nothing else; a new one goes into the lowest level it can, and into ARCHITECTURE.md.
 LAYERS = (
     ("errors", "listing"),
-    ("registry", "jsontext", "atomic"),
+    ("registry", "jsontext", "atomic", "hub_errors"),
     ("sites", "metrics", "tasks"),
     ("models",),
     ("interventions",),
@@ -33,9 +33,9 @@ LAYERS = (
     ("files",),
     ("plots", "tables", "library"),
     ("report", "formats", "progress"),
-    ("pipeline", "reevaluation", "exchange"),
+    ("pipeline", "reevaluation", "exchange", "hub"),
     ("options", "stored", "terminal"),
-    ("cli_exchange", "cli_view"),
+    ("cli_exchange", "cli_hub", "cli_view"),
     ("cli",),
     ("__init__", "__main__"),  # the public names: import everything, and are imported by nothing here
 )

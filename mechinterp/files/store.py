@@ -169,6 +169,25 @@ def write_pair(path: Path, document: CircuitFile, sidecar: bytes | None) -> None
         raise InputError(f"{path} cannot be written: {error.strerror or error}. Nothing was changed.") from error
 
 
+def place_pair(path: Path, content: bytes, sidecar: tuple[str, bytes] | None) -> None:
+    """Write a circuit file and its sidecar (name, bytes) as they are, or change nothing.
+
+    Other files are left alone. Raises InputError when that is not possible.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if sidecar is None:
+            _remove_leftovers(path.parent, (path.name,))
+            _with_temporaries({path: content}, lambda names: _replace(names[path], path))
+        else:
+            target = path.parent / sidecar[0]
+            _remove_leftovers(path.parent, (path.name, target.name))
+            _with_temporaries({target: sidecar[1], path: content}, lambda names: _swap(path, target, names))
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}. Nothing was changed.") from error
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write one file completely or not at all. Raises InputError when that is not possible."""
     try:

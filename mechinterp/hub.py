@@ -1,0 +1,260 @@
+"""Circuit files on the Hugging Face hub: `push_circuit` and `pull_circuit`, always with the commit.
+
+Names and bytes from a repository are a stranger's: names are checked, sizes bounded before and while they are read, and
+nothing is kept before the whole pair has proved to be a circuit file with the hashes that it states.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mechinterp.errors import FormatError, InputError
+from mechinterp.files.circuit_file import load_circuit
+from mechinterp.files.schema_parts import MAX_GRAPH_CELLS
+from mechinterp.files.store import (
+    MAX_JSON_BYTES,
+    SUFFIX,
+    check_hashes,
+    open_circuit_file,
+    place_pair,
+    read_bounded,
+    read_sidecar,
+    sidecar_name,
+)
+from mechinterp.hub_errors import asking
+from mechinterp.registry import unknown
+
+MAX_SIDECAR_BYTES = 8 * MAX_GRAPH_CELLS + 2**17
+"""Of the largest graph that a file may describe, in float64, with its header."""
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SECONDS = 30
+"""How long the hub may be silent."""
+SHOWN = 10
+_REPO = re.compile(r"(?:(?P<kind>datasets|models)/)?(?P<id>[\w.-]{1,96}/[\w.-]{1,96})(?:/(?P<path>.+))?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A repository of the hub, and a file in it ("" for none): `org/name`, or `datasets/org/name` for a data set."""
+
+    repo: str
+    kind: str
+    path: str
+
+    @staticmethod
+    def parse(text: str) -> Place:
+        """The place written as `[datasets/]org/name[/path]`. Raises InputError for anything else."""
+        found = _REPO.fullmatch(text)
+        if found is None:
+            raise InputError(f"{text!r} is no repository of the hub; give org/name, or datasets/org/name.")
+        path = found["path"] or ""
+        if path:
+            check_path(path)
+        return Place(found["id"], "dataset" if found["kind"] == "datasets" else "model", path)
+
+    def __str__(self) -> str:
+        return ("datasets/" if self.kind == "dataset" else "") + "/".join(filter(None, (self.repo, self.path)))
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What was uploaded, and the commit that holds it: `place` and `commit` are what to pull.
+
+    `new` is False when the repository had the same files already; `commit` is then its latest one.
+    """
+
+    place: Place
+    commit: str
+    files: tuple[str, ...]
+    new: bool
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """The files that a pull left, the circuit file first; `new` says whether any was written."""
+
+    place: Place
+    commit: str
+    files: tuple[Path, ...]
+    new: bool
+
+
+def push_circuit(
+    file: str | Path, repo: str, *, revision: str = "main", message: str | None = None, endpoint: str | None = None
+) -> Pushed:
+    """Upload a circuit file and its sidecar to the top of a repository, in one commit on the branch `revision`.
+
+    The file is validated first; afterwards the hub is asked whether the commit holds both files. The repository must
+    exist. Credentials and endpoint are those of `huggingface_hub` (HF_TOKEN, HF_ENDPOINT).
+
+    Raises FormatError for a file whose hashes do not hold, InputError for an unknown repository or branch and where
+    writing is not allowed, HubNotReached when the hub cannot be asked.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    path, place = Path(file), Place.parse(repo)
+    if place.path:
+        raise InputError(f"A file is pushed to the top of a repository; give {place.repo!r}, without {place.path!r}.")
+    sidecar_name(path)
+    opened = open_circuit_file(path)
+    check_hashes(opened)
+    load_circuit(path)
+    contents = {path.name: read_bounded(path, MAX_JSON_BYTES)}
+    sidecar = opened.document.integrity.sidecar
+    if sidecar is not None:
+        contents[sidecar.file] = read_sidecar(path, sidecar, MAX_SIDECAR_BYTES)
+    summary = message or f"Add circuit {path.name.removesuffix(SUFFIX)}"
+    with asking(place.repo, place.kind, revision):
+        api = _api(endpoint)
+        before = api.repo_info(place.repo, repo_type=place.kind, revision=revision, timeout=SECONDS).sha
+        done = api.create_commit(
+            place.repo,
+            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in contents.items()],
+            commit_message=summary,
+            repo_type=place.kind,
+            revision=revision,
+        )
+        sizes = _sizes(api, place, list(contents), done.oid)
+    wrong = [name for name, data in contents.items() if sizes.get(name) != len(data)]
+    if wrong:
+        raise InputError(
+            f"Commit {done.oid} of {place} does not hold {', '.join(wrong)} as it was uploaded; look at the "
+            "repository's .gitignore."
+        )
+    return Pushed(Place(place.repo, place.kind, path.name), done.oid, tuple(contents), done.oid != before)
+
+
+def pull_circuit(
+    repo: str, *, revision: str | None, out: str | Path = ".", force: bool = False, endpoint: str | None = None
+) -> Pulled:
+    """Download a circuit file and the sidecar that it states into the folder `out`, both or none.
+
+    `repo` is `[datasets/]org/name[/path]`. Nothing is kept that is not a circuit file with the hashes that it states. A
+    file that is there already stays unless it is the same or `force` is given. `revision` is a commit; of a branch or
+    tag, the commit that it is now is taken and returned. None is refused, with the commit to give.
+
+    Raises InputError for what the hub does not have and for files that would be overwritten, FormatError for a file
+    that is too large or not what it states, HubNotReached when the hub cannot be asked.
+    """
+    place, folder = Place.parse(repo), Path(out)
+    with asking(place.repo, place.kind, revision or "main"):
+        api = _api(endpoint)
+        info = api.repo_info(place.repo, repo_type=place.kind, revision=revision or "main", timeout=SECONDS)
+        commit = str(info.sha)
+        place = _file_of(place, [entry.rfilename for entry in info.siblings or ()])
+    if not COMMIT.fullmatch(commit) or (revision and COMMIT.fullmatch(revision) and commit != revision):
+        raise InputError(f"The hub answered {commit[:60]!r} when asked for {revision or 'main'!r} of {place}.")
+    if revision is None:
+        raise InputError(
+            f"Say which --revision of {place}: a commit is what can be had again. `main` is now {commit}: "
+            f"discover-circuit pull {place} --revision {commit}"
+        )
+    name = PurePosixPath(place.path).name
+    target = folder / name
+    sidecar_name(target)
+    with tempfile.TemporaryDirectory(prefix="mechinterp-pull-") as temporary:
+        kept = Path(temporary) / name
+        with asking(place.repo, place.kind, revision):
+            content = _download(api, place, place.path, commit, MAX_JSON_BYTES)
+        kept.write_bytes(content)
+        with _told_as(place, temporary):
+            opened = open_circuit_file(kept)
+            check_hashes(opened)
+        stated, pair = opened.document.integrity.sidecar, None
+        if stated is not None:
+            beside = str(PurePosixPath(place.path).with_name(stated.file))
+            with asking(place.repo, place.kind, revision):
+                pair = (stated.file, _download(api, place, beside, commit, MAX_SIDECAR_BYTES))
+            kept.with_name(stated.file).write_bytes(pair[1])
+        with _told_as(place, temporary):
+            load_circuit(kept)
+    wanted = {target: content} | ({folder / pair[0]: pair[1]} if pair else {})
+    new = {path: data for path, data in wanted.items() if not _same(path, data)}
+    taken = [str(path) for path in new if path.exists() or path.is_symlink()]
+    if taken and not force:
+        raise InputError(f"{' and '.join(taken)} would be overwritten; give another --out, or --force.")
+    if new:
+        place_pair(target, content, pair)
+    return Pulled(place, commit, tuple(wanted), bool(new))
+
+
+def check_path(path: str) -> None:
+    """Return None for the path of a file inside a repository. Raises InputError for one that could lead elsewhere."""
+    parts = path.split("/")
+    if not {"", ".", ".."}.isdisjoint(parts) or not path.isprintable() or not set(path).isdisjoint("\\:"):
+        raise InputError(f"{path[:200]!r} is no path of a file in a repository.")
+
+
+def _api(endpoint: str | None) -> Any:
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=endpoint)
+
+
+def _file_of(place: Place, names: Sequence[str]) -> Place:
+    """The place of a circuit file that the repository has: the one that is named, or its only one."""
+    known = [name for name in names if name.endswith(SUFFIX)]
+    for name in (place.path, place.path + SUFFIX):
+        if name in known:
+            return Place(place.repo, place.kind, name)
+    if place.path:
+        raise unknown(f"circuit file of {place.repo}", place.path, known[:SHOWN])
+    if len(known) != 1:
+        some = ", ".join(sorted(known)[:SHOWN]) + (", ..." if len(known) > SHOWN else "")
+        raise InputError(f"{place} has {len(known)} circuit files; name one: {place}/NAME. Known: {some or 'none'}.")
+    check_path(known[0])
+    return Place(place.repo, place.kind, known[0])
+
+
+def _sizes(api: Any, place: Place, names: Sequence[str], commit: str) -> dict[str, int]:
+    """The sizes in bytes that the hub states, of those of the files that are there."""
+    found = api.get_paths_info(place.repo, list(names), revision=commit, repo_type=place.kind)
+    return {entry.path: int(entry.size) for entry in found if getattr(entry, "size", None) is not None}
+
+
+def _download(api: Any, place: Place, path: str, commit: str, most: int) -> bytes:
+    """The bytes of one file at a commit; never more than `most` are read, whatever the hub says its size is."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+    size = _sizes(api, place, [path], commit).get(path)
+    if size is None:
+        raise InputError(f"{place.repo} has no file {path!r} at commit {commit}.")
+    if size > most:
+        raise FormatError(f"{path} of {place.repo} has {size:,} bytes; it can have {most:,} at most.")
+    url = hf_hub_url(place.repo, path, repo_type=place.kind, revision=commit, endpoint=api.endpoint)
+    content = bytearray()
+    with http_stream_backoff(
+        "GET", url, headers=build_hf_headers(), timeout=SECONDS, max_retries=2, retry_on_exceptions=()
+    ) as response:
+        hf_raise_for_status(response)
+        for block in response.iter_bytes():
+            content += block
+            if len(content) > size:
+                break
+    if len(content) != size:
+        raise FormatError(f"{path} of {place.repo} is not the {size:,} bytes that the hub states; nothing was kept.")
+    return bytes(content)
+
+
+def _same(path: Path, data: bytes) -> bool:
+    """Whether a plain file at `path` holds these bytes."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != len(data):
+        return False
+    return path.read_bytes() == data
+
+
+@contextmanager
+def _told_as(place: Place, folder: str) -> Iterator[None]:
+    """Name the place instead of the temporary folder in what is wrong with a file."""
+    try:
+        yield
+    except FormatError as error:
+        told = str(error).replace(f"{folder}/", "").replace(f"{folder}\\", "")
+        raise FormatError(f"{place}: {told} Nothing was kept.") from error
