@@ -10,7 +10,16 @@ from typing import Annotated
 import typer
 
 from mechinterp import options
-from mechinterp.listing import DIFF_HELP, EXIT_CODES, EXPORT_FORMATS, EXPORT_HELP, IMPORT_FORMATS, IMPORT_HELP
+from mechinterp.errors import FormatError
+from mechinterp.listing import (
+    DIFF_HELP,
+    EXIT_CODES,
+    EXPORT_FORMATS,
+    EXPORT_HELP,
+    IMPORT_FORMATS,
+    IMPORT_HELP,
+    VALIDATE_HELP,
+)
 from mechinterp.stored import find_file
 from mechinterp.terminal import Terminal, quiet_libraries, say
 
@@ -39,7 +48,9 @@ def _import(
     return partial(_do_import, path, format, model, out)
 
 
-@commands.command("validate", help=f"Check form and hashes of a circuit file; no model is needed.\n\n{EXIT_CODES}")
+@commands.command(
+    "validate", help=VALIDATE_HELP, short_help="Check form and hashes of a circuit file; no model is needed."
+)
 def _validate(file: options.File) -> Action:
     return partial(_do_validate, file)
 
@@ -81,9 +92,23 @@ def _do_import(path: str, format: str, model: str, out: Path) -> int:
 def _do_validate(file: str) -> int:
     from mechinterp.exchange import validate_file
 
+    if Path(file).is_dir():
+        return _validate_submission(Path(file))
     for line in validate_file(path := find_file(file)):
         say(Terminal(), line)
     say(Terminal(), f"valid: {path}")
+    return 0
+
+
+def _validate_submission(folder: Path) -> int:
+    from mechinterp.formats.mib import mib_problems
+
+    problems = mib_problems(folder)
+    for line in problems:
+        say(Terminal(), line)
+    if problems:
+        raise FormatError(f"{folder} is no submission that MIB takes: {len(problems)} problems.")
+    say(Terminal(), f"valid: {folder}, as a submission to MIB's circuit track")
     return 0
 
 

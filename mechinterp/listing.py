@@ -152,6 +152,12 @@ compared. --out draws both circuits over each other.
 
 Exit codes, as those of diff: 0 the same nodes and edges (whatever else differs); 1 they differ; 2 bad input.
 """
+VALIDATE_HELP = f"""Check form and hashes of a circuit file; no model is needed.
+
+Of a folder: whether MIB's circuit track would take it as a submission; every problem is named.
+
+{EXIT_CODES}
+"""
 PUSH_HELP = f"""Upload a circuit file, with its file of scores, to a repository of the Hugging Face hub, as one commit.
 
 The file is checked first. REPO is org/name, or datasets/org/name; it must exist. Who you are is taken from HF_TOKEN or

@@ -51,6 +51,14 @@ def test_cite_names_the_hash_and_the_paper(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out.count("@") == 3
 
 
+def test_validate_a_submission(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder with one task of one model that MIB has, in which a file is missing: three lines, then the verdict."""
+    (tmp_path / "ioi_gpt2").mkdir()
+    assert cli.main(["validate", str(tmp_path)]) == 2
+    found = capsys.readouterr()
+    assert found.out.count("\n") == 3 and "at least 2 tasks" in found.out and "3 problems" in found.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -59,7 +67,7 @@ def test_cite_names_the_hash_and_the_paper(capsys: pytest.CaptureFixture[str]) -
         (["export", "STORED", "--format", "mib"], "mib"),
         (["import", "STORED", "--format", "eap-ig-json", "--out", "x.circuit.json"], "circuit.json"),
         (["import", "STORED", "--format", "eap-ig-json", "--out", "x.json"], "circuit.json"),
-        (["validate", "MODEL"], "plain file"),
+        (["validate", "MODEL"], "no submission that MIB takes: 2 problems"),
         (["cite", "nothing"], "nothing"),
     ],
 )
