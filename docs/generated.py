@@ -40,7 +40,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """The text with a bar that is no code escaped."""
+    return "`".join(part if i % 2 else part.replace("|", "\\|") for i, part in enumerate(text.split("`")))
 
 
 def homes() -> dict[str, list[str]]:
@@ -173,13 +178,19 @@ def fields() -> str:
         rows: list[tuple[str, ...]] = []
         for field, entry in body.get("properties", {}).items():
             needed = "yes" if field in body.get("required", ()) else ""
-            rows.append((f"`{field}`", _type(entry), needed, texts.get((name, field), "")))
+            about = next(
+                (_about(known[target]).partition(". ")[0] for target in _targets(entry) if target in known), ""
+            )
+            rows.append((f"`{field}`", _type(entry), needed, texts.get((name, field), about)))
             waiting += [target for target in _targets(entry) if target in known]
-        about = inspect.cleandoc(str(body.get("description", ""))).replace("\n", " ")
         title = "The file" if name == "CircuitFile" else name
-        out += [f"### {title} {{ #{name.lower()} }}", "", about, ""]
+        out += [f"## {title} {{ #{name.lower()} }}", "", _about(body), ""]
         out += [_table(("field", "value", "needed", "meaning"), rows), ""]
     return "\n".join(out)
+
+
+def _about(definition: dict[str, Any]) -> str:
+    return inspect.cleandoc(str(definition.get("description", ""))).replace("\n", " ")
 
 
 def _field_texts(module: Any) -> dict[tuple[str, str], str]:
@@ -213,7 +224,7 @@ def _type(entry: dict[str, Any]) -> str:
         if several in entry:
             return " or ".join(dict.fromkeys(_type(one) for one in entry[several]))
     if "const" in entry:
-        return f"`{entry['const']}`" if isinstance(entry["const"], int) else f"`\"{entry['const']}\"`"
+        return f"`{entry['const']}`" if isinstance(entry["const"], int) else f'`"{entry["const"]}"`'
     if "enum" in entry:
         return ", ".join(f'`"{value}"`' for value in entry["enum"])
     kind = str(entry.get("type", "anything"))

@@ -30,7 +30,9 @@ def _svg(width: int, height: int, parts: Iterable[str], title: str) -> str:
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle", size: int = 13, colour: str = INK) -> str:
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}" style="fill:{colour}">{escape(text)}</text>'
+    return (
+        f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}" style="fill:{colour}">{escape(text)}</text>'
+    )
 
 
 def _box(x: float, y: float, width: float, text: str, colour: str, height: float = 26) -> str:
@@ -77,7 +79,9 @@ def graph() -> str:
         parts.append(_text(700, y + 4, label, "end", 12, FAINT))
     for y, label in ((145, "layer 1, heads"), (95, "layer 1, MLP"), (35, "the final residual stream")):
         parts.append(_text(700, y + 4, label, "end", 12, FAINT))
-    parts.append(_text(90, 366, "green: the edges of a circuit; thin: every other edge of the graph", "start", 12, FAINT))
+    parts.append(
+        _text(90, 366, "green: the edges of a circuit; thin: every other edge of the graph", "start", 12, FAINT)
+    )
     return _svg(710, 376, parts, "The graph of a model with two layers of two heads and an MLP")
 
 
@@ -90,7 +94,10 @@ def readers() -> str:
         parts.append(_box(150, 62, 70, "a5.h2", HEAD))
     heads = (("a5.h2", 420), ("a5.h3", 540))
     for name, x in heads:
-        parts += [_box(x, 62, 70, name, HEAD), _box(x - 62 * (x < 480) + 62 * (x > 480), 130, 82, f"{name}<q>", KEPT, 24)]
+        parts += [
+            _box(x, 62, 70, name, HEAD),
+            _box(x - 62 * (x < 480) + 62 * (x > 480), 130, 82, f"{name}<q>", KEPT, 24),
+        ]
         parts.append(_line(f"M{x - 62 * (x < 480) + 62 * (x > 480)} 117 L{x} 77"))
     for name, x in (("a5.kv1<k>", 442), ("a5.kv1<v>", 518)):
         parts.append(_box(x, 172, 74, name, KEPT, 24))
@@ -116,7 +123,9 @@ def ablation() -> str:
         _text(232, 212, "kept: the value of this run", "start", 12, KEPT),
         _text(520, 168, "computed again from", "middle", 12, FAINT),
         _text(520, 183, "the changed input", "middle", 12, FAINT),
-        _text(375, 24, "Only this reader sees the replacement: other readers of a0.h0 keep what they have.", "middle", 12),
+        _text(
+            375, 24, "Only this reader sees the replacement: other readers of a0.h0 keep what they have.", "middle", 12
+        ),
     ]
     return _svg(710, 226, parts, "One reader with one edge cut")
 
@@ -137,7 +146,9 @@ def positions() -> str:
     parts += [
         _line(f"M{60 + 70 * 8} 92 L{60 + 70 * 8} 58", "kept", 2.2),
         _box(60 + 70 * 8, 44, 78, "a1.h0<q>", KEPT, 22),
-        _text(330, 16, "an edge stays at one position; attention inside a head moves between them", "middle", 12, FAINT),
+        _text(
+            330, 16, "an edge stays at one position; attention inside a head moves between them", "middle", 12, FAINT
+        ),
         _text(28, 200, "Every token without a name of its own is `rest`, in each prompt.", "start", 12, FAINT),
     ]
     return _svg(680, 210, parts, "Named positions")
@@ -184,7 +195,9 @@ def verification() -> str:
     parts += [
         _text(20, 24, "without the model", "start", 12, KEPT),
         _text(368, 24, "with the model (exit code 3 when it cannot be had)", "start", 12, HEAD),
-        _text(20, 132, "exit code 0: every claim holds      1: a claim failed, and which      2: bad input", "start", 12),
+        _text(
+            20, 132, "exit code 0: every claim holds      1: a claim failed, and which      2: bad input", "start", 12
+        ),
     ]
     return _svg(710, 146, parts, "The steps of verification")
 

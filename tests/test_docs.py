@@ -116,7 +116,9 @@ def test_a_reader_fetches_nothing_from_elsewhere(site: Path) -> None:
     for page in site.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         for tag in re.findall(r"<(?:script|img|iframe|source|link)\b[^>]*>", text):
-            assert not re.search(r'(?:src|href)="(?:https?:)?//', tag) or 'rel="canonical"' in tag, f"{page.name}: {tag}"
+            assert not re.search(r'(?:src|href)="(?:https?:)?//', tag) or 'rel="canonical"' in tag, (
+                f"{page.name}: {tag}"
+            )
 
 
 def test_nothing_is_left_unmade(site: Path) -> None:
