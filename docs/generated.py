@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import typer
+from docstrings import as_markdown
 
 import mechinterp
 from mechinterp import listing
@@ -73,7 +75,15 @@ def api(page: str) -> str:
     for home, names in sorted(homes().items()):
         if _page_of(home) != page:
             continue
-        out += [f"## {home.replace('_', ' ').rpartition('.')[2].capitalize()}", "", f"`mechinterp.{home}`", ""]
+        about = as_markdown(inspect.getdoc(import_module(f"mechinterp.{home}")) or "")
+        out += [
+            f"## {home.replace('_', ' ').rpartition('.')[2].capitalize()}",
+            "",
+            f"`mechinterp.{home}`",
+            "",
+            about,
+            "",
+        ]
         for name in names:
             out += [f"::: mechinterp.{home}.{name}", ""]
     return "\n".join(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 import typer
 
 import mechinterp
-from mechinterp.cli import app
+from mechinterp.cli import app, main
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -90,6 +91,24 @@ def test_a_command_that_is_shown_can_be_given(path: Path, line: str) -> None:
     assert callable(COMMANDS.main(words, prog_name="discover-circuit", standalone_mode=False))
 
 
+QUICK = [
+    (path, block)
+    for path in PAGES
+    for block in blocks(path, "console")
+    if re.match(r"\$ discover-circuit (show|cite|validate) \S*ioi-bundled-eap-ig", block) and "\n" in block.strip()
+]
+
+
+@pytest.mark.parametrize(("path", "block"), QUICK, ids=[f"{NAMES[path]}: {block[19:30]}" for path, block in QUICK])
+def test_the_output_that_is_shown_is_the_output(path: Path, block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of commands that only read the stored circuit, which is what `discover-circuit run ioi` makes."""
+    command, *shown = block.splitlines()
+    words = ["ioi-bundled-eap-ig" if "ioi-bundled" in word else word for word in shlex.split(command)[2:]]
+    assert main(words) == 0
+    given = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert not [line for line in shown if line.rstrip() not in given and "…" not in line]
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built documentation. mkdocs comes with the extra `docs`, and so with `dev`."""
@@ -98,6 +117,16 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = subprocess.run(command, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     assert made.returncode == 0, made.stdout + made.stderr
     return out
+
+
+def test_docstrings_become_markdown() -> None:
+    """Doctests are code, lists are lists, and `<` and `*` outside of code stay what they are."""
+    spec = importlib.util.spec_from_file_location("docstrings", ROOT / "docs" / "docstrings.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = module.as_markdown("The <q> of `a<b>`:\n- 2 * 3\n\n>>> 1 + 1\n2\n\nEnd.")
+    assert made == "The &lt;q> of `a<b>`:\n\n- 2 \\* 3\n\n\n```pycon\n>>> 1 + 1\n2\n```\n\nEnd."
 
 
 def test_every_public_name_is_in_the_reference(site: Path) -> None:
