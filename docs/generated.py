@@ -105,7 +105,8 @@ def method(name: str) -> str:
     parameters = ", ".join(f"`{key}={value}`" for key, value in chosen.defaults.items())
     circuit = "by [select](selection.md), from the scores"
     if chosen.threshold is not None:
-        circuit = f"chosen by the method itself: the edges whose score is above {chosen.threshold:g} (in magnitude, as `by` is)"
+        above = f"{chosen.threshold:g} (in magnitude, as `by` is)"
+        circuit = f"chosen by the method itself: the edges whose score is above {above}"
     rows = (
         ("Source", chosen.source),
         ("Takes", GRAPHS[chosen.graphs]),
