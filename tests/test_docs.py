@@ -16,11 +16,12 @@ import pytest
 import typer
 
 import mechinterp
-from mechinterp.cli import app, main
+from mechinterp.cli import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 NAMES = {path: path.relative_to(ROOT / "docs").as_posix() for path in PAGES}
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 COMMANDS: Any = typer.main.get_command(app)
 
 
@@ -56,9 +57,8 @@ print("\\n" + json.dumps(failed))
 def failures() -> dict[str, str]:
     """Page -> the error that its Python ended with, for every page that ended with one."""
     pages = [(NAMES[path], shown_files(path), blocks(path, "python")) for path in RUNNABLE]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", RUNNER], input=json.dumps(pages), env=environment, capture_output=True, text=True
+        [sys.executable, "-c", RUNNER], input=json.dumps(pages), env=ENVIRONMENT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -99,14 +99,35 @@ QUICK = [
 ]
 
 
-@pytest.mark.parametrize(("path", "block"), QUICK, ids=[f"{NAMES[path]}: {block[19:30]}" for path, block in QUICK])
-def test_the_output_that_is_shown_is_the_output(path: Path, block: str, capsys: pytest.CaptureFixture[str]) -> None:
+PRINTER = """
+import contextlib, io, json, sys
+from mechinterp.cli import main
+
+printed = []
+for words in json.load(sys.stdin):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = main(words)
+    printed.append([code, out.getvalue()])
+print(json.dumps(printed))
+"""
+
+
+def test_the_output_that_is_shown_is_the_output() -> None:
     """Of commands that only read the stored circuit, which is what `discover-circuit run ioi` makes."""
-    command, *shown = block.splitlines()
-    words = ["ioi-bundled-eap-ig" if "ioi-bundled" in word else word for word in shlex.split(command)[2:]]
-    assert main(words) == 0
-    given = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert not [line for line in shown if line.rstrip() not in given and "…" not in line]
+    shown = [block.splitlines() for _, block in QUICK]
+    given = [
+        ["ioi-bundled-eap-ig" if "ioi-bundled" in word else word for word in shlex.split(lines[0])[2:]]
+        for lines in shown
+    ]
+    assert len(given) >= 3
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTER], input=json.dumps(given), env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for lines, (code, printed) in zip(shown, json.loads(done.stdout), strict=True):
+        assert code == 0
+        found = [line.rstrip() for line in printed.splitlines()]
+        assert not [line for line in lines[1:] if line.rstrip() not in found and "…" not in line], lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +135,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built documentation. mkdocs comes with the extra `docs`, and so with `dev`."""
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]
-    made = subprocess.run(command, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    made = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert made.returncode == 0, made.stdout + made.stderr
     return out
 
