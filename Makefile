@@ -1,4 +1,4 @@
-# make demo | test | test-fast | lint | format | types | benchmark
+# make demo | test | test-fast | lint | format | types | docs | benchmark
 # The first call makes .venv; change the interpreter with: make test PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
@@ -19,7 +19,7 @@ DEMO_CIRCUIT := $(DEMO_OUT)/ioi-bundled-eap-ig.circuit.json
 DEMO_REPORT := $(DEMO_OUT)/ioi-bundled-eap-ig.report.html
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast lint format types benchmark
+.PHONY: demo test test-fast lint format types docs benchmark
 
 demo: $(VENV)/.installed
 	$(BIN)/discover-circuit $(DEMO_RUN)
@@ -42,6 +42,10 @@ format: $(VENV)/.installed-dev
 
 types: $(VENV)/.installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "Documentation: site/index.html (open it in a browser)"
 
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks

@@ -1,0 +1,176 @@
+"""The documentation builds strictly, holds every public name, and its examples run as they stand there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import mechinterp
+from mechinterp.cli import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+NAMES = {path: path.relative_to(ROOT / "docs").as_posix() for path in PAGES}
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+COMMANDS: Any = typer.main.get_command(app)
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in one language."""
+    return re.findall(rf"^```{language}[^\n]*\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+RUNNABLE = [path for path in PAGES if blocks(path, "python")]
+RUNNER = """
+import json, os, sys, tempfile, traceback
+from pathlib import Path
+
+failed = {}
+for page, files, blocks in json.load(sys.stdin):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        for name, text in files:
+            Path(name).write_text(text, encoding="utf-8")
+        names = {"__name__": "docs"}
+        try:
+            for number, block in enumerate(blocks):
+                exec(compile(block, f"{page}, block {number}", "exec"), names)
+        except BaseException:
+            failed[page] = traceback.format_exc()
+        os.chdir("/")
+print("\\n" + json.dumps(failed))
+"""
+"""All pages in one process that has no checks of shapes, as a reader's has none; each has its own names and folder."""
+
+
+@pytest.fixture(scope="module")
+def failures() -> dict[str, str]:
+    """Page -> the error that its Python ended with, for every page that ended with one."""
+    pages = [(NAMES[path], shown_files(path), blocks(path, "python")) for path in RUNNABLE]
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER], input=json.dumps(pages), env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("page", [NAMES[path] for path in RUNNABLE])
+def test_the_python_of_a_page_runs(page: str, failures: dict[str, str]) -> None:
+    assert page not in failures, failures[page]
+
+
+def shown_files(path: Path) -> list[tuple[str, str]]:
+    """The files that a page shows, with their names: fences such as ```yaml title="mine.yaml"."""
+    text = path.read_text(encoding="utf-8")
+    return re.findall(r'^```[a-z]+ title="([^"/]+)"\n(.*?)^```', text, re.DOTALL | re.MULTILINE)
+
+
+SHOWN = [
+    (path, line[2:])
+    for path in PAGES
+    for block in blocks(path, "console")
+    for line in block.splitlines()
+    if line.startswith("$ discover-circuit")
+]
+
+
+@pytest.mark.parametrize(("path", "line"), SHOWN, ids=[f"{NAMES[path]}: {line}" for path, line in SHOWN])
+def test_a_command_that_is_shown_can_be_given(path: Path, line: str) -> None:
+    """It parses: the command, its arguments and options exist. Nothing is run."""
+    words = shlex.split(line, comments=True)[1:]
+    assert callable(COMMANDS.main(words, prog_name="discover-circuit", standalone_mode=False))
+
+
+QUICK = [
+    (path, block)
+    for path in PAGES
+    for block in blocks(path, "console")
+    if re.match(r"\$ discover-circuit (show|cite|validate) \S*ioi-bundled-eap-ig", block) and "\n" in block.strip()
+]
+
+
+PRINTER = """
+import contextlib, io, json, sys
+from mechinterp.cli import main
+
+printed = []
+for words in json.load(sys.stdin):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = main(words)
+    printed.append([code, out.getvalue()])
+print(json.dumps(printed))
+"""
+
+
+def test_the_output_that_is_shown_is_the_output() -> None:
+    """Of commands that only read the stored circuit, which is what `discover-circuit run ioi` makes."""
+    shown = [block.splitlines() for _, block in QUICK]
+    given = [
+        ["ioi-bundled-eap-ig" if "ioi-bundled" in word else word for word in shlex.split(lines[0])[2:]]
+        for lines in shown
+    ]
+    assert len(given) >= 3
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTER], input=json.dumps(given), env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for lines, (code, printed) in zip(shown, json.loads(done.stdout), strict=True):
+        assert code == 0
+        found = [line.rstrip() for line in printed.splitlines()]
+        assert not [line for line in lines[1:] if line.rstrip() not in found and "…" not in line], lines[0]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built documentation. mkdocs comes with the extra `docs`, and so with `dev`."""
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]
+    made = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr
+    return out
+
+
+def test_docstrings_become_markdown() -> None:
+    """Doctests are code, lists are lists, and `<` and `*` outside of code stay what they are."""
+    spec = importlib.util.spec_from_file_location("docstrings", ROOT / "docs" / "docstrings.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = module.as_markdown("The <q> of `a<b>`:\n- 2 * 3\n\n>>> 1 + 1\n2\n\nEnd.")
+    assert made == "The &lt;q> of `a<b>`:\n\n- 2 \\* 3\n\n\n```pycon\n>>> 1 + 1\n2\n```\n\nEnd."
+
+
+def test_every_public_name_is_in_the_reference(site: Path) -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in (site / "reference").glob("*.html"))
+    found = {name.rpartition(".")[2] for name in re.findall(r'<h3 id="(mechinterp\.[\w.]+)"', text)}
+    assert not set(mechinterp.__all__) - found
+
+
+def test_every_command_is_in_the_reference(site: Path) -> None:
+    text = (site / "reference" / "command-line.html").read_text(encoding="utf-8")
+    assert set(COMMANDS.commands) <= set(re.findall(r'<h2 id="([a-z-]+)"', text))
+
+
+def test_a_reader_fetches_nothing_from_elsewhere(site: Path) -> None:
+    """Links go elsewhere, but no script, style, font or picture comes from there."""
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        for tag in re.findall(r"<(?:script|img|iframe|source|link)\b[^>]*>", text):
+            assert not re.search(r'(?:src|href)="(?:https?:)?//', tag) or 'rel="canonical"' in tag, (
+                f"{page.name}: {tag}"
+            )
+
+
+def test_nothing_is_left_unmade(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        assert "<!-- generated" not in page.read_text(encoding="utf-8"), page.name
