@@ -16,6 +16,7 @@ import mechinterp
 from mechinterp import listing
 from mechinterp.cli import app
 from mechinterp.discovery.method import METHODS
+from mechinterp.evaluation import predictions
 from mechinterp.files import schema, schema_parts
 from mechinterp.formats.exports import EXPORTS
 from mechinterp.formats.imports import IMPORTS
@@ -175,7 +176,7 @@ def imports() -> str:
 
 def fields() -> str:
     """Every field of a circuit file: one table for each of the schema's classes, in the order of use."""
-    texts = _field_texts(schema) | _field_texts(schema_parts)
+    texts = _field_texts(schema) | _field_texts(schema_parts) | _field_texts(predictions)
     definitions: dict[str, Any] = schema.json_schema()
     known: dict[str, Any] = definitions["$defs"]
     out: list[str] = []

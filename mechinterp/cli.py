@@ -304,15 +304,20 @@ def _do_show(file: str, top: int) -> int:
     check_hashes(opened)
     console = Terminal()
     _print_result(console, opened.document)
-    n_nodes, n_edges = len(opened.document.nodes), len(opened.document.edges)
+    n_nodes, n_edges, predictions = (
+        len(opened.document.nodes),
+        len(opened.document.edges),
+        opened.document.predictions or (),
+    )
     for table in (nodes_table(opened.document, top), edges_table(opened.document, top)):
         console.print(table)
         console.print()
-    if opened.document.predictions:
-        console.print(predictions_table(opened.document))
+    if predictions:
+        console.print(predictions_table(opened.document, top))
         console.print()
-    if top < max(n_nodes, n_edges):
-        say(console, f"the first {top} of {n_nodes} nodes and {n_edges} edges; --top {max(n_nodes, n_edges)} shows all")
+    if top < (most := max(n_nodes, n_edges, len(predictions))):
+        counts = f"{n_nodes} nodes, {n_edges} edges and {len(predictions)} predictions"
+        say(console, f"the first {top} of {counts}; --top {most} shows all")
     say(console, f"circuit sha256 {opened.document.integrity.circuit_sha256}")
     return OK
 

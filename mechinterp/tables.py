@@ -147,11 +147,11 @@ def edges_table(document: CircuitFile, most: int) -> Table:
     return table
 
 
-def predictions_table(document: CircuitFile) -> Table:
-    """What a circuit file predicts, what was measured, and its negative controls."""
+def predictions_table(document: CircuitFile, most: int) -> Table:
+    """The first predictions of a circuit file, what was measured, and their negative controls."""
     table = _table("prediction", "measured", "negative controls")
     table.columns[2].justify = "left"
-    for row in stated_predictions(document):
+    for row in stated_predictions(document)[:most]:
         table.add_row(*map(plain, row))
     return table
 

@@ -19,7 +19,8 @@ def say(console: Console, text: str) -> None:
     """Print a line as it is: no markup, no wrapping (paths are to be copied), nothing that steers the terminal."""
     from mechinterp.tables import plain
 
-    console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
+    indent = " " * (len(text) - len(text.lstrip(" ")))
+    console.print(indent + plain(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_what_the_terminal_can() -> None:

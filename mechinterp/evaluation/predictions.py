@@ -86,7 +86,7 @@ class DirectEffect(Strict):
     node: Short
 
     def __str__(self) -> str:
-        return f"what {self.node} writes toward the right answers, in logits, is"
+        return f"{self.node}'s direct effect in logits is"
 
 
 class Detector(Strict):
