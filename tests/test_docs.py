@@ -16,6 +16,7 @@ import pytest
 import typer
 
 import mechinterp
+from mechinterp import cli, pipeline
 from mechinterp.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -86,9 +87,15 @@ SHOWN = [
 
 @pytest.mark.parametrize(("path", "line"), SHOWN, ids=[f"{NAMES[path]}: {line}" for path, line in SHOWN])
 def test_a_command_that_is_shown_can_be_given(path: Path, line: str) -> None:
-    """It parses: the command, its arguments and options exist. Nothing is run."""
+    """It parses: the command, its arguments, options and settings exist. Nothing is run."""
     words = shlex.split(line, comments=True)[1:]
-    assert callable(COMMANDS.main(words, prog_name="discover-circuit", standalone_mode=False))
+    action = COMMANDS.main(words, prog_name="discover-circuit", standalone_mode=False)
+    assert callable(action)
+    if action.func is cli._do_run:
+        pipeline._settings(pipeline.RunSpec(**action.args[0]))
+    elif action.func is cli._do_compare:
+        asked, methods, _ = action.args
+        pipeline._settings_by_method(pipeline.RunSpec(**asked), methods)
 
 
 QUICK = [
