@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mechinterp.files.schema import CircuitFile, EdgeRecord
+from mechinterp.files.schema_parts import Role
 from mechinterp.sites import Edge, Node, node_of
 
 METRIC_WORDS = {
@@ -16,6 +18,19 @@ METRIC_WORDS = {
     "l2_to_clean": "the logit distance's gap",
     "accuracy": "the accuracy",
 }
+
+
+ROLE_COLOURS = (
+    *("#2f5f8f", "#a6611a", "#1b7a5a", "#a13d63", "#6b5b95", "#7a6a00"),
+    *("#3f7f93", "#c23b22", "#5a8f29", "#b07aa1", "#7f4f24", "#4b6cb7"),
+)
+NO_ROLE = "#8b949e"
+"""Nodes without a role, where others have one."""
+
+
+def coloured(roles: Mapping[str, Role]) -> list[tuple[Role, str]]:
+    """Every role with its colour: its own, or the next of a fixed list."""
+    return [(role, role.color or ROLE_COLOURS[i % len(ROLE_COLOURS)]) for i, role in enumerate(roles.values())]
 
 
 @dataclass(frozen=True)

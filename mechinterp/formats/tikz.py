@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from mechinterp.circuit import Circuit, NodeGraph
 from mechinterp.files.schema import CircuitFile
+from mechinterp.files.summary import NO_ROLE, coloured
 from mechinterp.formats.latex import latex_text
 from mechinterp.formats.links import Link, link_colour, links_of, nodes_of
 
@@ -32,7 +33,9 @@ def to_tikz(circuit: Circuit, document: CircuitFile) -> bytes:
     low, _ = drawing.x_range
     nodes = [node for node in nodes_of(circuit, document) if node.name in drawing.places]
     ids = {node.name: f"n{i}" for i, node in enumerate(nodes)}
-    colours = {node.name: _role_colour(document).get(node.name, FILLS.get(node.kind, OTHER_FILL)) for node in nodes}
+    fills = dict.fromkeys(FILLS, NO_ROLE[1:]) if document.roles else FILLS  # a colour always is a role then
+    of_role = {name: colour[1:] for role, colour in coloured(document.roles) for name in role.nodes}
+    colours = {node.name: of_role.get(node.name, fills.get(node.kind, OTHER_FILL)) for node in nodes}
     lines = [
         "% Needs \\usepackage{tikz}.",
         f"\\begin{{tikzpicture}}[x={X}cm, y={Y}cm, every node/.style={{font=\\sffamily\\scriptsize}}]",
@@ -75,15 +78,11 @@ def _rgb(option: str, colour: str) -> str:
     return f"{option}={{rgb,255:red,{red};green,{green};blue,{blue}}}"
 
 
-def _role_colour(document: CircuitFile) -> dict[str, str]:
-    return {name: role.color[1:] for role in document.roles.values() if role.color for name in role.nodes}
-
-
 def _legend(document: CircuitFile, drawn: set[str], low: float) -> list[str]:
-    roles = [role for role in document.roles.values() if role.color and not drawn.isdisjoint(role.nodes)]
+    roles = [(role, colour) for role, colour in coloured(document.roles) if not drawn.isdisjoint(role.nodes)]
     lines: list[str] = []
-    for i, role in enumerate(roles):
-        text = _rgb("text", (role.color or "")[1:])
+    for i, (role, colour) in enumerate(roles):
+        text = _rgb("text", colour[1:])
         lines.append(
             f"\\node[anchor=west, {text}] at ({low - 0.6:.2f},{-0.8 - 0.35 * i:.2f}) {{{latex_text(role.label)}}};"
         )

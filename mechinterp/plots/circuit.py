@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 
 from mechinterp.circuit import Circuit
 from mechinterp.files.schema import Role
+from mechinterp.files.summary import NO_ROLE, coloured
 from mechinterp.plots.layered import Drawing, Net, Strand, draw_layered
 from mechinterp.plots.look import CHANNEL_COLOURS, LEFT_PIXELS, SEVERAL, look
 from mechinterp.sites import node_of, split_position
@@ -47,12 +48,6 @@ KINDS = {
     "neuron": NodeGroup("neuron", "#a3568c", "diamond", named=True),
     "logits": NodeGroup("logits", "#5c6773", "square", named=False),
 }
-ROLE_COLOURS = (
-    *("#2f5f8f", "#a6611a", "#1b7a5a", "#a13d63", "#6b5b95", "#7a6a00"),
-    *("#3f7f93", "#c23b22", "#5a8f29", "#b07aa1", "#7f4f24", "#4b6cb7"),
-)
-NO_ROLE = "#8b949e"
-"""Nodes without a role, where others have one."""
 MAX_EDGES_DRAWN = 400
 """More than these nobody can tell apart, and a browser grows slow."""
 
@@ -194,8 +189,7 @@ def _edge_text(strand: Strand) -> str:
 def _node_groups(drawing: Drawing, roles: Mapping[str, Role]) -> dict[NodeGroup, list[str]]:
     """The nodes by what their colour stands for: their role, or their kind where they have none."""
     of_node: dict[str, NodeGroup] = {}
-    for i, role in enumerate(roles.values()):
-        colour = role.color or ROLE_COLOURS[i % len(ROLE_COLOURS)]
+    for role, colour in coloured(roles):
         of_node.update({name: NodeGroup(role.label, colour, "circle", named=True) for name in role.nodes})
     groups, kinds = dict[NodeGroup, list[str]](), node_kinds(roles)
     for name in drawing.places:

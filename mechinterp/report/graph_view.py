@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mechinterp.circuit import Circuit, to_networkx
 from mechinterp.files.schema import CircuitFile, Role
+from mechinterp.files.summary import coloured
 from mechinterp.jsontext import six_digits
-from mechinterp.plots.circuit import CHANNEL_LABELS, KINDS, ROLE_COLOURS, kind_of, merged, node_kinds
+from mechinterp.plots.circuit import CHANNEL_LABELS, KINDS, kind_of, merged, node_kinds
 from mechinterp.plots.layered import POINTS_PER_ROW, Net, draw_layered
 from mechinterp.plots.look import CHANNEL_COLOURS
 from mechinterp.report.stops import MAX_EDGES, Stop, stops_of
@@ -135,10 +136,10 @@ def _roles(roles: Mapping[str, Role]) -> list[dict[str, Any]]:
         {
             "label": role.label,
             "description": role.description,
-            "colour": role.color or ROLE_COLOURS[i % len(ROLE_COLOURS)],
+            "colour": colour,
             "n": len(role.nodes),
         }
-        for i, role in enumerate(roles.values())
+        for role, colour in coloured(roles)
     ]
 
 
