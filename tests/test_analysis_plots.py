@@ -107,6 +107,21 @@ def test_the_lens_says_its_tokens() -> None:
         lens_figure(lens, model, colour="red")
 
 
+def test_a_lens_shows_the_positions_that_the_example_has_with_whole_tokens_on_hover() -> None:
+    model = mi.load_model("bundled")
+    examples = mi.load_task("ioi").pairs(model, n=8)
+    row = int(examples.lengths.argmin())
+    n = int(examples.lengths[row])
+    lens = mi.logit_lens(model, examples, positions="each")
+    drawn = lens_figure(lens, model, example=row, tokens=token_labels(model, examples, row)).data[0]
+    assert n < examples.clean.shape[1]
+    assert {len(drawn.x), *map(len, drawn.z), *map(len, drawn.text), *map(len, drawn.customdata)} == {n}
+    said = [model.tokenizer.decode([int(lens.top_tokens[-1, at, row, 0])]).strip() for at in range(n)]
+    for cell, word, hover in zip(drawn.text[-1], said, drawn.customdata[-1], strict=True):
+        assert hover.endswith(f"<br>{word}") or word.startswith("<")
+        assert cell in (word, f"{word[: len(cell) - 1]}…") or word.startswith("<")
+
+
 def test_labels_need_a_tokenizer_and_a_row_that_is_there() -> None:
     with pytest.raises(InputError, match="no tokenizer"):
         token_labels(tiny("gpt2"), pairs(3, 6))

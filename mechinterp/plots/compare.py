@@ -50,9 +50,9 @@ def overlap_matrix(found: Comparison, edges: int) -> go.Figure:
             colorbar={"title": {"text": "Jaccard", "side": "right"}, "thickness": 12},
         )
     )
-    figure.update_layout(**look(height=160 + 34 * len(table), showlegend=False))
+    figure.update_layout(**look(height=110 + 34 * len(table), showlegend=False))
     return figure.update_layout(
-        margin={"l": 150, "r": 20, "t": 50, "b": 120},
-        title={"text": f"the first {edges} {found.about['units']}"},
-        yaxis={"autorange": "reversed"},
+        title={"text": f"the first {edges} {found.about['units']}", "x": 0.02, "font": {"size": 14}},
+        xaxis={"automargin": True},
+        yaxis={"autorange": "reversed", "automargin": True},
     )

@@ -19,6 +19,8 @@ from mechinterp.tasks.pairs import Pairs
 
 MAX_CELLS_WITH_NUMBERS = 200
 MAX_LETTERS = 14
+CELL_LETTERS = 120
+"""Letters that stand side by side across a figure."""
 GAIN_COLOUR, LOSS_COLOUR = "#2166ac", "#b2182b"
 """The ends of RdBu: blue = positive = helps, red = negative."""
 
@@ -127,11 +129,16 @@ def lens_figure(
         raise unknown("colour", colour, choices)
     grid = choices[colour].at(example=example)
     grid = grid.at(rank=0) if "rank" in grid.labels else grid
-    sites, across = grid.labels["site"], _labels(grid, "pos", tokens)
-    ids = lens.top_tokens[:, :, list(lens.kl.labels["example"]).index(str(example)), 0].tolist()
+    there = grid.values.isfinite().any(0)  # the positions that this example has
+    sites = grid.labels["site"]
+    across = [label for label, own in zip(_labels(grid, "pos", tokens), there.tolist(), strict=True) if own]
+    ids = lens.top_tokens[:, there, list(lens.kl.labels["example"]).index(str(example)), 0].tolist()
     decode = str if model.tokenizer is None else lambda token: model.tokenizer.decode([token])
-    texts = [["" if token < 0 else html.escape(_short(decode(token).strip() or "␣")) for token in row] for row in ids]
-    values = grid.values.detach().float().cpu().tolist()
+    words = [["" if token < 0 else decode(token).strip() or "␣" for token in row] for row in ids]
+    # What fits into a cell of a page's usual width; the whole token is on hover.
+    letters = max(4, min(MAX_LETTERS, CELL_LETTERS // max(1, len(across))))
+    texts = [[html.escape(_short(word, letters)) for word in row] for row in words]
+    values = grid.values[:, there].detach().float().cpu().tolist()
     figure = go.Figure(
         go.Heatmap(
             z=[[None if v != v else v for v in row] for row in values],
@@ -139,14 +146,17 @@ def lens_figure(
             y=list(range(len(sites))),
             text=texts,
             texttemplate="%{text}",
-            textfont={"size": 11},
-            customdata=[[f"{site}, {pos}" for pos in across] for site in sites],
+            textfont={"size": 11 if len(across) <= 12 else 10},
+            customdata=[
+                [f"<b>{site}, {pos}</b><br>{html.escape(_short(word))}" for pos, word in zip(across, row, strict=True)]
+                for site, row in zip(sites, words, strict=True)
+            ],
             colorscale=[[0, "#f7fbff"], [1, "#3182bd"]],
             zmin=0,
             zmax=1 if colour == "probability" else None,
             xgap=1,
             ygap=1,
-            hovertemplate=f"<b>%{{customdata}}</b><br>%{{text}}<br>{colour} %{{z:.4g}}<extra></extra>",
+            hovertemplate=f"%{{customdata}}<br>{colour} %{{z:.4g}}<extra></extra>",
             hoverongaps=False,
             colorbar={
                 "title": {"text": colour + (" (nats)" if colour != "probability" else ""), "side": "right"},
@@ -269,8 +279,8 @@ def _labels(grid: Grid, axis: str, tokens: Sequence[str] | None) -> list[str]:
     raise InputError(f"There are {len(own)} positions and {len(tokens)} token labels; give as many of both.")
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= MAX_LETTERS else text[: MAX_LETTERS - 1] + "…"
+def _short(text: str, letters: int = MAX_LETTERS) -> str:
+    return text if len(text) <= letters else text[: letters - 1] + "…"
 
 
 def _ticks(labels: Sequence[str], angle: int = 0) -> dict[str, Any]:
