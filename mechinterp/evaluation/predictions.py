@@ -177,11 +177,11 @@ class Prediction(Strict):
 
     def holds(self, got: float) -> bool:
         """Whether a measured number is on the predicted side; never for NaN."""
-        return got >= self.value if self.relation == ">=" else got <= self.value
+        return bool(got >= self.value if self.relation == ">=" else got <= self.value)
 
     def refuted(self, got: float) -> bool:
         """Whether a measured number is on the other side, as that of a control must be; never for NaN."""
-        return got < self.value if self.relation == ">=" else got > self.value
+        return bool(got < self.value if self.relation == ">=" else got > self.value)
 
 
 def _listed(names: tuple[str, ...]) -> str:
