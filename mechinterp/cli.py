@@ -136,13 +136,7 @@ def _compare(
     batch_size: options.BatchSize = 32,
     out: options.Out = Path("out"),
 ) -> Action:
-    names = [
-        name.strip()
-        for name in (methods or options.COMPARED["edge" if level == "edge" and positions is None else "node"]).split(
-            ","
-        )
-        if name.strip()
-    ]
+    names = [name.strip() for name in (methods or options.compared(level, positions)).split(",") if name.strip()]
     for name in names:
         options.check_name("method", name, METHODS)
     asked = {
@@ -227,7 +221,7 @@ def _do_run(asked: dict[str, Any], open_report: bool) -> int:
     _print_result(console, found.document)
     if found.roles is not None:
         _print_roles(console, found.roles)
-    for note in details.notes:
+    for note in (*found.notes, *details.notes):
         say(console, f"note: {note}")
     sidecar = found.document.integrity.sidecar
     for path in [found.path, *([found.path.with_name(sidecar.file)] if sidecar else []), report]:

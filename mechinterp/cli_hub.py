@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 
 from mechinterp import options
+from mechinterp.errors import InputError
 from mechinterp.listing import PULL_HELP, PUSH_HELP
 from mechinterp.stored import find_file
 from mechinterp.terminal import Terminal, say
@@ -39,6 +42,7 @@ def _pull(
 
 
 def _do_push(file: str, repo: str, revision: str, message: str | None) -> int:
+    _check_endpoint()
     from mechinterp.hub import push_circuit
 
     _quiet_hub()
@@ -52,6 +56,7 @@ def _do_push(file: str, repo: str, revision: str, message: str | None) -> int:
 
 
 def _do_pull(place: str, revision: str | None, out: Path, force: bool) -> int:
+    _check_endpoint()
     from mechinterp.files.summary import verify_command
     from mechinterp.hub import pull_circuit
 
@@ -63,6 +68,15 @@ def _do_pull(place: str, revision: str | None, out: Path, force: bool) -> int:
         say(console, f"{'wrote' if done.new else 'there already, the same:'} {path}")
     say(console, f"next: {verify_command(str(done.files[0]))}")
     return 0
+
+
+def _check_endpoint() -> None:
+    """Return None when HF_ENDPOINT can be an address. The hub's client would break when it is imported."""
+    given = os.environ.get("HF_ENDPOINT", "")
+    try:
+        _ = urlsplit(given).port
+    except ValueError as error:
+        raise InputError(f"HF_ENDPOINT is no address: {given[:100]!r} ({error}).") from error
 
 
 def _quiet_hub() -> None:

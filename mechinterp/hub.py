@@ -15,13 +15,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mechinterp.errors import FormatError, InputError
-from mechinterp.files.circuit_file import load_circuit
+from mechinterp.files.circuit_file import circuit_of, load_circuit
 from mechinterp.files.schema_parts import MAX_GRAPH_CELLS
 from mechinterp.files.store import (
     MAX_JSON_BYTES,
     SUFFIX,
     check_hashes,
     open_circuit_file,
+    parse_circuit_file,
     place_pair,
     read_bounded,
     read_sidecar,
@@ -96,21 +97,20 @@ def push_circuit(
     Raises FormatError for a file whose hashes do not hold, InputError for an unknown repository or branch and where
     writing is not allowed, HubNotReached when the hub cannot be asked.
     """
-    from huggingface_hub import CommitOperationAdd
-
     path, place = Path(file), Place.parse(repo)
     if place.path:
         raise InputError(f"A file is pushed to the top of a repository; give {place.repo!r}, without {place.path!r}.")
     sidecar_name(path)
-    opened = open_circuit_file(path)
-    check_hashes(opened)
-    load_circuit(path)
     contents = {path.name: read_bounded(path, MAX_JSON_BYTES)}
+    opened = parse_circuit_file(contents[path.name], path)  # what is checked is what is uploaded
+    circuit_of(opened)
     sidecar = opened.document.integrity.sidecar
     if sidecar is not None:
         contents[sidecar.file] = read_sidecar(path, sidecar, MAX_SIDECAR_BYTES)
     summary = message or f"Add circuit {path.name.removesuffix(SUFFIX)}"
     with asking(place.repo, place.kind, revision):
+        from huggingface_hub import CommitOperationAdd
+
         api = _api(endpoint)
         before = api.repo_info(place.repo, repo_type=place.kind, revision=revision, timeout=SECONDS).sha
         done = api.create_commit(
@@ -150,7 +150,7 @@ def pull_circuit(
         place = _file_of(place, [entry.rfilename for entry in info.siblings or ()])
     if not COMMIT.fullmatch(commit) or (revision and COMMIT.fullmatch(revision) and commit != revision):
         raise InputError(f"The hub answered {commit[:60]!r} when asked for {revision or 'main'!r} of {place}.")
-    if revision is None:
+    if not revision:
         raise InputError(
             f"Say which --revision of {place}: a commit is what can be had again. `main` is now {commit}: "
             f"discover-circuit pull {place} --revision {commit}"

@@ -8,6 +8,9 @@ from typing import Any
 
 from mechinterp.errors import HubNotReached, InputError
 
+STRANGE = (ValueError, TypeError, AttributeError, KeyError)
+"""What the client raises over an answer that is none of a hub's."""
+
 
 @contextmanager
 def asking(repo: str, kind: str, revision: str) -> Iterator[None]:
@@ -17,7 +20,7 @@ def asking(repo: str, kind: str, revision: str) -> Iterator[None]:
     transport: Any = HfHubHTTPError.__bases__[0]  # of httpx, or of its successor in later versions of huggingface_hub
     try:
         yield
-    except (transport, OSError, RuntimeError, ValueError) as error:
+    except (transport, OSError, RuntimeError, *STRANGE) as error:
         raise _told(error, repo, kind, revision) from error
 
 
@@ -53,7 +56,7 @@ def _told(error: BaseException, repo: str, kind: str, revision: str) -> InputErr
         return InputError(f"The hub refused (HTTP {status}){': ' if said else '.'}{said}")
     if isinstance(cause, errors.HFValidationError):
         return InputError(f"{repo!r} is no name of a repository.")
-    if isinstance(cause, ValueError):
+    if isinstance(cause, STRANGE):
         return HubNotReached(
             "What answered is no hub, or not as this version knows it; check the network and HF_ENDPOINT."
         )

@@ -14,7 +14,7 @@ from mechinterp.circuit import Circuit
 from mechinterp.discovery.method import METHODS, Method, score_edges
 from mechinterp.discovery.neurons import top_neurons
 from mechinterp.discovery.select import check_selection, select, sized, unit_count
-from mechinterp.errors import InputError
+from mechinterp.errors import InputError, MechInterpError
 from mechinterp.evaluation.compare import MIB_SHARES, Comparison, compare_methods
 from mechinterp.evaluation.faithfulness import Evaluation, evaluate
 from mechinterp.evaluation.roles import MeasuredRoles, measured_roles
@@ -99,6 +99,8 @@ class Discovery:
     path: Path
     document: CircuitFile
     roles: MeasuredRoles | None = None
+    notes: tuple[str, ...] = ()
+    """What could not be done, and why."""
 
 
 def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
@@ -139,10 +141,13 @@ def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
         size = smallest_faithful(curve)
     circuit = select(graph, scores, **({} if size is None else sized(graph, size)), threshold=threshold, **how)
     evaluation = evaluate(model, circuit, test, seed=spec.seed, **measured, progress=partial(progress, "evaluation"))
-    roles = None
+    roles, unmeasured = None, ""
     if spec.roles:
         examples = train[:ROLE_EXAMPLES], test[:ROLE_EXAMPLES]
-        roles = measured_roles(model, circuit, *examples, **measured, progress=partial(progress, "roles"))
+        try:
+            roles = measured_roles(model, circuit, *examples, **measured, progress=partial(progress, "roles"))
+        except (MechInterpError, ValueError, ArithmeticError, RuntimeError) as error:  # what was found is kept
+            unmeasured = f"Roles were not measured: {error}"
     document = save_circuit(
         path,
         circuit,
@@ -154,7 +159,8 @@ def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
         curve=Curve(curve, train, metric, spec.replacement, None if given else TARGET),
         command=command_of(spec),
     )
-    return Discovery(circuit, evaluation, curve, model, task, train, test, path, document, roles)
+    notes = (unmeasured,) if unmeasured else ()
+    return Discovery(circuit, evaluation, curve, model, task, train, test, path, document, roles, notes)
 
 
 def compare(

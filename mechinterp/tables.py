@@ -131,7 +131,8 @@ def nodes_table(document: CircuitFile, most: int) -> Table:
     """The nodes of a circuit with their roles, the most important first."""
     nodes = ranked_nodes(document)
     roles = any(node.role for node in nodes)
-    table = _table("node", *(("role",) if roles else ()), "edges in", "edges out", "score of edges out", text=1 + roles)
+    score = "score" if document.graph.granularity == "node" else "score of edges out"
+    table = _table("node", *(("role",) if roles else ()), "edges in", "edges out", score, text=1 + roles)
     for node in nodes[:most]:
         role = (plain(node.role),) if roles else ()
         table.add_row(node.name, *role, str(node.n_in), str(node.n_out), _score(node.score))

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,74 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # xet is another server; the hub takes both
         monkeypatch.setenv("HF_TOKEN", SECRET)
         yield found
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the client keeps of a hub's answers does not come from elsewhere and goes nowhere."""
+    folder = tmp_path_factory.mktemp("hub-cache")
+    monkeypatch.setattr(constants, "HF_HOME", str(folder))
+    monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(folder / "answer.json"), raising=False)
+
+
+@pytest.mark.parametrize("answer", ["[]", "{}", "null", '"x"', '{"sha": 3, "siblings": 7}', '{"siblings": [{}]}'])
+@pytest.mark.parametrize("command", [["pull", REPO, "--revision", "main"], ["push", str(FILE), REPO]])
+def test_what_is_no_hub_is_told_in_one_line(
+    answer: str, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    class Strange(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = not self.path.startswith("/api/agent")  # which the client asks by itself, and keeps
+            self.send_response(200 if known else 404)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer.encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Strange)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    assert cli.main(command) in (2, 3)
+    server.shutdown()
+    server.server_close()
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1 and "Traceback" not in told.err and not list(tmp_path.iterdir())
+
+
+def test_an_endpoint_that_is_no_address(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://[bad")
+    assert cli.main(["pull", REPO, "--revision", "main"]) == 2
+    assert "HF_ENDPOINT" in capsys.readouterr().err
+
+
+def test_no_revision_is_refused_however_it_is_written(
+    stand_in: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in.commit(f"models/{REPO}", "main", {FILE.name: FILE.read_bytes(), SIDECAR.name: SIDECAR.read_bytes()})
+    assert cli.main(["pull", REPO, "--revision", "", "--out", str(tmp_path / "new")]) == 2
+    assert "Say which --revision" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_what_was_checked_is_what_is_uploaded(
+    stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copied(tmp_path)
+    checks = hub.circuit_of
+
+    def then_replaced(opened: object) -> object:
+        found = checks(opened)  # type: ignore[arg-type]  # whatever push hands over
+        path.write_text("{}")
+        return found
+
+    monkeypatch.setattr(hub, "circuit_of", then_replaced)
+    done = mi.push_circuit(path, REPO, endpoint=stand_in.endpoint)
+    assert stand_in.commits[f"models/{REPO}"][done.commit][FILE.name] == FILE.read_bytes()
 
 
 def copied(folder: Path, name: str = FILE.name) -> Path:

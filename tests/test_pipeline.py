@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import mechinterp as mi
+from mechinterp import pipeline
 from mechinterp.errors import InputError
 from mechinterp.evaluation.sizes import CurvePoint, size_curve, size_grid, smallest_faithful
 from mechinterp.pipeline import RunSpec, command_of, discover, output_path
@@ -54,6 +55,18 @@ def test_a_run_writes_what_it_returns(spec: RunSpec) -> None:
     assert made.document.evaluation[0].faithfulness == float(f"{made.evaluation.faithfulness:.6g}")
     assert made.train.digest() != made.test.digest()
     assert mi.verify(made.path).ok
+
+
+@pytest.mark.parametrize("error", [InputError("no"), ValueError("no"), RuntimeError("no"), ZeroDivisionError("no")])
+def test_a_run_is_kept_when_its_roles_cannot_be_measured(
+    spec: RunSpec, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "measured_roles", fails)
+    made = discover(spec)
+    assert made.path.exists() and made.roles is None and made.notes == ("Roles were not measured: no",)
 
 
 def test_the_size_is_the_smallest_that_suffices(spec: RunSpec) -> None:

@@ -166,6 +166,45 @@ def test_what_cannot_be_measured() -> None:
         mi.check_predictions(model, [predicted(mi.DirectEffect(node="m0"))] * 2, pairs)
 
 
+def test_a_name_and_a_number_that_look_alike_are_refused() -> None:
+    pairs = tiny.pairs(3, positions={"1": torch.full((3,), 4)})
+    both = [mi.Attention(head="a0.h0", query=-1, key=key) for key in ("1", 1)]
+    for one in both:
+        measured(tiny.tiny("gpt2"), pairs, one)
+    wanted = [predicted(one, name=str(i)) for i, one in enumerate(both)]
+    with pytest.raises(InputError, match="each position once"):
+        mi.check_predictions(tiny.tiny("gpt2"), wanted, pairs)
+
+
+@pytest.mark.parametrize("place", ["--5", "9" * 50, "-" + "9" * 30, "5-", "\u0661"])
+def test_a_position_that_is_no_number_is_an_input_error(place: str) -> None:
+    for measure in (mi.Attention(head="a0.h0", query=place, key=0), mi.PartsReplaced(parts=(f"a0.h0@{place}",))):
+        with pytest.raises(InputError):
+            measured(tiny.tiny("gpt2"), some_pairs(), measure)
+
+
+def test_detector_scores_do_not_depend_on_the_batch() -> None:
+    model = mi.load_model("bundled")
+    for kind in ("previous_token", "duplicate_token", "induction"):
+        whole = mi.head_scores(model, kind, n=5).values
+        torch.testing.assert_close(mi.head_scores(model, kind, n=5, batch_size=2).values, whole)
+
+
+def test_a_prediction_of_another_model_is_not_saved(tmp_path: Path) -> None:
+    model, other, pairs = tiny.build("gpt2"), tiny.build("gpt2", seed=1), some_pairs()
+    graph = mi.build_graph(model)
+    circuit = mi.Circuit(graph, graph.possible, graph.n_edges)
+    low = -1e6
+    for measured_on in (tiny.build("gpt2"), other):  # the first is the same model, loaded once more
+        checked = mi.check_predictions(measured_on, [predicted(mi.DirectEffect(node="m0"), low)], pairs)
+        path = tmp_path / "x.circuit.json"
+        if measured_on is other:
+            with pytest.raises(InputError, match="another model"):
+                mi.save_circuit(path, circuit, model=model, predictions=checked)
+        else:
+            mi.save_circuit(path, circuit, model=model, predictions=checked)
+
+
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A circuit file of the bundled model with two predictions, one of which needs no pairs."""
@@ -209,7 +248,8 @@ def test_verify_measures_again(stored: Path) -> None:
         (lambda p: p.update(relation="<="), {"prediction", "control"}),
         (lambda p: p["controls"][0]["measure"].update(head="a0.h0", key="S1+1"), {"control, measured"}),
         (lambda p: p["controls"][0]["measure"].update(head="a1.h3"), {"control", "control, measured"}),
-        (lambda p: p["measure"].update(query="nowhere"), {"predictions"}),
+        (lambda p: p["measure"].update(query="nowhere"), {"prediction"}),
+        (lambda p: p["measure"].update(query="--5"), {"prediction"}),
     ],
 )
 def test_verify_says_which_does_not_hold(
@@ -220,7 +260,7 @@ def test_verify_says_which_does_not_hold(
         (tmp_path / one.name).write_bytes(one.read_bytes())
     edited(path, lambda content: change(content["predictions"][0]))
     label = "a0.h0 attends from S1+1 to S1 with"
-    expected = {c.replace("prediction", f"prediction {label}") if c != "predictions" else c for c in claims}
+    expected = {c.replace("prediction", f"prediction {label}") for c in claims}
     assert failed(path) == {c.replace("control", f"control of {label}") for c in expected}
 
 

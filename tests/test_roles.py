@@ -89,6 +89,38 @@ def test_at_positions_a_role_is_where_it_was_measured(bundled: tuple[mi.HookMana
     assert {name.partition("@")[2] for name in roles["previous_token"]} == {"S1+1", "S2", "end", "rest"}
 
 
+def test_an_mlp_that_is_split_has_no_role(bundled: tuple[mi.HookManager, mi.Pairs, mi.Pairs]) -> None:
+    """Where neurons are nodes, `m2` is the others together, which is not what the analyses measure."""
+    model, _, _ = bundled
+    task = mi.load_task("subject_verb_agreement")
+    train, test = (task.pairs(model, n=30, split=split, seed=0) for split in ("train", "test"))
+    plain = mi.measured_roles(model, whole(mi.build_graph(model)), train, test)
+    assert by_role(plain)["toward_mlps"] == ("m2", "m3")
+    graph = mi.build_graph(model, level="node", neurons={3: [0, 5], 2: [1]})
+    found = mi.measured_roles(model, whole(graph), train, test)
+    named = [node for nodes in by_role(found).values() for node in nodes] + found.evidence["node"].tolist()
+    assert not {"m2", "m3"} & set(named) and "m0" in named and "m2, m3" in found.notes[0]
+    parts = [e.prediction.measure.parts for e in found.predictions if isinstance(e.prediction.measure, PartsReplaced)]
+    assert not {"m2", "m3"} & {part for several in parts for part in several}
+
+
+def test_a_prediction_is_never_weaker_than_the_role(bundled: tuple[mi.HookManager, mi.Pairs, mi.Pairs]) -> None:
+    model, train, test = bundled
+    found = mi.measured_roles(model, whole(mi.build_graph(model)), train, test)
+    for entry in (*found.predictions, *found.failed):
+        if isinstance(entry.prediction.measure, (mi.Attention, mi.Detector)):
+            assert entry.prediction.value >= 0.3
+
+
+def test_names_of_positions_that_look_like_ours(bundled: tuple[mi.HookManager, mi.Pairs, mi.Pairs]) -> None:
+    model, train, test = bundled
+    named = {"IO": "A", "S1": "B to C", "S1+1": "C", "S2": "A to B", "end": "end"}
+    renamed = [replace(p, positions={named[k]: v for k, v in p.positions.items()}) for p in (train, test)]
+    found = mi.measured_roles(model, whole(mi.build_graph(model)), *renamed)
+    assert len({role["label"] for role in found.roles.values()}) == len(found.roles)
+    assert "heads from 'A to B' to 'B to C'" in [role["label"] for role in found.roles.values()]
+
+
 @pytest.mark.parametrize("name", ["induction", "copy_head"])
 def test_circuits_built_by_hand(name: str) -> None:
     made = hand_circuits.HAND[name]()

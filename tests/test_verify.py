@@ -60,6 +60,13 @@ def edited(path: Path, change: Callable[[dict[str, Any]], None], *, sealed: bool
     return path
 
 
+def test_a_graph_without_edges_is_refused(place: Path) -> None:
+    """What divides by it cannot fail later."""
+    path = edited(place, lambda content: content["evaluation"][0].update(n_edges_graph=0), sealed=False)
+    with pytest.raises(FormatError, match="n_edges_graph"):
+        open_circuit_file(path)
+
+
 def failed(path: Path, **options: Any) -> set[str]:
     """The names of the claims that fail."""
     found = mi.verify(path, **options)

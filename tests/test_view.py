@@ -49,6 +49,12 @@ def test_view_writes_the_page_beside_the_file_and_says_what_is_missing(
     assert opened == [toy.with_name("other.html").as_uri()]
 
 
+def test_a_device_that_is_none_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    assert cli.main(["view", "induction-bundled-eap-ig", "--device", "nonsense", "--out", str(page), "--no-open"]) == 2
+    assert "nonsense" in capsys.readouterr().err and not page.exists()
+
+
 def test_a_stored_circuit_has_its_page_here_and_is_called_by_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,8 +47,13 @@ def head_scores(
     if kind not in TARGETS:
         raise unknown("detector", kind, TARGETS)
     tokens = repeated_tokens(model, n, length, seed)
-    grid = pattern_scores(model, tokens, TARGETS[kind](tokens), batch_size=batch_size)
-    return Grid(grid.values, grid.labels, kind, "attention", {"kind": kind, "length": length, "seed": seed}, grid.cost)
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size must be at least 1; got {batch_size}.")
+    chunks = tokens.split(batch_size or n)
+    values = torch.cat([pattern_scores(model, chunk, TARGETS[kind](chunk)).values for chunk in chunks], -1)
+    dims = model.dims
+    labels = {"layer": numbered(dims.n_layers), "head": numbered(dims.n_heads), "example": numbered(n)}
+    return Grid(values, labels, kind, "attention", {"kind": kind, "length": length, "seed": seed}, {"forwards": 1.0})
 
 
 def repeated_tokens(model: HookManager, n: int = 10, length: int = 25, seed: int = 0) -> Int[Tensor, "example pos"]:
@@ -125,7 +130,7 @@ def attention_between(
     if prompt not in ("clean", "corrupt"):
         raise InputError(f"`prompt` is 'clean' or 'corrupt'; got {prompt!r}.")
     named = list(pairs.positions) if positions is None else list(positions)
-    if not named or len({str(name) for name in named}) != len(named):
+    if not named or len({str(name) for name in named}) != len(named):  # a name "1" and the number 1 are alike, too
         raise InputError(f"Give each position once, and at least one; got {named or 'none'}.")
     pairs = pairs.to(model.device)
     size = len(pairs) if batch_size is None else batch_size

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from mechinterp.analysis.positions import Position
+from mechinterp.analysis.positions import Position, as_number
 from mechinterp.errors import InputError, UnsupportedError
 from mechinterp.models.layout import Dims
 from mechinterp.models.source import ModelInfo
@@ -85,7 +85,8 @@ def parse_part(model: HasSites, text: str) -> Part:
         name, position = text, ""
     elif not position:
         raise InputError(f"{text!r} names no position behind the '@'; write 'a9.h9@S2' or 'a9.h9@4'.")
-    where = None if not at else int(position) if position.lstrip("-").isdecimal() else position
+    number = as_number(position)
+    where = None if not at else position if number is None else number
     found = _UNIT.fullmatch(name)
     if found is None:
         if name.partition(".")[0] not in LAYER_SITES + GLOBAL_SITES:

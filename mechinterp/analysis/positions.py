@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -19,6 +20,11 @@ Position: TypeAlias = "str | int"
 Positions: TypeAlias = "str | int | Sequence[Position | Sequence[Position]] | None"
 """None: all positions at once. `each`: every position by itself. Otherwise one position, or a list of positions and
 of sets of positions (`["S2", ("IO", "S1")]`)."""
+
+
+def as_number(text: str) -> int | None:
+    """The number of a token that a text is (`4`, `-1`), or None."""
+    return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else None
 
 
 @dataclass(frozen=True)
@@ -75,9 +81,12 @@ def position_index(pairs: Pairs, position: Position) -> Int[Tensor, " batch"]:
     if isinstance(position, str):
         if position in pairs.positions:
             return pairs.positions[position]
-        if not position.lstrip("-").isdecimal():
+        number = as_number(position)
+        if number is None:
             raise unknown("position", position, pairs.positions)
-        position = int(position)
+        position = number
+    if abs(position) >= 10**9:
+        raise InputError(f"Position {str(position)[:20]} is outside every prompt.")
     index = pairs.lengths + position if position < 0 else torch.full_like(pairs.lengths, position)
     outside = (index < 0) | (index >= pairs.lengths)
     if bool(outside.any()):

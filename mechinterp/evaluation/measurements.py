@@ -13,7 +13,7 @@ from mechinterp.analysis.direct_logit_attribution import direct_logit_attributio
 from mechinterp.analysis.grid import Grid
 from mechinterp.analysis.head_detectors import attention_between, copying_scores, head_scores
 from mechinterp.errors import InputError
-from mechinterp.evaluation.masks import mask_values
+from mechinterp.evaluation.masks import MASKS_AT_ONCE, mask_values
 from mechinterp.evaluation.predictions import (
     ON_PAIRS,
     Attention,
@@ -42,6 +42,7 @@ class Checked:
     controls: tuple[float, ...]
     n_examples: int | None
     """How many examples the mean is over; None where no pairs are needed."""
+    model: HookManager = field(repr=False)
     pairs: Pairs | None = field(default=None, repr=False)
 
     @property
@@ -81,6 +82,7 @@ def check_predictions(
             found[p.measure],
             tuple(found[control.measure] for control in p.controls),
             len(pairs) if pairs is not None and isinstance(p.measure, ON_PAIRS) else None,
+            model,
             pairs if isinstance(p.measure, ON_PAIRS) else None,
         )
         for p in predictions
@@ -142,18 +144,19 @@ def _cut(model: HookManager, wanted: Sequence[EdgesCut], pairs: Pairs, batch_siz
     for how in dict.fromkeys((one.metric, one.replacement) for one in wanted):
         alike = [one for one in wanted if (one.metric, one.replacement) == how]
         metric, kind = how
-        masks = [torch.zeros_like(graph.possible), *(graph.mask_of(one.edges) for one in alike)]
-        rows = mask_values(model, graph, pairs, masks, metric=metric, replacement=kind, batch_size=batch_size)
-        full, *cut = rows.mean(0).tolist()
-        values |= {one: get_metric(metric).direction * (full - left) for one, left in zip(alike, cut, strict=True)}
+        for some in (alike[i : i + MASKS_AT_ONCE] for i in range(0, len(alike), MASKS_AT_ONCE)):
+            masks = [torch.zeros_like(graph.possible), *(graph.mask_of(one.edges) for one in some)]
+            rows = mask_values(model, graph, pairs, masks, metric=metric, replacement=kind, batch_size=batch_size)
+            full, *cut = rows.mean(0).tolist()
+            values |= {one: get_metric(metric).direction * (full - left) for one, left in zip(some, cut, strict=True)}
     return [values[one] for one in wanted]
 
 
 def _attention(model: HookManager, wanted: Sequence[Attention], pairs: Pairs, batch_size: int) -> list[float]:
     grids: dict[str, Grid] = {}
     for prompt in dict.fromkeys(one.prompt for one in wanted):
-        places = {str(place): place for one in wanted if one.prompt == prompt for place in (one.query, one.key)}
-        grids[prompt] = attention_between(model, pairs, [*places.values()], prompt=prompt, batch_size=batch_size).mean()
+        places = dict.fromkeys(place for one in wanted if one.prompt == prompt for place in (one.query, one.key))
+        grids[prompt] = attention_between(model, pairs, list(places), prompt=prompt, batch_size=batch_size).mean()
     return [_of_head(grids[one.prompt].at(query=one.query, key=one.key), one.head) for one in wanted]
 
 

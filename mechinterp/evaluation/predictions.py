@@ -13,9 +13,9 @@ from mechinterp.errors import InputError
 from mechinterp.sites import Edge, Node
 from mechinterp.tasks.schema import Strict
 
-Short = Annotated[str, Field(min_length=1, max_length=200)]
+Short = Annotated[str, Field(min_length=1, max_length=3000)]
 Limit = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Place = Annotated[str, Field(min_length=1, max_length=100)] | Annotated[int, Field(strict=True, ge=-(2**20), le=2**20)]
+Place = Annotated[str, Field(min_length=1, max_length=1000)] | Annotated[int, Field(strict=True, ge=-(2**20), le=2**20)]
 """A named position of the pairs, or a number (-1 is the last token)."""
 Side = Literal["clean", "corrupt"]
 MAX_CONTROLS = 100
@@ -29,7 +29,7 @@ class PartsReplaced(Strict):
     """
 
     kind: Literal["parts replaced"] = "parts replaced"
-    parts: Annotated[tuple[Short, ...], Field(min_length=1, max_length=1000)]
+    parts: Annotated[tuple[Short, ...], Field(min_length=1, max_length=10_000)]
     replacement: Literal["corrupt", "mean", "mean-positional", "zero"] = "corrupt"
     metric: Short = "logit_diff"
 
@@ -98,8 +98,8 @@ class Detector(Strict):
     kind: Literal["detector"] = "detector"
     head: Short
     pattern: Literal["previous_token", "duplicate_token", "induction"]
-    n: Annotated[int, Field(strict=True, ge=1, le=10_000)] = 10
-    length: Annotated[int, Field(strict=True, ge=2, le=10_000)] = 25
+    n: Annotated[int, Field(strict=True, ge=1, le=1000)] = 10
+    length: Annotated[int, Field(strict=True, ge=2, le=1000)] = 25
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
 
     @model_validator(mode="after")

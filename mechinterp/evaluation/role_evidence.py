@@ -29,7 +29,7 @@ class Evidence:
     """Means over the examples, by node; empty where something could not be measured (`notes` say why)."""
 
     nodes: tuple[str, ...]
-    """All heads and MLPs of the model."""
+    """All heads of the model, and the MLPs that are whole."""
     names: dict[str, list[str]]
     """Those that the circuit has, with their names in it (several where positions are told apart)."""
     direct: Values = field(default_factory=dict[str, float])
@@ -89,7 +89,12 @@ def measure_evidence(
     names: dict[str, list[str]] = {}
     for name in circuit.nodes:
         names.setdefault(split_position(name)[0], []).append(name)
-    found = Evidence((*heads, *(f"m{layer}" for layer in range(dims.n_layers) if dims.has_mlp)), names)
+    split = [layer for layer in range(dims.n_layers) if circuit.graph.neurons_of(layer)]
+    mlps = [f"m{layer}" for layer in range(dims.n_layers) if dims.has_mlp and layer not in split]
+    found = Evidence((*heads, *mlps), names)
+    if split:  # there `m3` is the neurons that are no nodes by themselves, which no analysis here takes as one
+        without = ", ".join(f"m{layer}" for layer in split)
+        found.notes.append(f"No roles for {without} and the neurons taken out of them.")
 
     found.detector_length = min(DETECTOR_LENGTH, (dims.n_ctx - 1) // 2, dims.d_vocab // 2)
 

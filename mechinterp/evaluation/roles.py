@@ -8,9 +8,10 @@ A node gets at most one role, the first that fits, measured on the train pairs:
 - *from X to Y*: its mean attention from one named position to another is at least `attention` (its strongest pair).
 
 A node that costs less than `matters` of what the corrupt prompts cost gets none. Every member predicts that it is
-beyond the line of its role: halfway between the weakest member and the strongest node below the limit, which is the
-negative control. It stays if that holds on the test pairs. A role whose nodes, replaced together, cost at least
-`effect` of what the corrupt prompts cost predicts that too; the control is as many other nodes that should not matter.
+beyond the line of its role: the limit, or halfway between the weakest member and the strongest node below the limit,
+where that is further; that node is the negative control. It stays if that holds on the test pairs. A role whose nodes,
+replaced together, cost at least `effect` of what the corrupt prompts cost predicts that too; the control is as many
+other nodes that should not matter.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def _candidates(found: Evidence, limits: RoleLimits, answers: str | None) -> lis
             others = {node: found.direct[node] for node in found.of_kind(kind) if node not in mostly}
             described = (
                 f"Writes {words} the right answers itself: a direct effect of at least {limits.direct:.0%} of the "
-                "logit difference, and at least half of what replacing the node costs."
+                "logit difference, and on the train pairs at least half of what replacing the node costs."
             )
             label, limit = f"{what} that write {words} the answer", sign * limits.direct * found.logit_diff
             roles.append(_Role(f"{words}_{what.lower()}", label, described, _direct, values, limit, answers, others))
@@ -191,9 +192,15 @@ def _candidates(found: Evidence, limits: RoleLimits, answers: str | None) -> lis
         described = f"Attends from {query} to {key} with at least {limits.attention:g} (mean over the clean prompts)."
         own = {head: v for head, v in values.items() if strongest[head] == (query, key)}
         others = {head: v for head, v in values.items() if head not in own and v < limits.attention}
-        label, measure = f"heads from {query} to {key}", partial(_attention, query, key)
-        roles.append(_Role(f"{query}_to_{key}", label, described, measure, own, limits.attention, query, others))
+        first, last = _quoted(query), _quoted(key)
+        label, measure = f"heads from {first} to {last}", partial(_attention, query, key)
+        roles.append(_Role(f"{first}_to_{last}", label, described, measure, own, limits.attention, query, others))
     return roles
+
+
+def _quoted(position: str) -> str:
+    """The name of a position, in quotes where " to " in it could be read as ours."""
+    return repr(position) if " " in position or "_to_" in position else position
 
 
 def _direct(node: str) -> Measure:
@@ -220,9 +227,8 @@ def _line(role: _Role, members: Sequence[str]) -> list[Prediction]:
     control = max(below, key=lambda node: below[node], default=None)
     other = abs(role.limit) if control is None else max(0.0, below[control])
     controls = () if control is None else (Control(measure=role.measure(control)),)
-    return [
-        _predict(role.name_of(node), role.measure(node), sign * (weakest + other) / 2, controls) for node in members
-    ]
+    line = sign * max(abs(role.limit), (weakest + other) / 2)
+    return [_predict(role.name_of(node), role.measure(node), line, controls) for node in members]
 
 
 def _predict(name: str, measure: Measure, value: float, controls: tuple[Control, ...]) -> Prediction:
@@ -255,7 +261,7 @@ def _effects(
         effect, few = effect_of[role["nodes"]], controls[key]
         sign = 1 if effect > 0 else -1
         other = max(0.0, sign * effect_of[few]) if few else 0.0
-        if abs(effect) < max(limits.effect * whole, other):
+        if not abs(effect) >= max(limits.effect * whole, other):  # NaN neither
             continue
         replaced = partial(_replaced, metric, replacement)
         measure, against = replaced(role["nodes"]), (Control(measure=replaced(few)),) if few else ()
@@ -264,11 +270,14 @@ def _effects(
 
 
 def _unimportant(found: Evidence, role: Sequence[str]) -> tuple[str, ...]:
-    """As many nodes of each kind as the role has (or as there are): outside the circuit, then of the least effect."""
+    """As many nodes of each kind as the role has, if there are: those outside the circuit of the least direct effect,
+    then those in it of the least effect.
+    """
     own = {split_position(name)[0] for name in role}
     chosen: list[str] = []
     for kind in ("head", "mlp"):
         count = sum(Node.parse(node).kind == kind for node in own)
         others = [node for node in found.of_kind(kind) if node not in own]
-        chosen += sorted(others, key=lambda node: abs(found.effects.get(node, 0.0)))[:count]
+        others.sort(key=lambda node: (abs(found.effects.get(node, 0.0)), abs(found.direct.get(node, 0.0))))
+        chosen += others[:count]
     return tuple(sorted(chosen))

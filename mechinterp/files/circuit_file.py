@@ -38,7 +38,15 @@ from mechinterp.files.schema_parts import (
     TaskPairs,
     TokensTaskRecord,
 )
-from mechinterp.files.store import check_hashes, open_circuit_file, read_sidecar, seal, sidecar_name, write_pair
+from mechinterp.files.store import (
+    OpenedFile,
+    check_hashes,
+    open_circuit_file,
+    read_sidecar,
+    seal,
+    sidecar_name,
+    write_pair,
+)
 from mechinterp.graph import Graph, graph_of
 from mechinterp.hooks import HookManager
 from mechinterp.jsontext import parse_json, six_digits
@@ -122,7 +130,7 @@ def save_circuit(
         ),
         "evaluation": evaluations,
         "curve": None if curve is None else _curve_record(curve, examples),
-        "predictions": tuple(_prediction(entry, examples) for entry in predictions) or None,
+        "predictions": tuple(_prediction(entry, model, examples) for entry in predictions) or None,
         "pairs": examples.records,
         "provenance": provenance_of(model, command),
     }
@@ -141,7 +149,11 @@ def load_circuit(path: str | Path) -> Circuit:
 
     Raises FormatError, in one line, when the file or its sidecar is not a circuit file, or was changed.
     """
-    opened = open_circuit_file(path)
+    return circuit_of(open_circuit_file(path))
+
+
+def circuit_of(opened: OpenedFile) -> Circuit:
+    """The circuit of an opened file, after its hashes were checked. Raises FormatError as `load_circuit`."""
     check_hashes(opened)
     graph = stated_graph(opened.document, opened.path)
     return stated_circuit(opened.document, graph, stated_scores(opened.document, graph, opened.path), opened.path)
@@ -269,8 +281,10 @@ def _curve_record(curve: Curve, examples: _Examples) -> CurveRecord:
     return CurveRecord(pairs=name, metric=curve.metric, replacement=curve.replacement, points=points)
 
 
-def _prediction(found: Checked, examples: _Examples) -> Prediction:
+def _prediction(found: Checked, model: HookManager, examples: _Examples) -> Prediction:
     """The prediction with the numbers that were measured, at 6 significant digits."""
+    if found.model is not model and found.model.info.weights_sha256() != model.info.weights_sha256():
+        raise InputError(f"Prediction {found.prediction.name!r} was measured on another model than {model.info.name}.")
     if not found.ok:
         raise InputError(f"A file states predictions that hold; {found.prediction.name!r} does not: {found}.")
     controls = tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mechinterp.errors import MechInterpError
 from mechinterp.evaluation.measurements import Checked, check_predictions
 from mechinterp.evaluation.predictions import Prediction
 from mechinterp.files.claims import Ledger
@@ -31,9 +32,15 @@ def check_stated_predictions(
             ledger.failed(f"predictions on {name}", "not run: these pairs are not what the file states")
             continue
         own = None if name is None else pairs[name]
-        with ledger.claimed("predictions"):
-            for found in check_predictions(model, several, own, batch_size=batch_size):
-                _record(found, limit, ledger)
+        try:
+            together = check_predictions(model, several, own, batch_size=batch_size)
+        except MechInterpError:  # one by one, so that it is known which
+            together = ()
+            for prediction in several:
+                with ledger.claimed(f"prediction {prediction.name}"):
+                    together = (*together, *check_predictions(model, [prediction], own, batch_size=batch_size))
+        for found in together:
+            _record(found, limit, ledger)
 
 
 def _record(found: Checked, limit: Tolerance, ledger: Ledger) -> None:

@@ -38,7 +38,7 @@ from mechinterp.jsontext import canonical_sha256
 from mechinterp.tasks.schema import Strict
 
 SCHEMA_VERSION = 1
-MAX_PREDICTIONS = 1000
+MAX_PREDICTIONS = 10_000
 
 
 class CircuitFile(Strict):

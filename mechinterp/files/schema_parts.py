@@ -307,7 +307,7 @@ class EvaluationRecord(Strict):
     ablation: AblationRecord
     n_examples: Count
     n_edges: Count
-    n_edges_graph: Count
+    n_edges_graph: Annotated[int, Field(strict=True, ge=1, le=2**53)]
     circuit_value: Number
     full_value: Number
     empty_value: Number

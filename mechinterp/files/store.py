@@ -57,7 +57,12 @@ def open_circuit_file(path: str | Path) -> OpenedFile:
     Raises FormatError, in one line, for anything that is not a circuit file of a version that is known.
     """
     path = Path(path)
-    content = parse_json(read_bounded(path, MAX_JSON_BYTES), str(path))
+    return parse_circuit_file(read_bounded(path, MAX_JSON_BYTES), path)
+
+
+def parse_circuit_file(text: bytes, path: Path) -> OpenedFile:
+    """The circuit file with this text, which is (or will be) at `path`. Raises as `open_circuit_file`."""
+    content = parse_json(text, str(path))
     if not isinstance(content, dict):
         raise FormatError(f"{path} must hold a JSON object; got {type(content).__name__}.")
     content = cast(dict[str, Any], content)

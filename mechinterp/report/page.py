@@ -55,7 +55,7 @@ def render_report(circuit: Circuit, document: CircuitFile, circuit_path: str, de
         _lead(document),
         cards(evaluation) if evaluation else "",
         _graph_section(graph, details),
-        _measures_section(evaluation, heat is not None),
+        _measures_section(evaluation, heat is not None, document.graph.granularity == "node"),
         f'<div class="pair"><section>{edges_part(document)}</section><section>{nodes_part(document)}</section></div>',
         evaluation_section(document, evaluation) if evaluation else "",
         predictions_section(document),
@@ -127,7 +127,7 @@ def _measured(details: NodeDetails) -> str:
     return " ".join(parts)
 
 
-def _measures_section(entry: EvaluationRecord | None, scored: bool) -> str:
+def _measures_section(entry: EvaluationRecord | None, scored: bool, nodes: bool) -> str:
     parts: list[str] = []
     if entry is not None:
         caption = (
@@ -138,8 +138,8 @@ def _measures_section(entry: EvaluationRecord | None, scored: bool) -> str:
         parts.append(_figure("sizes", "Faithfulness against size", caption))
     if scored:
         caption = (
-            "Score of a node: the sum of the scores of all edges that leave it, in the circuit or not (blue helps the "
-            "task, red works against it). A dot marks the nodes of the circuit."
+            f"Score of a node: {'its own' if nodes else 'the sum of the scores of all edges that leave it'}, in the "
+            "circuit or not (blue helps the task, red works against it). A dot marks the nodes of the circuit."
         )
         parts.append(_figure("heads", "Scores by layer and head", caption))
     return f'<div class="pair">{"".join(parts)}</div>' if parts else ""

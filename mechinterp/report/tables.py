@@ -46,7 +46,8 @@ def nodes_part(document: CircuitFile) -> str:
     nodes = ranked_nodes(document)
     role = ("role",) if document.roles else ()
     scored = any(node.score is not None for node in nodes)
-    head = ("node", *role, "edges in", "edges out", *(("score of the edges out",) if scored else ()))
+    score_name = "score" if document.graph.granularity == "node" else "score of the edges out"
+    head = ("node", *role, "edges in", "edges out", *((score_name,) if scored else ()))
     rows: list[tuple[str, ...]] = []
     for node in nodes:
         score = ("" if node.score is None else f"{node.score:.4g}",) if scored else ()

@@ -68,7 +68,7 @@ def _details(
     try:
         manager = load_stated_model(document, path, model, device)
     except MechInterpError as error:
-        if model is not None:
+        if model is not None or (device is not None and not isinstance(error, ModelNotAvailable)):
             raise
         why = "is not available here" if isinstance(error, ModelNotAvailable) else f"cannot be opened: {error}"
         return NodeDetails(notes=(f"{LEFT_OUT}: the model {document.model.name} {why.rstrip('.')}.",))
