@@ -298,11 +298,8 @@ def _do_show(file: str, top: int) -> int:
     check_hashes(opened)
     console = Terminal()
     _print_result(console, opened.document)
-    n_nodes, n_edges, predictions = (
-        len(opened.document.nodes),
-        len(opened.document.edges),
-        opened.document.predictions or (),
-    )
+    n_nodes, n_edges = len(opened.document.nodes), len(opened.document.edges)
+    predictions = opened.document.predictions or ()
     for table in (nodes_table(opened.document, top), edges_table(opened.document, top)):
         console.print(table)
         console.print()

@@ -153,6 +153,11 @@ class Graph:
         """The neurons of a layer that are writers by themselves."""
         return self.neurons[layer] if self.neurons else ()
 
+    @property
+    def split_mlps(self) -> tuple[str, ...]:
+        """MLPs of which neurons are writers by themselves: `m3` is the others together, not what the MLP writes."""
+        return tuple(str(Node("mlp", layer)) for layer, own in enumerate(self.neurons) if own)
+
     def neuron_writers(self, layer: int) -> slice:
         """The rows of those neurons among the writers."""
         first = self.mlp_writer(layer) + 1

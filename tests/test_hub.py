@@ -16,7 +16,9 @@ from huggingface_hub import constants
 
 import mechinterp as mi
 from mechinterp import cli, hub
+from mechinterp.circuit import Circuit
 from mechinterp.errors import FormatError, InputError
+from mechinterp.files.store import OpenedFile
 from tests.hub_stand_in import StandIn, running
 
 STORED = Path(__file__).parents[1] / "circuits"
@@ -96,8 +98,8 @@ def test_what_was_checked_is_what_is_uploaded(
     path = copied(tmp_path)
     checks = hub.circuit_of
 
-    def then_replaced(opened: object) -> object:
-        found = checks(opened)  # type: ignore[arg-type]  # whatever push hands over
+    def then_replaced(opened: OpenedFile) -> Circuit:
+        found = checks(opened)
         path.write_text("{}")
         return found
 

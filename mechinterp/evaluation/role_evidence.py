@@ -89,12 +89,11 @@ def measure_evidence(
     names: dict[str, list[str]] = {}
     for name in circuit.nodes:
         names.setdefault(split_position(name)[0], []).append(name)
-    split = [layer for layer in range(dims.n_layers) if circuit.graph.neurons_of(layer)]
-    mlps = [f"m{layer}" for layer in range(dims.n_layers) if dims.has_mlp and layer not in split]
-    found = Evidence((*heads, *mlps), names)
-    if split:  # there `m3` is the neurons that are no nodes by themselves, which no analysis here takes as one
-        without = ", ".join(f"m{layer}" for layer in split)
-        found.notes.append(f"No roles for {without} and the neurons taken out of them.")
+    mlps = [f"m{layer}" for layer in range(dims.n_layers) if dims.has_mlp]
+    split = circuit.graph.split_mlps
+    found = Evidence((*heads, *(name for name in mlps if name not in split)), names)
+    if split:
+        found.notes.append(f"No roles for {', '.join(split)} and the neurons taken out of them.")
 
     found.detector_length = min(DETECTOR_LENGTH, (dims.n_ctx - 1) // 2, dims.d_vocab // 2)
 

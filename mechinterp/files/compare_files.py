@@ -157,10 +157,9 @@ def _agreements(one: _Side, other: _Side, complete: bool) -> Iterable[Agreement]
 
 def _agreement(over: str, a: np.ndarray, b: np.ndarray) -> Agreement:
     flipped = int((np.sign(a) * np.sign(b) < 0).sum())
-    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return Agreement(over, len(a), None, None, flipped)
-    a, b = a / np.abs(a).max(), b / np.abs(b).max()  # sums of squares stay finite; neither correlation changes
-    if min(np.ptp(a), np.ptp(b)) < 1e-9:  # rounding would decide
+    # Scaled, so that sums of squares stay finite; neither correlation changes.
+    a, b = (scores / (np.abs(scores).max(initial=0) or 1) for scores in (a, b))
+    if len(a) < 3 or min(np.ptp(a), np.ptp(b)) < 1e-9:  # all the same, or rounding would decide
         return Agreement(over, len(a), None, None, flipped)
     by_rank: Any = spearmanr(a, b)
     by_size: Any = pearsonr(a, b)

@@ -105,8 +105,7 @@ def node_details(
 def _chosen(circuit: Circuit, most: int) -> tuple[list[str], list[str]]:
     """The nodes to look at, in the model's order, and what to say of the others."""
     own = list(dict.fromkeys(split_position(name)[0] for name in circuit.nodes))
-    # Where neurons are nodes, "m3" is the rest of its MLP, which cannot be read off as one thing.
-    split = {f"m{layer}" for layer, neurons in enumerate(circuit.graph.neurons) if neurons}
+    split = set(circuit.graph.split_mlps)  # the rest of an MLP cannot be read off as one thing
     found = [name for name in own if node_of(name).kind in ("head", "mlp", "neuron") and name not in split]
     notes = [f"No details for {', '.join(sorted(split & set(own)))}: some of their neurons are nodes of their own."]
     notes = notes if split & set(own) else []
