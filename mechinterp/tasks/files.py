@@ -101,11 +101,6 @@ def _encode(row: FileRow, encoder: Encoder | None, where: str) -> _Encoded | str
     shared = set(right or ()) & set(wrong or ())
     if shared:
         raise FormatError(f"{where}, line {row.line}: right and wrong share the token {min(shared)}.")
-    if right == clean[-1:]:
-        raise FormatError(
-            f"{where}, line {row.line}: the clean prompt ends with the right answer already; cut it off, "
-            "so that the model is asked for it."
-        )
     for name, index in row.positions.items():
         if index >= len(clean):
             raise FormatError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
@@ -16,6 +17,11 @@ from torch import Tensor
 from mechinterp.errors import InputError
 from mechinterp.tasks.door import NO_ENTRY, Ids, Mask, entries, prompts, whole_numbers
 from mechinterp.tasks.source import FileSource, Report, TaskSource
+
+logger = logging.getLogger(__name__)
+
+SHIFTED = 0.9
+"""Share of the prompts that hold their own answers from which on they are refused: their answers were not cut off."""
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -234,15 +240,26 @@ def _check_answers(
             )
     if right is not None:
         read = torch.where(answer_pos == NO_ENTRY, NO_ENTRY, clean.gather(1, answer_pos.clamp(min=0)))
-        held = _have_a_common_entry(right, read)
-        # A set of answers may hold the last token by chance (the century 17 among the years after 11).
-        single = (right != NO_ENTRY).sum(1) == 1
-        late = held if bool(held.all()) else held & single
-        if bool(late.any()):
-            raise InputError(
-                f"The clean prompt of row {int(late.nonzero()[0])} holds its right answer at the answer "
-                "position, so the metric would read one position late. Cut the answer off the prompt."
-            )
+        _check_shift(_have_a_common_entry(right, read))
+
+
+def _check_shift(held: Bool[Tensor, " batch"]) -> None:
+    """Raises InputError when the clean prompts hold their right answers at the answer position, row for row.
+
+    Then the metric would read one position late. In single rows the token may stand there for its own sake.
+    """
+    rows = held.nonzero()[:, 0].tolist()
+    if len(rows) >= SHIFTED * len(held):
+        raise InputError(
+            f"{len(rows)} of {len(held)} clean prompts hold their right answer at the answer position (the first in "
+            f"row {rows[0]}), so the metric would read one position late. Cut the answers off the prompts."
+        )
+    if rows:
+        logger.warning(
+            "%d of %d clean prompts hold their right answer at the answer position (the first in row %d); if the "
+            "answer is not meant to be there, cut it off.",
+            *(len(rows), len(held), rows[0]),
+        )
 
 
 def _have_a_common_entry(left: Int[Tensor, "batch n"], right: Int[Tensor, "batch k"]) -> Bool[Tensor, " batch"]:

@@ -118,13 +118,15 @@ def test_doubled_bos_is_refused(tmp_path, bpe, bpe_with_bos) -> None:
     assert torch.equal(load_pairs(path, bpe_with_bos, prepend_bos=False).clean, load_pairs(path, bpe).clean)
 
 
-def test_a_prompt_that_holds_the_answer_is_refused(tmp_path, bpe) -> None:
-    rows = [
-        TEXTS[1],
-        {**TEXTS[0], "clean": "When John and John went to Mary", "corrupt": "When Lisa and Paul went to Mary"},
-    ]
-    with pytest.raises(FormatError, match="line 2: the clean prompt ends with the right answer already"):
-        load_pairs(write(tmp_path, rows, "jsonl"), bpe)
+def test_prompts_that_hold_their_answers_are_refused(tmp_path, bpe, caplog) -> None:
+    """When nearly all do, the answers were not cut off; a single one is legitimate, and is said."""
+    late = {**TEXTS[0], "clean": "When John and John went to Mary", "corrupt": "When Lisa and Paul went to Mary"}
+    with pytest.raises(FormatError, match="2 of 2 clean prompts hold their right answer"):
+        load_pairs(write(tmp_path, [late, late], "jsonl"), bpe)
+    assert not caplog.messages
+    pairs = load_pairs(write(tmp_path, [TEXTS[1], late], "jsonl"), bpe)
+    assert "1 of 2 clean prompts hold their right answer" in caplog.text
+    assert len(pairs) == 2 and len(pairs[1:]) == 1  # a batch of such a row alone is not asked again
 
 
 def test_an_answer_without_its_space_is_pointed_out(tmp_path, bpe, words, caplog) -> None:
@@ -182,7 +184,6 @@ def bad(match: str, line: str):
         bad("every row needs the same positions", GOOD.replace('"name": 1', '"nome": 1')),
         bad("differ in having 'right'", '{"clean": [1], "corrupt": [2], "positions": {"name": 0}}'),
         bad("line 2: right and wrong share the token 9", GOOD.replace("10", "9")),
-        bad("line 2: the clean prompt ends with", GOOD.replace("9", "7")),
         bad("nested too deeply|not valid JSON", "[" * 200_000),
     ],
 )  # fmt: skip

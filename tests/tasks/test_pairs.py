@@ -110,7 +110,7 @@ def bad(match: str, **changes):
         bad("mask must be boolean", clean=[[1, 2]] * 3, corrupt=[[1, 3]] * 3, mask=[[1, 2]] * 3),
         bad("mask must have the shape", clean=[[1, 2]] * 3, corrupt=[[1, 3]] * 3, mask=[[1, 1, 1]] * 3),
         bad("right and wrong must differ; row 0", wrong=[11, 15, 16]),
-        bad("row 1 holds its right answer at the answer position", right=[[10, 11], [9], [13]]),
+        bad("3 of 3 clean prompts hold their right answer at the answer position", right=[[8, 11], [9], [4]]),
         bad("wrong answers are given without right", right=None),
         bad("right must be .batch. or", right=[1, 2]),
         bad("right has no entry in row 1", right=[[10], [-1], [13]]),
