@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mechinterp.decomposition.decoder import activation_function
 from mechinterp.decomposition.operations import Add, Attention, Function, Linear, Normalize, Operation
 from mechinterp.decomposition.subject import TOLERANCE, Pass, head_totals
 from mechinterp.decomposition.tape import HEAD, Tape
@@ -22,6 +21,7 @@ from mechinterp.interventions import Run, SiteLike
 from mechinterp.models.attention import AttentionScores, softmax_where
 from mechinterp.models.layout import Dims
 from mechinterp.models.load import open_encoder
+from mechinterp.models.mlps import activation_function
 from mechinterp.models.norm import measure_norm
 from mechinterp.models.source import ModelInfo
 from mechinterp.models.tokens import check_tokens

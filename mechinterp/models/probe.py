@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from mechinterp.errors import UnsupportedError
+from mechinterp.models.layout import MlpMaps
+from mechinterp.models.mlps import measure_activation
 from mechinterp.sites import Site
 
 NEEDED = ("resid_pre", "q", "k", "v", "z")
@@ -106,7 +108,7 @@ def probe_mlps(model: Any) -> dict[int, str]:
         try:
             with torch.no_grad():
                 worst = float((model.mlp(layer, given) - expected).abs().max()) / (float(expected.abs().max()) + 1e-6)
-        except (RuntimeError, TypeError, AttributeError) as error:
+        except (UnsupportedError, RuntimeError, TypeError, AttributeError) as error:
             found[layer] = str(error).partition("\n")[0]
         else:
             if not worst < (1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2):
@@ -173,5 +175,19 @@ def _check_neurons(model: Any, run: Any, layer: int, check: Check) -> None:
         raw = neurons @ maps.W_out if maps.b_out is None else neurons @ maps.W_out + maps.b_out
         check(f"what the neurons of layer {layer} write", maps.post(raw), run.values[Site("mlp_out", layer)])
     except UnsupportedError:
-        kept = tuple(None if i == layer else m for i, m in enumerate(model.layout.mlp_maps))
-        model.layout = replace(model.layout, mlp_maps=kept)
+        found = None
+    else:
+        found = replace(maps, activation=_activation(model, maps, run.values[Site("mlp_in", layer)], neurons))
+    kept = tuple(found if i == layer else m for i, m in enumerate(model.layout.mlp_maps))
+    model.layout = replace(model.layout, mlp_maps=kept)
+
+
+def _activation(model: Any, maps: MlpMaps, mlp_in: Tensor, neurons: Tensor) -> str | None:
+    """The activation function between the MLP's input and its neurons, or None."""
+    read = mlp_in @ maps.W_in if maps.b_in is None else mlp_in @ maps.W_in + maps.b_in
+    given, up = read, None
+    if maps.W_gate is not None:
+        gate = mlp_in @ maps.W_gate
+        given, up = gate if maps.b_gate is None else gate + maps.b_gate, read
+    near = 1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2
+    return measure_activation(str(model.bridge.cfg.act_fn), given, up, neurons, near)
