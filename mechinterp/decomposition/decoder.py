@@ -74,8 +74,9 @@ def _mlp(model: HookManager, layer: int, entry: str) -> list[Operation]:
     assert norm is not None
     if maps.activation is None:
         raise UnsupportedError(
-            f"The MLP of layer {layer} of {model.info.architecture} has an activation function that is not known "
-            f"(its configuration says {model.bridge.cfg.act_fn!r}): it has no rule in a decomposition."
+            f"What the MLP of layer {layer} of {model.info.architecture} does between its matrices is no activation "
+            f"function that is known (its configuration says {model.bridge.cfg.act_fn!r}), so it has no rule in a "
+            "decomposition."
         )
     f = activation_function(maps.activation)
     d_mlp, d_model = (maps.W_out.shape[0],), (model.dims.d_model,)

@@ -56,10 +56,10 @@ class MlpMaps:
     W_in: Tensor
     b_in: Tensor | None
     W_gate: Tensor | None
-    b_gate: Tensor | None
     W_out: Tensor
     b_out: Tensor | None
     post: Norm
+    b_gate: Tensor | None = None
     activation: str | None = None
     """The name of its activation function, once it has been measured; None: not known."""
 
