@@ -30,7 +30,7 @@ from mechinterp.hooks import HookManager
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 BEGIN, END = "<!-- python -m benchmarks.families --write: begin -->", "<!-- end -->"
-EXACT = 2e-5
+EXACT = 5e-6
 """Hugging Face computes RMSNorm, softmax and rotations in float32 even in a float64 model; relative to the largest."""
 
 
@@ -46,8 +46,8 @@ class Row:
     patching: float = float("nan")
     eap: float = float("nan")
     batches: float = float("nan")
-    without: tuple[str, ...] = ()
-    """What is refused on the model that loads, each with its reason."""
+    without: tuple[tuple[str, str], ...] = ()
+    """(parts, reason) of what is refused on the model that loads."""
 
     @property
     def exact(self) -> bool:
@@ -100,7 +100,7 @@ def _gap(got: Tensor, expected: Tensor) -> float:
 
 
 def edges_gap(model: HookManager, plain: PlainModel, graph: Graph, pairs: Pairs, corrupt: Writes) -> float:
-    """`run_edges` against plain hooks, for masks of all kinds; all cut also against the model on the corrupt prompts."""
+    """`run_edges` against plain hooks, for masks of all kinds; the ends also against the model as it is."""
     cuts = random_cuts(graph)
     expected = [
         logit_diff(run_plain(plain, pairs.clean, share=share_of(graph, cut), replacement=corrupt)[0], pairs)
@@ -175,8 +175,8 @@ def batches_gap(model: HookManager, graph: Graph, pairs: Pairs) -> float:
     return max(_gap(together, torch.cat(alone, -1)), _gap(chunks, together))
 
 
-def refused_parts(model: HookManager, graph: Graph, pairs: Pairs) -> tuple[str, ...]:
-    """What the model does not give, each with its reason; sites by kind."""
+def refused_parts(model: HookManager, graph: Graph, pairs: Pairs) -> tuple[tuple[str, str], ...]:
+    """(parts, reason) of all that the model does not give; sites by kind."""
     reasons: dict[str, str] = {}
     for site, reason in model.refused.items():
         if site.kind != "pos_embed":  # rotary models have none
@@ -184,19 +184,27 @@ def refused_parts(model: HookManager, graph: Graph, pairs: Pairs) -> tuple[str, 
     for reason in model.bound_mlps.values():
         reasons["an MLP by itself"] = reason
     if model.dims.has_mlp and any(maps is None for maps in model.layout.mlp_maps):
-        reasons["neurons"] = "the MLP is no plain pair of matrices"
+        reasons["neurons"] = "An MLP is no plain pair of matrices"
     for method in ("relp", "cd", "cd-edges"):
         try:
             score_edges(model, graph, pairs, method=method, metric="logit_diff")
         except Exception as error:  # the table shows what a user would see
             kind = "" if isinstance(error, MechInterpError) else f"{type(error).__name__}: "
-            reasons[f"method `{method}`"] = kind + one_line(error)
+            reasons[f"`{method}`"] = kind + one_line(error)
     if not model.keeps_past:
-        reasons["keys and values are not kept"] = "a sweep runs all positions again"
+        reasons["keys and values are not kept"] = "A sweep runs all positions again"
     grouped: dict[str, list[str]] = {}
     for part, reason in reasons.items():
-        grouped.setdefault(reason.strip().rstrip("."), []).append(part)
-    return tuple(f"{', '.join(parts)}: {reason}" for reason, parts in grouped.items())
+        grouped.setdefault(_general(reason, model.info.architecture), []).append(part)
+    return tuple((", ".join(parts), reason) for reason, parts in grouped.items())
+
+
+def _general(reason: str, architecture: str) -> str:
+    """The reason without what is of this one model: its class, a layer's number, a size."""
+    reason = re.sub(r" \(off by [^)]*\)", "", reason.replace(architecture, "the model"))
+    reason = re.sub(r"\b([Ll]ayer|m|pattern\.|scores\.|mlp_\w+\.|z\.|q\.|k\.|v\.) ?\d+", r"\1 L", reason).replace(". L", ".L")
+    reason = reason.strip().rstrip(".")
+    return reason[:1].upper() + reason[1:] + "."
 
 
 def measure(family: Family) -> Row:
@@ -229,21 +237,40 @@ def one_line(error: BaseException) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as Markdown: first what loads, then what is refused."""
+    """The rows as Markdown: what loads, notes with the reasons for what is refused of it, and what does not load."""
+    loads, refused = [row for row in rows if not row.refused], [row for row in rows if row.refused]
+    notes = list(dict.fromkeys(reason for row in loads for _, reason in row.without))
     lines = [
-        "| family | class in transformers | edges | patching | EAP | batches | refused parts, and why |",
+        "| family | class in transformers | edges | patching | EAP | batches | refused parts |",
         "|---|---|---|---|---|---|---|",
+        *(line(row, notes) for row in loads),
+        "",
+        "Why parts are refused:",
+        "",
+        *(f"{i}. {reason}" for i, reason in enumerate(notes, 1)),
+        "",
+        "Families, and settings of them, that do not load:",
+        "",
+        "| refused | class in transformers | why |",
+        "|---|---|---|",
+        *(line(row, []) for row in refused),
     ]
-    for row in rows:
-        if not row.refused:
-            numbers = " | ".join(_number(value) for value in (row.edges, row.patching, row.eap, row.batches))
-            without = "; ".join(row.without).replace("|", "\\|")
-            lines.append(f"| {row.label} | `{row.architecture}` | {numbers} | {without} |")
-    lines += ["", "| refused | class in transformers | why |", "|---|---|---|"]
-    for row in rows:
-        if row.refused:
-            lines.append(f"| {row.label} | `{row.architecture}` | {row.refused.replace('|', chr(92) + '|')} |")
     return "\n".join(lines)
+
+
+def line(row: Row, notes: list[str]) -> str:
+    """The row as a line of Markdown; a reason is the number of its note."""
+    cells = [row.refused.replace("|", "\\|")]
+    if not row.refused:
+        parts = [f"{parts} ({notes.index(reason) + 1})" for parts, reason in row.without]
+        numbers = [_number(value) for value in (row.edges, row.patching, row.eap, row.batches)]
+        cells = [*numbers, ", ".join(parts)]
+    return "| " + " | ".join([row.label, f"`{row.architecture}`", *cells]) + " |"
+
+
+def stored_notes() -> list[str]:
+    """The notes of the page."""
+    return re.findall(r"^\d+\. (.*)$", stored_table(), re.MULTILINE)
 
 
 def _number(value: float) -> str:

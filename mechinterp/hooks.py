@@ -207,7 +207,7 @@ class HookManager:
         if layer in self.bound_mlps:
             raise UnsupportedError(f"The MLP of layer {layer} cannot be run by itself: {self.bound_mlps[layer]}.")
         with self._exclusive(), eval_mode(self.bridge):
-            out = run_mlp(block, mlp_in.reshape(1, -1, mlp_in.shape[-1]).to(self.dtype))
+            out = run_mlp(block, self.layout.mlp_maps[layer], mlp_in.reshape(1, -1, mlp_in.shape[-1]).to(self.dtype))
             post = getattr(block, "ln2_post", None) or self.layout.mlp_post[layer]
             return post(out).reshape(mlp_in.shape)
 

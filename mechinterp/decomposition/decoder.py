@@ -12,9 +12,9 @@ from mechinterp.decomposition.operations import Add, Attention, Function, Gate, 
 from mechinterp.decomposition.tape import Tape
 from mechinterp.errors import UnsupportedError
 from mechinterp.hooks import HookManager
+from mechinterp.models.activation import activation_function
 from mechinterp.models.attention import attention_scores, check_pattern
 from mechinterp.models.layout import Layout, MlpMaps
-from mechinterp.models.mlps import activation_function
 from mechinterp.models.norm import Norm
 from mechinterp.sites import Site
 from mechinterp.tasks.pairs import Pairs
@@ -99,7 +99,7 @@ def _mlp(model: HookManager, layer: int, entry: str) -> list[Operation]:
 
 
 def _multiplied(post: Norm, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias with the constant multiplier of what a layer adds; a real post-norm is an operation of its own."""
+    """Weight and bias with the constant multiplier of what a layer adds; a post-norm is an operation of its own."""
     if post.kind != "none":
         return weight, bias
     return post.project(weight), None if bias is None else post.project(bias)

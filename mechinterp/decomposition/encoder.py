@@ -18,10 +18,10 @@ from mechinterp.decomposition.subject import TOLERANCE, Pass, head_totals
 from mechinterp.decomposition.tape import HEAD, Tape
 from mechinterp.errors import InputError, UnsupportedError
 from mechinterp.interventions import Run, SiteLike
+from mechinterp.models.activation import activation_function
 from mechinterp.models.attention import AttentionScores, softmax_where
 from mechinterp.models.layout import Dims
 from mechinterp.models.load import open_encoder
-from mechinterp.models.mlps import activation_function
 from mechinterp.models.norm import measure_norm
 from mechinterp.models.source import ModelInfo
 from mechinterp.models.tokens import check_tokens

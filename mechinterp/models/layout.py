@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp.errors import UnsupportedError
+from mechinterp.models.activation import activation_function
 from mechinterp.models.norm import Norm, measure_norm
 
 
@@ -62,6 +63,24 @@ class MlpMaps:
     b_gate: Tensor | None = None
     activation: str | None = None
     """The name of its activation function, once it has been measured; None: not known."""
+
+    def before_activation(self, mlp_in: Float[Tensor, "*axes d_model"]) -> tuple[Tensor, Tensor | None]:
+        """(the activation function's input, what its output is multiplied by: None without a gate)."""
+
+        def read(weight: Tensor, bias: Tensor | None) -> Tensor:
+            out = mlp_in @ weight.to(mlp_in.dtype)
+            return out if bias is None else out + bias.to(mlp_in.dtype)
+
+        up = read(self.W_in, self.b_in)
+        return (up, None) if self.W_gate is None else (read(self.W_gate, self.b_gate), up)
+
+    def __call__(self, mlp_in: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
+        """What it writes, before the post-norm. Its activation function must be known."""
+        assert self.activation is not None
+        given, up = self.before_activation(mlp_in)
+        post = activation_function(self.activation)(given)
+        out = (post if up is None else post * up) @ self.W_out.to(mlp_in.dtype)
+        return out if self.b_out is None else out + self.b_out.to(mlp_in.dtype)
 
 
 @dataclass(frozen=True)

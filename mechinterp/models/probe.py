@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mechinterp.errors import UnsupportedError
+from mechinterp.models.activation import measure_activation
 from mechinterp.models.layout import MlpMaps
-from mechinterp.models.mlps import measure_activation
 from mechinterp.sites import Site
 
 NEEDED = ("resid_pre", "q", "k", "v", "z")
@@ -209,10 +209,6 @@ def _check_neurons(model: Any, run: Any, layer: int, check: Check) -> None:
 
 def _activation(model: Any, maps: MlpMaps, mlp_in: Tensor, neurons: Tensor) -> str | None:
     """The activation function between the MLP's input and its neurons, or None."""
-    read = mlp_in @ maps.W_in if maps.b_in is None else mlp_in @ maps.W_in + maps.b_in
-    given, up = read, None
-    if maps.W_gate is not None:
-        gate = mlp_in @ maps.W_gate
-        given, up = gate if maps.b_gate is None else gate + maps.b_gate, read
+    given, up = maps.before_activation(mlp_in)
     near = 1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2
     return measure_activation(str(model.bridge.cfg.act_fn), given, up, neurons, near)
