@@ -202,7 +202,9 @@ def refused_parts(model: HookManager, graph: Graph, pairs: Pairs) -> tuple[tuple
 def _general(reason: str, architecture: str) -> str:
     """The reason without what is of this one model: its class, a layer's number, a size."""
     reason = re.sub(r" \(off by [^)]*\)", "", reason.replace(architecture, "the model"))
-    reason = re.sub(r"\b([Ll]ayer|m|pattern\.|scores\.|mlp_\w+\.|z\.|q\.|k\.|v\.) ?\d+", r"\1 L", reason).replace(". L", ".L")
+    reason = re.sub(r"\b([Ll]ayer|m|pattern\.|scores\.|mlp_\w+\.|z\.|q\.|k\.|v\.) ?\d+", r"\1 L", reason).replace(
+        ". L", ".L"
+    )
     reason = reason.strip().rstrip(".")
     return reason[:1].upper() + reason[1:] + "."
 
@@ -217,18 +219,23 @@ def measure(family: Family) -> Row:
         return Row(family.label, architecture, one_line(error))
     except Exception as error:  # a part of TransformerLens or transformers: the table says so, and goes on
         return Row(family.label, architecture, f"{type(error).__name__}: {one_line(error)}")
-    if family.modules is None:
-        raise MechInterpError(f"{family.label} loads now: say where its modules are in benchmarks/family_models.py.")
-    plain = PlainModel(family.build(), family.modules, model.dims.n_kv_heads)
-    graph = build_graph(model)
+    without = refused_parts(model, build_graph(model), pairs)
+    try:
+        return Row(family.label, architecture, "", *gaps(family, model, pairs), without)
+    except Exception as error:  # another structure than family_models.py says
+        not_compared = ("**not compared**", f"{type(error).__name__}: {one_line(error)}")
+        return Row(family.label, architecture, without=(*without, not_compared))
+
+
+def gaps(family: Family, model: HookManager, pairs: Pairs) -> tuple[float, float, float, float]:
+    """The largest differences: edges, patching, EAP, batches."""
+    plain, graph = PlainModel(family.build(), family.modules, model.dims.n_kv_heads), build_graph(model)
     with torch.no_grad():
         _, corrupt = run_plain(plain, pairs.corrupt)
         edges = edges_gap(model, plain, graph, pairs, corrupt)
         patching = patching_gap(model, plain, pairs)
         batches = batches_gap(model, graph, pairs)
-    eap = eap_gap(model, plain, graph, pairs, corrupt)
-    without = refused_parts(model, graph, pairs)
-    return Row(family.label, architecture, "", edges, patching, eap, batches, without)
+    return edges, patching, eap_gap(model, plain, graph, pairs, corrupt), batches
 
 
 def one_line(error: BaseException) -> str:

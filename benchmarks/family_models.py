@@ -51,9 +51,10 @@ class Family:
     name: str
     """Of the classes in transformers: `Llama` for LlamaConfig and LlamaForCausalLM."""
     settings: dict[str, Any]
-    modules: Modules | None = Modules()
+    modules: Modules = Modules()
     model_class: str = ""
     config_class: str = ""
+    dtype: torch.dtype = torch.float64
 
     def config(self) -> Any:
         """The configuration."""
@@ -61,13 +62,15 @@ class Family:
 
         return getattr(transformers, self.config_class or f"{self.name}Config")(**self.settings)
 
-    def build(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    def build(self, seed: int = 0) -> nn.Module:
         """A model with every weight drawn at random, biases and norms included, in evaluation mode."""
         import transformers
 
         config = self.config()
         config._attn_implementation = config._experts_implementation = "eager"  # some experts' kernels take no float64
-        return randomized(getattr(transformers, self.model_class or f"{self.name}ForCausalLM")(config), seed, dtype)
+        return randomized(
+            getattr(transformers, self.model_class or f"{self.name}ForCausalLM")(config), seed, self.dtype
+        )
 
 
 def randomized(module: nn.Module, seed: int, dtype: torch.dtype) -> nn.Module:
@@ -96,6 +99,14 @@ _R: dict[str, Any] = {
 _G = {**_R, "num_key_value_heads": 2}
 _GH = {**_G, "head_dim": 8}
 _S = {"n_positions": N_CTX, "n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": N_HEADS, **_ENDS}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8,
+}
 _STABLE = {**_G, "partial_rotary_factor": 0.5}
 _GEMMA2 = {**_GH, "sliding_window": 4, "query_pre_attn_scalar": 8}
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -253,8 +264,11 @@ FAMILIES: tuple[Family, ...] = (
             "max_position_embeddings": N_CTX,
             **_ENDS,
         },
+        replace(_OPT_MODULES, layers="model.layers", final_norm="model.layer_norm"),
+        dtype=torch.float32,  # its mask of padding is out of range in float64
     ),
     Family("Llama", "Llama", _G),
+    Family("Llama 3.1 (scaled rotation)", "Llama", {**_G, "rope_parameters": _LLAMA3}),
     Family("Llama, biases", "Llama", {**_G, "attention_bias": True, "mlp_bias": True}),
     Family("Mistral (sliding window)", "Mistral", {**_G, "sliding_window": 4}),
     Family("Ministral 3", "Ministral3", _GH),
@@ -289,6 +303,12 @@ FAMILIES: tuple[Family, ...] = (
         "Gemma4",
         {**_GEMMA2, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "global_head_dim": 8},
         _GEMMA,
+        config_class="Gemma4TextConfig",
+    ),
+    Family(
+        "Gemma 4, inputs per layer",
+        "Gemma4",
+        {**_GEMMA2, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": D_VOCAB, "global_head_dim": 8},
         config_class="Gemma4TextConfig",
     ),
     Family(
@@ -377,7 +397,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("ModernBERT decoder", "ModernBertDecoder", {**_R, "cls_token_id": 0, "sep_token_id": 0}),
     Family("AFMoE", "Afmoe", {**_GH, **_MOE, "num_dense_layers": 1}, _AFMOE),
     Family("Jais 2", "Jais2", _GH),
-    Family("Youtu", "Youtu", {**_R, **{k: v for k, v in _MLA.items() if "lora" in k or "head_dim" in k}}),
+    Family("Youtu", "Youtu", {**_R, **{k: v for k, v in _MLA.items() if "lora" in k or "head" in k}}),
     Family("LFM2", "Lfm2", {**_G, "layer_types": ["conv", "full_attention"]}),
     Family("Jamba", "Jamba", {**_G, "num_experts": 2, "use_mamba_kernels": False}),
     Family("Mamba", "Mamba", {"hidden_size": D_MODEL, "num_hidden_layers": N_LAYERS, "state_size": 4, **_ENDS}),

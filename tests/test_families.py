@@ -82,7 +82,6 @@ def test_a_wrong_map_is_seen_by_the_comparison(wrong: str) -> None:
 
 
 def plain_of(family: Family, model: HookManager) -> PlainModel:
-    assert family.modules is not None
     return PlainModel(family.build(), family.modules, model.dims.n_kv_heads)
 
 
@@ -117,7 +116,9 @@ def test_an_mlp_by_itself_is_the_models_own(label: str) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)  # RMSNorm and routing are in float32
 
 
-@pytest.mark.parametrize(("label", "name"), [("Bloom", "gelu_new"), ("MPT", "gelu"), ("OPT", "relu"), ("Granite", "silu")])
+@pytest.mark.parametrize(
+    ("label", "name"), [("Bloom", "gelu_new"), ("MPT", "gelu"), ("OPT", "relu"), ("Granite", "silu")]
+)
 def test_the_activation_function_is_measured(label: str, name: str) -> None:
     """TransformerLens's configuration says `gelu_new` of MPT and nothing of the sort of Bloom."""
     maps = loaded(label).layout.mlp_maps[0]
@@ -133,7 +134,7 @@ def multiplier(label: str) -> float:
 
 def test_an_activation_function_that_has_no_rule_is_refused_by_name() -> None:
     model = loaded("Apertus")
-    with pytest.raises(UnsupportedError, match="between its matrices.*xielu"):
+    with pytest.raises(UnsupportedError, match=r"between its matrices.*xielu"):
         mi.contextual_decomposition(model, table.random_pairs(), "nodes")
 
 
@@ -171,9 +172,7 @@ def test_direct_paths_are_edges(shape: str) -> None:
 def test_a_path_through_an_mlp_is_a_run_with_all_heads_frozen(shape: str) -> None:
     model, pairs = SHAPES[shape](), table.random_pairs()
     got = mi.path_patching(model, pairs, ["a0.h1"], "logits").values[0, 0]
-    clean, corrupt = (
-        model.run(ids, pairs.mask, record=["z.0", "z.1"]).values for ids in (pairs.clean, pairs.corrupt)
-    )
+    clean, corrupt = (model.run(ids, pairs.mask, record=["z.0", "z.1"]).values for ids in (pairs.clean, pairs.corrupt))
     first = clean["z.0"].clone()
     first[:, :, 1] = corrupt["z.0"][:, :, 1]
     frozen = model.run(pairs.clean, pairs.mask, interventions={"z.0": first, "z.1": clean["z.1"]})
@@ -185,13 +184,24 @@ def test_a_path_through_an_mlp_is_a_run_with_all_heads_frozen(shape: str) -> Non
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parts_of_a_logit_add_up_neuron_by_neuron(shape: str) -> None:
     model, pairs = SHAPES[shape](), table.random_pairs()
-    whole = mi.direct_logit_attribution(model, pairs)
-    fine = mi.direct_logit_attribution(model, pairs, refine=["m0", "m1", "a0.h2"])  # the sum is checked in the call
     total = table.logit_diff(model.run(pairs.clean, pairs.mask).logits, pairs)
-    bias = model.layout.b_U
-    assert bias is None or not bool(bias.any()) or "b_U" in str(whole.labels["node"]) or True
-    torch.testing.assert_close(whole.values.sum(0), fine.values.nansum(0), rtol=0, atol=1e-5)
-    assert whole.values.sum(0).shape == total.shape
+    for refine in ([], ["m0", "m1", "a0.h2"]):
+        parts = mi.direct_logit_attribution(model, pairs, refine=refine).values
+        torch.testing.assert_close(parts.nansum(0), total, rtol=0, atol=1e-5)  # norms in float32
+
+
+def test_the_lens_of_a_neuron_has_the_multiplier() -> None:
+    """What it raises most is what taking it out lowers: its write through the final norm with the scale of the run."""
+    model, pairs = granite_with_biases(), table.random_pairs()
+    at, rows = pairs.mask.sum(1) - 1, torch.arange(len(pairs))
+    values = model.run(pairs.clean, pairs.mask, record=["mlp_post.1", "resid_final"]).values
+    maps = model.layout.neurons(1)
+    write = values["mlp_post.1"][rows, at, 3, None] * maps.W_out[3] * multiplier("Granite")
+    scale = model.layout.final_norm.scale(values["resid_final"][rows, at])
+    logits = model.layout.final_norm.project(write) / scale @ model.layout.W_U
+    lens = mi.writes_lens(model, pairs, ["m1.n3"], top_k=1)
+    expected = logits.max(-1).values
+    torch.testing.assert_close(torch.tensor(lens["raised_by"].to_numpy()).double(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("rules", ["relp", "attnlrp"])
@@ -203,14 +213,11 @@ def test_relevance_is_conserved(shape: str, rules: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_decomposition_is_complete_and_patch_is_ablation(shape: str) -> None:
     model, pairs = SHAPES[shape](), table.random_pairs()
-    parts = mi.contextual_decomposition(model, pairs, "nodes", preset="patch")
-    assert parts.about["completeness"] < 1e-5
-    effects = mi.activation_patching(model, pairs, ["a0.h1", "m0"])
-    names = list(parts.labels["node"])
-    for i, name in enumerate(("a0.h1", "m0")):
-        torch.testing.assert_close(
-            parts.values[names.index(name)].reshape(-1), effects.values[i].reshape(-1), rtol=0, atol=1e-5
-        )
+    parts = mi.contextual_decomposition(model, pairs, "nodes", preset="patch", replacement="pair")
+    assert parts.completeness < 1e-5
+    effects = mi.activation_patching(model, pairs, list(parts.labels["node"]))
+    (relevant,) = parts.relevant.values()
+    torch.testing.assert_close(relevant, effects.values, rtol=0, atol=1e-5)
 
 
 # -- norms -----------------------------------------------------------------------------------------------------------

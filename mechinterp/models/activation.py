@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor, finfo
+import torch
+from torch import Tensor
 
 from mechinterp.errors import UnsupportedError
 
@@ -44,10 +45,11 @@ def measure_activation(configured: str, given: Tensor, up: Tensor | None, out: T
     gaps: dict[str, float] = {}
     for name in dict.fromkeys((configured, *ACTIVATIONS)):
         if name in ACT2FN:
-            own = ACT2FN[name](given)
-            gaps[name] = float(((own if up is None else own * up) - out).abs().max()) / size
+            with torch.no_grad():
+                own = ACT2FN[name](given)
+                gaps[name] = float(((own if up is None else own * up) - out).abs().max()) / size
     best = min(gaps, key=lambda name: gaps[name])
-    rounding = 8 * finfo(out.dtype).eps
+    rounding = 8 * torch.finfo(out.dtype).eps
     if gaps.get(configured, float("inf")) <= max(2 * gaps[best], rounding):
         best = configured
     return best if gaps[best] < tolerance else None
