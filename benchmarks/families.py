@@ -80,7 +80,14 @@ def logit_diff(logits: Tensor, pairs: Pairs) -> Tensor:
     """Right minus wrong at the last real token; our own metric is not used."""
     rows = torch.arange(len(logits))
     at = logits[rows, pairs.mask.sum(1) - 1]
-    return at[rows, pairs.right[:, 0]] - at[rows, pairs.wrong[:, 0]]
+    right, wrong = answers(pairs)
+    return at[rows, right[:, 0]] - at[rows, wrong[:, 0]]
+
+
+def answers(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """The right and the wrong answers, which `random_pairs` has."""
+    assert pairs.right is not None and pairs.wrong is not None
+    return pairs.right, pairs.wrong
 
 
 def share_of(graph: Graph, cut: Tensor) -> dict[str, dict[str, Tensor]]:
@@ -166,10 +173,11 @@ def batches_gap(model: HookManager, graph: Graph, pairs: Pairs) -> float:
     cuts = random_cuts(graph)[1:]
     together = run_edges(model, graph, pairs, cuts)
     alone: list[Tensor] = []
+    right, wrong = answers(pairs)
     for row, length in enumerate(pairs.mask.sum(1).tolist()):
         twice = [row, (row + 1) % len(pairs)]  # pairs are two at least; the second is not looked at
         clean, corrupt = pairs.clean[twice, :length], pairs.corrupt[twice, :length]
-        bare = Pairs(clean=clean, corrupt=corrupt, right=pairs.right[twice], wrong=pairs.wrong[twice])
+        bare = Pairs(clean=clean, corrupt=corrupt, right=right[twice], wrong=wrong[twice])
         alone.append(run_edges(model, graph, bare, cuts, batch_size=1)[:, :1])
     chunks = run_edges(model, graph, pairs, cuts, batch_size=3)
     return max(_gap(together, torch.cat(alone, -1)), _gap(chunks, together))

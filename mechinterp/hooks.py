@@ -209,7 +209,7 @@ class HookManager:
         with self._exclusive(), eval_mode(self.bridge):
             out = run_mlp(block, self.layout.mlp_maps[layer], mlp_in.reshape(1, -1, mlp_in.shape[-1]).to(self.dtype))
             post = getattr(block, "ln2_post", None) or self.layout.mlp_post[layer]
-            return post(out).reshape(mlp_in.shape)
+            return post(out).to(self.dtype).reshape(mlp_in.shape)
 
     def survey(
         self, tokens: Int[Tensor, "batch pos"], sites: Sequence[Site], loss: Callable[[Tensor], Tensor]

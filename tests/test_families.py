@@ -155,6 +155,13 @@ SHAPES = {
 }
 
 
+def run_of(model: HookManager, pairs: mi.Pairs, **keywords: Any) -> torch.Tensor:
+    """The logit difference of a run of the clean prompts."""
+    logits = model.run(pairs.clean, pairs.mask, **keywords).logits
+    assert logits is not None
+    return table.logit_diff(logits, pairs)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_direct_paths_are_edges(shape: str) -> None:
     model, pairs = SHAPES[shape](), table.random_pairs()
@@ -175,16 +182,15 @@ def test_a_path_through_an_mlp_is_a_run_with_all_heads_frozen(shape: str) -> Non
     clean, corrupt = (model.run(ids, pairs.mask, record=["z.0", "z.1"]).values for ids in (pairs.clean, pairs.corrupt))
     first = clean["z.0"].clone()
     first[:, :, 1] = corrupt["z.0"][:, :, 1]
-    frozen = model.run(pairs.clean, pairs.mask, interventions={"z.0": first, "z.1": clean["z.1"]})
-    whole = model.run(pairs.clean, pairs.mask)
-    expected = table.logit_diff(whole.logits, pairs) - table.logit_diff(frozen.logits, pairs)
+    frozen = {"z.0": first, "z.1": clean["z.1"]}
+    expected = run_of(model, pairs) - run_of(model, pairs, interventions=frozen)
     torch.testing.assert_close(got, expected, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parts_of_a_logit_add_up_neuron_by_neuron(shape: str) -> None:
     model, pairs = SHAPES[shape](), table.random_pairs()
-    total = table.logit_diff(model.run(pairs.clean, pairs.mask).logits, pairs)
+    total = run_of(model, pairs)
     for refine in ([], ["m0", "m1", "a0.h2"]):
         parts = mi.direct_logit_attribution(model, pairs, refine=refine).values
         torch.testing.assert_close(parts.nansum(0), total, rtol=0, atol=1e-5)  # norms in float32
@@ -230,3 +236,14 @@ def test_a_norm_without_weights_and_without_an_attribute_for_eps(eps: float) -> 
 
     norm = measure_norm("ln", bare, torch.zeros(1, dtype=torch.float64), 16)
     assert (norm.kind, norm.weight, norm.bias, norm.eps) == ("layer", None, None, eps)
+
+
+def test_a_multiplier_is_not_rounded_to_the_models_precision() -> None:
+    """0.22 is not a bfloat16 number; what a layer adds is multiplied by 0.22 all the same."""
+    settings = {**BY_LABEL["Granite"].settings, "residual_multiplier": 0.22}
+    model = load_model(replace(BY_LABEL["Granite"], settings=settings, dtype=torch.bfloat16).build())
+    weight = model.layout.attention[0].post.weight
+    assert weight is not None
+    assert float(weight[0]) == pytest.approx(0.22, rel=1e-6)
+    x = torch.randn(1, 2, 16, generator=torch.Generator().manual_seed(0))
+    assert model.mlp(0, x).dtype == torch.bfloat16

@@ -226,7 +226,9 @@ def _post_of(block: Any, name: str, label: str, like: Tensor, d_model: int) -> N
         return _norm_of(block, name, label, like, d_model)
     if getattr(block, name, None) is not None:
         raise UnsupportedError(f"{label} is a post-norm whose output is multiplied by {factor:g}: not supported.")
-    return Norm("none", like.new_full((d_model,), factor))
+    # In float32 or better: a multiplier rounded to bfloat16 would be another one.
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return Norm("none", like.new_full((d_model,), factor, dtype=wide))
 
 
 def _logit_scale(bridge: Any, soft_cap: float | None) -> float:
