@@ -170,7 +170,7 @@ def eap_gap(model: HookManager, plain: PlainModel, graph: Graph, pairs: Pairs, c
 
 def batches_gap(model: HookManager, graph: Graph, pairs: Pairs) -> float:
     """One by one and without padding, in batches of 3, and all at once, under the same masks."""
-    cuts = random_cuts(graph)[1:]
+    cuts = random_cuts(graph)[[1, -1]]
     together = run_edges(model, graph, pairs, cuts)
     alone: list[Tensor] = []
     right, wrong = answers(pairs)

@@ -30,15 +30,13 @@ CHOSEN = (
     "Falcon 7B",
     "Llama 4",
     "Phi-1, Phi-2",
-    "StableLM, parallel",
     "Cohere (Command R)",
     "Cohere 2 (Command R7B)",
     "OLMo",
     "Granite",
-    "GraniteMoE",
     "GPT-OSS",
 )
-"""One or more of each kind: parallel with one norm, ALiBi, multipliers, norms without weights, experts."""
+"""One of each kind: parallel with one norm, ALiBi, multipliers, norms without weights, experts."""
 
 
 @functools.cache
