@@ -210,9 +210,9 @@ def refused_parts(model: HookManager, graph: Graph, pairs: Pairs) -> tuple[tuple
 def _general(reason: str, architecture: str) -> str:
     """The reason without what is of this one model: its class, a layer's number, a size."""
     reason = re.sub(r" \(off by [^)]*\)", "", reason.replace(architecture, "the model"))
-    reason = re.sub(r"\b([Ll]ayer|m|pattern\.|scores\.|mlp_\w+\.|z\.|q\.|k\.|v\.) ?\d+", r"\1 L", reason).replace(
-        ". L", ".L"
-    )
+    reason = re.sub(
+        r"\b([Ll]ayer|m|pattern\.|scores\.|mlp_\w+\.|resid_\w+\.|z\.|q\.|k\.|v\.) ?\d+", r"\1 L", reason
+    ).replace(". L", ".L")
     reason = reason.strip().rstrip(".")
     return reason[:1].upper() + reason[1:] + "."
 

@@ -251,6 +251,8 @@ def _mlp_maps(block: Any, post: Norm) -> MlpMaps | None:
         return None
     if parts["W_in"] is None or parts["W_out"] is None or parts["W_in"].ndim != 2 or parts["W_out"].ndim != 2:
         return None
+    if parts["W_in"].shape[1] != len(parts["W_out"]):  # gate and input in one matrix (ModernBERT)
+        return None
     return MlpMaps(**{name: _detached(part) for name, part in parts.items()}, post=post)  # pyright: ignore[reportArgumentType]
 
 
