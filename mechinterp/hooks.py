@@ -20,6 +20,7 @@ from mechinterp.interventions import Carry, Edit, Intervention, Point, Run, Site
 from mechinterp.models.hook_names import HOOK_NAMES
 from mechinterp.models.layout import Dims, Layout, build_layout
 from mechinterp.models.load import open_model
+from mechinterp.models.mlps import run_mlp
 from mechinterp.models.modes import eval_mode
 from mechinterp.models.past import Past, empty_cache, past_of
 from mechinterp.models.probe import probe, probe_branches, probe_mlps, probe_past
@@ -206,8 +207,9 @@ class HookManager:
         if layer in self.bound_mlps:
             raise UnsupportedError(f"The MLP of layer {layer} cannot be run by itself: {self.bound_mlps[layer]}.")
         with self._exclusive(), eval_mode(self.bridge):
-            out = block.mlp(mlp_in.reshape(1, -1, mlp_in.shape[-1]).to(self.dtype)).reshape(mlp_in.shape)
-            return block.ln2_post(out[None])[0] if getattr(block, "ln2_post", None) is not None else out
+            out = run_mlp(block, self.layout.mlp_maps[layer], mlp_in.reshape(1, -1, mlp_in.shape[-1]).to(self.dtype))
+            post = getattr(block, "ln2_post", None) or self.layout.mlp_post[layer]
+            return post(out).to(self.dtype).reshape(mlp_in.shape)
 
     def survey(
         self, tokens: Int[Tensor, "batch pos"], sites: Sequence[Site], loss: Callable[[Tensor], Tensor]

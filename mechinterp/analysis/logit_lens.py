@@ -198,7 +198,7 @@ def writes_lens(
         elif part.site.kind == "mlp_post" and part.unit is not None:
             maps = layout.neurons(layer)
             write = value[part.site][:, part.unit, None] * maps.W_out[part.unit].to(wide)
-            if maps.post.kind != "none":
+            if not maps.post.identity:
                 raw = value[part.site] @ maps.W_out.to(wide)
                 raw = raw if maps.b_out is None else raw + maps.b_out.to(wide)
                 write = maps.post.project(write) / maps.post.scale(raw)

@@ -55,9 +55,12 @@ class Readout:
 
     def through(self, post: Norm, before: Tensor | None) -> Readout:
         """The map from a write before a post-norm, whose whole input is `before`."""
-        if before is None:
+        if post.identity:
             return self
         vector = post.project_transposed(self.vector)
+        if post.kind == "none":
+            return replace(self, vector=vector)
+        assert before is not None
         return replace(self, vector=vector, weight=self.weight / post.scale(before)[..., 0])
 
 
@@ -153,8 +156,7 @@ def _attention_parts(
     sources: PositionSets | None,
 ) -> Iterator[Block]:
     maps, z = model.layout.attention[layer], read[f"z.{layer}"]
-    post = maps.post.kind != "none" or maps.post.weight is not None
-    inner = readout.through(maps.post, model.layout.attention_total(layer, z) if post else None)
+    inner = readout.through(maps.post, model.layout.attention_total(layer, z))
     # What each head's output is multiplied by; no write is ever expanded to d_model.
     reads = einsum(maps.W_O.to(z.dtype), inner.vector, "head d_head d, batch d -> batch head d_head")
     heads = einsum(z, reads, inner.weight, "batch n head d_head, batch head d_head, batch n -> head batch")

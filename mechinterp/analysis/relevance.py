@@ -28,6 +28,7 @@ from mechinterp.analysis.site_gradients import (
 from mechinterp.errors import InputError
 from mechinterp.hooks import HookManager
 from mechinterp.metrics import Metric, get_metric
+from mechinterp.models.norm import Norm
 from mechinterp.sites import Site
 from mechinterp.tasks.pairs import Pairs
 
@@ -154,9 +155,9 @@ def _bias_sites(model: HookManager) -> list[Site]:
     """The sites whose gradients say what the biases, and AttnLRP's softmax, carry; and the residual streams."""
     kinds = ["resid_pre", "attn_in", "q", "k", "v", "pattern", "attn_out"]
     if model.dims.has_mlp:
-        kinds += ["mlp_in", "mlp_pre", "mlp_out"]
+        kinds += ["mlp_in", "mlp_pre", "mlp_up", "mlp_out"]
     sites = [Site(kind, layer) for layer in range(model.dims.n_layers) for kind in [*kinds, "attn_raw", "mlp_raw"]]
-    return [site for site in sites if site.kind not in ("attn_raw", "mlp_raw") or model.has(site)]
+    return [site for site in sites if site.kind not in ("attn_raw", "mlp_raw", "mlp_up") or model.has(site)]
 
 
 def _carried(gradient: Tensor, bias: Tensor | None) -> Float[Tensor, " batch"] | float:
@@ -177,7 +178,8 @@ def _biases(model: HookManager, chunk: Pairs, found: SiteGradients, rules: Rules
             return _carried(found.gradients[Site(kind, layer)], bias)
 
         raw = "attn_raw" if model.has(Site("attn_raw", layer)) else "attn_out"
-        total = carried("attn_in", maps.norm.bias) + carried(raw, maps.b_O) + carried("attn_out", maps.post.bias)
+        written = _multiplied(maps.post, maps.b_O)
+        total = carried("attn_in", maps.norm.bias) + carried(raw, written) + carried("attn_out", maps.post.bias)
         for channel in "qkv":
             total = total + carried(channel, maps.b[channel])
         zero = torch.zeros_like(found.metric)
@@ -187,9 +189,18 @@ def _biases(model: HookManager, chunk: Pairs, found: SiteGradients, rules: Rules
         if model.dims.has_mlp:
             mlp, norm = model.layout.neurons(layer), model.layout.mlp_norm[layer]
             raw = "mlp_raw" if model.has(Site("mlp_raw", layer)) else "mlp_out"
-            total = carried("mlp_in", None if norm is None else norm.bias) + carried("mlp_pre", mlp.b_in)
-            out[f"m{layer} bias"] = zero + total + carried(raw, mlp.b_out) + carried("mlp_out", mlp.post.bias)
+            total = carried("mlp_in", None if norm is None else norm.bias)
+            total = total + carried("mlp_pre", mlp.b_in if mlp.W_gate is None else mlp.b_gate)
+            if mlp.W_gate is not None:
+                total = total + carried("mlp_up", mlp.b_in)
+            written = _multiplied(mlp.post, mlp.b_out)
+            out[f"m{layer} bias"] = zero + total + carried(raw, written) + carried("mlp_out", mlp.post.bias)
     return out
+
+
+def _multiplied(post: Norm, bias: Tensor | None) -> Tensor | None:
+    """An output bias as it is added: with a constant multiplier, but before a real post-norm."""
+    return bias if bias is None or post.kind != "none" else post.project(bias)
 
 
 def _softmax_gap(chunk: Pairs, found: SiteGradients, layer: int) -> Float[Tensor, " batch"]:

@@ -158,7 +158,7 @@ def _add_heads(
         # Only the heads that send anywhere in a candidate are multiplied: one product per head.
         for i, head in enumerate(heads):
             sends = where[:, i].flatten(1).any(1).nonzero()[:, 0]
-            delta[chosen[sends]] += lost[sends][..., i, :] @ maps.W_O[head].to(delta.dtype)
+            delta[chosen[sends]] += maps.post.project(lost[sends][..., i, :] @ maps.W_O[head].to(delta.dtype))
     elif recompute:  # the layer's output with these heads replaced, through its post-norm
         mixed = z.expand(len(chosen), -1, -1, -1, -1).clone()
         for i, head in enumerate(heads):

@@ -7,14 +7,15 @@ from functools import partial
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers.activations import ACT2FN
 
 from mechinterp.decomposition.operations import Add, Attention, Function, Gate, Linear, Normalize, Operation
 from mechinterp.decomposition.tape import Tape
 from mechinterp.errors import UnsupportedError
 from mechinterp.hooks import HookManager
+from mechinterp.models.activation import activation_function
 from mechinterp.models.attention import attention_scores, check_pattern
 from mechinterp.models.layout import Layout, MlpMaps
+from mechinterp.models.norm import Norm
 from mechinterp.sites import Site
 from mechinterp.tasks.pairs import Pairs
 
@@ -60,7 +61,8 @@ def _attention(model: HookManager, layer: int, n_pos: int, scores: bool) -> list
     post = maps.post.kind != "none"
     raw = f"attn_raw.{layer}" if post else f"attn_out.{layer}"
     d_model = (model.dims.d_model,)
-    out.append(Linear((f"z.{layer}",), raw, maps.W_O.flatten(0, 1), maps.b_O, d_model, "attention_out", 2))
+    weight, bias = _multiplied(maps.post, maps.W_O.flatten(0, 1), maps.b_O)
+    out.append(Linear((f"z.{layer}",), raw, weight, bias, d_model, "attention_out", 2))
     if post:
         out.append(Normalize((raw,), f"attn_out.{layer}", maps.post))
     return out
@@ -70,7 +72,13 @@ def _mlp(model: HookManager, layer: int, entry: str) -> list[Operation]:
     maps: MlpMaps = model.layout.neurons(layer)
     norm = model.layout.mlp_norm[layer]
     assert norm is not None
-    f = activation_function(str(model.bridge.cfg.act_fn))
+    if maps.activation is None:
+        raise UnsupportedError(
+            f"What the MLP of layer {layer} of {model.info.architecture} does between its matrices is no activation "
+            f"function that is known (its configuration says {model.bridge.cfg.act_fn!r}), so it has no rule in a "
+            "decomposition."
+        )
+    f = activation_function(maps.activation)
     d_mlp, d_model = (maps.W_out.shape[0],), (model.dims.d_model,)
     inside, pre, up = (f"{kind}.{layer}" for kind in ("mlp_in", "mlp_pre", "mlp_up"))
     out: list[Operation] = [Normalize((entry,), inside, norm)]
@@ -78,15 +86,23 @@ def _mlp(model: HookManager, layer: int, entry: str) -> list[Operation]:
         out.append(Linear((inside,), pre, maps.W_in, maps.b_in, d_mlp, "mlp_in"))
         out.append(Function((pre,), f"mlp_post.{layer}", f))
     else:
-        out.append(Linear((inside,), pre, maps.W_gate, None, d_mlp, "mlp_in"))
+        out.append(Linear((inside,), pre, maps.W_gate, maps.b_gate, d_mlp, "mlp_in"))
         out.append(Linear((inside,), up, maps.W_in, maps.b_in, d_mlp, "mlp_in"))
         out.append(Gate((pre, up), f"mlp_post.{layer}", f))
     post = maps.post.kind != "none"
     raw = f"mlp_raw.{layer}" if post else f"mlp_out.{layer}"
-    out.append(Linear((f"mlp_post.{layer}",), raw, maps.W_out, maps.b_out, d_model, "mlp_out"))
+    weight, bias = _multiplied(maps.post, maps.W_out, maps.b_out)
+    out.append(Linear((f"mlp_post.{layer}",), raw, weight, bias, d_model, "mlp_out"))
     if post:
         out.append(Normalize((raw,), f"mlp_out.{layer}", maps.post))
     return out
+
+
+def _multiplied(post: Norm, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias with the constant multiplier of what a layer adds; a post-norm is an operation of its own."""
+    if post.kind != "none":
+        return weight, bias
+    return post.project(weight), None if bias is None else post.project(bias)
 
 
 def _head(layout: Layout, columns: Tensor | None) -> list[Operation]:
@@ -106,13 +122,6 @@ def _head(layout: Layout, columns: Tensor | None) -> list[Operation]:
 def soft_cap(cap: float, x: Tensor) -> Tensor:
     """cap tanh(x / cap)."""
     return cap * torch.tanh(x / cap)
-
-
-def activation_function(name: str):
-    """The function of that name. Raises UnsupportedError for one that is not known."""
-    if name not in ACT2FN:
-        raise UnsupportedError(f"The activation function {name!r} is not known: it has no rule in a decomposition.")
-    return ACT2FN[name]
 
 
 def recorded_sites(model: HookManager) -> list[Site]:

@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mechinterp.decomposition.decoder import activation_function
 from mechinterp.decomposition.operations import Add, Attention, Function, Linear, Normalize, Operation
 from mechinterp.decomposition.subject import TOLERANCE, Pass, head_totals
 from mechinterp.decomposition.tape import HEAD, Tape
 from mechinterp.errors import InputError, UnsupportedError
 from mechinterp.interventions import Run, SiteLike
+from mechinterp.models.activation import activation_function
 from mechinterp.models.attention import AttentionScores, softmax_where
 from mechinterp.models.layout import Dims
 from mechinterp.models.load import open_encoder

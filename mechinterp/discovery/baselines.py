@@ -35,9 +35,11 @@ def _weight_magnitude(job: Job) -> Scores:
     embedding = model.bridge.embed.W_E.detach().to(dtype)
     writers += [_gram(embedding.T) / len(embedding)] * graph.n_inputs
     for layer in range(dims.n_layers):
-        writers += [_gram(head.T) for head in layout.attention[layer].W_O.to(dtype)]
+        attention = layout.attention[layer]
+        writers += [_gram(attention.post.project(head).T) for head in attention.W_O.to(dtype)]
         if dims.has_mlp:
-            writers.append(_gram(layout.neurons(layer).W_out.to(dtype).T))
+            maps = layout.neurons(layer)
+            writers.append(_gram(maps.post.project(maps.W_out.to(dtype)).T))
     written = torch.stack(writers).flatten(1)
     total = torch.zeros(graph.possible.shape, dtype=dtype)
     job.progress(0, dims.n_layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,18 +52,21 @@ def attention_scores(bridge: Any, layer: int, n_pos: int) -> AttentionScores:
     scale = getattr(component, "scaling", None)
     scale = float(scale) if isinstance(scale, (int, float)) else float(attn.W_Q.shape[-1]) ** -0.5
     cap = getattr(component, "attn_logit_softcapping", None)
-    cos, sin = _rotary_tables(bridge, n_pos)
+    cos, sin = _rotary_tables(bridge, layer, n_pos)
     return AttentionScores(scale, float(cap) if cap else None, cos, sin)
 
 
-def _rotary_tables(bridge: Any, n_pos: int) -> tuple[Tensor | None, Tensor | None]:
+def _rotary_tables(bridge: Any, layer: int, n_pos: int) -> tuple[Tensor | None, Tensor | None]:
     for name, module in bridge.original_model.named_modules():
         if name.rpartition(".")[2] != "rotary_emb":
             continue
         like = next(p for p in bridge.original_model.parameters() if p.is_floating_point())
         rotary = getattr(module, "original_component", None) or module
+        of_layer: dict[str, str] = {}  # tables of their own for layers with a sliding window (Gemma 3, OLMo 3)
+        if "layer_type" in inspect.signature(rotary.forward).parameters:
+            of_layer["layer_type"] = bridge.original_model.config.get_text_config().layer_types[layer]
         with torch.no_grad():
-            cos, sin = rotary(like.new_zeros(1, n_pos, 1), torch.arange(n_pos, device=like.device)[None])
+            cos, sin = rotary(like.new_zeros(1, n_pos, 1), torch.arange(n_pos, device=like.device)[None], **of_layer)
         return cos[0], sin[0]
     return None, None
 

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp.errors import UnsupportedError
+from mechinterp.models.activation import activation_function
 from mechinterp.models.norm import Norm, measure_norm
 
 
@@ -46,6 +47,7 @@ class AttentionMaps:
     W_O: Tensor
     b_O: Tensor | None
     post: Norm
+    """The post-norm; where what a layer adds is multiplied by a constant (Granite), that, as a norm of kind `none`."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,27 @@ class MlpMaps:
     W_out: Tensor
     b_out: Tensor | None
     post: Norm
+    b_gate: Tensor | None = None
+    activation: str | None = None
+    """The name of its activation function, once it has been measured; None: not known."""
+
+    def before_activation(self, mlp_in: Float[Tensor, "*axes d_model"]) -> tuple[Tensor, Tensor | None]:
+        """(the activation function's input, what its output is multiplied by: None without a gate)."""
+
+        def read(weight: Tensor, bias: Tensor | None) -> Tensor:
+            out = mlp_in @ weight.to(mlp_in.dtype)
+            return out if bias is None else out + bias.to(mlp_in.dtype)
+
+        up = read(self.W_in, self.b_in)
+        return (up, None) if self.W_gate is None else (read(self.W_gate, self.b_gate), up)
+
+    def __call__(self, mlp_in: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
+        """What it writes, before the post-norm. Its activation function must be known."""
+        assert self.activation is not None
+        given, up = self.before_activation(mlp_in)
+        post = activation_function(self.activation)(given)
+        out = (post if up is None else post * up) @ self.W_out.to(mlp_in.dtype)
+        return out if self.b_out is None else out + self.b_out.to(mlp_in.dtype)
 
 
 @dataclass(frozen=True)
@@ -69,8 +92,11 @@ class Layout:
     mlp_norm: tuple[Norm | None, ...]
     mlp_maps: tuple[MlpMaps | None, ...]
     """None for a layer without an MLP, or whose MLP is no plain pair of matrices (a mixture of experts)."""
+    mlp_post: tuple[Norm, ...]
+    """What comes after each MLP: a post-norm, a constant multiplier (as a norm of kind `none`), or nothing."""
     final_norm: Norm
     W_U: Float[Tensor, "d_model d_vocab"]
+    """With the constant that logits are multiplied by (Cohere, Granite); then, and only then, a copy."""
     b_U: Float[Tensor, " d_vocab"] | None
     soft_cap: float | None
 
@@ -118,8 +144,8 @@ class Layout:
         maps = self.attention[layer]
         by_head = rearrange(z, "... head d_head -> head (...) d_head")
         writes = torch.bmm(by_head, maps.W_O.to(z.dtype)).unflatten(1, z.shape[:-2])
-        if maps.post.kind == "none" and maps.post.weight is None:
-            return writes
+        if maps.post.kind == "none":
+            return maps.post.project(writes)
         return maps.post.project(writes) / maps.post.scale(self.attention_total(layer, z))
 
     def head_write_differences(
@@ -138,8 +164,9 @@ class Layout:
         parts: list[Tensor] = []
         if maps.b_O is not None:
             bias = maps.b_O.to(z.dtype).expand(*z.shape[:-2], -1)
+            bias = maps.post.project(bias)
             if maps.post.kind != "none":
-                bias = maps.post.project(bias) / maps.post.scale(self.attention_total(layer, z))
+                bias = bias / maps.post.scale(self.attention_total(layer, z))
             parts.append(bias)
         if maps.post.bias is not None:
             parts.append(maps.post.bias.to(z.dtype).expand(*z.shape[:-2], -1))
@@ -162,9 +189,9 @@ class Layout:
         maps = self.neurons(layer)
         W_out = maps.W_out.to(post.dtype)
         values = post[..., chosen].movedim(-1, 0)
-        if maps.post.kind == "none" and maps.post.weight is None:
-            return einsum(values, W_out[chosen], "neuron ..., neuron d_model -> neuron ... d_model")
         projected = maps.post.project(W_out[chosen])
+        if maps.post.kind == "none":
+            return einsum(values, projected, "neuron ..., neuron d_model -> neuron ... d_model")
         total = post @ W_out if maps.b_out is None else post @ W_out + maps.b_out.to(post.dtype)
         return einsum(values / maps.post.scale(total)[..., 0], projected, "neuron ..., neuron d -> neuron ... d")
 
@@ -192,12 +219,39 @@ def _norm_of(block: Any, name: str, label: str, like: Tensor, d_model: int) -> N
     return Norm("none") if component is None else measure_norm(label, component, like, d_model)
 
 
+def _post_of(block: Any, name: str, label: str, like: Tensor, d_model: int) -> Norm:
+    """The norm after a part of a layer, or the constant that what it adds is multiplied by."""
+    factor = float(getattr(block, "residual_contribution_scale", 1.0))
+    if factor == 1.0:
+        return _norm_of(block, name, label, like, d_model)
+    if getattr(block, name, None) is not None:
+        raise UnsupportedError(f"{label} is a post-norm whose output is multiplied by {factor:g}: not supported.")
+    # In float32 or better: a multiplier rounded to bfloat16 would be another one.
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return Norm("none", like.new_full((d_model,), factor, dtype=wide))
+
+
+def _logit_scale(bridge: Any, soft_cap: float | None) -> float:
+    """What the unembedding's output is multiplied by before any soft cap, as TransformerLens's adapter states it."""
+    transform = getattr(getattr(bridge, "adapter", None), "apply_output_logits_transform", None)
+    if transform is None:
+        return 1.0
+    small = 1.0 if soft_cap is None else 2.0**-20  # a soft cap is the identity on so small a number
+    return float(transform(torch.tensor([small], dtype=torch.float64))) / small
+
+
+def _scaled(tensor: Tensor | None, factor: float) -> Tensor | None:
+    return tensor if tensor is None or abs(factor - 1) < 1e-9 else tensor * factor
+
+
 def _mlp_maps(block: Any, post: Norm) -> MlpMaps | None:
     mlp = getattr(block, "mlp", None)
-    parts = {name: getattr(mlp, name, None) for name in ("W_in", "b_in", "W_gate", "W_out", "b_out")}
+    parts = {name: getattr(mlp, name, None) for name in ("W_in", "b_in", "W_gate", "b_gate", "W_out", "b_out")}
     if any(part is not None and not isinstance(part, Tensor) for part in parts.values()):
         return None
     if parts["W_in"] is None or parts["W_out"] is None or parts["W_in"].ndim != 2 or parts["W_out"].ndim != 2:
+        return None
+    if parts["W_in"].shape[1] != len(parts["W_out"]):  # gate and input in one matrix (ModernBERT)
         return None
     return MlpMaps(**{name: _detached(part) for name, part in parts.items()}, post=post)  # pyright: ignore[reportArgumentType]
 
@@ -217,6 +271,8 @@ def build_layout(bridge: Any) -> Layout:
     attention: list[AttentionMaps] = []
     mlp_norms: list[Norm | None] = []
     mlp_maps: list[MlpMaps | None] = []
+    mlp_posts: list[Norm] = []
+    parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
     for layer, block in enumerate(blocks):
         attn = getattr(block, "attn", None)
         if attn is None or not all(hasattr(attn, part) for part in ("q", "k", "v", "o")):
@@ -229,7 +285,7 @@ def build_layout(bridge: Any) -> Layout:
                 b={"q": _detached(attn.b_Q), "k": _detached(attn.b_K), "v": _detached(attn.b_V)},
                 W_O=attn.W_O.detach(),
                 b_O=_detached(attn.b_O),
-                post=_norm_of(block, "ln1_post", f"{label}.ln1_post", like, d_model),
+                post=_post_of(block, "ln1_post", f"{label}.ln1_post", like, d_model),
             )
         )
         if attention[-1].post.kind != "none" and attention[-1].b_O is not None and bool(attention[-1].b_O.any()):
@@ -238,10 +294,16 @@ def build_layout(bridge: Any) -> Layout:
                 "depends on the prompt but belongs to no head, so edges cannot be exact."
             )
         has_mlp = getattr(block, "mlp", None) is not None
-        mlp_norms.append(_norm_of(block, "ln2", f"{label}.ln2", like, d_model) if has_mlp else None)
-        mlp_maps.append(_mlp_maps(block, _norm_of(block, "ln2_post", f"{label}.ln2_post", like, d_model)))
-    W_U = bridge.W_U.detach()
-    b_U = _detached(getattr(bridge, "b_U", None))
+        # In a parallel layer without a norm of its own the MLP reads what the attention reads (GPT-J, Phi, Cohere).
+        shared = parallel and getattr(block, "ln2", None) is None
+        own = attention[-1].norm if shared else _norm_of(block, "ln2", f"{label}.ln2", like, d_model)
+        mlp_norms.append(own if has_mlp else None)
+        mlp_posts.append(_post_of(block, "ln2_post", f"{label}.ln2_post", like, d_model))
+        mlp_maps.append(_mlp_maps(block, mlp_posts[-1]))
+    soft_cap = float(cap) if (cap := getattr(cfg, "output_logits_soft_cap", None)) and cap > 0 else None
+    factor = _logit_scale(bridge, soft_cap)
+    W_U, b_U = _scaled(bridge.W_U.detach(), factor), _scaled(_detached(getattr(bridge, "b_U", None)), factor)
+    assert W_U is not None
     dims = Dims(
         n_layers=len(blocks),
         n_heads=n_heads,
@@ -252,7 +314,7 @@ def build_layout(bridge: Any) -> Layout:
         d_vocab_out=int(W_U.shape[1]),
         n_ctx=int(cfg.n_ctx),
         has_mlp=all(norm is not None for norm in mlp_norms),
-        parallel=bool(getattr(cfg, "parallel_attn_mlp", False)),
+        parallel=parallel,
         causal=str(getattr(cfg, "attention_dir", "causal")) == "causal",
     )
     if not dims.has_mlp and any(norm is not None for norm in mlp_norms):
@@ -262,8 +324,9 @@ def build_layout(bridge: Any) -> Layout:
         attention=tuple(attention),
         mlp_norm=tuple(mlp_norms),
         mlp_maps=tuple(mlp_maps),
+        mlp_post=tuple(mlp_posts),
         final_norm=_norm_of(bridge, "ln_final", "ln_final", like, d_model),
         W_U=W_U,
         b_U=b_U,
-        soft_cap=float(cap) if (cap := getattr(cfg, "output_logits_soft_cap", None)) and cap > 0 else None,
+        soft_cap=soft_cap,
     )

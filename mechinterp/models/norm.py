@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +13,24 @@ from torch import Tensor
 
 from mechinterp.errors import UnsupportedError
 
+UNNAMED_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
+"""What is tried where a module has no attribute for it (OLMo's LayerNorm has 1e-5 in its code)."""
+
 
 @dataclass(frozen=True)
 class Norm:
     """`weight * standardize(x) + bias`; kind is `layer` (mean removed, divided by the standard deviation),
-    `rms` (divided by the root mean square) or `none` (the identity)."""
+    `rms` (divided by the root mean square) or `none` (x as it is: with a weight, a constant multiplier)."""
 
     kind: str
     weight: Tensor | None = None
     bias: Tensor | None = None
     eps: float = 0.0
+
+    @property
+    def identity(self) -> bool:
+        """Whether it changes nothing."""
+        return self.kind == "none" and self.weight is None and self.bias is None
 
     def scale(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes 1"]:
         """What `x` is divided by."""
@@ -70,7 +79,8 @@ def measure_norm(name: str, module: Callable[[Tensor], Tensor], like: Tensor, d_
     """
     component = getattr(module, "original_component", None) or module
     weight, bias = getattr(component, "weight", None), getattr(component, "bias", None)
-    eps = next((getattr(component, n) for n in ("eps", "variance_epsilon", "epsilon") if hasattr(component, n)), 0.0)
+    named = [getattr(component, n, None) for n in ("eps", "variance_epsilon", "epsilon")]
+    found = [float(eps) for eps in named if eps is not None][:1] or [0.0, *UNNAMED_EPS]
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, 4, d_model, generator=generator, dtype=torch.float64) + 0.5
     # The second pair is so small that eps matters.
@@ -80,8 +90,8 @@ def measure_norm(name: str, module: Callable[[Tensor], Tensor], like: Tensor, d_
         tolerance = 1e-5 if like.dtype in (torch.float32, torch.float64) else 2e-2
         weights = [None] if weight is None else [weight.detach(), 1 + weight.detach()]
         for kind in ("none", "layer", "rms"):
-            for candidate in weights if kind != "none" else [None]:
-                norm = Norm(kind, candidate, None if bias is None else bias.detach(), float(eps))
+            for candidate, eps in product(weights, found) if kind != "none" else [(None, 0.0)]:
+                norm = Norm(kind, candidate, None if bias is None else bias.detach(), eps)
                 got = norm(probe)
                 if got.shape == target.shape and torch.allclose(got, target, rtol=tolerance, atol=tolerance):
                     return norm

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from mechinterp.errors import UnsupportedError
+from mechinterp.models.activation import measure_activation
+from mechinterp.models.layout import MlpMaps
 from mechinterp.sites import Site
 
 NEEDED = ("resid_pre", "q", "k", "v", "z")
@@ -25,7 +27,7 @@ Check = Callable[[str, Tensor, Tensor], None]
 def probe(model: Any) -> dict[Site, str]:
     """The sites that do not work on a HookManager's model, each with the reason.
 
-    Cost: three forwards and a backward on 2 x 4 tokens. Raises UnsupportedError, naming the part, when a needed
+    Cost: five forwards and a backward on 2 x 4 tokens. Raises UnsupportedError, naming the part, when a needed
     site or a map of the layout does not agree with the running model.
     """
     generator = torch.Generator().manual_seed(0)
@@ -53,6 +55,7 @@ def probe(model: Any) -> dict[Site, str]:
             "no analysis would be exact on this model."
         )
     _check_maps(model, tokens, plain, refused)
+    _check_readers(model, tokens, refused)
     return refused
 
 
@@ -106,7 +109,7 @@ def probe_mlps(model: Any) -> dict[int, str]:
         try:
             with torch.no_grad():
                 worst = float((model.mlp(layer, given) - expected).abs().max()) / (float(expected.abs().max()) + 1e-6)
-        except (RuntimeError, TypeError, AttributeError) as error:
+        except (UnsupportedError, RuntimeError, TypeError, AttributeError) as error:
             found[layer] = str(error).partition("\n")[0]
         else:
             if not worst < (1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2):
@@ -143,6 +146,30 @@ def _check_maps(model: Any, tokens: Tensor, plain: Tensor, refused: dict[Site, s
     check("the unembedding", layout.unembed(final), plain)
 
 
+def _check_readers(model: Any, tokens: Tensor, refused: dict[Site, str]) -> None:
+    """Heads and MLPs must depend on the residual stream through q, k, v and the MLP's input, and on nothing else of it.
+
+    With those of another prompt they write what they write there; a gate that reads the stream besides them (AFMoE)
+    does not follow, and would be left out of every circuit.
+    """
+    kinds = ["q", "k", "v"] + ["mlp_in"] * model.dims.has_mlp
+    layers = range(model.dims.n_layers)
+    given = [site for kind in kinds for layer in layers if (site := Site(kind, layer)) not in refused]
+    written = [Site(kind, layer) for layer in layers for kind in ("z", "mlp_out") if model.has(Site(kind, layer))]
+    other = model.run((tokens + 1) % model.dims.d_vocab, record=[*given, *written]).values
+    got = model.run(tokens, record=written, interventions={site: other[site] for site in given}).values
+    for site in written:
+        worst = float((got[site].float() - other[site].float()).abs().max())
+        size = float(other[site].float().abs().max()) + 1e-6
+        if not worst / size < (1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2):
+            what, reads = ("heads", "queries, keys and values") if site.kind == "z" else ("MLP", "input")
+            raise UnsupportedError(
+                f"{model.info.architecture}: the {what} of layer {site.layer} read the residual stream not only "
+                f"through their {reads} (a gate beside them?; off by {worst / size:.2g} of its size); edges cannot be "
+                "exact on this model."
+            )
+
+
 def _check_layer(model: Any, run: Any, layer: int, resid: Tensor, middle: Tensor, check: Check) -> None:
     dims, layout = model.dims, model.layout
     after = Site("resid_post", layer) if model.has(Site("resid_post", layer)) else Site("resid_final")
@@ -173,5 +200,15 @@ def _check_neurons(model: Any, run: Any, layer: int, check: Check) -> None:
         raw = neurons @ maps.W_out if maps.b_out is None else neurons @ maps.W_out + maps.b_out
         check(f"what the neurons of layer {layer} write", maps.post(raw), run.values[Site("mlp_out", layer)])
     except UnsupportedError:
-        kept = tuple(None if i == layer else m for i, m in enumerate(model.layout.mlp_maps))
-        model.layout = replace(model.layout, mlp_maps=kept)
+        found = None
+    else:
+        found = replace(maps, activation=_activation(model, maps, run.values[Site("mlp_in", layer)], neurons))
+    kept = tuple(found if i == layer else m for i, m in enumerate(model.layout.mlp_maps))
+    model.layout = replace(model.layout, mlp_maps=kept)
+
+
+def _activation(model: Any, maps: MlpMaps, mlp_in: Tensor, neurons: Tensor) -> str | None:
+    """The activation function between the MLP's input and its neurons, or None."""
+    given, up = maps.before_activation(mlp_in)
+    near = 1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2
+    return measure_activation(str(model.bridge.cfg.act_fn), given, up, neurons, near)
