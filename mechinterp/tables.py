@@ -176,8 +176,8 @@ def warnings_table(verification: Verification) -> Table:
 def extent_table(verification: Verification) -> Table:
     """What was computed again, what only a hash holds, and what nobody checks."""
     table = _table("how checked", "what", text=2)
-    for name, parts in verification.extent.lists():
-        table.add_row(Text(name), Text(plain("; ".join(part.words for part in parts)) or "nothing"))
+    for heading, words in verification.extent.lines():
+        table.add_row(Text(heading), Text(plain(words)))
     return table
 
 

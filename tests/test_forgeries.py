@@ -149,9 +149,9 @@ def test_what_can_be_said_before_is_what_verify_finds(honest: Honest) -> None:
     assert found.extent == extent_of(document(honest.path))
     assert found.warnings == stated_warnings(document(honest.path))
     words = [part.words for part in found.extent.recomputed]
-    assert "predictions about 1 of 1 nodes with roles" in words and "scores by eap" not in words
+    assert "predictions about 1 of 1 nodes with roles" in words and "scores and how they were made (eap)" not in words
     again = mi.verify(honest.path, rescore=True).extent
-    assert {part.words for part in again.recomputed} - set(words) == {"scores by eap"}
+    assert {part.words for part in again.recomputed} - set(words) == {"scores and how they were made (eap)"}
 
 
 def test_what_was_not_run_is_not_called_recomputed(place: Path, honest: Honest) -> None:
@@ -305,6 +305,11 @@ def _without_pairs(circuit: Circuit) -> mi.Scores:
 def test_the_title_of_a_task_is_the_task_s(place: Path) -> None:
     resealed(place, lambda c: c["task"].update(title="All of English grammar"))
     assert fails(place) == {"task.title"}
+
+
+def test_a_tokenizer_that_contradicts_the_pairs(place: Path) -> None:
+    resealed(place, lambda c: c["tokenizer"].update(prepend_bos=not c["tokenizer"]["prepend_bos"]))
+    assert fails(place) == {"tokenizer.prepend_bos"}
 
 
 def test_hand_picked_pairs_of_a_known_task(tmp_path: Path, honest: Honest, holds: Callable[..., set[str]]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from mechinterp.errors import clip
 from mechinterp.files.claims import FileWarning
 from mechinterp.files.extent import OF_THE_TASK, evaluation_name
 from mechinterp.files.schema import CircuitFile, TaskRecord
@@ -34,21 +35,21 @@ def compare_with_discovery(
 
     Clean prompts are compared: with another corrupt prompt an example is not a new one.
     """
-    discovery = document.discovery
-    if discovery is None or discovery.pairs not in pairs:
+    own = document.discovery and document.discovery.pairs
+    if own is None or own not in pairs:
         return (), ()
-    scored, notes, warnings = set(clean_prompts(pairs[discovery.pairs])), list[str](), list[FileWarning]()
+    scored, notes, warnings = set(clean_prompts(pairs[own])), list[str](), list[FileWarning]()
     for name, use in _uses(document).items():
-        if name == discovery.pairs or name not in pairs:
+        if name == own or name not in pairs:
             continue
         prompts = clean_prompts(pairs[name])
         shared = sum(prompt in scored for prompt in prompts)
-        n = f"{len(prompts)} prompts of {name!r}"
+        n = f"{len(prompts)} prompts of {clip(name, 80)!r}"
         if shared:
-            text = f"{use}: {shared} of the {n} are also among those of {discovery.pairs!r}"
+            text = f"{use}: {shared} of the {n} are also among those of {clip(own, 80)!r}"
             warnings.append(on_discovery_pairs(text))
         else:
-            notes.append(f"{use}: none of the {n} is among the {len(pairs[discovery.pairs])} of {discovery.pairs!r}.")
+            notes.append(f"{use}: none of the {n} is among the {len(pairs[own])} of {clip(own, 80)!r}.")
     return tuple(notes), tuple(warnings)
 
 
@@ -71,10 +72,10 @@ def compare_with_task(document: CircuitFile, pairs: Mapping[str, Pairs]) -> tupl
     given = {name for name in pairs if document.pairs[name].made_from.kind == "tokens"}
     made = {row for name in pairs if name not in given for row in _rows(pairs[name])}
     of_task = {name for name in given if made.issuperset(_rows(pairs[name]))}
-    text = f"given as token ids, which are not among the pairs that task {document.task.name!r} makes here"
+    text = f"given as token ids, which are not among the pairs that task {clip(document.task.name, 80)!r} makes here"
     foreign = sorted(given - of_task)
     return {f"pairs.{name} {OF_THE_TASK}" for name in of_task}, tuple(
-        FileWarning("pairs not of the task", f"pairs {name!r} are {text}") for name in foreign
+        FileWarning("pairs not of the task", f"pairs {clip(name, 80)!r} are {text}") for name in foreign
     )
 
 

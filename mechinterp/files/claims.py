@@ -70,7 +70,7 @@ class Verification:
     def __str__(self) -> str:
         n_failed = len(self.failed)
         end = "every claim holds" if self.ok else f"{n_failed} of {len(self.claims)} claims failed"
-        reach = [f"{name}: {'; '.join(part.words for part in parts)}" for name, parts in self.extent.lists() if parts]
+        reach = [f"{heading}: {words}" for heading, words in self.extent.lines()]
         lines = [*map(str, self.claims), *(f"note    {note}" for note in self.notes), *map(str, self.warnings), *reach]
         return "\n".join([*lines, f"{self.path}: {end}"])
 

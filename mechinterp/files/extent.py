@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from mechinterp.errors import clip
 from mechinterp.files.schema import CircuitFile, TaskRecord
 from mechinterp.files.support import support_of_roles
 
@@ -42,8 +43,19 @@ class Extent:
             ("free text nobody checked", self.free_text),
         )
 
+    def lines(self) -> tuple[tuple[str, str], ...]:
+        """The three lists as text: a heading, and its parts with semicolons between, as many as people will read."""
+        return tuple((heading, _listed(parts)) for heading, parts in self.lists())
+
 
 NOTHING = Extent((), (), ())
+_MOST_PARTS, _MOST_LETTERS = 40, 100
+
+
+def _listed(parts: tuple[Part, ...]) -> str:
+    words = [clip(part.words, _MOST_LETTERS) for part in parts[:_MOST_PARTS]]
+    more = [f"{len(parts) - _MOST_PARTS} more"] if len(parts) > _MOST_PARTS else []
+    return "; ".join([*words, *more]) or "nothing"
 
 
 def extent_of(document: CircuitFile, compared: Collection[str] | None = None) -> Extent:
@@ -83,7 +95,7 @@ def _parts(document: CircuitFile) -> Iterable[tuple[Part, tuple[str, ...]]]:
     if selection.size is not None:
         yield Part("selection", "choice of the size"), ("selection.size", "curve.faithfulness")
     if discovery is not None:
-        yield Part("discovery", f"scores by {discovery.method}"), (RESCORED,)
+        yield Part("discovery", f"scores and how they were made ({discovery.method})"), (RESCORED,)
         yield Part("discovery", "cost of the scores"), ()
     elif any(edge.score is not None for edge in document.edges):
         yield Part("edges", "scores of the edges"), ()

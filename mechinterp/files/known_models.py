@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from mechinterp.errors import clip
 from mechinterp.files.schema_parts import ModelRecord
 
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -40,10 +41,11 @@ def name_misleads(model: ModelRecord) -> str | None:
         return None
     known, dims = known_model(model.name), model.dims
     got = (dims.n_layers, dims.n_heads, dims.d_model)
+    name = clip(model.name, 80)
     where = {"directory": "a folder", "memory": "a model in memory", "hub": "a model of the hub"}[model.origin]
     if known is not None and got != SIZES[known]:
         words = [f"{layers} layers, {heads} heads and width {width}" for layers, heads, width in (got, SIZES[known])]
-        return f"{model.name!r} is {where} with {words[0]}; the model known as {known!r} has {words[1]}"
+        return f"{name!r} is {where} with {words[0]}; the model known as {known!r} has {words[1]}"
     if model.origin == "hub" or (known is None and not (model.origin == "memory" and "/" in model.name)):
         return None
-    return f"{model.name!r} is {where} under a name that people know; nothing compares it with the model of that name"
+    return f"{name!r} is {where} under a name that people know; nothing compares it with the model of that name"

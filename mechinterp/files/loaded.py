@@ -26,3 +26,7 @@ def check_model(document: CircuitFile, model: HookManager, given: bool, ledger: 
         return
     ledger.equal("tokenizer", found and found.vocabulary_sha256, tokenizer.vocabulary_sha256)
     ledger.equal("tokenizer.n_tokens", found and found.n_tokens, tokenizer.n_tokens)
+    begins = {entry.made_from.prepend_bos for entry in document.pairs.values() if entry.made_from.kind == "task"}
+    if begins:  # the pairs themselves are made again elsewhere; here the file must not contradict itself
+        got = tokenizer.prepend_bos if tokenizer.prepend_bos in begins else next(iter(begins))
+        ledger.equal("tokenizer.prepend_bos", got, tokenizer.prepend_bos)

@@ -72,10 +72,11 @@ def verify(
     `load_model` takes). The evaluation is run again on the circuit in the file; a number holds when it is within the
     file's tolerance, or within `tolerance` (relative, a tenth of it absolute). Predictions are measured again: each
     must hold, and no negative control may show it. `rescore=True` runs the discovery again too and compares all scores.
-    Other library versions are notes, not failures.
+    Other library versions are notes, not failures; `warnings` are what could mislead though every claim holds, `extent`
+    what was recomputed, what only a hash holds and what is free text.
 
-    Raises FormatError when the file is not a circuit file at all; ModelNotAvailable when all claims hold that need no
-    model and the model cannot be had: the hub is out of reach, or a published circuit's model must be given.
+    Raises FormatError when the file is not a circuit file at all; UnverifiedModel (a ModelNotAvailable) when all claims
+    hold that need no model and the model cannot be had: the hub is out of reach, or it must be given.
     """
     opened = open_circuit_file(path)
     document, ledger = opened.document, Ledger()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from mechinterp.errors import clip
 from mechinterp.files.claims import FileWarning
 from mechinterp.files.extent import applies_again, evaluation_name
 from mechinterp.files.known_models import name_misleads
@@ -17,7 +18,7 @@ from mechinterp.tasks.task import task_names
 
 FEW = 20
 """Fewer examples than this say little about others."""
-_SHOWN = 5
+_SHOWN, _LETTERS = 5, 80
 _PERCENT = re.compile(r"\d\s*(%|percent|per cent)")
 
 
@@ -78,7 +79,7 @@ def _of_results(document: CircuitFile, counts: Mapping[str, int]) -> Iterable[Fi
     uses |= _of_predicted(document)
     few = {use: name for use, name in uses.items() if name and counts[name] < FEW}
     if few:
-        sizes = ", ".join(f"{use} on {counts[name]}" for use, name in few.items())
+        sizes = _some([f"{use} on {counts[name]}" for use, name in few.items()])
         yield FileWarning("few examples", f"fewer than {FEW} different ones say little about others: {sizes}")
     if any(use.startswith("evaluation") for use in few):
         text = "with so few, a seed or a choice that flatters the circuit cannot be excluded"
@@ -112,8 +113,9 @@ def _of_task(document: CircuitFile) -> Iterable[FileWarning]:
     task = document.task
     if task is None or (isinstance(task, TaskRecord) and task.bundled):
         return
+    name = clip(task.name, _LETTERS)
     what = {"task": "its own task", "file": "a file of the author's", "tokens": "token ids of the author's"}[task.kind]
-    yield FileWarning("own task", f"the pairs come from {what} ({task.name!r}): read what it asks before the numbers")
+    yield FileWarning("own task", f"the pairs come from {what} ({name!r}): read what it asks before the numbers")
     if task.name in task_names():
         text = f"{task.name!r} is a task of this package, and the file's pairs are not made by that one"
         yield FileWarning("task under a known name", text)
@@ -168,4 +170,6 @@ def _distinct(document: CircuitFile) -> dict[str, int]:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return ", ".join(clip(name, _LETTERS) for name in names[:_SHOWN]) + (
+        f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
+from mechinterp.errors import clip
 from mechinterp.files.extent import extent_of
 from mechinterp.files.schema import CircuitFile, EvaluationRecord, TaskPairs
 from mechinterp.files.summary import ranked_edges, ranked_nodes, stated_predictions, verify_command
@@ -194,13 +195,13 @@ def roles_section(document: CircuitFile) -> str:
 
 def _few(names: Sequence[str], between: str = ", ", most: int = 12) -> str:
     more = f"{between}{len(names) - most} more" if len(names) > most else ""
-    return between.join(names[:most]) + more or "none"
+    return between.join(clip(name, 200) for name in names[:most]) + more or "none"
 
 
 def verify_section(document: CircuitFile, circuit_path: str) -> str:
     """The command, and how far it reaches: nothing of it has been run for the page."""
-    reach = [(name, "; ".join(part.words for part in parts)) for name, parts in extent_of(document).lists()]
-    rows = [(f"{name} by verify" if name == "recomputed" else name, words) for name, words in reach]
+    reach = extent_of(document).lines()
+    rows = [(f"{heading} by verify" if heading == "recomputed" else heading, words) for heading, words in reach]
     scored = "" if document.discovery is None else " With <code>--rescore</code> the scores are made again, too."
     return (
         "<h2>How to verify this</h2><p>This page says what the file states; nothing was run again for it. The command "
