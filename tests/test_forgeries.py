@@ -107,11 +107,13 @@ NOT_RESCORED = "scores not recomputed"
 
 
 @pytest.fixture
-def holds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., set[str]]:
+def holds(
+    honest: Honest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., set[str]]:
     """The warnings of a file whose claims all hold: exit code 0, but 1 where it is looked at strictly."""
 
     def check(path: Path, **options: Any) -> set[str]:
-        found = mi.verify(path, **options)
+        found = mi.verify(path, **{"model": honest.model, **options})  # loaded once
         assert found.ok, str(found)
         monkeypatch.setattr(pipeline, "verify", lambda *args, **keywords: found)  # it was run once, that will do
         assert cli.main(["verify", str(path)]) == 0
@@ -124,11 +126,16 @@ def holds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     return check
 
 
-def fails(path: Path, **options: Any) -> set[str]:
+@pytest.fixture
+def fails(honest: Honest) -> Callable[..., set[str]]:
     """The claims that fail."""
-    found = mi.verify(path, **options)
-    assert not found.ok
-    return {claim.name for claim in found.failed}
+
+    def check(path: Path, **options: Any) -> set[str]:
+        found = mi.verify(path, model=honest.model, **options)
+        assert not found.ok
+        return {claim.name for claim in found.failed}
+
+    return check
 
 
 # -- what is honest ----------------------------------------------------------------------------------------------------
@@ -136,16 +143,12 @@ def fails(path: Path, **options: Any) -> set[str]:
 
 def test_an_honest_file_has_no_warning_when_all_is_recomputed(honest: Honest, holds: Callable[..., set[str]]) -> None:
     assert holds(honest.path, rescore=True) == set()
-    assert holds(honest.path) == {NOT_RESCORED}
-
-
-def test_pairs_that_are_apart_are_said_to_be(honest: Honest) -> None:
-    (note,) = mi.verify(honest.path).notes
-    assert note == f"evaluation: none of the {N} prompts of 'evaluation' is among the {N} of 'discovery'."
 
 
 def test_what_can_be_said_before_is_what_verify_finds(honest: Honest) -> None:
     found = mi.verify(honest.path)
+    assert found.notes == (f"evaluation: none of the {N} prompts of 'evaluation' is among the {N} of 'discovery'.",)
+    assert names(found) == {NOT_RESCORED}
     assert found.extent == extent_of(document(honest.path))
     assert found.warnings == stated_warnings(document(honest.path))
     words = [part.words for part in found.extent.recomputed]
@@ -174,7 +177,9 @@ def test_every_field_of_a_file_is_in_one_of_the_lists() -> None:
 # -- scores and how they were made -------------------------------------------------------------------------------------
 
 
-def test_forged_scores(place: Path, honest: Honest, holds: Callable[..., set[str]]) -> None:
+def test_forged_scores(
+    place: Path, honest: Honest, holds: Callable[..., set[str]], fails: Callable[..., set[str]]
+) -> None:
     """Other scores, which give the same edges, in both files."""
     scores = honest.circuit.scores
     assert scores is not None
@@ -206,7 +211,7 @@ def test_forged_scores(place: Path, honest: Honest, holds: Callable[..., set[str
         ("n_examples", 100_000),
     ],
 )
-def test_a_discovery_that_cannot_have_been(place: Path, field: str, value: Any) -> None:
+def test_a_discovery_that_cannot_have_been(place: Path, fails: Callable[..., set[str]], field: str, value: Any) -> None:
     resealed(place, lambda c: c["discovery"].update({field: value}))
     assert fails(place) == {f"discovery.{field}"}
 
@@ -249,17 +254,19 @@ def test_pairs_of_the_discovery_under_another_name_and_with_another_corrupt_prom
     path = tmp_path / "b.circuit.json"
     results = [mi.evaluate(honest.model, honest.circuit, pairs) for pairs in (mixed, test)]
     mi.save_circuit(path, honest.circuit, model=honest.model, result=results)
-    found = mi.verify(path)
+    found = mi.verify(path, model=honest.model)
     assert found.ok and {"evaluation on discovery pairs", "own task"} <= names(found)
     assert any(f"{half} of the {half} prompts" in warning.text for warning in found.warnings)
 
 
-def test_two_examples_with_the_best_of_30_seeds(tmp_path: Path, honest: Honest, holds: Callable[..., set[str]]) -> None:
+def test_two_examples_with_the_best_of_many_seeds(
+    tmp_path: Path, honest: Honest, holds: Callable[..., set[str]]
+) -> None:
     task = mi.load_task("ioi")
-    tried = [task.pairs(honest.model, n=2, split="test", seed=seed) for seed in range(1, 31)]
-    results = [mi.evaluate(honest.model, honest.circuit, pairs, n_random=3) for pairs in tried]
+    tried = [task.pairs(honest.model, n=2, split="test", seed=seed) for seed in range(1, 9)]
+    results = [mi.evaluate(honest.model, honest.circuit, pairs, n_random=1) for pairs in tried]
     best = max(results, key=lambda result: result.faithfulness)
-    assert best.faithfulness > mi.evaluate(honest.model, honest.circuit, honest.test).faithfulness
+    assert best.faithfulness > min(result.faithfulness for result in results) + 0.1  # there is something to choose
     path = tmp_path / "b.circuit.json"
     mi.save_circuit(path, honest.circuit, model=honest.model, task=task, result=best)
     assert holds(path) >= {"few examples", "chosen examples"}
@@ -302,12 +309,12 @@ def _without_pairs(circuit: Circuit) -> mi.Scores:
     return mi.Scores(made.graph, made.total, made.count, made.method, made.metric, made.replacement, made.parameters)
 
 
-def test_the_title_of_a_task_is_the_task_s(place: Path) -> None:
+def test_the_title_of_a_task_is_the_task_s(place: Path, fails: Callable[..., set[str]]) -> None:
     resealed(place, lambda c: c["task"].update(title="All of English grammar"))
     assert fails(place) == {"task.title"}
 
 
-def test_a_tokenizer_that_contradicts_the_pairs(place: Path) -> None:
+def test_a_tokenizer_that_contradicts_the_pairs(place: Path, fails: Callable[..., set[str]]) -> None:
     resealed(place, lambda c: c["tokenizer"].update(prepend_bos=not c["tokenizer"]["prepend_bos"]))
     assert fails(place) == {"tokenizer.prepend_bos"}
 
@@ -317,7 +324,7 @@ def test_hand_picked_pairs_of_a_known_task(tmp_path: Path, honest: Honest, holds
     test, path = honest.test, tmp_path / "b.circuit.json"
     results = [mi.evaluate(honest.model, honest.circuit, pairs, n_random=3) for pairs in (test, test[: N - 1])]
     mi.save_circuit(path, honest.circuit, model=honest.model, task=mi.load_task("ioi"), result=results)
-    assert "pairs not of the task" not in names(mi.verify(path))
+    assert "pairs not of the task" not in names(mi.verify(path, model=honest.model))
     mi.save_circuit(path, honest.circuit, model=honest.model, task=mi.load_task("ioi"), result=results[1])
     assert "pairs not of the task" in holds(path)
 
@@ -325,7 +332,7 @@ def test_hand_picked_pairs_of_a_known_task(tmp_path: Path, honest: Honest, holds
 def test_a_folder_gpt2_that_is_not_gpt2(place: Path, honest: Honest, holds: Callable[..., set[str]]) -> None:
     folder = place.parent / "gpt2"
     shutil.copytree(honest.path.parent / "model", folder)
-    found = holds(resealed(place, lambda c: c["model"].update(name=str(folder))))
+    found = holds(resealed(place, lambda c: c["model"].update(name=str(folder))), model=None)
     assert found == {NOT_RESCORED, "model under a known name"}
 
 
@@ -366,7 +373,7 @@ def test_roles_that_are_free_text(place: Path, honest: Honest, holds: Callable[.
 
     found = holds(resealed(place, change))
     assert found == {NOT_RESCORED, "roles without predictions"}
-    (text,) = (entry.text for entry in mi.verify(place).warnings if entry.name == "roles without predictions")
+    (text,) = (entry.text for entry in stated_warnings(document(place)) if entry.name == "roles without predictions")
     assert "heads that understand" in text and "a0.h0 (" not in text  # which has its prediction still
 
 
