@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mechinterp import cli_exchange, cli_hub, cli_view, options
+from mechinterp import cli_exchange, cli_hub, cli_verify, cli_view, options
 from mechinterp.errors import HubNotReached, InputError, MechInterpError, ModelNotAvailable
 from mechinterp.listing import (
     COMPARE_HELP,
@@ -27,7 +27,6 @@ from mechinterp.listing import (
     METHODS,
     METRICS,
     RUN_HELP,
-    VERIFY_HELP,
 )
 from mechinterp.stored import about_file, find_file, stored_files
 from mechinterp.terminal import Terminal, print_what_the_terminal_can, quiet_libraries, say
@@ -169,19 +168,6 @@ def _eval(
     return partial(_do_eval, asked)
 
 
-@app.command("verify", help=VERIFY_HELP, short_help="Check every claim of a circuit file again.")
-def _verify(
-    file: options.File,
-    model: Annotated[str | None, typer.Option(help="Use this model.  [default: the one that the file names]")] = None,
-    tolerance: Annotated[float | None, typer.Option(help="Relative tolerance.  [default: the file's own]")] = None,
-    rescore: Annotated[bool, typer.Option("--rescore", help="Score all edges again, too.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: cpu]")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pairs at a time.")] = 32,
-) -> Action:
-    options = dict(model=model, tolerance=tolerance, rescore=rescore, device=device, batch_size=batch_size)
-    return partial(_do_verify, file, options)
-
-
 @app.command(
     "show", help=f"Show the heads and edges of a circuit file, with roles where they are known.\n\n{EXIT_CODES}"
 )
@@ -197,7 +183,7 @@ def _list() -> Action:
     return _do_list
 
 
-for others in (cli_exchange, cli_view, cli_hub):
+for others in (cli_verify, cli_exchange, cli_view, cli_hub):
     app.registered_commands += others.commands.registered_commands
 
 
@@ -247,26 +233,6 @@ def _do_compare(asked: dict[str, Any], methods: list[str], sizes: str) -> int:
     console.print(frame_table(found.to_frame().rename(columns=short)))
     say(console, f"wrote {page}")
     return OK
-
-
-def _do_verify(file: str, options: dict[str, Any]) -> int:
-    from mechinterp.progress import stages
-
-    path, console = find_file(file), Terminal()
-    with stages(Console(stderr=True)) as progress:
-        from mechinterp.pipeline import verify
-        from mechinterp.tables import failed_table
-
-        quiet_libraries()
-        result = verify(path, progress=progress, **options)
-    for note in result.notes:
-        say(console, f"note: {note}")
-    if result.ok:
-        say(console, f"verified: all {len(result.claims)} claims of {path} hold")
-        return OK
-    console.print(failed_table(result))
-    say(console, f"NOT verified: {len(result.failed)} of {len(result.claims)} claims of {path} failed")
-    return CLAIM_FAILED
 
 
 def _do_eval(asked: dict[str, Any]) -> int:

@@ -123,10 +123,13 @@ no network. Attention patterns need the model; where it is not available they ar
 """
 VERIFY_HELP = f"""Check a circuit file: every hash, the model, the pairs, and the evaluation run again.
 
-FILE is a .circuit.json, or the name of a stored circuit (see `discover-circuit list`).
+FILE is a .circuit.json, or the name of a stored circuit (see `discover-circuit list`). Three lists say what was
+recomputed, what only a hash holds, and what is free text. Warnings name what could mislead though every claim holds:
+parts that were left out, few examples, names that are not what they seem.
 
 \b
   discover-circuit verify out/ioi-bundled-eap-ig.circuit.json
+  discover-circuit verify ioi-bundled-eap-ig --rescore --strict
 
 {EXIT_CODES}
 """

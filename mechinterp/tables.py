@@ -165,6 +165,22 @@ def failed_table(verification: Verification) -> Table:
     return table
 
 
+def warnings_table(verification: Verification) -> Table:
+    """What could mislead a reader although the claims hold."""
+    table = _table("warning", "", text=2)
+    for warning in verification.warnings:
+        table.add_row(Text(plain(warning.name)), Text(plain(warning.text)))
+    return table
+
+
+def extent_table(verification: Verification) -> Table:
+    """What was computed again, what only a hash holds, and what nobody checks."""
+    table = _table("how checked", "what", text=2)
+    for heading, words in verification.extent.lines():
+        table.add_row(Text(heading), Text(plain(words)))
+    return table
+
+
 def names_table(kind: str, about: Mapping[str, str]) -> Table:
     """Names of one kind with a line about each."""
     table = _table(kind, "", text=2)

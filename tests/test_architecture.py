@@ -35,7 +35,7 @@ LAYERS = (
     ("report", "formats", "progress"),
     ("pipeline", "reevaluation", "exchange", "hub"),
     ("options", "stored", "terminal"),
-    ("cli_exchange", "cli_hub", "cli_view"),
+    ("cli_exchange", "cli_hub", "cli_verify", "cli_view"),
     ("cli",),
     ("__init__", "__main__"),  # the public names: import everything, and are imported by nothing here
 )

@@ -17,6 +17,7 @@ from mechinterp import cli
 from mechinterp.errors import FormatError, InputError, ModelNotAvailable
 from mechinterp.files.schema import CircuitFile, circuit_sha256
 from mechinterp.files.store import check_hashes, open_circuit_file, plain_content, seal
+from mechinterp.files.warned import stated_warnings
 from mechinterp.graph import graph_of
 from mechinterp.jsontext import render_json
 from mechinterp.library import tracr
@@ -112,7 +113,28 @@ def test_verify_checks_what_it_can_and_says_that_the_model_is_absent(
     if name in ("greater-than-hanna2023-core", "tracr-reverse-zero"):
         assert cli.main(["verify", name]) == cli.NO_MODEL == 3
         shown = capsys.readouterr()
-        assert shown.out == "" and shown.err.count("\n") == 1 and "model not available offline" in shown.err
+        assert shown.err.count("\n") == 1 and "model not available offline" in shown.err
+        assert "only hash-checked" in shown.out and "no evaluation" in shown.out and "verified" not in shown.out
+        assert cli.main(["verify", name, "--strict"]) == 1  # what is warned of needs no model
+
+
+PUBLISHED = {
+    "no scores",
+    "no evaluation",
+    "self-declared status",
+    "self-declared citation",
+    "roles without predictions",
+}
+
+
+@pytest.mark.parametrize("name", sorted(COUNTS))
+def test_a_published_circuit_is_warned_of_as_what_it_is(name: str) -> None:
+    """Nothing of it was measured here, and its roles are the publication's words."""
+    stated = document(name)
+    more = set() if name.startswith("tracr") else {"weights not stated"}
+    more |= {"model under a known name"} if name.startswith("docstring") else set()
+    more |= {"numbers in words"} if "%" in stated.description else set()
+    assert {warning.name for warning in stated_warnings(stated)} == PUBLISHED | more
 
 
 def resealed(path: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:

@@ -235,7 +235,8 @@ def test_verify_measures_again(stored: Path) -> None:
     found = mi.verify(stored)
     names = [claim.name for claim in found.claims if claim.name.startswith(("prediction ", "control of "))]
     assert found.ok and len(names) == 6  # two predictions and a control, each with the number that was measured
-    assert any("no negative control" in note for note in found.notes)
+    (text,) = (entry.text for entry in found.warnings if entry.name == "predictions without controls")
+    assert text.startswith("without a negative control")
     held = open_circuit_file(stored).document.predictions
     assert held is not None and [entry.pairs is None for entry in held] == [False, True]
 

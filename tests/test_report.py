@@ -14,11 +14,14 @@ import pytest
 
 from mechinterp.circuit import Circuit
 from mechinterp.discovery.select import select
+from mechinterp.files.circuit_file import load_circuit
+from mechinterp.files.store import open_circuit_file
 from mechinterp.files.summary import finding, ranked_edges, ranked_nodes
 from mechinterp.plots.layered import POINTS_PER_ROW, draw_layered
 from mechinterp.report.page import render_report, write_report
 from tests.toy_circuits import curve_of, scores_of, toy_circuit, toy_document
 
+STORED = Path(__file__).parents[1] / "circuits"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
@@ -285,3 +288,31 @@ def test_predictions_are_on_the_page_with_their_controls() -> None:
     assert "&lt;b&gt;it copies&lt;/b&gt; (a0.h0&#x27;s copying score is &gt;= 0.25)" in page
     assert "a0.h1&#x27;s copying score is &lt; 0.25: 0.125" in page and '<td class="number">0.75</td>' in page
     assert "Predictions" not in render_report(circuit, toy_document(circuit), "toy.circuit.json")
+
+
+# -- what could mislead ------------------------------------------------------------------------------------------------
+
+
+def test_the_page_warns_of_what_the_file_gives_reason_for(circuit: Circuit) -> None:
+    page, _ = page_of(circuit, evaluation=[], status="ground-truth", title="Recovers 99.9 %")
+    assert "Recovers 99.9 % (no evaluation)" in page.text
+    for name in ("no evaluation", "self-declared status", "numbers in words", "no scores"):
+        assert f"{name} :" in page.text
+    known = open_circuit_file(STORED / "ioi-bundled-eap-ig.circuit.json")
+    text = render_report(load_circuit(known.path), known.document, "x")
+    assert "What could mislead" not in text and "only hash-checked" in text
+
+
+def test_the_page_says_how_far_verify_reaches(circuit: Circuit) -> None:
+    page, _ = page_of(circuit)
+    assert "recomputed by verify hashes; graph" in page.text and "free text nobody checked id; title" in page.text
+
+
+def test_the_page_ties_roles_to_predictions(circuit: Circuit) -> None:
+    first, second = [name for name in circuit.nodes if name.startswith("a")][:2]
+    control = {"measure": {"kind": "copying", "head": second}}
+    prediction = {"measure": {"kind": "copying", "head": first}, "relation": ">=", "value": 0.3, "controls": [control]}
+    roles = {"x": {"label": "copies <b>", "nodes": [first, second]}}
+    page, _ = page_of(circuit, roles=roles, predictions=[{"name": "copies", **prediction}])
+    row = f"copies <b> {first}, {second} {first}'s copying score is >= 0.3 {second}"
+    assert row in page.text

@@ -78,7 +78,7 @@ def failed(path: Path, **options: Any) -> set[str]:
 def test_a_file_holds(place: Path) -> None:
     found = mi.verify(place, rescore=True)
     assert found.ok, str(found)
-    assert found.notes == ()
+    assert found.notes == ("evaluation: none of the 10 prompts of 'evaluation' is among the 12 of 'discovery'.",)
     names = {claim.name for claim in found.claims}
     assert {"file hash", "circuit hash", "graph", "selection", "model.weights_sha256", "tokenizer", "task"} < names
     assert {"pairs.discovery", "pairs.evaluation", "evaluation.faithfulness", "curve.faithfulness"} < names

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from mechinterp.errors import MechInterpError
+from mechinterp.errors import MechInterpError, ModelNotAvailable
+from mechinterp.files.extent import NOTHING, Extent
 from mechinterp.files.schema_parts import Tolerance
 
 T = TypeVar("T")
@@ -32,12 +33,29 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class FileWarning:
+    """What could mislead a reader of a file whose claims hold: a short name, and a sentence for people."""
+
+    name: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"warning {self.name}: {self.text}"
+
+
+@dataclass(frozen=True)
 class Verification:
-    """All claims of one circuit file. `notes` are differences that are no failure, such as other versions."""
+    """All claims of one circuit file, what could mislead though they hold, and how far the check reached.
+
+    `notes` are differences that are no failure, such as other versions. A file without a failed claim and without
+    `warnings` is what `verify --strict` lets pass.
+    """
 
     path: Path
     claims: tuple[Claim, ...]
     notes: tuple[str, ...] = ()
+    warnings: tuple[FileWarning, ...] = ()
+    extent: Extent = NOTHING
 
     @property
     def ok(self) -> bool:
@@ -52,8 +70,17 @@ class Verification:
     def __str__(self) -> str:
         n_failed = len(self.failed)
         end = "every claim holds" if self.ok else f"{n_failed} of {len(self.claims)} claims failed"
-        lines = [*map(str, self.claims), *(f"note    {note}" for note in self.notes), f"{self.path}: {end}"]
-        return "\n".join(lines)
+        reach = [f"{heading}: {words}" for heading, words in self.extent.lines()]
+        lines = [*map(str, self.claims), *(f"note    {note}" for note in self.notes), *map(str, self.warnings), *reach]
+        return "\n".join([*lines, f"{self.path}: {end}"])
+
+
+class UnverifiedModel(ModelNotAvailable):
+    """All claims hold that need no model, and the model is not available; `verification` is what was found so far."""
+
+    def __init__(self, message: str, verification: Verification) -> None:
+        super().__init__(message)
+        self.verification = verification
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,6 @@ def _record(found: Checked, limit: Tolerance, ledger: Ledger) -> None:
         side = "<" if stated.relation == ">=" else ">"
         ledger.holds(claim, stated.refuted(value), f"{control.measure} {side} {stated.value:g}", f"{value:.6g}")
         _agree(claim, value, control.measured, limit, ledger)
-    if not stated.controls:
-        ledger.notes.append(f"Prediction {stated.name!r} has no negative control.")
 
 
 def _agree(claim: str, got: float, stated: float | None, limit: Tolerance, ledger: Ledger) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechinterp.discovery.method import METHODS
 from mechinterp.errors import FormatError, InputError
 from mechinterp.evaluation.faithfulness import Evaluation
 from mechinterp.files.schema_parts import (
@@ -157,7 +158,11 @@ def _token_pairs(pairs: Pairs) -> TokenPairs:
 
 
 def discovery_record(scores: Scores, pairs: str | None) -> DiscoveryRecord:
-    """How the scores were made; `pairs` is the name of the examples in the file."""
+    """How the scores were made; `pairs` is the name of the examples in the file.
+
+    Raises InputError for a method or a metric that is not registered: a file that states one does not verify.
+    """
+    METHODS.get(scores.method)
     return DiscoveryRecord(
         method=scores.method,
         parameters=dict(scores.parameters),

@@ -50,10 +50,10 @@ class NodeSummary:
 def finding(document: CircuitFile) -> str:
     """What the file says in one sentence: how many edges recover how much of the metric.
 
-    Without an evaluation it is the circuit's title.
+    Without an evaluation it is the circuit's title, which may say anything, and that there is none.
     """
     if not document.evaluation:
-        return document.title
+        return f"{document.title} (no evaluation)"
     entry = document.evaluation[0]
     low, high = (f"{100 * bound:.0f}" for bound in entry.faithfulness_ci)
     words = METRIC_WORDS.get(entry.metric.name, entry.metric.name)

@@ -17,10 +17,14 @@ from mechinterp.discovery.stable import stable_scores
 from mechinterp.errors import InputError, MechInterpError, ModelNotAvailable
 from mechinterp.evaluation.faithfulness import ablation_of, evaluate
 from mechinterp.evaluation.sizes import CurvePoint, size_curve, smallest_faithful
+from mechinterp.files.apart import compare_with_discovery, compare_with_task, distinct_prompts
 from mechinterp.files.circuit_file import stated_circuit, stated_graph, stated_scores
-from mechinterp.files.claims import Ledger, Verification
+from mechinterp.files.claims import Ledger, UnverifiedModel, Verification
+from mechinterp.files.discovered import check_discovery
+from mechinterp.files.extent import applies_again, extent_of
+from mechinterp.files.loaded import check_model
 from mechinterp.files.predicted import check_stated_predictions
-from mechinterp.files.provenance import model_record, tokenizer_record, versions
+from mechinterp.files.provenance import versions
 from mechinterp.files.published import check_published
 from mechinterp.files.records import (
     EVALUATION_COUNTS,
@@ -34,6 +38,7 @@ from mechinterp.files.records import (
 from mechinterp.files.schema import CircuitFile, circuit_sha256
 from mechinterp.files.schema_parts import CurveRecord, TaskPairs, TaskRecord, Tolerance
 from mechinterp.files.store import OpenedFile, open_circuit_file
+from mechinterp.files.warned import stated_warnings
 from mechinterp.hooks import HookManager, load_model
 from mechinterp.jsontext import six_digits
 from mechinterp.scores import Scores
@@ -43,7 +48,6 @@ from mechinterp.tasks.task import Task, load_task
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 
-SELECTION_PARAMETERS = {"edges", "nodes", "threshold", "rule", "by", "ratio"}
 STABLE, STABLE_SETTINGS = "bootstrap_", ("resamples", "agreement", "seed")
 """How `stable_scores` records its own settings among those of the method."""
 
@@ -68,10 +72,11 @@ def verify(
     `load_model` takes). The evaluation is run again on the circuit in the file; a number holds when it is within the
     file's tolerance, or within `tolerance` (relative, a tenth of it absolute). Predictions are measured again: each
     must hold, and no negative control may show it. `rescore=True` runs the discovery again too and compares all scores.
-    Other library versions are notes, not failures.
+    Other library versions are notes, not failures; `warnings` are what could mislead though every claim holds, `extent`
+    what was recomputed, what only a hash holds and what is free text.
 
-    Raises FormatError when the file is not a circuit file at all; ModelNotAvailable when all claims hold that need no
-    model and the model cannot be had: the hub is out of reach, or a published circuit's model must be given.
+    Raises FormatError when the file is not a circuit file at all; UnverifiedModel (a ModelNotAvailable) when all claims
+    hold that need no model and the model cannot be had: the hub is out of reach, or it must be given.
     """
     opened = open_circuit_file(path)
     document, ledger = opened.document, Ledger()
@@ -80,11 +85,12 @@ def verify(
     progress("file", 0, 1)
     _check_hashes(opened, ledger)
     circuit = _check_circuit(opened, ledger)
+    check_discovery(document, ledger)
     scores = None if circuit is None else circuit.scores
     progress("model", 0, 1)
     loaded = _loaded(opened, model, device, ledger)
     if loaded is not None:
-        _check_model(document, loaded, model is not None, ledger)
+        check_model(document, loaded, model is not None, ledger)
     pairs = _check_pairs(opened, loaded, ledger)
     limit = None if tolerance is None else Tolerance(relative=tolerance, absolute=tolerance / 10)
     if loaded is not None and circuit is not None and loaded.dims == circuit.graph.dims:
@@ -102,7 +108,19 @@ def verify(
         progress("predictions", 0, 1)
         check_stated_predictions(document, loaded, pairs, limit, batch_size, ledger)
     _note_versions(document, ledger)
-    return Verification(opened.path, tuple(ledger.claims), tuple(ledger.notes))
+    return _found(opened, pairs, rescore, ledger)
+
+
+def _found(opened: OpenedFile, pairs: dict[str, Pairs], rescored: bool, ledger: Ledger) -> Verification:
+    """All that was found: claims and notes, with what to warn of and how far the check reached."""
+    document = opened.document
+    notes, shared = compare_with_discovery(document, pairs)
+    of_task, foreign = compare_with_task(document, pairs)
+    stated = stated_warnings(document, distinct_prompts(pairs), rescored=rescored)
+    compared = {claim.name for claim in ledger.claims if claim.ok or claim.got}
+    extent = extent_of(document, compared | of_task)
+    claims = tuple(ledger.claims)
+    return Verification(opened.path, claims, (*ledger.notes, *notes), (*stated, *shared, *foreign), extent)
 
 
 def _check_hashes(opened: OpenedFile, ledger: Ledger) -> None:
@@ -144,10 +162,7 @@ def _check_selection(circuit: Circuit, document: CircuitFile, ledger: Ledger) ->
     """The rule, applied to the scores in the sidecar, must give exactly these edges."""
     ledger.equal("nodes", document.nodes, circuit.nodes)
     parameters: dict[str, Any] = dict(circuit.selection)
-    if circuit.scores is None or not parameters:
-        return
-    if set(parameters) - SELECTION_PARAMETERS:
-        ledger.notes.append(f"The selection ({', '.join(sorted(parameters))}) is not one that can be applied again.")
+    if circuit.scores is None or not applies_again(document):  # which `verify` warns of
         return
     with ledger.claimed("selection"):
         again = select(circuit.graph, circuit.scores, **parameters)
@@ -171,7 +186,8 @@ def _loaded(opened: OpenedFile, model: Any, device: torch.device | str | None, l
         if isinstance(error, ModelNotAvailable) and elsewhere and all(claim.ok for claim in ledger.claims):
             found = f"{opened.path}: the {len(ledger.claims)} claims that need no model hold, the others are unchecked"
             give = "; give it: verify(model=...)" if document.model.origin == "memory" else ""
-            raise ModelNotAvailable(f"{found}: model not available offline ({document.model.name}){give}.") from error
+            found += f": model not available offline ({document.model.name}){give}."
+            raise UnverifiedModel(found, _found(opened, {}, False, ledger)) from error
         ledger.failed("model", str(error))
         return None
 
@@ -191,27 +207,6 @@ def load_stated_model(document: CircuitFile, path: Path, model: Any, device: tor
         name = str(path.parent / name)
     revision = stated.revision if stated.origin == "hub" else None
     return load_model(name, revision=revision, dtype=stated.dtype, device=device)
-
-
-def _check_model(document: CircuitFile, model: HookManager, given: bool, ledger: Ledger) -> None:
-    stated, got = document.model, model_record(model)
-    for name in ("architecture", "dims", "weights_sha256", "processing", "dtype", "attention", "loader"):
-        if name != "weights_sha256" or stated.weights_sha256 is not None:
-            ledger.equal(f"model.{name}", getattr(got, name), getattr(stated, name))
-    if stated.weights_sha256 is None:
-        ledger.notes.append(f"The file does not state the weights of {stated.name}; they were not compared.")
-    if not given:
-        ledger.equal("model.origin", got.origin, stated.origin)
-        ledger.equal("model.revision", got.revision, stated.revision)
-    tokenizer = document.tokenizer
-    if tokenizer is None:
-        return
-    found = tokenizer_record(model.tokenizer, tokenizer.prepend_bos)
-    if found is None and not any(isinstance(entry.made_from, TaskPairs) for entry in document.pairs.values()):
-        ledger.notes.append("The model has no tokenizer here; the pairs are token ids, so none is needed.")
-        return
-    ledger.equal("tokenizer", found and found.vocabulary_sha256, tokenizer.vocabulary_sha256)
-    ledger.equal("tokenizer.n_tokens", found and found.n_tokens, tokenizer.n_tokens)
 
 
 def _check_pairs(opened: OpenedFile, model: HookManager | None, ledger: Ledger) -> dict[str, Pairs]:
@@ -237,7 +232,8 @@ def _check_task(opened: OpenedFile, ledger: Ledger) -> Task | None:
         with ledger.claimed("task"):
             task = task_of(record)
             ledger.equal("task", task.digest(), record.sha256, f"task {record.name!r} was changed")
-            ledger.equal("task.version", task.version, record.version)
+            for name in ("version", "title", "source"):
+                ledger.equal(f"task.{name}", getattr(task, name), getattr(record, name))
     path = None if record is None or record.kind == "tokens" else record.path
     if record is None or record.kind == "tokens" or path is None:
         return task

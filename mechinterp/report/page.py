@@ -27,8 +27,10 @@ from mechinterp.report.tables import (
     nodes_part,
     predictions_section,
     provenance_section,
+    roles_section,
     text,
     verify_section,
+    warnings_section,
 )
 
 SCRIPTS = ("draw.js", "panel.js", "charts.js", "page.js")
@@ -53,14 +55,16 @@ def render_report(circuit: Circuit, document: CircuitFile, circuit_path: str, de
     parts = [
         f"<h1>{text(title)}</h1>",
         _lead(document),
+        warnings_section(document),
         cards(evaluation) if evaluation else "",
         _graph_section(graph, details),
         _measures_section(evaluation, heat is not None, document.graph.granularity == "node"),
         f'<div class="pair"><section>{edges_part(document)}</section><section>{nodes_part(document)}</section></div>',
         evaluation_section(document, evaluation) if evaluation else "",
+        roles_section(document),
         predictions_section(document),
         provenance_section(document),
-        verify_section(circuit_path),
+        verify_section(document, circuit_path),
     ]
     data = {"graph": graph, "curve": curve, "heat": heat, "details": _details(details)}
     style, script = _resource("page.css"), "\n".join(_resource(name) for name in SCRIPTS)

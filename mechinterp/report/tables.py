@@ -5,8 +5,12 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
+from mechinterp.errors import clip
+from mechinterp.files.extent import extent_of
 from mechinterp.files.schema import CircuitFile, EvaluationRecord, TaskPairs
 from mechinterp.files.summary import ranked_edges, ranked_nodes, stated_predictions, verify_command
+from mechinterp.files.support import support_of_roles
+from mechinterp.files.warned import stated_warnings
 
 ROWS_SHOWN = 20
 MAX_ROWS = 2000
@@ -164,11 +168,48 @@ def _parameters(parameters: object) -> str:
     return ", ".join(f"{name}={value}" for name, value in items) or "no parameters"
 
 
-def verify_section(circuit_path: str) -> str:
+def warnings_section(document: CircuitFile) -> str:
+    """What could mislead a reader, as far as the file itself tells; nothing when there is nothing."""
+    found = stated_warnings(document, rescored=True)  # that nothing was scored again is said under "How to verify"
+    if not found:
+        return ""
+    items = (f"<li><b>{text(warning.name)}</b>: {text(warning.text)}</li>" for warning in found)
+    return f'<section class="warnings"><h2>What could mislead</h2><ul>{"".join(items)}</ul></section>'
+
+
+def roles_section(document: CircuitFile) -> str:
+    """Every role with what supports it; the name of a role is free text, what its predictions measure is not."""
+    rows: list[tuple[str, ...]] = []
+    for entry in support_of_roles(document):
+        predicted = [repr(prediction) for prediction in entry.predictions]
+        rows.append((entry.role.label, _few(entry.role.nodes), _few(predicted, "; "), _few(entry.without)))
+    if not rows:
+        return ""
+    head = ("role", "nodes", "predictions that support it", "nodes without one")
+    note = (
+        "The name of a role is the author's. A prediction supports it when it measures nodes of this role only, has a "
+        "negative control and could fail."
+    )
+    return f'<h2>Roles</h2>{_folded(head, rows, (), "roles")}<p class="note">{note}</p>'
+
+
+def _few(names: Sequence[str], between: str = ", ", most: int = 12) -> str:
+    more = f"{between}{len(names) - most} more" if len(names) > most else ""
+    return between.join(clip(name, 200) for name in names[:most]) + more or "none"
+
+
+def verify_section(document: CircuitFile, circuit_path: str) -> str:
+    """The command, and how far it reaches: nothing of it has been run for the page."""
+    reach = extent_of(document).lines()
+    rows = [(f"{heading} by verify" if heading == "recomputed" else heading, words) for heading, words in reach]
+    scored = "" if document.discovery is None else " With <code>--rescore</code> the scores are made again, too."
     return (
-        "<h2>How to verify this</h2><p>This makes the examples again, checks every hash, runs the evaluation once more "
-        "and says which claim does not hold (exit code 1), if any.</p>"
+        "<h2>How to verify this</h2><p>This page says what the file states; nothing was run again for it. The command "
+        "makes the examples again, checks every hash, runs the evaluation once more and says which "
+        f"claim does not hold (exit code 1), if any, and what could mislead; with <code>--strict</code> that is exit "
+        f"code 1, too.{scored}</p>"
         f"<pre><code>pip install mechinterp-circuits\n{text(verify_command(circuit_path))}</code></pre>"
+        f"{_table(None, rows)}"
     )
 
 
