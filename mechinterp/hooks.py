@@ -23,6 +23,7 @@ from mechinterp.models.load import open_model
 from mechinterp.models.modes import eval_mode
 from mechinterp.models.past import Past, empty_cache, past_of
 from mechinterp.models.probe import probe, probe_branches, probe_mlps, probe_past
+from mechinterp.models.refusal import refusing
 from mechinterp.models.source import ModelInfo
 from mechinterp.models.tokens import check_at, check_past, check_tokens
 from mechinterp.registry import unknown
@@ -44,13 +45,16 @@ class HookManager:
         self._outer: list[Intervention] = []
         self._points: dict[str, Any] = dict(bridge.hook_dict)
         self._layers_give_tuples = False
-        self.layout: Layout = build_layout(bridge)
         self.refused: Mapping[Site, str] = {}
         self.branches: Mapping[str, str] = {}
-        self.branches = probe_branches(self)
-        self.refused = probe(self)
         self.keeps_past, self.bound_mlps = True, dict[int, str]()
-        self.keeps_past, self.bound_mlps = probe_past(self), probe_mlps(self)
+        config = getattr(bridge.original_model, "config", None)
+        with refusing(f"The weights of {info.architecture} cannot be read as q, k, v, output and MLP", config):
+            self.layout: Layout = build_layout(bridge)
+        with refusing(f"{info.architecture} does not pass the checks at load", config):
+            self.branches = probe_branches(self)
+            self.refused = probe(self)
+            self.keeps_past, self.bound_mlps = probe_past(self), probe_mlps(self)
 
     @property
     def dims(self) -> Dims:
