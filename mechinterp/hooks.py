@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,8 @@ from mechinterp.models.layout import Dims, Layout, build_layout
 from mechinterp.models.load import open_model
 from mechinterp.models.modes import eval_mode
 from mechinterp.models.past import Past, empty_cache, past_of
-from mechinterp.models.probe import probe, probe_branches, probe_mlps, probe_past
+from mechinterp.models.probe import probe, probe_branches, probe_causal, probe_mlps, probe_past
+from mechinterp.models.probe_sites import probe_sites
 from mechinterp.models.refusal import refusing
 from mechinterp.models.source import ModelInfo
 from mechinterp.models.tokens import check_at, check_past, check_tokens
@@ -52,8 +54,10 @@ class HookManager:
         with refusing(f"The weights of {info.architecture} cannot be read as q, k, v, output and MLP", config):
             self.layout: Layout = build_layout(bridge)
         with refusing(f"{info.architecture} does not pass the checks at load", config):
+            self.layout = replace(self.layout, dims=replace(self.dims, causal=probe_causal(self)))
             self.branches = probe_branches(self)
             self.refused = probe(self)
+            self.refused = {**self.refused, **probe_sites(self)}
             self.keeps_past, self.bound_mlps = probe_past(self), probe_mlps(self)
 
     @property

@@ -78,7 +78,7 @@ def _mlp(model: HookManager, layer: int, entry: str) -> list[Operation]:
         out.append(Linear((inside,), pre, maps.W_in, maps.b_in, d_mlp, "mlp_in"))
         out.append(Function((pre,), f"mlp_post.{layer}", f))
     else:
-        out.append(Linear((inside,), pre, maps.W_gate, None, d_mlp, "mlp_in"))
+        out.append(Linear((inside,), pre, maps.W_gate, maps.b_gate, d_mlp, "mlp_in"))
         out.append(Linear((inside,), up, maps.W_in, maps.b_in, d_mlp, "mlp_in"))
         out.append(Gate((pre, up), f"mlp_post.{layer}", f))
     post = maps.post.kind != "none"

@@ -261,7 +261,9 @@ def _bridge(module: nn.Module, name: str, revision: str | None, origin: str, tok
     prompts = _short_prompts(config.get_text_config())
     expected = _logits(module, architecture, prompts)
     if architecture not in SUPPORTED_ARCHITECTURES:
-        raise UnsupportedError(f"TransformerLens has no bridge for {architecture}; convert it to a family that has one.")
+        raise UnsupportedError(
+            f"TransformerLens has no bridge for {architecture}, so it cannot be opened; take a model of another family."
+        )
     with refusing(f"TransformerLens cannot bridge {architecture}", config):
         bridge = build_bridge_from_module(module, architecture, hf_config=config, model_name=name)
     force_eager_attention(module)
