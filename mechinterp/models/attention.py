@@ -49,10 +49,11 @@ def attention_scores(bridge: Any, layer: int, n_pos: int) -> AttentionScores:
     attn = bridge.blocks[layer].attn
     component = getattr(attn, "original_component", None) or attn
     scale = getattr(component, "scaling", None)
-    scale = float(scale) if isinstance(scale, (int, float)) else float(attn.W_Q.shape[-1]) ** -0.5
+    if not isinstance(scale, (int, float)):  # GPT-Neo does not scale
+        scale = 1.0 if type(component).__name__ == "GPTNeoSelfAttention" else float(attn.W_Q.shape[-1]) ** -0.5
     cap = getattr(component, "attn_logit_softcapping", None)
     cos, sin = _rotary_tables(bridge, n_pos)
-    return AttentionScores(scale, float(cap) if cap else None, cos, sin)
+    return AttentionScores(float(scale), float(cap) if cap else None, cos, sin)
 
 
 def _rotary_tables(bridge: Any, n_pos: int) -> tuple[Tensor | None, Tensor | None]:

@@ -58,7 +58,6 @@ class MlpMaps:
     W_out: Tensor
     b_out: Tensor | None
     post: Norm
-    b_gate: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ def _norm_of(block: Any, name: str, label: str, like: Tensor, d_model: int) -> N
 
 def _mlp_maps(block: Any, post: Norm) -> MlpMaps | None:
     mlp = getattr(block, "mlp", None)
-    parts = {name: getattr(mlp, name, None) for name in ("W_in", "b_in", "W_gate", "b_gate", "W_out", "b_out")}
+    parts = {name: getattr(mlp, name, None) for name in ("W_in", "b_in", "W_gate", "W_out", "b_out")}
     if any(part is not None and not isinstance(part, Tensor) for part in parts.values()):
         return None
     if parts["W_in"] is None or parts["W_out"] is None or parts["W_in"].ndim != 2 or parts["W_out"].ndim != 2:

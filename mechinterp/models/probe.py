@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mechinterp.errors import UnsupportedError
-from mechinterp.sites import GLOBAL_SITES, Site
+from mechinterp.sites import Site
 
-NEEDED = ("resid_pre", "q", "k", "v", "z", "resid_final")
+NEEDED = ("resid_pre", "q", "k", "v", "z")
 """Sites without which no engine can work."""
 
 Check = Callable[[str, Tensor, Tensor], None]
@@ -52,18 +52,13 @@ def probe(model: Any) -> dict[Site, str]:
 
 
 def _check_needed(model: Any, refused: Mapping[Site, str]) -> None:
-    every = [
-        Site(kind, None if kind in GLOBAL_SITES else layer) for layer in range(model.dims.n_layers) for kind in NEEDED
-    ]
-    every += [
-        Site(kind, layer) for layer in range(model.dims.n_layers) for kind in ("mlp_in", "mlp_out")
-    ] * model.dims.has_mlp
-    for site in every:
+    kinds = (*NEEDED, "mlp_in", "mlp_out") if model.dims.has_mlp else NEEDED
+    sites = [Site(kind, layer) for layer in range(model.dims.n_layers) for kind in kinds]
+    for site in (*sites, Site("resid_final")):
         if site in refused or not model.has(site):
-            why = refused.get(site, "its hook point is not there")
             raise UnsupportedError(
-                f"{model.info.architecture}: site '{site}' cannot be used: {why}; no analysis would be exact on this "
-                "model."
+                f"{model.info.architecture}: site '{site}' cannot be used: "
+                f"{refused.get(site, 'its hook point is not there')}; no analysis would be exact on this model."
             )
 
 

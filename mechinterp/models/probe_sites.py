@@ -96,7 +96,8 @@ def _definitions(model: Any, values: Mapping[Site, Tensor]) -> Iterator[Definiti
         if mlp is not None and "mlp_in" in here:
             up = _linear(here["mlp_in"], mlp.W_in, mlp.b_in)
             given["mlp_up"] = ("what its weights make of 'mlp_in'", up)
-            first = up if mlp.W_gate is None else _linear(here["mlp_in"], mlp.W_gate, mlp.b_gate)
+            bias = getattr(model.bridge.blocks[layer].mlp, "b_gate", None)
+            first = up if mlp.W_gate is None else _linear(here["mlp_in"], mlp.W_gate, bias)
             given["mlp_pre"] = ("what its weights make of 'mlp_in'", first)
         for kind in given.keys() & here.keys():
             yield Site(kind, layer), *given[kind], here[kind]
