@@ -49,11 +49,11 @@ def attention_scores(bridge: Any, layer: int, n_pos: int) -> AttentionScores:
     attn = bridge.blocks[layer].attn
     component = getattr(attn, "original_component", None) or attn
     scale = getattr(component, "scaling", None)
-    if not isinstance(scale, (int, float)):  # GPT-Neo does not scale
-        scale = 1.0 if type(component).__name__ == "GPTNeoSelfAttention" else float(attn.W_Q.shape[-1]) ** -0.5
+    usual = 1.0 if type(component).__name__ == "GPTNeoSelfAttention" else float(attn.W_Q.shape[-1]) ** -0.5
+    scale = float(scale) if isinstance(scale, (int, float)) else usual
     cap = getattr(component, "attn_logit_softcapping", None)
     cos, sin = _rotary_tables(bridge, n_pos)
-    return AttentionScores(float(scale), float(cap) if cap else None, cos, sin)
+    return AttentionScores(scale, float(cap) if cap else None, cos, sin)
 
 
 def _rotary_tables(bridge: Any, n_pos: int) -> tuple[Tensor | None, Tensor | None]:
