@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,14 +17,12 @@ from torch import Tensor
 
 from mechinterp.errors import BusyError, InputError, SiteNotReached, UnsupportedError
 from mechinterp.interventions import Carry, Edit, Intervention, Point, Run, SiteLike, Stopped, as_interventions, fire
+from mechinterp.models.checks import check_model
 from mechinterp.models.hook_names import HOOK_NAMES
-from mechinterp.models.layout import Dims, Layout, build_layout
+from mechinterp.models.layout import Dims, Layout
 from mechinterp.models.load import open_model
 from mechinterp.models.modes import eval_mode
 from mechinterp.models.past import Past, empty_cache, past_of
-from mechinterp.models.probe import probe, probe_branches, probe_causal, probe_mlps, probe_past
-from mechinterp.models.probe_sites import probe_sites
-from mechinterp.models.refusal import refusing
 from mechinterp.models.source import ModelInfo
 from mechinterp.models.tokens import check_at, check_past, check_tokens
 from mechinterp.registry import unknown
@@ -47,18 +44,11 @@ class HookManager:
         self._outer: list[Intervention] = []
         self._points: dict[str, Any] = dict(bridge.hook_dict)
         self._layers_give_tuples = False
+        self.layout: Layout
         self.refused: Mapping[Site, str] = {}
         self.branches: Mapping[str, str] = {}
         self.keeps_past, self.bound_mlps = True, dict[int, str]()
-        config = getattr(bridge.original_model, "config", None)
-        with refusing(f"The weights of {info.architecture} cannot be read as q, k, v, output and MLP", config):
-            self.layout: Layout = build_layout(bridge)
-        with refusing(f"{info.architecture} does not pass the checks at load", config):
-            self.layout = replace(self.layout, dims=replace(self.dims, causal=probe_causal(self)))
-            self.branches = probe_branches(self)
-            self.refused = probe(self)
-            self.refused = {**self.refused, **probe_sites(self)}
-            self.keeps_past, self.bound_mlps = probe_past(self), probe_mlps(self)
+        check_model(self)
 
     @property
     def dims(self) -> Dims:
