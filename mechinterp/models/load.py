@@ -258,6 +258,10 @@ def _bridge(module: nn.Module, name: str, revision: str | None, origin: str, tok
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(f"{architecture} has an encoder and a decoder; only decoder stacks are supported.")
     force_eager_attention(module)
+    if getattr(module, "dtype", None) == torch.float64 and hasattr(module, "set_experts_implementation"):
+        experts: Any = module
+        experts.set_experts_implementation("eager")  # the grouped product of experts has no float64
+    _give_zero_biases(module, architecture)
     prompts = _short_prompts(config.get_text_config())
     expected = _logits(module, architecture, prompts)
     if architecture not in SUPPORTED_ARCHITECTURES:
@@ -269,6 +273,15 @@ def _bridge(module: nn.Module, name: str, revision: str | None, origin: str, tok
     force_eager_attention(module)
     _check_bridged(_logits(bridge, architecture, prompts), expected, architecture)
     return Opened(bridge, ModelInfo(name, revision, architecture, origin, "raw", weights), tokenizer)
+
+
+def _give_zero_biases(module: nn.Module, architecture: str) -> None:
+    """Gives q, k, v the biases, all zero, that TransformerLens reads in every GPT-NeoX (`attention_bias=False`)."""
+    if architecture != "GPTNeoXForCausalLM":
+        return
+    for name, part in module.named_modules():
+        if name.endswith("query_key_value") and isinstance(part, nn.Linear) and part.bias is None:  # pyright: ignore[reportUnnecessaryComparison]
+            part.bias = nn.Parameter(part.weight.new_zeros(part.out_features), requires_grad=False)
 
 
 def _check_finite(weights: Mapping[str, Tensor], name: str) -> None:

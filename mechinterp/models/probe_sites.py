@@ -116,13 +116,14 @@ def _definitions(model: Any, values: Mapping[Site, Tensor]) -> Iterator[Definiti
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x @ weight if bias is None else x @ weight + bias
+    out = x.to(weight.dtype) @ weight
+    return out if bias is None else out + bias
 
 
 def _not_pointwise(model: Any, tokens: Tensor, values: Mapping[Site, Tensor], layer: int) -> str | None:
     """Why the neurons are no function of `mlp_pre` one by one, times `mlp_up` where there is one; None if they are."""
     pre, up, post = (Site(kind, layer) for kind in ("mlp_pre", "mlp_up", "mlp_post"))
-    if values[pre].shape != values[post].shape:
+    if any(values[site].shape != values[post].shape for site in (pre, up) if site in values):
         return "it has not one entry for each of the neurons 'mlp_post'"
     some = (torch.rand(values[post].shape, generator=torch.Generator().manual_seed(layer)) < 0.5).to(model.device)
     asked = [site for site in (pre, up) if site in values]
