@@ -19,6 +19,7 @@ from mechinterp.analysis.logit_lens import writes_lens
 from mechinterp.analysis.relevance import relevance
 from mechinterp.analysis.weights import neuron_tokens
 from mechinterp.decomposition.contextual import contextual_decomposition
+from mechinterp.decomposition.encoder import load_encoder
 from mechinterp.decomposition.rules import PRESETS
 from mechinterp.decomposition.subject import Decoder
 from mechinterp.discovery.method import score_edges
@@ -372,3 +373,14 @@ def test_cd_works_where_no_pattern_is_shown(name: str, preset: str) -> None:
     whole, one = (score_edges(model, graph, some, method="cd", preset=preset, batch_size=n).values for n in (4, 1))
     torch.testing.assert_close(whole, one, rtol=0, atol=1e-5)  # float32
     assert float(whole.abs().max()) > 1e-3
+
+
+def test_an_encoder_with_odd_parts_is_one_line() -> None:
+    module = transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, vocab_size=50
+        )
+    ).eval()
+    module.classifier.bias = None
+    with pytest.raises(UnsupportedError, match=r"BertForSequenceClassification cannot be read.*AttributeError"):
+        as_installed(load_encoder)(module)
