@@ -22,8 +22,8 @@ from mechinterp.interventions import Run, SiteLike
 from mechinterp.models.attention import AttentionScores, softmax_where
 from mechinterp.models.layout import Dims
 from mechinterp.models.load import open_encoder
-from mechinterp.models.refusal import refusing
 from mechinterp.models.norm import measure_norm
+from mechinterp.models.refusal import refusing
 from mechinterp.models.source import ModelInfo
 from mechinterp.models.tokens import check_tokens
 from mechinterp.sites import Site
