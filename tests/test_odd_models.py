@@ -20,7 +20,6 @@ from mechinterp.analysis.relevance import relevance
 from mechinterp.analysis.weights import neuron_tokens
 from mechinterp.decomposition.contextual import contextual_decomposition
 from mechinterp.decomposition.encoder import load_encoder
-from mechinterp.decomposition.rules import PRESETS
 from mechinterp.decomposition.subject import Decoder
 from mechinterp.discovery.method import score_edges
 from mechinterp.discovery.neurons import top_neurons
@@ -124,12 +123,14 @@ def test_edges_of_experts_do_not_depend_on_the_batch(name: str) -> None:
     some, graph, metric = pairs(7, padded=True), build_graph(model), get_metric("logit_diff")
     cut = small_cut(graph)
     whole = run_edges(model, graph, some, cut).flatten()
-    alone = torch.cat([run_edges(model, graph, some[row : row + 1], cut).flatten() for row in range(7)])
-    short = torch.cat([run_edges(model, graph, unpadded(some, row), cut).flatten() for row in range(7)])
-    torch.testing.assert_close(alone, whole, rtol=0, atol=1e-5)  # float32; experts sum a batch in another order
-    torch.testing.assert_close(short, whole, rtol=0, atol=1e-5)
-    together = edge_gradients(model, graph, some, metric)
-    apart = sum(edge_gradients(model, graph, unpadded(some, row), metric) for row in range(7))
+    for row in (0, 4, 6):
+        for one in (some[row : row + 1], unpadded(some, row)):
+            found = run_edges(model, graph, one, cut).flatten()
+            # float32; experts sum the tokens of a batch in another order
+            torch.testing.assert_close(found, whole[row : row + 1], rtol=0, atol=1e-5)
+    few = some[3:5]  # lengths 4 and 3 of 7
+    together = edge_gradients(model, graph, few, metric)
+    apart = sum(edge_gradients(model, graph, unpadded(few, row), metric) for row in range(2))
     torch.testing.assert_close(together, apart, rtol=0, atol=5e-5)
 
 
@@ -164,7 +165,7 @@ def test_experts_in_float64() -> None:
 )
 def test_a_site_that_holds_another_value_is_refused(kind: str, instead: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(HOOK_NAMES, kind, instead)
-    refused = {site.kind for site in build("llama", dtype=torch.float32).refused}
+    refused = {site.kind for site in build("llama", num_hidden_layers=1, dtype=torch.float32).refused}
     assert kind in refused
 
 
@@ -220,10 +221,10 @@ def test_causality_is_measured(name: str, causal: bool) -> None:
 
 @pytest.mark.parametrize("name", ["Gemma-3", "Gemma-3, both ways"])
 def test_analyses_of_a_padded_batch_are_those_of_its_examples(name: str) -> None:
-    model, some, metric = opened(name), pairs(4, padded=True), get_metric("logit_diff")
+    model, some, metric = opened(name), pairs(4, padded=True)[2:], get_metric("logit_diff")
     graph = build_graph(model)
     cut = small_cut(graph)
-    alone = [unpadded(some, row) for row in range(4)]
+    alone = [unpadded(some, row) for row in range(2)]
     torch.testing.assert_close(
         run_edges(model, graph, some, cut).flatten(),
         torch.cat([run_edges(model, graph, one, cut).flatten() for one in alone]),
@@ -366,11 +367,13 @@ def test_patterns_in_closed_form_are_the_models_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["OPT", "GPT-Neo"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["frozen-remove", "patch"])
 def test_cd_works_where_no_pattern_is_shown(name: str, preset: str) -> None:
-    model, some = opened(name), pairs(4, padded=True)
+    model, some = opened(name), pairs(3, padded=True)
     graph = build_graph(model)
-    whole, one = (score_edges(model, graph, some, method="cd", preset=preset, batch_size=n).values for n in (4, 1))
+    whole, one = (
+        score_edges(model, graph, some, method="cd", preset=preset, top=2, batch_size=n).values for n in (3, 1)
+    )
     torch.testing.assert_close(whole, one, rtol=0, atol=1e-5)  # float32
     assert float(whole.abs().max()) > 1e-3
 
