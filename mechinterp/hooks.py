@@ -17,13 +17,13 @@ from torch import Tensor
 
 from mechinterp.errors import BusyError, InputError, SiteNotReached, UnsupportedError
 from mechinterp.interventions import Carry, Edit, Intervention, Point, Run, SiteLike, Stopped, as_interventions, fire
+from mechinterp.models.checks import check_model
 from mechinterp.models.hook_names import HOOK_NAMES
-from mechinterp.models.layout import Dims, Layout, build_layout
+from mechinterp.models.layout import Dims, Layout
 from mechinterp.models.load import open_model
 from mechinterp.models.mlps import run_mlp
 from mechinterp.models.modes import eval_mode
 from mechinterp.models.past import Past, empty_cache, past_of
-from mechinterp.models.probe import probe, probe_branches, probe_mlps, probe_past
 from mechinterp.models.source import ModelInfo
 from mechinterp.models.tokens import check_at, check_past, check_tokens
 from mechinterp.registry import unknown
@@ -45,13 +45,11 @@ class HookManager:
         self._outer: list[Intervention] = []
         self._points: dict[str, Any] = dict(bridge.hook_dict)
         self._layers_give_tuples = False
-        self.layout: Layout = build_layout(bridge)
+        self.layout: Layout
         self.refused: Mapping[Site, str] = {}
         self.branches: Mapping[str, str] = {}
-        self.branches = probe_branches(self)
-        self.refused = probe(self)
         self.keeps_past, self.bound_mlps = True, dict[int, str]()
-        self.keeps_past, self.bound_mlps = probe_past(self), probe_mlps(self)
+        check_model(self)
 
     @property
     def dims(self) -> Dims:

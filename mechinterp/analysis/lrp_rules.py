@@ -75,8 +75,10 @@ def check_receives(rules: Rules, kind: str) -> None:
 def rule_edits(model: HookManager, rules: Rules) -> list[Intervention]:
     """The rules of every layer as edits of one run with a backward; made anew for each run.
 
-    The final norm and a soft cap on the logits are in the loss: `lrp_loss`.
+    The final norm and a soft cap on the logits are in the loss: `lrp_loss`. Raises UnsupportedError for an MLP whose
+    activation function cannot be seen, as in a mixture of experts.
     """
+    _check_activations(model, rules)
     kept = _Kept({}, {})
     edits: list[Intervention] = []
     for layer in range(model.dims.n_layers):
@@ -93,6 +95,22 @@ def rule_edits(model: HookManager, rules: Rules) -> list[Intervention]:
         if model.dims.has_mlp:
             edits += _mlp_edits(model, layer, rules, kept)
     return edits
+
+
+def _check_activations(model: HookManager, rules: Rules) -> None:
+    if not model.dims.has_mlp or (not rules.activation and rules.gate == 1.0):
+        return
+    for layer in range(model.dims.n_layers):
+        maps = model.layout.mlp_maps[layer]
+        kinds = ["mlp_pre", "mlp_post"] + ["mlp_up"] * (maps is not None and maps.W_gate is not None)
+        for site in (Site(kind, layer) for kind in kinds):
+            if not model.has(site):
+                why = model.refused.get(site, "the model has no such site")
+                raise UnsupportedError(
+                    f"The rules for activation functions and gates need '{site}', and in layer {layer} of "
+                    f"{model.info.architecture} there is none: {why}. Use plain gradients: method 'eap', "
+                    "'eap-ig-inputs' or 'atp', or rules='gradient'."
+                )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mechinterp.decomposition.closed_patterns import keys_by_design
 from mechinterp.decomposition.operations import Add, Attention, Function, Gate, Linear, Normalize, Operation
 from mechinterp.decomposition.tape import Tape
 from mechinterp.errors import UnsupportedError
@@ -144,9 +145,6 @@ def visible_keys(
 
     Cost: one forward up to the last attention. Raises UnsupportedError where the closed form does not hold.
     """
-    n_pos = pairs.clean.shape[1]
-    square = torch.ones(n_pos, n_pos, dtype=torch.bool, device=model.device)
-    plain = (square.tril() if model.dims.causal else square) & pairs.mask[:, None, None]
     sites = [Site("scores", layer) for layer in range(model.dims.n_layers)]
     sites = [site for site in sites if model.has(site)]
     last = Site("z", model.dims.n_layers - 1)
@@ -157,7 +155,11 @@ def visible_keys(
             continue
         layer = op.output.partition(".")[2]
         scores = masked.get(Site("scores", int(layer)))
-        seen = plain if scores is None else (scores > torch.finfo(scores.dtype).min / 2).any(1, keepdim=True)
+        seen = (
+            keys_by_design(model, pairs, int(layer))
+            if scores is None
+            else (scores > torch.finfo(scores.dtype).min / 2).any(1, keepdim=True)
+        )
         own = op.scores(totals[op.inputs[0]], totals[op.inputs[1]])
         label = f"layer {layer} of {model.info.architecture}"
         check_pattern(label, own, seen, totals[tape.visible[op.output]], pairs.mask, tolerance)

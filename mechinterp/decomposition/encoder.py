@@ -23,6 +23,7 @@ from mechinterp.models.attention import AttentionScores, softmax_where
 from mechinterp.models.layout import Dims
 from mechinterp.models.load import open_encoder
 from mechinterp.models.norm import measure_norm
+from mechinterp.models.refusal import refusing
 from mechinterp.models.source import ModelInfo
 from mechinterp.models.tokens import check_tokens
 from mechinterp.sites import Site
@@ -298,4 +299,5 @@ def load_encoder(
         tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,
     )
-    return Encoder(module, info, tokenizer)
+    with refusing(f"{info.architecture} cannot be read as a BERT with a head", module.config):
+        return Encoder(module, info, tokenizer)

@@ -32,7 +32,10 @@ def suits(model: object, rules: Preset, targets: Sequence[Target], parts: Sequen
     """Whether one backward gives these: preset `linear`, one direction, and no part of a source in another's way."""
     one = len(targets) == 1 and targets[0].direction is not None
     apart = all(_apart(several) for several in parts)
-    return isinstance(model, HookManager) and rules == PRESETS["linear"] and one and apart
+    if not (isinstance(model, HookManager) and rules == PRESETS["linear"] and one and apart):
+        return False
+    # A backward must pass the patterns by; where they cannot be edited (OPT), the walk gives the same.
+    return all(model.has(Site("pattern", layer)) for layer in range(model.dims.n_layers))
 
 
 def _apart(several: tuple[Part, ...]) -> bool:

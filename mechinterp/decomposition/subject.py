@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mechinterp.decomposition.closed_patterns import complete_totals
 from mechinterp.decomposition.decoder import decoder_tape, named_totals, recorded_sites, visible_keys
 from mechinterp.decomposition.tape import HEAD, Tape, gathered
 from mechinterp.errors import InputError
@@ -109,6 +110,7 @@ class Decoder:
         if values is None:
             values = record_all(model, pairs)
         totals = named_totals(dict(values), torch.promote_types(model.dtype, torch.float32))
+        complete_totals(model, pairs, tape, totals)
         tolerance = TOLERANCE if model.dtype in (torch.float32, torch.float64) else 5e-2
         completeness = tape.check(totals, pairs.mask, tolerance)
         head_totals(tape, totals, at)

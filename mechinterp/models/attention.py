@@ -50,7 +50,8 @@ def attention_scores(bridge: Any, layer: int, n_pos: int) -> AttentionScores:
     attn = bridge.blocks[layer].attn
     component = getattr(attn, "original_component", None) or attn
     scale = getattr(component, "scaling", None)
-    scale = float(scale) if isinstance(scale, (int, float)) else float(attn.W_Q.shape[-1]) ** -0.5
+    usual = 1.0 if type(component).__name__ == "GPTNeoSelfAttention" else float(attn.W_Q.shape[-1]) ** -0.5
+    scale = float(scale) if isinstance(scale, (int, float)) else usual
     cap = getattr(component, "attn_logit_softcapping", None)
     cos, sin = _rotary_tables(bridge, layer, n_pos)
     return AttentionScores(scale, float(cap) if cap else None, cos, sin)

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mechinterp.errors import InputError, ModelNotAvailable, UnsupportedError
+from mechinterp.models.refusal import reason, refusing
 from mechinterp.models.source import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -43,15 +44,18 @@ def open_model(
     """The model that `spec` names, bridged. See `mechinterp.load_model` for what `spec` can be."""
     dtype, device = parse_dtype(dtype), parse_device(device)
     if isinstance(spec, (str, os.PathLike)):
-        return _open_named(os.fspath(spec), revision, dtype, device, tokenizer, trust_remote_code)
+        with refusing(f"Cannot open the model {os.fspath(spec)!r}", kind=InputError):
+            return _open_named(os.fspath(spec), revision, dtype, device, tokenizer, trust_remote_code)
     if revision is not None:
         raise InputError("`revision` goes with a hub id; a model in memory has none.")
     if isinstance(spec, nn.Module) and hasattr(spec, "hook_dict") and hasattr(spec, "blocks"):
-        return _wrap_bridge(spec, dtype, device, tokenizer)
+        with refusing("Cannot use this TransformerBridge"):
+            return _wrap_bridge(spec, dtype, device, tokenizer)
     if isinstance(spec, nn.Module) and hasattr(spec, "config"):
-        module = copy.deepcopy(spec).to(device=device, dtype=dtype)
-        name = getattr(spec.config, "name_or_path", "") or type(spec).__name__
-        return _bridge(module, name, None, "memory", tokenizer)
+        with refusing(f"Cannot use this {type(spec).__name__}"):
+            module = copy.deepcopy(spec).to(device=device, dtype=dtype)
+            name = getattr(spec.config, "name_or_path", "") or type(spec).__name__
+            return _bridge(module, name, None, "memory", tokenizer)
     raise InputError(
         f"Cannot load a model from {type(spec).__name__}; give 'bundled', a directory, a hub id, a Hugging Face model "
         "or a TransformerBridge."
@@ -129,11 +133,8 @@ def _auto_class(where: str, origin: str, revision: str | None) -> str:
     from transformers import AutoConfig
 
     keywords: dict[str, Any] = {"local_files_only": origin != "hub"} | ({"revision": revision} if revision else {})
-    try:
+    with refusing(f"Cannot load the model {where!r} from {origin}", kind=InputError):
         config: Any = AutoConfig.from_pretrained(where, **keywords)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"Cannot load the model {where!r} from {origin}: {reason}") from error
     named = (getattr(config, "architectures", None) or [""])[0]
     return "AutoModelForSequenceClassification" if named.endswith("SequenceClassification") else "AutoModelForMaskedLM"
 
@@ -184,7 +185,6 @@ def _from_pretrained(
     auto_class: str = "AutoModelForCausalLM",
 ) -> tuple[nn.Module, Any]:
     import transformers
-    from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
     keywords = {
@@ -204,10 +204,9 @@ def _from_pretrained(
             ignore_mismatched_sizes=True,  # they are in the report, by name, and refused below
             **keywords,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # damaged files make Hugging Face raise anything
         kind = ModelNotAvailable if origin == "hub" and _out_of_reach(error) else InputError
-        raise kind(f"Cannot load the model {where!r} from {origin}: {reason}") from error
+        raise kind(f"Cannot load the model {where!r} from {origin}: {reason(error)}.") from error
     module, report = loaded
     mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
     if mismatched:
@@ -226,7 +225,7 @@ def _from_pretrained(
     if tokenizer is None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(where, **keywords)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a damaged one raises anything; the model works without
             logger.warning("No tokenizer in %s (%s); prompts must be given as token ids.", where, type(error).__name__)
     return module, tokenizer
 
@@ -247,6 +246,7 @@ def _some(names: list[str]) -> str:
 
 
 def _bridge(module: nn.Module, name: str, revision: str | None, origin: str, tokenizer: Any) -> Opened:
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
     from transformer_lens.utilities.attn_implementation import force_eager_attention
 
@@ -258,15 +258,30 @@ def _bridge(module: nn.Module, name: str, revision: str | None, origin: str, tok
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(f"{architecture} has an encoder and a decoder; only decoder stacks are supported.")
     force_eager_attention(module)
+    if getattr(module, "dtype", None) == torch.float64 and hasattr(module, "set_experts_implementation"):
+        experts: Any = module
+        experts.set_experts_implementation("eager")  # the grouped product of experts has no float64
+    _give_zero_biases(module, architecture)
     prompts = _short_prompts(config.get_text_config())
     expected = _logits(module, architecture, prompts)
-    try:
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise UnsupportedError(
+            f"TransformerLens has no bridge for {architecture}, so it cannot be opened; take a model of another family."
+        )
+    with refusing(f"TransformerLens cannot bridge {architecture}", config):
         bridge = build_bridge_from_module(module, architecture, hf_config=config, model_name=name)
-    except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
-        raise UnsupportedError(f"TransformerLens cannot bridge {architecture}: {error}") from error
     force_eager_attention(module)
     _check_bridged(_logits(bridge, architecture, prompts), expected, architecture)
     return Opened(bridge, ModelInfo(name, revision, architecture, origin, "raw", weights), tokenizer)
+
+
+def _give_zero_biases(module: nn.Module, architecture: str) -> None:
+    """Gives q, k, v the biases, all zero, that TransformerLens reads in every GPT-NeoX (`attention_bias=False`)."""
+    if architecture != "GPTNeoXForCausalLM":
+        return
+    for name, part in module.named_modules():
+        if name.endswith("query_key_value") and isinstance(part, nn.Linear) and part.bias is None:  # pyright: ignore[reportUnnecessaryComparison]
+            part.bias = nn.Parameter(part.weight.new_zeros(part.out_features), requires_grad=False)
 
 
 def _check_finite(weights: Mapping[str, Tensor], name: str) -> None:
@@ -287,11 +302,9 @@ def _short_prompts(config: Any) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "
 def _logits(model: Any, architecture: str, prompts: tuple[Tensor, Tensor]) -> Float[Tensor, "token d_vocab"]:
     """The logits at the real tokens of short prompts."""
     tokens, mask = (part.to(next(model.parameters()).device) for part in prompts)
-    try:
-        with torch.no_grad():
-            found = model(tokens, attention_mask=mask)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise UnsupportedError(f"{architecture}: a short test run on token ids fails: {error}") from error
+    config = getattr(model, "config", None)
+    with refusing(f"{architecture}: a short test run on token ids fails", config), torch.no_grad():
+        found = model(tokens, attention_mask=mask)
     return getattr(found, "logits", found)[mask.bool()]
 
 

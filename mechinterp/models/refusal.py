@@ -1,0 +1,56 @@
+"""One line for whatever TransformerLens or Hugging Face raise while a model is opened, bridged or checked."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mechinterp.errors import MechInterpError, UnsupportedError
+
+LONGEST = 300
+"""Characters of another library's message that are shown."""
+
+
+@contextmanager
+def refusing(what: str, config: Any = None, kind: type[MechInterpError] = UnsupportedError) -> Iterator[None]:
+    """Turns an exception inside the block into `kind`: `what`, the reason, and the settings that may be behind it.
+
+    Errors of this package pass as they are. The exception itself is the cause, so a traceback still shows it.
+    """
+    try:
+        yield
+    except MechInterpError:
+        raise
+    except Exception as error:  # the one place: these libraries raise anything, from AssertionError to their own kinds
+        raise kind(f"{what}: {reason(error)}.{_unlike_the_defaults(config)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """The first line of the error's message, clipped; for a message that says little, also its type and its place.
+
+    >>> reason(ValueError("No such head.\\nTry another.")), reason(KeyError("pattern.0"))
+    ('No such head', "KeyError 'pattern.0'")
+    """
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "").rstrip(".:")
+    text = text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+    if isinstance(error, (ValueError, OSError, NotImplementedError)) and text:
+        return text
+    frames = traceback.extract_tb(error.__traceback__)
+    # Where the library was asked, not where torch gave up: the innermost frame that is not torch's own.
+    own = [frame for frame in frames if "torch" not in Path(frame.filename).parts]
+    place = f" in {own[-1].name} ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}{' ' * bool(text)}{text}{place}"
+
+
+def _unlike_the_defaults(config: Any) -> str:
+    """The switches of the configuration that differ from its family's defaults, as a sentence; "" for none."""
+    kinds = type(config)
+    switches = [
+        f"{name}={value}"
+        for name, value in sorted(getattr(config, "__dict__", {}).items())
+        if isinstance(value, bool) and isinstance(usual := getattr(kinds, name, None), bool) and usual is not value
+    ]
+    return f" Unlike the family's defaults: {', '.join(switches)}; a checkpoint without may load." if switches else ""
