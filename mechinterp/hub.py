@@ -24,11 +24,11 @@ from mechinterp.files.store import (
     open_circuit_file,
     parse_circuit_file,
     place_pair,
-    read_bounded,
     read_sidecar,
     sidecar_name,
 )
 from mechinterp.hub_errors import asking
+from mechinterp.plain_files import clip, exists, is_file, read_bounded
 from mechinterp.registry import unknown
 
 MAX_SIDECAR_BYTES = 8 * MAX_GRAPH_CELLS + 2**17
@@ -176,7 +176,7 @@ def pull_circuit(
             load_circuit(kept)
     wanted = {target: content} | ({folder / pair[0]: pair[1]} if pair else {})
     new = {path: data for path, data in wanted.items() if not _same(path, data)}
-    taken = [str(path) for path in new if path.exists() or path.is_symlink()]
+    taken = [str(path) for path in new if exists(path) or path.is_symlink()]
     if taken and not force:
         raise InputError(f"{' and '.join(taken)} would be overwritten; give another --out, or --force.")
     if new:
@@ -245,7 +245,7 @@ def _download(api: Any, place: Place, path: str, commit: str, most: int) -> byte
 
 def _same(path: Path, data: bytes) -> bool:
     """Whether a plain file at `path` holds these bytes."""
-    if path.is_symlink() or not path.is_file() or path.stat().st_size != len(data):
+    if path.is_symlink() or not is_file(path) or path.stat().st_size != len(data):
         return False
     return path.read_bytes() == data
 
