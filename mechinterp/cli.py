@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from mechinterp import cli_exchange, cli_hub, cli_view, options
-from mechinterp.errors import HubNotReached, InputError, MechInterpError, ModelNotAvailable
+from mechinterp.errors import HubNotReached, InputError, MechInterpError, ModelNotAvailable, clip
 from mechinterp.listing import (
     COMPARE_HELP,
     EVAL_HELP,
@@ -29,7 +29,7 @@ from mechinterp.listing import (
     RUN_HELP,
     VERIFY_HELP,
 )
-from mechinterp.plain_files import clip, is_file
+from mechinterp.plain_files import is_file
 from mechinterp.stored import about_file, find_file, stored_files
 from mechinterp.terminal import Terminal, print_what_the_terminal_can, quiet_libraries, say
 

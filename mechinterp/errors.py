@@ -33,3 +33,15 @@ class SiteNotReached(MechInterpError):
 
 class BusyError(MechInterpError):
     """The model is being run by another thread; one model is never used by two threads at once."""
+
+
+def clip(text: str, most: int) -> str:
+    """The text as a message shows it, its middle left out where it is longer than `most` letters.
+
+    >>> clip("abcdefghij", 7)
+    'ab...ij'
+    """
+    if len(text) <= most:
+        return text
+    half = (most - 3) // 2
+    return f"{text[:half]}...{text[len(text) - half :]}"

@@ -16,7 +16,7 @@ from typing import Any
 
 from mechinterp.errors import FormatError, InputError
 from mechinterp.files.circuit_file import circuit_of, load_circuit
-from mechinterp.files.schema_parts import MAX_GRAPH_CELLS
+from mechinterp.files.limits import MAX_GRAPH_CELLS
 from mechinterp.files.store import (
     MAX_JSON_BYTES,
     SUFFIX,
@@ -28,7 +28,7 @@ from mechinterp.files.store import (
     sidecar_name,
 )
 from mechinterp.hub_errors import asking
-from mechinterp.plain_files import clip, exists, is_file, read_bounded
+from mechinterp.plain_files import exists, is_file, read_bounded
 from mechinterp.registry import unknown
 
 MAX_SIDECAR_BYTES = 8 * MAX_GRAPH_CELLS + 2**17

@@ -12,7 +12,7 @@ from mechinterp.errors import FormatError
 
 MAX_DEPTH = 32
 MAX_VALUES = 2**22
-"""Values that a text may hold, keys of objects counted too: each takes up to 100 bytes of memory, whatever its length."""
+"""Values that a text may hold; each takes up to 100 bytes of memory, however short it is written."""
 MAX_DIGITS = 19
 """Whole numbers have at most this many digits: what 64 bits hold."""
 WIDTH = 110

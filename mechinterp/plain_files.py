@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from mechinterp.errors import FormatError
+from mechinterp.errors import FormatError, clip
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:
@@ -41,15 +41,3 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 def exists(path: str | os.PathLike[str]) -> bool:
     """Whether there is anything of that name; False for a name that can be none."""
     return os.path.exists(path)
-
-
-def clip(text: str, most: int) -> str:
-    """The text with its middle left out where it is longer than `most` letters.
-
-    >>> clip("abcdefghij", 7)
-    'ab...ij'
-    """
-    if len(text) <= most:
-        return text
-    half = (most - 3) // 2
-    return f"{text[:half]}...{text[len(text) - half :]}"

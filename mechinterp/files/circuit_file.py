@@ -27,15 +27,14 @@ from mechinterp.files.records import (
     task_record,
 )
 from mechinterp.files.schema import SCHEMA_VERSION, CircuitFile
+from mechinterp.files.schema_pairs import PairsRecord, TaskPairs
 from mechinterp.files.schema_parts import (
     CurvePointRecord,
     CurveRecord,
     GraphRecord,
-    PairsRecord,
     SelectionRecord,
     Sidecar,
     SizeRule,
-    TaskPairs,
     TokensTaskRecord,
 )
 from mechinterp.files.store import (

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from mechinterp.errors import FormatError, InputError
+from mechinterp.errors import FormatError, InputError, clip
 from mechinterp.files.schema import SCHEMA_VERSION, CircuitFile, circuit_sha256
 from mechinterp.files.schema_parts import Sidecar
 from mechinterp.jsontext import canonical_sha256, check_size, parse_json, render_json
-from mechinterp.plain_files import clip, is_file, read_bounded
+from mechinterp.plain_files import is_file, read_bounded
 from mechinterp.tasks.schema import checked
 
 SUFFIX = ".circuit.json"
@@ -130,7 +130,7 @@ def read_sidecar(path: Path, sidecar: Sidecar, max_bytes: int) -> bytes:
     Raises FormatError when it is missing, too large, a link that leaves the folder, or another file than stated.
     """
     target = path.parent / sidecar.file
-    found = _inside(path, target)
+    found = inside(path, target)
     content = read_bounded(found, max_bytes)
     got = hashlib.sha256(content).hexdigest()
     if got == sidecar.sha256:
@@ -297,7 +297,7 @@ def _sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _inside(path: Path, target: Path) -> Path:
+def inside(path: Path, target: Path) -> Path:
     """`target`, once it is known to lie in the folder of `path` with all links followed."""
     try:
         found, folder = target.resolve(), path.parent.resolve()

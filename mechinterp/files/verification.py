@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from mechinterp.circuit import Circuit
-from mechinterp.discovery.method import METHODS, score_edges
+from mechinterp.discovery.method import check_settings, score_edges
 from mechinterp.discovery.select import select
 from mechinterp.discovery.stable import stable_scores
-from mechinterp.errors import InputError, MechInterpError, ModelNotAvailable
+from mechinterp.errors import InputError, MechInterpError, ModelNotAvailable, clip
 from mechinterp.evaluation.faithfulness import ablation_of, evaluate
 from mechinterp.evaluation.sizes import CurvePoint, size_curve, smallest_faithful
 from mechinterp.files.circuit_file import stated_circuit, stated_graph, stated_scores
@@ -32,12 +32,15 @@ from mechinterp.files.records import (
     tolerance_for,
 )
 from mechinterp.files.schema import CircuitFile, circuit_sha256
-from mechinterp.files.schema_parts import CurveRecord, TaskPairs, TaskRecord, Tolerance
-from mechinterp.files.store import OpenedFile, open_circuit_file
+from mechinterp.files.schema_pairs import TaskPairs
+from mechinterp.files.schema_parts import CurveRecord, TaskRecord, Tolerance
+from mechinterp.files.store import OpenedFile, inside, open_circuit_file
 from mechinterp.hooks import HookManager, load_model
 from mechinterp.jsontext import six_digits
+from mechinterp.plain_files import is_file, is_folder, read_bounded
 from mechinterp.scores import Scores
 from mechinterp.tasks.pairs import Pairs
+from mechinterp.tasks.rows import MAX_BYTES
 from mechinterp.tasks.task import Task, load_task
 
 Progress = Callable[[str, int, int], None]
@@ -187,7 +190,7 @@ def load_stated_model(document: CircuitFile, path: Path, model: Any, device: tor
             f"The model ({stated.name}) was in memory, no name opens it; give it: verify(model=...)."
         )
     name = stated.name
-    if stated.origin == "directory" and not Path(name).is_dir() and (path.parent / name).is_dir():
+    if stated.origin == "directory" and not is_folder(name) and is_folder(path.parent / name):
         name = str(path.parent / name)
     revision = stated.revision if stated.origin == "hub" else None
     return load_model(name, revision=revision, dtype=stated.dtype, device=device)
@@ -238,19 +241,20 @@ def _check_task(opened: OpenedFile, ledger: Ledger) -> Task | None:
             task = task_of(record)
             ledger.equal("task", task.digest(), record.sha256, f"task {record.name!r} was changed")
             ledger.equal("task.version", task.version, record.version)
-    path = None if record is None or record.kind == "tokens" else record.path
-    if record is None or record.kind == "tokens" or path is None:
+    if record is None or record.kind == "tokens" or record.path is None:
         return task
-    there = [place for place in (Path(path), opened.path.parent / Path(path).name) if place.is_file()]
-    if not there:
-        ledger.notes.append(f"{path} is not here; what the circuit file itself holds of it was used.")
+    name = Path(record.path).name
+    beside = opened.path.parent / name  # nowhere else: a file must not make us open what it names
+    if name in ("", "..") or not is_file(beside):
+        ledger.notes.append(f"{clip(name, 100)} is not beside the circuit file; what that holds of it was used.")
         return task
     with ledger.claimed("task file"):
+        found = inside(opened.path, beside)
         if isinstance(record, TaskRecord):
-            digest = load_task(there[0]).digest()
+            same = load_task(found).digest() == record.sha256
         else:
-            digest = hashlib.sha256(there[0].read_bytes()).hexdigest()
-        ledger.equal("task file", digest, record.sha256, f"{there[0]} was changed")
+            same = hashlib.sha256(read_bounded(found, MAX_BYTES)).hexdigest() == record.sha256
+        ledger.holds("task file", same, "the file that was used", "that" if same else f"{beside} was changed")
     return task
 
 
@@ -314,7 +318,7 @@ def _check_curve(
     ledger: Ledger,
 ) -> None:
     parameters = document.selection.parameters
-    ratio = parameters.get("ratio")
+    ratio: Any = parameters.get("ratio")  # of any type, in a file; `select` checks it
     points = [CurvePoint(p.n_selected, p.n_edges, p.faithfulness) for p in curve.points]
     size = document.selection.size
     if size is not None:
@@ -332,7 +336,7 @@ def _check_curve(
             [point.n_selected for point in points],
             rule=str(parameters.get("rule", "top")),
             by=str(parameters.get("by", "magnitude")),
-            ratio=None if ratio is None else float(ratio),
+            ratio=ratio,
             metric=curve.metric,
             replacement=curve.replacement,
             batch_size=batch_size,
@@ -360,9 +364,7 @@ def _rescore(
     with ledger.claimed("scores again"):
         settings: dict[str, Any] = dict(stated.parameters)
         stable = {name: settings.pop(f"{STABLE}{name}") for name in STABLE_SETTINGS if f"{STABLE}{name}" in settings}
-        foreign = sorted(set(settings) - set(METHODS.get(stated.method).defaults))
-        if foreign:  # a file must not reach the other arguments, such as `resume`
-            raise InputError(f"Method {stated.method!r} has no parameter {foreign[0]!r}.")
+        check_settings(stated.method, settings)  # a file must not reach the other arguments, such as `resume`
         score = score_edges
         if stable:
 

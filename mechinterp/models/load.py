@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mechinterp.errors import InputError, ModelNotAvailable, UnsupportedError
+from mechinterp.errors import InputError, ModelNotAvailable, UnsupportedError, clip
 from mechinterp.models.source import ModelInfo
-from mechinterp.plain_files import clip, exists, is_folder
+from mechinterp.plain_files import exists, is_folder
 
 logger = logging.getLogger(__name__)
 
