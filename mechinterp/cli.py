@@ -47,10 +47,9 @@ UsageProblem: Any = typer.BadParameter.__mro__[2]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code of the command line.
+    """The exit code: 0 done, 1 a claim failed, 2 bad input, 3 no model here, 70 an unexpected error, 130 interrupted.
 
-    0 done, 1 a claim failed, 2 bad input, 3 no model here, 70 an error that nobody expected (a mistake of ours, or too
-    little memory), 130 interrupted. With `--traceback`, anywhere among the arguments, the unexpected is raised.
+    With `--traceback` anywhere among the arguments, an unexpected error is raised instead.
     """
     print_what_the_terminal_can()
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -194,7 +193,9 @@ def _eval(
 def _verify(
     file: options.File,
     model: Annotated[str | None, typer.Option(help="Use this model.  [default: the one that the file names]")] = None,
-    tolerance: Annotated[float | None, typer.Option(help="Relative tolerance.  [default: the file's own]")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Relative tolerance.  [default: the file's own]")
+    ] = None,
     rescore: Annotated[bool, typer.Option("--rescore", help="Score all edges again, too.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: cpu]")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs at a time.")] = 32,
@@ -275,10 +276,12 @@ def _do_verify(file: str, options: dict[str, Any]) -> int:
 
     path, console = find_file(file), Terminal()
     with stages(Console(stderr=True)) as progress:
+        from mechinterp.files.planned import plan_of_file
         from mechinterp.pipeline import verify
         from mechinterp.tables import failed_table
 
         quiet_libraries()
+        say(console, plan_of_file(path, options["rescore"]))
         result = verify(path, progress=progress, **options)
     for note in result.notes:
         say(console, f"note: {note}")

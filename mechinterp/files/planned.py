@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mechinterp.files.schema import CircuitFile
+from mechinterp.files.store import open_circuit_file
 
 OWN_RUNS = 3
 """Of an evaluation besides its random circuits: the model, the circuit, the empty circuit."""
@@ -31,6 +34,11 @@ def planned_runs(document: CircuitFile, rescore: bool = False) -> str:
     if not parts:
         return f"to run: nothing{again}"
     return f"to run: {', '.join(parts)}; about {runs:,} forward passes of one example{again}"
+
+
+def plan_of_file(path: Path, rescore: bool) -> str:
+    """The same of a file. Raises FormatError when it is no circuit file."""
+    return planned_runs(open_circuit_file(path).document, rescore)
 
 
 def _n_of(document: CircuitFile, pairs: str | None) -> int:
