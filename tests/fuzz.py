@@ -35,14 +35,14 @@ from mechinterp.formats.eap_ig_pt import to_eap_ig_pt
 from mechinterp.listing import EXPORT_FORMATS
 from mechinterp.tasks import task as task_module
 from tests import models_tiny as tiny
-from tests.hostile_json import Done, harmed, mutated, run, sealed, sha256
+from tests.hostile_json import NUMBERS, OTHERS, Done, harmed, mutated, run, sealed, sha256
 from tests.toy_circuits import toy_circuit, toy_document
 from tests.words_model import save_words_model
 
 SECONDS, BYTES = 1.0, 2**29
 STORED = Path(__file__).parents[1] / "circuits"
 PUBLISHED = ("docstring-heimersheim2023-heads", "tracr-reverse-zero")
-COMMANDS = ("show", "validate", "cite", "verify", "view", "diff", "export")
+COMMANDS = (*("verify",) * 3, *("show",) * 2, "validate", "cite", "view", "diff", "export")
 EXPECTED = {
     "show": ((0,), (0, 2)),  # it needs no graph, and so shows edges that there cannot be
     "cite": ((0,), (2,)),
@@ -165,7 +165,13 @@ def of_sidecar(place: Place, draw: random.Random) -> Iterator[str]:
     size = int.from_bytes(place.sidecar[:8], "little")
     made = harmed(place.sidecar, draw)
     if draw.random() < 0.6:
-        header = json.dumps(mutated(json.loads(place.sidecar[8 : 8 + size]), draw)).encode()
+        stated = json.loads(place.sidecar[8 : 8 + size])
+        if draw.random() < 0.5:
+            key = draw.choice(("dtype", "shape", "data_offsets"))
+            stated["scores"][key] = draw.choice((*NUMBERS, *OTHERS, "F16", [[]], [1.0, True], [-1, 4]))
+        else:
+            stated = mutated(stated, draw)
+        header = json.dumps(stated).encode()
         made = len(header).to_bytes(8, "little") + header + place.sidecar[8 + size :]
     (path.parent / "all.scores.safetensors").write_bytes(made)
     right = draw.random() < 0.8
