@@ -35,8 +35,7 @@ from mechinterp.terminal import Terminal, print_what_the_terminal_can, quiet_lib
 
 OK, CLAIM_FAILED, BAD_INPUT, NO_MODEL, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 70, 130, 141
 TRACEBACK = "--traceback"
-MOST_LETTERS = 1000
-"""Of a message; a file can hold longer words."""
+MOST_LETTERS = 1000  # of a message; a file can hold longer words
 
 app = typer.Typer(
     name="discover-circuit", help=HELP, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False
@@ -281,7 +280,8 @@ def _do_verify(file: str, options: dict[str, Any]) -> int:
         from mechinterp.tables import failed_table
 
         quiet_libraries()
-        say(console, plan_of_file(path, options["rescore"]))
+        if plan := plan_of_file(path, options["rescore"]):
+            say(console, plan)
         result = verify(path, progress=progress, **options)
     for note in result.notes:
         say(console, f"note: {note}")

@@ -1,4 +1,4 @@
-"""Re-sealed files whose settings are of odd types or sizes, verified with their model: failed claims, never a traceback."""
+"""Re-sealed files with settings of odd types or sizes, verified with their model: failed claims, no traceback."""
 
 from __future__ import annotations
 

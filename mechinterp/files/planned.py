@@ -12,7 +12,10 @@ OWN_RUNS = 3
 
 
 def planned_runs(document: CircuitFile, rescore: bool = False) -> str:
-    """One line: what the file asks to be run again, and about how many forward passes of one example that takes."""
+    """One line: what the file asks to be run again, and about how many forward passes of one example that takes.
+
+    Empty when there is nothing to run.
+    """
     parts: list[str] = []
     runs = 0
     if document.evaluation:
@@ -32,7 +35,7 @@ def planned_runs(document: CircuitFile, rescore: bool = False) -> str:
         asked = ", ".join(f"{name}={value}" for name, value in stated.parameters.items())
         again = f"; and all scores again: {stated.method} on {n:,} examples ({asked or 'no parameters'})"
     if not parts:
-        return f"to run: nothing{again}"
+        return f"to run: {again.removeprefix('; and ')}" if again else ""
     return f"to run: {', '.join(parts)}; about {runs:,} forward passes of one example{again}"
 
 
