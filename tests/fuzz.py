@@ -32,6 +32,7 @@ from mechinterp.errors import InputError, ModelNotAvailable
 from mechinterp.files import verification
 from mechinterp.formats.eap_ig_json import to_eap_ig_json
 from mechinterp.formats.eap_ig_pt import to_eap_ig_pt
+from mechinterp.jsontext import parse_json
 from mechinterp.listing import EXPORT_FORMATS
 from mechinterp.tasks import task as task_module
 from tests import models_tiny as tiny
@@ -39,7 +40,9 @@ from tests.hostile_json import NUMBERS, OTHERS, Done, harmed, mutated, run, seal
 from tests.toy_circuits import toy_circuit, toy_document
 from tests.words_model import save_words_model
 
-SECONDS, BYTES = 1.0, 2**29
+# A second of processor time; the shapes and types that pytest has checked at every call take several times as long.
+SECONDS = 8.0 if hasattr(parse_json, "__wrapped__") else 1.0
+BYTES = 2**29
 STORED = Path(__file__).parents[1] / "circuits"
 PUBLISHED = ("docstring-heimersheim2023-heads", "tracr-reverse-zero")
 COMMANDS = (*("verify",) * 3, *("show",) * 2, "validate", "cite", "view", "diff", "export")
