@@ -21,6 +21,7 @@ from mechinterp.graph import graph_of
 from mechinterp.jsontext import MAX_VALUES, parse_json
 from mechinterp.listing import EXPORT_FORMATS
 from mechinterp.models.layout import Dims
+from mechinterp.tasks import task as task_module
 from mechinterp.tasks.files import load_pairs
 from mechinterp.tasks.task import load_task
 from tests.fuzz import BYTES, SECONDS, Place, at_most, place_in, without_models
@@ -420,7 +421,7 @@ def test_half_of_a_surrogate_pair_is_refused(place: Place, tmp_path: Path) -> No
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"clean": "a \\ud800", "corrupt": "b c"}\n' * 2, "utf-8")
     assert "surrogate" in complaint("run", path, "--out", tmp_path / "out")
-    task = Path(load_task.__code__.co_filename).with_name("ioi.yaml").read_text("utf-8")
+    task = Path(task_module.__file__).with_name("ioi.yaml").read_text("utf-8")
     path = tmp_path / "task.yaml"
     path.write_text(task.replace("title: ", 'title: "\\ud800" #', 1), "utf-8")
     assert "task.yaml" in complaint("run", path, "--out", tmp_path / "out")

@@ -44,9 +44,9 @@ def why(found: Verification, claim: str) -> str:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"bootstrap_seed": "x", "bootstrap_resamples": 2, "bootstrap_agreement": 0.9}, "seed must be a whole number"),
-        ({"bootstrap_resamples": "x"}, "resamples must be a whole number"),
-        ({"bootstrap_agreement": "x"}, "agreement is a share"),
+        ({"bootstrap_seed": "x", "bootstrap_resamples": 2, "bootstrap_agreement": 0.9}, "seed is a whole number"),
+        ({"bootstrap_resamples": "x"}, "resamples is a whole number"),
+        ({"bootstrap_agreement": "x"}, "agreement is a number"),
         ({"replacement": 3}, "replacement of method 'eap' is a word"),
         ({"replacement": "x" * 9000}, "x..."),
         ({"resume": "/etc/passwd"}, "has no parameter 'resume'"),

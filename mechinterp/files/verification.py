@@ -34,6 +34,7 @@ from mechinterp.files.records import (
 from mechinterp.files.schema import CircuitFile, circuit_sha256
 from mechinterp.files.schema_pairs import TaskPairs
 from mechinterp.files.schema_parts import CurveRecord, TaskRecord, Tolerance
+from mechinterp.files.settings import SELECTION, STABLE, check_types
 from mechinterp.files.store import OpenedFile, inside, open_circuit_file
 from mechinterp.hooks import HookManager, load_model
 from mechinterp.jsontext import six_digits
@@ -46,8 +47,7 @@ from mechinterp.tasks.task import Task, load_task
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 
-SELECTION_PARAMETERS = {"edges", "nodes", "threshold", "rule", "by", "ratio"}
-STABLE, STABLE_SETTINGS = "bootstrap_", ("resamples", "agreement", "seed")
+BOOTSTRAP = "bootstrap_"
 """How `stable_scores` records its own settings among those of the method."""
 
 
@@ -149,10 +149,11 @@ def _check_selection(circuit: Circuit, document: CircuitFile, ledger: Ledger) ->
     parameters: dict[str, Any] = dict(circuit.selection)
     if circuit.scores is None or not parameters:
         return
-    if set(parameters) - SELECTION_PARAMETERS:
+    if set(parameters) - set(SELECTION):
         ledger.notes.append(f"The selection ({', '.join(sorted(parameters))}) is not one that can be applied again.")
         return
     with ledger.claimed("selection"):
+        check_types(parameters, SELECTION)
         again = select(circuit.graph, circuit.scores, **parameters)
         differ = sorted(set(again.edges) ^ set(circuit.edges))
         detail = f"{len(differ)} edges differ, first {differ[0]}" if differ else ""
@@ -317,8 +318,7 @@ def _check_curve(
     batch_size: int,
     ledger: Ledger,
 ) -> None:
-    parameters = document.selection.parameters
-    ratio: Any = parameters.get("ratio")  # of any type, in a file; `select` checks it
+    parameters: dict[str, Any] = dict(document.selection.parameters)
     points = [CurvePoint(p.n_selected, p.n_edges, p.faithfulness) for p in curve.points]
     size = document.selection.size
     if size is not None:
@@ -329,14 +329,15 @@ def _check_curve(
         ledger.failed("curve", f"not run: the pairs {curve.pairs!r} are not what the file states")
         return
     with ledger.claimed("curve"):
+        check_types({name: parameters[name] for name in ("rule", "by", "ratio") if name in parameters}, SELECTION)
         again = size_curve(
             model,
             scores,
             pairs[curve.pairs],
             [point.n_selected for point in points],
-            rule=str(parameters.get("rule", "top")),
-            by=str(parameters.get("by", "magnitude")),
-            ratio=ratio,
+            rule=parameters.get("rule", "top"),
+            by=parameters.get("by", "magnitude"),
+            ratio=parameters.get("ratio"),
             metric=curve.metric,
             replacement=curve.replacement,
             batch_size=batch_size,
@@ -363,7 +364,8 @@ def _rescore(
         return
     with ledger.claimed("scores again"):
         settings: dict[str, Any] = dict(stated.parameters)
-        stable = {name: settings.pop(f"{STABLE}{name}") for name in STABLE_SETTINGS if f"{STABLE}{name}" in settings}
+        stable = {name: settings.pop(f"{BOOTSTRAP}{name}") for name in STABLE if f"{BOOTSTRAP}{name}" in settings}
+        check_types(stable, STABLE)
         check_settings(stated.method, settings)  # a file must not reach the other arguments, such as `resume`
         score = score_edges
         if stable:
