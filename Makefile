@@ -1,4 +1,4 @@
-# make demo | test | test-fast | lint | format | types | docs | benchmark
+# make demo | test | test-fast | fuzz | lint | format | types | docs | benchmark
 # The first call makes .venv; change the interpreter with: make test PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # Nothing here needs the network, so nothing may use it.
 export HF_HUB_OFFLINE := 1
 # The workers of one test run share the cores: one thread each.
-test test-fast: export OMP_NUM_THREADS ?= 1
+test test-fast fuzz: export OMP_NUM_THREADS ?= 1
 
 DEMO_OUT := out/ioi
 DEMO_RUN := run ioi --model bundled --method eap-ig --out $(DEMO_OUT)
@@ -19,7 +19,7 @@ DEMO_CIRCUIT := $(DEMO_OUT)/ioi-bundled-eap-ig.circuit.json
 DEMO_REPORT := $(DEMO_OUT)/ioi-bundled-eap-ig.report.html
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast lint format types docs benchmark
+.PHONY: demo test test-fast fuzz lint format types docs benchmark
 
 demo: $(VENV)/.installed
 	$(BIN)/discover-circuit $(DEMO_RUN)
@@ -31,6 +31,10 @@ test: $(VENV)/.installed-dev
 
 test-fast: $(VENV)/.installed-dev
 	$(PYTEST)
+
+CASES ?= 10000
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.fuzz $(CASES)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from mechinterp import cli_exchange, cli_hub, cli_verify, cli_view, options
-from mechinterp.errors import HubNotReached, InputError, MechInterpError, ModelNotAvailable
+from mechinterp.errors import HubNotReached, InputError, MechInterpError, ModelNotAvailable, clip
 from mechinterp.listing import (
     COMPARE_HELP,
     EVAL_HELP,
@@ -28,10 +28,13 @@ from mechinterp.listing import (
     METRICS,
     RUN_HELP,
 )
+from mechinterp.plain_files import is_file
 from mechinterp.stored import about_file, find_file, stored_files
 from mechinterp.terminal import Terminal, print_what_the_terminal_can, quiet_libraries, say
 
-OK, CLAIM_FAILED, BAD_INPUT, NO_MODEL, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 130, 141
+OK, CLAIM_FAILED, BAD_INPUT, NO_MODEL, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 70, 130, 141
+TRACEBACK = "--traceback"
+MOST_LETTERS = 1000  # of a message; a file can hold longer words
 
 app = typer.Typer(
     name="discover-circuit", help=HELP, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False
@@ -42,9 +45,14 @@ UsageProblem: Any = typer.BadParameter.__mro__[2]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code of the command line: 0, 1 a claim failed, 2 bad input, 3 no model here, 130 interrupted."""
+    """The exit code: 0 done, 1 a claim failed, 2 bad input, 3 no model here, 70 an unexpected error, 130 interrupted.
+
+    With `--traceback` anywhere among the arguments, an unexpected error is raised instead.
+    """
     print_what_the_terminal_can()
-    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    raised = TRACEBACK in given
+    given = [word for word in given if word != TRACEBACK] or ["--help"]
     try:
         action: Action | int | None = app(given, prog_name="discover-circuit", standalone_mode=False)
         code = action() if callable(action) else action or OK
@@ -61,6 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
         return PIPE_CLOSED
+    except Exception as error:
+        if raised:
+            raise
+        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        hint = "This is a mistake in mechinterp; --traceback shows where, for a report."
+        if isinstance(error, MemoryError):
+            hint = "There is not enough memory for this; --traceback shows where."
+        return _complain(f"unexpected error, {clip(said, MOST_LETTERS - 200)}. {hint}", UNEXPECTED)
 
 
 def _version(wanted: bool) -> bool:
@@ -74,6 +90,9 @@ def _version(wanted: bool) -> bool:
 def _top(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option(TRACEBACK, help="Show where an unexpected error (exit code 70) comes from.")
     ] = False,
 ) -> None: ...
 
@@ -304,8 +323,8 @@ def _do_list() -> int:
 def _check_task(task: str) -> None:
     """Refuse a wrong task before torch is imported."""
     if Path(task).suffix.lower() in (".jsonl", ".csv"):
-        if not Path(task).is_file():
-            raise InputError(f"There is no file {task!r}.")
+        if not is_file(task):
+            raise InputError(f"There is no file {clip(task, 200)!r}.")
         return
     from mechinterp.tasks.task import load_task
 
@@ -338,5 +357,5 @@ def _print_roles(console: Console, found: Any) -> None:
 def _complain(message: str, code: int) -> int:
     from mechinterp.tables import plain
 
-    print(f"discover-circuit: {plain(message)}", file=sys.stderr)
+    print(f"discover-circuit: {clip(plain(message), MOST_LETTERS)}", file=sys.stderr)
     return code

@@ -20,6 +20,7 @@ from mechinterp.listing import (
     IMPORT_HELP,
     VALIDATE_HELP,
 )
+from mechinterp.plain_files import is_folder
 from mechinterp.stored import find_file
 from mechinterp.terminal import Terminal, quiet_libraries, say
 
@@ -92,7 +93,7 @@ def _do_import(path: str, format: str, model: str, out: Path) -> int:
 def _do_validate(file: str) -> int:
     from mechinterp.exchange import validate_file
 
-    if Path(file).is_dir():
+    if is_folder(file):
         return _validate_submission(Path(file))
     for line in validate_file(path := find_file(file)):
         say(Terminal(), line)

@@ -25,7 +25,9 @@ Action = Callable[[], int]
 def _verify(
     file: options.File,
     model: Annotated[str | None, typer.Option(help="Use this model.  [default: the one that the file names]")] = None,
-    tolerance: Annotated[float | None, typer.Option(help="Relative tolerance.  [default: the file's own]")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Relative tolerance.  [default: the file's own]")
+    ] = None,
     rescore: Annotated[bool, typer.Option("--rescore", help="Score all edges again, too.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail on any warning, too (exit code 1).")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: cpu]")] = None,
@@ -42,9 +44,12 @@ def _do_verify(file: str, strict: bool, asked: dict[str, Any]) -> int:
     absent: UnverifiedModel | None = None
     with stages(Console(stderr=True)) as progress:
         from mechinterp.files.claims import UnverifiedModel
+        from mechinterp.files.planned import plan_of_file
         from mechinterp.pipeline import verify
 
         quiet_libraries()
+        if plan := plan_of_file(path, asked["rescore"]):
+            say(console, plan)
         try:
             result = verify(path, progress=progress, **asked)
         except UnverifiedModel as error:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 
 from mechinterp.circuit import Circuit
-from mechinterp.errors import InputError
 from mechinterp.files.circuit_file import load_circuit, save_circuit
 from mechinterp.files.compare_files import diff_circuits
 from mechinterp.files.difference import CircuitDiff
 from mechinterp.files.schema import CircuitFile
 from mechinterp.files.schema_parts import Origin
 from mechinterp.files.store import SUFFIX, check_hashes, open_circuit_file
+from mechinterp.formats.bibtex import citation_of
 from mechinterp.formats.exports import EXPORTS, export_circuit, write_export
 from mechinterp.formats.imports import IMPORTS, import_circuit
 from mechinterp.hooks import load_model
 from mechinterp.registry import unknown
 from mechinterp.report.difference import write_difference
-
-DISTRIBUTION = "mechinterp-circuits"
 
 
 def opened(file: str | Path) -> tuple[Circuit, CircuitFile]:
@@ -78,44 +74,6 @@ def diff_files(a: str | Path, b: str | Path, out: str | Path | None = None) -> C
 def cite_file(file: str | Path) -> str:
     """BibTeX of the paper that the circuit is of, where it names one, of the file with its hash, and of the software.
 
-    The software's version is the one that made the file, or this one where it states none.
+    See `mechinterp.formats.bibtex`: nothing that the file holds is printed as it is.
     """
-    _, document = opened(file)
-    citation, made = document.citation, document.provenance.versions.get("mechinterp")
-    entries: list[str] = []
-    if citation is not None and citation.bibtex is not None:
-        entries.append(citation.bibtex.strip())
-    elif citation is not None and citation.title is not None:
-        fields = {"title": citation.title, "author": " and ".join(citation.authors), "doi": citation.doi}
-        fields |= {"eprint": citation.arxiv, "url": citation.url}
-        entries.append(_entry("article", f"{document.id}-paper", fields))
-    fields = {
-        "title": f"{{{document.title}}}",
-        "howpublished": f"circuit file, {document.kind} {document.id}",
-        "note": f"circuit sha256 {document.integrity.circuit_sha256}, status {document.status}",
-    }
-    software = {
-        "title": "{mechinterp: find the circuit of a task in a transformer, write it to a file, and check it again}",
-        "author": "{mechinterp contributors}",
-        "version": made or metadata.version(DISTRIBUTION),
-        "howpublished": f"Python package {DISTRIBUTION}",
-    }
-    return "\n\n".join([*entries, _entry("misc", document.id, fields), _entry("misc", DISTRIBUTION, software)])
-
-
-def _entry(kind: str, key: str, fields: Mapping[str, str | None]) -> str:
-    lines = [f"  {name} = {{{_tex(value)}}}," for name, value in fields.items() if value]
-    safe = "".join(letter if letter.isalnum() or letter in "-_.:" else "-" for letter in key)
-    return "\n".join([f"@{kind}{{{safe},", *lines, "}"])
-
-
-def _tex(text: str) -> str:
-    """Text of a stranger as it may stand between the braces of a BibTeX field."""
-    outer = text.startswith("{") and text.endswith("}")
-    plain = text[1:-1] if outer else text
-    if any(not letter.isprintable() for letter in plain):
-        raise InputError("The file's citation holds letters that cannot be printed.")
-    escaped = plain.replace("\\", "/").replace("{", "(").replace("}", ")")
-    for sign in "&%$#_":
-        escaped = escaped.replace(sign, f"\\{sign}")
-    return f"{{{escaped}}}" if outer else escaped
+    return citation_of(opened(file)[1])

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 
 import torch
 from jaxtyping import Bool, Int
@@ -216,12 +217,21 @@ class Graph:
 
     def digest(self) -> str:
         """sha256 over writers, readers and edges, and what is chosen as one where that is not edges."""
-        rows: list[object] = [self.writers, self.readers]
-        if self.plain:
-            rows.append(self.possible.nonzero().tolist())
+        made = hashlib.sha256()
+        if self.plain:  # the JSON of [writers, readers, [[reader, writer], ...]], one reader at a time
+            made.update(f"[{json.dumps(self.writers)}, {json.dumps(self.readers)}, [".encode())
+            numbers, first = [str(w) for w in range(len(self.writers))], True
+            for r, row in enumerate(self.possible):
+                writers = list(compress(numbers, row.tolist()))
+                if writers:
+                    made.update(("" if first else ", ").encode())
+                    made.update(f"[{r}, {f'], [{r}, '.join(writers)}]".encode())
+                    first = False
+            made.update(b"]]")
         else:  # of every reader the first so many writers are possible
-            rows += [self.possible.sum(1).tolist(), self.level, self.answers]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+            rows = [self.writers, self.readers, self.possible.sum(1).tolist(), self.level, self.answers]
+            made.update(json.dumps(rows).encode())
+        return made.hexdigest()
 
 
 def build_graph(
@@ -312,8 +322,7 @@ def graph_of(
     before.append(len(writers))
     possible = torch.arange(len(writers))[None, :] < torch.tensor(before)[:, None]
     fed = torch.zeros_like(possible)
-    for reader, writer in feeds:
-        fed[reader, writer] = True
+    fed[tuple(torch.tensor(feeds, dtype=torch.long).reshape(-1, 2).T)] = True
     return Graph(
         dims,
         split_input,

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import re
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import quote
 
-from mechinterp.errors import FormatError, InputError
+from mechinterp.errors import FormatError, HubNotReached, InputError, clip
 from mechinterp.files.circuit_file import circuit_of, load_circuit
-from mechinterp.files.schema_parts import MAX_GRAPH_CELLS
+from mechinterp.files.limits import MAX_GRAPH_CELLS
 from mechinterp.files.store import (
     MAX_JSON_BYTES,
     SUFFIX,
@@ -24,11 +26,12 @@ from mechinterp.files.store import (
     open_circuit_file,
     parse_circuit_file,
     place_pair,
-    read_bounded,
     read_sidecar,
     sidecar_name,
 )
 from mechinterp.hub_errors import asking
+from mechinterp.jsontext import parse_json
+from mechinterp.plain_files import exists, is_file, read_bounded
 from mechinterp.registry import unknown
 
 MAX_SIDECAR_BYTES = 8 * MAX_GRAPH_CELLS + 2**17
@@ -36,6 +39,10 @@ MAX_SIDECAR_BYTES = 8 * MAX_GRAPH_CELLS + 2**17
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SECONDS = 30
 """How long the hub may be silent."""
+SECONDS_IN_ALL = 600
+"""How long one answer may take."""
+MAX_INDEX_BYTES = 16 * 2**20
+"""Of the list of a repository's files: some 100,000 of them."""
 SHOWN = 10
 _REPO = re.compile(r"(?:(?P<kind>datasets|models)/)?(?P<id>[\w.-]{1,96}/[\w.-]{1,96})(?:/(?P<path>.+))?", re.ASCII)
 
@@ -53,7 +60,7 @@ class Place:
         """The place written as `[datasets/]org/name[/path]`. Raises InputError for anything else."""
         found = _REPO.fullmatch(text)
         if found is None:
-            raise InputError(f"{text!r} is no repository of the hub; give org/name, or datasets/org/name.")
+            raise InputError(f"{clip(text, 200)!r} is no repository of the hub; give org/name, or datasets/org/name.")
         path = found["path"] or ""
         if path:
             check_path(path)
@@ -112,7 +119,7 @@ def push_circuit(
         from huggingface_hub import CommitOperationAdd
 
         api = _api(endpoint)
-        before = api.repo_info(place.repo, repo_type=place.kind, revision=revision, timeout=SECONDS).sha
+        before = _index(api, place, revision)[0]
         done = api.create_commit(
             place.repo,
             [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in contents.items()],
@@ -145,9 +152,8 @@ def pull_circuit(
     place, folder = Place.parse(repo), Path(out)
     with asking(place.repo, place.kind, revision or "main"):
         api = _api(endpoint)
-        info = api.repo_info(place.repo, repo_type=place.kind, revision=revision or "main", timeout=SECONDS)
-        commit = str(info.sha)
-        place = _file_of(place, [entry.rfilename for entry in info.siblings or ()])
+        commit, names = _index(api, place, revision or "main")
+        place = _file_of(place, names)
     if not COMMIT.fullmatch(commit) or (revision and COMMIT.fullmatch(revision) and commit != revision):
         raise InputError(f"The hub answered {commit[:60]!r} when asked for {revision or 'main'!r} of {place}.")
     if not revision:
@@ -176,7 +182,7 @@ def pull_circuit(
             load_circuit(kept)
     wanted = {target: content} | ({folder / pair[0]: pair[1]} if pair else {})
     new = {path: data for path, data in wanted.items() if not _same(path, data)}
-    taken = [str(path) for path in new if path.exists() or path.is_symlink()]
+    taken = [str(path) for path in new if exists(path) or path.is_symlink()]
     if taken and not force:
         raise InputError(f"{' and '.join(taken)} would be overwritten; give another --out, or --force.")
     if new:
@@ -188,7 +194,7 @@ def check_path(path: str) -> None:
     """Return None for the path of a file inside a repository. Raises InputError for one that could lead elsewhere."""
     parts = path.split("/")
     if not {"", ".", ".."}.isdisjoint(parts) or not path.isprintable() or not set(path).isdisjoint("\\:"):
-        raise InputError(f"{path[:200]!r} is no path of a file in a repository.")
+        raise InputError(f"{clip(path, 200)!r} is no path of a file in a repository.")
 
 
 def _api(endpoint: str | None) -> Any:
@@ -206,22 +212,42 @@ def _file_of(place: Place, names: Sequence[str]) -> Place:
     if place.path:
         raise unknown(f"circuit file of {place.repo}", place.path, known[:SHOWN])
     if len(known) != 1:
-        some = ", ".join(sorted(known)[:SHOWN]) + (", ..." if len(known) > SHOWN else "")
+        some = ", ".join(clip(name, 60) for name in sorted(known)[:SHOWN]) + (", ..." if len(known) > SHOWN else "")
         raise InputError(f"{place} has {len(known)} circuit files; name one: {place}/NAME. Known: {some or 'none'}.")
     check_path(known[0])
     return Place(place.repo, place.kind, known[0])
 
 
+def _index(api: Any, place: Place, revision: str) -> tuple[str, list[str]]:
+    """(The commit, the names of all its files) of a repository at a revision."""
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(place.repo)
+    url = f"{api.endpoint}/api/{place.kind}s/{place.repo}/revision/{quote(revision, safe='')}"
+    content = _read("GET", url, MAX_INDEX_BYTES, f"the index of {place.repo}")
+    found = _json(content)
+    return str(found["sha"]), [str(entry["rfilename"]) for entry in found.get("siblings") or ()]
+
+
 def _sizes(api: Any, place: Place, names: Sequence[str], commit: str) -> dict[str, int]:
     """The sizes in bytes that the hub states, of those of the files that are there."""
-    found = api.get_paths_info(place.repo, list(names), revision=commit, repo_type=place.kind)
-    return {entry.path: int(entry.size) for entry in found if getattr(entry, "size", None) is not None}
+    url = f"{api.endpoint}/api/{place.kind}s/{place.repo}/paths-info/{quote(commit, safe='')}"
+    asked = {"paths": list(names), "expand": False}
+    found = _json(_read("POST", url, MAX_INDEX_BYTES, f"the sizes of {place.repo}", data=asked))
+    return {str(entry["path"]): int(entry["size"]) for entry in found if entry.get("type") == "file"}
+
+
+def _json(content: bytes) -> Any:
+    """The value; ValueError, which `asking` tells, for what no hub answers."""
+    try:
+        return parse_json(content, "The answer")
+    except FormatError as error:
+        raise ValueError(str(error)) from error
 
 
 def _download(api: Any, place: Place, path: str, commit: str, most: int) -> bytes:
     """The bytes of one file at a commit; never more than `most` are read, whatever the hub says its size is."""
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
     size = _sizes(api, place, [path], commit).get(path)
     if size is None:
@@ -229,23 +255,34 @@ def _download(api: Any, place: Place, path: str, commit: str, most: int) -> byte
     if size > most:
         raise FormatError(f"{path} of {place.repo} has {size:,} bytes; it can have {most:,} at most.")
     url = hf_hub_url(place.repo, path, repo_type=place.kind, revision=commit, endpoint=api.endpoint)
-    content = bytearray()
+    wrong = f"{path} of {place.repo} is not the {size:,} bytes that the hub states; nothing was kept."
+    content = _read("GET", url, size, f"{path} of {place.repo}", wrong)
+    if len(content) != size:
+        raise FormatError(wrong)
+    return content
+
+
+def _read(method: Literal["GET", "POST"], url: str, most: int, what: str, wrong: str = "", **sent: Any) -> bytes:
+    """What the hub answers, at most so many bytes, within `SECONDS_IN_ALL`, however slowly they come."""
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+    content, end = bytearray(), time.monotonic() + SECONDS_IN_ALL
     with http_stream_backoff(
-        "GET", url, headers=build_hf_headers(), timeout=SECONDS, max_retries=2, retry_on_exceptions=()
+        method, url, headers=build_hf_headers(), timeout=SECONDS, max_retries=2, retry_on_exceptions=(), **sent
     ) as response:
         hf_raise_for_status(response)
         for block in response.iter_bytes():
             content += block
-            if len(content) > size:
-                break
-    if len(content) != size:
-        raise FormatError(f"{path} of {place.repo} is not the {size:,} bytes that the hub states; nothing was kept.")
+            if len(content) > most:
+                raise FormatError(wrong or f"{what} has more than the {most:,} bytes that it can have.")
+            if time.monotonic() > end:
+                raise HubNotReached(f"The hub takes more than {SECONDS_IN_ALL} seconds for {what}; try again later.")
     return bytes(content)
 
 
 def _same(path: Path, data: bytes) -> bool:
     """Whether a plain file at `path` holds these bytes."""
-    if path.is_symlink() or not path.is_file() or path.stat().st_size != len(data):
+    if path.is_symlink() or not is_file(path) or path.stat().st_size != len(data):
         return False
     return path.read_bytes() == data
 

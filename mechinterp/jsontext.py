@@ -11,18 +11,21 @@ from typing import Any, NoReturn, cast
 from mechinterp.errors import FormatError
 
 MAX_DEPTH = 32
+MAX_VALUES = 2**22
+"""Values that a text may hold; each takes up to 100 bytes of memory, however short it is written."""
 MAX_DIGITS = 19
 """Whole numbers have at most this many digits: what 64 bits hold."""
 WIDTH = 110
 
 
-def parse_json(content: bytes, where: str) -> Any:
+def parse_json(content: bytes, where: str, max_values: int = MAX_VALUES) -> Any:
     """The value of a JSON text.
 
     Raises FormatError, with `where` in front, for what is not UTF-8 or not JSON, and for what JSON parsers disagree
     about: duplicate keys, NaN and infinities (1e999 too), whole numbers beyond 64 bits, lone surrogates, and values
-    nested deeper than `MAX_DEPTH`.
+    nested deeper than `MAX_DEPTH`. A text of more than `max_values` values is refused before it is read.
     """
+    check_size(content, where, max_values)
     try:
         value = json.loads(
             content.decode("utf-8"),
@@ -39,6 +42,16 @@ def parse_json(content: bytes, where: str) -> Any:
     except ValueError as error:
         raise FormatError(f"{where} is not valid JSON: {error}.") from error
     return value
+
+
+def check_size(content: bytes, where: str, max_values: int = MAX_VALUES) -> None:
+    """Return None when the text can hold no more values than that. Raises FormatError; nothing is parsed for it."""
+    # Every value but the first has a comma, a bracket or a brace before it. A key that comes again takes no memory of
+    # its own, so only half of the keys are counted.
+    if len(content) > max_values and (
+        content.count(b",") + content.count(b"[") + content.count(b"{") + content.count(b'"') // 4 > max_values
+    ):
+        raise FormatError(f"{where} holds more than the {max_values:,} values that it can have.")
 
 
 def render_json(value: Any) -> str:

@@ -47,7 +47,7 @@ EXPORT_FORMATS = {
 IMPORT_FORMATS = ("eap-ig-json", "eap-ig-pt", "mib", "acdc", "edge-pruning")
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a claim of the file failed (verify); 2 bad input, with one line that says what; "
-    "3 the model, or the hub, is not available here."
+    "3 the model, or the hub, is not available here; 70 an unexpected error (see --traceback)."
 )
 HELP = f"""Find the circuit of a task in a transformer, write it to a file, and check the file again.
 

@@ -45,8 +45,12 @@ Ratio = Annotated[
     float | None, typer.Option(min=0, max=1, help="Take this share of the edges from the best helping ones first.")
 ]
 Replacement = Annotated[str, typer.Option(help=f"What a cut edge carries: {', '.join(REPLACEMENTS)}.")]
-Examples = Annotated[int, typer.Option(min=2, help="Pairs to find it with.")]
-TestExamples = Annotated[int | None, typer.Option(min=2, help="Held-out pairs.  [default: as many as --examples]")]
+MOST_EXAMPLES = 20_000
+"""The same as `mechinterp.files.limits.MAX_EXAMPLES`."""
+Examples = Annotated[int, typer.Option(min=2, max=MOST_EXAMPLES, help="Pairs to find it with.")]
+TestExamples = Annotated[
+    int | None, typer.Option(min=2, max=MOST_EXAMPLES, help="Held-out pairs.  [default: as many as --examples]")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Of the pairs, random circuits and intervals.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...  [default: float32]")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: cpu]")]

@@ -29,6 +29,7 @@ from mechinterp.files.verification import verify as verify
 from mechinterp.graph import Graph, build_graph
 from mechinterp.hooks import HookManager, load_model
 from mechinterp.metrics import get_metric
+from mechinterp.plain_files import is_folder
 from mechinterp.registry import unknown
 from mechinterp.report.comparison import write_comparison
 from mechinterp.scores import Parameter
@@ -261,7 +262,7 @@ def output_path(spec: RunSpec) -> Path:
     Raises InputError when there can be no such folder, before anything slow is done for it.
     """
     folder = Path(spec.model)
-    model = folder.resolve().name if folder.is_dir() else spec.model.rpartition("/")[2].replace("@", "-")
+    model = folder.resolve().name if is_folder(folder) else spec.model.rpartition("/")[2].replace("@", "-")
     path = spec.out / f"{'-'.join([_stem(spec.task), model, spec.method])}{SUFFIX}"
     sidecar_name(path)
     try:

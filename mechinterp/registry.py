@@ -6,21 +6,27 @@ import difflib
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
-from mechinterp.errors import InputError
+from mechinterp.errors import InputError, clip
 
 T = TypeVar("T")
+MOST_LETTERS, MOST_SHOWN, MOST_COMPARED = 60, 30, 2000
+"""Letters of a name in a message; names that are listed; names that the nearest one is looked for among."""
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
+def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     """The error for a name that is not known, with the nearest known one and the whole list.
 
     >>> print(unknown("task", "ioy", ["ioi", "induction"]))
     Unknown task 'ioy'. Did you mean 'ioi'? Known: induction, ioi.
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
+    near = difflib.get_close_matches(clip(str(name), MOST_LETTERS), names[:MOST_COMPARED], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return InputError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names) or 'none'}.")
+    shown = ", ".join(clip(one, MOST_LETTERS) for one in names[:MOST_SHOWN]) or "none"
+    more = f", ... ({len(names)} in all)" if len(names) > MOST_SHOWN else ""
+    return InputError(
+        f"Unknown {clip(kind, MOST_LETTERS)} {clip(str(name), MOST_LETTERS)!r}.{hint} Known: {shown}{more}."
+    )
 
 
 class Registry(Generic[T]):

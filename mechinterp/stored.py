@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 from mechinterp.errors import InputError
+from mechinterp.plain_files import exists
 
 
 def stored_files() -> dict[str, Path]:
@@ -22,7 +23,7 @@ def stored_files() -> dict[str, Path]:
 def find_file(file: str) -> Path:
     """The circuit file of that path, or of that name among the stored ones."""
     stored = stored_files()
-    if not Path(file).exists() and file in stored:
+    if not exists(file) and file in stored:
         return stored[file]
     return Path(file)
 

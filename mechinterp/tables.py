@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -24,6 +24,19 @@ def plain(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
 
 
+class _Words(Table):
+    """A table whose cells are words as they are: no markup, no emoji codes, nothing that steers a terminal."""
+
+    def add_row(self, *cells: object, **options: Any) -> None:
+        """Add a row of plain cells."""
+        super().add_row(*(Text(_shown(str(cell))) for cell in cells), **options)
+
+
+def _shown(cell: str) -> str:
+    indent = " " * (len(cell) - len(cell.lstrip(" ")))
+    return indent + plain(cell)
+
+
 def frame_table(frame: DataFrame) -> Table:
     """A table of a data frame; missing entries are `-`."""
     table = _table(*(str(column) for column in frame.columns))
@@ -36,7 +49,7 @@ def frame_table(frame: DataFrame) -> Table:
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 10 or not value else f"{value:.3f}"
-    return "-" if str(value) == "<NA>" else plain(str(value))
+    return "-" if str(value) == "<NA>" else str(value)
 
 
 def difference_tables(diff: CircuitDiff, most: int) -> Iterable[tuple[str, Table]]:
@@ -66,12 +79,12 @@ def difference_tables(diff: CircuitDiff, most: int) -> Iterable[tuple[str, Table
     if diff.roles:
         table = _table("node", "role in A", "role in B", "", text=4)
         for role in diff.roles:
-            table.add_row(plain(role.node), plain(role.a) or "-", plain(role.b) or "-", role.change)
+            table.add_row(role.node, role.a or "-", role.b or "-", role.change)
         yield "roles that differ", table
     if diff.fields:
         table = _table("field", "A", "B", text=3)
         for row in diff.fields:
-            table.add_row(*(Text("-" if cell is None else plain(cell)) for cell in (row.field, row.a, row.b)))
+            table.add_row(*("-" if cell is None else cell for cell in (row.field, row.a, row.b)))
         yield "what else the files state differently", table
 
 
@@ -81,7 +94,7 @@ def _compared_table(entries: Iterable[Compared]) -> Table:
         ranks = ["-" if rank is None else f"{rank:,}" for rank in (entry.rank_a, entry.rank_b)]
         signs = "opposite" if entry.flipped else ""
         scores = (_known(entry.score_a), _known(entry.score_b))
-        table.add_row(plain(entry.name), entry.where, scores[0], ranks[0], scores[1], ranks[1], signs)
+        table.add_row(entry.name, entry.where, scores[0], ranks[0], scores[1], ranks[1], signs)
     return table
 
 
@@ -116,14 +129,14 @@ def _numbers(entry: EvaluationRecord) -> Iterable[tuple[str, str, str]]:
         yield "  random circuits", f"{mean:.3f}", f"mean of {n} of the same size; best {best:.3f}"
     unit = f"{entry.metric.name}, {entry.metric.unit}"
     ends = f"full model {entry.full_value:.3f}, every edge replaced {entry.empty_value:.3f}"
-    yield plain(unit), f"{entry.circuit_value:.3f}", ends
+    yield unit, f"{entry.circuit_value:.3f}", ends
     yield "KL to full model", f"{entry.kl:.3f}", "nats; 0 is the full model"
     if entry.accuracy is not None and entry.accuracy_full is not None:
         yield "accuracy", f"{entry.accuracy:.1%}", f"full model {entry.accuracy_full:.1%}"
     yield (
         "examples",
         f"{entry.n_examples:,}",
-        f"pairs {plain(entry.pairs)!r}; replaced by {plain(entry.ablation.value)}",
+        f"pairs {entry.pairs!r}; replaced by {entry.ablation.value}",
     )
 
 
@@ -134,7 +147,7 @@ def nodes_table(document: CircuitFile, most: int) -> Table:
     score = "score" if document.graph.granularity == "node" else "score of edges out"
     table = _table("node", *(("role",) if roles else ()), "edges in", "edges out", score, text=1 + roles)
     for node in nodes[:most]:
-        role = (plain(node.role),) if roles else ()
+        role = (node.role,) if roles else ()
         table.add_row(node.name, *role, str(node.n_in), str(node.n_out), _score(node.score))
     return table
 
@@ -153,7 +166,7 @@ def predictions_table(document: CircuitFile, most: int) -> Table:
     table = _table("prediction", "measured", "negative controls")
     table.columns[2].justify = "left"
     for row in stated_predictions(document)[:most]:
-        table.add_row(*map(plain, row))
+        table.add_row(*row)
     return table
 
 
@@ -161,7 +174,7 @@ def failed_table(verification: Verification) -> Table:
     """The claims that do not hold, with what was stated and what was found."""
     table = _table("claim", "stated", "found", "why", text=4)
     for claim in verification.failed:
-        table.add_row(plain(claim.name), plain(claim.expected), plain(claim.got), plain(claim.detail))
+        table.add_row(claim.name, claim.expected, claim.got, claim.detail)
     return table
 
 
@@ -185,7 +198,7 @@ def names_table(kind: str, about: Mapping[str, str]) -> Table:
     """Names of one kind with a line about each."""
     table = _table(kind, "", text=2)
     for name, words in about.items():
-        table.add_row(plain(name), plain(words))
+        table.add_row(name, words)
     return table
 
 
@@ -195,7 +208,9 @@ def _score(score: float | None) -> str:
 
 def _table(*columns: str, text: int = 1) -> Table:
     """An empty table; the first `text` columns are words, the others numbers. Cells are folded, never cut."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = _Words(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for i, name in enumerate(columns):
-        table.add_column(Text(name), justify="left" if i < text or name == "compare with" else "right", overflow="fold")
+        table.add_column(
+            Text(plain(name)), justify="left" if i < text or name == "compare with" else "right", overflow="fold"
+        )
     return table

@@ -20,7 +20,7 @@ def say(console: Console, text: str) -> None:
     from mechinterp.tables import plain
 
     indent = " " * (len(text) - len(text.lstrip(" ")))
-    console.print(indent + plain(text), markup=False, highlight=False, soft_wrap=True)
+    console.print(indent + plain(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def print_what_the_terminal_can() -> None:

@@ -9,8 +9,9 @@ import base64
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -77,7 +78,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         parts = self._parts()
-        if "page" in self.hub.lies:
+        if "endless" in self.hub.lies:
+            self._endless(self.hub.lies["endless"])
+        elif "page" in self.hub.lies:
             self._send(self.hub.lies["page"], 200, {"Content-Type": "text/html"})
         elif parts[0] == "api":  # /api/models/org/name[/revision/main]
             repo, rest = "/".join(parts[1:4]), parts[4:]
@@ -88,6 +91,18 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json({"id": "/".join(parts[2:4]), "sha": found, "siblings": siblings})
         else:
             self._file(parts)
+
+    def _endless(self, seconds: float) -> None:
+        """Send blocks of an answer, so many seconds apart, until the other side has had enough."""
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        with suppress(OSError):
+            while True:
+                self.wfile.write(b" " * 2**16)
+                time.sleep(seconds)
 
     def _file(self, parts: list[str]) -> None:
         """Answer [datasets/]org/name/resolve/revision/path."""

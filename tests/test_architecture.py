@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "mechinterp"
 # nothing else; a new one goes into the lowest level it can, and into ARCHITECTURE.md.
 LAYERS = (
     ("errors", "listing"),
-    ("registry", "jsontext", "atomic", "hub_errors"),
+    ("registry", "jsontext", "atomic", "plain_files", "hub_errors"),
     ("sites", "metrics", "tasks"),
     ("models",),
     ("interventions",),

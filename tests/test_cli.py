@@ -217,13 +217,18 @@ def test_a_mistake_from_outside_has_no_traceback() -> None:
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
-def test_a_bug_is_a_traceback(monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path) -> None:
+def test_a_bug_is_exit_code_70_and_a_traceback_when_asked(
+    monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(pipeline, "discover", broken)
+    command = ["run", "ioi", "--model", str(model), "--out", str(tmp_path)]
+    assert cli.main(command) == cli.UNEXPECTED == 70
+    assert capsys.readouterr().err.startswith("discover-circuit: unexpected error, ZeroDivisionError. ")
     with pytest.raises(ZeroDivisionError):
-        cli.main(["run", "ioi", "--model", str(model), "--out", str(tmp_path)])
+        cli.main([*command, "--traceback"])
 
 
 # --- the work ------------------------------------------------------------------------------------------------------

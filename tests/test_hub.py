@@ -322,3 +322,25 @@ def test_the_endpoint_is_that_of_the_environment(stand_in: StandIn, tmp_path: Pa
     environ = {**os.environ, "HF_ENDPOINT": stand_in.endpoint, "HF_HUB_OFFLINE": "0"}
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_index_without_end_is_not_read_on(
+    stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither one that is too large nor one that comes too slowly."""
+    pull = ["pull", REPO, "--revision", "main", "--out", str(tmp_path)]
+    stand_in.lies["endless"] = 0
+    assert cli.main(pull) == 2 and "more than the 16,777,216 bytes" in capsys.readouterr().err
+    assert cli.main(["push", str(FILE), REPO]) == 2 and "the index of me/circuits" in capsys.readouterr().err
+    stand_in.lies["endless"] = 0.05
+    monkeypatch.setattr(hub, "SECONDS_IN_ALL", 0.3)
+    assert cli.main(pull) == 3 and "takes more than" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_looks_like_an_option_is_not_pulled(
+    stand_in: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in.commit(f"models/{REPO}", "main", {"--force.circuit.json": FILE.read_bytes()})
+    assert cli.main(["pull", REPO, "--revision", "main", "--out", str(tmp_path)]) == 2
+    assert "does not begin with" in capsys.readouterr().err and not list(tmp_path.iterdir())

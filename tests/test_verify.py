@@ -272,7 +272,7 @@ def test_a_model_beside_the_file_is_found(place: Path) -> None:
 def test_a_task_file_that_is_gone_is_a_note(place: Path) -> None:
     place.with_name("mine.yaml").unlink()
     found = mi.verify(place)
-    assert found.ok and "is not here" in found.notes[0]
+    assert found.ok and "is not beside the circuit file" in found.notes[0]
 
 
 def test_a_missing_sidecar_leaves_the_rest_to_be_checked(place: Path) -> None:

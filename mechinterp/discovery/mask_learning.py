@@ -37,6 +37,8 @@ from mechinterp.tasks.pairs import Pairs
 
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
 OBJECTIVES = ("kl", "metric")
+MOST = 100_000
+"""Steps, or examples of a step."""
 WARM_UP = 0.5
 """Share of the steps over which the target of edge-pruning falls from 1."""
 
@@ -189,6 +191,8 @@ def _subnetwork_probing(job: Job) -> Scores:
 def _whole(name: str, value: object, least: int = 1) -> int:
     if type(value) is not int or value < least:
         raise InputError(f"{name} must be a whole number, at least {least}; got {value!r}.")
+    if name != "seed" and value > MOST:
+        raise InputError(f"{name} must be at most {MOST}; got {value}.")
     return value
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mechinterp.discovery.checkpoint import Checkpoint, open_checkpoint
 from mechinterp.edges import check_model
-from mechinterp.errors import InputError
+from mechinterp.errors import InputError, clip
 from mechinterp.graph import Graph
 from mechinterp.hooks import HookManager
 from mechinterp.metrics import Metric, get_metric
@@ -138,6 +138,22 @@ def score_edges(
     checkpoint.clear()
     total = _by_node(graph, scores.total) if chosen.graphs == "summed" and graph.level == "node" else scores.total
     return replace(scores, total=total, pairs=pairs)
+
+
+def check_settings(method: str, settings: Mapping[str, object]) -> None:
+    """Return None when a method has these parameters, each of the type of its default.
+
+    For settings that a file states; what a method makes of a value it checks itself. Raises InputError otherwise.
+    """
+    defaults = METHODS.get(method).defaults
+    for name, value in settings.items():
+        if name not in defaults:
+            raise InputError(f"Method {method!r} has no parameter {clip(name, 60)!r}.")
+        kind = type(defaults[name])
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits or (isinstance(value, int) and not -(2**63) <= value < 2**63):
+            words = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+            raise InputError(f"{name} of method {method!r} is {words[kind]}; got {clip(repr(value), 60)}.")
 
 
 def check_graph(method: str, graph: Graph) -> None:

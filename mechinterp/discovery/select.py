@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mechinterp.circuit import Circuit, on_paths
 from mechinterp.discovery.ilp import TIME_LIMIT, best_edges
-from mechinterp.errors import InputError
+from mechinterp.errors import InputError, clip
 from mechinterp.graph import Graph
 from mechinterp.registry import unknown
 from mechinterp.scores import Parameter, Scores
@@ -112,8 +112,8 @@ def check_selection(
         raise unknown("rule", rule, RULES)
     if rule != "top" and (graph.level == "node" or graph.positions):
         raise InputError(f"rule={rule!r} selects edges at all positions; for nodes and named positions take 'top'.")
-    if threshold is not None and threshold != threshold:
-        raise InputError("threshold is NaN.")
+    if isinstance(threshold, (bool, str)) or (threshold is not None and threshold != threshold):
+        raise InputError(f"threshold is a number; got {clip(repr(threshold), 60)}.")
     if threshold is not None and rule != "top":
         raise InputError(f"rule={rule!r} takes edges=, not threshold=.")
     _check_ratio(ratio, rule, by, threshold)
@@ -131,7 +131,8 @@ def unit_count(graph: Graph, size: int | str) -> int:
         percent = Fraction(found[1]) if found else Fraction(0)
         if not 0 < percent <= 100:
             raise InputError(
-                f"{graph.level}s is a whole number or a share above 0 and up to 100%, such as '5%'; got {size!r}."
+                f"{graph.level}s is a whole number or a share above 0 and up to 100%, such as '5%'; got "
+                f"{clip(size, 60)!r}."
             )
         return max(1, int(percent * graph.n_units / 100))
     if type(size) is not int or not 1 <= size <= graph.n_units:  # a bool is no number of edges
@@ -145,7 +146,7 @@ def _check_ratio(ratio: float | None, rule: str, by: str, threshold: float | Non
     if ratio is None:
         return
     if isinstance(ratio, (bool, str)) or not 0 <= ratio <= 1:
-        raise InputError(f"ratio is the share of edges of positive score, from 0 to 1; got {ratio!r}.")
+        raise InputError(f"ratio is the share of edges of positive score, from 0 to 1; got {clip(repr(ratio), 60)}.")
     if rule != "top" or threshold is not None:
         raise InputError("ratio= goes with rule='top' and edges= only.")
     if by != "magnitude":

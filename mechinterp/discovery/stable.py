@@ -19,7 +19,7 @@ from torch import Tensor
 from mechinterp.circuit import Circuit
 from mechinterp.discovery.method import Progress, no_progress, score_edges
 from mechinterp.discovery.select import select, sized, unit_count
-from mechinterp.errors import InputError
+from mechinterp.errors import InputError, clip
 from mechinterp.graph import Graph
 from mechinterp.hooks import HookManager
 from mechinterp.metrics import Metric
@@ -120,6 +120,8 @@ def stable_scores(
         raise InputError(f"resamples must be a whole number from 2 to {MOST_RESAMPLES}; got {resamples!r}.")
     if isinstance(agreement, (bool, str)) or not 0.5 < agreement <= 1:
         raise InputError(f"agreement is a share of the resamples, above 0.5 and up to 1; got {agreement!r}.")
+    if type(seed) is not int or not -(2**63) <= seed < 2**63:
+        raise InputError(f"seed must be a whole number of 64 bits; got {clip(repr(seed), 60)}.")
     if len(pairs) < 2:
         raise InputError("One example drawn again is always itself; give at least 2 pairs.")
     rows = torch.randint(len(pairs), (resamples, len(pairs)), generator=torch.Generator().manual_seed(seed))

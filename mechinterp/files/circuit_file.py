@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mechinterp.circuit import Circuit, on_paths
-from mechinterp.errors import FormatError, InputError
+from mechinterp.errors import FormatError, InputError, clip
 from mechinterp.evaluation.faithfulness import Evaluation
 from mechinterp.evaluation.measurements import Checked
 from mechinterp.evaluation.predictions import Prediction
@@ -27,15 +27,14 @@ from mechinterp.files.records import (
     task_record,
 )
 from mechinterp.files.schema import SCHEMA_VERSION, CircuitFile
+from mechinterp.files.schema_pairs import PairsRecord, TaskPairs
 from mechinterp.files.schema_parts import (
     CurvePointRecord,
     CurveRecord,
     GraphRecord,
-    PairsRecord,
     SelectionRecord,
     Sidecar,
     SizeRule,
-    TaskPairs,
     TokensTaskRecord,
 )
 from mechinterp.files.store import (
@@ -257,10 +256,11 @@ def scores_from_bytes(content: bytes, graph: Graph, where: str) -> Tensor:
     shape = list(graph.possible.shape)
     if not isinstance(entry, dict) or set(header) - {TENSOR, "__metadata__"}:
         raise FormatError(f"{where} must hold one tensor named {TENSOR!r}.")
-    if entry.get("dtype") not in _DTYPES or entry.get("shape") != shape:
-        got = f"{entry.get('dtype')} {entry.get('shape')}"[:80]
+    dtype = entry.get("dtype")
+    if not isinstance(dtype, str) or dtype not in _DTYPES or entry.get("shape") != shape:
+        got = clip(f"{dtype} {entry.get('shape')}", 80)
         raise FormatError(f"{where}: {TENSOR!r} must be F32 or F64 of shape {shape}; got {got}.")
-    n_bytes = graph.possible.numel() * _DTYPES[entry["dtype"]]
+    n_bytes = graph.possible.numel() * _DTYPES[dtype]
     if entry.get("data_offsets") != [0, n_bytes] or len(content) != 8 + size + n_bytes:
         raise FormatError(f"{where}: {TENSOR!r} must have {n_bytes} bytes; the file was cut off or extended.")
     try:

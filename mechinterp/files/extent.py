@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from mechinterp.errors import clip
 from mechinterp.files.schema import CircuitFile, TaskRecord
+from mechinterp.files.settings import SELECTION
 from mechinterp.files.support import support_of_roles
 
-SELECTION_PARAMETERS = {"edges", "nodes", "threshold", "rule", "by", "ratio"}
 RESCORED = "scores again"
 """The claim that needs `rescore=True`."""
 OF_THE_TASK = "of the task"
@@ -82,7 +82,7 @@ def evaluation_name(document: CircuitFile, number: int) -> str:
 def applies_again(document: CircuitFile) -> bool:
     """Whether the selection is a rule that can be applied to the scores again."""
     stated = set(document.selection.parameters)
-    return document.discovery is not None and bool(stated) and stated <= SELECTION_PARAMETERS
+    return document.discovery is not None and bool(stated) and stated <= set(SELECTION)
 
 
 def _parts(document: CircuitFile) -> Iterable[tuple[Part, tuple[str, ...]]]:

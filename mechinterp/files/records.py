@@ -13,17 +13,15 @@ from torch import Tensor
 from mechinterp.discovery.method import METHODS
 from mechinterp.errors import FormatError, InputError
 from mechinterp.evaluation.faithfulness import Evaluation
+from mechinterp.files.limits import MAX_TOKEN_IDS
+from mechinterp.files.schema_pairs import PairsRecord, TaskPairs, TokenPairs
 from mechinterp.files.schema_parts import (
-    MAX_TOKEN_IDS,
     DiscoveryRecord,
     EvaluationRecord,
     FileTaskRecord,
     MetricRecord,
-    PairsRecord,
     TaskContent,
-    TaskPairs,
     TaskRecord,
-    TokenPairs,
     TokensTaskRecord,
     Tolerance,
 )
@@ -194,7 +192,8 @@ EVALUATION_COUNTS = ("n_examples", "n_edges", "n_edges_graph", "n_ratio", "ci_le
 
 def evaluation_record(result: Evaluation, pairs: str, reference: str | None, dtype: str) -> EvaluationRecord:
     """The numbers of an evaluation at 6 significant digits, with the tolerance of a re-run."""
-    return EvaluationRecord.model_validate(
+    return checked(
+        EvaluationRecord,
         {
             "pairs": pairs,
             "reference": reference,
@@ -203,7 +202,8 @@ def evaluation_record(result: Evaluation, pairs: str, reference: str | None, dty
             "tolerance": tolerance_for(dtype),
             **{name: getattr(result, name) for name in EVALUATION_COUNTS},
             **{name: _rounded(getattr(result, name)) for name in EVALUATION_NUMBERS},
-        }
+        },
+        "The evaluation",
     )
 
 

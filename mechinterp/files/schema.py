@@ -10,6 +10,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mechinterp.evaluation.predictions import ON_PAIRS, Prediction
+from mechinterp.files.limits import (
+    MAX_EVALUATIONS,
+    MAX_GRAPH_CELLS,
+    MAX_NODES,
+    MAX_PAIRS,
+    MAX_PREDICTIONS,
+    MAX_ROLES,
+)
+from mechinterp.files.schema_pairs import PairsRecord, TaskPairs
 from mechinterp.files.schema_parts import (
     Citation,
     CurveRecord,
@@ -21,14 +30,13 @@ from mechinterp.files.schema_parts import (
     Integrity,
     Label,
     ModelRecord,
+    Named,
     Origin,
-    PairsRecord,
     Position,
     Provenance,
     Role,
     RoleEdge,
     SelectionRecord,
-    TaskPairs,
     TaskRecord,
     Text,
     TokenizerRecord,
@@ -38,7 +46,7 @@ from mechinterp.jsontext import canonical_sha256
 from mechinterp.tasks.schema import Strict
 
 SCHEMA_VERSION = 1
-MAX_PREDICTIONS = 10_000
+"""Sets of examples; each is made again."""
 
 
 class CircuitFile(Strict):
@@ -52,23 +60,23 @@ class CircuitFile(Strict):
     license: Label | None = None
     created_utc: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")] | None = None
     citation: Citation | None = None
-    derived_from: tuple[Origin, ...] = ()
+    derived_from: Annotated[tuple[Origin, ...], Named] = ()
     status: Literal["published", "discovered", "ground-truth", "imported"]
     model: ModelRecord
     tokenizer: TokenizerRecord | None = None
     graph: GraphRecord
-    positions: dict[Label, Position] = Field(default_factory=dict)
+    positions: Annotated[dict[Label, Position], Named] = Field(default_factory=dict)
     """The named positions that nodes are restricted to; empty: every node is at all positions."""
-    roles: dict[Label, Role] = Field(default_factory=dict)
-    role_edges: tuple[RoleEdge, ...] | None = None
+    roles: Annotated[dict[Label, Role], Field(max_length=MAX_ROLES)] = Field(default_factory=dict)
+    role_edges: Annotated[tuple[RoleEdge, ...], Field(max_length=MAX_ROLES)] | None = None
     """The claim between roles that the edges were made from by a rule; null: there is none."""
-    nodes: tuple[Label, ...]
-    edges: Annotated[tuple[EdgeRecord, ...], Field(min_length=1)]
+    nodes: Annotated[tuple[Label, ...], Field(max_length=MAX_NODES)]
+    edges: Annotated[tuple[EdgeRecord, ...], Field(min_length=1, max_length=MAX_GRAPH_CELLS)]
     task: Annotated[TaskRecord | FileTaskRecord | TokensTaskRecord, Field(discriminator="kind")] | None = None
-    pairs: dict[Label, PairsRecord] = Field(default_factory=dict)
+    pairs: Annotated[dict[Label, PairsRecord], Field(max_length=MAX_PAIRS)] = Field(default_factory=dict)
     discovery: DiscoveryRecord | None = None
     selection: SelectionRecord
-    evaluation: tuple[EvaluationRecord, ...] = ()
+    evaluation: Annotated[tuple[EvaluationRecord, ...], Field(max_length=MAX_EVALUATIONS)] = ()
     curve: CurveRecord | None = None
     predictions: Annotated[tuple[Prediction, ...], Field(max_length=MAX_PREDICTIONS)] | None = None
     """What the file predicts, to be measured again; null: nothing."""
@@ -100,9 +108,12 @@ class CircuitFile(Strict):
             raise ValueError("some pairs are made from a task, but no task is given")
         if self.selection.n_edges != len(self.edges):
             raise ValueError(f"selection.n_edges is {self.selection.n_edges}, but there are {len(self.edges)} edges")
+        positions, neurons = self.graph.positions or (), self.graph.neurons or ()
+        self.model.dims.check_graph(max(1, len(positions)), sum(map(len, neurons)))
+        nodes = set(self.nodes)
         for role in self.roles.values():
             for node in role.nodes:
-                if node not in self.nodes:
+                if node not in nodes:
                     raise ValueError(f"role {role.label!r} names {node!r}, which is no node of the circuit")
         for edge in self.role_edges or ():
             for name, end in ((edge.source, "input"), (edge.target, "logits")):

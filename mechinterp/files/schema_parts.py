@@ -9,12 +9,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from mechinterp.files.limits import (
+    MAX_GRAPH_CELLS,
+    MAX_NAMED,
+    MAX_NODES,
+    MAX_POINTS,
+    MAX_RANDOM,
+    MAX_WORDS,
+)
 from mechinterp.tasks.schema import Strict
 
-MAX_GRAPH_CELLS = 2**26
-"""Readers x writers of the largest graph that a file may describe; an 8B model has 1.7 million."""
-MAX_TOKEN_IDS = 2**21
-"""Token ids that a file may hold for pairs that no task makes."""
 SCORE_SIGN = "positive = the edge helps the task"
 
 Text = Annotated[str, Field(max_length=10_000)]
@@ -28,18 +32,19 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 Parameter = Flag | Annotated[int, Field(strict=True)] | Number | Text
 Version = Annotated[int, Field(strict=True, ge=1, le=10**6)]
-Rows = Annotated[tuple[tuple[Index, ...], ...], Field(max_length=10**6)]
+Named = Field(max_length=MAX_NAMED)
+Neurons = Annotated[tuple[Count, ...], Field(max_length=MAX_NODES)]
 SidecarName = Annotated[
-    str, Field(pattern=r"^[^./\\:\x00-\x1f][^/\\:\x00-\x1f]*\.scores\.safetensors$", max_length=200)
+    str, Field(pattern=r"^[^-./\\:\x00-\x1f][^/\\:\x00-\x1f]*\.scores\.safetensors$", max_length=200)
 ]
-"""A plain file name beside the circuit file: no folder, no drive, not hidden."""
+"""A plain file name beside the circuit file: no folder, no drive, not hidden, not like an option."""
 
 
 class Citation(Strict):
     """What to cite; every part is optional."""
 
     title: Label | None = None
-    authors: tuple[Label, ...] = ()
+    authors: Annotated[tuple[Label, ...], Named] = ()
     doi: Label | None = None
     arxiv: Label | None = None
     url: Label | None = None
@@ -74,11 +79,18 @@ class DimsRecord(Strict):
     def _sensible(self) -> DimsRecord:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
-        writers = 2 + self.n_layers * (self.n_heads + 1)
-        readers = 1 + self.n_layers * (self.n_heads + 2 * self.n_kv_heads + 1)
+        self.check_graph()
+        return self
+
+    def check_graph(self, n_positions: int = 1, n_neurons: int = 0) -> None:
+        """Return None when the graph of so many named positions and neurons is one that a file may describe.
+
+        Raises ValueError otherwise.
+        """
+        writers = 2 + self.n_layers * (self.n_heads + 1) + n_neurons
+        readers = 1 + self.n_layers * (self.n_heads + 2 * self.n_kv_heads + 1) * n_positions
         if writers * readers > MAX_GRAPH_CELLS:
             raise ValueError(f"a graph of {writers} writers and {readers} readers is larger than this version reads")
-        return self
 
 
 class ModelRecord(Strict):
@@ -92,7 +104,7 @@ class ModelRecord(Strict):
     architecture: Label
     dims: DimsRecord
     processing: Literal["raw", "compatibility"]
-    dtype: Label
+    dtype: Literal["float64", "float32", "bfloat16", "float16"]
     attention: Label = "eager"
     loader: Label
 
@@ -114,11 +126,11 @@ class GraphRecord(Strict):
     granularity: Literal["edge", "node"] = "edge"
     """What was chosen as one: edges, or nodes with all edges out of them."""
     split_input: Flag
-    positions: Annotated[tuple[Label, ...], Field(max_length=1000)] | None = None
+    positions: Annotated[tuple[Label, ...], Named] | None = None
     """The positions that edges are told apart by, the last one `rest`; null: edges are at all positions."""
     answers: Label | None = None
     """Which of them the answers are at."""
-    neurons: Annotated[tuple[tuple[Count, ...], ...], Field(max_length=10_000)] | None = None
+    neurons: Annotated[tuple[Neurons, ...], Field(max_length=10_000)] | None = None
     """Per layer the neurons that are nodes by themselves; null: MLPs are whole."""
     key_value: Literal["per kv head"] = "per kv head"
     n_writers: Count
@@ -139,7 +151,7 @@ class Role(Strict):
     label: Label
     description: Text = ""
     color: Annotated[str, Field(pattern=r"^#[0-9a-f]{6}$")] | None = None
-    nodes: tuple[Label, ...]
+    nodes: Annotated[tuple[Label, ...], Field(max_length=MAX_NODES)]
 
 
 class RoleEdge(Strict):
@@ -149,9 +161,9 @@ class RoleEdge(Strict):
     """A role, or `input`."""
     target: Label
     """A role, or `logits`."""
-    inputs: tuple[Literal["q", "k", "v"], ...] = ()
+    inputs: Annotated[tuple[Literal["q", "k", "v"], ...], Field(max_length=3)] = ()
     """Which inputs of the target's heads; empty for MLPs and `logits`."""
-    positions: dict[Label, Label] | None = None
+    positions: Annotated[dict[Label, Label], Named] | None = None
     """Per input (or `logits`) the token position at which it is read, where the source states one."""
     note: Text | None = None
 
@@ -167,7 +179,7 @@ class TaskContent(Strict):
     """A task that is not one of the package's: all that is needed to make its pairs again."""
 
     spec: dict[str, Any]
-    lists: dict[Label, tuple[Text, ...]]
+    lists: Annotated[dict[Label, Annotated[tuple[Text, ...], Field(max_length=MAX_WORDS)]], Named]
 
 
 class TaskRecord(Strict):
@@ -206,35 +218,6 @@ class TokensTaskRecord(Strict):
     name: Label
 
 
-class TaskPairs(Strict):
-    """Pairs that the task makes again from these."""
-
-    kind: Literal["task"] = "task"
-    split: Label
-    seed: Seed
-    prepend_bos: Flag
-
-
-class TokenPairs(Strict):
-    """Pairs as token ids, without padding; -1 is no entry in answers and answer positions."""
-
-    kind: Literal["tokens"] = "tokens"
-    clean: Rows
-    corrupt: Rows
-    right: Rows | None = None
-    wrong: Rows | None = None
-    answer_pos: Rows
-    positions: dict[Label, tuple[Index, ...]] = Field(default_factory=dict)
-
-
-class PairsRecord(Strict):
-    """One set of examples. `sha256` is over the token ids, answers and positions themselves."""
-
-    n: Count
-    sha256: Sha256
-    made_from: Annotated[TaskPairs | TokenPairs, Field(discriminator="kind")]
-
-
 class MetricRecord(Strict):
     """How the task is measured, at the answer positions of the pairs."""
 
@@ -258,7 +241,7 @@ class SizeRule(Strict):
 class SelectionRecord(Strict):
     """How the edges were chosen from the scores: `parameters` are those of `mechinterp.select`."""
 
-    parameters: dict[Label, Parameter]
+    parameters: Annotated[dict[Label, Parameter], Named]
     n_selected: Count
     """Edges that the rule chose (all those out of a chosen node), before those on no path from the input to the logits
     were dropped."""
@@ -270,13 +253,13 @@ class DiscoveryRecord(Strict):
     """How the scores were made."""
 
     method: Label
-    parameters: dict[Label, Parameter]
+    parameters: Annotated[dict[Label, Parameter], Named]
     replacement: Label
     metric: MetricRecord
     pairs: Label | None = None
     n_examples: Count
     score_sign: Literal["positive = the edge helps the task"] = SCORE_SIGN
-    cost: dict[Label, Count]
+    cost: Annotated[dict[Label, Count], Named]
     """Examples run forward and backward."""
 
 
@@ -319,7 +302,7 @@ class EvaluationRecord(Strict):
     kl: Number
     accuracy: Number | None = None
     accuracy_full: Number | None = None
-    random_faithfulness: tuple[Number, ...]
+    random_faithfulness: Annotated[tuple[Number, ...], Field(max_length=MAX_RANDOM)]
     seed: Seed
     tolerance: Tolerance
 
@@ -338,13 +321,13 @@ class CurveRecord(Strict):
     pairs: Label
     metric: Label
     replacement: Label
-    points: tuple[CurvePointRecord, ...]
+    points: Annotated[tuple[CurvePointRecord, ...], Field(min_length=1, max_length=MAX_POINTS)]
 
 
 class Provenance(Strict):
     """With what the file was made."""
 
-    versions: dict[Label, Label]
+    versions: Annotated[dict[Label, Label], Named]
     device: Label
     command: Text | None = None
 

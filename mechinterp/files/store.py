@@ -12,22 +12,24 @@ import hashlib
 import os
 import secrets
 import shutil
-import stat
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from mechinterp.errors import FormatError, InputError
+from mechinterp.errors import FormatError, InputError, clip
 from mechinterp.files.schema import SCHEMA_VERSION, CircuitFile, circuit_sha256
 from mechinterp.files.schema_parts import Sidecar
-from mechinterp.jsontext import canonical_sha256, parse_json, render_json
+from mechinterp.jsontext import canonical_sha256, check_size, parse_json, render_json
+from mechinterp.plain_files import is_file, read_bounded
 from mechinterp.tasks.schema import checked
 
 SUFFIX = ".circuit.json"
 SIDECAR_SUFFIX = ".scores.safetensors"
 MAX_JSON_BYTES = 64 * 2**20
+MAX_STEM = 180
+"""Bytes of a NAME: file systems take 255 for a whole name, and temporary files have longer ones."""
 _NO_HASH = "0" * 64
 
 
@@ -69,12 +71,12 @@ def parse_circuit_file(text: bytes, path: Path) -> OpenedFile:
     for name, known in (("kind", "circuit"), ("schema_version", SCHEMA_VERSION)):
         got = content.get(name)
         if type(got) is not type(known) or got != known:
-            shown = repr(got)[:60] if name in content else "nothing"
+            shown = clip(repr(got), 60) if name in content else "nothing"
             raise FormatError(f"{path}: {name} is {shown}; this version of mechinterp reads {known!r}.")
     try:
         document = checked(CircuitFile, content, str(path))
     except FormatError as error:
-        raise FormatError(" ".join(str(error).split())) from error
+        raise FormatError(clip(" ".join(str(error).split()), 580)) from error
     return OpenedFile(path, document, content)
 
 
@@ -114,8 +116,11 @@ def plain_content(document: CircuitFile) -> dict[str, Any]:
 def sidecar_name(path: Path) -> str:
     """The name of the sidecar of a circuit file. Raises InputError unless the path ends in `.circuit.json`."""
     stem = path.name.removesuffix(SUFFIX)
-    if not stem or stem == path.name or stem.startswith(".") or not set(stem).isdisjoint("\\:"):
-        raise InputError(f"A circuit file is named NAME{SUFFIX}; got {path.name!r}.")
+    if not stem or stem == path.name or stem[0] in ".-" or not set(stem).isdisjoint("\\:"):
+        hint = ", and NAME does not begin with '.' or '-'" if stem[:1] in (".", "-") else ""
+        raise InputError(f"A circuit file is named NAME{SUFFIX}{hint}; got {clip(path.name, 200)!r}.")
+    if len(os.fsencode(stem)) > MAX_STEM:
+        raise InputError(f"The name {clip(path.name, 100)!r} is too long for a circuit file and its file of scores.")
     return stem + SIDECAR_SUFFIX
 
 
@@ -125,13 +130,13 @@ def read_sidecar(path: Path, sidecar: Sidecar, max_bytes: int) -> bytes:
     Raises FormatError when it is missing, too large, a link that leaves the folder, or another file than stated.
     """
     target = path.parent / sidecar.file
-    found = _inside(path, target)
+    found = inside(path, target)
     content = read_bounded(found, max_bytes)
     got = hashlib.sha256(content).hexdigest()
     if got == sidecar.sha256:
         return content
     previous = _previous(target)
-    if previous.is_file() and not previous.is_symlink():
+    if is_file(previous) and not previous.is_symlink():
         content = read_bounded(previous, max_bytes)
         if hashlib.sha256(content).hexdigest() == sidecar.sha256:
             return content
@@ -139,21 +144,6 @@ def read_sidecar(path: Path, sidecar: Sidecar, max_bytes: int) -> bytes:
         f"{target} is not the file of scores that {path.name} states: its sha256 is {got[:12]}..., stated is "
         f"{sidecar.sha256[:12]}.... Take both files from one place."
     )
-
-
-def read_bounded(path: Path, max_bytes: int) -> bytes:
-    """The bytes of a plain file. Raises FormatError when it is missing, something else, or larger than `max_bytes`."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise FormatError(f"{path} is not a plain file.")
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
-    except (OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise FormatError(f"{path} cannot be read: {reason}.") from error
-    if len(content) > max_bytes:
-        raise FormatError(f"{path} is larger than the {max_bytes} bytes that it can have.")
-    return content
 
 
 def write_pair(path: Path, document: CircuitFile, sidecar: bytes | None) -> None:
@@ -164,6 +154,7 @@ def write_pair(path: Path, document: CircuitFile, sidecar: bytes | None) -> None
         _recover(path, target)
         _remove_leftovers(path.parent, (path.name, target.name))
         text = render_json(plain_content(document)).encode("utf-8")
+        _check_readable(text, path)
         if sidecar is None:
             _with_temporaries({path: text}, lambda names: _replace(names[path], path))
             target.unlink(missing_ok=True)
@@ -172,6 +163,17 @@ def write_pair(path: Path, document: CircuitFile, sidecar: bytes | None) -> None
         _sync_folder(path.parent)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}. Nothing was changed.") from error
+
+
+def _check_readable(text: bytes, path: Path) -> None:
+    """Return None when a file with this text can be read again. Raises InputError, before anything is written."""
+    try:
+        check_size(text, str(path))
+        fits = len(text) <= MAX_JSON_BYTES
+    except FormatError:
+        fits = False
+    if not fits:
+        raise InputError(f"{path} would be larger than a circuit file can be; choose fewer edges, or fewer examples.")
 
 
 def place_pair(path: Path, content: bytes, sidecar: tuple[str, bytes] | None) -> None:
@@ -295,7 +297,7 @@ def _sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _inside(path: Path, target: Path) -> Path:
+def inside(path: Path, target: Path) -> Path:
     """`target`, once it is known to lie in the folder of `path` with all links followed."""
     try:
         found, folder = target.resolve(), path.parent.resolve()

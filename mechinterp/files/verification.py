@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from mechinterp.circuit import Circuit
-from mechinterp.discovery.method import METHODS, score_edges
+from mechinterp.discovery.method import check_settings, score_edges
 from mechinterp.discovery.select import select
 from mechinterp.discovery.stable import stable_scores
-from mechinterp.errors import InputError, MechInterpError, ModelNotAvailable
+from mechinterp.errors import InputError, MechInterpError, ModelNotAvailable, clip
 from mechinterp.evaluation.faithfulness import ablation_of, evaluate
 from mechinterp.evaluation.sizes import CurvePoint, size_curve, smallest_faithful
 from mechinterp.files.apart import compare_with_discovery, compare_with_task, distinct_prompts
@@ -36,19 +36,23 @@ from mechinterp.files.records import (
     tolerance_for,
 )
 from mechinterp.files.schema import CircuitFile, circuit_sha256
-from mechinterp.files.schema_parts import CurveRecord, TaskPairs, TaskRecord, Tolerance
-from mechinterp.files.store import OpenedFile, open_circuit_file
+from mechinterp.files.schema_pairs import TaskPairs
+from mechinterp.files.schema_parts import CurveRecord, TaskRecord, Tolerance
+from mechinterp.files.settings import SELECTION, STABLE, check_types
+from mechinterp.files.store import OpenedFile, inside, open_circuit_file
 from mechinterp.files.warned import stated_warnings
 from mechinterp.hooks import HookManager, load_model
 from mechinterp.jsontext import six_digits
+from mechinterp.plain_files import is_file, is_folder, read_bounded
 from mechinterp.scores import Scores
 from mechinterp.tasks.pairs import Pairs
+from mechinterp.tasks.rows import MAX_BYTES
 from mechinterp.tasks.task import Task, load_task
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 
-STABLE, STABLE_SETTINGS = "bootstrap_", ("resamples", "agreement", "seed")
+BOOTSTRAP = "bootstrap_"
 """How `stable_scores` records its own settings among those of the method."""
 
 
@@ -165,6 +169,7 @@ def _check_selection(circuit: Circuit, document: CircuitFile, ledger: Ledger) ->
     if circuit.scores is None or not applies_again(document):  # which `verify` warns of
         return
     with ledger.claimed("selection"):
+        check_types(parameters, SELECTION)
         again = select(circuit.graph, circuit.scores, **parameters)
         differ = sorted(set(again.edges) ^ set(circuit.edges))
         detail = f"{len(differ)} edges differ, first {differ[0]}" if differ else ""
@@ -203,7 +208,7 @@ def load_stated_model(document: CircuitFile, path: Path, model: Any, device: tor
             f"The model ({stated.name}) was in memory, no name opens it; give it: verify(model=...)."
         )
     name = stated.name
-    if stated.origin == "directory" and not Path(name).is_dir() and (path.parent / name).is_dir():
+    if stated.origin == "directory" and not is_folder(name) and is_folder(path.parent / name):
         name = str(path.parent / name)
     revision = stated.revision if stated.origin == "hub" else None
     return load_model(name, revision=revision, dtype=stated.dtype, device=device)
@@ -234,19 +239,20 @@ def _check_task(opened: OpenedFile, ledger: Ledger) -> Task | None:
             ledger.equal("task", task.digest(), record.sha256, f"task {record.name!r} was changed")
             for name in ("version", "title", "source"):
                 ledger.equal(f"task.{name}", getattr(task, name), getattr(record, name))
-    path = None if record is None or record.kind == "tokens" else record.path
-    if record is None or record.kind == "tokens" or path is None:
+    if record is None or record.kind == "tokens" or record.path is None:
         return task
-    there = [place for place in (Path(path), opened.path.parent / Path(path).name) if place.is_file()]
-    if not there:
-        ledger.notes.append(f"{path} is not here; what the circuit file itself holds of it was used.")
+    name = Path(record.path).name
+    beside = opened.path.parent / name  # nowhere else: a file must not make us open what it names
+    if name in ("", "..") or not is_file(beside):
+        ledger.notes.append(f"{clip(name, 100)} is not beside the circuit file; what that holds of it was used.")
         return task
     with ledger.claimed("task file"):
+        found = inside(opened.path, beside)
         if isinstance(record, TaskRecord):
-            digest = load_task(there[0]).digest()
+            same = load_task(found).digest() == record.sha256
         else:
-            digest = hashlib.sha256(there[0].read_bytes()).hexdigest()
-        ledger.equal("task file", digest, record.sha256, f"{there[0]} was changed")
+            same = hashlib.sha256(read_bounded(found, MAX_BYTES)).hexdigest() == record.sha256
+        ledger.holds("task file", same, "the file that was used", "that" if same else f"{beside} was changed")
     return task
 
 
@@ -309,8 +315,7 @@ def _check_curve(
     batch_size: int,
     ledger: Ledger,
 ) -> None:
-    parameters = document.selection.parameters
-    ratio = parameters.get("ratio")
+    parameters: dict[str, Any] = dict(document.selection.parameters)
     points = [CurvePoint(p.n_selected, p.n_edges, p.faithfulness) for p in curve.points]
     size = document.selection.size
     if size is not None:
@@ -321,14 +326,15 @@ def _check_curve(
         ledger.failed("curve", f"not run: the pairs {curve.pairs!r} are not what the file states")
         return
     with ledger.claimed("curve"):
+        check_types({name: parameters[name] for name in ("rule", "by", "ratio") if name in parameters}, SELECTION)
         again = size_curve(
             model,
             scores,
             pairs[curve.pairs],
             [point.n_selected for point in points],
-            rule=str(parameters.get("rule", "top")),
-            by=str(parameters.get("by", "magnitude")),
-            ratio=None if ratio is None else float(ratio),
+            rule=parameters.get("rule", "top"),
+            by=parameters.get("by", "magnitude"),
+            ratio=parameters.get("ratio"),
             metric=curve.metric,
             replacement=curve.replacement,
             batch_size=batch_size,
@@ -355,10 +361,9 @@ def _rescore(
         return
     with ledger.claimed("scores again"):
         settings: dict[str, Any] = dict(stated.parameters)
-        stable = {name: settings.pop(f"{STABLE}{name}") for name in STABLE_SETTINGS if f"{STABLE}{name}" in settings}
-        foreign = sorted(set(settings) - set(METHODS.get(stated.method).defaults))
-        if foreign:  # a file must not reach the other arguments, such as `resume`
-            raise InputError(f"Method {stated.method!r} has no parameter {foreign[0]!r}.")
+        stable = {name: settings.pop(f"{BOOTSTRAP}{name}") for name in STABLE if f"{BOOTSTRAP}{name}" in settings}
+        check_types(stable, STABLE)
+        check_settings(stated.method, settings)  # a file must not reach the other arguments, such as `resume`
         score = score_edges
         if stable:
 

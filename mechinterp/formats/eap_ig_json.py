@@ -16,7 +16,7 @@ from mechinterp.errors import FormatError
 from mechinterp.files.schema import CircuitFile
 from mechinterp.formats.eap_ig import EapIgFile, cfg_of, circuit_of_file, graph_of_cfg, mapping_with, nodes_in_graph
 from mechinterp.formats.made import Made
-from mechinterp.formats.strangers import clipped, edge_place
+from mechinterp.formats.strangers import MAX_VALUES, clipped, edge_place
 from mechinterp.graph import Graph
 from mechinterp.jsontext import parse_json
 from mechinterp.models.layout import Dims
@@ -31,18 +31,23 @@ def to_eap_ig_json(circuit: Circuit, document: CircuitFile) -> bytes:
     """
     graph = circuit.graph
     cfg = cfg_of(graph)
-    places = graph.possible.nonzero()
-    names = graph.edge_names()
-    kept = circuit.kept[places[:, 0], places[:, 1]].tolist()
-    edges: dict[str, dict[str, float | bool]] = {}
-    if circuit.scores is None:
-        edges = {name: {"in_graph": inside} for name, inside in zip(names, kept, strict=True)}
-    else:
-        scores = circuit.scores.values.cpu()[places[:, 0], places[:, 1]].tolist()
-        for name, inside, score in zip(names, kept, scores, strict=True):
-            edges[name] = {"score": score, "in_graph": inside}
     nodes = {name: {"in_graph": inside} for name, inside in nodes_in_graph(circuit).items()}
-    return (json.dumps({"cfg": cfg, "nodes": nodes, "edges": edges}, allow_nan=False) + "\n").encode("ascii")
+    content = bytearray(json.dumps({"cfg": cfg, "nodes": nodes, "edges": {}}, allow_nan=False).encode("ascii")[:-2])
+    scores = None if circuit.scores is None else circuit.scores.values.cpu()
+    for r, row in enumerate(graph.possible):  # one reader at a time: an 8B model has 1.6 million edges
+        edges: dict[str, dict[str, float | bool]] = {}
+        for w in row.nonzero().flatten().tolist():
+            edges[graph.edge_name(r, w)] = {"in_graph": False}
+        if scores is not None:
+            edges = {
+                name: {"score": score, **entry}
+                for (name, entry), score in zip(edges.items(), scores[r][row].tolist(), strict=True)
+            }
+        for name, inside in zip(edges, circuit.kept[r][row].tolist(), strict=True):
+            edges[name]["in_graph"] = inside
+        if edges:
+            content += (b"" if content.endswith(b"{") else b", ") + json.dumps(edges, allow_nan=False)[1:-1].encode()
+    return bytes(content + b"}}\n")
 
 
 def from_eap_ig_json(
@@ -58,7 +63,7 @@ def from_eap_ig_json(
 
 def read_eap_ig_json(content: bytes, where: str = "The file") -> EapIgFile:
     """What EAP-IG's JSON says. Raises FormatError for anything else."""
-    top = mapping_with(parse_json(content, where), {"cfg", "nodes", "edges"}, set(), where)
+    top = mapping_with(parse_json(content, where, MAX_VALUES), {"cfg", "nodes", "edges"}, set(), where)
     graph = graph_of_cfg(top["cfg"], where)
     _check_nodes(top["nodes"], graph, where)
     edges = top["edges"]

@@ -23,7 +23,7 @@ import torch
 from mechinterp.circuit import Circuit
 from mechinterp.errors import FormatError
 from mechinterp.formats.made import circuit_from
-from mechinterp.formats.strangers import bounded_graph, check_dims, clipped, edge_place
+from mechinterp.formats.strangers import MAX_VALUES, bounded_graph, check_dims, clipped, edge_place
 from mechinterp.jsontext import parse_json
 from mechinterp.models.layout import Dims
 
@@ -40,7 +40,7 @@ def from_edge_pruning(content: bytes, dims: Dims, where: str = "The file") -> Ci
     a model with grouped-query attention, parallel layers or no MLPs.
     """
     check_dims(dims, TOOL)
-    rows = parse_json(content, where)
+    rows = parse_json(content, where, MAX_VALUES)
     if isinstance(rows, dict) and "original" in rows:
         raise FormatError(
             f"{where} is Edge-Pruning's copy of ACDC's graph, in which edges out of the input have lost their heads; "

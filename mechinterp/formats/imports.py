@@ -9,7 +9,6 @@ from types import MappingProxyType
 
 from mechinterp.circuit import Circuit
 from mechinterp.errors import InputError
-from mechinterp.files.store import read_bounded
 from mechinterp.formats.acdc import from_acdc
 from mechinterp.formats.eap_ig_json import from_eap_ig_json
 from mechinterp.formats.eap_ig_pt import from_eap_ig_pt
@@ -18,6 +17,7 @@ from mechinterp.formats.made import Made
 from mechinterp.formats.mib import from_mib
 from mechinterp.formats.strangers import MAX_BYTES
 from mechinterp.models.layout import Dims
+from mechinterp.plain_files import read_bounded
 from mechinterp.registry import unknown
 
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from mechinterp.circuit import Circuit
 from mechinterp.errors import FormatError, InputError, UnsupportedError
 from mechinterp.files.schema import CircuitFile
-from mechinterp.files.store import read_bounded
 from mechinterp.formats.eap_ig import EapIgFile, circuit_of_file
 from mechinterp.formats.eap_ig_json import read_eap_ig_json, to_eap_ig_json
 from mechinterp.formats.eap_ig_pt import read_eap_ig_pt
 from mechinterp.formats.made import Made
 from mechinterp.formats.strangers import MAX_BYTES, clipped
 from mechinterp.models.layout import Dims
+from mechinterp.plain_files import is_folder, read_bounded
 from mechinterp.registry import unknown
 
 NAME = "mib"
@@ -98,14 +98,14 @@ def mib_problems(folder: Path) -> tuple[str, ...]:
 
     All files are read and compared with the model that the folder's name states.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         return (f"{folder} is not a folder.",)
     problems: list[str] = []
     tasks: set[str] = set()
     models: set[str] = set()
     for entry in sorted(folder.iterdir()):
         task, _, model = entry.name.rpartition("_")
-        if not entry.is_dir() or model not in TASKS.get(task, ()):
+        if not is_folder(entry) or model not in TASKS.get(task, ()):
             problems.append(f"{clipped(entry.name)} is no folder {{task}}_{{model}} of a task and model that MIB has.")
             continue
         found = _folder_problems(entry, model)
@@ -148,7 +148,7 @@ def _folder_problems(folder: Path, model: str) -> list[str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise FormatError(f"{folder} is not a folder.")
     return sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES)
 

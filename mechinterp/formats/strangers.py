@@ -7,12 +7,14 @@ import reprlib
 from collections.abc import Collection
 
 from mechinterp.errors import FormatError, UnsupportedError
-from mechinterp.files.schema_parts import MAX_GRAPH_CELLS
+from mechinterp.files.limits import MAX_GRAPH_CELLS
 from mechinterp.graph import Graph, graph_of
 from mechinterp.models.layout import Dims
 
 MAX_BYTES = 128 * 2**20
 """The largest file that is read; EAP-IG's JSON of an 8B model has 117 MB."""
+MAX_VALUES = 2**23
+"""Values in a JSON file; that file has 7 million."""
 PARALLEL = "parallel attention and MLP"
 SPLIT_INPUT = "separate token and position embeddings"
 NO_MLP = "layers without an MLP"

@@ -14,12 +14,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mechinterp.errors import InputError, ModelNotAvailable, UnsupportedError
+from mechinterp.errors import InputError, ModelNotAvailable, UnsupportedError, clip
 from mechinterp.models.refusal import reason, refusing
 from mechinterp.models.source import ModelInfo
+from mechinterp.plain_files import exists, is_folder
 
 logger = logging.getLogger(__name__)
 
+MAX_NAME = 300
+"""Letters of a hub id with its revision."""
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 BUNDLED = Path(__file__).parent / "zoo" / "bundled"
 
 
@@ -65,12 +69,11 @@ def open_model(
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """The torch dtype named `float32`, `bfloat16`, ...; None stays None. Raises InputError for anything else."""
     if isinstance(dtype, str):
-        found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype) or not found.is_floating_point:
-            raise InputError(f"Unknown dtype {dtype!r}. Known: float64, float32, bfloat16, float16.")
-        return found
-    if dtype is not None and not dtype.is_floating_point:
-        raise InputError(f"A model cannot be of dtype {dtype!r}. Known: float64, float32, bfloat16, float16.")
+        if dtype not in DTYPES:
+            raise InputError(f"Unknown dtype {clip(dtype, 60)!r}. Known: {', '.join(DTYPES)}.")
+        return getattr(torch, dtype)
+    if dtype is not None and str(dtype).removeprefix("torch.") not in DTYPES:
+        raise InputError(f"A model cannot be of dtype {dtype!r}. Known: {', '.join(DTYPES)}.")
     return dtype
 
 
@@ -145,10 +148,10 @@ def _named(spec: str, revision: str | None) -> tuple[str, str, str | None, str]:
     path = BUNDLED if spec == "bundled" else Path(spec)
     if spec == "bundled":
         origin = "bundled"
-    elif path.is_dir():
+    elif is_folder(path):
         origin = "directory"
-    elif path.exists() or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
-        raise InputError(f"There is no model directory {spec!r}; give a folder made by save_pretrained.")
+    elif exists(path) or len(spec) > MAX_NAME or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+        raise InputError(f"There is no model directory {clip(spec, 200)!r}; give a folder made by save_pretrained.")
     else:
         origin = "hub"
     if origin != "hub" and revision is not None:

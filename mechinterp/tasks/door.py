@@ -24,6 +24,8 @@ Mask: TypeAlias = Tensor | np.ndarray | Sequence[Any]
 """True (or 1) at real tokens."""
 
 LARGEST_ID = 2**31 - 1
+MAX_PADDED = 2**24
+"""Rows x longest row of one table of ids; 128 MB once they are padded."""
 NO_ENTRY = -1
 
 
@@ -87,8 +89,15 @@ def _from_list(name: str, given: Sequence[Any]) -> Tensor:
     if not any(nested):
         return torch.tensor(rows, dtype=torch.int64)
     width = max(len(row) for row in rows)
-    filled = [list(row) + [NO_ENTRY] * (width - len(row)) for row in rows]
-    return torch.tensor(filled, dtype=torch.int64).reshape(len(rows), width)
+    if len(rows) * width > MAX_PADDED:
+        raise InputError(
+            f"{name} has {len(rows)} rows, the longest of {width} ids: padded, that is more than the {MAX_PADDED} ids "
+            "that are taken. Leave the longest rows out, or give fewer rows."
+        )
+    lengths = torch.tensor([len(row) for row in rows])
+    filled = torch.full((len(rows), width), NO_ENTRY, dtype=torch.int64)
+    filled[torch.arange(width) < lengths[:, None]] = torch.tensor(leaves, dtype=torch.int64)
+    return filled
 
 
 def prompts(

@@ -17,8 +17,6 @@ from mechinterp.tasks.source import Dropped, FileSource, Report
 
 log = logging.getLogger(__name__)
 
-MAX_TOKENS = 2**27
-
 
 @dataclass(frozen=True)
 class _Encoded:
@@ -141,9 +139,6 @@ def _report(file: PairsFile, kept: Sequence[_Encoded], dropped: Sequence[Dropped
                 f"{where}: {len(dropped)} of {len(file.rows)} rows cannot be used ({first}), and pairs need "
                 "at least two."
             )
-    width = max(len(row.clean) for row in kept)
-    if width * len(kept) > MAX_TOKENS:
-        raise FormatError(f"{where}: {len(kept)} rows of up to {width} tokens are too many; cut the file.")
 
 
 def _warn_of_missing_spaces(kept: Sequence[_Encoded], encoder: Encoder | None, where: str) -> None:

@@ -6,16 +6,23 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
-from mechinterp.errors import FormatError
+from mechinterp.errors import FormatError, clip
+from mechinterp.jsontext import parse_json
+from mechinterp.plain_files import read_bounded
 from mechinterp.registry import unknown
 
 MAX_BYTES = 64 * 2**20
-MAX_ROWS = 1_000_000
+MAX_ROWS = 250_000
+MAX_LETTERS = 1_000_000
+"""Of one prompt; the longest contexts are some 100,000 tokens."""
+MAX_NAMED = 1000
+"""Named positions of a row."""
 LARGEST_ID = 2**31 - 1
 REQUIRED = ("clean", "corrupt")
 COLUMNS = (*REQUIRED, "right", "wrong", "positions")
@@ -54,13 +61,7 @@ def read_rows(path: Path) -> PairsFile:
     }
     if path.suffix.lower() not in readers:
         raise FormatError(f"{path}: pairs are read from .jsonl or .csv files; got {path.suffix or 'no suffix'!r}.")
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if len(content) > MAX_BYTES:
-        raise FormatError(f"{path} is larger than {MAX_BYTES // 2**20} MiB; cut it into parts.")
+    content = read_bounded(path, MAX_BYTES)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -78,7 +79,9 @@ def read_rows(path: Path) -> PairsFile:
 
 def _jsonl(text: str, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
     # Not splitlines(): a JSON string may hold U+2028 and its like, which are no line ends here.
-    for line, content in enumerate(text.split("\n"), start=1):
+    line, end = 1, 0
+    for found in re.finditer(r"[^\n]+", text):
+        line, end, content = line + text.count("\n", end, found.start()), found.end(), found[0]
         if content.strip():
             given = _json(content, f"{where}, line {line}")
             if not isinstance(given, dict):
@@ -92,9 +95,13 @@ def _csv(text: str, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
         header = next(reader, None)
         if header is None:
             raise FormatError(f"{where} is empty.")
+        seen: set[str] = set()
         for name in header:
-            if header.count(name) > 1:
-                raise FormatError(f"{where}: the column {name!r} is given twice.")
+            if name in seen:
+                raise FormatError(f"{where}: the column {clip(name, 60)!r} is given twice.")
+            if name not in COLUMNS:
+                raise FormatError(f"{where}, line 1: {unknown('column', name, COLUMNS)}")
+            seen.add(name)
         for cells in reader:
             if not cells:
                 continue
@@ -128,23 +135,7 @@ def _is_list(cell: str) -> bool:
 
 
 def _json(text: str, where: str) -> object:
-    try:
-        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
-    except RecursionError as error:
-        raise FormatError(f"{where}: nested too deeply.") from error
-    except ValueError as error:
-        raise FormatError(f"{where}: not valid JSON ({error}).") from error
-
-
-def _no_constant(name: str) -> object:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _no_duplicates(items: Sequence[tuple[str, object]]) -> dict[str, object]:
-    made = dict(items)
-    if len(made) != len(items):
-        raise ValueError("a key is given twice")
-    return made
+    return parse_json(text.encode("utf-8"), where)
 
 
 def _row(given: Mapping[str, Any], line: int, where: str) -> FileRow:
@@ -165,6 +156,8 @@ def _row(given: Mapping[str, Any], line: int, where: str) -> FileRow:
 
 def _prompt(given: object, where: str) -> Text:
     if isinstance(given, str) and given:
+        if len(given) > MAX_LETTERS:
+            raise FormatError(f"{where}: a text of {len(given)} letters is longer than any model reads.")
         return given
     if isinstance(given, list) and given:
         return tuple(_token_id(entry, where) for entry in cast(list[object], given))
@@ -186,6 +179,8 @@ def _positions(given: object, where: str) -> dict[str, int]:
     if not isinstance(given, dict):
         raise FormatError(f"{where}, positions: must map names to token indices; got {_short(given)}.")
     entries = cast(dict[str, object], given)
+    if len(entries) > MAX_NAMED or any(not 1 <= len(name) <= 100 for name in entries):
+        raise FormatError(f"{where}, positions: at most {MAX_NAMED} names, of 1 to 100 letters.")
     return {name: _token_id(index, f"{where}, positions.{name}") for name, index in entries.items()}
 
 
@@ -196,8 +191,7 @@ def _token_id(given: object, where: str) -> int:
 
 
 def _short(given: object) -> str:
-    text = repr(given)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return clip(repr(given), 60)
 
 
 def _check_alike(rows: Sequence[FileRow], where: str) -> None:
@@ -210,5 +204,5 @@ def _check_alike(rows: Sequence[FileRow], where: str) -> None:
         if set(row.positions) != set(first.positions):
             raise FormatError(
                 f"{where}: every row needs the same positions; line {first.line} has "
-                f"{sorted(first.positions)}, line {row.line} has {sorted(row.positions)}."
+                f"{_short(sorted(first.positions))}, line {row.line} has {_short(sorted(row.positions))}."
             )

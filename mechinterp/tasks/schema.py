@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from mechinterp.errors import FormatError
+from mechinterp.errors import FormatError, clip
 from mechinterp.registry import unknown
 
-MAX_BYTES = 2**20
+MAX_BYTES = 2**18
+"""Of a task or a word list; a YAML parser in Python takes a second for 100 kB."""
 
 
 class Strict(BaseModel):
@@ -59,18 +59,6 @@ class _PlainLoader(yaml.BaseLoader):
         return made
 
 
-def read_bounded(path: Path) -> bytes:
-    """The bytes of a file. Raises FormatError when it cannot be read or is too large for a task."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if len(content) > MAX_BYTES:
-        raise FormatError(f"{path} is larger than {MAX_BYTES} bytes; a task or word list never is.")
-    return content
-
-
 def parse_yaml(content: bytes, where: str) -> dict[str, Any]:
     """The mapping in a YAML text, every scalar as a string.
 
@@ -79,7 +67,10 @@ def parse_yaml(content: bytes, where: str) -> dict[str, Any]:
     try:
         given = yaml.load(content.decode("utf-8"), Loader=_PlainLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FormatError(f"{where} is not valid YAML: {error}") from error
+        reason = clip(" ".join(str(error).split()), 300)
+        raise FormatError(f"{where} is not valid YAML: {reason}") from error
+    except ValueError as error:  # PyYAML's own, over an escape such as "\\UFFFFFFFF"
+        raise FormatError(f"{where} is not valid YAML: {clip(str(error), 300)}") from error
     except RecursionError as error:
         raise FormatError(f"{where} is nested too deeply.") from error
     if not isinstance(given, dict):
@@ -93,6 +84,6 @@ def checked(model: type[Model], given: object, where: str) -> Model:
         return model.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
+        place = clip(".".join(clip(str(part), 60) for part in first["loc"]), 200)
+        reason = clip(first["msg"].removeprefix("Value error, "), 300)
         raise FormatError(f"{where}: {place + ': ' if place else ''}{reason}") from error

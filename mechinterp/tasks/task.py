@@ -12,9 +12,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from mechinterp.errors import FormatError, InputError
+from mechinterp.plain_files import read_bounded
 from mechinterp.registry import unknown
 from mechinterp.tasks.check import check_task, lists_used
-from mechinterp.tasks.schema import checked, parse_yaml, read_bounded
+from mechinterp.tasks.schema import MAX_BYTES, checked, parse_yaml
 from mechinterp.tasks.spec import TaskSpec
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def load_task(name_or_path: str | Path) -> Task:
         path = _FOLDER / f"{given}.yaml"
     else:
         raise unknown("task", given, task_names())
-    spec = checked(TaskSpec, parse_yaml(read_bounded(path), str(path)), str(path))
+    spec = checked(TaskSpec, parse_yaml(read_bounded(path, MAX_BYTES), str(path)), str(path))
     lists = _lists_for(spec, str(path))
     check_task(spec, lists, str(path))
     return Task(spec, MappingProxyType(lists))
@@ -131,7 +132,7 @@ def _lists_for(spec: TaskSpec, where: str) -> dict[str, tuple[str, ...]]:
         used = lists_used(spec)
     except InputError as error:
         raise FormatError(f"{where}: {error}") from error
-    known = {**_word_lists(read_bounded(_WORDS)), **spec.lists}
+    known = {**_word_lists(read_bounded(_WORDS, MAX_BYTES)), **spec.lists}
     for name in used:
         if name not in known:
             raise FormatError(f"{where}: {unknown('word list', name, known)}")
