@@ -30,6 +30,7 @@ from mechinterp.edges import clean_logits
 from mechinterp.errors import InputError
 from mechinterp.mask_gradients import mask_gradients
 from mechinterp.metrics import get_metric
+from mechinterp.models.modes import Gradients
 from mechinterp.registry import unknown
 from mechinterp.replacement import Values, build_replacement
 from mechinterp.scores import Parameter, Scores
@@ -133,7 +134,7 @@ class _Learning:
         saved = self.job.checkpoint.load()
         if saved is None:
             return 0
-        with torch.no_grad():
+        with Gradients(False) as off, off:
             for name, parameter in (("log_alpha", self.log_alpha), ("multipliers", self.multipliers)):
                 parameter.copy_(saved[name])
                 keys = {key.partition(".")[2]: value for key, value in saved.items() if key.startswith(name + ".")}

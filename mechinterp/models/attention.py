@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.errors import UnsupportedError
+from mechinterp.models.modes import Gradients
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _rotary_tables(bridge: Any, n_pos: int) -> tuple[Tensor | None, Tensor | Non
             continue
         like = next(p for p in bridge.original_model.parameters() if p.is_floating_point())
         rotary = getattr(module, "original_component", None) or module
-        with torch.no_grad():
+        with Gradients(False) as off, off:
             cos, sin = rotary(like.new_zeros(1, n_pos, 1), torch.arange(n_pos, device=like.device)[None])
         return cos[0], sin[0]
     return None, None
