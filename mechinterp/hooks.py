@@ -5,10 +5,10 @@ This is the only file that registers hooks; `models/hook_names.py` has Transform
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from inspect import currentframe
 from typing import Any
 
 import torch
@@ -160,7 +160,7 @@ class HookManager:
         grad_sites = tuple(grads)
         if bool(grad_sites) != (loss is not None):
             raise InputError("Gradients need both `loss` and `grads`; only one of them was given.")
-        with Turn(self.bridge, self.info.name, sys._getframe(), loss is not None) as turn, turn:
+        with Turn(self.bridge, self.info.name, currentframe(), loss is not None) as turn, turn:
             outer = self._use.edits()
             if past is not None:
                 check_past(past, tokens, mask, self.dims, edited=bool(outer))
@@ -200,7 +200,7 @@ class HookManager:
         block = self.bridge.blocks[layer]
         if layer in self.bound_mlps:
             raise UnsupportedError(f"The MLP of layer {layer} cannot be run by itself: {self.bound_mlps[layer]}.")
-        with Turn(self.bridge, self.info.name, sys._getframe()) as turn, turn:
+        with Turn(self.bridge, self.info.name, currentframe()) as turn, turn:
             out = block.mlp(mlp_in.reshape(1, -1, mlp_in.shape[-1]).to(self.dtype)).reshape(mlp_in.shape)
             return block.ln2_post(out[None])[0] if getattr(block, "ln2_post", None) is not None else out
 
@@ -208,7 +208,7 @@ class HookManager:
         self, tokens: Int[Tensor, "batch pos"], sites: Sequence[Site], loss: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, dict[Site, tuple[int, Tensor | None]]]:
         """The logits with every site tapped; per site, how often it fired and its gradient (None: not connected)."""
-        with Turn(self.bridge, self.info.name, sys._getframe(), True) as turn, turn:
+        with Turn(self.bridge, self.info.name, currentframe(), True) as turn, turn:
             points = self._plan((), (), sites, None)
             self._register(turn, points, None)
             first = self.bridge.blocks[0]

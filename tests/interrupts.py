@@ -43,15 +43,15 @@ def traced(function: Callable[[], Any], files: tuple[str, ...], raise_at: int | 
 def interrupted(
     function: Callable[[], Any], files: tuple[str, ...], every: int = 1, done: set[Place] | None = None
 ) -> Iterator[Place]:
-    """Runs the function with an interrupt at the first and at the last pass of each line and call of the files.
+    """Runs the function with an interrupt at each line and call of the files, the first time that it comes there.
 
-    `every`: at each so manieth of them only. Places in `done` are left out, and all others are added to it. Yields
-    where, after each.
+    In `mechinterp/models`, where a run's changes are made and taken back, at the last time too. `every`: at each so
+    manieth of them only. Places in `done` are left out, and all others are added to it. Yields where, after each.
     """
     function()  # so that what is computed once only is there
     passed, done = traced(function, files), set[Place]() if done is None else done
     first = {place: i for i, place in reversed(list(enumerate(passed))) if place not in done}
-    last = {place: i for i, place in enumerate(passed) if place not in done}
+    last = {place: i for i, place in enumerate(passed) if place not in done and "mechinterp/models" in place[0]}
     done.update(first)
     for i in sorted({*first.values(), *last.values()})[::every]:
         traced(function, files, i)

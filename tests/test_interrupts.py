@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformer_lens
 import transformers
@@ -100,7 +101,7 @@ def patching(model: HookManager) -> list[Any]:
 
 
 RUNS = [edits_and_records, with_a_loss, within_blocks, started_late, one_mlp, a_survey]
-ENGINES = [the_exact_engine, first_order, patching]
+ENGINES = [first_order, the_exact_engine, patching]
 
 
 def check(
@@ -132,19 +133,21 @@ def free(model: HookManager) -> bool:
     return bool(found)
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_every_line_of_a_run() -> None:
     model, done = a_model(), set[Place]()
     n = sum(check(model, run, OWN, done=done) for run in RUNS)
-    assert n > 300
+    assert n > 250
 
 
 def test_ctrl_c_inside_the_libraries() -> None:
     model, done = a_model(), set[Place]()
     n = sum(check(model, run, OTHERS, 31, done) for run in (with_a_loss, started_late))
-    assert n > 50
+    assert n > 30
 
 
+@pytest.mark.slow
 def test_ctrl_c_where_an_engine_changes_the_state() -> None:
     model, done = a_model(), set[Place]()
-    n = sum(check(model, run, CHANGING, done=done) for run in ENGINES)
+    n = sum(check(model, run, CHANGING, 5, done) for run in ENGINES)
     assert n > 30

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from inspect import currentframe
 from typing import Any
 
 from torch import Tensor
@@ -51,6 +51,6 @@ def das(
         for parameter in trained:
             parameter.requires_grad_(True)
 
-    with Turn(bridge, name, sys._getframe()) as turn, turn:
+    with Turn(bridge, name, currentframe()) as turn, turn:
         turn.undo.append(undo)
         return fit_das(bridge, hook_name, base, source, targets, logits, **settings)

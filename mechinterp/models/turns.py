@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -47,8 +47,8 @@ class Use:
         Without a lock, as an interrupt could leave it locked: whoever is in the list first wins.
         """
         self.users.append(user)
-        first = next(other for other in list(self.users) if other is user or other.in_progress)
-        if first.thread is not user.thread:
+        before = [other for other in list(self.users) if other is user or other.in_progress]
+        if before[0].thread is not user.thread:
             self.users.remove(user)
             raise BusyError(f"{name} is being run by another thread. Load it once per thread, or take turns.")
         for other in reversed(list(self.users)):
@@ -68,9 +68,9 @@ class Turn(Restored):
     `frame` is the frame of the function that runs: as long as it is on its thread's stack, the run is in progress.
     """
 
-    def __init__(self, bridge: Any, name: str, frame: FrameType, gradients: bool | None = None) -> None:
+    def __init__(self, bridge: Any, name: str, frame: FrameType | None, gradients: bool | None = None) -> None:
         self.use, self.bridge, self.name = use_of(bridge), bridge, name
-        self.frame: FrameType | None = frame
+        self.frame = frame
         self.thread = threading.current_thread()
         self.gradients, self.gradients_before = gradients, torch.is_grad_enabled()
         self.modes: EvalMode | None = None
@@ -86,7 +86,10 @@ class Turn(Restored):
     @property
     def in_progress(self) -> bool:
         """Whether the function that runs is still on its thread's stack."""
-        return any(frame is self.frame for frame in _stack(self.thread.ident))
+        frame = sys._current_frames().get(self.thread.ident or 0)  # pyright: ignore[reportPrivateUsage]
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not None
 
     def change(self) -> None:
         """Take the turn. Raises BusyError while another thread has it."""
@@ -196,7 +199,12 @@ class Block:
                 self.lock.release()
             raise
 
-    __exit__ = _LocksOwnExit()
+    if TYPE_CHECKING:
+
+        def __exit__(self, *_: object) -> None: ...
+
+    else:
+        __exit__ = _LocksOwnExit()
 
 
 def _set_forward(module: Any, forward: Any) -> None:
@@ -205,11 +213,3 @@ def _set_forward(module: Any, forward: Any) -> None:
         vars(module).pop("forward", None)
     else:
         vars(module)["forward"] = forward
-
-
-def _stack(thread: int | None) -> Iterator[FrameType]:
-    """The frames of a thread; none when it has ended, or was left behind by a fork."""
-    frame = sys._current_frames().get(thread or 0)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
