@@ -131,7 +131,12 @@ class _Learning:
         return state
 
     def _resume(self) -> int:
-        saved = self.job.checkpoint.load()
+        like = {"done": torch.tensor(0), "n_runs": torch.tensor(0)}
+        for name, parameter in (("log_alpha", self.log_alpha), ("multipliers", self.multipliers)):
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            like |= {name: parameter, f"{name}.step": torch.tensor(0.0)}
+            like |= {f"{name}.{key}": value for key, value in moments.items()}
+        saved = self.job.checkpoint.load(like, {"done": self.n_steps})
         if saved is None:
             return 0
         with Gradients(False) as off, off:

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mechinterp.errors import InputError, ModelNotAvailable, UnsupportedError
+from mechinterp.models.others_hooks import notes_on_hooks
 from mechinterp.models.source import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,9 @@ def open_model(
     if isinstance(spec, nn.Module) and hasattr(spec, "config"):
         module = copy.deepcopy(spec).to(device=device, dtype=dtype)
         name = getattr(spec.config, "name_or_path", "") or type(spec).__name__
-        return _bridge(module, name, None, "memory", tokenizer)
+        notes = notes_on_hooks(spec, name)
+        opened = _bridge(module, name, None, "memory", tokenizer)
+        return replace(opened, info=replace(opened.info, notes=notes))
     raise InputError(
         f"Cannot load a model from {type(spec).__name__}; give 'bundled', a directory, a hub id, a Hugging Face model "
         "or a TransformerBridge."
@@ -322,5 +325,6 @@ def _wrap_bridge(bridge: Any, dtype: torch.dtype | None, device: Any, tokenizer:
         origin="memory",
         processing="compatibility" if getattr(bridge, "compatibility_mode", False) else "raw",
         weights=dict(bridge.original_model.named_parameters()),
+        notes=notes_on_hooks(bridge, str(getattr(bridge.cfg, "model_name", None) or "bridge")),
     )
     return Opened(bridge, info, tokenizer if tokenizer is not None else getattr(bridge, "tokenizer", None))
