@@ -18,13 +18,14 @@ def notes_on_hooks(model: Any, name: str) -> tuple[str, ...]:
     Hooks that libraries set for themselves are not counted.
     """
     roots = (model, getattr(model, "original_model", model))
-    modules = {id(m): (label, m) for root in roots for label, m in root.named_modules()}
-    hooked = {label: found for label, module in modules.values() if (found := _count(module))}
+    modules = {m: label for root in reversed(roots) for label, m in root.named_modules()}  # a bridge's own names last
+    hooked = {label: found for module, label in modules.items() if (found := _count(module))}
     if not hooked:
         return ()
+    hooked = {label.replace("_original_component.", ""): n for label, n in hooked.items()}
     some = ", ".join(list(hooked)[:3]) + (f" and {len(hooked) - 3} more" if len(hooked) > 3 else "")
     note = (
-        f"{name} came with {sum(hooked.values())} hooks of its own (on {some}); they act in every run. Remove them "
+        f"{name} came with hooks of its own ({sum(hooked.values())}, on {some}); they act in every run. Remove them "
         "before loading if that is not meant."
     )
     logger.warning("%s", note)
