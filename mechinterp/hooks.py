@@ -42,6 +42,8 @@ class HookManager:
         self.info = info
         self.tokenizer = tokenizer
         self._use = use_of(bridge)
+        if self.edited:
+            raise InputError("This model is inside an `intervene` block, where it cannot be checked; load it before.")
         self._points: dict[str, Any] = dict(bridge.hook_dict)
         self._layers_give_tuples = False
         self.layout: Layout = build_layout(bridge)
@@ -117,7 +119,7 @@ class HookManager:
         """
         for intervention in interventions:
             self.resolve(intervention.site)
-        return Block(self.bridge, self.info.name, interventions, self)
+        return Block(self._use, self.info.name, interventions, self)
 
     def run(
         self,
@@ -160,7 +162,7 @@ class HookManager:
         grad_sites = tuple(grads)
         if bool(grad_sites) != (loss is not None):
             raise InputError("Gradients need both `loss` and `grads`; only one of them was given.")
-        with Turn(self.bridge, self.info.name, currentframe(), loss is not None) as turn, turn:
+        with Turn(self._use, self.bridge, self.info.name, currentframe(), loss is not None) as turn, turn:
             outer = self._use.edits()
             if past is not None:
                 check_past(past, tokens, mask, self.dims, edited=bool(outer))
@@ -200,7 +202,7 @@ class HookManager:
         block = self.bridge.blocks[layer]
         if layer in self.bound_mlps:
             raise UnsupportedError(f"The MLP of layer {layer} cannot be run by itself: {self.bound_mlps[layer]}.")
-        with Turn(self.bridge, self.info.name, currentframe()) as turn, turn:
+        with Turn(self._use, self.bridge, self.info.name, currentframe()) as turn, turn:
             out = block.mlp(mlp_in.reshape(1, -1, mlp_in.shape[-1]).to(self.dtype)).reshape(mlp_in.shape)
             return block.ln2_post(out[None])[0] if getattr(block, "ln2_post", None) is not None else out
 
@@ -208,7 +210,7 @@ class HookManager:
         self, tokens: Int[Tensor, "batch pos"], sites: Sequence[Site], loss: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, dict[Site, tuple[int, Tensor | None]]]:
         """The logits with every site tapped; per site, how often it fired and its gradient (None: not connected)."""
-        with Turn(self.bridge, self.info.name, currentframe(), True) as turn, turn:
+        with Turn(self._use, self.bridge, self.info.name, currentframe(), True) as turn, turn:
             points = self._plan((), (), sites, None)
             self._register(turn, points, None)
             first = self.bridge.blocks[0]

@@ -134,7 +134,7 @@ def test_a_run_whose_end_was_lost_does_nothing_and_is_cleared_away() -> None:
     point = model.bridge.hook_dict["blocks.0.attn.hook_z"]
 
     def lost() -> None:
-        turn = Turn(model.bridge, "it", sys._getframe())
+        turn = Turn(use_of(model.bridge), model.bridge, "it", sys._getframe())
         turn.__enter__()
         point.add_hook(turn.hook(point, torch.zeros_like))
         turn.replace_forward(model.bridge.blocks[0], torch.zeros_like)
@@ -199,11 +199,14 @@ def test_a_layers_own_forward_comes_back_after_a_run_that_skips_it() -> None:
 
 def test_copies_of_a_model_are_free_and_a_model_is_let_go() -> None:
     model = build("gpt2", n_layer=1)
-    with model.intervene(Intervention("z.0", doubled)):
-        copied = copy.deepcopy(model.bridge.original_model)
-        assert use_of(copied) is not use_of(model.bridge) and not use_of(copied).users
+    with model.intervene(Intervention("z.0", lambda value: value + 0 * len(repr(model)))):
+        other = copy.deepcopy(model)
+        assert not other.edited and other.run(X).logits is not None
+        assert load_model(other.bridge).edited is False
+        with other.intervene(Intervention("z.0", doubled)):
+            assert load_model(model.bridge).edited and use_of(other.bridge) is not use_of(model.bridge)
     gone = weakref.ref(model.bridge.original_model)
-    del model
+    del model, other
     gc.collect()
     assert gone() is None
 

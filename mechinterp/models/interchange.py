@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mechinterp.models.turns import Turn
+from mechinterp.models.turns import Turn, use_of
 
 
 def interchange(base: Tensor, source: Tensor, basis: Tensor) -> Tensor:
@@ -51,6 +51,6 @@ def das(
         for parameter in trained:
             parameter.requires_grad_(True)
 
-    with Turn(bridge, name, currentframe()) as turn, turn:
+    with Turn(use_of(bridge), bridge, name, currentframe()) as turn, turn:
         turn.undo.append(undo)
         return fit_das(bridge, hook_name, base, source, targets, logits, **settings)

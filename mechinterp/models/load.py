@@ -119,7 +119,7 @@ def open_encoder(
             raise InputError("A module in memory is used as it is; move it yourself, and leave out revision and dtype.")
         module = spec
         name = str(getattr(spec.config, "name_or_path", "")) or type(spec).__name__
-        found = ModelInfo(name, None, type(spec).__name__, "memory", "raw", {})
+        found = ModelInfo(name, None, type(spec).__name__, "memory", "raw", {}, notes_on_hooks(spec, name))
     else:
         raise InputError(f"Cannot load an encoder from {type(spec).__name__}; give a directory, a hub id or a module.")
     weights = dict(module.named_parameters())

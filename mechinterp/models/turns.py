@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
@@ -20,20 +21,19 @@ import torch
 from mechinterp.errors import BusyError, InputError
 from mechinterp.models.modes import EvalMode, Restored
 
-_PLACE = "_mechinterp_use"
-
 
 class Use:
     """Who uses a model now: runs, one within the other, and the blocks of edits they are in."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Any) -> None:
+        self.model = model
         self.users: list[Turn | Block] = []
         """In the order in which they came; the first one's thread has the model."""
         self.turns: list[Turn] = []
         """The runs in progress, the innermost one last."""
 
-    def __reduce__(self) -> tuple[type[Use], tuple[()]]:
-        return Use, ()  # a copy of a model is used by nobody
+    def __reduce__(self) -> tuple[Callable[[Any], Use], tuple[Any]]:
+        return use_of, (self.model,)  # a copy of a model is used by nobody
 
     def edits(self) -> list[Any]:
         """The edits of all blocks of this thread in force, outer ones first."""
@@ -56,10 +56,19 @@ class Use:
                 other.clear()
 
 
+# Not an attribute of the model, which is left as it was; nor of a manager, as there may be several.
+_USES: weakref.WeakValueDictionary[int, Use] = weakref.WeakValueDictionary()
+_OPENING = threading.Lock()
+
+
 def use_of(bridge: Any) -> Use:
-    """The one state of use of a bridge's model."""
+    """The one state of use of a bridge's model, as long as somebody (a manager) keeps it."""
     model = getattr(bridge, "original_model", bridge)
-    return vars(model).setdefault(_PLACE, Use())
+    with _OPENING:
+        found = _USES.get(id(model))
+        if found is None:
+            found = _USES[id(model)] = Use(model)  # which keeps the model, so the id stays its own
+        return found
 
 
 class Turn(Restored):
@@ -68,8 +77,10 @@ class Turn(Restored):
     `frame` is the frame of the function that runs: as long as it is on its thread's stack, the run is in progress.
     """
 
-    def __init__(self, bridge: Any, name: str, frame: FrameType | None, gradients: bool | None = None) -> None:
-        self.use, self.bridge, self.name = use_of(bridge), bridge, name
+    def __init__(
+        self, use: Use, bridge: Any, name: str, frame: FrameType | None, gradients: bool | None = None
+    ) -> None:
+        self.use, self.bridge, self.name = use, bridge, name
         self.frame = frame
         self.thread = threading.current_thread()
         self.gradients, self.gradients_before = gradients, torch.is_grad_enabled()
@@ -170,8 +181,8 @@ class _LocksOwnExit:
 class Block:
     """Edits that every run inside a `with` sees. They are in force as long as the block's lock is held."""
 
-    def __init__(self, bridge: Any, name: str, edits: tuple[Any, ...], value: Any) -> None:
-        self.use, self.name, self.edits, self.value = use_of(bridge), name, edits, value
+    def __init__(self, use: Use, name: str, edits: tuple[Any, ...], value: Any) -> None:
+        self.use, self.name, self.edits, self.value = use, name, edits, value
         self.thread = threading.current_thread()
         self.lock = threading.Lock()
 
