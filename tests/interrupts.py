@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 Place = tuple[str, int, str]
+TWICE = ("models/turns.py", "models/modes.py")
 
 
 class _Trace:
@@ -45,13 +46,13 @@ def interrupted(
 ) -> Iterator[Place]:
     """Runs the function with an interrupt at each line and call of the files, the first time that it comes there.
 
-    In `mechinterp/models`, where a run's changes are made and taken back, at the last time too. `every`: at each so
+    In the files where a run's changes are made and taken back, at the last time too. `every`: at each so
     manieth of them only. Places in `done` are left out, and all others are added to it. Yields where, after each.
     """
     function()  # so that what is computed once only is there
     passed, done = traced(function, files), set[Place]() if done is None else done
     first = {place: i for i, place in reversed(list(enumerate(passed))) if place not in done}
-    last = {place: i for i, place in enumerate(passed) if place not in done and "mechinterp/models" in place[0]}
+    last = {place: i for i, place in enumerate(passed) if place not in done and place[0].endswith(TWICE)}
     done.update(first)
     for i in sorted({*first.values(), *last.values()})[::every]:
         traced(function, files, i)
