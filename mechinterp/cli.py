@@ -124,6 +124,7 @@ def _run(
     batch_size: options.BatchSize = 32,
     out: options.Out = Path("out"),
     roles: options.Roles = True,
+    restart: options.Restart = False,
     open_report: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser.")] = False,
 ) -> Action:
     asked = {name: value for name, value in locals().items() if name not in ("setting", "open_report")}

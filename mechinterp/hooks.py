@@ -5,27 +5,28 @@ This is the only file that registers hooks; `models/hook_names.py` has Transform
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
+from inspect import currentframe
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechinterp.errors import BusyError, InputError, SiteNotReached, UnsupportedError
+from mechinterp.errors import InputError, SiteNotReached, UnsupportedError
 from mechinterp.interventions import Carry, Edit, Intervention, Point, Run, SiteLike, Stopped, as_interventions, fire
 from mechinterp.models.checks import check_model
 from mechinterp.models.hook_names import HOOK_NAMES
 from mechinterp.models.layout import Dims, Layout
 from mechinterp.models.load import open_model
 from mechinterp.models.mlps import run_mlp
-from mechinterp.models.modes import eval_mode
+from mechinterp.models.modes import Gradients
 from mechinterp.models.past import Past, empty_cache, past_of
 from mechinterp.models.source import ModelInfo
 from mechinterp.models.tokens import check_at, check_past, check_tokens
+from mechinterp.models.turns import Block, Turn, use_of
 from mechinterp.registry import unknown
 from mechinterp.sites import GLOBAL_SITES, LAYER_SITES, Site
 
@@ -41,8 +42,9 @@ class HookManager:
         self.bridge = bridge
         self.info = info
         self.tokenizer = tokenizer
-        self._lock = threading.RLock()
-        self._outer: list[Intervention] = []
+        self._use = use_of(bridge)
+        if self.edited:
+            raise InputError("This model is inside an `intervene` block, where it cannot be checked; load it before.")
         self._points: dict[str, Any] = dict(bridge.hook_dict)
         self._layers_give_tuples = False
         self.layout: Layout
@@ -109,18 +111,14 @@ class HookManager:
             raise InputError("The filter matches no site. Sites: " + ", ".join(map(str, self.sites())) + ".")
         return chosen
 
-    @contextmanager
-    def intervene(self, *interventions: Intervention) -> Iterator[HookManager]:
-        """Adds interventions to every run inside the block; blocks nest, outer edits come first."""
+    def intervene(self, *interventions: Intervention) -> AbstractContextManager[HookManager]:
+        """Adds interventions to every run inside the block; blocks nest, outer edits come first.
+
+        The model is this thread's inside the block, and every manager of it sees the edits.
+        """
         for intervention in interventions:
             self.resolve(intervention.site)
-        with self._exclusive():
-            before = list(self._outer)
-            self._outer = before + list(interventions)
-            try:
-                yield self
-            finally:
-                self._outer = before
+        return Block(self._use, self.info.name, interventions, self)
 
     def run(
         self,
@@ -163,18 +161,17 @@ class HookManager:
         grad_sites = tuple(grads)
         if bool(grad_sites) != (loss is not None):
             raise InputError("Gradients need both `loss` and `grads`; only one of them was given.")
-        with self._exclusive(), ExitStack() as stack:
+        with Turn(self._use, self.bridge, self.info.name, currentframe(), loss is not None) as turn, turn:
+            outer = self._use.edits()
             if past is not None:
-                check_past(past, tokens, mask, self.dims, edited=bool(self._outer))
+                check_past(past, tokens, mask, self.dims, edited=bool(outer))
             if start is not None:
-                edits = [self._start(stack, tokens, *start), *edits]
+                edits = [self._start(turn, tokens, *start), *edits]
             if at is not None:
                 at = check_at(at, tokens)
-            points = self._plan(wanted, [*self._outer_from(start), *edits], grad_sites, stop)
-            stack.enter_context(torch.set_grad_enabled(loss is not None))
-            stack.enter_context(eval_mode(self.bridge))
-            self._register(stack, points, at)
-            keeps = keep_past and self.keeps_past and self.dims.causal and mask is None and not self._outer
+            points = self._plan(wanted, [*self._outer_from(outer, start), *edits], grad_sites, stop)
+            self._register(turn, points, at)
+            keeps = keep_past and self.keeps_past and self.dims.causal and mask is None and not outer
             cache = past.cache() if past is not None else empty_cache() if keeps else None
             logits, stopped = self._forward(tokens, mask, cache)
             self._check_fired(points, stopped)
@@ -192,19 +189,19 @@ class HookManager:
     @property
     def edited(self) -> bool:
         """Whether interventions of an `intervene` block are in force."""
-        return bool(self._outer)
+        return bool(self._use.edits())
 
     def mlp(self, layer: int, mlp_in: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
         """What a layer's MLP writes for any `mlp_in`, after the post-norm where there is one; nothing else is run.
 
         Raises InputError inside an `intervene` block (its edits would not be seen), UnsupportedError for no such MLP.
         """
-        if self._outer:
+        if self.edited:
             raise InputError("One MLP cannot be run by itself inside `intervene`: the edits would not be seen.")
         block = self.bridge.blocks[layer]
         if layer in self.bound_mlps:
             raise UnsupportedError(f"The MLP of layer {layer} cannot be run by itself: {self.bound_mlps[layer]}.")
-        with self._exclusive(), eval_mode(self.bridge):
+        with Turn(self._use, self.bridge, self.info.name, currentframe()) as turn, turn:
             out = run_mlp(block, self.layout.mlp_maps[layer], mlp_in.reshape(1, -1, mlp_in.shape[-1]).to(self.dtype))
             post = getattr(block, "ln2_post", None) or self.layout.mlp_post[layer]
             return post(out).to(self.dtype).reshape(mlp_in.shape)
@@ -213,12 +210,11 @@ class HookManager:
         self, tokens: Int[Tensor, "batch pos"], sites: Sequence[Site], loss: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, dict[Site, tuple[int, Tensor | None]]]:
         """The logits with every site tapped; per site, how often it fired and its gradient (None: not connected)."""
-        with self._exclusive(), ExitStack() as stack:
+        with Turn(self._use, self.bridge, self.info.name, currentframe(), True) as turn, turn:
             points = self._plan((), (), sites, None)
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(eval_mode(self.bridge))
-            self._register(stack, points, None)
-            stack.callback(self.bridge.blocks[0].register_forward_hook(self._note_layer_output).remove)
+            self._register(turn, points, None)
+            first = self.bridge.blocks[0]
+            first.register_forward_hook(turn.hook(first, self._note_layer_output))
             logits, _ = self._forward(tokens, None)
             assert logits is not None
             taps = {site: points[self.resolve(site)].tap for site in sites}
@@ -227,17 +223,8 @@ class HookManager:
             found = dict(zip(live, torch.autograd.grad(loss(logits), inputs, allow_unused=True), strict=True))
         return logits.detach(), {s: (points[self.resolve(s)].fired, found.get(s)) for s in sites}
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        if not self._lock.acquire(blocking=False):
-            raise BusyError(f"{self.info.name} is being run by another thread. Load it once per thread, or take turns.")
-        try:
-            yield
-        finally:
-            self._lock.release()
-
-    def _start(self, stack: ExitStack, tokens: Tensor, layer: int, resid: Tensor) -> Intervention:
-        """Makes the layers before `layer` hand on `resid` without computing, until the stack closes."""
+    def _start(self, turn: Turn, tokens: Tensor, layer: int, resid: Tensor) -> Intervention:
+        """Makes the layers before `layer` hand on `resid` without computing, until the turn ends."""
         if not 0 <= layer < self.dims.n_layers:
             raise InputError(f"Cannot start at layer {layer}: the model has layers 0 to {self.dims.n_layers - 1}.")
         expected = (*tokens.shape, self.dims.d_model)
@@ -251,8 +238,7 @@ class HookManager:
             return (resid,) if self._layers_give_tuples else resid
 
         for block in list(self.bridge.blocks)[:layer]:
-            stack.callback(block.__dict__.pop, "forward", None)
-            block.__dict__["forward"] = hand_on
+            turn.replace_forward(block, hand_on)
         return Intervention(Site("resid_pre", layer), resid)
 
     def _note_layer_output(self, module: Any, inputs: Any, output: Any) -> None:
@@ -282,20 +268,9 @@ class HookManager:
             point(stop).stop = True
         return points
 
-    def _register(self, stack: ExitStack, points: Mapping[str, Point], at: Tensor | None) -> None:
+    def _register(self, turn: Turn, points: Mapping[str, Point], at: Tensor | None) -> None:
         def add(name: str, function: Callable[[Tensor], Tensor | None]) -> None:
-            hook_point = self._points[name]
-
-            def hook(value: Tensor, hook: Any) -> Tensor | None:
-                return function(value)
-
-            handle = hook_point.add_hook(hook, dir="fwd")
-
-            def remove() -> None:
-                handle.hook.remove()
-                hook_point.fwd_hooks[:] = [h for h in hook_point.fwd_hooks if h is not handle]
-
-            stack.callback(remove)
+            self._points[name].add_hook(turn.hook(self._points[name], function), dir="fwd")
 
         carries = {name: Carry(points[name]) for name in self.branches if name in points}
         for name, carry in carries.items():
@@ -310,10 +285,10 @@ class HookManager:
 
             add(HOOK_NAMES["final_norm"], gather)
 
-    def _outer_from(self, start: tuple[int, Tensor] | None) -> list[Intervention]:
+    def _outer_from(self, outer: list[Intervention], start: tuple[int, Tensor] | None) -> list[Intervention]:
         """The outer interventions but those in layers that are skipped: what they did is in the `start` value."""
         skipped = tuple(f"blocks.{layer}." for layer in range(start[0])) if start is not None else ()
-        return [i for i in self._outer if not self.resolve(i.site).startswith(skipped)] if skipped else self._outer
+        return [i for i in outer if not self.resolve(i.site).startswith(skipped)] if skipped else outer
 
     def _forward(self, tokens: Tensor, mask: Tensor | None, cache: Any = None) -> tuple[Tensor | None, bool]:
         keywords: dict[str, Any] = {} if mask is None else {"attention_mask": mask.long()}
@@ -383,12 +358,13 @@ def load_model(
     """
     if isinstance(spec, HookManager):
         return spec
-    opened = open_model(
-        spec,
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        tokenizer=tokenizer,
-        trust_remote_code=trust_remote_code,
-    )
-    return HookManager(opened.bridge, opened.info, opened.tokenizer)
+    with Gradients(torch.is_grad_enabled()) as as_before, as_before:
+        opened = open_model(
+            spec,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            tokenizer=tokenizer,
+            trust_remote_code=trust_remote_code,
+        )
+        return HookManager(opened.bridge, opened.info, opened.tokenizer)

@@ -56,6 +56,9 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...  [defaul
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: cpu]")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pairs at a time; the result does not depend on it.")]
 Roles = Annotated[bool, typer.Option("--roles/--no-roles", help="Measure roles of heads and MLPs, as predictions.")]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Begin again, and delete the states of unfinished runs that write this file.")
+]
 Out = Annotated[Path, typer.Option(file_okay=False, writable=True, help="Folder for the files.")]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mechinterp.graph import Graph
 from mechinterp.hooks import HookManager, Intervention
+from mechinterp.models.modes import Gradients
 from mechinterp.places import places_of, take_positions
 from mechinterp.replacement import Values
 from mechinterp.sites import Site
@@ -34,7 +35,7 @@ class Prefix:
 
 def run_prefix(model: HookManager, graph: Graph, pairs: Pairs, values: Values, layer: int) -> Prefix:
     """The run of a batch up to `layer` (the number of layers: all of it), for `edge_logits`. One forward at most."""
-    with torch.no_grad():
+    with Gradients(False) as off, off:
         nothing = torch.zeros(1, *graph.possible.shape, device=model.device)
         run = PatchedRun(model, graph, pairs, nothing, values)
         resid = run.shared(layer)
@@ -75,7 +76,7 @@ class PatchedRun:
     def run(self, columns: Tensor | None) -> Float[Tensor, "rows n_answer n_columns"]:
         """Logits at the answer positions; the rows are candidate by candidate."""
         readers = slice(len(self.graph.readers) - 1, len(self.graph.readers))
-        with torch.no_grad():
+        with Gradients(False) as off, off:
             resid = self._final_resid()
             seen = self.corrected(readers, len(self.graph.writers), resid)[:, 0].flatten(0, 1)
             at = repeat(self.pairs.answer_pos, "batch n_answer -> (candidate batch) n_answer", candidate=self.n)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -56,7 +57,8 @@ class RunSpec:
     train pairs reaches 0.9, or is the one that the method chose itself (`cd`). `settings` are further parameters of the
     method, as `name=value`. `level` is `edge`, `node`, or `neuron` (nodes, the `neurons` strongest neurons among them);
     `positions` are names with commas between, or `all`. A file of pairs is cut in two: `examples` for the discovery,
-    the next `test_examples` to test. `roles` are measured (see `measured_roles`) on `ROLE_EXAMPLES` of either.
+    the next `test_examples` to test. A killed run is taken up again unless `restart`, which deletes the states of all
+    unfinished runs that write the same file. `roles` are measured (see `measured_roles`) on `ROLE_EXAMPLES` of either.
     """
 
     task: str
@@ -83,6 +85,7 @@ class RunSpec:
     replacement: str = "corrupt"
     settings: tuple[str, ...] = ()
     roles: bool = True
+    restart: bool = False
     out: Path = Path("out")
 
 
@@ -122,6 +125,8 @@ def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
         threshold = METHODS.get(spec.method).threshold
     size = _size(spec, graph)
     check_selection(graph, rule=spec.rule, by=spec.by, ratio=spec.ratio, threshold=threshold)
+    if spec.restart:
+        _forget_unfinished(path)
     scores = score_edges(
         model,
         graph,
@@ -249,6 +254,17 @@ def _state_path(path: Path, spec: RunSpec) -> Path:
     return path.with_name(f".{path.name.removesuffix(SUFFIX)}.{key}.unfinished")
 
 
+def _forget_unfinished(path: Path) -> None:
+    """Return None after deleting the states of all unfinished runs that write this file."""
+    name = re.compile(rf"\.{re.escape(path.name.removesuffix(SUFFIX))}\.[0-9a-f]{{8}}\.unfinished")
+    for entry in list(path.parent.iterdir()):
+        if name.fullmatch(entry.name):
+            try:
+                entry.unlink(missing_ok=True)
+            except OSError as error:
+                raise InputError(f"{entry} cannot be deleted: {error.strerror or error}.") from error
+
+
 def _shares(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
@@ -283,7 +299,7 @@ def command_of(spec: RunSpec) -> str:
             continue  # what the command line takes by default
         elif field.name == "roles":
             words += [] if spec.roles else ["--no-roles"]
-        elif field.name not in ("task", "out", "device") and value != field.default:
+        elif field.name not in ("task", "out", "device", "restart") and value != field.default:
             words += [f"--{field.name.replace('_', '-')}", str(value)]
     return shlex.join(words)
 

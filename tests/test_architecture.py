@@ -46,6 +46,8 @@ HOMES_OF_LIBRARIES = {"transformer_lens": {"models", "hooks"}, "plotly": {"plots
 HOOKS = "register_forward_hook register_forward_pre_hook register_hook add_hook add_perma_hook"
 HOOKS += " register_full_backward_hook register_full_backward_pre_hook"
 HOMES_OF_ATTRIBUTES = {name: {"hooks"} for name in HOOKS.split()}
+# Ctrl-C in the midst of these leaves gradients off or on; elsewhere `models.modes.Gradients` is used.
+HOMES_OF_ATTRIBUTES |= {name: {"models"} for name in ("no_grad", "enable_grad", "set_grad_enabled", "inference_mode")}
 MAX_LINES = 400
 
 
@@ -104,6 +106,7 @@ def test_every_file_keeps_to_its_layer(path: Path) -> None:
         ("analysis/logit_lens", "from transformer_lens.model_bridge import TransformerBridge"),
         ("discovery/eap", "import plotly.graph_objects as go"),
         ("edges", "module.register_forward_hook(print)"),
+        ("edges", "with torch.no_grad():\n    pass"),
         ("tasks/utils", ""),
         ("newcomer", ""),
         ("graph", "\n" * (MAX_LINES + 1)),

@@ -248,7 +248,9 @@ def test_an_error_while_writing_leaves_the_old_pair(
         try:
             mi.save_circuit(path, other, model=model)
         except InputError as shown:
-            assert "No space left" in str(shown)
+            assert "No space left" in str(shown) and "Nothing was changed" in str(shown)
+            kept = mi.load_circuit(path).scores
+            assert kept is not None and torch.equal(kept.values, circuit.scores.values.float())
         except KeyboardInterrupt:
             pass
     again = mi.load_circuit(path)  # the old pair or the new one, whole
@@ -348,12 +350,58 @@ def test_a_run_that_is_stopped_at_any_step_leaves_a_whole_pair(
 
 
 def test_leftovers_of_other_files_stay(tmp_path: Path, model: mi.HookManager, circuit: Circuit) -> None:
-    mine, theirs = ".a.circuit.json.0011.partial", ".b.circuit.json.0011.partial"
+    mine, theirs = ".a.circuit.json.001122334455.partial", ".b.circuit.json.001122334455.partial"
     for name in (mine, theirs):
         (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (0, 0))  # from long ago
     mi.save_circuit(tmp_path / "a.circuit.json", circuit, model=model)
     names = {entry.name for entry in tmp_path.iterdir()}
     assert mine not in names and theirs in names
+
+
+def test_what_cannot_be_deleted_afterwards_is_told_and_the_new_file_is_there(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    model: mi.HookManager,
+    circuit: Circuit,
+) -> None:
+    """It was said then that nothing had been changed."""
+    path, bare = tmp_path / "a.circuit.json", replace(circuit, scores=None)
+    real = Path.unlink
+
+    def failing(self: Path, missing_ok: bool = False) -> None:
+        if self.name.endswith((".safetensors", ".previous")) and self.exists():
+            raise PermissionError(13, "Permission denied")
+        real(self, missing_ok=missing_ok)
+
+    for new in (circuit, bare):
+        mi.save_circuit(path, circuit, model=model)
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "unlink", failing)
+            mi.save_circuit(path, new, model=model)
+        assert (mi.load_circuit(path).scores is None) == (new is bare)
+        assert "cannot be deleted: Permission denied" in caplog.records[-1].getMessage()
+        caplog.clear()
+
+
+def test_a_pair_that_cannot_be_placed_leaves_the_one_that_a_killed_writer_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: mi.HookManager, circuit: Circuit
+) -> None:
+    """Killed between its two renames, with the old sidecar kept aside: that one must not be lost."""
+    path, sidecar = tmp_path / "a.circuit.json", tmp_path / "a.scores.safetensors"
+    mi.save_circuit(path, circuit, model=model)
+    old, content = sidecar.read_bytes(), path.read_bytes()
+    (tmp_path / ".a.scores.safetensors.previous").write_bytes(old)
+    sidecar.write_bytes(b"the new one")
+
+    def fails(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "_replace", fails)
+    with pytest.raises(InputError, match="Nothing was changed"):
+        store.place_pair(path, content + b" ", (sidecar.name, b"another"))
+    assert mi.load_circuit(path).scores is not None and sidecar.read_bytes() == old
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import mechinterp as mi
 from mechinterp.circuit import Circuit, on_paths
 from mechinterp.edges import run_edges
 from mechinterp.evaluation.bootstrap import bootstrap_interval
-from mechinterp.evaluation.faithfulness import check_denominator, evaluate, random_cuts, ratio_of_means
+from mechinterp.evaluation.faithfulness import _example_ratios, check_denominator, evaluate, random_cuts, ratio_of_means
 from mechinterp.evaluation.sizes import size_curve
 from mechinterp.graph import build_graph
 from mechinterp.replacement import build_replacement
@@ -194,3 +195,43 @@ def test_the_frame_per_example_holds_what_the_summary_is_of() -> None:
     assert (ours - empty) / (full - empty) == pytest.approx(result.faithfulness)
     rows = frame[frame.usable]
     assert rows.ratio.tolist() == pytest.approx(((rows.circuit - rows["empty"]) / (rows.full - rows["empty"])).tolist())
+
+
+def test_an_interval_leaves_out_resamples_without_a_ratio() -> None:
+    """Where no drawn example tells full from empty, 0 / 0 made the whole interval NaN."""
+    full, empty = torch.tensor([1.0, 1, 1, 0, 0, 0]), torch.tensor([0.0, 0, 1, 0, 0, 0])
+    rows = torch.stack([torch.tensor([1.0, 0, 1, 0, 0, 0]), full, empty], 1)
+    low, high = bootstrap_interval(ratio_of_means, rows)
+    assert 0 <= low < 0.5 < high <= 1
+    same = torch.ones(4, 3)
+    with pytest.raises(mi.InputError, match="not defined on any resample"):
+        bootstrap_interval(ratio_of_means, same)
+    many = torch.cat([rows] * 40)  # every resample has a ratio: the interval is the plain one
+    drawn = torch.randint(len(many), (2000, len(many)), generator=torch.Generator().manual_seed(0))
+    values = ratio_of_means(many.double()[drawn])
+    assert bootstrap_interval(ratio_of_means, many) == (values.quantile(0.025), values.quantile(0.975))
+
+
+def test_an_evaluation_of_accuracy_can_be_saved_and_verified(tmp_path: Path) -> None:
+    """Few of its examples tell the full model from the empty one."""
+    model = mi.load_model("bundled")
+    task = mi.load_task("ioi")
+    train, test = (task.pairs(model, n=20, split=split) for split in ("train", "test"))
+    graph = build_graph(model)
+    scores = mi.score_edges(model, graph, train, method="eap")
+    circuit = mi.select(graph, scores, edges=200)
+    plain = evaluate(model, circuit, test, metric="accuracy", n_random=0).per_example
+    telling = int((plain[:, 1] > plain[:, 2]).nonzero()[0])
+    one = torch.arange(len(test))[:, None] == telling  # in the others the corrupt prompt is the clean one
+    some = replace(test, corrupt=torch.where(one, test.corrupt, test.clean), source=None)
+    found = evaluate(model, circuit, some, metric="accuracy", n_random=1)
+    assert all(torch.tensor(found.faithfulness_ci).isfinite())
+    path = tmp_path / "a.circuit.json"
+    mi.save_circuit(path, circuit, model=model, result=found)
+    assert mi.verify(path).ok
+
+
+def test_quartiles_are_there_when_the_circuits_own_values_are_huge() -> None:
+    rows = torch.tensor([[1e9, 1.0, 0.0], [1e9, 1.0, 0.5]])
+    ratios, usable = _example_ratios(rows)
+    assert usable.all() and ratios.isfinite().all()

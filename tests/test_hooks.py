@@ -238,8 +238,13 @@ def test_a_run_inside_an_edit_is_right_or_refused() -> None:
 
     got = model.run(X, interventions={"z.1": from_other_prompt}).logits
     assert torch.equal(got, model.run(X, interventions={"z.1": other}).logits)
-    with pytest.raises(SiteNotReached, match="fired 2 times"):  # the inner run passes the outer run's own site
-        model.run(X, interventions={"z.1": lambda value: model.run(X, record=["z.2"]).values["z.2"]})
+    z = model.run(X, record=["z.2"]).values["z.2"]  # the inner run passes the outer run's own site, and is plain there
+    got = model.run(X, interventions={"z.1": lambda value: model.run(X, record=["z.2"]).values["z.2"]}).logits
+    assert torch.equal(got, model.run(X, interventions={"z.1": z}).logits)
+    resid = torch.zeros_like(model.run(X, record=["resid_pre.2"]).values["resid_pre.2"])
+    late: dict[str, Any] = {"start": (2, resid)}  # the outer run skips layers that the inner one needs
+    got = model.run(X, interventions={"z.2": lambda value: model.run(X, record=["z.2"]).values["z.2"]}, **late).logits
+    assert torch.equal(got, model.run(X, interventions={"z.2": z}, **late).logits)
     assert torch.equal(model.run(X).logits, plain.logits)
 
 

@@ -384,3 +384,18 @@ def test_every_architecture_is_exact_or_refused_by_name(name: str) -> None:
 def test_every_refusal_says_which_error_it_is() -> None:
     assert issubclass(UnsupportedError, MechInterpError)
     assert not issubclass(UnsupportedError, InputError)
+
+
+def test_hooks_that_a_model_brings_along_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """A copy of a module has its hooks too, and they act in every run."""
+    module = huggingface("gpt2", n_layer=1)
+    assert load_model(module).info.notes == ()
+    module(tokens(1, 3), output_attentions=True, output_hidden_states=True)  # the library sets hooks of its own
+    assert load_model(module).info.notes == () and not caplog.records
+    module.transformer.h[0].mlp.register_forward_hook(lambda module, inputs, output: output * 2)
+    (note,) = load_model(module).info.notes
+    assert "hooks of its own (1, on transformer.h.0.mlp)" in note and note in caplog.text
+    bridge = load_model(huggingface("gpt2", n_layer=1)).bridge
+    bridge.hook_dict["blocks.0.attn.hook_z"].add_hook(lambda value, hook: value * 2)
+    (note,) = load_model(bridge).info.notes
+    assert "hooks of its own (1, on blocks.0.attn" in note

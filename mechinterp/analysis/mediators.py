@@ -12,6 +12,7 @@ from mechinterp.analysis.parts import Part
 from mechinterp.analysis.residual_paths import Senders, Values
 from mechinterp.errors import InputError
 from mechinterp.hooks import HookManager, Intervention
+from mechinterp.models.modes import Gradients
 from mechinterp.sites import Node, Site
 from mechinterp.tasks.pairs import Pairs
 
@@ -61,7 +62,7 @@ def mediate(
                     f"'{mediators[i].site}' writes nothing by itself, so it cannot be a mediator; name heads' inputs "
                     "('a5.h5<k>') and MLPs ('m3')."
                 )
-            with torch.no_grad():
+            with Gradients(False) as off, off:
                 written = model.mlp(layer, inputs[i])
             old = base[Site("mlp_out", layer)]
             new[Site("mlp_out", layer)] = torch.where(masks[i][..., None], written.to(old.dtype), old)

@@ -28,6 +28,7 @@ from mechinterp.analysis.site_gradients import (
 from mechinterp.errors import InputError
 from mechinterp.hooks import HookManager
 from mechinterp.metrics import Metric, get_metric
+from mechinterp.models.modes import Gradients
 from mechinterp.models.norm import Norm
 from mechinterp.sites import Site
 from mechinterp.tasks.pairs import Pairs
@@ -216,7 +217,7 @@ def _output(
     model: HookManager, chunk: Pairs, metric: Metric, rules: Rules, resid: Tensor
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
     """(logits x gradient of the metric, what the biases of the final norm and of the unembedding carry of it)."""
-    with torch.enable_grad():
+    with Gradients(True) as on, on:
         head = lrp_head(model, chunk, metric, rules, resid.detach().requires_grad_())
         at = torch.autograd.grad(head.metric.sum(), [head.logits, head.uncapped, head.normed])
     output = (head.logits.detach() * at[0]).flatten(1).sum(1)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mechinterp.analysis.parts import Part
 from mechinterp.hooks import HookManager
+from mechinterp.models.modes import Gradients
 from mechinterp.sites import Node, Site
 
 
@@ -190,7 +191,7 @@ def _add_mlp(
     change = torch.zeros_like(delta)
     if recompute and live.stop > 0:
         given = model.layout.read_mlp(layer, _stream(model, base, layer) - before[live])
-        with torch.no_grad():
+        with Gradients(False) as off, off:
             change[live] = base[site] - model.mlp(layer, given).to(delta.dtype)
         # Where nothing differs nothing changes, to the last bit.
         change[live] = torch.where((before[live] != 0).any(-1, keepdim=True), change[live], 0)

@@ -147,6 +147,7 @@ def learn_subspace(
     where = position_index(pairs, position)
     result = das(
         model.bridge,
+        model.info.name,
         model.resolve(found.site),
         torch.cat([pairs.clean, extra], 1),
         torch.cat([pairs.corrupt, extra], 1),

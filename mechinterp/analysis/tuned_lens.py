@@ -23,6 +23,7 @@ from torch import Tensor
 from mechinterp.atomic import write_whole
 from mechinterp.errors import FormatError, InputError
 from mechinterp.hooks import HookManager
+from mechinterp.models.modes import Gradients
 from mechinterp.models.tokens import check_tokens
 from mechinterp.sites import Site
 
@@ -114,9 +115,9 @@ def train_tuned_lens(
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         drawn = torch.randint(len(last), (batch_size,), generator=generator).to(model.device)
-        with torch.no_grad():
+        with Gradients(False) as off, off:
             own = model.layout.unembed(last[drawn]).log_softmax(-1)
-        with torch.enable_grad():
+        with Gradients(True) as on, on:
             given = streams[:, drawn] / scale[:, None, None]
             moved = given + torch.bmm(given, weight) + bias[:, None]
             # Layer by layer: [layer, token, d_vocab] would not fit for a real vocabulary.

@@ -31,6 +31,7 @@ from mechinterp.decomposition.targets import Target, TargetLike, read_columns, t
 from mechinterp.errors import InputError
 from mechinterp.hooks import HookManager
 from mechinterp.models.layout import Dims
+from mechinterp.models.modes import Gradients
 from mechinterp.registry import unknown
 from mechinterp.sites import Site
 from mechinterp.tasks.pairs import Pairs
@@ -302,7 +303,7 @@ def _forward(
         for low in range(0, len(members), size):
             some = members[low : low + size]
             window = Window(first, at, narrow)
-            with torch.no_grad():
+            with Gradients(False) as off, off:
                 parts = walk(tape, rules, pass_.totals, [sources[i] for i in some], names, window, pass_.visible)
             for target in targets:
                 value = target.read(parts.get(target.value), len(some), pass_.totals, at, chunk.mask, first)

@@ -22,6 +22,7 @@ from mechinterp.models.activation import activation_function
 from mechinterp.models.attention import AttentionScores, softmax_where
 from mechinterp.models.layout import Dims
 from mechinterp.models.load import open_encoder
+from mechinterp.models.modes import EvalMode, Gradients
 from mechinterp.models.norm import measure_norm
 from mechinterp.models.refusal import refusing
 from mechinterp.models.source import ModelInfo
@@ -173,16 +174,11 @@ class Encoder:
         module: Any = self.module
         check_tokens(tokens, mask, self.dims, self.device)
         wide = torch.promote_types(self.dtype, torch.float32)
-        training = module.training
-        module.eval()
-        try:
-            with torch.no_grad():
-                own = module(tokens, attention_mask=mask.long(), output_hidden_states=True)
-        finally:
-            module.train(training)
+        with Gradients(False) as off, off, EvalMode(module) as evaluating, evaluating:
+            own = module(tokens, attention_mask=mask.long(), output_hidden_states=True)
         streams = [hidden.to(wide) for hidden in own.hidden_states]
         totals: dict[str, Tensor] = {"resid_pre.0": streams[0]}
-        with torch.no_grad():
+        with Gradients(False) as off, off:
             for op in self._layers:
                 given = [totals[name] for name in op.inputs]
                 if isinstance(op, Attention):
@@ -208,7 +204,7 @@ class Encoder:
         everywhere = torch.arange(mask.shape[1], device=mask.device).expand(len(mask), -1)
         at = everywhere[:, :1] if self.classifies else everywhere
         copy = dict(totals)
-        with torch.no_grad():
+        with Gradients(False) as off, off:
             head_totals(self._tape(self._head), copy, at)
         logits = logits[:, None] if self.classifies else logits
         real = mask[:, : at.shape[1], None]
@@ -291,13 +287,14 @@ def load_encoder(
     `spec` is a local directory (of `save_pretrained`), a hub id with an optional `@revision`, or a module in memory
     (used as it is, and left so). Raises InputError when it cannot be found, UnsupportedError for another architecture.
     """
-    module, info, tokenizer = open_encoder(
-        spec,
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        tokenizer=tokenizer,
-        trust_remote_code=trust_remote_code,
-    )
-    with refusing(f"{info.architecture} cannot be read as a BERT with a head", module.config):
-        return Encoder(module, info, tokenizer)
+    with Gradients(torch.is_grad_enabled()) as as_before, as_before:
+        module, info, tokenizer = open_encoder(
+            spec,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            tokenizer=tokenizer,
+            trust_remote_code=trust_remote_code,
+        )
+        with refusing(f"{info.architecture} cannot be read as a BERT with a head", module.config):
+            return Encoder(module, info, tokenizer)

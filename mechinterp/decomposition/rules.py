@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mechinterp.models.modes import Gradients
 from mechinterp.registry import unknown
 
 
@@ -108,7 +109,7 @@ def coefficient(f: Callable[[Tensor], Tensor], x: Tensor, out: Tensor) -> Tensor
     ratio = out / torch.where(at_zero, 1, x)
     if not bool(at_zero.any()):
         return ratio
-    with torch.enable_grad():
+    with Gradients(True) as on, on:
         zero = torch.zeros_like(x, requires_grad=True)
         (slope,) = torch.autograd.grad(f(zero).sum(), zero)
     return torch.where(at_zero, slope, ratio)

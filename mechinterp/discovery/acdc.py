@@ -87,7 +87,7 @@ def _acdc(job: Job) -> Scores:
     if isinstance(tau, (bool, str)) or not 0 < tau < float("inf"):
         raise InputError(f"tau must be a number above 0; got {tau!r}.")
     search, state = _begin(job, (float(tau),))
-    saved = job.checkpoint.load()
+    saved = job.checkpoint.load(_saved(search, state), {"done": job.graph.n_units, "at_once": MOST_AT_ONCE})
     if saved is not None:
         state.cut, state.kept, state.done = saved["cut"], saved["kept"], int(saved["done"])
         state.loss, state.at_once = float(saved["loss"]), int(saved["at_once"])
@@ -95,12 +95,20 @@ def _acdc(job: Job) -> Scores:
     job.progress(state.done, job.graph.n_units)
     while state.done < job.graph.n_units:
         (state,) = _decide(search, state, int(at_once))
-        found = {"done": state.done, "n_runs": search.n_runs, "at_once": state.at_once}
-        numbers = {name: torch.tensor(value) for name, value in found.items()}
-        loss = torch.tensor(state.loss, dtype=torch.float64)
-        job.checkpoint.save({"cut": state.cut, "kept": state.kept, "loss": loss, **numbers})
+        job.checkpoint.save(_saved(search, state))
         job.progress(state.done, job.graph.n_units)
     return _scores(job, state, search.n_runs)
+
+
+def _saved(search: _Search, state: _State) -> dict[str, Tensor]:
+    numbers = {"done": state.done, "n_runs": search.n_runs, "at_once": state.at_once}
+    loss = torch.tensor(state.loss, dtype=torch.float64)
+    return {
+        "cut": state.cut,
+        "kept": state.kept,
+        "loss": loss,
+        **{name: torch.tensor(value) for name, value in numbers.items()},
+    }
 
 
 def acdc_thresholds(

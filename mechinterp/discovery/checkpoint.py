@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import stat
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from mechinterp.atomic import write_whole
@@ -23,45 +26,100 @@ from mechinterp.tasks.pairs import Pairs
 
 EVERY_SECONDS = 30.0
 MOST_BYTES = 2**31
+_MAGIC = b"mechinterp-state 1"
+_HINT = "delete it to begin again, or give another file."
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Checkpoint:
-    """Tensors by name in a safetensors file; without a path nothing is kept."""
+    """Tensors by name in one file: a line with the run's key and the hash of what follows, then safetensors.
+
+    Without a path nothing is kept.
+    """
 
     path: Path | None = None
     key: str = ""
     """What the run was asked for; a state of another run is refused."""
     last: float = field(default_factory=time.monotonic)
+    failed: bool = False
 
-    def load(self) -> dict[str, Tensor] | None:
-        """The state that was saved, or None. Raises InputError for a damaged file and for one of another run."""
-        if self.path is None or not self.path.exists():
+    def load(self, like: Mapping[str, Tensor], most: Mapping[str, int]) -> dict[str, Tensor] | None:
+        """The state that was saved, or None; its tensors have the names, dtypes and shapes of `like`.
+
+        `most` are the largest values that counts among them can have. Raises InputError, in one line, for a file that
+        is damaged, is no state, or is the state of another run.
+        """
+        if self.path is None or not os.path.lexists(self.path):
             return None
-        if self.path.stat().st_size > MOST_BYTES:
-            raise InputError(f"{self.path} is too large to be the state of a run; give another file.")
+        first, _, content = _read(self.path).partition(b"\n")
+        words = first.split(b" ")
+        if len(words) != 4 or b" ".join(words[:2]) != _MAGIC:
+            raise InputError(f"{self.path} is no state of a run; {_HINT}")
+        if hashlib.sha256(content).hexdigest().encode() != words[3]:
+            raise InputError(f"{self.path} is damaged: it is not what was written; {_HINT}")
+        if words[2] != self.key.encode():
+            raise InputError(
+                f"{self.path} is the state of another run (other model, pairs, settings or version); {_HINT}"
+            )
         try:
-            with safe_open(self.path, "pt") as file:
-                if (file.metadata() or {}).get("key") != self.key:
-                    raise InputError(
-                        f"{self.path} is the state of another run (other model, pairs or settings); delete it, or give "
-                        "another file."
-                    )
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
-        except SafetensorError as error:
-            raise InputError(f"{self.path} is no state of a run ({error}); delete it, or give another file.") from error
+            found = load(content)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise InputError(f"{self.path} is no state of a run ({error}); {_HINT}") from error
+        if _shapes(found) != _shapes(like):
+            raise InputError(f"{self.path} is no state of this method: it holds other tensors; {_HINT}")
+        for name, value in found.items():
+            if not value.is_floating_point() and name in most and not 0 <= int(value) <= most[name]:
+                raise InputError(f"{self.path} is no state of this run: {name} is {int(value)}; {_HINT}")
+            if value.is_floating_point() and bool(value.isnan().any()):
+                raise InputError(f"{self.path} is no state of this run: {name} holds NaN; {_HINT}")
+        return found
 
     def save(self, state: Mapping[str, Tensor], *, now: bool = False) -> None:
-        """Return None after writing the state, if the last time is half a minute ago (or `now`)."""
+        """Return None after writing the state, if the last time is half a minute ago (or `now`).
+
+        When it cannot be written the run goes on, with a warning.
+        """
         if self.path is None or (not now and time.monotonic() - self.last < EVERY_SECONDS):
             return
-        write_whole(self.path, save({k: v.contiguous() for k, v in state.items()}, {"key": self.key}))
+        content = save({k: v.contiguous() for k, v in state.items()})
+        first = b" ".join([_MAGIC, self.key.encode(), hashlib.sha256(content).hexdigest().encode()])
         self.last = time.monotonic()
+        try:
+            write_whole(self.path, first + b"\n" + content)
+        except InputError as error:
+            if not self.failed:
+                logger.warning("The run goes on without its state, so it cannot be taken up again: %s", error)
+            self.failed = True
+        else:
+            self.failed = False
 
     def clear(self) -> None:
         """Return None after deleting the file: the run is done."""
-        if self.path is not None:
+        if self.path is None:
+            return
+        try:
             self.path.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s is no longer needed and cannot be deleted: %s.", self.path, error.strerror or error)
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a plain file. Raises InputError for anything else; never waits for a pipe."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{path} is not a plain file, so it is no state of a run; give another file.")
+        with path.open("rb") as file:
+            found = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}; {_HINT}") from error
+    if len(found) > MOST_BYTES:
+        raise InputError(f"{path} is too large to be the state of a run; give another file.")
+    return found
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[object, ...]]:
+    return {name: (tensor.dtype, *tensor.shape) for name, tensor in tensors.items()}
 
 
 def open_checkpoint(
@@ -77,7 +135,10 @@ def open_checkpoint(
     """The checkpoint of one run; its key is a digest of all that decides the result."""
     if path is None:
         return Checkpoint()
+    if not Path(path).parent.is_dir():
+        raise InputError(f"There is no folder {str(Path(path).parent)!r} to keep the state of the run in.")
     asked = [
+        metadata.version("mechinterp-circuits"),
         model.info.weights_sha256(),
         graph.digest(),
         pairs.digest(),

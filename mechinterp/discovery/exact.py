@@ -19,10 +19,10 @@ def _exact(job: Job) -> Scores:
     replacement = build_replacement(job.replacement, model, graph, job.pairs, job.batch_size)
     units = list(range(graph.n_units))
     total, before = job.zeros(), 0
-    saved = job.checkpoint.load()
+    done, n_runs = 0, len(units) * len(job.pairs)
+    saved = job.checkpoint.load({"total": total, "done": torch.tensor(0)}, {"done": n_runs})
     if saved is not None:
         total, before = saved["total"], int(saved["done"])
-    done, n_runs = 0, len(units) * len(job.pairs)
     job.progress(before, n_runs)
     for chunk in job.pairs.to(model.device).chunks(job.batch_size):
         if done + len(units) * len(chunk) <= before:

@@ -30,6 +30,7 @@ from mechinterp.edges import clean_logits
 from mechinterp.errors import InputError
 from mechinterp.mask_gradients import mask_gradients
 from mechinterp.metrics import get_metric
+from mechinterp.models.modes import Gradients
 from mechinterp.registry import unknown
 from mechinterp.replacement import Values, build_replacement
 from mechinterp.scores import Parameter, Scores
@@ -132,10 +133,15 @@ class _Learning:
         return state
 
     def _resume(self) -> int:
-        saved = self.job.checkpoint.load()
+        like = {"done": torch.tensor(0), "n_runs": torch.tensor(0)}
+        for name, parameter in (("log_alpha", self.log_alpha), ("multipliers", self.multipliers)):
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            like |= {name: parameter, f"{name}.step": torch.tensor(0.0)}
+            like |= {f"{name}.{key}": value for key, value in moments.items()}
+        saved = self.job.checkpoint.load(like, {"done": self.n_steps})
         if saved is None:
             return 0
-        with torch.no_grad():
+        with Gradients(False) as off, off:
             for name, parameter in (("log_alpha", self.log_alpha), ("multipliers", self.multipliers)):
                 parameter.copy_(saved[name])
                 keys = {key.partition(".")[2]: value for key, value in saved.items() if key.startswith(name + ".")}

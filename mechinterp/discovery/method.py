@@ -69,7 +69,7 @@ class Job:
     def sum_over_batches(self, of: Callable[[Pairs], Tensor]) -> Float[Tensor, "reader writer"]:
         """The sum over all batches of a table of edges; taken up again where a killed run had come to."""
         total, done = self.zeros(), 0
-        saved = self.checkpoint.load()
+        saved = self.checkpoint.load({"total": total, "done": torch.tensor(done)}, {"done": len(self.pairs)})
         if saved is not None:
             total, done = saved["total"], int(saved["done"])
         self.progress(done, len(self.pairs))

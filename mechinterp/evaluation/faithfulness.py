@@ -244,4 +244,5 @@ def _example_ratios(
     ours, full, empty = per_example.double().unbind(1)
     gap = full - empty
     usable = gap.abs() > MIN_DENOMINATOR * (per_example.abs().mean() + 1e-12)
+    usable = usable if bool(usable.any()) else gap != 0  # the circuit's own values may be what is large
     return (ours - empty) / gap, usable

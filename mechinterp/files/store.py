@@ -9,8 +9,8 @@ either the old pair or the new one is there.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from mechinterp.atomic import remove_leftovers, temporary_name
 from mechinterp.errors import FormatError, InputError, clip
 from mechinterp.files.schema import SCHEMA_VERSION, CircuitFile, circuit_sha256
 from mechinterp.files.schema_parts import Sidecar
@@ -31,6 +32,7 @@ MAX_JSON_BYTES = 64 * 2**20
 MAX_STEM = 180
 """Bytes of a NAME: file systems take 255 for a whole name, and temporary files have longer ones."""
 _NO_HASH = "0" * 64
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -152,12 +154,12 @@ def write_pair(path: Path, document: CircuitFile, sidecar: bytes | None) -> None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _recover(path, target)
-        _remove_leftovers(path.parent, (path.name, target.name))
+        remove_leftovers(path.parent, (path.name, target.name))
         text = render_json(plain_content(document)).encode("utf-8")
         _check_readable(text, path)
         if sidecar is None:
             _with_temporaries({path: text}, lambda names: _replace(names[path], path))
-            target.unlink(missing_ok=True)
+            _discard(target)
         else:
             _with_temporaries({target: sidecar, path: text}, lambda names: _swap(path, target, names))
         _sync_folder(path.parent)
@@ -184,11 +186,12 @@ def place_pair(path: Path, content: bytes, sidecar: tuple[str, bytes] | None) ->
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if sidecar is None:
-            _remove_leftovers(path.parent, (path.name,))
+            remove_leftovers(path.parent, (path.name,))
             _with_temporaries({path: content}, lambda names: _replace(names[path], path))
         else:
             target = path.parent / sidecar[0]
-            _remove_leftovers(path.parent, (path.name, target.name))
+            _recover(path, target)
+            remove_leftovers(path.parent, (path.name, target.name))
             _with_temporaries({target: sidecar[1], path: content}, lambda names: _swap(path, target, names))
         _sync_folder(path.parent)
     except OSError as error:
@@ -199,7 +202,7 @@ def write_file(path: Path, content: bytes) -> None:
     """Write one file completely or not at all. Raises InputError when that is not possible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path.parent, (path.name,))
+        remove_leftovers(path.parent, (path.name,))
         _with_temporaries({path: content}, lambda names: _replace(names[path], path))
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
@@ -221,7 +224,15 @@ def _swap(path: Path, target: Path, names: Mapping[Path, Path]) -> None:
             else:
                 target.unlink(missing_ok=True)
         raise
-    previous.unlink(missing_ok=True)
+    _discard(previous)
+
+
+def _discard(path: Path) -> None:
+    """Delete a file that is no longer stated. What had to be written is written, so a failure here is only told."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s is no longer needed and cannot be deleted: %s.", path, error.strerror or error)
 
 
 def _recover(path: Path, target: Path) -> None:
@@ -242,7 +253,7 @@ def _recover(path: Path, target: Path) -> None:
 
 def _with_temporaries(contents: Mapping[Path, bytes], rename: Callable[[Mapping[Path, Path]], None]) -> None:
     """Call `rename` with the temporary file of each path, complete and on the disk; none of them stays."""
-    names = {path: path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial") for path in contents}
+    names = {path: temporary_name(path) for path in contents}
     try:
         for path, content in contents.items():
             with names[path].open("xb") as file:
@@ -254,13 +265,6 @@ def _with_temporaries(contents: Mapping[Path, bytes], rename: Callable[[Mapping[
         for name in names.values():
             with suppress(OSError):
                 name.unlink(missing_ok=True)
-
-
-def _remove_leftovers(folder: Path, names: tuple[str, ...]) -> None:
-    """Delete the temporary files that a killed process left under these names."""
-    for entry in list(folder.iterdir()):
-        if entry.name.endswith(".partial") and entry.name.startswith(tuple(f".{name}." for name in names)):
-            entry.unlink(missing_ok=True)
 
 
 def _replace(source: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.errors import UnsupportedError
+from mechinterp.models.modes import Gradients
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def _rotary_tables(bridge: Any, layer: int, n_pos: int) -> tuple[Tensor | None, 
         of_layer: dict[str, str] = {}  # tables of their own for layers with a sliding window (Gemma 3, OLMo 3)
         if "layer_type" in inspect.signature(rotary.forward).parameters:
             of_layer["layer_type"] = bridge.original_model.config.get_text_config().layer_types[layer]
-        with torch.no_grad():
+        with Gradients(False) as off, off:
             cos, sin = rotary(like.new_zeros(1, n_pos, 1), torch.arange(n_pos, device=like.device)[None], **of_layer)
         return cos[0], sin[0]
     return None, None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from inspect import currentframe
 from typing import Any
 
 from torch import Tensor
+
+from mechinterp.models.turns import Turn, use_of
 
 
 def interchange(base: Tensor, source: Tensor, basis: Tensor) -> Tensor:
@@ -29,9 +32,25 @@ def random_basis(d: int, rank: int, seed: int) -> Tensor:
 
 
 def das(
-    bridge: Any, hook_name: str, base: Tensor, source: Tensor, targets: Tensor, logits: Any, **settings: Any
+    bridge: Any, name: str, hook_name: str, base: Tensor, source: Tensor, targets: Tensor, logits: Any, **settings: Any
 ) -> Any:
-    """TransformerLens's distributed alignment search; see its `fit_das`."""
+    """TransformerLens's distributed alignment search; see its `fit_das`.
+
+    It hooks the bridge and makes its weights constant for a while; neither stays, whatever happens.
+    """
     from transformer_lens.tools.analysis.interchange import fit_das
 
-    return fit_das(bridge, hook_name, base, source, targets, logits, **settings)
+    point = bridge.hook_dict[hook_name]
+    hooks, handles = dict(point._forward_hooks), list(point.fwd_hooks)
+    trained = [parameter for parameter in bridge.parameters() if parameter.requires_grad]
+
+    def undo() -> None:
+        for key in set(point._forward_hooks) - set(hooks):
+            point._forward_hooks.pop(key, None)
+        point.fwd_hooks[:] = handles
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+    with Turn(use_of(bridge), bridge, name, currentframe()) as turn, turn:
+        turn.undo.append(undo)
+        return fit_das(bridge, hook_name, base, source, targets, logits, **settings)

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mechinterp.errors import InputError, ModelNotAvailable, UnsupportedError, clip
+from mechinterp.models.others_hooks import notes_on_hooks
 from mechinterp.models.refusal import reason, refusing
 from mechinterp.models.source import ModelInfo
 from mechinterp.plain_files import exists, is_folder
@@ -59,7 +60,9 @@ def open_model(
         with refusing(f"Cannot use this {type(spec).__name__}"):
             module = copy.deepcopy(spec).to(device=device, dtype=dtype)
             name = getattr(spec.config, "name_or_path", "") or type(spec).__name__
-            return _bridge(module, name, None, "memory", tokenizer)
+            notes = notes_on_hooks(spec, name)
+            opened = _bridge(module, name, None, "memory", tokenizer)
+            return replace(opened, info=replace(opened.info, notes=notes))
     raise InputError(
         f"Cannot load a model from {type(spec).__name__}; give 'bundled', a directory, a hub id, a Hugging Face model "
         "or a TransformerBridge."
@@ -123,7 +126,7 @@ def open_encoder(
             raise InputError("A module in memory is used as it is; move it yourself, and leave out revision and dtype.")
         module = spec
         name = str(getattr(spec.config, "name_or_path", "")) or type(spec).__name__
-        found = ModelInfo(name, None, type(spec).__name__, "memory", "raw", {})
+        found = ModelInfo(name, None, type(spec).__name__, "memory", "raw", {}, notes_on_hooks(spec, name))
     else:
         raise InputError(f"Cannot load an encoder from {type(spec).__name__}; give a directory, a hub id or a module.")
     weights = dict(module.named_parameters())
@@ -338,5 +341,6 @@ def _wrap_bridge(bridge: Any, dtype: torch.dtype | None, device: Any, tokenizer:
         origin="memory",
         processing="compatibility" if getattr(bridge, "compatibility_mode", False) else "raw",
         weights=dict(bridge.original_model.named_parameters()),
+        notes=notes_on_hooks(bridge, str(getattr(bridge.cfg, "model_name", None) or "bridge")),
     )
     return Opened(bridge, info, tokenizer if tokenizer is not None else getattr(bridge, "tokenizer", None))

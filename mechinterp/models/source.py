@@ -24,6 +24,8 @@ class ModelInfo:
     processing: str
     """`raw` (the checkpoint's weights) or `compatibility` (TransformerLens has folded and centred them)."""
     weights: Mapping[str, Tensor] = field(repr=False)
+    notes: tuple[str, ...] = ()
+    """What else takes part in every run: hooks that were on the model when it was given."""
 
     def weights_sha256(self) -> str:
         """sha256 over names, dtypes, shapes and bytes of all weights as they are now, in order of name."""
