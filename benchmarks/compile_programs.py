@@ -177,7 +177,10 @@ class Compiled:
     def run(self, tokens: Array, cut: Edge | None = None, other: dict[str, Array] | None = None) -> dict[str, Array]:
         """All writes and the output; `cut` carries `other`'s write, or zero."""
         a, writes = self.arrays, dict[str, Array]()
-        writes["embed"], writes["pos_embed"] = a["W_E"][tokens], np.broadcast_to(a["W_pos"], (len(tokens), *a["W_pos"].shape))
+        writes["embed"], writes["pos_embed"] = (
+            a["W_E"][tokens],
+            np.broadcast_to(a["W_pos"], (len(tokens), *a["W_pos"].shape)),
+        )
 
         def seen(channel: str, before: tuple[str, ...]) -> Array:
             total = sum(writes[name] for name in before)
@@ -191,7 +194,8 @@ class Compiled:
             for head in range(self.n_heads):
                 node = f"a{layer}.h{head}"
                 q, k, v = (
-                    seen(f"{node}.{part}", before) @ a[f"W_{part.upper()}"][layer, head] + a[f"b_{part.upper()}"][layer, head]
+                    seen(f"{node}.{part}", before) @ a[f"W_{part.upper()}"][layer, head]
+                    + a[f"b_{part.upper()}"][layer, head]
                     for part in "qkv"
                 )
                 logits = np.where(allowed, q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1]), -np.inf)
@@ -217,7 +221,10 @@ class Compiled:
         """Random prompts: BOS and as many tokens as the model has positions for."""
         ids, program = self.assembled.input_encoder.encoding_map, self.program
         rows = [
-            ["BOS", *(program.vocab[i] for i in rng.choice(len(program.vocab), program.length, replace=not program.unique))]
+            [
+                "BOS",
+                *(program.vocab[i] for i in rng.choice(len(program.vocab), program.length, replace=not program.unique)),
+            ]
             for _ in range(n)
         ]
         return np.array([[ids[token] for token in row] for row in rows], np.int16)
@@ -256,7 +263,8 @@ def write(folder: Path, name: str, program: Program) -> str:
         "vocab": list(program.vocab),
         "length": program.length,
         "truth": {
-            f"derived_{kind}": {"threshold": EFFECT, "n_pairs": N_PAIRS, "edges": edges} for kind, edges in truths.items()
+            f"derived_{kind}": {"threshold": EFFECT, "n_pairs": N_PAIRS, "edges": edges}
+            for kind, edges in truths.items()
         },
     }
     (folder / f"{name}.json").write_text(json.dumps(description, indent=1) + "\n")
