@@ -21,7 +21,6 @@ from statistics import fmean
 
 import pandas as pd
 
-from mechinterp.discovery.method import METHODS
 from tests.hand_circuits import HAND
 from tests.known_circuits import MORE, NAMES
 from tests.truth_table import ANSWERS, ANY_METRIC, Outcome, run
@@ -49,10 +48,13 @@ def ground_truth(labels: Iterable[str], names: Iterable[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+UNDER_ZERO = ("exact", "acdc", "eap-ig", "edge-pruning", "subnetwork-probing")
+"""The methods that know about ablation by zero."""
+
+
 def further_programs(label: str, names: Iterable[str] = MORE) -> pd.DataFrame:
-    """One method on further programs: a row for resampling and, where the method takes it, one for zero ablation."""
-    method, _ = ANY_METRIC[label]
-    kinds = ("corrupt", "zero") if "replacement" in METHODS.get(method).defaults else ("corrupt",)
+    """One method on further programs: a row for resampling and, for those of `UNDER_ZERO`, one for zero ablation."""
+    kinds = ("corrupt", "zero") if label in UNDER_ZERO else ("corrupt",)
     rows: list[dict[str, object]] = []
     for kind in kinds:
         found = {name: run(label, name, kind) for name in names}
