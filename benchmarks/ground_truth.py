@@ -1,4 +1,4 @@
-"""Every method on models with a known circuit, under resampling. Run as `python -m benchmarks.ground_truth`.
+"""Every method on models with a known circuit. Run as `python -m benchmarks.ground_truth`, or with `--more`.
 
 Two tables. Of the eight compiled models the outputs live at every position, so the metric is `l2_to_clean` at all of
 them; methods of gradients at the clean run alone have none there, and `cd` and `path-patching` are about answers and
@@ -6,17 +6,23 @@ one input. The two whose weights are set by hand have answers, so the metric is 
 part. Scores below 1e-5 of the strongest count as 0. Precision and recall are at the truth's own threshold, 1e-3 of the
 metric; for scores that are in no unit of the metric (information flow, weights, random) look at AUC and at the share
 of true edges among as many of the strongest as the truth has.
+
+`--more` runs the further programs of `benchmarks/programs` (made by `benchmarks.compile_programs`) instead, under
+resampling and under zero ablation, each against its own truth. The range is the 95 % interval of Wilson (1927): the
+programs are taken for a sample of those that people would write.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Mapping
+from math import sqrt
 from statistics import fmean
 
 import pandas as pd
 
 from tests.hand_circuits import HAND
-from tests.known_circuits import NAMES
+from tests.known_circuits import MORE, NAMES
 from tests.truth_table import ANSWERS, ANY_METRIC, Outcome, run
 
 
@@ -42,6 +48,41 @@ def ground_truth(labels: Iterable[str], names: Iterable[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+UNDER_ZERO = ("exact", "acdc", "eap-ig", "edge-pruning", "subnetwork-probing")
+"""The methods that know about ablation by zero."""
+
+
+def further_programs(label: str, names: Iterable[str] = MORE) -> pd.DataFrame:
+    """One method on further programs: a row for resampling and, for those of `UNDER_ZERO`, one for zero ablation."""
+    kinds = ("corrupt", "zero") if label in UNDER_ZERO else ("corrupt",)
+    rows: list[dict[str, object]] = []
+    for kind in kinds:
+        found = {name: run(label, name, kind) for name in names}
+        results = [outcome.against for outcome in found.values()]
+        recovered = sum(r.recovered for r in results)
+        low, high = wilson(recovered, len(results))
+        rows.append(
+            {
+                "method": label,
+                "ablation": "resampling" if kind == "corrupt" else kind,
+                "recovered": f"{recovered} of {len(results)}",
+                "95 % interval": f"{low:.0%} to {high:.0%}",
+                "AUC": fmean(r.auc for r in results),
+                "precision": fmean(r.precision for r in results),
+                "recall": fmean(r.recall for r in results),
+                "not recovered": ", ".join(name for name, one in found.items() if not one.against.recovered),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval of Wilson for a share; inside [0, 1] also where all or none are hits."""
+    share, more = hits / n, z**2 / n
+    middle, half = share + more / 2, z * sqrt(share * (1 - share) / n + more / (4 * n))
+    return (middle - half) / (1 + more), (middle + half) / (1 + more)
+
+
 def _said(found: Mapping[str, Outcome]) -> str:
     parts: list[str] = []
     for name, one in found.items():
@@ -59,5 +100,15 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(ground_truth({**ANY_METRIC, **ANSWERS}, HAND)), "\n", flush=True)
-    print(markdown(ground_truth(ANY_METRIC, NAMES)))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--more", action="store_true", help="the further programs, under both ablations")
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"with --more: of {', '.join(ANY_METRIC)}")
+    asked = parser.parse_args()
+    if wrong := set(asked.methods) - set(ANY_METRIC):
+        parser.error(f"unknown method {sorted(wrong)[0]!r}; known: {', '.join(ANY_METRIC)}")
+    if asked.more:
+        for label in asked.methods or ANY_METRIC:
+            print(markdown(further_programs(label)), "\n", flush=True)
+    else:
+        print(markdown(ground_truth({**ANY_METRIC, **ANSWERS}, HAND)), "\n", flush=True)
+        print(markdown(ground_truth(ANY_METRIC, NAMES)))

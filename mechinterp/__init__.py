@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from mechinterp.decomposition.phrases import PhraseRelevance as PhraseRelevance
     from mechinterp.decomposition.phrases import phrase_relevance as phrase_relevance
     from mechinterp.discovery.acdc import acdc_thresholds as acdc_thresholds
+    from mechinterp.discovery.acdc_orders import AcdcOrders as AcdcOrders
+    from mechinterp.discovery.acdc_orders import acdc_orders as acdc_orders
     from mechinterp.discovery.method import METHODS as METHODS
     from mechinterp.discovery.method import score_edges as score_edges
     from mechinterp.discovery.neurons import top_neurons as top_neurons
@@ -177,6 +179,7 @@ _HOMES = {
     "plots.text": ("text_page",),
     "decomposition.encoder": ("Encoder", "load_encoder"),
     "discovery.acdc": ("acdc_thresholds",),
+    "discovery.acdc_orders": ("AcdcOrders", "acdc_orders"),
     "discovery.neurons": ("top_neurons",),
     "reevaluation": ("Reevaluation", "reevaluate"),
     "discovery.method": ("METHODS", "score_edges"),

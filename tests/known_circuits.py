@@ -1,4 +1,4 @@
-"""Models compiled from programs, with their true circuits (tests/data/known-circuits)."""
+"""Models compiled from programs, with their true circuits (tests/data/known-circuits, benchmarks/programs)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from mechinterp.tasks.pairs import Pairs
 
 FOLDER = Path(__file__).parent / "data" / "known-circuits"
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.npz")))
+PROGRAMS = Path(__file__).parent.parent / "benchmarks" / "programs"
+MORE = tuple(sorted(path.stem for path in PROGRAMS.glob("*.npz")))
+"""Further programs, for the benchmark: `benchmarks/compile_programs.py` made them."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,9 @@ class Known:
 
 def known(name: str) -> Known:
     """The model of that name, with its weights set by hand."""
-    arrays = {key: torch.from_numpy(value) for key, value in np.load(FOLDER / f"{name}.npz").items()}
-    description = json.loads((FOLDER / f"{name}.json").read_text())
+    folder = FOLDER if name in NAMES else PROGRAMS
+    arrays = {key: torch.from_numpy(value) for key, value in np.load(folder / f"{name}.npz").items()}
+    description = json.loads((folder / f"{name}.json").read_text())
     n_layers, n_heads, d_model, d_head = arrays["W_Q"].shape
     config = TransformerBridgeConfig(
         d_model=d_model,

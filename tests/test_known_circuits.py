@@ -10,7 +10,7 @@ from mechinterp.discovery.select import select
 from mechinterp.edges import run_edges
 from mechinterp.graph import build_graph
 from mechinterp.metrics import get_metric
-from tests.known_circuits import NAMES, known
+from tests.known_circuits import MORE, NAMES, known
 
 EFFECT = 1e-3
 """The truth's own threshold: an edge counts when it moves an output by more."""
@@ -65,6 +65,26 @@ def test_exact_finds_the_circuit_under_zero(name: str) -> None:
     edges, resample, zero = found(name, "exact", "zero")
     assert edges == zero
     assert edges != resample  # a method is to be held against the truth of its own ablation, not the other
+
+
+def test_there_are_39_further_programs() -> None:
+    assert len(MORE) == 39 and not set(MORE) & set(NAMES)
+
+
+@pytest.mark.parametrize("name", ["hist_of_hist", "shift_by_3_causal", "sort_unique"])
+def test_further_programs_have_the_circuits_that_were_derived_without_this_package(name: str) -> None:
+    """The truths of all: `python -m benchmarks.ground_truth --more exact`."""
+    edges, resample, _ = found(name, "exact", "corrupt")
+    assert edges == resample
+    edges, _, zero = found(name, "exact", "zero")
+    assert edges == zero != resample
+    this = known(name)
+    torch.testing.assert_close(
+        this.model.run(this.pairs.clean).logits[:, 1:], this.clean_logits[:, 1:], rtol=0, atol=5e-6
+    )  # float32
+    graph = build_graph(this.model, split_input=True)
+    nothing = run_edges(this.model, graph, this.pairs, graph.possible, metric="l2_to_clean")
+    assert float(nothing.mean()) > EFFECT  # otherwise an empty circuit would do
 
 
 @pytest.mark.parametrize("name", FIRST_ORDER_SUFFICES)

@@ -11,13 +11,18 @@ import torch
 
 import mechinterp as mi
 from mechinterp.discovery import checkpoint
-from mechinterp.discovery.mask_learning import BETA, HIGH, LOW, hard_concrete, open_chance
+from mechinterp.discovery.checkpoint import Checkpoint
+from mechinterp.discovery.mask_learning import BETA, HIGH, LOW, _Learning, hard_concrete, open_chance
+from mechinterp.discovery.method import Job, no_progress
 from mechinterp.errors import InputError
+from mechinterp.metrics import get_metric
 from tests.hand_circuits import HAND
+from tests.known_circuits import known
 from tests.models_tiny import pairs, snapshot, tiny
 
 METHODS = ("edge-pruning", "subnetwork-probing")
-SHORT: dict[str, Any] = {"learning_steps": 12}
+METHODS_DEFAULTS = dict(mi.METHODS.get("edge-pruning").defaults)
+SHORT: dict[str, Any] = {"learning_steps": 12, "drawings": 2}
 
 
 def test_gates_are_open_as_often_as_the_formula_says() -> None:
@@ -53,7 +58,8 @@ def test_the_same_however_it_is_run(method: str) -> None:
     assert snapshot(model.bridge) == before
     assert torch.equal(runs[0].values, runs[1].values)
     torch.testing.assert_close(runs[0].values, runs[2].values, rtol=0, atol=1e-6)
-    assert runs[0].cost == {"forwards": 2 * 5 + 6 * 4 + 6 * 1, "backwards": 6 * 4 + 6 * 1}
+    steps = 2 * (6 * 4 + 6 * 1)  # two drawings, of blocks of 4 and of 1
+    assert runs[0].cost == {"forwards": 2 * 5 + steps, "backwards": steps}
     other = mi.score_edges(model, graph, some, method=method, seed=1, examples=4, **SHORT)
     assert not torch.equal(runs[0].values, other.values)
 
@@ -85,10 +91,50 @@ def test_a_killed_run_goes_on_to_the_same_mask(method: str, tmp_path: Path, monk
     assert not state.exists()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_several_drawings_find_what_flat_steps_hide_from_one(method: str) -> None:
+    """`hist` counts with a sharp attention and an MLP of steep steps: most drawings have no slope there."""
+    this = known("hist_small")
+    graph = mi.build_graph(this.model, split_input=True)
+    found = [
+        mi.score_edges(
+            this.model,
+            graph,
+            this.pairs,
+            method=method,
+            metric="l2_to_clean",
+            objective="metric",
+            learning_steps=150,
+            examples=examples,
+            drawings=32 // examples,
+            batch_size=64,
+        )
+        for examples in (4, 32)
+    ]
+    assert found[0].cost["backwards"] == found[1].cost["backwards"]
+    truth = this.truth("derived_resample")
+    several, one = ({name for name, chance in scores.to_dict().items() if chance > 0.5} for scores in found)
+    assert several == truth and one < truth
+
+
+def test_gates_of_several_drawings_have_the_mean_gradient() -> None:
+    model, some = tiny("gpt2"), pairs(3)
+    graph = mi.build_graph(model, level="node")
+    settings = {**METHODS_DEFAULTS, "examples": 3, "drawings": 2}
+    job = Job(model, graph, some, get_metric("kl_to_clean"), settings, 32, no_progress, Checkpoint())
+    learning = _Learning(job)
+    gates = torch.rand(2, graph.n_units, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    both = learning._gate_gradient(gates, learning.blocks[0])
+    for i in range(2):
+        alone = learning._gate_gradient(gates[i : i + 1], learning.blocks[0])
+        torch.testing.assert_close(2 * both[i], alone[0], rtol=0, atol=1e-6)  # float32
+    assert not torch.allclose(both[0], both[1])
+
+
 def test_the_price_and_the_target_decide_the_size() -> None:
     model, some = tiny("gpt2"), pairs(4)
     graph = mi.build_graph(model)
-    steps = {"learning_steps": 50}
+    steps = {"learning_steps": 50, "drawings": 1}
 
     def size(method: str, **settings: Any) -> int:
         return int((mi.score_edges(model, graph, some, method=method, **steps, **settings).values > 0.5).sum())
@@ -105,6 +151,7 @@ def test_the_price_and_the_target_decide_the_size() -> None:
         ({"learning_steps": 0}, "learning_steps"),
         ({"objective": "kll"}, "objective"),
         ({"examples": 1.5}, "examples"),
+        ({"drawings": 0}, "drawings"),
         ({"lr": float("nan")}, "lr"),
         ({"objective": "metric", "metric": "accuracy"}, "gradient"),
     ],

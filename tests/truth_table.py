@@ -59,16 +59,22 @@ class Outcome:
     """The share of true edges among as many of the strongest edges; for scores that are in no unit of the metric."""
 
 
-def run(label: str, name: str) -> Outcome:
-    """A row of `ANY_METRIC` or `ANSWERS` on a compiled model (metric `l2_to_clean`) or one by hand (`logit_diff`)."""
+def run(label: str, name: str, replacement: str = "corrupt") -> Outcome:
+    """A row of `ANY_METRIC` or `ANSWERS` on a compiled model (metric `l2_to_clean`) or one by hand (`logit_diff`).
+
+    The truth of a compiled model is that of the replacement: `corrupt`, or `zero` for methods that take it.
+    """
     method, settings = {**ANY_METRIC, **ANSWERS}[label]
     if name in HAND:
         this = HAND[name]()
         scores, truth = score_edges(this.model, this.graph, this.pairs, method=method, **settings), set(this.truth)
     else:
         that = known(name)
-        graph, truth = build_graph(that.model, split_input=True), that.truth("derived_resample")
+        kind = {"corrupt": "derived_resample", "zero": "derived_zero"}[replacement]
+        graph, truth = build_graph(that.model, split_input=True), that.truth(kind)
         more: dict[str, Any] = {"metric": "l2_to_clean", "batch_size": 64, **settings}
+        if replacement != "corrupt":
+            more["replacement"] = replacement
         scores = score_edges(that.model, graph, that.pairs, method=method, **more)
     return outcome(scores, truth, 0.5 if method in LEARNED else EFFECT)
 

@@ -1,38 +1,51 @@
-"""`acdc`: automatic circuit discovery, edge by edge from the logits back.
+"""`acdc`: automatic circuit discovery, one edge after another.
 
-Source: Conmy et al. 2023 (arXiv 2304.14997). Every edge is cut in turn, in reverse order of the model (readers from the
-logits to the first layer; of a reader, the latest writer first; nodes, where those are chosen, in reverse order too);
-it stays cut when that raises the loss by less than
-`tau`. The loss is the metric, turned so that lower is better; with `kl_to_clean` that is the paper's KL divergence.
-Deviations: the order is fixed (the paper's code takes a set's), and several next edges are tried at once.
+Source: Conmy et al. 2023 (arXiv 2304.14997). Every edge is cut in turn; it stays cut when that raises the loss by less
+than `tau`. The loss is the metric, turned so that lower is better; with `kl_to_clean` that is the paper's KL
+divergence. The order decides which of several circuits is found (`acdc_orders` compares them):
+
+* `reverse`, the paper's: readers from the logits to the first layer; of a reader, the latest writer first; nodes, where
+  those are chosen, in reverse order too;
+* `score`: the weakest first, by the magnitude of the `eap-ig` score with the same metric; ties as in `reverse`;
+* `random`: drawn with `order_seed`.
+
+Deviations: the order among one reader's writers is fixed (the paper's code takes a set's), and several next edges are
+tried at once.
 
 Speed: the next k edges are cut one upon the other in k runs side by side, as if each were going to stay cut. The runs
 up to the first edge that must be kept are what one-by-one search does; the rest is thrown away. So the kept set is
-the same. The layers before the reader's are run once per layer.
+the same. The layers before the first one with a cut edge are run once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechinterp.discovery.checkpoint import Checkpoint
-from mechinterp.discovery.method import METHODS, Job, Method, Progress, no_progress
+from mechinterp.discovery.method import METHODS, Job, Method, Progress, no_progress, score_edges
 from mechinterp.edges import check_model, clean_logits, edge_logits
 from mechinterp.errors import InputError
 from mechinterp.graph import Graph
 from mechinterp.hooks import HookManager
 from mechinterp.metrics import Metric, get_metric
 from mechinterp.patched_run import Prefix, run_prefix
+from mechinterp.registry import unknown
 from mechinterp.replacement import Values, build_replacement
 from mechinterp.scores import Parameter, Scores
 from mechinterp.tasks.pairs import Pairs
 
 MOST_AT_ONCE = 64
+ORDERS = ("reverse", "score", "random")
+ORDER_STEPS = 5
+"""Of the `eap-ig` that order `score` goes by."""
+FINEST = 1e-4
+"""Scores that differ by less than this share of the strongest tie: rounding must not decide an order."""
 
 
 @dataclass
@@ -44,6 +57,8 @@ class _Search:
     values: list[Values]
     references: list[Tensor | None]
     prefixes: list[Prefix]
+    order: tuple[int, ...]
+    """All units, in the order in which they are tried."""
     n_runs: int = 0
 
     def losses(self, masks: Float[Tensor, "candidate reader writer"], layer: int) -> Float[Tensor, " candidate"]:
@@ -119,6 +134,8 @@ def acdc_thresholds(
     *,
     metric: Metric | str = "kl_to_clean",
     replacement: str = "corrupt",
+    order: str = "reverse",
+    order_seed: int = 0,
     at_once: int = 8,
     batch_size: int = 32,
     progress: Progress = no_progress,
@@ -130,7 +147,12 @@ def acdc_thresholds(
     if not taus or len(set(taus)) != len(taus) or not all(0 < tau < float("inf") for tau in taus):
         raise InputError(f"taus are different numbers above 0; got {list(taus)}.")
     check_model(model, graph, pairs)
-    settings: dict[str, Parameter] = {"replacement": replacement, "at_once": at_once}
+    settings: dict[str, Parameter] = {
+        "replacement": replacement,
+        "order": order,
+        "order_seed": order_seed,
+        "at_once": at_once,
+    }
     chosen = get_metric(metric) if isinstance(metric, str) else metric
     job = Job(model, graph, pairs, chosen, settings, batch_size, progress, Checkpoint())
     search, first = _begin(job, tuple(float(tau) for tau in taus))
@@ -153,21 +175,55 @@ def _begin(job: Job, taus: tuple[float, ...]) -> tuple[_Search, _State]:
     model, graph, at_once = job.model, job.graph, job.settings["at_once"]
     if type(at_once) is not int or not 1 <= at_once <= MOST_AT_ONCE:
         raise InputError(f"at_once must be a whole number from 1 to {MOST_AT_ONCE}; got {at_once!r}.")
+    order = _order(job)
     replacement = build_replacement(job.replacement, model, graph, job.pairs, job.batch_size)
     chunks = list(job.pairs.to(model.device).chunks(job.batch_size))
     references = [clean_logits(model, chunk) if job.metric.needs_reference else None for chunk in chunks]
-    search = _Search(job, chunks, [replacement.on(chunk) for chunk in chunks], references, [])
+    search = _Search(job, chunks, [replacement.on(chunk) for chunk in chunks], references, [], order)
     cut = torch.zeros_like(graph.possible)
-    loss = float(search.losses(cut[None].float(), _layer(job, graph.n_units - 1))[0])
+    loss = float(search.losses(cut[None].float(), _layer(job, order[0]))[0])
     return search, _State(taus, cut, job.zeros(), loss)
+
+
+def _order(job: Job) -> tuple[int, ...]:
+    """All units in the order that is asked for."""
+    order, seed, n = job.settings["order"], job.settings["order_seed"], job.graph.n_units
+    if order not in ORDERS:
+        raise unknown("order", str(order), ORDERS)
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise InputError(f"order_seed must be a whole number, at least 0; got {seed!r}.")
+    if order == "random":
+        return tuple(torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist())
+    reverse = range(n - 1, -1, -1)
+    if order == "reverse":
+        return tuple(reverse)
+    if not job.metric.differentiable:
+        raise InputError(
+            f"Metric {job.metric.name!r} has no gradient, so there are no scores to order by; take order='reverse' or "
+            "'random'."
+        )
+    scores = score_edges(
+        job.model,
+        job.graph,
+        job.pairs,
+        method="eap-ig",
+        metric=job.metric,
+        batch_size=job.batch_size,
+        steps=ORDER_STEPS,
+        replacement=job.replacement,
+    )
+    first = job.graph.first_of_unit
+    strength = scores.values[first[:, 0], first[:, 1]].abs().double()
+    steps = (strength / strength.max().clamp(min=1e-30) / FINEST).round().tolist()
+    return tuple(sorted(reverse, key=lambda unit: steps[unit]))
 
 
 def _decide(search: _Search, state: _State, most: int) -> list[_State]:
     """The state after the next units, up to the first that a threshold keeps; one state for each way they decide."""
     job, graph = search.job, search.job.graph
-    units = range(graph.n_units - 1 - state.done, max(-1, graph.n_units - 1 - state.done - state.at_once), -1)
-    layer = _layer(job, units[0])
-    some = [unit for unit in units if _layer(job, unit) == layer]
+    some = search.order[state.done : state.done + state.at_once]
+    layer = min(_layer(job, some[0]), _first_layer(job, state.cut))
+    some = list(takewhile(lambda unit: _layer(job, unit) >= layer, some))  # their runs start at the same layer
     edges = [graph.unit == unit for unit in some]
     losses = search.losses(_one_upon_the_other(state.cut, edges), layer)
     cut, loss, done = state.cut, state.loss, state.done
@@ -186,13 +242,23 @@ def _decide(search: _Search, state: _State, most: int) -> list[_State]:
 
 def _scores(job: Job, state: _State, n_runs: int) -> Scores:
     per_example = n_runs + 2 + job.metric.needs_reference + job.graph.dims.n_layers
-    cost = {"forwards": per_example * len(job.pairs), "backwards": 0}
+    steps = ORDER_STEPS if job.settings["order"] == "score" else 0  # with the corrupt run one forward more
+    cost = {"forwards": (per_example + steps + (steps > 0)) * len(job.pairs), "backwards": steps * len(job.pairs)}
     return job.scores("acdc", state.kept * len(job.pairs), cost, additive=False)
 
 
 def _layer(job: Job, unit: int) -> int:
     """The first layer that reads an edge of the unit; the number of layers for the logits."""
-    reader = int(job.graph.first_of_unit[unit, 0])
+    return _layer_of(job, int(job.graph.first_of_unit[unit, 0]))
+
+
+def _first_layer(job: Job, cut: Bool[Tensor, "reader writer"]) -> int:
+    """The first layer that reads a cut edge; the number of layers where none is cut."""
+    readers = cut.any(1).nonzero()
+    return _layer_of(job, int(readers[0])) if len(readers) else job.graph.dims.n_layers
+
+
+def _layer_of(job: Job, reader: int) -> int:
     per_layer = (len(job.graph.readers) - 1) // job.graph.dims.n_layers
     return min(reader // per_layer, job.graph.dims.n_layers)
 
@@ -213,7 +279,7 @@ METHODS.register(
         "Automatic circuit discovery: every edge cut for good unless that costs tau",
         "Conmy et al. 2023, arXiv 2304.14997",
         _acdc,
-        {"replacement": "corrupt", "tau": 0.01, "at_once": 8},
+        {"replacement": "corrupt", "tau": 0.01, "order": "reverse", "order_seed": 0, "at_once": 8},
         threshold=0.0,
         graphs="own",
     ),
