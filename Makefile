@@ -34,7 +34,7 @@ test-fast: $(VENV)/.installed-dev
 
 CASES ?= 10000
 fuzz: $(VENV)/.installed-dev
-	$(BIN)/python -m tests.fuzz $(CASES)
+	$(BIN)/python -m tests.support.fuzz $(CASES)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

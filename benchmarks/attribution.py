@@ -12,15 +12,14 @@ import torch
 
 import mechinterp as mi
 from benchmarks.engines import Row, measure, small_gpt2
-from mechinterp.analysis.attribution import attribution_patching, node_attribution
-from mechinterp.analysis.attribution_methods import METHODS
+from mechinterp.analysis.attribution import METHODS, attribution_patching, node_attribution
 from mechinterp.analysis.integrated_gradients import integrated_gradients
 from mechinterp.analysis.relevance import relevance
-from mechinterp.decomposition.rules import PRESETS
-from mechinterp.edges import metric_values
-from mechinterp.hooks import Intervention
-from mechinterp.metrics import get_metric
-from mechinterp.sites import Site
+from mechinterp.engines.decomposition.rules import PRESETS
+from mechinterp.engines.edge_patching import metric_values
+from mechinterp.models.hook_manager import Intervention
+from mechinterp.models.sites import Site
+from mechinterp.tasks.metrics import get_metric
 
 
 def attribution(device: torch.device, repeats: int) -> list[Row]:

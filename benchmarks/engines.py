@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 import mechinterp as mi
-from mechinterp.edges import run_edges
-from mechinterp.gradients import edge_gradients
-from mechinterp.mask_gradients import mask_gradients
-from mechinterp.metrics import get_metric
-from mechinterp.replacement import corrupt_replacement
+from mechinterp.engines.edge_attribution import edge_gradients
+from mechinterp.engines.edge_patching import run_edges
+from mechinterp.engines.mask_gradients import mask_gradients
+from mechinterp.engines.replacement import corrupt_replacement
+from mechinterp.tasks.metrics import get_metric
 
 BATCH, LENGTH = 10, 15
 

@@ -23,10 +23,10 @@ from torch import Tensor
 from benchmarks.family_models import D_VOCAB, FAMILIES, N_HEADS, N_LAYERS, Family
 from benchmarks.plain_hooks import PlainModel, Writes, run_plain
 from mechinterp import Pairs, activation_patching, build_graph, get_metric, load_model, run_edges, score_edges
-from mechinterp.errors import MechInterpError
-from mechinterp.gradients import edge_gradients
-from mechinterp.graph import Graph
-from mechinterp.hooks import HookManager
+from mechinterp.base.errors import MechInterpError
+from mechinterp.engines.edge_attribution import edge_gradients
+from mechinterp.graphs.graph import Graph
+from mechinterp.models.hook_manager import HookManager
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 BEGIN, END = "<!-- python -m benchmarks.families --write: begin -->", "<!-- end -->"

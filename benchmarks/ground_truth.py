@@ -21,9 +21,9 @@ from statistics import fmean
 
 import pandas as pd
 
-from tests.hand_circuits import HAND
-from tests.known_circuits import MORE, NAMES
-from tests.truth_table import ANSWERS, ANY_METRIC, Outcome, run
+from tests.support.hand_circuits import HAND
+from tests.support.known_circuits import MORE, NAMES
+from tests.support.truth_table import ANSWERS, ANY_METRIC, Outcome, run
 
 
 def ground_truth(labels: Iterable[str], names: Iterable[str]) -> pd.DataFrame:

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mechinterp.models.zoo import bundled_directory
-from mechinterp.models.zoo.exam import exam_prompts
-from mechinterp.models.zoo.templates import fill, task_file, word_lists
+from mechinterp.models.load import BUNDLED
+from tools.train_bundled.exam import exam_prompts
+from tools.train_bundled.templates import fill, task_file, word_lists
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def inspect_induction(model, words: dict[str, int], bos: int, count: int) -> tup
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", nargs="?", type=Path, default=bundled_directory())
+    parser.add_argument("directory", nargs="?", type=Path, default=BUNDLED)
     parser.add_argument("--per-template", type=int, default=25)
     parser.add_argument("--task", default="ioi", choices=("ioi", "ioi_distractor"))
     arguments = parser.parse_args()

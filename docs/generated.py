@@ -13,14 +13,14 @@ import typer
 from docstrings import as_markdown
 
 import mechinterp
-from mechinterp import listing
-from mechinterp.cli import app
+from mechinterp.circuit_file import schema
+from mechinterp.circuit_file.formats.exports import EXPORTS
+from mechinterp.circuit_file.formats.imports import IMPORTS
+from mechinterp.cli import help as listing
+from mechinterp.cli.app import app
 from mechinterp.discovery.method import METHODS
 from mechinterp.evaluation import predictions
-from mechinterp.files import schema, schema_parts
-from mechinterp.formats.exports import EXPORTS
-from mechinterp.formats.imports import IMPORTS
-from mechinterp.metrics import METRICS
+from mechinterp.tasks.metrics import METRICS
 from mechinterp.tasks.task import load_task, task_names
 
 GRAPHS = {

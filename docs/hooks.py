@@ -16,7 +16,7 @@ from generated import GENERATED
 from make_pictures import PICTURES
 from mkdocs.structure.files import File
 
-from mechinterp.files.schema import json_schema
+from mechinterp.circuit_file.schema import json_schema
 
 MARK = re.compile(r"^<!-- (generated|picture): ([a-z-]+)(?: ([^ >]+))? -->$", re.MULTILINE)
 SCHEMA = "circuit-file/circuit-1.schema.json"

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from mechinterp.analysis.attribution import node_attribution as node_attribution
     from mechinterp.analysis.causal_tracing import causal_tracing as causal_tracing
     from mechinterp.analysis.composition import composition_scores as composition_scores
+    from mechinterp.analysis.contextual import Decomposition as Decomposition
+    from mechinterp.analysis.contextual import contextual_decomposition as contextual_decomposition
     from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution as direct_logit_attribution
     from mechinterp.analysis.direct_logit_attribution import group_parts as group_parts
-    from mechinterp.analysis.grid import Grid as Grid
     from mechinterp.analysis.head_detectors import attention_between as attention_between
     from mechinterp.analysis.head_detectors import attention_to as attention_to
     from mechinterp.analysis.head_detectors import copying_scores as copying_scores
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from mechinterp.analysis.patchscopes import Patchscope as Patchscope
     from mechinterp.analysis.patchscopes import patchscope as patchscope
     from mechinterp.analysis.path_patching import path_patching as path_patching
+    from mechinterp.analysis.phrases import PhraseRelevance as PhraseRelevance
+    from mechinterp.analysis.phrases import phrase_relevance as phrase_relevance
     from mechinterp.analysis.relevance import Relevance as Relevance
     from mechinterp.analysis.relevance import relevance as relevance
     from mechinterp.analysis.steering import ablate_direction as ablate_direction
@@ -45,30 +48,37 @@ if TYPE_CHECKING:
     from mechinterp.analysis.weights import ov_circuit as ov_circuit
     from mechinterp.analysis.weights import qk_circuit as qk_circuit
     from mechinterp.analysis.weights import top_tokens as top_tokens
-    from mechinterp.circuit import Circuit as Circuit
-    from mechinterp.decomposition.contextual import Decomposition as Decomposition
-    from mechinterp.decomposition.contextual import contextual_decomposition as contextual_decomposition
-    from mechinterp.decomposition.encoder import Encoder as Encoder
-    from mechinterp.decomposition.encoder import load_encoder as load_encoder
-    from mechinterp.decomposition.phrases import PhraseRelevance as PhraseRelevance
-    from mechinterp.decomposition.phrases import phrase_relevance as phrase_relevance
+    from mechinterp.base.errors import FormatError as FormatError
+    from mechinterp.base.errors import InputError as InputError
+    from mechinterp.base.errors import MechInterpError as MechInterpError
+    from mechinterp.base.errors import SiteNotReached as SiteNotReached
+    from mechinterp.base.errors import UnsupportedError as UnsupportedError
+    from mechinterp.circuit_file.circuit_file import load_circuit as load_circuit
+    from mechinterp.circuit_file.circuit_file import save_circuit as save_circuit
+    from mechinterp.circuit_file.diff import CircuitDiff as CircuitDiff
+    from mechinterp.circuit_file.diff import diff_circuits as diff_circuits
+    from mechinterp.circuit_file.hub import pull_circuit as pull_circuit
+    from mechinterp.circuit_file.hub import push_circuit as push_circuit
+    from mechinterp.circuit_file.reevaluate import Reevaluation as Reevaluation
+    from mechinterp.circuit_file.reevaluate import reevaluate as reevaluate
+    from mechinterp.circuit_file.verify.claims import Claim as Claim
+    from mechinterp.circuit_file.verify.claims import Verification as Verification
+    from mechinterp.circuit_file.verify.verification import verify as verify
     from mechinterp.discovery.acdc import acdc_thresholds as acdc_thresholds
     from mechinterp.discovery.acdc_orders import AcdcOrders as AcdcOrders
     from mechinterp.discovery.acdc_orders import acdc_orders as acdc_orders
     from mechinterp.discovery.method import METHODS as METHODS
     from mechinterp.discovery.method import score_edges as score_edges
     from mechinterp.discovery.neurons import top_neurons as top_neurons
-    from mechinterp.discovery.select import select as select
     from mechinterp.discovery.stable import CircuitStability as CircuitStability
     from mechinterp.discovery.stable import StableScores as StableScores
     from mechinterp.discovery.stable import circuit_stability as circuit_stability
     from mechinterp.discovery.stable import stable_scores as stable_scores
-    from mechinterp.edges import run_edges as run_edges
-    from mechinterp.errors import FormatError as FormatError
-    from mechinterp.errors import InputError as InputError
-    from mechinterp.errors import MechInterpError as MechInterpError
-    from mechinterp.errors import SiteNotReached as SiteNotReached
-    from mechinterp.errors import UnsupportedError as UnsupportedError
+    from mechinterp.engines.decomposition.encoder import Encoder as Encoder
+    from mechinterp.engines.decomposition.encoder import load_encoder as load_encoder
+    from mechinterp.engines.edge_attribution import edge_gradients as edge_gradients
+    from mechinterp.engines.edge_patching import run_edges as run_edges
+    from mechinterp.engines.grid import Grid as Grid
     from mechinterp.evaluation.against_random import minimality_test as minimality_test
     from mechinterp.evaluation.against_random import necessity_test as necessity_test
     from mechinterp.evaluation.against_random import sufficiency_test as sufficiency_test
@@ -79,6 +89,7 @@ if TYPE_CHECKING:
     from mechinterp.evaluation.completeness import greedy_completeness as greedy_completeness
     from mechinterp.evaluation.faithfulness import Evaluation as Evaluation
     from mechinterp.evaluation.faithfulness import evaluate as evaluate
+    from mechinterp.evaluation.ground_truth import against_truth as against_truth
     from mechinterp.evaluation.hypotheses import HypothesisTest as HypothesisTest
     from mechinterp.evaluation.hypotheses import equivalence_test as equivalence_test
     from mechinterp.evaluation.hypotheses import independence_test as independence_test
@@ -103,94 +114,85 @@ if TYPE_CHECKING:
     from mechinterp.evaluation.stability import stability as stability
     from mechinterp.evaluation.transfer import Transfer as Transfer
     from mechinterp.evaluation.transfer import transfer as transfer
-    from mechinterp.evaluation.truth import against_truth as against_truth
-    from mechinterp.files.circuit_file import load_circuit as load_circuit
-    from mechinterp.files.circuit_file import save_circuit as save_circuit
-    from mechinterp.files.claims import Claim as Claim
-    from mechinterp.files.claims import Verification as Verification
-    from mechinterp.files.compare_files import diff_circuits as diff_circuits
-    from mechinterp.files.difference import CircuitDiff as CircuitDiff
-    from mechinterp.files.verification import verify as verify
-    from mechinterp.gradients import edge_gradients as edge_gradients
-    from mechinterp.graph import Graph as Graph
-    from mechinterp.graph import build_graph as build_graph
-    from mechinterp.hooks import HookManager as HookManager
-    from mechinterp.hooks import Intervention as Intervention
-    from mechinterp.hooks import Run as Run
-    from mechinterp.hooks import load_model as load_model
-    from mechinterp.hub import pull_circuit as pull_circuit
-    from mechinterp.hub import push_circuit as push_circuit
-    from mechinterp.metrics import METRICS as METRICS
-    from mechinterp.metrics import Metric as Metric
-    from mechinterp.metrics import get_metric as get_metric
-    from mechinterp.metrics import metric_names as metric_names
-    from mechinterp.metrics import register_metric as register_metric
+    from mechinterp.graphs.circuit import Circuit as Circuit
+    from mechinterp.graphs.graph import Graph as Graph
+    from mechinterp.graphs.graph import build_graph as build_graph
+    from mechinterp.graphs.scores import Scores as Scores
+    from mechinterp.graphs.select import select as select
+    from mechinterp.models.hook_manager import HookManager as HookManager
+    from mechinterp.models.hook_manager import Intervention as Intervention
+    from mechinterp.models.hook_manager import Run as Run
+    from mechinterp.models.hook_manager import load_model as load_model
+    from mechinterp.models.sites import Edge as Edge
+    from mechinterp.models.sites import Node as Node
+    from mechinterp.models.sites import Site as Site
     from mechinterp.pipeline import Discovery as Discovery
     from mechinterp.pipeline import RunSpec as RunSpec
     from mechinterp.pipeline import discover as discover
-    from mechinterp.plots.compare import comparison_curves as comparison_curves
-    from mechinterp.plots.compare import overlap_matrix as overlap_matrix
-    from mechinterp.plots.grids import attention_figure as attention_figure
-    from mechinterp.plots.grids import heatmap as heatmap
-    from mechinterp.plots.grids import lens_figure as lens_figure
-    from mechinterp.plots.grids import token_labels as token_labels
-    from mechinterp.plots.grids import waterfall as waterfall
-    from mechinterp.plots.save import save_html as save_html
-    from mechinterp.plots.save import save_image as save_image
-    from mechinterp.plots.text import text_page as text_page
-    from mechinterp.reevaluation import Reevaluation as Reevaluation
-    from mechinterp.reevaluation import reevaluate as reevaluate
-    from mechinterp.report.view import write_page as write_page
-    from mechinterp.scores import Scores as Scores
-    from mechinterp.sites import Edge as Edge
-    from mechinterp.sites import Node as Node
-    from mechinterp.sites import Site as Site
-    from mechinterp.tasks.files import load_pairs as load_pairs
+    from mechinterp.tasks.metrics import METRICS as METRICS
+    from mechinterp.tasks.metrics import Metric as Metric
+    from mechinterp.tasks.metrics import get_metric as get_metric
+    from mechinterp.tasks.metrics import metric_names as metric_names
+    from mechinterp.tasks.metrics import register_metric as register_metric
+    from mechinterp.tasks.pair_files import load_pairs as load_pairs
     from mechinterp.tasks.pairs import Pairs as Pairs
     from mechinterp.tasks.task import Task as Task
     from mechinterp.tasks.task import load_task as load_task
     from mechinterp.tasks.task import task_names as task_names
+    from mechinterp.views.plots.compare import comparison_curves as comparison_curves
+    from mechinterp.views.plots.compare import overlap_matrix as overlap_matrix
+    from mechinterp.views.plots.grids import attention_figure as attention_figure
+    from mechinterp.views.plots.grids import heatmap as heatmap
+    from mechinterp.views.plots.grids import lens_figure as lens_figure
+    from mechinterp.views.plots.grids import token_labels as token_labels
+    from mechinterp.views.plots.grids import waterfall as waterfall
+    from mechinterp.views.plots.save import save_html as save_html
+    from mechinterp.views.plots.save import save_image as save_image
+    from mechinterp.views.plots.text import text_page as text_page
+    from mechinterp.views.report.view import write_page as write_page
 
 _HOMES = {
-    "analysis.attribution": ("attribution_patching", "node_attribution"),
-    "analysis.relevance": ("Relevance", "relevance"),
-    "analysis.integrated_gradients": ("integrated_gradients",),
-    "analysis.direct_logit_attribution": ("direct_logit_attribution", "group_parts"),
-    "analysis.weights": ("neuron_tokens", "ov_circuit", "qk_circuit", "top_tokens"),
-    "analysis.composition": ("composition_scores",),
-    "analysis.head_detectors": ("attention_between", "attention_to", "copying_scores", "head_scores"),
-    "plots.grids": ("attention_figure", "heatmap", "lens_figure", "token_labels", "waterfall"),
-    "plots.save": ("save_html", "save_image"),
     "analysis.activation_patching": ("activation_patching", "fraction"),
     "analysis.attention_edits": ("edit_pattern", "knock_out_attention"),
+    "analysis.attribution": ("attribution_patching", "node_attribution"),
     "analysis.causal_tracing": ("causal_tracing",),
-    "analysis.grid": ("Grid",),
+    "analysis.composition": ("composition_scores",),
+    "analysis.contextual": ("Decomposition", "contextual_decomposition"),
+    "analysis.direct_logit_attribution": ("direct_logit_attribution", "group_parts"),
+    "analysis.head_detectors": ("attention_between", "attention_to", "copying_scores", "head_scores"),
+    "analysis.integrated_gradients": ("integrated_gradients",),
     "analysis.logit_lens": ("LogitLens", "logit_lens", "writes_lens"),
     "analysis.patchscopes": ("Patchscope", "patchscope"),
     "analysis.path_patching": ("path_patching",),
+    "analysis.phrases": ("PhraseRelevance", "phrase_relevance"),
+    "analysis.relevance": ("Relevance", "relevance"),
     "analysis.steering": ("ablate_direction", "add_direction", "affine", "mean_difference"),
     "analysis.subspace": ("learn_subspace", "subspace_interchange"),
     "analysis.tuned_lens": ("TunedLens", "load_lens", "save_lens", "train_tuned_lens"),
-    "circuit": ("Circuit",),
-    "files.circuit_file": ("load_circuit", "save_circuit"),
-    "files.claims": ("Claim", "Verification"),
-    "decomposition.contextual": ("Decomposition", "contextual_decomposition"),
-    "decomposition.phrases": ("PhraseRelevance", "phrase_relevance"),
-    "plots.text": ("text_page",),
-    "decomposition.encoder": ("Encoder", "load_encoder"),
+    "analysis.weights": ("neuron_tokens", "ov_circuit", "qk_circuit", "top_tokens"),
+    "base.errors": ("FormatError", "InputError", "MechInterpError", "SiteNotReached", "UnsupportedError"),
+    "circuit_file.circuit_file": ("load_circuit", "save_circuit"),
+    "circuit_file.diff": ("CircuitDiff", "diff_circuits"),
+    "circuit_file.hub": ("pull_circuit", "push_circuit"),
+    "circuit_file.reevaluate": ("Reevaluation", "reevaluate"),
+    "circuit_file.verify.claims": ("Claim", "Verification"),
+    "circuit_file.verify.verification": ("verify",),
     "discovery.acdc": ("acdc_thresholds",),
     "discovery.acdc_orders": ("AcdcOrders", "acdc_orders"),
-    "discovery.neurons": ("top_neurons",),
-    "reevaluation": ("Reevaluation", "reevaluate"),
     "discovery.method": ("METHODS", "score_edges"),
-    "discovery.select": ("select",),
+    "discovery.neurons": ("top_neurons",),
     "discovery.stable": ("CircuitStability", "StableScores", "circuit_stability", "stable_scores"),
-    "edges": ("run_edges",),
-    "errors": ("FormatError", "InputError", "MechInterpError", "SiteNotReached", "UnsupportedError"),
-    "evaluation.truth": ("against_truth",),
+    "engines.decomposition.encoder": ("Encoder", "load_encoder"),
+    "engines.edge_attribution": ("edge_gradients",),
+    "engines.edge_patching": ("run_edges",),
+    "engines.grid": ("Grid",),
     "evaluation.against_random": ("minimality_test", "necessity_test", "sufficiency_test"),
+    "evaluation.compare": ("Comparison", "compare_methods"),
     "evaluation.completeness": ("Completeness", "completeness", "greedy_completeness"),
+    "evaluation.faithfulness": ("Evaluation", "evaluate"),
+    "evaluation.ground_truth": ("against_truth",),
     "evaluation.hypotheses": ("HypothesisTest", "equivalence_test", "independence_test"),
+    "evaluation.measurements": ("Checked", "check_predictions", "predictions_frame"),
     "evaluation.minimality": ("Minimality", "edge_minimality", "node_minimality"),
     "evaluation.predictions": (
         "Attention",
@@ -202,28 +204,25 @@ _HOMES = {
         "PartsReplaced",
         "Prediction",
     ),
-    "evaluation.measurements": ("Checked", "check_predictions", "predictions_frame"),
     "evaluation.roles": ("MeasuredRoles", "RoleLimits", "measured_roles"),
     "evaluation.stability": ("Stability", "stability"),
     "evaluation.transfer": ("Transfer", "transfer"),
-    "evaluation.compare": ("Comparison", "compare_methods"),
-    "plots.compare": ("comparison_curves", "overlap_matrix"),
-    "evaluation.faithfulness": ("Evaluation", "evaluate"),
-    "gradients": ("edge_gradients",),
-    "graph": ("Graph", "build_graph"),
-    "hooks": ("HookManager", "Intervention", "Run", "load_model"),
-    "hub": ("pull_circuit", "push_circuit"),
-    "metrics": ("METRICS", "Metric", "get_metric", "metric_names", "register_metric"),
+    "graphs.circuit": ("Circuit",),
+    "graphs.graph": ("Graph", "build_graph"),
+    "graphs.scores": ("Scores",),
+    "graphs.select": ("select",),
+    "models.hook_manager": ("HookManager", "Intervention", "Run", "load_model"),
+    "models.sites": ("Edge", "Node", "Site"),
     "pipeline": ("Discovery", "RunSpec", "discover"),
-    "report.view": ("write_page",),
-    "scores": ("Scores",),
-    "sites": ("Edge", "Node", "Site"),
-    "tasks.files": ("load_pairs",),
+    "tasks.metrics": ("METRICS", "Metric", "get_metric", "metric_names", "register_metric"),
+    "tasks.pair_files": ("load_pairs",),
     "tasks.pairs": ("Pairs",),
     "tasks.task": ("Task", "load_task", "task_names"),
-    "files.verification": ("verify",),
-    "files.compare_files": ("diff_circuits",),
-    "files.difference": ("CircuitDiff",),
+    "views.plots.compare": ("comparison_curves", "overlap_matrix"),
+    "views.plots.grids": ("attention_figure", "heatmap", "lens_figure", "token_labels", "waterfall"),
+    "views.plots.save": ("save_html", "save_image"),
+    "views.plots.text": ("text_page",),
+    "views.report.view": ("write_page",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from mechinterp.cli import main
+from mechinterp.cli.app import main
 
 sys.exit(main())

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mechinterp.circuit import Circuit
-from mechinterp.files.circuit_file import load_circuit, save_circuit
-from mechinterp.files.compare_files import diff_circuits
-from mechinterp.files.difference import CircuitDiff
-from mechinterp.files.schema import CircuitFile
-from mechinterp.files.schema_parts import Origin
-from mechinterp.files.store import SUFFIX, check_hashes, open_circuit_file
-from mechinterp.formats.bibtex import citation_of
-from mechinterp.formats.exports import EXPORTS, export_circuit, write_export
-from mechinterp.formats.imports import IMPORTS, import_circuit
-from mechinterp.hooks import load_model
-from mechinterp.registry import unknown
-from mechinterp.report.difference import write_difference
+from mechinterp.base.registry import unknown
+from mechinterp.circuit_file.circuit_file import load_circuit, save_circuit
+from mechinterp.circuit_file.diff import CircuitDiff, diff_circuits
+from mechinterp.circuit_file.formats.bibtex import citation_of
+from mechinterp.circuit_file.formats.exports import EXPORTS, export_circuit, write_export
+from mechinterp.circuit_file.formats.imports import IMPORTS, import_circuit
+from mechinterp.circuit_file.schema import CircuitFile, Origin
+from mechinterp.circuit_file.store import SUFFIX, check_hashes, open_circuit_file
+from mechinterp.graphs.circuit import Circuit
+from mechinterp.models.hook_manager import load_model
+from mechinterp.views.report.difference import write_difference
 
 
 def opened(file: str | Path) -> tuple[Circuit, CircuitFile]:
@@ -41,7 +39,8 @@ def export_file(file: str | Path, format: str, out: str | Path | None = None) ->
 def import_file(path: str | Path, format: str, model: str, out: str | Path) -> CircuitFile:
     """The circuit file that was written for a circuit in another tool's file; its edges, without scores.
 
-    No file says what sign its scores have, so they are left out; `mechinterp.formats.imports` reads them when told.
+    No file says what sign its scores have, so they are left out; `mechinterp.circuit_file.formats.imports` reads them
+    when told.
     """
     if format not in IMPORTS:
         raise unknown("format", format, IMPORTS)
@@ -74,6 +73,6 @@ def diff_files(a: str | Path, b: str | Path, out: str | Path | None = None) -> C
 def cite_file(file: str | Path) -> str:
     """BibTeX of the paper that the circuit is of, where it names one, of the file with its hash, and of the software.
 
-    See `mechinterp.formats.bibtex`: nothing that the file holds is printed as it is.
+    See `mechinterp.circuit_file.formats.bibtex`: nothing that the file holds is printed as it is.
     """
     return citation_of(opened(file)[1])

@@ -11,33 +11,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mechinterp.circuit import Circuit
+from mechinterp.base.errors import InputError, MechInterpError
+from mechinterp.base.plain_files import is_folder
+from mechinterp.base.registry import unknown
+from mechinterp.circuit_file.circuit_file import save_circuit
+from mechinterp.circuit_file.records import task_record
+from mechinterp.circuit_file.schema import CircuitFile, FileTaskRecord, TaskRecord
+from mechinterp.circuit_file.store import SUFFIX, sidecar_name
+from mechinterp.circuit_file.verify.verification import no_progress
+from mechinterp.circuit_file.verify.verification import verify as verify
 from mechinterp.discovery.method import METHODS, Method, score_edges
 from mechinterp.discovery.neurons import top_neurons
-from mechinterp.discovery.select import check_selection, select, sized, unit_count
-from mechinterp.errors import InputError, MechInterpError
 from mechinterp.evaluation.compare import MIB_SHARES, Comparison, compare_methods
 from mechinterp.evaluation.faithfulness import Evaluation, evaluate
 from mechinterp.evaluation.roles import MeasuredRoles, measured_roles
 from mechinterp.evaluation.sizes import TARGET, Curve, CurvePoint, size_curve, size_grid, smallest_faithful
-from mechinterp.files.circuit_file import save_circuit
-from mechinterp.files.records import task_record
-from mechinterp.files.schema import CircuitFile
-from mechinterp.files.schema_parts import FileTaskRecord, TaskRecord
-from mechinterp.files.store import SUFFIX, sidecar_name
-from mechinterp.files.verification import no_progress
-from mechinterp.files.verification import verify as verify
-from mechinterp.graph import Graph, build_graph
-from mechinterp.hooks import HookManager, load_model
-from mechinterp.metrics import get_metric
-from mechinterp.plain_files import is_folder
-from mechinterp.registry import unknown
-from mechinterp.report.comparison import write_comparison
-from mechinterp.scores import Parameter
-from mechinterp.tasks.files import load_pairs
+from mechinterp.graphs.circuit import Circuit
+from mechinterp.graphs.graph import Graph, build_graph
+from mechinterp.graphs.scores import Parameter
+from mechinterp.graphs.select import check_selection, select, sized, unit_count
+from mechinterp.models.hook_manager import HookManager, load_model
+from mechinterp.tasks.metrics import get_metric
+from mechinterp.tasks.pair_files import load_pairs
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.source import FileSource
 from mechinterp.tasks.task import Task, load_task
+from mechinterp.views.report.comparison import write_comparison
 
 OWN_OPTIONS = ("replacement", "steps")
 """Parameters of methods that have an option of their own."""

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import mechinterp as mi
-from mechinterp import cli
+from mechinterp.cli import app as cli
 from mechinterp.evaluation.compare import MIB_SHARES, MethodResult, area, compare_methods, top_edges
-from mechinterp.scores import Scores
-from tests.models_tiny import pairs, tiny
+from mechinterp.graphs.scores import Scores
+from tests.support.models_tiny import pairs, tiny
 
 
 def test_the_areas_are_those_of_mib() -> None:

@@ -16,8 +16,9 @@ import pytest
 import typer
 
 import mechinterp
-from mechinterp import cli, pipeline
-from mechinterp.cli import app
+from mechinterp import compare, pipeline
+from mechinterp.cli import app as cli
+from mechinterp.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -95,7 +96,7 @@ def test_a_command_that_is_shown_can_be_given(path: Path, line: str) -> None:
         pipeline._settings(pipeline.RunSpec(**action.args[0]))
     elif action.func is cli._do_compare:
         asked, methods, _ = action.args
-        pipeline._settings_by_method(pipeline.RunSpec(**asked), methods)
+        compare._settings_by_method(pipeline.RunSpec(**asked), methods)
 
 
 QUICK = [
@@ -108,7 +109,7 @@ QUICK = [
 
 PRINTER = """
 import contextlib, io, json, sys
-from mechinterp.cli import main
+from mechinterp.cli.app import main
 
 printed = []
 for words in json.load(sys.stdin):

@@ -1,6 +1,6 @@
 """What a change of the code's layout must not change: digests of graphs, and the scores of every method.
 
-The stored circuits are the third part: tests/test_stored_circuits.py makes their scores and circuits again.
+The stored circuits are the third part: tests/circuit_file/test_stored_circuits.py verifies them.
 `python -m tests.test_goldens` writes the recorded values anew; only a change that is meant to change them needs that.
 """
 
@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import mechinterp as mi
-from mechinterp.hooks import HookManager
+from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.pairs import Pairs
-from tests.models_tiny import EVERY, tiny
+from tests.support.models_tiny import EVERY, tiny
 
 RECORDED = Path(__file__).parent / "data" / "goldens.json"
 KINDS = ("plain", "positions", "neurons", "node level")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.other_model import EXTRA_LAYERS, save_other_model
+from tests.support.other_model import EXTRA_LAYERS, save_other_model
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 SETTING = 'MODEL = "bundled"'

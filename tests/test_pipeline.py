@@ -13,10 +13,10 @@ import torch
 
 import mechinterp as mi
 from mechinterp import pipeline
-from mechinterp.errors import InputError
+from mechinterp.base.errors import InputError
 from mechinterp.evaluation.sizes import CurvePoint, size_curve, size_grid, smallest_faithful
 from mechinterp.pipeline import RunSpec, command_of, discover, output_path
-from tests.words_model import save_words_model
+from tests.support.words_model import save_words_model
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,7 @@ def test_a_size_that_connects_nothing_is_the_empty_circuit(spec: RunSpec) -> Non
 
 
 def test_the_package_is_imported_without_torch() -> None:
-    code = "import sys, mechinterp, mechinterp.files.schema, mechinterp.files.store; sys.exit('torch' in sys.modules)"
+    code = "import sys, mechinterp, mechinterp.circuit_file.store as _; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
 
 

@@ -11,47 +11,47 @@ import pytest
 
 CAUGHT_BY = {
     "scores depend on how the examples were batched": [
-        "test_discovery.test_scores_do_not_depend_on_the_batches",
-        "test_gradients.test_a_batch_is_the_sum_of_its_examples",
+        "discovery.test_methods.test_scores_do_not_depend_on_the_batches",
+        "engines.test_edge_attribution.test_a_batch_is_the_sum_of_its_examples",
     ],
     "an MLP's score uses the gradient at the wrong site": [
-        "test_discovery.test_eap_ranks_as_brute_force_does",
-        "test_gradients.test_edge_gradients_are_the_derivative_of_run_edges",
+        "discovery.test_methods.test_eap_ranks_as_brute_force_does",
+        "engines.test_edge_attribution.test_edge_gradients_are_the_derivative_of_run_edges",
     ],
     "the saved circuit is not the evaluated one": [
-        "test_circuit_file.test_a_result_of_another_circuit_is_refused",
-        "test_verify.test_an_edge_less",
+        "circuit_file.test_circuit_file.test_a_result_of_another_circuit_is_refused",
+        "circuit_file.test_verify.test_an_edge_less",
     ],
     "the answer is read one position late, behind a doubled BOS": [
         "tasks.test_pairs.test_refusals",
         "tasks.test_pairs.test_doubled_bos",
     ],
     "the ranking is inverted": [
-        "test_discovery.test_positive_means_that_the_edge_helps",
-        "test_select.test_top_takes_the_best_and_keeps_both_counts",
+        "discovery.test_methods.test_positive_means_that_the_edge_helps",
+        "graphs.test_select.test_top_takes_the_best_and_keeps_both_counts",
     ],
-    "a mean ablation averages over nodes": ["test_replacement.test_means_are_over_real_tokens_and_per_node"],
+    "a mean ablation averages over nodes": ["engines.test_replacement.test_means_are_over_real_tokens_and_per_node"],
     "an evaluation changes its argument": [
-        "test_evaluation.test_nothing_of_the_caller_changes",
-        "test_select.test_scores_are_not_changed",
+        "evaluation.test_faithfulness.test_nothing_of_the_caller_changes",
+        "graphs.test_select.test_scores_are_not_changed",
     ],
-    "a cache keyed by name outlives an edit of the data": ["test_verify.test_one_word_of_the_task_file"],
+    "a cache keyed by name outlives an edit of the data": ["circuit_file.test_verify.test_one_word_of_the_task_file"],
     "NaN weights, unknown keys, words out of vocabulary or a single example pass": [
-        "test_load.test_nan_in_any_weight_is_named",
-        "test_hostile_files.test_the_schema_refuses",
-        "test_discovery.test_ids_outside_the_vocabulary_and_nan_weights_are_refused",
+        "models.test_load.test_nan_in_any_weight_is_named",
+        "circuit_file.test_hostile_files.test_the_schema_refuses",
+        "discovery.test_methods.test_ids_outside_the_vocabulary_and_nan_weights_are_refused",
     ],
     "parallel blocks are walked as sequential": [
-        "test_edges.test_random_cuts_agree_with_an_independent_implementation",
-        "test_graph.test_counts",
+        "engines.test_edge_patching.test_random_cuts_agree_with_an_independent_implementation",
+        "graphs.test_graph.test_counts",
     ],
     "a hook never fires, or its value is on no path": [
-        "test_hooks.test_a_site_that_fires_and_does_nothing_is_refused",
-        "test_hooks.test_a_needed_site_off_the_path_refuses_the_model",
+        "models.test_hook_manager.test_a_site_that_fires_and_does_nothing_is_refused",
+        "models.test_hook_manager.test_a_needed_site_off_the_path_refuses_the_model",
     ],
     "a saved circuit cannot be loaded again": [
-        "test_circuit_file.test_any_circuit_comes_back",
-        "test_circuit_file.test_every_shape_comes_back",
+        "circuit_file.test_circuit_file.test_any_circuit_comes_back",
+        "circuit_file.test_circuit_file.test_every_shape_comes_back",
     ],
 }
 

@@ -12,17 +12,17 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from mechinterp.analysis.chosen import Nodes, placed_parts, swept_parts
-from mechinterp.analysis.grid import Grid, numbered
-from mechinterp.analysis.means import MEANS, check_means, site_means
-from mechinterp.analysis.positions import Positions
-from mechinterp.analysis.sweep import Base, Patch, Progress, run_base, start_layers, sweep
-from mechinterp.edges import clean_logits
-from mechinterp.errors import InputError
-from mechinterp.hooks import HookManager
-from mechinterp.metrics import Metric, get_metric
-from mechinterp.registry import unknown
-from mechinterp.sites import Site
+from mechinterp.base.errors import InputError
+from mechinterp.base.registry import unknown
+from mechinterp.engines.edge_patching import clean_logits
+from mechinterp.engines.grid import Grid, numbered
+from mechinterp.engines.means import MEANS, check_means, site_means
+from mechinterp.engines.patch_sweep import Base, Patch, Progress, run_base, start_layers, sweep
+from mechinterp.engines.sweeps import Nodes, placed_parts, swept_parts
+from mechinterp.models.components import Positions
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.sites import Site
+from mechinterp.tasks.metrics import Metric, get_metric
 from mechinterp.tasks.pairs import Pairs
 
 Replacing: TypeAlias = "str | Tensor | Callable[[Tensor, Site], Tensor]"

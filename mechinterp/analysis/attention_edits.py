@@ -9,12 +9,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mechinterp.analysis.parts import Part, layer_range, parse_part
-from mechinterp.analysis.positions import Positions, position_sets
-from mechinterp.errors import InputError
-from mechinterp.hooks import HookManager
-from mechinterp.interventions import Intervention
-from mechinterp.sites import Site
+from mechinterp.base.errors import InputError
+from mechinterp.models.components import Part, Positions, layer_range, parse_part, position_sets
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.interventions import Intervention
+from mechinterp.models.sites import Site
 from mechinterp.tasks.pairs import Pairs
 
 

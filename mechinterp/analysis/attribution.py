@@ -3,26 +3,313 @@
 Sources: Nanda 2023 and Syed et al. 2023 (arXiv 2310.10348) for the first order; Hanna et al. 2024 (EAP-IG, arXiv
 2403.17806) for the two integrated variants; Kramar et al. 2024 (AtP*, arXiv 2403.00745); Rezaei Jafari et al. 2025
 (RelP, arXiv 2508.21258). Activation and gradient are always taken at the same site.
+
+AtP*: the repairs of attribution patching where its first order fails (Kramar et al. 2024, arXiv 2403.00745).
+
+The QK fix (section 3.1.1) computes what a patched query or key does to the attention pattern exactly, softmax and
+all, and only then takes the first order. GradDrop (section 3.1.2) makes direct and indirect effects cancel less: one
+backward per layer, with the gradient through what that layer adds to the residual stream set to zero.
+
+Deviation: the patched patterns come from the model itself (queries or keys written, z written back, so that nothing
+else changes), in place of the paper's algebra on scores. So they hold on every shape: rotary, grouped, windowed,
+capped. Keys of a set of positions are replaced together; with `positions="each"` they are the paper's, one by one.
+
+The methods of attribution patching: from one batch of examples to the scores of every unit at every site.
+
+Sources and the meaning of each are in `attribution.attribution_patching`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechinterp.analysis.attribution_methods import METHODS, Batch, Plan
-from mechinterp.analysis.grid import Grid, numbered
-from mechinterp.analysis.means import site_means
-from mechinterp.analysis.parts import layer_range, n_units, unit_axis
-from mechinterp.analysis.positions import Positions, PositionSets, position_sets
-from mechinterp.edges import clean_logits
-from mechinterp.hooks import HookManager
-from mechinterp.metrics import Metric, get_metric
-from mechinterp.sites import Node, Site
+from mechinterp.analysis.integrated_gradients import integration_points
+from mechinterp.base.errors import InputError, UnsupportedError
+from mechinterp.base.registry import unknown
+from mechinterp.engines.edge_patching import clean_logits
+from mechinterp.engines.grid import Grid, numbered
+from mechinterp.engines.lrp import RULES, check_receives, lrp_loss, rule_edits
+from mechinterp.engines.means import site_means
+from mechinterp.engines.site_gradients import (
+    Loss,
+    check_differentiable,
+    metric_loss,
+    over_sets,
+    site_gradients,
+    site_values,
+    unit_products,
+)
+from mechinterp.models.components import (
+    BY_QUERY,
+    Positions,
+    PositionSets,
+    layer_range,
+    n_units,
+    position_sets,
+    unit_axis,
+)
+from mechinterp.models.hook_manager import HookManager, Intervention
+from mechinterp.models.sites import Node, Site
+from mechinterp.tasks.metrics import Metric, get_metric
 from mechinterp.tasks.pairs import Pairs
+
+
+def patched_patterns(
+    model: HookManager,
+    pairs: Pairs,
+    tokens: Tensor,
+    replaced: Mapping[Site, Tensor],
+    where: Bool[Tensor, "batch pos"],
+    z: Mapping[Site, Tensor],
+) -> dict[int, Tensor]:
+    """Each layer's pattern `[batch, head, query, key]` with its queries or keys replaced, all else as in the base run.
+
+    `replaced` are the new values by site (all queries, or all keys), written at `where`; `z` are the base run's head
+    outputs, so that no layer sees another one's patch. One forward for all layers and heads: a head's pattern is its
+    own affair.
+    """
+    at = where[:, :, None, None]
+    edits = [Intervention(site, lambda old, new=new: torch.where(at, new, old)) for site, new in replaced.items()]
+    edits += [Intervention(site, value) for site, value in z.items()]
+    layers = [int(site.layer or 0) for site in replaced]
+    patterns = {layer: Site("pattern", layer) for layer in layers}
+    last = Site("z", max(layers))
+    run = model.run(tokens, pairs.mask, record=list(patterns.values()), interventions=edits, stop=last)
+    return {layer: run.values[site] for layer, site in patterns.items()}
+
+
+def pattern_effects(
+    base: Float[Tensor, "batch head query key"],
+    patched: Float[Tensor, "batch head query key"],
+    gradient: Float[Tensor, "batch head query key"],
+    real: Bool[Tensor, "batch pos"],
+    n_units: int,
+) -> Float[Tensor, "batch query unit"]:
+    """`(base - patched) * gradient` summed over the keys; heads that share keys are summed into one unit."""
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    product = (base.to(dtype) - patched.to(dtype)) * gradient.to(dtype)
+    # Rows of padding may be NaN.
+    by_head = torch.where(real[:, :, None], product.sum(-1).transpose(1, 2), 0)
+    return by_head.unflatten(-1, (n_units, -1)).sum(-1)
+
+
+def dropped_layers(model: HookManager) -> list[list[Intervention]]:
+    """Per layer the edits that set the gradient through its contribution to the residual stream to zero.
+
+    Raises UnsupportedError for a model of one layer: nothing would be left.
+    """
+    if model.dims.n_layers < 2:
+        raise UnsupportedError("GradDrop drops one layer of several, and this model has one; use 'atp-qk-fix'.")
+    kinds = ("attn_out", "mlp_out") if model.dims.has_mlp else ("attn_out",)
+    return [
+        [Intervention(Site(kind, layer), grad=torch.zeros_like) for kind in kinds]
+        for layer in range(model.dims.n_layers)
+    ]
+
+
+def drop_mean(
+    model: HookManager, site: Site, effects: Sequence[Float[Tensor, "unit set batch"]]
+) -> Float[Tensor, "unit set batch"]:
+    """The mean of |effect| over the dropped layers other than the site's own, which leaves nothing of it.
+
+    The residual stream belongs to no layer, so there the mean is over all of them.
+    """
+    total = torch.stack([effect.abs() for effect in effects]).sum(0)
+    return total / (model.dims.n_layers - (not site.kind.startswith("resid")))
+
+
+REPLACEMENTS = ("pair", "mean", "zero")
+DIRECTIONS = ("noise", "denoise")
+AT_THE_BASE = ("atp", "atp-qk-fix", "atp-star", "relp")
+"""Methods whose gradient is that of the base run itself."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked for, checked."""
+
+    method: str
+    steps: int
+    quadrature: str
+    direction: str
+    replacement: str
+    metric: Metric
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise unknown("attribution method", self.method, METHODS)
+        if self.direction not in DIRECTIONS:
+            raise unknown("direction", self.direction, DIRECTIONS)
+        if self.replacement not in REPLACEMENTS:
+            raise unknown("replacement", self.replacement, REPLACEMENTS)
+        check_differentiable(self.metric)
+        if self.metric.needs_reference and self.direction == "noise" and self.method in AT_THE_BASE:
+            raise InputError(
+                f"The gradient of {self.metric.name} at the clean run is 0, so {self.method!r} would score every node "
+                "0; use method 'eap-ig-inputs', or metric 'logit_diff'."
+            )
+        integration_points(self.steps, self.quadrature)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a method works on: some examples, their base and other prompts, and where it is to score."""
+
+    model: HookManager
+    pairs: Pairs
+    base: Tensor
+    other: Tensor
+    sites: Sequence[Site]
+    masks: Bool[Tensor, "set batch pos"]
+    plan: Plan
+    reference: Tensor | None
+    means: Mapping[Site, Tensor]
+    """What replaces every token at a site, where the replacement is a mean."""
+
+    def loss(self) -> Loss:
+        return metric_loss(self.model, self.pairs, self.plan.metric, self.reference)
+
+    def replaced(self, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """The replacement at every site."""
+        if self.plan.replacement == "pair":
+            return site_values(self.model, self.pairs, self.other, sites)
+        like = site_values(self.model, self.pairs, self.base, sites)
+        if self.plan.replacement == "zero":
+            return {site: torch.zeros_like(value) for site, value in like.items()}
+        return {site: self.means[site].to(value.dtype).expand_as(value) for site, value in like.items()}
+
+    def scores(self, site: Site, base: Tensor, new: Tensor, gradient: Tensor) -> Float[Tensor, "unit set batch"]:
+        """(base - new) x gradient by unit and set of positions."""
+        difference = base - new
+        if site.kind in BY_QUERY:
+            difference = torch.where(base == new, 0, difference)  # where nothing is attended to: -inf less -inf
+        return over_sets(unit_products(site, difference, gradient), self.masks)
+
+
+Scores = tuple[dict[Site, Tensor], float, float]
+"""(scores [unit, set, batch], forwards, backwards)"""
+
+
+def _atp(batch: Batch) -> Scores:
+    run = site_gradients(batch.model, batch.pairs, batch.base, batch.sites, batch.loss())
+    new = batch.replaced(batch.sites)
+    return {s: batch.scores(s, run.values[s], new[s], run.gradients[s]) for s in batch.sites}, 2.0, 1.0
+
+
+def _relp(batch: Batch) -> Scores:
+    rules = RULES["relp"]
+    for site in batch.sites:
+        check_receives(rules, site.kind)
+    loss = lrp_loss(batch.model, batch.pairs, batch.plan.metric, batch.reference, rules)
+    edits = rule_edits(batch.model, rules)
+    run = site_gradients(batch.model, batch.pairs, batch.base, batch.sites, loss, edits=edits)
+    new = batch.replaced(batch.sites)
+    return {s: batch.scores(s, run.values[s], new[s], run.gradients[s]) for s in batch.sites}, 2.0, 1.0
+
+
+def _qk_fix(batch: Batch) -> Scores:
+    scores, forwards, backwards = _with_fix(batch, [[]])
+    return {site: effects[0] for site, effects in scores.items()}, forwards, backwards
+
+
+def _star(batch: Batch) -> Scores:
+    scores, forwards, backwards = _with_fix(batch, dropped_layers(batch.model))
+    return {site: drop_mean(batch.model, site, effects) for site, effects in scores.items()}, forwards, backwards
+
+
+def _with_fix(
+    batch: Batch, backward_edits: Sequence[Sequence[Intervention]]
+) -> tuple[dict[Site, list[Tensor]], float, float]:
+    """Per site the scores from the gradients of every run, queries and keys by their exact patterns."""
+    model, pairs = batch.model, batch.pairs
+    fixed = [site for site in batch.sites if site.kind in ("q", "k")]
+    plain = [site for site in batch.sites if site.kind not in ("q", "k")]
+    patterns = {site: Site("pattern", site.layer) for site in fixed}
+    wanted = [*plain, *patterns.values()]
+    z = [Site("z", layer) for layer in range(1 + max((site.layer or 0 for site in fixed), default=-1))]
+    runs = [
+        site_gradients(model, pairs, batch.base, wanted, batch.loss(), record=z, edits=edits)
+        for edits in backward_edits
+    ]
+    base, new = runs[0].values, batch.replaced(batch.sites)
+    out = {s: [batch.scores(s, base[s], new[s], run.gradients[s]) for run in runs] for s in plain}
+    forwards = float(len(runs) + 1)
+    kept = {site: base[site] for site in z}
+    for kind in dict.fromkeys(site.kind for site in fixed):
+        # A query changes its own row of the pattern only, so all can be replaced at once; keys share their rows.
+        wheres = [pairs.mask] if kind == "q" else list(batch.masks)
+        forwards += len(wheres)
+        replaced = {site: new[site] for site in fixed if site.kind == kind}
+        pieces: dict[Site, list[list[Tensor]]] = {site: [[] for _ in runs] for site in replaced}
+        for where in wheres:
+            patched = patched_patterns(model, pairs, batch.base, replaced, where, kept)
+            for site in replaced:
+                at, layer = patterns[site], site.layer or 0
+                for run, piece in zip(runs, pieces[site], strict=True):
+                    effect = pattern_effects(
+                        base[at], patched[layer], run.gradients[at], pairs.mask, n_units(model, site)
+                    )
+                    piece.append(over_sets(effect, batch.masks if kind == "q" else pairs.mask[None]))
+        out |= {site: [torch.cat(piece, 1) for piece in several] for site, several in pieces.items()}
+    return {site: out[site] for site in batch.sites}, forwards, float(len(runs))
+
+
+def _ig_inputs(batch: Batch) -> Scores:
+    entry = Site("resid_pre", 0)
+    base = site_values(batch.model, batch.pairs, batch.base, [entry, *batch.sites])
+    ends = site_values(batch.model, batch.pairs, batch.other, [entry])
+    new = batch.replaced(batch.sites)
+    total: dict[Site, Tensor] = {}
+    points = integration_points(batch.plan.steps, batch.plan.quadrature)
+    for point, weight in points:
+        edit = Intervention(entry, ends[entry] + point * (base[entry] - ends[entry]))
+        run = site_gradients(batch.model, batch.pairs, batch.base, batch.sites, batch.loss(), edits=[edit])
+        for site in batch.sites:
+            total[site] = total.get(site, 0.0) + weight * _wide(run.gradients[site])
+    forwards = 3.0 + len(points)
+    return {s: batch.scores(s, base[s], new[s], total[s]) for s in batch.sites}, forwards, float(len(points))
+
+
+def _ig_activations(batch: Batch) -> Scores:
+    model, pairs = batch.model, batch.pairs
+    entries = {site.layer or 0: Site("resid_pre", site.layer or 0) for site in batch.sites}
+    base = site_values(model, pairs, batch.base, [*batch.sites, *entries.values()])
+    new = batch.replaced(batch.sites)
+    out: dict[Site, Tensor] = {}
+    points = integration_points(batch.plan.steps, batch.plan.quadrature)
+    forwards = backwards = 0.0
+    for site in batch.sites:
+        layer, total = site.layer or 0, torch.zeros_like(_wide(base[site]))
+        difference = torch.where(base[site] == new[site], 0, base[site] - new[site])
+        for point, weight in points:
+            edit = Intervention(site, base[site] - (1 - point) * difference)
+            start = (layer, base[entries[layer]])
+            run = site_gradients(model, pairs, batch.base, [site], batch.loss(), edits=[edit], start=start)
+            total += weight * _wide(run.gradients[site])
+            forwards += 1 - layer / model.dims.n_layers
+            backwards += 1 - layer / model.dims.n_layers
+        out[site] = batch.scores(site, base[site], new[site], total)
+    return out, forwards + 2, backwards
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+METHODS: dict[str, Callable[[Batch], Scores]] = {
+    "atp": _atp,
+    "atp-qk-fix": _qk_fix,
+    "atp-star": _star,
+    "eap-ig-inputs": _ig_inputs,
+    "eap-ig-activations": _ig_activations,
+    "relp": _relp,
+}
 
 
 def attribution_patching(

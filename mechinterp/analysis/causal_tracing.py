@@ -11,16 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp.analysis.grid import Grid, numbered
-from mechinterp.analysis.parts import Part, layer_range
-from mechinterp.analysis.positions import Positions, position_sets
-from mechinterp.analysis.sweep import Patch, Progress, run_base, start_layers, sweep
-from mechinterp.edges import clean_logits
-from mechinterp.errors import InputError
-from mechinterp.hooks import HookManager, Intervention
-from mechinterp.metrics import Metric, get_metric
-from mechinterp.registry import unknown
-from mechinterp.sites import Site
+from mechinterp.base.errors import InputError
+from mechinterp.base.registry import unknown
+from mechinterp.engines.edge_patching import clean_logits
+from mechinterp.engines.grid import Grid, numbered
+from mechinterp.engines.patch_sweep import Patch, Progress, run_base, start_layers, sweep
+from mechinterp.models.components import Part, Positions, layer_range, position_sets
+from mechinterp.models.hook_manager import HookManager, Intervention
+from mechinterp.models.sites import Site
+from mechinterp.tasks.metrics import Metric, get_metric
 from mechinterp.tasks.pairs import Pairs
 
 KINDS = ("resid_post", "resid_mid", "resid_pre", "attn_out", "mlp_out")

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp.analysis.grid import Grid, numbered
 from mechinterp.analysis.weights import FOLDED, reading, writing
-from mechinterp.hooks import HookManager
-from mechinterp.registry import unknown
+from mechinterp.base.registry import unknown
+from mechinterp.engines.grid import Grid, numbered
+from mechinterp.models.hook_manager import HookManager
 
 CHANNELS = ("q", "k", "v")
 

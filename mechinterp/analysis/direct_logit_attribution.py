@@ -15,14 +15,13 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechinterp.analysis.directions import DirectionLike, logit_direction
-from mechinterp.analysis.grid import Grid, numbered
-from mechinterp.analysis.logit_parts import Readout, Refined, input_split, logit_parts, read_values, readout_of
-from mechinterp.analysis.positions import Position, Positions, PositionSets, position_index, position_sets
-from mechinterp.analysis.prompts import as_pairs
-from mechinterp.errors import InputError, UnsupportedError
-from mechinterp.hooks import HookManager
-from mechinterp.sites import Node
+from mechinterp.base.errors import InputError, UnsupportedError
+from mechinterp.engines.grid import Grid, numbered
+from mechinterp.engines.logit_directions import DirectionLike, logit_direction
+from mechinterp.engines.logit_parts import Readout, Refined, input_split, logit_parts, read_values, readout_of
+from mechinterp.models.components import Position, Positions, PositionSets, as_pairs, position_index, position_sets
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.sites import Node
 from mechinterp.tasks.pairs import Pairs
 
 

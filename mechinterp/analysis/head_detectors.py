@@ -9,13 +9,13 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechinterp.analysis.grid import Grid, numbered
-from mechinterp.analysis.positions import Position, position_index, position_sets
 from mechinterp.analysis.weights import FOLDED, embedded, reading, unembedding, writing
-from mechinterp.errors import InputError, UnsupportedError
-from mechinterp.hooks import HookManager, Intervention
-from mechinterp.registry import unknown
-from mechinterp.sites import Site
+from mechinterp.base.errors import InputError, UnsupportedError
+from mechinterp.base.registry import unknown
+from mechinterp.engines.grid import Grid, numbered
+from mechinterp.models.components import Position, position_index, position_sets
+from mechinterp.models.hook_manager import HookManager, Intervention
+from mechinterp.models.sites import Site
 from mechinterp.tasks.pairs import Pairs
 
 

@@ -15,14 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp.analysis.grid import Grid, numbered
-from mechinterp.analysis.site_gradients import END, check_differentiable, metric_loss, site_gradients
-from mechinterp.edges import clean_logits
-from mechinterp.errors import InputError, UnsupportedError
-from mechinterp.hooks import HookManager, Intervention
-from mechinterp.metrics import Metric, get_metric
-from mechinterp.registry import unknown
-from mechinterp.sites import Site
+from mechinterp.base.errors import InputError, UnsupportedError
+from mechinterp.base.registry import unknown
+from mechinterp.engines.edge_patching import clean_logits
+from mechinterp.engines.grid import Grid, numbered
+from mechinterp.engines.site_gradients import END, check_differentiable, metric_loss, site_gradients
+from mechinterp.models.hook_manager import HookManager, Intervention
+from mechinterp.models.sites import Site
+from mechinterp.tasks.metrics import Metric, get_metric
 from mechinterp.tasks.pairs import Pairs
 
 Baseline: TypeAlias = "str | int | Tensor"

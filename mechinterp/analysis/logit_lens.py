@@ -15,15 +15,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechinterp.analysis.grid import Grid, numbered
-from mechinterp.analysis.parts import parse_part
-from mechinterp.analysis.positions import Position, position_index
-from mechinterp.analysis.prompts import as_pairs
 from mechinterp.analysis.tuned_lens import TunedLens
-from mechinterp.analysis.vocabulary import Reading, extremes, logits_of, read_vocabulary
-from mechinterp.errors import InputError, UnsupportedError
-from mechinterp.hooks import HookManager
-from mechinterp.sites import Site
+from mechinterp.base.errors import InputError, UnsupportedError
+from mechinterp.engines.grid import Grid, numbered
+from mechinterp.engines.projected_logits import Reading, extremes, logits_of, read_vocabulary
+from mechinterp.models.components import Position, as_pairs, parse_part, position_index
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.sites import Site
 from mechinterp.tasks.pairs import Pairs
 
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post", "resid_final")

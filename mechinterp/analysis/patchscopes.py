@@ -15,13 +15,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechinterp.analysis.grid import Grid, numbered
-from mechinterp.analysis.positions import Position, position_index
-from mechinterp.analysis.prompts import as_pairs
-from mechinterp.errors import InputError
-from mechinterp.hooks import HookManager
-from mechinterp.interventions import Intervention
-from mechinterp.sites import Site
+from mechinterp.base.errors import InputError
+from mechinterp.engines.grid import Grid, numbered
+from mechinterp.models.components import Position, as_pairs, position_index
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.interventions import Intervention
+from mechinterp.models.sites import Site
 
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post", "resid_final", "embed")
 Map = Callable[[Tensor], Tensor]

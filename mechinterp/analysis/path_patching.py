@@ -11,18 +11,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechinterp.analysis.activation_patching import DIRECTIONS
-from mechinterp.analysis.grid import Grid, numbered
-from mechinterp.analysis.mediators import mediate
-from mechinterp.analysis.parts import Part, parse_part
-from mechinterp.analysis.positions import Positions, position_sets
-from mechinterp.analysis.residual_paths import Senders, Values, walk
-from mechinterp.analysis.sweep import MEMORY, Base, Patch, Progress, entry, metric_of_runs, run_base, sweep
-from mechinterp.edges import clean_logits
-from mechinterp.errors import InputError
-from mechinterp.hooks import HookManager
-from mechinterp.metrics import Metric, get_metric
-from mechinterp.registry import unknown
-from mechinterp.sites import Node, Site
+from mechinterp.base.errors import InputError
+from mechinterp.base.registry import unknown
+from mechinterp.engines.edge_patching import clean_logits
+from mechinterp.engines.grid import Grid, numbered
+from mechinterp.engines.patch_sweep import MEMORY, Base, Patch, Progress, entry, metric_of_runs, run_base, sweep
+from mechinterp.engines.residual_paths import Senders, Values, mediate, walk
+from mechinterp.models.components import Part, Positions, parse_part, position_sets
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.sites import Node, Site
+from mechinterp.tasks.metrics import Metric, get_metric
 from mechinterp.tasks.pairs import Pairs
 
 MEANINGS = {

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp.analysis.grid import Grid, numbered
-from mechinterp.analysis.lrp_rules import Rules, check_receives, get_rules, lrp_head, lrp_loss, rule_edits, unembedding
-from mechinterp.analysis.parts import layer_range, n_units, unit_axis
-from mechinterp.analysis.site_gradients import (
+from mechinterp.base.errors import InputError
+from mechinterp.engines.grid import Grid, numbered
+from mechinterp.engines.lrp import Rules, check_receives, get_rules, lrp_head, lrp_loss, rule_edits, unembedding
+from mechinterp.engines.site_gradients import (
     END,
     SiteGradients,
     check_differentiable,
@@ -25,12 +25,12 @@ from mechinterp.analysis.site_gradients import (
     site_gradients,
     unit_products,
 )
-from mechinterp.errors import InputError
-from mechinterp.hooks import HookManager
-from mechinterp.metrics import Metric, get_metric
+from mechinterp.models.components import layer_range, n_units, unit_axis
+from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.modes import Gradients
 from mechinterp.models.norm import Norm
-from mechinterp.sites import Site
+from mechinterp.models.sites import Site
+from mechinterp.tasks.metrics import Metric, get_metric
 from mechinterp.tasks.pairs import Pairs
 
 

@@ -8,13 +8,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechinterp.analysis.parts import BY_QUERY
-from mechinterp.analysis.positions import Position, Positions, position_index, position_sets
-from mechinterp.analysis.prompts import as_pairs
-from mechinterp.errors import InputError
-from mechinterp.hooks import HookManager
-from mechinterp.interventions import Intervention
-from mechinterp.sites import Site
+from mechinterp.base.errors import InputError
+from mechinterp.models.components import BY_QUERY, Position, Positions, as_pairs, position_index, position_sets
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.interventions import Intervention
+from mechinterp.models.sites import Site
 from mechinterp.tasks.pairs import Pairs
 
 

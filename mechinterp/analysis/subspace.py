@@ -15,16 +15,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.analysis.activation_patching import DIRECTIONS
-from mechinterp.analysis.grid import Grid, numbered
-from mechinterp.analysis.parts import BY_QUERY, Part, parse_part
-from mechinterp.analysis.positions import Position, position_index, position_sets
-from mechinterp.analysis.sweep import Patch, entry, run_base, sweep
-from mechinterp.edges import clean_logits
-from mechinterp.errors import InputError
-from mechinterp.hooks import HookManager
-from mechinterp.metrics import Metric, get_metric
+from mechinterp.base.errors import InputError
+from mechinterp.base.registry import unknown
+from mechinterp.engines.edge_patching import clean_logits
+from mechinterp.engines.grid import Grid, numbered
+from mechinterp.engines.patch_sweep import Patch, entry, run_base, sweep
+from mechinterp.models.components import BY_QUERY, Part, Position, parse_part, position_index, position_sets
+from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.interchange import das, interchange, placebo, random_basis
-from mechinterp.registry import unknown
+from mechinterp.tasks.metrics import Metric, get_metric
 from mechinterp.tasks.pairs import Pairs
 
 

@@ -20,12 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mechinterp.atomic import write_whole
-from mechinterp.errors import FormatError, InputError
-from mechinterp.hooks import HookManager
+from mechinterp.base.atomic_write import write_whole
+from mechinterp.base.errors import FormatError, InputError
+from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.modes import Gradients
+from mechinterp.models.sites import Site
 from mechinterp.models.tokens import check_tokens
-from mechinterp.sites import Site
 
 FORMAT = "mechinterp.tuned_lens.1"
 MAX_BYTES = 2**33

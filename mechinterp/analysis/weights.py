@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechinterp.analysis.grid import Grid, numbered
-from mechinterp.errors import InputError, UnsupportedError
-from mechinterp.hooks import HookManager, Intervention
+from mechinterp.base.errors import InputError, UnsupportedError
+from mechinterp.base.registry import unknown
+from mechinterp.engines.grid import Grid, numbered
+from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.norm import Norm
-from mechinterp.registry import unknown
-from mechinterp.sites import Node, Site
+from mechinterp.models.sites import Node, Site
 
 LARGEST_TABLE = 2**26
 """A table of more tokens times tokens than this is refused; `top_tokens` reads any number of tokens in chunks."""

@@ -27,17 +27,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechinterp.base.errors import InputError
+from mechinterp.base.registry import unknown
 from mechinterp.discovery.checkpoint import Checkpoint
 from mechinterp.discovery.method import METHODS, Job, Method, Progress, no_progress, score_edges
-from mechinterp.edges import check_model, clean_logits, edge_logits
-from mechinterp.errors import InputError
-from mechinterp.graph import Graph
-from mechinterp.hooks import HookManager
-from mechinterp.metrics import Metric, get_metric
-from mechinterp.patched_run import Prefix, run_prefix
-from mechinterp.registry import unknown
-from mechinterp.replacement import Values, build_replacement
-from mechinterp.scores import Parameter, Scores
+from mechinterp.engines.edge_patching import Prefix, check_model, clean_logits, edge_logits, run_prefix
+from mechinterp.engines.replacement import Values, build_replacement
+from mechinterp.graphs.graph import Graph
+from mechinterp.graphs.scores import Parameter, Scores
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.tasks.metrics import Metric, get_metric
 from mechinterp.tasks.pairs import Pairs
 
 MOST_AT_ONCE = 64

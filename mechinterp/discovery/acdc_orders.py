@@ -12,12 +12,12 @@ from itertools import combinations
 
 import pandas as pd
 
+from mechinterp.base.errors import InputError
 from mechinterp.discovery.method import Progress, no_progress, score_edges
-from mechinterp.errors import InputError
-from mechinterp.graph import Graph
-from mechinterp.hooks import HookManager
-from mechinterp.metrics import Metric
-from mechinterp.scores import Scores
+from mechinterp.graphs.graph import Graph
+from mechinterp.graphs.scores import Scores
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 
 

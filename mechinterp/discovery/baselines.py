@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp.base.errors import InputError
 from mechinterp.discovery.method import METHODS, Job, Method
-from mechinterp.errors import InputError
-from mechinterp.scores import Scores
+from mechinterp.graphs.scores import Scores
 
 
 def _random(job: Job) -> Scores:

@@ -18,21 +18,21 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechinterp.analysis.means import MEANS, site_means
-from mechinterp.analysis.parts import Part, parse_part
-from mechinterp.circuit import on_paths
-from mechinterp.decomposition.contextual import decompose
-from mechinterp.decomposition.rules import get_preset
+from mechinterp.analysis.contextual import decompose
+from mechinterp.base.errors import InputError
+from mechinterp.base.registry import unknown
 from mechinterp.discovery.method import METHODS, Job, Method, Progress
-from mechinterp.edges import run_edges
-from mechinterp.errors import InputError
-from mechinterp.graph import Graph
-from mechinterp.hooks import HookManager
-from mechinterp.metrics import Metric
-from mechinterp.registry import unknown
-from mechinterp.replacement import build_replacement
-from mechinterp.scores import Parameter, Scores
-from mechinterp.sites import Site
+from mechinterp.engines.decomposition.rules import get_preset
+from mechinterp.engines.edge_patching import run_edges
+from mechinterp.engines.means import MEANS, site_means
+from mechinterp.engines.replacement import build_replacement
+from mechinterp.graphs.circuit import on_paths
+from mechinterp.graphs.graph import Graph
+from mechinterp.graphs.scores import Parameter, Scores
+from mechinterp.models.components import Part, parse_part
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.sites import Site
+from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 
 SCORES = ("dot", "l1")

@@ -11,13 +11,13 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from mechinterp.analysis.lrp_rules import RULES, lrp_loss, rule_edits
+from mechinterp.base.errors import InputError
+from mechinterp.base.registry import unknown
 from mechinterp.discovery.method import METHODS, Job, Method
-from mechinterp.errors import InputError
-from mechinterp.gradients import Backward, edge_gradients
-from mechinterp.registry import unknown
-from mechinterp.replacement import build_replacement
-from mechinterp.scores import Scores
+from mechinterp.engines.edge_attribution import Backward, edge_gradients
+from mechinterp.engines.lrp import RULES, lrp_loss, rule_edits
+from mechinterp.engines.replacement import build_replacement
+from mechinterp.graphs.scores import Scores
 
 ATTENTION = {
     "frozen": RULES["relp"],

@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from mechinterp.atomic import write_whole
-from mechinterp.errors import InputError
-from mechinterp.graph import Graph
-from mechinterp.hooks import HookManager
-from mechinterp.scores import Parameter
+from mechinterp.base.atomic_write import write_whole
+from mechinterp.base.errors import InputError
+from mechinterp.graphs.graph import Graph
+from mechinterp.graphs.scores import Parameter
+from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.pairs import Pairs
 
 EVERY_SECONDS = 30.0

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from mechinterp.activation_paths import activation_path_gradients, n_groups
+from mechinterp.base.errors import InputError
+from mechinterp.base.registry import unknown
 from mechinterp.discovery.method import METHODS, Job, Method
-from mechinterp.errors import InputError
-from mechinterp.gradients import edge_gradients
-from mechinterp.registry import unknown
-from mechinterp.replacement import build_replacement
-from mechinterp.scores import Scores
+from mechinterp.engines.edge_attribution import activation_path_gradients, edge_gradients, n_groups
+from mechinterp.engines.replacement import build_replacement
+from mechinterp.graphs.scores import Scores
 
 SCHEDULES = {
     "right": lambda k, m: (k + 1) / m,

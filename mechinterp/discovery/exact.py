@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from mechinterp.discovery.method import METHODS, Job, Method
-from mechinterp.edges import answer_logits, edge_logits
-from mechinterp.replacement import build_replacement
-from mechinterp.scores import Scores
+from mechinterp.engines.edge_patching import answer_logits, edge_logits
+from mechinterp.engines.replacement import build_replacement
+from mechinterp.graphs.scores import Scores
 
 UNITS_AT_ONCE = 64
 """Masks made at a time: neighbours in this order cut the same layer, so they share the run before it."""

@@ -30,14 +30,14 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechinterp.base.registry import unknown
 from mechinterp.discovery.method import METHODS, Job, Method
-from mechinterp.gradients import TOKEN_BUDGET_BYTES, resid_site
-from mechinterp.graph import Graph
-from mechinterp.hooks import HookManager
-from mechinterp.registry import unknown
-from mechinterp.replacement import KINDS, write_sites
-from mechinterp.scores import Scores
-from mechinterp.sites import Site
+from mechinterp.engines.edge_attribution import TOKEN_BUDGET_BYTES, resid_site
+from mechinterp.engines.replacement import KINDS, write_sites
+from mechinterp.graphs.graph import Graph
+from mechinterp.graphs.scores import Scores
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.sites import Site
 from mechinterp.tasks.pairs import Pairs
 
 IMPORTANCES = ("per-reader", "from-answer")

@@ -29,15 +29,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp.base.errors import InputError
+from mechinterp.base.registry import unknown
 from mechinterp.discovery.method import METHODS, Job, Method
-from mechinterp.edges import clean_logits
-from mechinterp.errors import InputError
-from mechinterp.mask_gradients import mask_gradients
-from mechinterp.metrics import get_metric
+from mechinterp.engines.edge_patching import clean_logits
+from mechinterp.engines.mask_gradients import mask_gradients
+from mechinterp.engines.replacement import Values, build_replacement
+from mechinterp.graphs.scores import Parameter, Scores
 from mechinterp.models.modes import Gradients
-from mechinterp.registry import unknown
-from mechinterp.replacement import Values, build_replacement
-from mechinterp.scores import Parameter, Scores
+from mechinterp.tasks.metrics import get_metric
 from mechinterp.tasks.pairs import Pairs
 
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1

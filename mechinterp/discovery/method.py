@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp.base.errors import InputError, clip
+from mechinterp.base.registry import Registry
 from mechinterp.discovery.checkpoint import Checkpoint, open_checkpoint
-from mechinterp.edges import check_model
-from mechinterp.errors import InputError, clip
-from mechinterp.graph import Graph
-from mechinterp.hooks import HookManager
-from mechinterp.metrics import Metric, get_metric
-from mechinterp.registry import Registry
-from mechinterp.scores import Parameter, Scores
+from mechinterp.engines.edge_patching import check_model
+from mechinterp.graphs.graph import Graph
+from mechinterp.graphs.scores import Parameter, Scores
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.tasks.metrics import Metric, get_metric
 from mechinterp.tasks.pairs import Pairs
 
 Progress = Callable[[int, int], None]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from mechinterp.analysis.attribution import attribution_patching
-from mechinterp.errors import InputError
-from mechinterp.hooks import HookManager
-from mechinterp.metrics import Metric
+from mechinterp.base.errors import InputError
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 
 

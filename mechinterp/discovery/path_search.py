@@ -11,12 +11,12 @@ from __future__ import annotations
 from typing import Literal, cast
 
 from mechinterp.analysis.path_patching import MEANINGS, path_patching
-from mechinterp.circuit import on_paths
+from mechinterp.base.errors import InputError
+from mechinterp.base.registry import unknown
 from mechinterp.discovery.cd import between
 from mechinterp.discovery.method import METHODS, Job, Method
-from mechinterp.errors import InputError
-from mechinterp.registry import unknown
-from mechinterp.scores import Scores
+from mechinterp.graphs.circuit import on_paths
+from mechinterp.graphs.scores import Scores
 
 
 def _path_patching(job: Job) -> Scores:

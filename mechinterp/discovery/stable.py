@@ -16,14 +16,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechinterp.circuit import Circuit
+from mechinterp.base.errors import InputError, clip
 from mechinterp.discovery.method import Progress, no_progress, score_edges
-from mechinterp.discovery.select import select, sized, unit_count
-from mechinterp.errors import InputError, clip
-from mechinterp.graph import Graph
-from mechinterp.hooks import HookManager
-from mechinterp.metrics import Metric
-from mechinterp.scores import Scores
+from mechinterp.graphs.circuit import Circuit
+from mechinterp.graphs.graph import Graph
+from mechinterp.graphs.scores import Scores
+from mechinterp.graphs.select import select, sized, unit_count
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 
 MOST_RESAMPLES = 10_000

@@ -20,17 +20,16 @@ from jaxtyping import Bool, Float
 from scipy.stats import binomtest
 from torch import Tensor
 
-from mechinterp.circuit import Circuit, on_paths
+from mechinterp.base.errors import InputError
+from mechinterp.base.registry import unknown
 from mechinterp.discovery.method import Progress, no_progress
-from mechinterp.errors import InputError
 from mechinterp.evaluation.faithfulness import ablation_of
 from mechinterp.evaluation.hypotheses import TIE, HypothesisTest, check_level
-from mechinterp.evaluation.masks import mask_values, with_axes
-from mechinterp.evaluation.random_circuits import RandomPaths
-from mechinterp.hooks import HookManager
-from mechinterp.metrics import Metric
-from mechinterp.registry import unknown
-from mechinterp.scores import Parameter
+from mechinterp.evaluation.masks import RandomPaths, mask_values, with_axes
+from mechinterp.graphs.circuit import Circuit, on_paths
+from mechinterp.graphs.scores import Parameter
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 
 SOURCES = ("graph", "complement")

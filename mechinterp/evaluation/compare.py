@@ -21,15 +21,15 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mechinterp.circuit import on_paths
+from mechinterp.base.errors import InputError
 from mechinterp.discovery.method import check_graph, score_edges
-from mechinterp.discovery.select import best_units
-from mechinterp.errors import InputError
 from mechinterp.evaluation.faithfulness import faithfulness_curve
-from mechinterp.graph import Graph
-from mechinterp.hooks import HookManager
-from mechinterp.metrics import Metric
-from mechinterp.scores import Parameter, Scores
+from mechinterp.graphs.circuit import on_paths
+from mechinterp.graphs.graph import Graph
+from mechinterp.graphs.scores import Parameter, Scores
+from mechinterp.graphs.select import best_units
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

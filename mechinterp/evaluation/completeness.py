@@ -16,13 +16,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mechinterp.circuit import Circuit
+from mechinterp.base.errors import InputError
 from mechinterp.discovery.method import Progress, no_progress
-from mechinterp.errors import InputError
 from mechinterp.evaluation.faithfulness import Ablation, ablation_of, check_denominator
 from mechinterp.evaluation.masks import check_members, knock_out, mask_values, with_axes, writers_of
-from mechinterp.hooks import HookManager
-from mechinterp.metrics import Metric, get_metric
+from mechinterp.graphs.circuit import Circuit
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.tasks.metrics import Metric, get_metric
 from mechinterp.tasks.pairs import Pairs
 
 

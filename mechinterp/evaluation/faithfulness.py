@@ -1,8 +1,11 @@
-"""`evaluate`: how much of the model's performance a circuit alone gives back."""
+"""`evaluate`: how much of the model's performance a circuit alone gives back.
+
+Bootstrap intervals over examples.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -10,16 +13,42 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechinterp.circuit import Circuit
+from mechinterp.base.errors import InputError
 from mechinterp.discovery.method import Progress, no_progress
-from mechinterp.edges import check_cut, check_model, clean_logits, edge_logits
-from mechinterp.errors import InputError
-from mechinterp.evaluation.bootstrap import bootstrap_interval
-from mechinterp.graph import Graph
-from mechinterp.hooks import HookManager
-from mechinterp.metrics import Metric, get_metric
-from mechinterp.replacement import Replacement, build_replacement
+from mechinterp.engines.edge_patching import check_cut, check_model, clean_logits, edge_logits
+from mechinterp.engines.replacement import Replacement, build_replacement
+from mechinterp.graphs.circuit import Circuit
+from mechinterp.graphs.graph import Graph
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.tasks.metrics import Metric, get_metric
 from mechinterp.tasks.pairs import Pairs
+
+
+def bootstrap_interval(
+    statistic: Callable[[Float[Tensor, "resample example column"]], Float[Tensor, " resample"]],
+    columns: Float[Tensor, "example column"],
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The percentile interval of a statistic when the examples (rows) are drawn again with replacement.
+
+    A resample whose statistic is no number is left out: a ratio has none where its denominator vanishes, as that of
+    accuracies does when no example is drawn on which they differ. Raises InputError when no resample has a number.
+
+    Source: Efron & Tibshirani 1993, ch. 13. Deterministic under `seed`, on the CPU in float64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    table = columns.detach().cpu().double()
+    rows = torch.randint(len(table), (resamples, len(table)), generator=generator)
+    tail = (1 - level) / 2
+    values = statistic(table[rows])
+    values = values[values.isfinite()]
+    if not len(values):
+        raise InputError("The statistic is not defined on any resample of these examples; give more examples.")
+    low, high = values.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ from jaxtyping import Float
 from scipy.stats import binom
 from torch import Tensor
 
-from mechinterp.circuit import Circuit
+from mechinterp.base.errors import InputError
 from mechinterp.discovery.method import Progress, no_progress
-from mechinterp.errors import InputError
 from mechinterp.evaluation.faithfulness import Ablation, ablation_of
 from mechinterp.evaluation.masks import mask_values, with_axes
-from mechinterp.hooks import HookManager
-from mechinterp.metrics import Metric, get_metric
-from mechinterp.scores import Parameter
+from mechinterp.graphs.circuit import Circuit
+from mechinterp.graphs.scores import Parameter
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.tasks.metrics import Metric, get_metric
 from mechinterp.tasks.pairs import Pairs
 
 TIE = 1e-5

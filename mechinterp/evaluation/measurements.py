@@ -10,9 +10,10 @@ import torch
 
 from mechinterp.analysis.activation_patching import activation_patching
 from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution
-from mechinterp.analysis.grid import Grid
 from mechinterp.analysis.head_detectors import attention_between, copying_scores, head_scores
-from mechinterp.errors import InputError
+from mechinterp.base.errors import InputError
+from mechinterp.base.registry import unknown
+from mechinterp.engines.grid import Grid
 from mechinterp.evaluation.masks import MASKS_AT_ONCE, mask_values
 from mechinterp.evaluation.predictions import (
     ON_PAIRS,
@@ -25,11 +26,10 @@ from mechinterp.evaluation.predictions import (
     PartsReplaced,
     Prediction,
 )
-from mechinterp.graph import build_graph
-from mechinterp.hooks import HookManager
-from mechinterp.metrics import get_metric
-from mechinterp.registry import unknown
-from mechinterp.sites import Node
+from mechinterp.graphs.graph import build_graph
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.sites import Node
+from mechinterp.tasks.metrics import get_metric
 from mechinterp.tasks.pairs import Pairs
 
 

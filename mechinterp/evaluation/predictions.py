@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mechinterp.errors import InputError
-from mechinterp.sites import Edge, Node
+from mechinterp.base.errors import InputError
+from mechinterp.models.sites import Edge, Node
 from mechinterp.tasks.schema import Strict
 
 Short = Annotated[str, Field(min_length=1, max_length=3000)]

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mechinterp.base.canonical_json import six_digits
+from mechinterp.base.errors import InputError
 from mechinterp.discovery.method import Progress, no_progress
-from mechinterp.discovery.select import EmptyCircuit, select, sized
-from mechinterp.errors import InputError
 from mechinterp.evaluation.faithfulness import faithfulness_curve
-from mechinterp.hooks import HookManager
-from mechinterp.jsontext import six_digits
-from mechinterp.scores import Scores
+from mechinterp.graphs.scores import Scores
+from mechinterp.graphs.select import EmptyCircuit, select, sized
+from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.pairs import Pairs
 
 TARGET = 0.9

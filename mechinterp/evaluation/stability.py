@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechinterp.circuit import Circuit
-from mechinterp.errors import InputError
-from mechinterp.graph import Graph
-from mechinterp.sites import split_position
+from mechinterp.base.errors import InputError
+from mechinterp.graphs.circuit import Circuit
+from mechinterp.graphs.graph import Graph
+from mechinterp.models.sites import split_position
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from mechinterp.circuit import Circuit
-from mechinterp.errors import InputError
+from mechinterp.base.errors import InputError
 from mechinterp.evaluation.faithfulness import Evaluation, evaluate
-from mechinterp.hooks import HookManager
+from mechinterp.graphs.circuit import Circuit
+from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.pairs import Pairs
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mechinterp.errors import UnsupportedError
+from mechinterp.base.errors import UnsupportedError
 
 ACTIVATIONS = (
     "gelu",

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechinterp.errors import UnsupportedError
+from mechinterp.base.errors import UnsupportedError
 from mechinterp.models.modes import Gradients
 
 

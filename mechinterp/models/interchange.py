@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mechinterp.models.turns import Turn, use_of
+from mechinterp.models.exclusive_runs import Turn, use_of
 
 
 def interchange(base: Tensor, source: Tensor, basis: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechinterp.errors import UnsupportedError
+from mechinterp.base.errors import UnsupportedError
 from mechinterp.models.activation import activation_function
 from mechinterp.models.norm import Norm, measure_norm
 

@@ -14,18 +14,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mechinterp.errors import InputError, ModelNotAvailable, UnsupportedError, clip
-from mechinterp.models.others_hooks import notes_on_hooks
+from mechinterp.base.errors import InputError, ModelNotAvailable, UnsupportedError, clip
+from mechinterp.base.plain_files import exists, is_folder
+from mechinterp.models.foreign_hooks import notes_on_hooks
 from mechinterp.models.refusal import reason, refusing
 from mechinterp.models.source import ModelInfo
-from mechinterp.plain_files import exists, is_folder
 
 logger = logging.getLogger(__name__)
 
 MAX_NAME = 300
 """Letters of a hub id with its revision."""
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-BUNDLED = Path(__file__).parent / "zoo" / "bundled"
+BUNDLED = Path(__file__).parent / "bundled"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp.errors import UnsupportedError
+from mechinterp.base.errors import UnsupportedError
 
 UNNAMED_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
 """What is tried where a module has no attribute for it (OLMo's LayerNorm has 1e-5 in its code)."""

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechinterp.errors import UnsupportedError
+from mechinterp.base.errors import UnsupportedError
 from mechinterp.models.activation import measure_activation
 from mechinterp.models.layout import MlpMaps
-from mechinterp.sites import Site
+from mechinterp.models.sites import Site
 
 NEEDED = ("resid_pre", "q", "k", "v", "z")
 """Sites without which no engine can work."""

@@ -13,7 +13,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from mechinterp.sites import Site
+from mechinterp.models.sites import Site
 
 STREAM = ("embed", "resid_pre", "resid_mid", "resid_post", "resid_final")
 """Values of one residual stream: two of them are the same where nothing was written in between."""

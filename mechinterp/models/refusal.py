@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mechinterp.errors import MechInterpError, UnsupportedError
+from mechinterp.base.errors import MechInterpError, UnsupportedError
 
 LONGEST = 300
 """Characters of another library's message that are shown."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechinterp.errors import InputError
+from mechinterp.base.errors import InputError
 from mechinterp.models.layout import Dims
 from mechinterp.models.past import Past
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from mechinterp.errors import FormatError, InputError
-from mechinterp.registry import unknown
+from mechinterp.base.errors import FormatError, InputError
+from mechinterp.base.registry import unknown
 from mechinterp.tasks.generators import GENERATORS
 from mechinterp.tasks.schema import checked
 from mechinterp.tasks.spec import Answer, NumberAnswers, TaskSpec, Template

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from pydantic import Field, model_validator
 
-from mechinterp.registry import Registry
+from mechinterp.base.registry import Registry
 from mechinterp.tasks.draw import Draw
 from mechinterp.tasks.schema import Strict
 from mechinterp.tasks.template import Draft, Mark, Prompt

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
-from mechinterp.errors import InputError
-from mechinterp.registry import unknown
+from mechinterp.base.errors import InputError
+from mechinterp.base.registry import unknown
 from mechinterp.tasks.check import answer_of, words_of, wrong_of
 from mechinterp.tasks.draw import Draw
-from mechinterp.tasks.encoder import Encoder, encoder_of
 from mechinterp.tasks.generators import GENERATORS
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.schema import checked
@@ -19,6 +18,7 @@ from mechinterp.tasks.spec import Answer, NumberAnswers, TaskSpec, Template
 from mechinterp.tasks.split import split_of
 from mechinterp.tasks.task import Task
 from mechinterp.tasks.template import Draft, fill, prompt, replacements, with_parts
+from mechinterp.tasks.tokenization import Encoder, encoder_of
 from mechinterp.tasks.vocabulary import Vocabulary, usable_words
 
 MAX_EXAMPLES = 1_000_000

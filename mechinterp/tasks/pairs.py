@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mechinterp.errors import InputError
-from mechinterp.tasks.door import NO_ENTRY, Ids, Mask, entries, prompts, whole_numbers
+from mechinterp.base.errors import InputError
+from mechinterp.tasks.input_checks import NO_ENTRY, Ids, Mask, entries, prompts, whole_numbers
 from mechinterp.tasks.source import FileSource, Report, TaskSource
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from typing import Any, TypeVar, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from mechinterp.errors import FormatError, clip
-from mechinterp.registry import unknown
+from mechinterp.base.errors import FormatError, clip
+from mechinterp.base.registry import unknown
 
 MAX_BYTES = 2**18
 """Of a task or a word list; a YAML parser in Python takes a second for 100 kB."""

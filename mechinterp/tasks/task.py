@@ -11,9 +11,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
-from mechinterp.errors import FormatError, InputError
-from mechinterp.plain_files import read_bounded
-from mechinterp.registry import unknown
+from mechinterp.base.errors import FormatError, InputError
+from mechinterp.base.plain_files import read_bounded
+from mechinterp.base.registry import unknown
 from mechinterp.tasks.check import check_task, lists_used
 from mechinterp.tasks.schema import MAX_BYTES, checked, parse_yaml
 from mechinterp.tasks.spec import TaskSpec

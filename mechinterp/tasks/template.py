@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mechinterp.errors import FormatError
-from mechinterp.registry import unknown
+from mechinterp.base.errors import FormatError
+from mechinterp.base.registry import unknown
 from mechinterp.tasks.spec import Part, TaskSpec, Template
 
 _SLOT = re.compile(r"\{([A-Za-z][A-Za-z0-9_]*)\}")

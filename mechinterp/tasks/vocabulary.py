@@ -6,15 +6,15 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from mechinterp.errors import InputError
+from mechinterp.base.errors import InputError
 from mechinterp.tasks.check import answer_of, templates_of, texts_of, words_of, wrong_of
-from mechinterp.tasks.encoder import Encoder
 from mechinterp.tasks.generators import GENERATORS
 from mechinterp.tasks.schema import checked
 from mechinterp.tasks.source import Dropped
 from mechinterp.tasks.spec import NumberAnswers, TaskSpec
 from mechinterp.tasks.task import Task
 from mechinterp.tasks.template import fill, occurrence, slots_in, with_parts
+from mechinterp.tasks.tokenization import Encoder
 
 log = logging.getLogger(__name__)
 

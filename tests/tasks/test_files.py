@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mechinterp.errors import FormatError, InputError
-from mechinterp.tasks.files import load_pairs
+from mechinterp.base.errors import FormatError, InputError
+from mechinterp.tasks.pair_files import load_pairs
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.source import FileSource
 
@@ -223,10 +223,10 @@ def test_a_missing_file_is_refused() -> None:
 
 
 def test_a_file_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("mechinterp.tasks.door.MAX_PADDED", 5)
+    monkeypatch.setattr("mechinterp.tasks.input_checks.MAX_PADDED", 5)
     with pytest.raises(FormatError, match="padded"):
         load_pairs(write(tmp_path, IDS, "jsonl"))
-    monkeypatch.setattr("mechinterp.tasks.rows.MAX_BYTES", 10)
+    monkeypatch.setattr("mechinterp.tasks.pair_files.MAX_BYTES", 10)
     with pytest.raises(FormatError, match="larger than"):
         load_pairs(write(tmp_path, IDS, "jsonl"))
 

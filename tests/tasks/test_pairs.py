@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from mechinterp.errors import InputError
+from mechinterp.base.errors import InputError
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.source import FileSource, source_record
 

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import mechinterp.tasks
-from mechinterp.errors import FormatError, InputError
-from mechinterp.metrics import get_metric
+from mechinterp.base.errors import FormatError, InputError
+from mechinterp.tasks.metrics import get_metric
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.source import TaskSource
 from mechinterp.tasks.split import split_of

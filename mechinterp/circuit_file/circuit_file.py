@@ -1,0 +1,343 @@
+"""`save_circuit` and `load_circuit`: a circuit to its two files and back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from mechinterp.base.canonical_json import parse_json, six_digits
+from mechinterp.base.errors import FormatError, InputError, clip
+from mechinterp.base.registry import unknown
+from mechinterp.circuit_file.provenance import dims_of, dtype_name, model_record, provenance_of, tokenizer_record
+from mechinterp.circuit_file.records import (
+    AnyTaskRecord,
+    discovery_record,
+    evaluation_record,
+    pairs_record,
+    score_table,
+    task_record,
+)
+from mechinterp.circuit_file.schema import (
+    SCHEMA_VERSION,
+    CircuitFile,
+    CurvePointRecord,
+    CurveRecord,
+    GraphRecord,
+    PairsRecord,
+    SelectionRecord,
+    Sidecar,
+    SizeRule,
+    TaskPairs,
+    TokensTaskRecord,
+)
+from mechinterp.circuit_file.store import (
+    OpenedFile,
+    check_hashes,
+    open_circuit_file,
+    read_sidecar,
+    seal,
+    sidecar_name,
+    write_pair,
+)
+from mechinterp.evaluation.faithfulness import Evaluation
+from mechinterp.evaluation.measurements import Checked
+from mechinterp.evaluation.predictions import Prediction
+from mechinterp.evaluation.sizes import Curve
+from mechinterp.graphs.circuit import Circuit, on_paths
+from mechinterp.graphs.graph import Graph, graph_of
+from mechinterp.graphs.scores import Scores
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.tasks.pairs import Pairs
+from mechinterp.tasks.task import Task
+
+ABOUT = (
+    *("title", "description", "license", "citation", "status", "roles", "positions", "created_utc", "derived_from"),
+    "extensions",
+)
+"""Fields of the file that `save_circuit` takes as they are."""
+TENSOR = "scores"
+MAX_HEADER_BYTES = 2**16
+_DTYPES = {"F32": 4, "F64": 8}
+
+
+def save_circuit(
+    path: str | Path,
+    circuit: Circuit,
+    *,
+    model: HookManager,
+    task: Task | AnyTaskRecord | None = None,
+    result: Evaluation | Sequence[Evaluation] = (),
+    curve: Curve | None = None,
+    predictions: Sequence[Checked] = (),
+    command: str | None = None,
+    **about: Any,
+) -> CircuitFile:
+    """Write `NAME.circuit.json` and, for a scored circuit, `NAME.scores.safetensors`; return what was written.
+
+    `task` is what made the pairs (None: their token ids are kept). `result` are evaluations of this very circuit.
+    `predictions` are what `check_predictions` found to hold. `curve` and `command` are recorded. `about` are the fields
+    of `ABOUT`. Either both files are replaced or none.
+
+    Raises InputError when a result belongs to another circuit, the model to another graph, the pairs to another
+    task; for a prediction that does not hold; and when the files cannot be written.
+    """
+    path = Path(path)
+    name = sidecar_name(path)
+    for field in about:
+        if field not in ABOUT:
+            raise unknown("field", field, ABOUT)
+    results = (result,) if isinstance(result, Evaluation) else tuple(result)
+    _check_belongs(circuit, model, results)
+    record = task_record(task) if isinstance(task, Task) else task
+    examples = _Examples(record)
+    scores = circuit.scores
+    discovery = None
+    if scores is not None:
+        discovery = discovery_record(scores, examples.name("discovery", scores.pairs))
+    evaluations = [
+        evaluation_record(
+            entry,
+            examples.known("evaluation", entry.pairs),
+            examples.name("reference", entry.reference),
+            dtype_name(model),
+        )
+        for entry in results
+    ]
+    stem = path.name.partition(".circuit")[0]
+    content: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "circuit",
+        "id": stem,
+        "title": f"Circuit {stem}" if record is None else f"{record.name} in {model.info.name}",
+        "status": "discovered",
+        **about,
+        "model": model_record(model),
+        "graph": graph_record(circuit.graph),
+        "nodes": circuit.nodes,
+        "edges": edge_records(circuit),
+        "task": record,
+        "discovery": discovery,
+        "selection": SelectionRecord(
+            parameters=dict(circuit.selection),
+            n_selected=circuit.n_selected,
+            n_edges=circuit.n_edges,
+            size=None if curve is None or curve.target is None else _size_rule(curve.target, curve, examples),
+        ),
+        "evaluation": evaluations,
+        "curve": None if curve is None else _curve_record(curve, examples),
+        "predictions": tuple(_prediction(entry, model, examples) for entry in predictions) or None,
+        "pairs": examples.records,
+        "provenance": provenance_of(model, command),
+    }
+    content["tokenizer"] = tokenizer_record(model.tokenizer, examples.prepend_bos)
+    if record is None and examples.records:
+        content["task"] = TokensTaskRecord(name=stem)
+    sidecar = None if scores is None else scores_bytes(scores)
+    stated = None if sidecar is None else Sidecar(file=name, sha256=hashlib.sha256(sidecar).hexdigest())
+    document = seal(content, stated)
+    write_pair(path, document, sidecar)
+    return document
+
+
+def load_circuit(path: str | Path) -> Circuit:
+    """The circuit of a file, with its graph and its scores; no model is needed.
+
+    Raises FormatError, in one line, when the file or its sidecar is not a circuit file, or was changed.
+    """
+    return circuit_of(open_circuit_file(path))
+
+
+def circuit_of(opened: OpenedFile) -> Circuit:
+    """The circuit of an opened file, after its hashes were checked. Raises FormatError as `load_circuit`."""
+    check_hashes(opened)
+    graph = stated_graph(opened.document, opened.path)
+    return stated_circuit(opened.document, graph, stated_scores(opened.document, graph, opened.path), opened.path)
+
+
+def stated_circuit(document: CircuitFile, graph: Graph, scores: Scores | None, path: Path) -> Circuit:
+    """The circuit that a document describes. Raises FormatError for edges and nodes that the graph does not have."""
+    try:
+        kept = graph.mask_of([edge.name for edge in document.edges])
+        circuit = Circuit(graph, kept, document.selection.n_selected, dict(document.selection.parameters), scores)
+    except InputError as error:
+        raise FormatError(f"{path}: {error}") from error
+    if graph.level == "node" and not torch.equal(circuit.kept, on_paths(graph, circuit.members)):
+        raise FormatError(f"{path}: the circuit is of nodes, but has not all edges between them.")
+    if circuit.nodes != document.nodes:
+        raise FormatError(f"{path}: the nodes are not those that the edges touch.")
+    return circuit
+
+
+def stated_graph(document: CircuitFile, path: Path) -> Graph:
+    """The graph of the dimensions that a document states. Raises FormatError when its counts are others."""
+    stated_parts = document.graph
+    try:
+        graph = graph_of(
+            dims_of(document.model.dims),
+            split_input=stated_parts.split_input,
+            level=stated_parts.granularity,
+            positions=stated_parts.positions or (),
+            answers=stated_parts.answers,
+            neurons=stated_parts.neurons or (),
+        )
+    except InputError as error:
+        raise FormatError(f"{path}: {error}") from error
+    got = (len(graph.writers), len(graph.readers), graph.n_edges)
+    stated = (document.graph.n_writers, document.graph.n_readers, document.graph.n_edges)
+    if got != stated:
+        raise FormatError(f"{path}: a model of these dims has {got} writers, readers and edges; stated are {stated}.")
+    return graph
+
+
+def stated_scores(document: CircuitFile, graph: Graph, path: Path) -> Scores | None:
+    """The scores in the sidecar that a document states, or None when it states none."""
+    sidecar, discovery = document.integrity.sidecar, document.discovery
+    if sidecar is None or discovery is None:
+        if (sidecar is None) != (discovery is None):
+            raise FormatError(f"{path}: a sidecar and `discovery` go together; one of them is missing.")
+        return None
+    most = 8 + MAX_HEADER_BYTES + graph.possible.numel() * max(_DTYPES.values())
+    where = str(path.parent / sidecar.file)
+    values = scores_from_bytes(read_sidecar(path, sidecar, most), graph, where)
+    if graph.level == "node":
+        first = values[tuple(graph.first_of_unit.T)]
+        if not torch.equal(values[graph.possible], first[graph.unit[graph.possible]]):
+            raise FormatError(f"{where}: nodes were scored, but the edges out of one of them have different scores.")
+    n = discovery.n_examples
+    if n < 1:
+        raise FormatError(f"{path}: discovery.n_examples is {n}; scores are a mean over at least one example.")
+    # In float64, so that the mean that comes out is the number that went in.
+    total = values.double() * n
+    metric, cost = discovery.metric.name, dict(discovery.cost)
+    return Scores(graph, total, n, discovery.method, metric, discovery.replacement, dict(discovery.parameters), cost)
+
+
+def graph_record(graph: Graph) -> GraphRecord:
+    """What a file says about a graph."""
+    return GraphRecord(
+        granularity="node" if graph.level == "node" else "edge",
+        split_input=graph.split_input,
+        positions=graph.positions or None,
+        answers=graph.answers or None,
+        neurons=graph.neurons or None,
+        n_writers=len(graph.writers),
+        n_readers=len(graph.readers),
+        n_edges=graph.n_edges,
+        sha256=graph.digest(),
+    )
+
+
+def edge_records(circuit: Circuit) -> list[dict[str, Any]]:
+    """Name and score (6 significant digits) of every edge, in order of name."""
+    if circuit.scores is None:
+        return [{"name": name} for name in circuit.edges]
+    table = score_table(circuit.scores)
+    return [{"name": n, "score": six_digits(float(table[circuit.graph.edge_index(n)]))} for n in circuit.edges]
+
+
+def scores_bytes(scores: Scores) -> bytes:
+    """The sidecar: one tensor `scores` [reader, writer], the mean over examples, 0 where there is no edge."""
+    # One key only: safetensors writes several in no fixed order, and the same scores shall give the same bytes.
+    note = f"mean score per edge [reader, writer]; positive = the edge helps the task; graph {scores.graph.digest()}"
+    return safetensors.torch.save({TENSOR: score_table(scores)}, metadata={"mechinterp": note})
+
+
+def scores_from_bytes(content: bytes, graph: Graph, where: str) -> Tensor:
+    """The tensor `scores` of a sidecar; its header is checked before anything is read by it."""
+    size = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or not 2 <= size <= min(MAX_HEADER_BYTES, len(content) - 8):
+        raise FormatError(f"{where} is not a safetensors file, or it was cut off.")
+    header = parse_json(content[8 : 8 + size], f"The header of {where}")
+    entry = header.get(TENSOR) if isinstance(header, dict) else None
+    shape = list(graph.possible.shape)
+    if not isinstance(entry, dict) or set(header) - {TENSOR, "__metadata__"}:
+        raise FormatError(f"{where} must hold one tensor named {TENSOR!r}.")
+    dtype = entry.get("dtype")
+    if not isinstance(dtype, str) or dtype not in _DTYPES or entry.get("shape") != shape:
+        got = clip(f"{dtype} {entry.get('shape')}", 80)
+        raise FormatError(f"{where}: {TENSOR!r} must be F32 or F64 of shape {shape}; got {got}.")
+    n_bytes = graph.possible.numel() * _DTYPES[dtype]
+    if entry.get("data_offsets") != [0, n_bytes] or len(content) != 8 + size + n_bytes:
+        raise FormatError(f"{where}: {TENSOR!r} must have {n_bytes} bytes; the file was cut off or extended.")
+    try:
+        values = safetensors.torch.load(content)[TENSOR]
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise FormatError(f"{where} is not a safetensors file: {error}.") from error
+    if not bool(torch.isfinite(values).all()) or bool((values[~graph.possible] != 0).any()):
+        raise FormatError(f"{where} holds a score that is not finite, or one where there is no edge.")
+    return values
+
+
+def _curve_record(curve: Curve, examples: _Examples) -> CurveRecord:
+    points = tuple(
+        CurvePointRecord(n_selected=p.n_selected, n_edges=p.n_edges, faithfulness=six_digits(p.faithfulness))
+        for p in curve.points
+    )
+    name = examples.known("curve", curve.pairs)
+    return CurveRecord(pairs=name, metric=curve.metric, replacement=curve.replacement, points=points)
+
+
+def _prediction(found: Checked, model: HookManager, examples: _Examples) -> Prediction:
+    """The prediction with the numbers that were measured, at 6 significant digits."""
+    if found.model is not model and found.model.info.weights_sha256() != model.info.weights_sha256():
+        raise InputError(f"Prediction {found.prediction.name!r} was measured on another model than {model.info.name}.")
+    if not found.ok:
+        raise InputError(f"A file states predictions that hold; {found.prediction.name!r} does not: {found}.")
+    controls = tuple(
+        control.model_copy(update={"measured": six_digits(value)})
+        for control, value in zip(found.prediction.controls, found.controls, strict=True)
+    )
+    name = examples.name("predictions", found.pairs)
+    update = {"measured": six_digits(found.value), "controls": controls, "pairs": name}
+    return found.prediction.model_copy(update=update)
+
+
+def _size_rule(target: float, curve: Curve, examples: _Examples) -> SizeRule:
+    return SizeRule(target=target, pairs=examples.known("curve", curve.pairs))
+
+
+class _Examples:
+    """The sets of examples of one file, each kept once, under the name of its first use."""
+
+    def __init__(self, task: AnyTaskRecord | None) -> None:
+        self.task = task
+        self.records: dict[str, PairsRecord] = {}
+
+    def name(self, use: str, pairs: Pairs | None) -> str | None:
+        """The name of these examples in the file, None for none."""
+        return None if pairs is None else self.known(use, pairs)
+
+    def known(self, use: str, pairs: Pairs) -> str:
+        """The name of these examples in the file; they are added when they are new."""
+        record = pairs_record(pairs, self.task)
+        for name, known in self.records.items():
+            if known.sha256 == record.sha256:
+                return name
+        name = use if use not in self.records else f"{use}-{1 + sum(k.startswith(use) for k in self.records)}"
+        self.records[name] = record
+        return name
+
+    @property
+    def prepend_bos(self) -> bool | None:
+        """Whether the task's pairs begin with BOS; None when no task made them."""
+        made = [r.made_from.prepend_bos for r in self.records.values() if isinstance(r.made_from, TaskPairs)]
+        return made[0] if made else None
+
+
+def _check_belongs(circuit: Circuit, model: HookManager, results: Sequence[Evaluation]) -> None:
+    if circuit.graph.dims != model.dims:
+        raise InputError(f"The circuit belongs to a model of other dimensions than {model.info.name}.")
+    if circuit.n_edges == 0:
+        raise InputError("The circuit has no edges; there is nothing to save.")
+    for result in results:
+        if result.circuit_digest != circuit.digest():
+            raise InputError(
+                f"The result is of another circuit ({result.n_edges} edges) than the one to be saved "
+                f"({circuit.n_edges} edges); evaluate this circuit and save that result."
+            )

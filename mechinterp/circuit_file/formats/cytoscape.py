@@ -1,0 +1,28 @@
+"""`cytoscape`: the circuit as Cytoscape.js's JSON, which networkx's `cytoscape_graph` reads too."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from mechinterp.base.canonical_json import render_json
+from mechinterp.circuit_file.formats.links import links_of, nodes_of
+from mechinterp.circuit_file.schema import CircuitFile
+from mechinterp.graphs.circuit import Circuit
+
+
+def to_cytoscape(circuit: Circuit, document: CircuitFile) -> bytes:
+    """The circuit as Cytoscape.js elements; ids of nodes are their names, scores are in full."""
+    nodes = [{"data": {"id": n.name, "value": n.name, **asdict(n)}} for n in nodes_of(circuit, document)]
+    edges: list[dict[str, Any]] = []
+    for i, link in enumerate(links_of(circuit)):
+        data: dict[str, Any] = {"id": f"e{i}", "key": i, "name": link.edge, "channel": link.channel}
+        data |= {"source": link.source, "target": link.target}
+        edges.append({"data": data if link.score is None else {**data, "score": link.score}})
+    content = {
+        "data": {"title": document.title, "model": document.model.name},
+        "directed": True,
+        "multigraph": True,
+        "elements": {"nodes": nodes, "edges": edges},
+    }
+    return render_json(content).encode("utf-8")

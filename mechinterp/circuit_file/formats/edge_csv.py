@@ -1,0 +1,25 @@
+"""`csv`: one line an edge: `edge,writer,reader,score`.
+
+The reader holds the channel and the position (`a9.h9<q>@end`). Every cell begins with a letter, a digit or a minus
+sign of a number, so no spreadsheet takes one for a formula.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from mechinterp.circuit_file.formats.links import edge_scores
+from mechinterp.circuit_file.schema import CircuitFile
+from mechinterp.graphs.circuit import Circuit
+
+
+def to_csv(circuit: Circuit, document: CircuitFile) -> bytes:
+    """The edges with their scores in full (an empty cell: no score), UTF-8, one line each, by name."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("edge", "writer", "reader", "score"))
+    for name, score in edge_scores(circuit).items():
+        source, _, reader = name.partition("->")
+        writer.writerow((name, source, reader, "" if score is None else repr(score)))
+    return out.getvalue().encode("utf-8")

@@ -1,0 +1,82 @@
+"""What every reader of other tools' files needs: what a format can hold, bounds, and names that strangers wrote."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Collection
+
+from mechinterp.base.errors import FormatError, UnsupportedError
+from mechinterp.circuit_file.limits import MAX_GRAPH_CELLS
+from mechinterp.graphs.graph import Graph, graph_of
+from mechinterp.models.layout import Dims
+
+MAX_BYTES = 128 * 2**20
+"""The largest file that is read; EAP-IG's JSON of an 8B model has 117 MB."""
+MAX_VALUES = 2**23
+"""Values in a JSON file; that file has 7 million."""
+PARALLEL = "parallel attention and MLP"
+SPLIT_INPUT = "separate token and position embeddings"
+NO_MLP = "layers without an MLP"
+GROUPED = "grouped-query attention (a key or value head that several query heads share)"
+
+
+def check_holds(graph: Graph, tool: str, takes: Collection[str] = ()) -> None:
+    """Return None when a format of `tool` can say what this graph is.
+
+    All know heads, MLPs and edges at all positions; `takes` are what this one knows besides. Raises UnsupportedError
+    that names what it does not know.
+    """
+    if not graph.plain:
+        part = "edges at named positions" if graph.positions else "nodes chosen as one"
+        raise _unsupported(tool, "neurons taken out of their MLPs" if any(graph.neurons) else part)
+    if graph.split_input and SPLIT_INPUT not in takes:
+        raise _unsupported(tool, SPLIT_INPUT)
+    check_dims(graph.dims, tool, takes)
+
+
+def check_dims(dims: Dims, tool: str, takes: Collection[str] = ()) -> None:
+    """Return None when a format of `tool` can say what models of these dimensions are. Raises UnsupportedError."""
+    for part, present in (
+        (GROUPED, dims.n_kv_heads != dims.n_heads),
+        (PARALLEL, dims.parallel),
+        (NO_MLP, not dims.has_mlp),
+    ):
+        if present and part not in takes:
+            raise _unsupported(tool, part)
+
+
+def bounded_graph(dims: Dims, where: str, *, split_input: bool = False) -> Graph:
+    """The plain graph of these dimensions. Raises FormatError, before it is made, when it is too large."""
+    writers = 2 + dims.n_layers * (dims.n_heads + 1)
+    readers = 1 + dims.n_layers * (dims.n_heads + 2 * dims.n_kv_heads + 1)
+    if writers * readers > MAX_GRAPH_CELLS:
+        raise FormatError(f"{where} describes a model of {writers} writers and {readers} readers, which is too large.")
+    return graph_of(dims, split_input=split_input)
+
+
+def edge_place(graph: Graph, writer: str, reader: str, shown: str, where: str) -> tuple[int, int]:
+    """(reader row, writer row) of an edge that the file calls `shown`. Raises FormatError, in one line, by name."""
+    for name, kind, known in ((writer, "writer", graph.writer_index), (reader, "reader", graph.reader_index)):
+        if name not in known:
+            near = difflib.get_close_matches(name[:40], list(known), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise FormatError(f"{where}: edge {clipped(shown)} has a {kind} that the model does not have.{hint}")
+    r, w = graph.reader_index[reader], graph.writer_index[writer]
+    if not graph.possible[r, w]:
+        raise FormatError(f"{where}: there is no edge {clipped(shown)}: {writer} is not computed before {reader}.")
+    return r, w
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def clipped(value: object) -> str:
+    """The value as Python writes it, on one line and at most 100 characters long, however long or deep it is."""
+    shown = _SHORT.repr(value)
+    return shown if len(shown) <= 100 else f"{shown[:97]}..."
+
+
+def _unsupported(tool: str, part: str) -> UnsupportedError:
+    return UnsupportedError(f"{tool} has no way to say: {part}. Such a circuit is neither written nor read.")

@@ -1,0 +1,64 @@
+"""How scores that another tool wrote were made, which its file does not say; and the circuit that comes of a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechinterp.base.errors import FormatError, InputError
+from mechinterp.graphs.circuit import Circuit, on_paths
+from mechinterp.graphs.graph import Graph
+from mechinterp.graphs.scores import Parameter, Scores
+
+
+@dataclass(frozen=True)
+class Made:
+    """How the scores of a file were made: all that a circuit file says of scores; it must be known from elsewhere.
+
+    `rise_of` says what a score is the rise of when the edge is replaced: a `loss` (positive = the edge helps, as here)
+    or a `performance` such as the logit difference itself (negative = the edge helps; turned round on reading). No
+    file says which, and MIB's own repository has both: see `eap_ig.py`.
+    """
+
+    method: str
+    metric: str
+    replacement: str
+    examples: int
+    rise_of: Literal["loss", "performance"]
+
+    def __post_init__(self) -> None:
+        if type(self.examples) is not int or self.examples < 1:
+            raise InputError(f"examples is how many the scores are a mean over, at least 1; got {self.examples!r}.")
+        if self.rise_of not in ("loss", "performance"):
+            raise InputError(f"rise_of is 'loss' or 'performance'; got {self.rise_of!r}.")
+
+
+def circuit_from(
+    graph: Graph,
+    stated: Bool[Tensor, "reader writer"],
+    table: Float[Tensor, "reader writer"] | None,
+    made: Made | None,
+    where: str,
+    **selection: Parameter,
+) -> Circuit:
+    """The circuit of the edges that a file states, less those on no path; with its scores where `made` is given.
+
+    `n_selected` of the circuit is how many the file states. A file of scores alone gives a circuit without edges, from
+    whose `graph` and `scores` `select` makes one. Raises FormatError when nothing is stated, or nothing of use.
+    """
+    kept = on_paths(graph, stated)
+    n_stated = int(stated.sum())
+    if n_stated and not bool(kept.any()):
+        raise FormatError(f"{where}: none of the {n_stated} edges lies on a path from the input to the logits.")
+    if not n_stated and (table is None or made is None):
+        hint = "" if table is None else " Its scores are read when made= says how they were made."
+        raise FormatError(f"{where} states no edge that is in the circuit.{hint}")
+    scores = None
+    if table is not None and made is not None:
+        sign = 1 if made.rise_of == "loss" else -1
+        total = sign * table.double() * made.examples
+        scores = Scores(graph, total, made.examples, made.method, made.metric, made.replacement)
+    return Circuit(graph, kept, n_stated, {"rule": "imported", **selection}, scores)

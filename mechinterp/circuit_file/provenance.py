@@ -1,0 +1,89 @@
+"""What a circuit file says about the model, its tokenizer, the graph and the software that was used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any
+
+from mechinterp.circuit_file.schema import DimsRecord, ModelRecord, Provenance, TokenizerRecord
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.layout import Dims
+
+DISTRIBUTIONS = {
+    "mechinterp": "mechinterp-circuits",
+    "torch": "torch",
+    "transformers": "transformers",
+    "transformer_lens": "transformer-lens",
+}
+LOADER = "transformer_lens TransformerBridge"
+
+
+def versions() -> dict[str, str]:
+    """The versions that numbers can depend on, without a build's local part (`+cpu`)."""
+    found = {"python": platform.python_version()}
+    for name, distribution in DISTRIBUTIONS.items():
+        try:
+            found[name] = metadata.version(distribution).partition("+")[0]
+        except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+            found[name] = "not installed"
+    return found
+
+
+def provenance_of(model: HookManager, command: str | None) -> Provenance:
+    """Versions, the kind of device (`cpu`, `cuda`, `mps`), and the command."""
+    return Provenance(versions=versions(), device=model.device.type, command=command)
+
+
+def model_record(model: HookManager) -> ModelRecord:
+    """Where the model came from and what it is; hashes all weights as they are now."""
+    info = model.info
+    return ModelRecord.model_validate(
+        {
+            "name": info.name,
+            "origin": info.origin,
+            "revision": info.revision,
+            "weights_sha256": info.weights_sha256(),
+            "architecture": info.architecture,
+            "dims": asdict(model.dims),
+            "processing": info.processing,
+            "dtype": dtype_name(model),
+            "loader": LOADER,
+        }
+    )
+
+
+def dtype_name(model: HookManager) -> str:
+    """The dtype of the weights as `load_model` takes it, such as `float32`."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+def dims_of(record: DimsRecord) -> Dims:
+    """The sizes of the model that a file describes."""
+    return Dims(**record.model_dump())
+
+
+def tokenizer_record(tokenizer: Any, prepend_bos: bool | None) -> TokenizerRecord | None:
+    """The tokenizer's identity, or None when the model has none."""
+    if tokenizer is None:
+        return None
+    return TokenizerRecord(
+        kind=type(tokenizer).__name__,
+        n_tokens=len(tokenizer),
+        vocabulary_sha256=vocabulary_sha256(tokenizer),
+        prepend_bos=prepend_bos,
+    )
+
+
+def vocabulary_sha256(tokenizer: Any) -> str:
+    """sha256 over the words with their ids and the special tokens.
+
+    Not over the serialised tokenizer, whose form changes with the version of the library; that the same texts give
+    the same ids is what the digest of the pairs checks.
+    """
+    special = {name: str(getattr(tokenizer, f"{name}_token", None)) for name in ("bos", "eos", "unk", "pad")}
+    text = json.dumps([sorted(tokenizer.get_vocab().items()), special], ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()

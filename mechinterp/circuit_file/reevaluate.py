@@ -1,0 +1,160 @@
+"""`discover-circuit eval`: a circuit file on held-out pairs of its own task or of another one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mechinterp.base.errors import InputError, MechInterpError
+from mechinterp.circuit_file.circuit_file import load_circuit
+from mechinterp.circuit_file.records import pairs_of, task_of
+from mechinterp.circuit_file.schema import CircuitFile, FileTaskRecord, TaskRecord
+from mechinterp.circuit_file.store import check_hashes, open_circuit_file
+from mechinterp.circuit_file.verify.verification import load_stated_model
+from mechinterp.evaluation.against_random import necessity_test, sufficiency_test
+from mechinterp.evaluation.completeness import completeness
+from mechinterp.evaluation.faithfulness import Evaluation, evaluate
+from mechinterp.evaluation.hypotheses import HypothesisTest, equivalence_test, independence_test
+from mechinterp.evaluation.minimality import node_minimality
+from mechinterp.graphs.circuit import Circuit
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.tasks.pair_files import load_pairs
+from mechinterp.tasks.pairs import Pairs
+from mechinterp.tasks.source import FileSource
+from mechinterp.tasks.task import load_task
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Reevaluation:
+    """A circuit on some pairs. `tests` has completeness and a row per hypothesis test, `nodes` what the metric is
+    after each node is cut out of the circuit, too; None when not asked for."""
+
+    circuit: Circuit
+    evaluation: Evaluation
+    on: str
+    notes: tuple[str, ...]
+    tests: pd.DataFrame | None = None
+    nodes: pd.DataFrame | None = None
+
+    def to_frame(self) -> pd.DataFrame:
+        """A tidy table: quantity, value."""
+        e = self.evaluation
+        low, high = e.faithfulness_ci
+        rows: list[tuple[str, object]] = [
+            ("faithfulness", f"{e.faithfulness:.3f} [{low:.3f}, {high:.3f}]"),
+            ("per example, quartiles", " ".join(f"{value:.3f}" for value in e.example_quartiles)),
+            (f"{e.metric}: circuit", f"{e.circuit_value:.4g}"),
+            (f"{e.metric}: full model", f"{e.full_value:.4g}"),
+            (f"{e.metric}: empty circuit", f"{e.empty_value:.4g}"),
+            ("KL(full || circuit), nats", f"{e.kl:.4g}"),
+        ]
+        if e.accuracy is not None and e.accuracy_full is not None:
+            rows.append(("accuracy: circuit, full model", f"{e.accuracy:.1%}, {e.accuracy_full:.1%}"))
+        if e.random_faithfulness:
+            rows.append(("random circuits of this size", " ".join(f"{value:.3f}" for value in e.random_faithfulness)))
+        rows.append(("examples", str(e.n_examples)))
+        rows.append(("ablation", f"{e.ablation.component} -> {e.ablation.value}; positions: {e.ablation.positions}"))
+        return pd.DataFrame(rows, columns=["quantity", "value"])
+
+
+def reevaluate(
+    file: str | Path,
+    *,
+    task: str | None = None,
+    model: Any = None,
+    metric: str | None = None,
+    replacement: str | None = None,
+    tests: bool = False,
+    examples: int = 200,
+    seed: int = 0,
+    device: str | None = None,
+    batch_size: int = 32,
+    progress: Progress = lambda stage, done, total: None,
+) -> Reevaluation:
+    """The circuit of a file on held-out pairs of `task` (a task, a task file, a file of pairs; default: its own task).
+
+    `metric` and `replacement` are by default the task's and those of the file's evaluation. A file of pairs that the
+    circuit was found on is cut as then: only the pairs that its evaluation was on are taken. The file's hashes are
+    checked first. A model with other weights than the file's is allowed when its dimensions are
+    the same, and noted. Cost: see `evaluate`; the tests take about 300 forwards more.
+    """
+    opened = open_circuit_file(file)
+    check_hashes(opened)
+    document, circuit = opened.document, load_circuit(file)
+    progress("model", 0, 1)
+    manager = load_stated_model(document, opened.path, model, device)
+    progress("model", 1, 1)
+    notes: list[str] = []
+    if document.model.weights_sha256 is None:
+        notes.append(f"the file does not state the weights of {document.model.name}; they were not compared.")
+    elif manager.info.weights_sha256() != document.model.weights_sha256:
+        notes.append(f"the weights of {manager.info.name} are not those of the file's model ({document.model.name}).")
+    on, pairs, default = _pairs(document, task, manager, examples, seed)
+    stated = document.evaluation[0].ablation.value if document.evaluation else "corrupt"
+    shared: dict[str, Any] = {
+        "metric": metric or default,
+        "replacement": replacement or stated,
+        "batch_size": batch_size,
+    }
+    found = evaluate(manager, circuit, pairs, seed=seed, **shared, progress=partial(progress, "evaluation"))
+    if not tests:
+        return Reevaluation(circuit, found, on, tuple(notes))
+    frame, nodes = _tests(manager, circuit, pairs, seed, shared, progress)
+    return Reevaluation(circuit, found, on, tuple(notes), frame, nodes)
+
+
+def _tests(
+    model: HookManager, circuit: Circuit, pairs: Pairs, seed: int, shared: dict[str, Any], progress: Progress
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    complete = completeness(model, circuit, pairs, seed=seed, **shared, progress=partial(progress, "completeness"))
+    nodes = node_minimality(model, circuit, pairs, **shared, progress=partial(progress, "minimality"))
+    worst = complete.worst
+    knocked = f"the worst of {len(complete.sets)} knock-outs; 0 if the circuit were complete"
+    rows: list[tuple[str, str, str]] = [("incompleteness", f"{worst.incompleteness:.3g}", knocked)]
+    kinds: list[tuple[str, Callable[..., HypothesisTest]]] = [
+        ("equivalence", equivalence_test),
+        ("independence", partial(independence_test, seed=seed)),
+    ]
+    kinds.append(("sufficiency", partial(sufficiency_test, seed=seed)))
+    # Against random circuits of other edges: on a small graph almost any random circuit is destructive to cut.
+    kinds.append(("partial necessity", partial(necessity_test, seed=seed, drawn_from="complement")))
+    for name, test in kinds:
+        try:
+            result = test(model, circuit, pairs, **shared, progress=partial(progress, name))
+        except MechInterpError as error:  # a test that does not apply here takes none of the others away
+            rows.append((name, "not run", str(error)))
+            continue
+        rows.append((name, f"p {result.p_value:.2g}", result.verdict))
+    table = nodes.to_frame().filter(["name", "edges", "after", "change", "share"])
+    return pd.DataFrame(rows, columns=["test", "result", "verdict"]), table
+
+
+def _pairs(document: CircuitFile, task: str | None, model: HookManager, n: int, seed: int) -> tuple[str, Pairs, str]:
+    """What the pairs are of, the pairs, and the metric."""
+    if task is None:
+        metric = document.evaluation[0].metric.name if document.evaluation else "logit_diff"
+        if isinstance(document.task, TaskRecord):
+            own = task_of(document.task)
+            return own.name, own.pairs(model, n=n, split="test", seed=seed), metric
+        if not document.evaluation:
+            raise InputError("The file names no task and no evaluation; say on what to evaluate: --task.")
+        name = document.evaluation[0].pairs
+        return f"the file's pairs {name!r}", pairs_of(document.pairs[name], None, model)[:n], metric
+    if Path(task).suffix.lower() in (".jsonl", ".csv"):
+        loaded = load_pairs(task, model)
+        source = loaded.source
+        found_on = document.task.sha256 if isinstance(document.task, FileTaskRecord) else None
+        if isinstance(source, FileSource) and source.sha256 == found_on:
+            return _pairs(document, None, model, n, seed)
+        pairs = loaded[:n]
+        answered = pairs.right is not None and pairs.wrong is not None
+        return task, pairs, "logit_diff" if answered else "kl_to_clean"
+    other = load_task(task)
+    return other.name, other.pairs(model, n=n, split="test", seed=seed), other.metric

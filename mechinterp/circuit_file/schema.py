@@ -1,0 +1,526 @@
+"""What a circuit file may say: the pydantic model that the published JSON Schema is generated from.
+
+`extensions` is the one free place. Nothing here reads a file or needs torch.
+
+The parts of a circuit file: small pydantic models whose field names are the file's.
+
+Every part refuses unknown keys by name; numbers are finite and whole numbers are whole.
+
+Sets of examples as a circuit file holds them: what makes them again, or their token ids.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mechinterp.base.canonical_json import canonical_sha256
+from mechinterp.circuit_file.limits import (
+    MAX_EVALUATIONS,
+    MAX_EXAMPLES,
+    MAX_GRAPH_CELLS,
+    MAX_NAMED,
+    MAX_NODES,
+    MAX_PADDED,
+    MAX_PAIRS,
+    MAX_POINTS,
+    MAX_PREDICTIONS,
+    MAX_RANDOM,
+    MAX_ROLES,
+    MAX_TOKEN_IDS,
+    MAX_WORDS,
+)
+from mechinterp.evaluation.predictions import ON_PAIRS, Prediction
+from mechinterp.tasks.schema import Strict
+
+SCORE_SIGN = "positive = the edge helps the task"
+
+Text = Annotated[str, Field(max_length=10_000)]
+Label = Annotated[str, Field(min_length=1, max_length=1000)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
+Small = Annotated[int, Field(strict=True, ge=1, le=2**31)]
+Seed = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)]
+Index = Annotated[int, Field(strict=True, ge=-1, lt=2**31)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
+Parameter = Flag | Annotated[int, Field(strict=True)] | Number | Text
+Version = Annotated[int, Field(strict=True, ge=1, le=10**6)]
+Named = Field(max_length=MAX_NAMED)
+Neurons = Annotated[tuple[Count, ...], Field(max_length=MAX_NODES)]
+SidecarName = Annotated[
+    str, Field(pattern=r"^[^-./\\:\x00-\x1f][^/\\:\x00-\x1f]*\.scores\.safetensors$", max_length=200)
+]
+"""A plain file name beside the circuit file: no folder, no drive, not hidden, not like an option."""
+
+
+class Citation(Strict):
+    """What to cite; every part is optional."""
+
+    title: Label | None = None
+    authors: Annotated[tuple[Label, ...], Named] = ()
+    doi: Label | None = None
+    arxiv: Label | None = None
+    url: Label | None = None
+    bibtex: Text | None = None
+
+
+class Origin(Strict):
+    """What the circuit was made from, when it was not discovered here."""
+
+    source: Label
+    path: Label | None = None
+    commit: Label | None = None
+    note: Text | None = None
+
+
+class DimsRecord(Strict):
+    """Sizes and shape of the model: `mechinterp.models.layout.Dims`, name by name."""
+
+    n_layers: Small
+    n_heads: Small
+    n_kv_heads: Small
+    d_model: Small
+    d_head: Small
+    d_vocab: Small
+    d_vocab_out: Small
+    n_ctx: Small
+    has_mlp: Flag
+    parallel: Flag
+    causal: Flag
+
+    @model_validator(mode="after")
+    def _sensible(self) -> DimsRecord:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
+        self.check_graph()
+        return self
+
+    def check_graph(self, n_positions: int = 1, n_neurons: int = 0) -> None:
+        """Return None when the graph of so many named positions and neurons is one that a file may describe.
+
+        Raises ValueError otherwise.
+        """
+        writers = 2 + self.n_layers * (self.n_heads + 1) + n_neurons
+        readers = 1 + self.n_layers * (self.n_heads + 2 * self.n_kv_heads + 1) * n_positions
+        if writers * readers > MAX_GRAPH_CELLS:
+            raise ValueError(f"a graph of {writers} writers and {readers} readers is larger than this version reads")
+
+
+class ModelRecord(Strict):
+    """The model that the circuit is of. `name` is what `load_model` takes (a label when origin is memory)."""
+
+    name: Label
+    origin: Literal["bundled", "directory", "hub", "memory"]
+    revision: Label | None = None
+    weights_sha256: Sha256 | None = None
+    """Of the weights as they were loaded; null only in a published circuit that was never run here."""
+    architecture: Label
+    dims: DimsRecord
+    processing: Literal["raw", "compatibility"]
+    dtype: Literal["float64", "float32", "bfloat16", "float16"]
+    attention: Label = "eager"
+    loader: Label
+
+
+class TokenizerRecord(Strict):
+    """`vocabulary_sha256` is over the words with their ids and the special tokens."""
+
+    kind: Label
+    n_tokens: Count
+    vocabulary_sha256: Sha256
+    prepend_bos: Flag | None = None
+    """Whether the pairs begin with BOS; null when they were made from token ids."""
+    padding_side: Literal["right"] = "right"
+
+
+class GraphRecord(Strict):
+    """Which edges could have been chosen."""
+
+    granularity: Literal["edge", "node"] = "edge"
+    """What was chosen as one: edges, or nodes with all edges out of them."""
+    split_input: Flag
+    positions: Annotated[tuple[Label, ...], Named] | None = None
+    """The positions that edges are told apart by, the last one `rest`; null: edges are at all positions."""
+    answers: Label | None = None
+    """Which of them the answers are at."""
+    neurons: Annotated[tuple[Neurons, ...], Field(max_length=10_000)] | None = None
+    """Per layer the neurons that are nodes by themselves; null: MLPs are whole."""
+    key_value: Literal["per kv head"] = "per kv head"
+    n_writers: Count
+    n_readers: Count
+    n_edges: Count
+    sha256: Sha256
+
+
+class Position(Strict):
+    """A named position of the circuit's nodes."""
+
+    description: Text
+
+
+class Role(Strict):
+    """Nodes that do the same job."""
+
+    label: Label
+    description: Text = ""
+    color: Annotated[str, Field(pattern=r"^#[0-9a-f]{6}$")] | None = None
+    nodes: Annotated[tuple[Label, ...], Field(max_length=MAX_NODES)]
+
+
+class RoleEdge(Strict):
+    """What the nodes of one role send to those of another, as a publication states it; `edges` spell it out."""
+
+    source: Label
+    """A role, or `input`."""
+    target: Label
+    """A role, or `logits`."""
+    inputs: Annotated[tuple[Literal["q", "k", "v"], ...], Field(max_length=3)] = ()
+    """Which inputs of the target's heads; empty for MLPs and `logits`."""
+    positions: Annotated[dict[Label, Label], Named] | None = None
+    """Per input (or `logits`) the token position at which it is read, where the source states one."""
+    note: Text | None = None
+
+
+class EdgeRecord(Strict):
+    """One edge of the circuit; its score has 6 significant digits, the sidecar has all of them."""
+
+    name: Annotated[str, Field(max_length=64)]
+    score: Number | None = None
+
+
+class TaskContent(Strict):
+    """A task that is not one of the package's: all that is needed to make its pairs again."""
+
+    spec: dict[str, Any]
+    lists: Annotated[dict[Label, Annotated[tuple[Text, ...], Field(max_length=MAX_WORDS)]], Named]
+
+
+class TaskRecord(Strict):
+    """A task of the package (`bundled`) or of a YAML file (`content` then holds it)."""
+
+    kind: Literal["task"] = "task"
+    name: Label
+    version: Version
+    sha256: Sha256
+    title: Text
+    source: Text
+    bundled: Flag
+    path: Label | None = None
+    content: TaskContent | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> TaskRecord:
+        if self.bundled == (self.content is not None):
+            raise ValueError("a task is bundled, or its content is given; exactly one of them")
+        return self
+
+
+class FileTaskRecord(Strict):
+    """A file of the user's own pairs; the token ids that were used are under `pairs`."""
+
+    kind: Literal["file"] = "file"
+    name: Label
+    path: Label | None = None
+    sha256: Sha256
+
+
+class TokensTaskRecord(Strict):
+    """Pairs that were made in Python; the token ids are under `pairs`."""
+
+    kind: Literal["tokens"] = "tokens"
+    name: Label
+
+
+class MetricRecord(Strict):
+    """How the task is measured, at the answer positions of the pairs."""
+
+    name: Label
+    direction: Literal["higher is better", "lower is better"]
+    unit: Label
+    positions: Literal["answer_pos"] = "answer_pos"
+
+
+class SizeRule(Strict):
+    """How the number of edges was chosen when nobody gave it."""
+
+    rule: Literal["smallest size whose faithfulness reaches the target"] = (
+        "smallest size whose faithfulness reaches the target"
+    )
+    target: Number
+    pairs: Label
+    """The examples on which it was measured."""
+
+
+class SelectionRecord(Strict):
+    """How the edges were chosen from the scores: `parameters` are those of `mechinterp.select`."""
+
+    parameters: Annotated[dict[Label, Parameter], Named]
+    n_selected: Count
+    """Edges that the rule chose (all those out of a chosen node), before those on no path from the input to the logits
+    were dropped."""
+    n_edges: Count
+    size: SizeRule | None = None
+
+
+class DiscoveryRecord(Strict):
+    """How the scores were made."""
+
+    method: Label
+    parameters: Annotated[dict[Label, Parameter], Named]
+    replacement: Label
+    metric: MetricRecord
+    pairs: Label | None = None
+    n_examples: Count
+    score_sign: Literal["positive = the edge helps the task"] = SCORE_SIGN
+    cost: Annotated[dict[Label, Count], Named]
+    """Examples run forward and backward."""
+
+
+class AblationRecord(Strict):
+    """The six axes that define an ablation (Miller et al. 2024, arXiv 2407.08734)."""
+
+    granularity: Label
+    component: Label
+    value: Label
+    positions: Label
+    direction: Label
+    set: Label
+
+
+class Tolerance(Strict):
+    """A re-run agrees when |got - stated| <= absolute + relative * |stated|."""
+
+    relative: Annotated[Number, Field(ge=0, le=0.1)]
+    absolute: Annotated[Number, Field(ge=0, le=0.1)]
+
+
+class EvaluationRecord(Strict):
+    """What the circuit alone does: the numbers of `mechinterp.evaluate` at 6 significant digits."""
+
+    pairs: Label
+    reference: Label | None = None
+    metric: MetricRecord
+    ablation: AblationRecord
+    n_examples: Count
+    n_edges: Count
+    n_edges_graph: Annotated[int, Field(strict=True, ge=1, le=2**53)]
+    circuit_value: Number
+    full_value: Number
+    empty_value: Number
+    faithfulness: Number
+    faithfulness_ci: tuple[Number, Number]
+    ci_level: Number
+    example_quartiles: tuple[Number, Number, Number]
+    n_ratio: Count
+    kl: Number
+    accuracy: Number | None = None
+    accuracy_full: Number | None = None
+    random_faithfulness: Annotated[tuple[Number, ...], Field(max_length=MAX_RANDOM)]
+    seed: Seed
+    tolerance: Tolerance
+
+
+class CurvePointRecord(Strict):
+    """Faithfulness of the circuit that the same rule gives at another size."""
+
+    n_selected: Count
+    n_edges: Count
+    faithfulness: Number
+
+
+class CurveRecord(Strict):
+    """Faithfulness against size."""
+
+    pairs: Label
+    metric: Label
+    replacement: Label
+    points: Annotated[tuple[CurvePointRecord, ...], Field(min_length=1, max_length=MAX_POINTS)]
+
+
+class Provenance(Strict):
+    """With what the file was made."""
+
+    versions: Annotated[dict[Label, Label], Named]
+    device: Label
+    command: Text | None = None
+
+
+class Sidecar(Strict):
+    """The file of all scores, beside this one."""
+
+    file: SidecarName
+    sha256: Sha256
+
+
+class Integrity(Strict):
+    """`circuit_sha256` is for citing; `file_sha256` is over everything here but itself."""
+
+    circuit_sha256: Sha256
+    file_sha256: Sha256
+    sidecar: Sidecar | None = None
+
+
+Row = Annotated[tuple[Index, ...], Field(max_length=MAX_TOKEN_IDS)]
+Rows = Annotated[tuple[Row, ...], Field(max_length=10**6)]
+
+
+class TaskPairs(Strict):
+    """Pairs that the task makes again from these."""
+
+    kind: Literal["task"] = "task"
+    split: Label
+    seed: Seed
+    prepend_bos: Flag
+
+
+class TokenPairs(Strict):
+    """Pairs as token ids, without padding; -1 is no entry in answers and answer positions."""
+
+    kind: Literal["tokens"] = "tokens"
+    clean: Rows
+    corrupt: Rows
+    right: Rows | None = None
+    wrong: Rows | None = None
+    answer_pos: Rows
+    positions: Annotated[dict[Label, Annotated[tuple[Index, ...], Field(max_length=10**6)]], Named] = Field(
+        default_factory=dict
+    )
+
+    @model_validator(mode="after")
+    def _can_be_padded(self) -> TokenPairs:
+        for name in ("clean", "corrupt", "right", "wrong", "answer_pos"):
+            rows: tuple[tuple[int, ...], ...] = getattr(self, name) or ()
+            longest = max(map(len, rows), default=0)
+            if longest * len(rows) > MAX_PADDED:
+                raise ValueError(f"{name} has {len(rows)} rows, padded to {longest} ids more than {MAX_PADDED}")
+        if len(self.positions) * len(self.clean) > MAX_PADDED:
+            raise ValueError(f"{len(self.positions)} positions of {len(self.clean)} rows are too many")
+        return self
+
+
+class PairsRecord(Strict):
+    """One set of examples. `sha256` is over the token ids, answers and positions themselves."""
+
+    n: Count
+    sha256: Sha256
+    made_from: Annotated[TaskPairs | TokenPairs, Field(discriminator="kind")]
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> PairsRecord:
+        if isinstance(self.made_from, TaskPairs) and self.n > MAX_EXAMPLES:
+            raise ValueError(f"n is {self.n}; a file states at most {MAX_EXAMPLES} examples of a task")
+        return self
+
+
+SCHEMA_VERSION = 1
+"""Sets of examples; each is made again."""
+
+
+class CircuitFile(Strict):
+    """A circuit file: which circuit of which model, how it was found, what it does, and how to check that."""
+
+    schema_version: Literal[1]
+    kind: Literal["circuit"]
+    id: Label
+    title: Label
+    description: Text = ""
+    license: Label | None = None
+    created_utc: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")] | None = None
+    citation: Citation | None = None
+    derived_from: Annotated[tuple[Origin, ...], Named] = ()
+    status: Literal["published", "discovered", "ground-truth", "imported"]
+    model: ModelRecord
+    tokenizer: TokenizerRecord | None = None
+    graph: GraphRecord
+    positions: Annotated[dict[Label, Position], Named] = Field(default_factory=dict)
+    """The named positions that nodes are restricted to; empty: every node is at all positions."""
+    roles: Annotated[dict[Label, Role], Field(max_length=MAX_ROLES)] = Field(default_factory=dict)
+    role_edges: Annotated[tuple[RoleEdge, ...], Field(max_length=MAX_ROLES)] | None = None
+    """The claim between roles that the edges were made from by a rule; null: there is none."""
+    nodes: Annotated[tuple[Label, ...], Field(max_length=MAX_NODES)]
+    edges: Annotated[tuple[EdgeRecord, ...], Field(min_length=1, max_length=MAX_GRAPH_CELLS)]
+    task: Annotated[TaskRecord | FileTaskRecord | TokensTaskRecord, Field(discriminator="kind")] | None = None
+    pairs: Annotated[dict[Label, PairsRecord], Field(max_length=MAX_PAIRS)] = Field(default_factory=dict)
+    discovery: DiscoveryRecord | None = None
+    selection: SelectionRecord
+    evaluation: Annotated[tuple[EvaluationRecord, ...], Field(max_length=MAX_EVALUATIONS)] = ()
+    curve: CurveRecord | None = None
+    predictions: Annotated[tuple[Prediction, ...], Field(max_length=MAX_PREDICTIONS)] | None = None
+    """What the file predicts, to be measured again; null: nothing."""
+    provenance: Provenance
+    integrity: Integrity
+    extensions: dict[str, Any] = Field(default_factory=dict)
+    """Free for other tools; this package keeps it and reads none of it."""
+
+    @model_validator(mode="after")
+    def _refers_to_what_is_there(self) -> CircuitFile:
+        used = [entry.pairs for entry in self.evaluation] + [entry.reference for entry in self.evaluation]
+        used += [self.discovery.pairs] if self.discovery else []
+        used += [self.curve.pairs] if self.curve else []
+        used += [self.selection.size.pairs] if self.selection.size else []
+        predictions = self.predictions or ()
+        used += [prediction.pairs for prediction in predictions]
+        if len({prediction.name for prediction in predictions}) != len(predictions):
+            raise ValueError("two predictions have the same name")
+        for prediction in predictions:
+            if isinstance(prediction.measure, ON_PAIRS) != (prediction.pairs is not None):
+                raise ValueError(
+                    f"prediction {prediction.name!r}: a measurement on examples names its pairs, others none"
+                )
+        for name in used:
+            if name is not None and name not in self.pairs:
+                raise ValueError(f"pairs {name!r} are used but not described under `pairs`")
+        needs_task = any(isinstance(entry.made_from, TaskPairs) for entry in self.pairs.values())
+        if needs_task and not isinstance(self.task, TaskRecord):
+            raise ValueError("some pairs are made from a task, but no task is given")
+        if self.selection.n_edges != len(self.edges):
+            raise ValueError(f"selection.n_edges is {self.selection.n_edges}, but there are {len(self.edges)} edges")
+        positions, neurons = self.graph.positions or (), self.graph.neurons or ()
+        self.model.dims.check_graph(max(1, len(positions)), sum(map(len, neurons)))
+        nodes = set(self.nodes)
+        for role in self.roles.values():
+            for node in role.nodes:
+                if node not in nodes:
+                    raise ValueError(f"role {role.label!r} names {node!r}, which is no node of the circuit")
+        for edge in self.role_edges or ():
+            for name, end in ((edge.source, "input"), (edge.target, "logits")):
+                if name not in self.roles and name != end:
+                    raise ValueError(f"a role edge names {name!r}, which is neither a role nor {end!r}")
+        if self.model.weights_sha256 is None and (self.status != "published" or self.evaluation or self.discovery):
+            raise ValueError("model.weights_sha256 is missing; only a published circuit without results can do so")
+        return self
+
+
+def circuit_sha256(document: CircuitFile) -> str:
+    """The hash to cite: over model, graph, nodes, edges and positions; not over scores or results.
+
+    The model counts by its weights, architecture, sizes and processing, not by where it was loaded from; by its name
+    and revision where no weights are stated.
+    """
+    model = document.model
+    unhashed = {"name": model.name, "revision": model.revision} if model.weights_sha256 is None else {}
+    return canonical_sha256(
+        {
+            "model": {
+                "weights_sha256": model.weights_sha256,
+                "architecture": model.architecture,
+                "dims": model.dims.model_dump(mode="json"),
+                "processing": model.processing,
+                **unhashed,
+            },
+            "graph": document.graph.model_dump(mode="json", exclude_none=True),
+            "nodes": sorted(document.nodes),
+            "edges": sorted(edge.name for edge in document.edges),
+            "positions": {name: entry.description for name, entry in document.positions.items()},
+        }
+    )
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a circuit file, as it is published in the package."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **CircuitFile.model_json_schema(),
+    }

@@ -1,0 +1,40 @@
+"""The circuit files that can be named without their path: those of the package, and those in ./out."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from mechinterp.base.errors import InputError
+from mechinterp.base.plain_files import exists
+
+
+def stored_files() -> dict[str, Path]:
+    """The circuit files that come with the package, and those in ./out, by name."""
+    package = Path(str(resources.files("mechinterp")))
+    found: dict[str, Path] = {}
+    for folder in (package / "_circuits", package.parent / "circuits", Path("out")):
+        if folder.is_dir():
+            for path in sorted(folder.rglob("*.circuit.json")):
+                found.setdefault(path.name.removesuffix(".circuit.json"), path)
+    return found
+
+
+def find_file(file: str) -> Path:
+    """The circuit file of that path, or of that name among the stored ones."""
+    stored = stored_files()
+    if not exists(file) and file in stored:
+        return stored[file]
+    return Path(file)
+
+
+def about_file(path: Path) -> str:
+    """What a circuit file found, in a line; why it cannot be read, where it cannot."""
+    from mechinterp.circuit_file.store import open_circuit_file
+    from mechinterp.circuit_file.summary import finding
+
+    try:
+        document = open_circuit_file(path).document
+    except InputError as error:
+        return f"cannot be read: {error}"
+    return f"{finding(document)} ({document.model.name}); {path}"

@@ -1,0 +1,135 @@
+"""What a circuit file says, for people: the finding in one sentence, edges and nodes ranked. Imports no torch."""
+
+from __future__ import annotations
+
+import shlex
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mechinterp.circuit_file.schema import CircuitFile, EdgeRecord, Role
+from mechinterp.models.sites import Edge, Node, node_of
+
+METRIC_WORDS = {
+    "logit_diff": "the logit difference",
+    "prob_diff": "the probability difference",
+    "kl_to_clean": "the KL divergence's gap",
+    "l2_to_clean": "the logit distance's gap",
+    "accuracy": "the accuracy",
+}
+
+
+ROLE_COLOURS = (
+    *("#2f5f8f", "#a6611a", "#1b7a5a", "#a13d63", "#6b5b95", "#7a6a00"),
+    *("#3f7f93", "#c23b22", "#5a8f29", "#b07aa1", "#7f4f24", "#4b6cb7"),
+)
+NO_ROLE = "#8b949e"
+"""Nodes without a role, where others have one."""
+
+
+def coloured(roles: Mapping[str, Role]) -> list[tuple[Role, str]]:
+    """Every role with its colour: its own, or the next of a fixed list."""
+    return [(role, role.color or ROLE_COLOURS[i % len(ROLE_COLOURS)]) for i, role in enumerate(roles.values())]
+
+
+@dataclass(frozen=True)
+class NodeSummary:
+    """A node, its role ("" where none is known), its edges in the circuit, and the score of those that leave it.
+
+    `score` is None when nothing leaves it or the edges have no scores.
+    """
+
+    name: str
+    role: str
+    n_in: int
+    n_out: int
+    score: float | None
+
+
+def finding(document: CircuitFile) -> str:
+    """What the file says in one sentence: how many edges recover how much of the metric.
+
+    Without an evaluation it is the circuit's title, which may say anything, and that there is none.
+    """
+    if not document.evaluation:
+        return f"{document.title} (no evaluation)"
+    entry = document.evaluation[0]
+    low, high = (f"{100 * bound:.0f}" for bound in entry.faithfulness_ci)
+    words = METRIC_WORDS.get(entry.metric.name, entry.metric.name)
+    if document.graph.granularity == "node":
+        n_nodes = len(document.nodes) - ("logits" in document.nodes)
+        return (
+            f"{n_nodes:,} nodes ({entry.n_edges:,} of {entry.n_edges_graph:,} edges) recover "
+            f"{100 * entry.faithfulness:.0f} % [{low}, {high}] of {words}"
+        )
+    return (
+        f"{entry.n_edges:,} of {entry.n_edges_graph:,} edges recover {100 * entry.faithfulness:.0f} % [{low}, {high}] "
+        f"of {words}"
+    )
+
+
+def ranked_edges(document: CircuitFile) -> tuple[EdgeRecord, ...]:
+    """The edges, those with the largest scores (either sign) first, then by name."""
+    return tuple(sorted(document.edges, key=lambda edge: (-abs(edge.score or 0.0), edge.name)))
+
+
+def ranked_nodes(document: CircuitFile) -> tuple[NodeSummary, ...]:
+    """The nodes, those with the largest scores (either sign) first, then in the order of the model.
+
+    An edge into a shared key or value head counts as one edge into every head of its group. At named positions a key or
+    value counts for its head at the key's own position.
+    """
+    roles = {name: role.label for role in document.roles.values() for name in role.nodes}
+    group = document.model.dims.n_heads // document.model.dims.n_kv_heads
+    logits_at = f"@{document.graph.answers}" if document.graph.answers else ""
+    n_in: dict[str, int] = defaultdict(int)
+    leaving: dict[str, list[float | None]] = defaultdict(list)
+    for record in document.edges:
+        edge = Edge.parse(record.name)
+        at = f"@{edge.position}" if edge.position else logits_at
+        leaving[f"{edge.writer}{at}"].append(record.score)
+        for node in _heads_of(edge.reader, group):
+            n_in[str(node) if node.kind == "logits" else f"{node}{at}"] += 1
+    found: list[NodeSummary] = []
+    for name in sorted(document.nodes, key=_order):
+        scores = [score for score in leaving[name] if score is not None]
+        if document.graph.granularity == "node":
+            scores = scores[:1]  # the node's own, on each of its edges
+        found.append(
+            NodeSummary(name, roles.get(name, ""), n_in[name], len(leaving[name]), sum(scores) if scores else None)
+        )
+    return tuple(sorted(found, key=lambda node: -abs(node.score or 0.0)))
+
+
+def verify_command(circuit_path: str) -> str:
+    """What to type to verify a circuit file, quoted for a shell."""
+    return f"discover-circuit verify {shlex.quote(circuit_path)}"
+
+
+def _heads_of(reader: Node, group: int) -> tuple[Node, ...]:
+    if reader.kind != "kv_head":
+        return (reader,)
+    return tuple(Node("head", reader.layer, reader.head * group + i) for i in range(group))
+
+
+def _order(name: str) -> tuple[bool, int, bool, int]:
+    node = node_of(name)
+    return (node.kind == "logits", node.layer, node.kind == "mlp", node.head)
+
+
+def stated_predictions(document: CircuitFile) -> list[tuple[str, str, str]]:
+    """Per prediction: what is predicted, what was measured, and what its negative controls measured."""
+    rows: list[tuple[str, str, str]] = []
+    for stated in document.predictions or ():
+        side = "<" if stated.relation == ">=" else ">"
+        controls = [
+            f"{control.measure} {side} {stated.value:.4g}" + _measured(control.measured, ": ")
+            for control in stated.controls
+        ]
+        said = f"{stated.statement} ({stated!r})" if stated.statement else f"{stated!r}"
+        rows.append((said, _measured(stated.measured), "; ".join(controls) or "none"))
+    return rows
+
+
+def _measured(value: float | None, before: str = "") -> str:
+    return "" if value is None else f"{before}{value:.4g}"

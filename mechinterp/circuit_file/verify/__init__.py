@@ -1,0 +1,1 @@
+"""`verify`: every claim of a circuit file, checked again."""

@@ -1,0 +1,147 @@
+"""What `verify` found: claims that hold or fail, one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from mechinterp.base.errors import MechInterpError, ModelNotAvailable
+from mechinterp.circuit_file.schema import Tolerance
+from mechinterp.circuit_file.verify.coverage import NOTHING, Extent
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One thing that a circuit file states, what was found instead when it does not hold, and why."""
+
+    name: str
+    ok: bool
+    expected: str = ""
+    got: str = ""
+    detail: str = ""
+
+    def __str__(self) -> str:
+        if self.ok:
+            return f"ok      {self.name}" + (f": {self.got}" if self.got else "")
+        compared = f"expected {self.expected}, got {self.got}" if self.expected or self.got else ""
+        return f"FAILED  {self.name}: " + "; ".join(filter(None, [compared, self.detail]))
+
+
+@dataclass(frozen=True)
+class FileWarning:
+    """What could mislead a reader of a file whose claims hold: a short name, and a sentence for people."""
+
+    name: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"warning {self.name}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All claims of one circuit file, what could mislead though they hold, and how far the check reached.
+
+    `notes` are differences that are no failure, such as other versions. A file without a failed claim and without
+    `warnings` is what `verify --strict` lets pass.
+    """
+
+    path: Path
+    claims: tuple[Claim, ...]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[FileWarning, ...] = ()
+    extent: Extent = NOTHING
+
+    @property
+    def ok(self) -> bool:
+        """Whether every claim holds."""
+        return bool(self.claims) and all(claim.ok for claim in self.claims)
+
+    @property
+    def failed(self) -> tuple[Claim, ...]:
+        """The claims that do not hold."""
+        return tuple(claim for claim in self.claims if not claim.ok)
+
+    def __str__(self) -> str:
+        n_failed = len(self.failed)
+        end = "every claim holds" if self.ok else f"{n_failed} of {len(self.claims)} claims failed"
+        reach = [f"{heading}: {words}" for heading, words in self.extent.lines()]
+        lines = [*map(str, self.claims), *(f"note    {note}" for note in self.notes), *map(str, self.warnings), *reach]
+        return "\n".join([*lines, f"{self.path}: {end}"])
+
+
+class UnverifiedModel(ModelNotAvailable):
+    """All claims hold that need no model, and the model is not available; `verification` is what was found so far."""
+
+    def __init__(self, message: str, verification: Verification) -> None:
+        super().__init__(message)
+        self.verification = verification
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Collects claims and notes while a file is being checked."""
+
+    claims: list[Claim] = field(default_factory=list[Claim])
+    notes: list[str] = field(default_factory=list[str])
+
+    def equal(self, name: str, got: object, expected: object, detail: str = "") -> bool:
+        """Whether both are equal; recorded as a claim."""
+        ok = got == expected
+        self.claims.append(Claim(name, ok, _short(expected), _short(got), "" if ok else detail))
+        return ok
+
+    def close(self, name: str, got: object, expected: object, tolerance: Tolerance) -> bool:
+        """Whether a number (or each of several) is within the tolerance of the stated one; recorded as a claim."""
+        ok = _close(got, expected, tolerance)
+        limit = f"tolerance {tolerance.absolute:g} + {tolerance.relative:g} of the stated value"
+        self.claims.append(Claim(name, ok, _short(expected), _short(got), "" if ok else limit))
+        return ok
+
+    def holds(self, name: str, ok: bool, expected: str, got: str) -> None:
+        """Record whether what was measured is what was expected of it."""
+        self.claims.append(Claim(name, ok, expected, got))
+
+    def failed(self, name: str, detail: str) -> None:
+        """Record a claim that could not be shown to hold, with the reason."""
+        self.claims.append(Claim(name, False, detail=detail))
+
+    def attempt(self, name: str, make: Callable[[], T]) -> T | None:
+        """What `make` gives, or None when it raises an error of this package, which is the failure of claim `name`."""
+        try:
+            return make()
+        except MechInterpError as error:
+            self.failed(name, str(error))
+            return None
+
+    @contextmanager
+    def claimed(self, name: str) -> Iterator[None]:
+        """An error of this package inside the block is the failure of claim `name`."""
+        try:
+            yield
+        except MechInterpError as error:
+            self.failed(name, str(error))
+
+
+def _close(got: object, expected: object, tolerance: Tolerance) -> bool:
+    if isinstance(got, Sequence) and isinstance(expected, Sequence):
+        return len(got) == len(expected) and all(
+            _close(one, other, tolerance) for one, other in zip(got, expected, strict=True)
+        )
+    if isinstance(got, (int, float)) and isinstance(expected, (int, float)):
+        return abs(got - expected) <= tolerance.absolute + tolerance.relative * abs(expected)
+    return got is None and expected is None
+
+
+def _short(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, tuple) and all(isinstance(part, float) for part in value):
+        return "(" + ", ".join(f"{part:.6g}" for part in value) + ")"
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,168 @@
+"""How far `verify` reaches: what of a circuit file it computes again, what only a hash holds, what nobody checks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from mechinterp.base.errors import clip
+from mechinterp.circuit_file.schema import CircuitFile, TaskRecord
+from mechinterp.circuit_file.setting_types import SELECTION
+from mechinterp.circuit_file.verify.role_support import support_of_roles
+
+RESCORED = "scores again"
+"""The claim that needs `rescore=True`."""
+OF_THE_TASK = "of the task"
+"""What is added to the claim of pairs that are given as token ids, all of which the task was found to make."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a circuit file in words, and the field it is in."""
+
+    field: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Every part of a circuit file in one of three lists.
+
+    What is only hashed is as it was written, and nothing shows that it was true then. Free text is the author's own.
+    """
+
+    recomputed: tuple[Part, ...]
+    only_hashed: tuple[Part, ...]
+    free_text: tuple[Part, ...]
+
+    def lists(self) -> tuple[tuple[str, tuple[Part, ...]], ...]:
+        """The three lists with their headings."""
+        return (
+            ("recomputed", self.recomputed),
+            ("only hash-checked", self.only_hashed),
+            ("free text nobody checked", self.free_text),
+        )
+
+    def lines(self) -> tuple[tuple[str, str], ...]:
+        """The three lists as text: a heading, and its parts with semicolons between, as many as people will read."""
+        return tuple((heading, _listed(parts)) for heading, parts in self.lists())
+
+
+NOTHING = Extent((), (), ())
+_MOST_PARTS, _MOST_LETTERS = 40, 100
+
+
+def _listed(parts: tuple[Part, ...]) -> str:
+    words = [clip(part.words, _MOST_LETTERS) for part in parts[:_MOST_PARTS]]
+    more = [f"{len(parts) - _MOST_PARTS} more"] if len(parts) > _MOST_PARTS else []
+    return "; ".join([*words, *more]) or "nothing"
+
+
+def extent_of(document: CircuitFile, compared: Collection[str] | None = None) -> Extent:
+    """The three lists, by the names of the claims that were compared.
+
+    `compared=None` is what `verify` compares with the model and without `rescore`: what can be said before it runs.
+    """
+    parts = list(_parts(document))
+    if compared is None:
+        compared = {claim for _, claims in parts for claim in claims if claim != RESCORED and OF_THE_TASK not in claim}
+    done = [bool(claims) and set(claims) <= set(compared) for _, claims in parts]
+    return Extent(
+        tuple(part for (part, _), is_done in zip(parts, done, strict=True) if is_done),
+        tuple(part for (part, _), is_done in zip(parts, done, strict=True) if not is_done),
+        tuple(_free_text(document)),
+    )
+
+
+def evaluation_name(document: CircuitFile, number: int) -> str:
+    """What the claims about an evaluation begin with."""
+    return "evaluation" if len(document.evaluation) == 1 else f"evaluation[{number}]"
+
+
+def applies_again(document: CircuitFile) -> bool:
+    """Whether the selection is a rule that can be applied to the scores again."""
+    stated = set(document.selection.parameters)
+    return document.discovery is not None and bool(stated) and stated <= set(SELECTION)
+
+
+def _parts(document: CircuitFile) -> Iterable[tuple[Part, tuple[str, ...]]]:
+    """Every part that is more than text, with the claims that compute it again; none where nothing does."""
+    model, selection, discovery = document.model, document.selection, document.discovery
+    yield Part("integrity", "hashes"), ("file hash", "circuit hash")
+    yield Part("graph", "graph"), ("graph",)
+    yield Part("edges", "that nodes and edges are of this graph"), ("nodes",)
+    yield Part("selection", "choice of the edges"), ("selection",) if applies_again(document) else ()
+    if selection.size is not None:
+        yield Part("selection", "choice of the size"), ("selection.size", "curve.faithfulness")
+    if discovery is not None:
+        yield Part("discovery", f"scores and how they were made ({discovery.method})"), (RESCORED,)
+        yield Part("discovery", "cost of the scores"), ()
+    elif any(edge.score is not None for edge in document.edges):
+        yield Part("edges", "scores of the edges"), ()
+    weights = () if model.weights_sha256 is None else ("model.weights_sha256",)
+    yield Part("model", "model and weights" if weights else "sizes of the model"), ("model.dims", *weights)
+    yield Part("model", f"name of the model ({model.name})"), ("model.origin",) * (model.origin != "memory")
+    if document.tokenizer is not None:
+        yield Part("tokenizer", "tokenizer"), ("tokenizer",)
+    yield from _examples(document)
+    for number, entry in enumerate(document.evaluation):
+        name = evaluation_name(document, number)
+        yield Part("evaluation", f"{name} on {entry.pairs!r}"), (f"{name}.metric", f"{name}.faithfulness")
+    if document.curve is not None:
+        yield Part("curve", "curve over sizes"), ("curve.n_edges", "curve.faithfulness")
+    if document.predictions:
+        claims = tuple(f"prediction {prediction.name}" for prediction in document.predictions)
+        yield Part("predictions", f"{len(claims)} predictions"), claims
+    yield from _roles(document)
+    yield Part("provenance", "versions, device and command"), ()
+
+
+def _roles(document: CircuitFile) -> Iterable[tuple[Part, tuple[str, ...]]]:
+    """Roles as far as predictions carry them."""
+    support = support_of_roles(document)
+    n, without = sum(len(entry.role.nodes) for entry in support), sum(len(entry.without) for entry in support)
+    if n > without:
+        claims = {f"prediction {prediction.name}" for entry in support for prediction in entry.predictions}
+        yield Part("roles", f"predictions about {n - without} of {n} nodes with roles"), tuple(sorted(claims))
+    if without:
+        yield Part("roles", f"roles of {without} of {n} nodes"), ()
+
+
+def _examples(document: CircuitFile) -> Iterable[tuple[Part, tuple[str, ...]]]:
+    """The task and the pairs; what a file holds itself is no more than what it holds."""
+    task = document.task
+    if isinstance(task, TaskRecord):
+        whose = "of the package" if task.bundled else "of the file's own"
+        yield Part("task", f"task {task.name!r} {whose}"), ("task",) if task.bundled else ()
+    elif task is not None:
+        yield Part("task", f"name of the pairs ({task.name})"), ()
+    for name, record in document.pairs.items():
+        if record.made_from.kind == "task":
+            yield Part("pairs", f"pairs {name!r}"), (f"pairs.{name}",)
+        else:
+            claims = (f"pairs.{name} {OF_THE_TASK}",) if isinstance(task, TaskRecord) else ()
+            yield Part("pairs", f"pairs {name!r} as token ids"), claims
+
+
+def _free_text(document: CircuitFile) -> Iterable[Part]:
+    """What the author wrote, and nothing compares with anything."""
+    for name in ("id", "title", "description", "license", "citation"):
+        if getattr(document, name):
+            yield Part(name, name)
+    if document.created_utc:
+        yield Part("created_utc", "date")
+    if document.derived_from:
+        yield Part("derived_from", "sources")
+    yield Part("status", f"status ({document.status})")
+    if document.positions:
+        yield Part("positions", "descriptions of positions")
+    if document.roles:
+        yield Part("roles", "names and descriptions of roles")
+    if document.role_edges:
+        yield Part("role_edges", "edges between roles")
+    if isinstance(document.task, TaskRecord) and not document.task.bundled:
+        yield Part("task", "title and source of the task")
+    if document.predictions:
+        yield Part("predictions", "names and statements of predictions")
+    if document.extensions:
+        yield Part("extensions", "extensions")

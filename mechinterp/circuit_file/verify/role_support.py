@@ -1,0 +1,88 @@
+"""What supports a role: the predictions about its nodes that something could refute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mechinterp.circuit_file.schema import CircuitFile, Role
+from mechinterp.evaluation.predictions import (
+    Attention,
+    Copying,
+    Detector,
+    DirectEffect,
+    EdgesCut,
+    Measure,
+    PartsReplaced,
+    Prediction,
+)
+from mechinterp.models.sites import Edge
+
+
+@dataclass(frozen=True)
+class RoleSupport:
+    """A role of a file, the predictions that its nodes rest on, and the nodes that rest on none."""
+
+    role: Role
+    predictions: tuple[Prediction, ...]
+    without: tuple[str, ...]
+
+
+def support_of_roles(document: CircuitFile) -> tuple[RoleSupport, ...]:
+    """Per role the predictions that support it, and its nodes without one.
+
+    A prediction supports a role when it measures nodes of that role only, has a negative control, and is not vacuous.
+    What the role is called and said to do is not compared with anything.
+    """
+    about: dict[str, list[tuple[frozenset[str], Prediction]]] = {}
+    for prediction in document.predictions or ():
+        nodes = _measured_nodes(prediction.measure)
+        if prediction.controls and not vacuous(prediction):
+            about.setdefault(min(nodes), []).append((nodes, prediction))
+    known: dict[frozenset[str], tuple[tuple[Prediction, ...], frozenset[str]]] = {}  # many roles may be of one node
+    found: list[RoleSupport] = []
+    for role in document.roles.values():
+        own = frozenset(map(_node, role.nodes))
+        if own not in known:
+            some = [entry for node in sorted(own) for entry in about.get(node, ()) if entry[0] <= own]
+            known[own] = tuple(prediction for _, prediction in some), frozenset[str]().union(*(n for n, _ in some))
+        predictions, covered = known[own]
+        found.append(RoleSupport(role, predictions, tuple(n for n in role.nodes if _node(n) not in covered)))
+    return tuple(found)
+
+
+def vacuous(prediction: Prediction) -> bool:
+    """Whether a prediction says nothing: every value that can be measured satisfies it, or nothing can refute it.
+
+    Attention and detectors measure from 0 to 1, copying from -1 to 1. Effects have no such range: there a prediction
+    is vacuous when a node without any effect satisfies it and no control must be on the other side.
+    """
+    lowest, highest = _range(prediction.measure)
+    if lowest is None or highest is None:
+        return not prediction.controls and prediction.holds(0.0)
+    return prediction.holds(lowest) and prediction.holds(highest)
+
+
+def _range(measure: Measure) -> tuple[float | None, float | None]:
+    if isinstance(measure, Copying):
+        return -1.0, 1.0
+    return (0.0, 1.0) if isinstance(measure, (Attention, Detector)) else (None, None)
+
+
+def _measured_nodes(measure: Measure) -> frozenset[str]:
+    """The heads, MLPs and neurons that a measurement is about; of edges, the nodes that they leave."""
+    names: Iterable[str]
+    if isinstance(measure, PartsReplaced):
+        names = measure.parts
+    elif isinstance(measure, EdgesCut):
+        names = (str(Edge.parse(name).writer) for name in measure.edges)
+    elif isinstance(measure, DirectEffect):
+        names = (measure.node,)
+    else:
+        names = (measure.head,)
+    return frozenset(map(_node, names))
+
+
+def _node(name: str) -> str:
+    """The node of a name such as `a9.h9<q>@S2`: without its channel and position."""
+    return name.partition("@")[0].partition("<")[0]

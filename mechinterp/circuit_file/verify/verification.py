@@ -1,0 +1,393 @@
+"""`verify`: a circuit file against its hashes, its model, its pairs, its scores and a new evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mechinterp.base.canonical_json import six_digits
+from mechinterp.base.errors import InputError, MechInterpError, ModelNotAvailable, clip
+from mechinterp.base.plain_files import is_file, is_folder, read_bounded
+from mechinterp.circuit_file.circuit_file import stated_circuit, stated_graph, stated_scores
+from mechinterp.circuit_file.provenance import versions
+from mechinterp.circuit_file.records import (
+    EVALUATION_COUNTS,
+    EVALUATION_NUMBERS,
+    evaluation_record,
+    pairs_of,
+    score_table,
+    task_of,
+    tolerance_for,
+)
+from mechinterp.circuit_file.schema import CircuitFile, CurveRecord, TaskPairs, TaskRecord, Tolerance, circuit_sha256
+from mechinterp.circuit_file.setting_types import SELECTION, STABLE, check_types
+from mechinterp.circuit_file.store import OpenedFile, inside, open_circuit_file
+from mechinterp.circuit_file.verify.claims import Ledger, UnverifiedModel, Verification
+from mechinterp.circuit_file.verify.coverage import applies_again, extent_of
+from mechinterp.circuit_file.verify.discovery_claims import check_discovery
+from mechinterp.circuit_file.verify.model_claims import check_model
+from mechinterp.circuit_file.verify.predicted import check_stated_predictions
+from mechinterp.circuit_file.verify.published import check_published
+from mechinterp.circuit_file.verify.shared_examples import compare_with_discovery, compare_with_task, distinct_prompts
+from mechinterp.circuit_file.verify.warnings import stated_warnings
+from mechinterp.discovery.method import check_settings, score_edges
+from mechinterp.discovery.stable import stable_scores
+from mechinterp.evaluation.faithfulness import ablation_of, evaluate
+from mechinterp.evaluation.sizes import CurvePoint, size_curve, smallest_faithful
+from mechinterp.graphs.circuit import Circuit
+from mechinterp.graphs.scores import Scores
+from mechinterp.graphs.select import select
+from mechinterp.models.hook_manager import HookManager, load_model
+from mechinterp.tasks.pair_files import MAX_BYTES
+from mechinterp.tasks.pairs import Pairs
+from mechinterp.tasks.task import Task, load_task
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total)."""
+
+BOOTSTRAP = "bootstrap_"
+"""How `stable_scores` records its own settings among those of the method."""
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Says nothing."""
+
+
+def verify(
+    path: str | Path,
+    *,
+    model: Any = None,
+    tolerance: float | None = None,
+    rescore: bool = False,
+    device: torch.device | str | None = None,
+    batch_size: int = 32,
+    progress: Progress = no_progress,
+) -> Verification:
+    """Which claims of a circuit file hold: hashes, model, tokenizer, task, pairs, scores, selection, every number.
+
+    The model is loaded as the file states, or is `model` (needed when it was in memory then: anything that
+    `load_model` takes). The evaluation is run again on the circuit in the file; a number holds when it is within the
+    file's tolerance, or within `tolerance` (relative, a tenth of it absolute). Predictions are measured again: each
+    must hold, and no negative control may show it. `rescore=True` runs the discovery again too and compares all scores.
+    Other library versions are notes, not failures; `warnings` are what could mislead though every claim holds, `extent`
+    what was recomputed, what only a hash holds and what is free text.
+
+    Raises FormatError when the file is not a circuit file at all; UnverifiedModel (a ModelNotAvailable) when all claims
+    hold that need no model and the model cannot be had: the hub is out of reach, or it must be given.
+    """
+    opened = open_circuit_file(path)
+    document, ledger = opened.document, Ledger()
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise InputError(f"tolerance must be between 0 and 1; got {tolerance!r}.")
+    progress("file", 0, 1)
+    _check_hashes(opened, ledger)
+    circuit = _check_circuit(opened, ledger)
+    check_discovery(document, ledger)
+    scores = None if circuit is None else circuit.scores
+    progress("model", 0, 1)
+    loaded = _loaded(opened, model, device, ledger)
+    if loaded is not None:
+        check_model(document, loaded, model is not None, ledger)
+    pairs = _check_pairs(opened, loaded, ledger)
+    limit = None if tolerance is None else Tolerance(relative=tolerance, absolute=tolerance / 10)
+    if loaded is not None and circuit is not None and loaded.dims == circuit.graph.dims:
+        for number in range(len(document.evaluation)):
+            progress("evaluation", number, len(document.evaluation))
+            _check_evaluation(document, number, loaded, circuit, pairs, limit, batch_size, ledger)
+        if document.curve is not None and scores is not None:
+            progress("curve", 0, 1)
+            _check_curve(document, document.curve, loaded, scores, pairs, limit, batch_size, ledger)
+        if rescore and scores is not None:
+            _rescore(document, loaded, scores, pairs, limit, batch_size, progress, ledger)
+    elif document.evaluation:
+        ledger.failed("evaluation", "not run: it needs the model and the circuit that the file states")
+    if loaded is not None and document.predictions:
+        progress("predictions", 0, 1)
+        check_stated_predictions(document, loaded, pairs, limit, batch_size, ledger)
+    _note_versions(document, ledger)
+    return _found(opened, pairs, rescore, ledger)
+
+
+def _found(opened: OpenedFile, pairs: dict[str, Pairs], rescored: bool, ledger: Ledger) -> Verification:
+    """All that was found: claims and notes, with what to warn of and how far the check reached."""
+    document = opened.document
+    notes, shared = compare_with_discovery(document, pairs)
+    of_task, foreign = compare_with_task(document, pairs)
+    stated = stated_warnings(document, distinct_prompts(pairs), rescored=rescored)
+    compared = {claim.name for claim in ledger.claims if claim.ok or claim.got}
+    extent = extent_of(document, compared | of_task)
+    claims = tuple(ledger.claims)
+    return Verification(opened.path, claims, (*ledger.notes, *notes), (*stated, *shared, *foreign), extent)
+
+
+def _check_hashes(opened: OpenedFile, ledger: Ledger) -> None:
+    stated = opened.document.integrity
+    changed = "the file was changed after it was written"
+    ledger.equal("file hash", opened.file_sha256, stated.file_sha256, changed)
+    ledger.equal("circuit hash", circuit_sha256(opened.document), stated.circuit_sha256, changed)
+
+
+def _check_circuit(opened: OpenedFile, ledger: Ledger) -> Circuit | None:
+    """The circuit in the file, when there is one, with its scores, when they are what the file states."""
+    document, path = opened.document, opened.path
+    graph = ledger.attempt("graph", lambda: stated_graph(document, path))
+    if graph is None:
+        return None
+    ledger.equal("graph", graph.digest(), document.graph.sha256)
+    scores = ledger.attempt("sidecar", lambda: stated_scores(document, graph, path))
+    circuit = ledger.attempt("edges", lambda: stated_circuit(document, graph, scores, path))
+    if circuit is not None:
+        if scores is not None:
+            _check_scores(document, scores, ledger)
+        _check_selection(circuit, document, ledger)
+        if document.status == "published":
+            check_published(circuit, document, ledger)
+    return circuit
+
+
+def _check_scores(document: CircuitFile, scores: Scores, ledger: Ledger) -> None:
+    table, graph = score_table(scores), scores.graph
+    stated = {edge.name: edge.score for edge in document.edges}
+    found = {name: six_digits(float(table[graph.edge_index(name)])) for name in stated}
+    wrong = [name for name in stated if stated[name] != found[name]]
+    expected = "the sidecar's scores" if not wrong else f"{wrong[0]} = {found[wrong[0]]}"
+    got = "the sidecar's scores" if not wrong else f"{stated[wrong[0]]}"
+    ledger.equal("scores of the edges", got, expected, f"{len(wrong)} of {len(stated)} edges differ from the sidecar")
+
+
+def _check_selection(circuit: Circuit, document: CircuitFile, ledger: Ledger) -> None:
+    """The rule, applied to the scores in the sidecar, must give exactly these edges."""
+    ledger.equal("nodes", document.nodes, circuit.nodes)
+    parameters: dict[str, Any] = dict(circuit.selection)
+    if circuit.scores is None or not applies_again(document):  # which `verify` warns of
+        return
+    with ledger.claimed("selection"):
+        check_types(parameters, SELECTION)
+        again = select(circuit.graph, circuit.scores, **parameters)
+        differ = sorted(set(again.edges) ^ set(circuit.edges))
+        detail = f"{len(differ)} edges differ, first {differ[0]}" if differ else ""
+        ledger.equal("selection", _n_of(circuit.edges, differ), _n_of(again.edges, ()), detail)
+        ledger.equal("selection.n_selected", document.selection.n_selected, again.n_selected)
+
+
+def _n_of(edges: tuple[str, ...], differ: list[str] | tuple[()]) -> str:
+    return f"{len(edges)} edges" + (f" ({', '.join(differ[:3])})" if differ else "")
+
+
+def _loaded(opened: OpenedFile, model: Any, device: torch.device | str | None, ledger: Ledger) -> HookManager | None:
+    """The model, or None with a failed claim; what nobody could open here is no failure of a file that holds so far."""
+    document = opened.document
+    try:
+        return load_stated_model(document, opened.path, model, device)
+    except MechInterpError as error:
+        elsewhere = document.model.origin == "hub" or document.status == "published"
+        if isinstance(error, ModelNotAvailable) and elsewhere and all(claim.ok for claim in ledger.claims):
+            found = f"{opened.path}: the {len(ledger.claims)} claims that need no model hold, the others are unchecked"
+            give = "; give it: verify(model=...)" if document.model.origin == "memory" else ""
+            found += f": model not available offline ({document.model.name}){give}."
+            raise UnverifiedModel(found, _found(opened, {}, False, ledger)) from error
+        ledger.failed("model", str(error))
+        return None
+
+
+def load_stated_model(document: CircuitFile, path: Path, model: Any, device: torch.device | str | None) -> HookManager:
+    """The model that a file names, or the one that is given instead, in the file's dtype when it is given by name."""
+    stated = document.model
+    if model is not None:
+        named = isinstance(model, (str, Path))
+        return load_model(model, dtype=stated.dtype if named else None, device=device if named else None)
+    if stated.origin == "memory":
+        raise ModelNotAvailable(
+            f"The model ({stated.name}) was in memory, no name opens it; give it: verify(model=...)."
+        )
+    name = stated.name
+    if stated.origin == "directory" and not is_folder(name) and is_folder(path.parent / name):
+        name = str(path.parent / name)
+    revision = stated.revision if stated.origin == "hub" else None
+    return load_model(name, revision=revision, dtype=stated.dtype, device=device)
+
+
+def _check_pairs(opened: OpenedFile, model: HookManager | None, ledger: Ledger) -> dict[str, Pairs]:
+    """The pairs that the file states, made again; a set that is not what is stated is left out."""
+    task = _check_task(opened, ledger)
+    made: dict[str, Pairs] = {}
+    for name, record in opened.document.pairs.items():
+        if model is None and isinstance(record.made_from, TaskPairs):
+            ledger.failed(f"pairs.{name}", "not made: the model's tokenizer is needed")
+            continue
+        with ledger.claimed(f"pairs.{name}"):
+            pairs = pairs_of(record, task, model)
+            if ledger.equal(f"pairs.{name}", pairs.digest(), record.sha256) and len(pairs) == record.n:
+                made[name] = pairs
+            ledger.equal(f"pairs.{name}.n", len(pairs), record.n)
+    return made
+
+
+def _check_task(opened: OpenedFile, ledger: Ledger) -> Task | None:
+    record = opened.document.task
+    task = None
+    if isinstance(record, TaskRecord):
+        with ledger.claimed("task"):
+            task = task_of(record)
+            ledger.equal("task", task.digest(), record.sha256, f"task {record.name!r} was changed")
+            for name in ("version", "title", "source"):
+                ledger.equal(f"task.{name}", getattr(task, name), getattr(record, name))
+    if record is None or record.kind == "tokens" or record.path is None:
+        return task
+    name = Path(record.path).name
+    beside = opened.path.parent / name  # nowhere else: a file must not make us open what it names
+    if name in ("", "..") or not is_file(beside):
+        ledger.notes.append(f"{clip(name, 100)} is not beside the circuit file; what that holds of it was used.")
+        return task
+    with ledger.claimed("task file"):
+        found = inside(opened.path, beside)
+        if isinstance(record, TaskRecord):
+            same = load_task(found).digest() == record.sha256
+        else:
+            same = hashlib.sha256(read_bounded(found, MAX_BYTES)).hexdigest() == record.sha256
+        ledger.holds("task file", same, "the file that was used", "that" if same else f"{beside} was changed")
+    return task
+
+
+def _limit(stated: Tolerance, dtype: str, own: Tolerance | None, name: str, ledger: Ledger) -> Tolerance:
+    """The tolerance to use; a file may not state a looser one than its dtype needs."""
+    usual = tolerance_for(dtype)
+    strict = stated.relative <= usual.relative and stated.absolute <= usual.absolute
+    if not strict:
+        detail = f"looser than what {dtype} needs (relative {usual.relative:g}, absolute {usual.absolute:g})"
+        ledger.failed(f"{name}.tolerance", detail)
+    return own or (stated if strict else usual)
+
+
+def _check_evaluation(
+    document: CircuitFile,
+    number: int,
+    model: HookManager,
+    circuit: Circuit,
+    pairs: dict[str, Pairs],
+    limit: Tolerance | None,
+    batch_size: int,
+    ledger: Ledger,
+) -> None:
+    stated = document.evaluation[number]
+    name = "evaluation" if len(document.evaluation) == 1 else f"evaluation[{number}]"
+    absent = [key for key in (stated.pairs, stated.reference) if key is not None and key not in pairs]
+    if absent:
+        ledger.failed(name, f"not run: the pairs {absent[0]!r} are not what the file states")
+        return
+    with ledger.claimed(name):
+        limit = _limit(stated.tolerance, document.model.dtype, limit, name, ledger)
+        kind = stated.ablation.value
+        ledger.equal(f"{name}.ablation", stated.ablation.model_dump(), asdict(ablation_of(circuit.graph, kind)))
+        result = evaluate(
+            model,
+            circuit,
+            pairs[stated.pairs],
+            metric=stated.metric.name,
+            replacement=kind,
+            reference=None if stated.reference is None else pairs[stated.reference],
+            n_random=len(stated.random_faithfulness),
+            seed=stated.seed,
+            batch_size=batch_size,
+        )
+        got = evaluation_record(result, stated.pairs, stated.reference, document.model.dtype)
+        ledger.equal(f"{name}.metric", got.metric, stated.metric)
+        for field in EVALUATION_COUNTS:
+            ledger.equal(f"{name}.{field}", getattr(got, field), getattr(stated, field))
+        for field in EVALUATION_NUMBERS:
+            ledger.close(f"{name}.{field}", getattr(got, field), getattr(stated, field), limit)
+
+
+def _check_curve(
+    document: CircuitFile,
+    curve: CurveRecord,
+    model: HookManager,
+    scores: Scores,
+    pairs: dict[str, Pairs],
+    limit: Tolerance | None,
+    batch_size: int,
+    ledger: Ledger,
+) -> None:
+    parameters: dict[str, Any] = dict(document.selection.parameters)
+    points = [CurvePoint(p.n_selected, p.n_edges, p.faithfulness) for p in curve.points]
+    size = document.selection.size
+    if size is not None:
+        with ledger.claimed("selection.size"):
+            got = parameters.get("nodes", parameters.get("edges"))
+            ledger.equal("selection.size", got, smallest_faithful(points, size.target))
+    if curve.pairs not in pairs:
+        ledger.failed("curve", f"not run: the pairs {curve.pairs!r} are not what the file states")
+        return
+    with ledger.claimed("curve"):
+        check_types({name: parameters[name] for name in ("rule", "by", "ratio") if name in parameters}, SELECTION)
+        again = size_curve(
+            model,
+            scores,
+            pairs[curve.pairs],
+            [point.n_selected for point in points],
+            rule=parameters.get("rule", "top"),
+            by=parameters.get("by", "magnitude"),
+            ratio=parameters.get("ratio"),
+            metric=curve.metric,
+            replacement=curve.replacement,
+            batch_size=batch_size,
+        )
+        limit = limit or tolerance_for(document.model.dtype)
+        ledger.equal("curve.n_edges", tuple(p.n_edges for p in again), tuple(p.n_edges for p in points))
+        got, stated = (tuple(six_digits(p.faithfulness) for p in line) for line in (again, points))
+        ledger.close("curve.faithfulness", got, stated, limit)
+
+
+def _rescore(
+    document: CircuitFile,
+    model: HookManager,
+    scores: Scores,
+    pairs: dict[str, Pairs],
+    limit: Tolerance | None,
+    batch_size: int,
+    progress: Progress,
+    ledger: Ledger,
+) -> None:
+    stated = document.discovery
+    if stated is None or stated.pairs not in pairs:
+        ledger.failed("scores again", "not run: the pairs of the discovery are not known or not what the file states")
+        return
+    with ledger.claimed("scores again"):
+        settings: dict[str, Any] = dict(stated.parameters)
+        stable = {name: settings.pop(f"{BOOTSTRAP}{name}") for name in STABLE if f"{BOOTSTRAP}{name}" in settings}
+        check_types(stable, STABLE)
+        check_settings(stated.method, settings)  # a file must not reach the other arguments, such as `resume`
+        score = score_edges
+        if stable:
+
+            def score(*args: Any, **keywords: Any) -> Scores:
+                return stable_scores(*args, **keywords, **stable).scores
+
+        again = score(
+            model,
+            scores.graph,
+            pairs[stated.pairs],
+            method=stated.method,
+            metric=stated.metric.name,
+            batch_size=batch_size,
+            progress=lambda done, total: progress("scores", done, total),
+            **settings,
+        )
+        limit = limit or tolerance_for(document.model.dtype)
+        expected = score_table(scores).double()
+        gap = float((score_table(again).double() - expected).abs().max())
+        most = limit.absolute + limit.relative * float(expected.abs().max())
+        ok = gap <= most
+        ledger.equal("scores again", ok, True, f"the largest difference is {gap:.3g}, allowed is {most:.3g}")
+
+
+def _note_versions(document: CircuitFile, ledger: Ledger) -> None:
+    stated, here = document.provenance.versions, versions()
+    for name in sorted(set(stated) | set(here)) if stated else ():  # none are stated where nothing was run
+        if stated.get(name) != here.get(name):
+            ledger.notes.append(f"{name} is {here.get(name, 'absent')} here, was {stated.get(name, 'absent')}.")

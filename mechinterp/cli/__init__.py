@@ -1,0 +1,1 @@
+"""`discover-circuit`: arguments in, tables out."""

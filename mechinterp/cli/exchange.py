@@ -1,0 +1,144 @@
+"""The commands that read and write files without running a model: export, import, validate, cite, diff."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mechinterp.base.errors import FormatError
+from mechinterp.base.plain_files import is_folder
+from mechinterp.circuit_file.stored import find_file
+from mechinterp.cli import options
+from mechinterp.cli.help import (
+    DIFF_HELP,
+    EXIT_CODES,
+    EXPORT_FORMATS,
+    EXPORT_HELP,
+    IMPORT_FORMATS,
+    IMPORT_HELP,
+    VALIDATE_HELP,
+)
+from mechinterp.cli.terminal import Terminal, quiet_libraries, say
+
+commands = typer.Typer()
+Action = Callable[[], int]
+
+
+@commands.command("export", help=EXPORT_HELP, short_help="Write a circuit in another tool's format.")
+def _export(
+    file: options.File,
+    format: Annotated[str, typer.Option(help=f"{', '.join(EXPORT_FORMATS)}.")],
+    out: Annotated[Path | None, typer.Option(help="The file, or folder, to write.  [default: the file's name]")] = None,
+) -> Action:
+    options.check_name("format", format, EXPORT_FORMATS)
+    return partial(_do_export, file, format, out)
+
+
+@commands.command("import", help=IMPORT_HELP, short_help="Make a circuit file of another tool's file.")
+def _import(
+    path: Annotated[str, typer.Argument(help="The other tool's file, or folder.")],
+    format: Annotated[str, typer.Option(help=f"{', '.join(IMPORT_FORMATS)}.")],
+    out: Annotated[Path, typer.Option(help="The circuit file to write: NAME.circuit.json.")],
+    model: options.Model = "bundled",
+) -> Action:
+    options.check_name("format", format, IMPORT_FORMATS)
+    return partial(_do_import, path, format, model, out)
+
+
+@commands.command(
+    "validate", help=VALIDATE_HELP, short_help="Check form and hashes of a circuit file; no model is needed."
+)
+def _validate(file: options.File) -> Action:
+    return partial(_do_validate, file)
+
+
+@commands.command("cite", help=f"Print BibTeX for a circuit file, with its content hash.\n\n{EXIT_CODES}")
+def _cite(file: options.File) -> Action:
+    return partial(_do_cite, file)
+
+
+@commands.command("diff", help=DIFF_HELP, short_help="Compare two circuit files.")
+def _diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A circuit file, or the name of a stored circuit.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    top: Annotated[int, typer.Option(min=1, help="Rows of each table of edges and nodes.")] = 20,
+    out: Annotated[Path | None, typer.Option(help="Draw the difference as a page (.html) or picture (.svg).")] = None,
+) -> Action:
+    return partial(_do_diff, a, b, top, out)
+
+
+def _do_export(file: str, format: str, out: Path | None) -> int:
+    from mechinterp.exchange import export_file
+
+    paths, lost = export_file(find_file(file), format, out)
+    for path in paths:
+        say(Terminal(), f"wrote {path}")
+    say(Terminal(), lost)
+    return 0
+
+
+def _do_import(path: str, format: str, model: str, out: Path) -> int:
+    from mechinterp.exchange import import_file
+
+    quiet_libraries()
+    document = import_file(path, format, model, out)
+    say(Terminal(), f"wrote {out}: {len(document.edges)} of {document.graph.n_edges} edges, without scores")
+    return 0
+
+
+def _do_validate(file: str) -> int:
+    from mechinterp.exchange import validate_file
+
+    if is_folder(file):
+        return _validate_submission(Path(file))
+    for line in validate_file(path := find_file(file)):
+        say(Terminal(), line)
+    say(Terminal(), f"valid: {path}")
+    return 0
+
+
+def _validate_submission(folder: Path) -> int:
+    from mechinterp.circuit_file.formats.mib import mib_problems
+
+    problems = mib_problems(folder)
+    for line in problems:
+        say(Terminal(), line)
+    if problems:
+        raise FormatError(f"{folder} is no submission that MIB takes: {len(problems)} problems.")
+    say(Terminal(), f"valid: {folder}, as a submission to MIB's circuit track")
+    return 0
+
+
+def _do_cite(file: str) -> int:
+    from mechinterp.exchange import cite_file
+
+    for line in cite_file(find_file(file)).splitlines():
+        say(Terminal(), line)
+    return 0
+
+
+def _do_diff(a: str, b: str, top: int, out: Path | None) -> int:
+    from mechinterp.exchange import diff_files
+    from mechinterp.views.terminal_tables import difference_tables
+
+    console, paths = Terminal(), (find_file(a), find_file(b))
+    found = diff_files(*paths, out)
+    for letter, path, sha in zip("AB", paths, found.circuit_sha256, strict=True):
+        say(console, f"{letter}: {path}, circuit sha256 {sha}")
+    for note in found.notes:
+        say(console, f"note: {note}")
+    for heading, table in difference_tables(found, top):
+        console.print()
+        if heading:
+            say(console, heading)
+        console.print(table)
+    console.print()
+    if out is not None:
+        say(console, f"wrote {out}")
+    nodes_and_edges = "nodes and edges differ" if found.differs else "the same nodes and edges"
+    say(console, "the same circuit" if found.same_circuit else f"{nodes_and_edges}; the circuit hashes differ")
+    return int(found.differs)

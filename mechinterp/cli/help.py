@@ -1,0 +1,183 @@
+"""What the command line says: methods and metrics with one line each, help texts. No torch is needed to read it."""
+
+METHODS = {
+    "eap": "edge attribution patching, the gradient at the clean run (Syed et al. 2023)",
+    "eap-ig": "the same with integrated gradients over the inputs (Hanna et al. 2024); the default",
+    "acdc": "every edge cut for good unless that costs tau (Conmy et al. 2023); best with --metric kl_to_clean",
+    "cd": "contextual decomposition of nodes, from the logits back (Hsu et al. 2024)",
+    "cd-edges": "contextual decomposition along edges, linear rules in one backward",
+    "path-patching": "path patching from the logits back (Wang et al. 2022)",
+    "relp": "edge attribution with LRP coefficients (Rezaei Jafari et al. 2025)",
+    "clean-corrupted": "the mean of the gradients at the clean and the corrupt run",
+    "eap-ig-activations": "integrated gradients over each layer's activations (MIB)",
+    "random": "random scores, a baseline",
+    "weight-magnitude": "size of the weights between writer and reader, a baseline",
+    "exact": "every edge replaced alone; as many runs as edges",
+    "edge-pruning": "mask over edges learned by gradient descent, to a target share",
+    "subnetwork-probing": "mask learned by gradient descent, each open gate at a price",
+    "information-flow": "how near each write is to what a reader reads (clean run alone)",
+}
+"""Kept here as well as in the registry, so that `list` and a mistyped name need no torch; a test compares both."""
+METRICS = {
+    "logit_diff": "right answers' logits minus wrong ones'",
+    "prob": "probability of the right answers",
+    "log_prob": "log of the probability of the right answers",
+    "prob_diff": "right answers' probability minus wrong ones'",
+    "accuracy": "right answer above every wrong one; only for evaluating",
+    "kl_to_clean": "KL(full model || circuit), needs no answers",
+    "l2_to_clean": "distance of the logits, needs no answers",
+}
+LEVELS = ("edge", "node", "neuron")
+RULES = ("top", "greedy", "ilp")
+"""The same as `mechinterp.graphs.select.RULES`."""
+REPLACEMENTS = ("corrupt", "mean", "mean-positional", "zero")
+"""The same as `mechinterp.engines.replacement.KINDS`."""
+EXPORT_FORMATS = {
+    "eap-ig-json": "EAP-IG's and MIB's graph as JSON",
+    "eap-ig-pt": "the same as tensors (.pt)",
+    "mib": "a submission folder of MIB",
+    "dot": "Graphviz",
+    "graphml": "GraphML",
+    "cytoscape": "Cytoscape JSON",
+    "neuronpedia": "an attribution graph as JSON",
+    "csv": "the edges as a table",
+    "latex": "a table for a paper",
+    "tikz": "a figure for a paper",
+}
+IMPORT_FORMATS = ("eap-ig-json", "eap-ig-pt", "mib", "acdc", "edge-pruning")
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 a claim of the file failed (verify); 2 bad input, with one line that says what; "
+    "3 the model, or the hub, is not available here; 70 an unexpected error (see --traceback)."
+)
+HELP = f"""Find the circuit of a task in a transformer, write it to a file, and check the file again.
+
+\b
+  discover-circuit run ioi                  a circuit of the bundled model, no network needed
+  discover-circuit compare ioi              several methods on one task, as a table and a page
+  discover-circuit eval FILE --task other   how well does it do on that task?
+  discover-circuit verify FILE              run the file again: does every claim hold?
+  discover-circuit show FILE                its heads and edges
+  discover-circuit view FILE                its page in the browser
+  discover-circuit validate|cite FILE       its form and hashes; BibTeX
+  discover-circuit export|import FILE       other tools' formats
+  discover-circuit diff A B                 how two circuit files differ
+  discover-circuit push|pull                share files through the Hugging Face hub
+  discover-circuit list                     tasks, methods, models, stored circuits
+
+{EXIT_CODES}
+"""
+RUN_HELP = f"""Discover the circuit of a task, evaluate it on held-out pairs, write its file and a report page.
+
+TASK is a task of the package (see `discover-circuit list`), your own task file (.yaml), or a file of pairs (.jsonl or
+.csv with the columns clean, corrupt, right, wrong as texts or token ids).
+
+Without --edges and --threshold the circuit is the smallest on a log grid that recovers 90 % of the metric on the
+pairs it was found with; methods cd, acdc, path-patching and learned masks choose their own. A run
+that was killed goes on where it was when the same command is given again.
+
+\b
+  discover-circuit run ioi
+  discover-circuit run ioi --edges 60 --method eap --out out/small
+  discover-circuit run ioi --level node --positions IO,S1,S2,end --nodes 40
+  discover-circuit run greater_than --model gpt2 --device cuda
+  discover-circuit run my_pairs.jsonl --model ./my_model --metric prob_diff
+
+{EXIT_CODES}
+"""
+EVAL_HELP = f"""Evaluate a circuit file on held-out pairs of its own task, or of another one: does it transfer?
+
+\b
+  discover-circuit eval out/ioi-bundled-eap-ig.circuit.json
+  discover-circuit eval ioi-bundled-eap-ig --task ioi_distractor
+  discover-circuit eval ioi-bundled-eap-ig --tests
+
+{EXIT_CODES}
+"""
+EXPORT_HELP = f"""Write a circuit file in another tool's format, and say what that format cannot hold.
+
+\b
+  discover-circuit export ioi-bundled-eap-ig --format dot --out ioi.dot
+  discover-circuit export FILE --format latex
+
+{EXIT_CODES}
+"""
+IMPORT_HELP = f"""Make a circuit file of another tool's file: its edges, on the graph of a model.
+
+Scores are left out, because no file says which sign they have; from Python they can be read when told.
+
+\b
+  discover-circuit import graph.json --format eap-ig-json --model gpt2 --out mine.circuit.json
+
+{EXIT_CODES}
+"""
+VIEW_HELP = f"""Write the page of a circuit file and open it: its graph, sizes, patterns and tokens.
+
+FILE is a .circuit.json, or the name of a stored circuit (see `discover-circuit list`). The page is one file that needs
+no network. Attention patterns need the model; where it is not available they are left out, and the page says so.
+
+\b
+  discover-circuit view out/ioi-bundled-eap-ig.circuit.json
+  discover-circuit view ioi-wang2022-heads --out ioi.html --no-open
+
+{EXIT_CODES}
+"""
+VERIFY_HELP = f"""Check a circuit file: every hash, the model, the pairs, and the evaluation run again.
+
+FILE is a .circuit.json, or the name of a stored circuit (see `discover-circuit list`). Three lists say what was
+recomputed, what only a hash holds, and what is free text. Warnings name what could mislead though every claim holds:
+parts that were left out, few examples, names that are not what they seem.
+
+\b
+  discover-circuit verify out/ioi-bundled-eap-ig.circuit.json
+  discover-circuit verify ioi-bundled-eap-ig --rescore --strict
+
+{EXIT_CODES}
+"""
+COMPARE_HELP = f"""Compare methods on one task: faithfulness of their circuits at ten sizes, areas, overlap, cost.
+
+Sizes and areas (CPR, CMD) are those of MIB. All methods are scored on the same pairs and evaluated on the same others.
+
+\b
+  discover-circuit compare ioi
+  discover-circuit compare ioi --methods eap,eap-ig,acdc,cd --out out/compare
+  discover-circuit compare ioi --methods acdc,edge-pruning --set acdc.tau=0.05
+
+{EXIT_CODES}
+"""
+DIFF_HELP = """Compare what two circuit files say: edges, nodes, roles, scores, and how they were made. No model runs.
+
+A and B are circuit files, or names of stored circuits. Read the notes that come first: they say what cannot be
+compared. --out draws both circuits over each other.
+
+\b
+  discover-circuit diff ioi-bundled-eap-ig ioi-bundled-cd-edges
+  discover-circuit diff old.circuit.json new.circuit.json --out difference.html
+
+Exit codes, as those of diff: 0 the same nodes and edges (whatever else differs); 1 they differ; 2 bad input.
+"""
+VALIDATE_HELP = f"""Check form and hashes of a circuit file; no model is needed.
+
+Of a folder: whether MIB's circuit track would take it as a submission; every problem is named.
+
+{EXIT_CODES}
+"""
+PUSH_HELP = f"""Upload a circuit file, with its file of scores, to a repository of the Hugging Face hub, as one commit.
+
+The file is checked first. REPO is org/name, or datasets/org/name; it must exist. Who you are is taken from HF_TOKEN or
+`hf auth login`, the hub from HF_ENDPOINT.
+
+\b
+  discover-circuit push out/ioi-gpt2-eap-ig.circuit.json me/circuits
+
+{EXIT_CODES}
+"""
+PULL_HELP = f"""Download a circuit file, with its file of scores, from the Hugging Face hub; check it, then keep it.
+
+Name the --revision: a commit (40 hex digits) is what can be had again; of a branch or tag the commit is printed. PATH
+may be left out where the repository has one circuit file.
+
+\b
+  discover-circuit pull me/circuits/ioi-gpt2-eap-ig.circuit.json --revision COMMIT
+
+{EXIT_CODES}
+"""

@@ -1,0 +1,87 @@
+"""Progress of long work on a terminal: one bar per stage, with the time that is left."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from mechinterp.views.terminal_tables import plain
+
+STAGES = {
+    "model": "load the model",
+    "scores": "score the edges",
+    "curve": "faithfulness by size",
+    "evaluation": "evaluate on held-out pairs",
+    "roles": "measure roles",
+    "predictions": "measure predictions",
+    "saving": "write the files",
+    "file": "read the file",
+    "rescore": "score the edges again",
+    "report": "draw the report",
+}
+
+
+@contextmanager
+def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A callback (stage, done, total) that shows each stage as a bar, where the console is a terminal.
+
+    The bars go away at the end. Meanwhile the package's warnings are printed above them, one line each.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[count]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    started: dict[str, TaskID] = {}
+
+    def show(stage: str, done: int, total: int) -> None:
+        if stage not in started:
+            _finish(bars)
+            started[stage] = bars.add_task(STAGES.get(stage, stage), total=None, count="")
+        # A stage that counts to 1 has no steps to tell: its bar pulses until it is done or the next one begins.
+        if done >= total:
+            bars.update(started[stage], completed=total, total=total, count=f"{done:,}/{total:,}" if total > 1 else "")
+        elif total > 1:
+            bars.update(started[stage], completed=done, total=total, count=f"{done:,}/{total:,}")
+
+    logger, handler = logging.getLogger("mechinterp"), _Lines(console)
+    logger.addHandler(handler)
+    try:
+        with bars:
+            bars.add_task("import torch", total=None, count="")
+            yield show
+    finally:
+        logger.removeHandler(handler)
+
+
+def _finish(bars: Progress) -> None:
+    for task in bars.tasks:
+        if not task.finished:
+            bars.update(task.id, total=1, completed=1)
+
+
+class _Lines(logging.Handler):
+    """Prints the records from warnings on, one line each."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        text = plain(f"{record.levelname.lower()}: {record.getMessage()}")
+        self.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)

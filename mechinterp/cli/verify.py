@@ -1,0 +1,81 @@
+"""`discover-circuit verify`: which claims of a circuit file hold, how far that reaches, and what could mislead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mechinterp.circuit_file.stored import find_file
+from mechinterp.cli import options
+from mechinterp.cli.help import VERIFY_HELP
+from mechinterp.cli.terminal import Terminal, quiet_libraries, say
+
+if TYPE_CHECKING:
+    from mechinterp.circuit_file.verify.claims import UnverifiedModel, Verification
+
+commands = typer.Typer()
+Action = Callable[[], int]
+
+
+@commands.command("verify", help=VERIFY_HELP, short_help="Check every claim of a circuit file again.")
+def _verify(
+    file: options.File,
+    model: Annotated[str | None, typer.Option(help="Use this model.  [default: the one that the file names]")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Relative tolerance.  [default: the file's own]")
+    ] = None,
+    rescore: Annotated[bool, typer.Option("--rescore", help="Score all edges again, too.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail on any warning, too (exit code 1).")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: cpu]")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs at a time.")] = 32,
+) -> Action:
+    asked = dict(model=model, tolerance=tolerance, rescore=rescore, device=device, batch_size=batch_size)
+    return partial(_do_verify, file, strict, asked)
+
+
+def _do_verify(file: str, strict: bool, asked: dict[str, Any]) -> int:
+    from mechinterp.cli.progress_bars import stages
+
+    path, console = find_file(file), Terminal()
+    absent: UnverifiedModel | None = None
+    with stages(Console(stderr=True)) as progress:
+        from mechinterp.circuit_file.verify.claims import UnverifiedModel
+        from mechinterp.circuit_file.verify.cost_estimate import plan_of_file
+        from mechinterp.pipeline import verify
+
+        quiet_libraries()
+        if plan := plan_of_file(path, asked["rescore"]):
+            say(console, plan)
+        try:
+            result = verify(path, progress=progress, **asked)
+        except UnverifiedModel as error:
+            result, absent = error.verification, error
+    _print_found(console, result)
+    n, some = len(result.claims), f"{len(result.warnings)} warning{'' if len(result.warnings) == 1 else 's'}"
+    if not result.ok:
+        say(console, f"NOT verified: {len(result.failed)} of {n} claims of {path} failed, {some}")
+        return 1
+    if strict and result.warnings:
+        say(console, f"NOT verified: {some} about {path} (--strict); the {n} claims that were checked hold")
+        return 1
+    if absent is not None:
+        raise absent
+    say(console, f"verified: all {n} claims of {path} hold, {some}")
+    return 0
+
+
+def _print_found(console: Console, result: Verification) -> None:
+    from mechinterp.views.terminal_tables import extent_table, failed_table, warnings_table
+
+    for note in result.notes:
+        say(console, f"note: {note}")
+    console.print(extent_table(result))
+    console.print()
+    for some, table in ((result.warnings, warnings_table), (result.failed, failed_table)):
+        if some:
+            console.print(table(result))
+            console.print()

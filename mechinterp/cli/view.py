@@ -1,0 +1,60 @@
+"""`discover-circuit view`: the page of a circuit file, in the browser."""
+
+from __future__ import annotations
+
+import webbrowser
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mechinterp.circuit_file.stored import find_file
+from mechinterp.cli import options
+from mechinterp.cli.help import VIEW_HELP
+from mechinterp.cli.terminal import Terminal, quiet_libraries, say
+
+commands = typer.Typer()
+Action = Callable[[], int]
+
+
+@commands.command("view", help=VIEW_HELP, short_help="Write and open the page of a circuit file.")
+def _view(
+    file: options.File,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The page to write.  [default: NAME.report.html beside the file, here for a stored circuit]"),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Use this model.  [default: the one that the file names]")] = None,
+    device: options.Device = None,
+    open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
+) -> Action:
+    return partial(_do_view, file, out, model, device, open_page)
+
+
+def _do_view(file: str, out: Path | None, model: str | None, device: str | None, open_page: bool) -> int:
+    from mechinterp.cli.progress_bars import stages
+
+    path, console = find_file(file), Terminal()
+    if out is None and path != Path(file):  # a stored circuit lies among the package's files
+        out = Path(f"{file}.report.html")
+    with stages(Console(stderr=True)) as progress:
+        from mechinterp.views.report.view import write_page
+
+        quiet_libraries()
+        page = write_page(path, out, model=model, device=device, called=file, progress=progress)
+    for note in page.notes:
+        say(console, f"note: {note}")
+    say(console, f"wrote {page.path}")
+    if open_page:
+        open_in_browser(page.path)
+    return 0
+
+
+def open_in_browser(page: Path) -> None:
+    """Ask the desktop to open a page; where it cannot, the page is still there, and its path was printed."""
+    with suppress(webbrowser.Error, OSError):
+        webbrowser.open(page.resolve().as_uri())

@@ -1,0 +1,1 @@
+"""What runs the model edited: exact edge patching, first-order attribution, sweeps, decomposition."""

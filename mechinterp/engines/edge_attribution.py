@@ -1,0 +1,430 @@
+"""Integrated gradients over the activations of one layer's writers at a time, as scores of edges.
+
+For the heads of a layer (or its MLP, or the input) the path goes from their corrupt to their clean outputs, everything
+else as the clean run computes it. The score of an edge from writer w is <clean write less corrupt, mean over the path
+of the gradient at the reader's input>; over all readers the scores of a group's edges sum to what patching the whole
+group does (completeness), up to the quadrature; not under a post-norm, where heads' writes bend.
+
+Source: Hanna et al. 2024 (arXiv 2403.17806), `EAP-IG-activations` of MIB (Mueller et al. 2025, arXiv 2504.13151).
+Deviation: their code adds the gradients of all groups' paths to all edges.
+
+The first-order engine: `edge_gradients` estimates the effect of every edge from gradients.
+
+For an edge from writer w to reader r the estimate is `<write of w in the clean run - its replacement, gradient of
+the metric at r's residual input>`: the derivative of `run_edges` in the direction of cutting the edge (source:
+edge attribution patching, Syed et al. 2023, arXiv 2310.10348; with integrated gradients over the inputs, Hanna et
+al. 2024, arXiv 2403.17806). Nothing is frozen: the norm before each reader is differentiated through.
+
+Speed: forwards and backwards of the plain model; gradients are kept at q, k, v and the MLP input, `[batch, pos, head,
+d_head]`, and pulled back to the residual stream one layer at a time. With u the standardized residual, s its scale
+and W the weights of the norm and the projection, the pulled-back gradient of a head is
+`W' g / s - u <u, W' g> / (d_model s)`, and `<u, W' g> = <q - constant, g>` is at hand as a scalar per head and token.
+So per layer there is one batched product, one pass for the second term, and one product with all earlier writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp.base.errors import InputError
+from mechinterp.engines.edge_patching import check_model, clean_logits, metric_values
+from mechinterp.engines.replacement import CompactWrites, Replacement, Values, input_sites, record_writes, write_sites
+from mechinterp.graphs.graph import Graph
+from mechinterp.graphs.token_positions import places_of
+from mechinterp.models.hook_manager import HookManager, Intervention
+from mechinterp.models.sites import Site
+from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.pairs import Pairs
+
+TOKEN_BUDGET_BYTES = 2**28
+"""Writes and reader gradients are expanded to d_model for as many tokens at a time as fit in this many bytes."""
+
+
+@dataclass(frozen=True)
+class Backward:
+    """Another backward pass than the gradient: rules as edits of gradients, and constant scales of all norms."""
+
+    edits: Callable[[], list[Intervention]]
+    """Made anew for every run."""
+    loss: Callable[[Pairs, Tensor | None], Callable[[Tensor], Tensor]]
+    """(pairs, reference logits) -> the metric of every example as a function of the final residual stream."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward and backward: values and gradients at the readers' inputs, all tokens flattened."""
+
+    values: dict[Site, Tensor]
+    gradients: dict[Site, Tensor]
+
+
+def edge_gradients(
+    model: HookManager,
+    graph: Graph,
+    pairs: Pairs,
+    metric: Metric,
+    *,
+    replacement: Replacement | None = None,
+    alphas: Sequence[float] = (1.0,),
+    backward: Backward | None = None,
+) -> Float[Tensor, "reader writer"]:
+    """Sum over the examples of the estimated drop of the metric when each edge is replaced; 0 where there is no edge.
+
+    The sign is that of the metric's value: clean minus replaced. Gradients are averaged over runs whose input is
+    `corrupt + alpha * (clean - corrupt)` for each of `alphas`; `(1.0,)` is the clean run alone. Cost: a forward of
+    the corrupt prompts, a forward and a backward per alpha, a forward of the clean prompts when 1 is not among the
+    alphas, and one contraction. Accumulates in float32 or better. With `backward` its rules take the gradient's place.
+    """
+    metric.check_answers(pairs)
+    check_model(model, graph, pairs)
+    if not metric.differentiable:
+        raise InputError(
+            f"Metric {metric.name!r} has no gradient; score edges by logit_diff, prob_diff or kl_to_clean."
+        )
+    pairs = pairs.to(model.device)
+    corrupt = record_writes(model, graph, pairs.corrupt, pairs)
+    values: Values = corrupt if replacement is None or replacement.kind == "corrupt" else replacement.on(pairs)
+    reference = clean_logits(model, pairs) if metric.needs_reference else None
+    clean = None if 1.0 in alphas else record_writes(model, graph, pairs.clean, pairs)
+    steps: list[Step] = []
+    ends = None if tuple(alphas) == (1.0,) else _input_ends(model, graph, pairs, corrupt)
+    for alpha in alphas:
+        step = _step(model, graph, pairs, metric, reference, None if alpha == 1.0 else (ends, alpha), backward)
+        if alpha == 1.0:
+            clean = _clean_writes(model, graph, step)
+        steps.append(_readers_only(step))
+    assert clean is not None
+    return _contract(model, graph, pairs, steps, clean, values, frozen=backward is not None) / len(alphas)
+
+
+def _input_ends(
+    model: HookManager, graph: Graph, pairs: Pairs, corrupt: CompactWrites
+) -> dict[Site, tuple[Tensor, Tensor]]:
+    """The clean and the corrupt value of every input site."""
+    sites = input_sites(graph)
+    run = model.run(pairs.clean, pairs.mask, record=sites, stop=sites[-1])
+    return {site: (run.values[site], corrupt.values[str(site)].to(model.dtype)) for site in sites}
+
+
+def _reader_sites(model: HookManager) -> list[Site]:
+    sites = [Site(channel, layer) for layer in range(model.dims.n_layers) for channel in "qkv"]
+    if model.dims.has_mlp:
+        sites += [Site("mlp_in", layer) for layer in range(model.dims.n_layers)]
+    return [*sites, Site("resid_final")]
+
+
+def resid_site(model: HookManager, layer: int, *, mlp: bool) -> Site:
+    return Site("resid_mid" if mlp and not model.dims.parallel else "resid_pre", layer)
+
+
+def _step(
+    model: HookManager,
+    graph: Graph,
+    pairs: Pairs,
+    metric: Metric,
+    reference: Tensor | None,
+    interpolated: tuple[dict[Site, tuple[Tensor, Tensor]] | None, float] | None,
+    backward: Backward | None,
+) -> Step:
+    dims = model.dims
+
+    def loss(resid: Tensor) -> Tensor:
+        return metric_values(model, pairs, metric, resid, reference)
+
+    edits = [] if backward is None else backward.edits()
+    if interpolated is not None:
+        ends, alpha = interpolated
+        assert ends is not None
+        edits += [Intervention(site, corrupt + alpha * (clean - corrupt)) for site, (clean, corrupt) in ends.items()]
+    grads = _reader_sites(model)
+    record = {site: None for site in [*write_sites(model, graph), *grads]}
+    for layer in range(dims.n_layers):
+        record[resid_site(model, layer, mlp=False)] = None
+        if dims.has_mlp:
+            record[resid_site(model, layer, mlp=True)] = None
+    run = model.run(
+        pairs.clean,
+        pairs.mask,
+        record=list(record),
+        interventions=edits,
+        grads=grads,
+        loss=loss if backward is None else backward.loss(pairs, reference),
+        stop=Site("resid_final"),
+    )
+    return Step({_site(k): v for k, v in run.values.items()}, {_site(k): v for k, v in run.grads.items()})
+
+
+def _site(key: Site | str) -> Site:
+    return Site.parse(key) if isinstance(key, str) else key
+
+
+def _clean_writes(model: HookManager, graph: Graph, step: Step) -> CompactWrites:
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    kept = {str(site): step.values[site].to(dtype) for site in write_sites(model, graph)}
+    return CompactWrites(model, kept, graph.split_input)
+
+
+def _readers_only(step: Step) -> Step:
+    """The step without the values that only the writers need."""
+    kept = {s: v for s, v in step.values.items() if s.kind in ("q", "k", "v", "resid_pre", "resid_mid", "resid_final")}
+    return Step(kept, step.gradients)
+
+
+def _contract(
+    model: HookManager,
+    graph: Graph,
+    pairs: Pairs,
+    steps: list[Step],
+    clean: CompactWrites,
+    values: Values,
+    *,
+    frozen: bool,
+) -> Float[Tensor, "reader writer"]:
+    """Writes' differences times readers' gradients, summed over tokens, a chunk of tokens at a time."""
+    dims = model.dims
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    scores = torch.zeros(graph.possible.shape, dtype=dtype, device=model.device)
+    n_rows = len(graph.writers) + dims.n_heads + 2 * dims.n_kv_heads + 1
+    budget = max(1, TOKEN_BUDGET_BYTES // (n_rows * dims.d_model * dtype.itemsize))
+    n_pos = pairs.clean.shape[1]
+    rows = max(1, budget // n_pos)
+    for first in range(0, len(pairs), rows):
+        chunk = slice(first, first + rows)
+        writes = write_differences(model, graph, clean, values, chunk, n_pos, dtype)
+        places = places_of(graph, pairs[chunk])
+        for layer in range(dims.n_layers):
+            _score_layer(model, graph, layer, steps, chunk, writes, scores, places, frozen=frozen)
+        gradient = sum(step.gradients[Site("resid_final")][chunk].to(dtype) for step in steps)
+        assert isinstance(gradient, Tensor)
+        scores[-1] += writes @ gradient.flatten()
+    return torch.where(graph.possible.to(scores.device), scores, 0.0)
+
+
+def write_differences(
+    model: HookManager,
+    graph: Graph,
+    clean: CompactWrites,
+    values: Values,
+    chunk: slice,
+    n_pos: int,
+    dtype: torch.dtype,
+) -> Float[Tensor, "writer token_and_d_model"]:
+    """Every writer's clean write less its replacement."""
+    dims = model.dims
+    n_rows = len(clean.z(0)[chunk])
+    out = torch.empty(len(graph.writers), n_rows, n_pos, dims.d_model, dtype=dtype, device=model.device)
+    kept, cut = clean.rows(chunk), values.rows(chunk)
+    for row, name in enumerate(graph.inputs):
+        torch.sub(kept.inputs(name), cut.inputs(name), out=out[row])
+    for layer in range(dims.n_layers):
+        out[graph.head_writers(layer)] = cut.head_differences(layer, kept.z(layer))
+        if dims.has_mlp:
+            torch.sub(kept.mlp(layer), cut.mlp(layer), out=out[graph.mlp_writer(layer)])
+        if own := graph.neurons_of(layer):
+            post, neurons = kept.values[f"mlp_post.{layer}"], graph.neuron_writers(layer)
+            out[neurons] = cut.neuron_differences(layer, post, torch.tensor(own, device=model.device))
+            out[graph.mlp_writer(layer)] -= out[neurons].sum(0)
+    return out.flatten(1)
+
+
+def _score_layer(
+    model: HookManager,
+    graph: Graph,
+    layer: int,
+    steps: list[Step],
+    chunk: slice,
+    writes: Tensor,
+    scores: Tensor,
+    places: list[Tensor] | None,
+    *,
+    frozen: bool,
+) -> None:
+    """Adds the scores of every edge into one layer."""
+    dims = model.dims
+    n_writers = graph.n_writers_before(layer, mlp=dims.has_mlp)
+    first = graph.channel_readers(layer, "q").start
+    blocks = [pull_back_heads(model, layer, steps, chunk, writes.dtype, frozen=frozen)]
+    if dims.has_mlp:
+        blocks.append(pull_back_mlp(model, layer, steps, chunk, writes.dtype, frozen=frozen))
+    gradients = torch.cat(blocks)
+    if places is None:
+        scores[first : first + len(gradients), :n_writers] += gradients.flatten(1) @ writes[:n_writers].T
+        return
+    by_token = writes[:n_writers].unflatten(1, (-1, dims.d_model))
+    for i, tokens in enumerate(places):  # the rows of a reader are its positions
+        rows = slice(first + i, first + len(gradients) * len(places), len(places))
+        scores[rows, :n_writers] += gradients[:, tokens].flatten(1) @ by_token[:, tokens].flatten(1).T
+
+
+def pull_back_heads(
+    model: HookManager, layer: int, steps: list[Step], chunk: slice, dtype: torch.dtype, *, frozen: bool
+) -> Float[Tensor, "reader tokens d_model"]:
+    """The gradient at the residual input of every q, k and v of a layer, summed over the steps."""
+    maps = model.layout.attention[layer]
+    norm = maps.norm
+    resids = [step.values[resid_site(model, layer, mlp=False)][chunk].to(dtype).flatten(0, 1) for step in steps]
+    scales = [norm.scale(resid) for resid in resids]
+    blocks: list[Tensor] = []
+    projections: list[list[Tensor]] = [[] for _ in steps]
+    for channel in "qkv":
+        weight, constant = model.layout.folded(layer, channel, dtype)
+        total: Tensor | None = None
+        for i, (step, scale) in enumerate(zip(steps, scales, strict=True)):
+            site = Site(channel, layer)
+            gradient = rearrange(step.gradients[site][chunk].to(dtype), "b p h d -> h (b p) d") / scale
+            value = rearrange(step.values[site][chunk].to(dtype), "b p h d -> h (b p) d")
+            total = gradient if total is None else total + gradient
+            if norm.kind != "none" and not frozen:
+                projections[i].append(((value - constant[:, None]) * gradient).sum(-1) / model.dims.d_model)
+        assert total is not None
+        if norm.kind == "layer":
+            weight = weight - weight.mean(1, keepdim=True)
+        blocks.append(torch.bmm(total, weight.transpose(1, 2)))
+    out = torch.cat(blocks)
+    if norm.kind != "none" and not frozen:
+        for resid, parts in zip(resids, projections, strict=True):
+            out.addcmul_(norm.standardize(resid), torch.cat(parts)[..., None], value=-1)
+    return out
+
+
+def pull_back_mlp(
+    model: HookManager, layer: int, steps: list[Step], chunk: slice, dtype: torch.dtype, *, frozen: bool
+) -> Float[Tensor, "1 tokens d_model"]:
+    """The gradient at the residual input of a layer's MLP, summed over the steps."""
+    norm = model.layout.mlp_norm[layer]
+    assert norm is not None
+    total: Tensor | None = None
+    for step in steps:
+        resid = step.values[resid_site(model, layer, mlp=True)][chunk].to(dtype).flatten(0, 1)
+        gradient = step.gradients[Site("mlp_in", layer)][chunk].to(dtype).flatten(0, 1)
+        pulled = norm.project_transposed(gradient) / norm.scale(resid)
+        if norm.kind != "none" and not frozen:
+            standard = norm.standardize(resid)
+            pulled = pulled - standard * (standard * pulled).mean(-1, keepdim=True)
+        total = pulled if total is None else total + pulled
+    assert total is not None
+    return total[None]
+
+
+END = Site("resid_final")
+
+
+def activation_path_gradients(
+    model: HookManager, graph: Graph, pairs: Pairs, metric: Metric, alphas: Sequence[float]
+) -> Float[Tensor, "reader writer"]:
+    """Sum over the examples of every edge's score; 0 where there is no edge.
+
+    Cost: two forwards, and per alpha and group a forward and a backward from the group's layer on. Memory: the values
+    and gradients of one run, and the writes of all nodes at `d_model`.
+    """
+    metric.check_answers(pairs)
+    check_model(model, graph, pairs)
+    if not metric.differentiable:
+        raise InputError(
+            f"Metric {metric.name!r} has no gradient; score edges by logit_diff, prob_diff or kl_to_clean."
+        )
+    pairs = pairs.to(model.device)
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    corrupt = record_writes(model, graph, pairs.corrupt, pairs)
+    clean = record_writes(model, graph, pairs.clean, pairs)
+    reference = clean_logits(model, pairs) if metric.needs_reference else None
+    streams = [Site("resid_pre", layer) for layer in range(model.dims.n_layers)]
+    run = model.run(pairs.clean, pairs.mask, record=[*streams, *input_sites(graph)], stop=END)
+    writes = write_differences(model, graph, clean, corrupt, slice(None), pairs.clean.shape[1], dtype)
+    scores = torch.zeros(graph.possible.shape, dtype=dtype, device=model.device)
+
+    def loss(resid: Tensor) -> Tensor:
+        return metric_values(model, pairs, metric, resid, reference)
+
+    for layer, sites, rows in _groups(model, graph):
+        ends = {s: (clean.values[str(s)].to(model.dtype), corrupt.values[str(s)].to(model.dtype)) for s in sites}
+        readers = _readers_after(model, layer, sites[0])
+        start = None if layer is None else (layer, run.values[Site("resid_pre", layer)])
+        steps = [_activation_step(model, pairs, loss, ends, readers, start, alpha) for alpha in alphas]
+        _contract_activations(model, graph, steps, readers, writes[rows], scores[:, rows])
+    return torch.where(graph.possible.to(scores.device), scores / len(alphas), 0.0)
+
+
+def _groups(model: HookManager, graph: Graph) -> Iterator[tuple[int | None, list[Site], slice]]:
+    """(layer, sites, rows of the writers) of every group of writers that is interpolated together."""
+    yield None, input_sites(graph), slice(0, graph.n_inputs)
+    for layer in range(model.dims.n_layers):
+        yield layer, [Site("z", layer)], graph.head_writers(layer)
+        if model.dims.has_mlp:
+            row = graph.mlp_writer(layer)
+            yield layer, [Site("mlp_out", layer)], slice(row, row + 1)
+
+
+def _readers_after(model: HookManager, layer: int | None, site: Site) -> list[Site]:
+    """The sites of the readers that come after the group."""
+    dims = model.dims
+    found = [Site("mlp_in", layer)] if site.kind == "z" and dims.has_mlp and not dims.parallel else []
+    for later in range(0 if layer is None else layer + 1, dims.n_layers):
+        found += [Site(channel, later) for channel in "qkv"]
+        if dims.has_mlp:
+            found.append(Site("mlp_in", later))
+    return [*found, END]
+
+
+def _activation_step(
+    model: HookManager,
+    pairs: Pairs,
+    loss: Callable[[Tensor], Tensor],
+    ends: Mapping[Site, tuple[Tensor, Tensor]],
+    readers: list[Site],
+    start: tuple[int, Tensor] | None,
+    alpha: float,
+) -> Step:
+    edits = [Intervention(site, corrupt + alpha * (clean - corrupt)) for site, (clean, corrupt) in ends.items()]
+    record = {s: None for s in readers}
+    for site in readers:
+        if site.layer is not None:
+            record[resid_site(model, site.layer, mlp=site.kind == "mlp_in")] = None
+    run = model.run(
+        pairs.clean,
+        pairs.mask,
+        record=list(record),
+        interventions=edits,
+        grads=readers,
+        loss=loss,
+        start=start,
+        stop=END,
+    )
+    return Step(_by_site(run.values), _by_site(run.grads))
+
+
+def _by_site(found: Mapping[Site | str, Tensor]) -> dict[Site, Tensor]:
+    return {Site.parse(site) if isinstance(site, str) else site: value for site, value in found.items()}
+
+
+def _contract_activations(
+    model: HookManager,
+    graph: Graph,
+    steps: list[Step],
+    readers: list[Site],
+    writes: Float[Tensor, "writer token_and_d_model"],
+    scores: Float[Tensor, "reader writer"],
+) -> None:
+    """Adds the scores of the edges out of one group, in place."""
+    every = slice(None)
+    for layer in sorted({site.layer for site in readers if site.layer is not None}):
+        if Site("q", layer) in readers:
+            pulled = pull_back_heads(model, layer, steps, every, writes.dtype, frozen=False).flatten(1)
+            first = graph.channel_readers(layer, "q").start
+            scores[first : first + len(pulled)] += pulled @ writes.T
+        if Site("mlp_in", layer) in readers:
+            pulled = pull_back_mlp(model, layer, steps, every, writes.dtype, frozen=False).flatten(1)
+            scores[graph.mlp_readers(layer)] += pulled @ writes.T
+    gradient = torch.stack([step.gradients[END].to(writes.dtype) for step in steps]).sum(0)
+    scores[-1] += writes @ gradient.flatten()
+
+
+def n_groups(model: HookManager) -> int:
+    """How many groups of writers there are."""
+    return 1 + model.dims.n_layers * (1 + model.dims.has_mlp)

@@ -1,0 +1,407 @@
+"""The exact engine: `run_edges` runs the model with a set of edges cut; how, patched_run.py says.
+
+One forward of a model with edges cut: what `run_edges` and everything else that cuts edges is built on.
+
+A reader none of whose edges is cut keeps the model's own input. Another one gets
+`resid - sum over cut writers (current write - replacement)`, then its norm and projection again, per head. Where the
+graph has named positions, the sum is another one at each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from einops import repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechinterp.base.errors import InputError
+from mechinterp.engines.replacement import Replacement, Values, corrupt_replacement
+from mechinterp.graphs.graph import Graph
+from mechinterp.graphs.token_positions import places_of, take_positions
+from mechinterp.models.hook_manager import HookManager, Intervention
+from mechinterp.models.modes import Gradients
+from mechinterp.models.sites import Site
+from mechinterp.tasks.metrics import Metric, get_metric
+from mechinterp.tasks.pairs import Pairs
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The run of one batch up to a layer, with no edge cut before it: what patched runs from there share."""
+
+    layer: int
+    resid: Float[Tensor, "batch pos d_model"]
+    differences: Float[Tensor, "writer 1 batch pos d_model"]
+    """What each earlier writer's write differs by from its replacement."""
+
+
+def run_prefix(model: HookManager, graph: Graph, pairs: Pairs, values: Values, layer: int) -> Prefix:
+    """The run of a batch up to `layer` (the number of layers: all of it), for `edge_logits`. One forward at most."""
+    with Gradients(False) as off, off:
+        nothing = torch.zeros(1, *graph.possible.shape, device=model.device)
+        run = PatchedRun(model, graph, pairs, nothing, values)
+        resid = run.shared(layer)
+        before = graph.n_writers_before(layer, mlp=False) if layer < model.dims.n_layers else len(graph.writers)
+        return Prefix(layer, resid, run.differences[:before].clone())
+
+
+class PatchedRun:
+    """One forward of (candidate x batch) prompts with edges cut; lives as long as the run."""
+
+    def __init__(
+        self,
+        model: HookManager,
+        graph: Graph,
+        pairs: Pairs,
+        masks: Tensor,
+        values: Values,
+        prefix: Prefix | None = None,
+    ) -> None:
+        self.model, self.graph, self.pairs, self.masks, self.values = model, graph, pairs, masks, values
+        self.n = masks.shape[0]
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        self.masks = masks.to(dtype)
+        n_batch, n_pos = pairs.clean.shape
+        # Row 0 is the residual stream being read; the rows after it are what each writer's current write differs by
+        # from its replacement, filled as the forward goes. One product with (1, -cut) then gives what a reader sees.
+        shape = (1 + len(graph.writers), self.n, n_batch, n_pos, model.dims.d_model)
+        self.rows = torch.empty(shape, dtype=dtype, device=model.device)
+        self.differences = self.rows[1:]
+        self.weights = torch.nn.functional.pad(-self.masks, (1, 0), value=1.0)
+        self.cut_readers = (self.masks != 0).any(0).any(-1).cpu()
+        self.resid: Tensor | None = None
+        self.prefix = prefix
+        self.places = places_of(graph, pairs)
+        self.seen: tuple[int, Tensor] | None = None
+        self.apart: Tensor | None = None
+
+    def run(self, columns: Tensor | None) -> Float[Tensor, "rows n_answer n_columns"]:
+        """Logits at the answer positions; the rows are candidate by candidate."""
+        readers = slice(len(self.graph.readers) - 1, len(self.graph.readers))
+        with Gradients(False) as off, off:
+            resid = self._final_resid()
+            seen = self.corrected(readers, len(self.graph.writers), resid)[:, 0].flatten(0, 1)
+            at = repeat(self.pairs.answer_pos, "batch n_answer -> (candidate batch) n_answer", candidate=self.n)
+            return self.model.layout.unembed(take_positions(seen, at), columns)
+
+    def _final_resid(self) -> Float[Tensor, "candidate batch pos d_model"]:
+        """The final residual stream, the layers before the first cut edge run once for all candidates."""
+        first, last = self._first_cut_layer(), Site("resid_final")
+        n_layers = self.model.dims.n_layers
+        tokens, mask, start = self.pairs.clean, self.pairs.mask, None
+        if self.prefix is not None and self.prefix.layer <= first:
+            first = self.prefix.layer
+            self.differences[: len(self.prefix.differences)] = self.prefix.differences
+            shared = self.prefix.resid
+        else:
+            shared = self.shared(first) if first > 0 else None
+        if first == n_layers:
+            assert shared is not None
+            return self.fold(shared).to(self.differences.dtype)
+        if shared is not None and first > 0:
+            start = (first, self._repeated(shared))
+        plan = self.plan(range(first, n_layers))
+        run = self.model.run(
+            self._repeated(tokens),
+            self._repeated(mask),
+            interventions=plan,
+            record=[last],
+            start=start,
+            stop=last,
+        )
+        return self.fold(run.values[last]).to(self.differences.dtype)
+
+    def shared(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream before a layer, run once for all candidates; the writes until then are kept."""
+        stop = Site("resid_pre", layer) if layer < self.model.dims.n_layers else Site("resid_final")
+        plan = self.plan(range(layer))
+        return self.model.run(self.pairs.clean, self.pairs.mask, interventions=plan, record=[stop], stop=stop).values[
+            stop
+        ]
+
+    def _repeated(self, value: Tensor) -> Tensor:
+        return value.repeat(self.n, *[1] * (value.ndim - 1))
+
+    def _first_cut_layer(self) -> int:
+        per_layer = (len(self.graph.readers) - 1) // self.model.dims.n_layers
+        cut = self.cut_readers.nonzero()
+        return int(cut[0]) // per_layer if len(cut) else self.model.dims.n_layers
+
+    def plan(self, layers: range) -> list[Intervention]:
+        graph, dims, cut = self.graph, self.model.dims, self.cut_readers
+        plan: list[Intervention] = []
+        if graph.split_input and 0 in layers:
+            plan += [Intervention(Site(name), self._input_tap(i, name)) for i, name in enumerate(graph.inputs)]
+        for layer in layers:
+            channels = [c for c in "qkv" if bool(cut[graph.channel_readers(layer, c)].any())]
+            plan.append(Intervention(Site("resid_pre", layer), self._resid_tap(layer, channels)))
+            plan += [Intervention(Site(c, layer), self._head_edit(layer, c)) for c in channels]
+            plan.append(Intervention(Site("z", layer), self._z_tap(layer)))
+            if dims.has_mlp:
+                if not dims.parallel:
+                    plan.append(Intervention(Site("resid_mid", layer), self._keep_resid))
+                if bool(cut[graph.mlp_readers(layer)].any()):
+                    plan.append(Intervention(Site("mlp_in", layer), self._mlp_edit(layer)))
+                if graph.neurons_of(layer):
+                    plan.append(Intervention(Site("mlp_post", layer), self._neuron_tap(layer)))
+                plan.append(Intervention(Site("mlp_out", layer), self._mlp_tap(layer)))
+        return plan
+
+    def fold(self, value: Tensor) -> Tensor:
+        """`[candidate, batch, ...]`; a run shared by all candidates has the candidate axis 1 repeated."""
+        shared = value.shape[0] == len(self.pairs)
+        return value[None].expand(self.n, *value.shape) if shared else value.unflatten(0, (self.n, len(self.pairs)))
+
+    def _keep_resid(self, value: Tensor) -> Tensor:
+        self.resid = value
+        return value
+
+    def _input_tap(self, index: int, name: str):
+        def tap(value: Tensor) -> Tensor:
+            self.keep(slice(index, index + 1), (self.fold(value) - self.values.inputs(name))[None])
+            return value
+
+        return tap
+
+    def _resid_tap(self, layer: int, channels: list[str]):
+        def tap(value: Tensor) -> Tensor:
+            if layer == 0 and not self.graph.split_input:
+                self.keep(slice(0, 1), (self.fold(value) - self.values.inputs("input"))[None])
+            if channels:  # q, k and v together: their products share the pass over all earlier writes
+                readers = slice(
+                    self.graph.channel_readers(layer, channels[0]).start,
+                    self.graph.channel_readers(layer, channels[-1]).stop,
+                )
+                before = self.graph.n_writers_before(layer, mlp=False)
+                self.seen = (readers.start, self.corrected(readers, before, self.fold(value)))
+            return self._keep_resid(value)
+
+        return tap
+
+    def _z_tap(self, layer: int):
+        def tap(value: Tensor) -> Tensor:
+            z = self.fold(value).to(self.differences.dtype)
+            self.keep(self.graph.head_writers(layer), self.values.head_differences(layer, z))
+            return value
+
+        return tap
+
+    def _neuron_tap(self, layer: int):
+        chosen = torch.tensor(self.graph.neurons_of(layer), device=self.model.device)
+
+        def tap(value: Tensor) -> Tensor:
+            post = self.fold(value).to(self.differences.dtype)
+            self.apart = self.values.neuron_differences(layer, post, chosen)
+            self.keep(self.graph.neuron_writers(layer), self.apart)
+            return value
+
+        return tap
+
+    def _mlp_tap(self, layer: int):
+        row = self.graph.mlp_writer(layer)
+
+        def tap(value: Tensor) -> Tensor:
+            difference = self.fold(value) - self.values.mlp(layer)
+            if self.graph.neurons_of(layer):
+                assert self.apart is not None
+                difference = difference - self.apart.sum(0)
+            self.keep(slice(row, row + 1), difference[None])
+            return value
+
+        return tap
+
+    def keep(self, writers: slice, differences: Float[Tensor, "writer candidate batch pos d_model"]) -> None:
+        """Keeps what writers' current writes differ by from their replacements."""
+        self.differences[writers] = differences
+
+    def corrected(
+        self, readers: slice, n_writers: int, resid: Float[Tensor, "candidate batch pos d_model"]
+    ) -> Float[Tensor, "candidate reader batch pos d_model"]:
+        """The residual stream as each of these readers (rows of the graph) sees it; positions are joined again."""
+        self.rows[0] = resid
+        return read(self.weights[:, readers, : 1 + n_writers], self.rows[: 1 + n_writers], self.places_for(readers))
+
+    def places_for(self, readers: slice) -> list[Tensor] | None:
+        """The tokens of each position; None where the readers have one row for all tokens, as the logits have."""
+        return None if readers.start == len(self.graph.readers) - 1 else self.places
+
+    def _whole(self, readers: slice) -> Tensor:
+        """Which readers have no cut edge: `[candidate, reader]`, positions together."""
+        uncut = (self.masks[:, readers] == 0).all(-1)
+        return uncut.unflatten(1, (-1, self.graph.n_positions)).all(-1).repeat_interleave(len(self.pairs), 0)
+
+    def _head_edit(self, layer: int, channel: str):
+        readers = self.graph.channel_readers(layer, channel)
+        n = self.graph.n_positions
+
+        def edit(value: Tensor) -> Tensor:
+            assert self.seen is not None
+            first, seen = self.seen
+            mine = seen[:, (readers.start - first) // n : (readers.stop - first) // n].transpose(0, 1)
+            read = self.model.layout.read_heads(layer, channel, mine)
+            new = read.permute(1, 2, 3, 0, 4).flatten(0, 1).to(value.dtype)
+            # A reader without a cut edge keeps the model's own value, to the last bit.
+            return torch.where(self._whole(readers)[:, None, :, None], value, new)
+
+        return edit
+
+    def _mlp_edit(self, layer: int):
+        readers = self.graph.mlp_readers(layer)
+        before = self.graph.n_writers_before(layer, mlp=True)
+
+        def edit(value: Tensor) -> Tensor:
+            assert self.resid is not None
+            seen = self.corrected(readers, before, self.fold(self.resid))[:, 0]
+            new = self.model.layout.read_mlp(layer, seen).flatten(0, 1).to(value.dtype)
+            return torch.where(self._whole(readers)[:, :, None], value, new)
+
+        return edit
+
+
+def read(
+    weights: Float[Tensor, "candidate row writer"],
+    rows: Float[Tensor, "writer candidate batch pos d_model"],
+    places: list[Tensor] | None,
+) -> Float[Tensor, "candidate reader batch pos d_model"]:
+    """The sums of the rows that each reader's weights give; with places, a reader has one row of weights for each."""
+    n_batch, n_pos, d_model = rows.shape[2:]
+    if places is None:
+        return torch.bmm(weights, rows.flatten(2).transpose(0, 1)).unflatten(-1, (n_batch, n_pos, d_model))
+    flat, by_place = rows.flatten(2, 3), weights.unflatten(1, (-1, len(places)))
+    out = rows.new_empty(weights.shape[0], by_place.shape[1], n_batch * n_pos, d_model)
+    for i, tokens in enumerate(places):
+        here = flat[:, :, tokens].flatten(2).transpose(0, 1)
+        out[:, :, tokens] = torch.bmm(by_place[:, :, i], here).unflatten(-1, (len(tokens), d_model))
+    return out.unflatten(2, (n_batch, n_pos))
+
+
+Cut = Bool[Tensor, "*candidate reader writer"] | Float[Tensor, "*candidate reader writer"]
+"""True (or 1) where an edge is cut; values between 0 and 1 cut it in part."""
+
+
+def run_edges(
+    model: HookManager,
+    graph: Graph,
+    pairs: Pairs,
+    cut: Cut,
+    *,
+    metric: Metric | str = "logit_diff",
+    replacement: Replacement | None = None,
+    batch_size: int | None = None,
+) -> Float[Tensor, "*candidate batch"]:
+    """The metric of every example with the edges of each mask cut, exactly.
+
+    `cut` is one mask `[reader, writer]` or several `[candidate, reader, writer]`, which run side by side. A cut edge
+    carries the replacement's value: that of the corrupt prompt by default, or a mean or zero (see
+    `mechinterp.engines.replacement`). All other edges carry what this run computes. The metric's reference is the clean
+    run.
+
+    Cost: one forward of the corrupt prompts and one patched forward per candidate, up to the final residual stream;
+    layers before the first cut edge are not run again when several candidates share them. Memory: the writes of one
+    batch, `n_writers * batch * pos * d_model` numbers per candidate.
+
+    Raises InputError for a mask of another graph or with NaN, and for pairs or a graph of another model.
+    """
+    metric = get_metric(metric) if isinstance(metric, str) else metric
+    metric.check_answers(pairs)
+    check_model(model, graph, pairs)
+    masks = check_cut(graph, cut)
+    replacement = replacement or corrupt_replacement(model, graph)
+    results: list[Tensor] = []
+    for chunk in pairs.to(model.device).chunks(batch_size or len(pairs)):
+        reference = clean_logits(model, chunk) if metric.needs_reference else None
+        columns = metric.columns(chunk)
+        rows: list[Tensor] = []
+        for logits in edge_logits(model, graph, chunk, masks, replacement.on(chunk), columns):
+            if columns is None:
+                rows.append(metric(logits, chunk, reference))
+            else:
+                rows.append(metric.on_columns(logits, columns, chunk))
+        results.append(torch.stack(rows))
+    out = torch.cat(results, dim=-1)
+    return out if cut.ndim == 3 else out[0]
+
+
+WRITES_BUDGET_BYTES = 2**29
+"""Masks run side by side as long as their writes fit in this many bytes."""
+
+
+def edge_logits(
+    model: HookManager,
+    graph: Graph,
+    pairs: Pairs,
+    masks: Float[Tensor, "candidate reader writer"],
+    values: Values,
+    columns: Int[Tensor, " n_columns"] | None = None,
+    prefix: Prefix | None = None,
+) -> Iterator[Float[Tensor, "batch n_answer n_columns"]]:
+    """For each mask, the logits at the answer positions of one batch (of all tokens, or of `columns` only).
+
+    `prefix` (see `run_prefix`) spares the layers before its own, where no edge of any mask may be cut.
+    """
+    size = len(graph.writers) * pairs.clean.numel() * model.dims.d_model * max(4, model.dtype.itemsize)
+    # Edits of an `intervene` block are for the prompts as they are, each once.
+    at_once = 1 if model.edited else max(1, min(64, WRITES_BUDGET_BYTES // size))
+    for some in masks.split(at_once):
+        logits = PatchedRun(model, graph, pairs, some.to(model.device), values, prefix).run(columns)
+        yield from logits.unflatten(0, (len(some), len(pairs)))
+
+
+def clean_logits(model: HookManager, pairs: Pairs) -> Float[Tensor, "batch n_answer d_vocab"]:
+    """The clean run's logits at the answer positions."""
+    return answer_logits(model, pairs.clean, pairs)
+
+
+def answer_logits(model: HookManager, tokens: Tensor, pairs: Pairs) -> Float[Tensor, "batch n_answer d_vocab"]:
+    """The logits at the answer positions of any prompts shaped like `pairs`."""
+    run = model.run(tokens, pairs.mask, record=[Site("resid_final")], stop=Site("resid_final"))
+    return model.layout.unembed(take_positions(run.values[Site("resid_final")], pairs.answer_pos))
+
+
+def metric_values(
+    model: HookManager,
+    pairs: Pairs,
+    metric: Metric,
+    resid: Float[Tensor, "batch pos d_model"],
+    reference: Float[Tensor, "batch n_answer d_vocab"] | None = None,
+) -> Float[Tensor, " batch"]:
+    """The metric of every example from its final residual stream, in float32 or better; differentiable in it.
+
+    Only the logits that the metric needs are computed. `reference` are the clean run's, for metrics that compare.
+    """
+    wide = take_positions(resid, pairs.answer_pos).to(torch.promote_types(resid.dtype, torch.float32))
+    columns = metric.columns(pairs)
+    logits = model.layout.unembed(wide, columns)
+    return metric(logits, pairs, reference) if columns is None else metric.on_columns(logits, columns, pairs)
+
+
+def check_model(model: HookManager, graph: Graph, pairs: Pairs) -> None:
+    """Return None when the graph and the token ids can be this model's. Raises InputError otherwise."""
+    if graph.dims != model.dims:
+        raise InputError("The graph was built for a model of other dimensions; build it with build_graph(model).")
+    for layer in range(graph.dims.n_layers):
+        own = graph.neurons_of(layer)
+        if own and max(own) >= (d_mlp := model.layout.neurons(layer).W_out.shape[0]):
+            raise InputError(f"The graph has neuron m{layer}.n{max(own)}; that layer has neurons 0 to {d_mlp - 1}.")
+    places_of(graph, pairs)
+    pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
+
+
+def check_cut(graph: Graph, cut: Tensor) -> Float[Tensor, "candidate reader writer"]:
+    """The masks as floats with a candidate axis. Raises InputError for a wrong shape, NaN or an impossible edge."""
+    masks = cut if cut.ndim == 3 else cut[None]
+    if masks.ndim != 3 or tuple(masks.shape[1:]) != tuple(graph.possible.shape) or not len(masks):
+        raise InputError(
+            f"A cut mask is [reader, writer] = {list(graph.possible.shape)}, or several; got {list(cut.shape)}."
+        )
+    masks = masks.float() if masks.dtype == torch.bool else masks
+    if not bool(((masks >= 0) & (masks <= 1)).all()):
+        raise InputError("A cut mask holds values from 0 (kept) to 1 (cut); got something else, or NaN.")
+    impossible = (masks != 0).any(0).cpu() & ~graph.possible
+    if bool(impossible.any()):
+        r, w = (int(i) for i in impossible.nonzero()[0])
+        raise InputError(f"The cut mask names {graph.edge_name(r, w)}, which is not an edge of the graph.")
+    return masks

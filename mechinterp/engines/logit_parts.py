@@ -1,0 +1,191 @@
+"""The terms of a logit: what every write, of a head, a neuron, a source position or a bias, adds through frozen norms.
+
+`direct_logit_attribution` is the function to call; this is how it reads one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp.engines.logit_directions import Direction
+from mechinterp.graphs.token_positions import take_positions
+from mechinterp.models.components import PositionSets
+from mechinterp.models.hook_manager import HookManager, Intervention
+from mechinterp.models.norm import Norm
+from mechinterp.models.sites import Site
+from mechinterp.tasks.metrics import NO_ENTRY
+from mechinterp.tasks.pairs import Pairs
+
+Block: TypeAlias = "tuple[list[str], Tensor]"
+"""The labels of some parts and their values `[part, batch]`."""
+Read: TypeAlias = "dict[str, Tensor]"
+"""Values in float32 or better by site; of the read positions only, but for `v` (all positions)."""
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What is split further: layers whose MLP is, and per layer the heads that are."""
+
+    mlps: frozenset[int]
+    heads: Mapping[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Readout:
+    """The linear map from a write at the read positions to its share of the logit, the norms' scales frozen."""
+
+    vector: Float[Tensor, "batch d_model"]
+    weight: Float[Tensor, "batch n"]
+    """Per read position: its share of the mean over positions, divided by the scales."""
+    constants: Mapping[str, Float[Tensor, " batch"]]
+    logit: Float[Tensor, " batch"]
+    """What the parts must sum to."""
+
+    def of(self, write: Float[Tensor, "*axes d_model"]) -> Float[Tensor, " batch"]:
+        """The share of a write `[batch, n, d_model]`, or of one that is the same everywhere."""
+        write = write.expand(*self.weight.shape, -1)
+        return einsum(write, self.vector, self.weight, "batch n d, batch d, batch n -> batch")
+
+    def through(self, post: Norm, before: Tensor | None) -> Readout:
+        """The map from a write before a post-norm, whose whole input is `before`."""
+        if post.identity:
+            return self
+        vector = post.project_transposed(self.vector)
+        if post.kind == "none":
+            return replace(self, vector=vector)
+        assert before is not None
+        return replace(self, vector=vector, weight=self.weight / post.scale(before)[..., 0])
+
+
+def read_values(model: HookManager, pairs: Pairs, tokens: Tensor, at: Tensor, refined: Refined) -> Read:
+    """One forward; each value is cut to the read positions as it comes."""
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    found: Read = {}
+
+    def keep(site: Site) -> Intervention:
+        def note(value: Tensor) -> Tensor:
+            if site.kind == "v":
+                found[str(site)] = value.to(dtype)
+                return value
+            rows = value.transpose(1, 2) if site.kind == "pattern" else value
+            rows = rows.expand(len(tokens), *rows.shape[1:])  # a position embedding may come with a batch of one
+            found[str(site)] = take_positions(rows.flatten(2), at).unflatten(2, rows.shape[2:]).to(dtype)
+            return value
+
+        return Intervention(site, note)
+
+    sites = [site for kind in ("embed", "pos_embed", "resid_final") if model.has(site := Site(kind))]
+    sites.append(Site("resid_pre", 0))
+    for layer in range(model.dims.n_layers):
+        kinds = ["z"] + ["mlp_out"] * (model.dims.has_mlp and layer not in refined.mlps)
+        kinds += ["v", "pattern"] if layer in refined.heads else []
+        if layer in refined.mlps:
+            kinds += ["mlp_post"] + ["mlp_raw"] * model.has(Site("mlp_raw", layer))
+        sites += [Site(kind, layer) for kind in kinds]
+    stop = Site("resid_final")
+    model.run(tokens, pairs.mask, interventions=[keep(site) for site in sites], stop=stop)
+    return found
+
+
+def input_split(read: Read, dtype: torch.dtype) -> str:
+    """`split` where embed + pos_embed enter the first layer, `embed` where the embedding alone does, else `input`."""
+    total, rtol = read["resid_pre.0"], max(1e-4, 4 * torch.finfo(dtype).eps)
+    for name, parts in (("split", ("embed", "pos_embed")), ("embed", ("embed",))):
+        if all(part in read for part in parts):
+            made = sum((read[part] for part in parts[1:]), read[parts[0]])
+            if torch.allclose(made, total, rtol=rtol, atol=rtol / 10):
+                return name
+    return "input"
+
+
+def readout_of(model: HookManager, read: Read, direction: Direction, at: Tensor) -> Readout:
+    """The map of one batch, from the run's own final residual stream."""
+    layout, resid = model.layout, read["resid_final"]
+    valid = at != NO_ENTRY
+    share = valid.to(resid.dtype) / valid.sum(1, keepdim=True)
+    vectors, unembed_bias = direction.unembedded(layout, resid.dtype)
+    normed = einsum(layout.final_norm(resid), vectors, share, "batch n d, batch d, batch n -> batch")
+    constants: dict[str, Tensor] = {}
+    if layout.final_norm.bias is not None and bool(layout.final_norm.bias.any()):
+        constants["final_norm.bias"] = vectors @ layout.final_norm.bias.to(resid.dtype)
+    if layout.b_U is not None and bool(layout.b_U.any()):
+        constants["unembed.bias"] = unembed_bias
+    return Readout(
+        vector=layout.final_norm.project_transposed(vectors),
+        weight=share / layout.final_norm.scale(resid)[..., 0],
+        constants=constants,
+        logit=normed + unembed_bias,
+    )
+
+
+def logit_parts(
+    model: HookManager,
+    read: Read,
+    readout: Readout,
+    refined: Refined,
+    sources: PositionSets | None,
+    split: str,
+) -> Iterator[Block]:
+    """Every part, in the order in which the model computes them."""
+    inputs = {"split": ["embed", "pos_embed"], "embed": ["embed"], "input": ["input"]}[split]
+    for name in inputs:
+        yield [name], readout.of(read["resid_pre.0" if name == "input" else name])[None]
+    for layer in range(model.dims.n_layers):
+        yield from _attention_parts(model, layer, read, readout, refined.heads.get(layer, ()), sources)
+        if layer in refined.mlps:
+            yield from _neuron_parts(model, layer, read, readout)
+        elif model.dims.has_mlp:
+            yield [f"m{layer}"], readout.of(read[f"mlp_out.{layer}"])[None]
+    for name, value in readout.constants.items():
+        yield [name], value[None]
+
+
+def _attention_parts(
+    model: HookManager,
+    layer: int,
+    read: Read,
+    readout: Readout,
+    refined: tuple[int, ...],
+    sources: PositionSets | None,
+) -> Iterator[Block]:
+    maps, z = model.layout.attention[layer], read[f"z.{layer}"]
+    inner = readout.through(maps.post, model.layout.attention_total(layer, z))
+    # What each head's output is multiplied by; no write is ever expanded to d_model.
+    reads = einsum(maps.W_O.to(z.dtype), inner.vector, "head d_head d, batch d -> batch head d_head")
+    heads = einsum(z, reads, inner.weight, "batch n head d_head, batch head d_head, batch n -> head batch")
+    group = model.dims.n_heads // model.dims.n_kv_heads
+    for head in range(model.dims.n_heads):
+        name = f"a{layer}.h{head}"
+        if head not in refined or sources is None:
+            yield [name], heads[head][None]
+            continue
+        attended = einsum(read[f"pattern.{layer}"][:, :, head], inner.weight, "batch n key, batch n -> batch key")
+        carried = einsum(read[f"v.{layer}"][:, :, head // group], reads[:, head], "batch key d, batch d -> batch key")
+        sums = (sources.masks.to(z.dtype) * attended * carried).sum(-1)
+        labels = [f"{name}@{label}" for label in sources.labels]
+        yield labels, torch.where(sources.present, sums, torch.nan)
+    biases = [inner.of(maps.b_O.to(z.dtype))] if maps.b_O is not None and bool(maps.b_O.any()) else []
+    if maps.post.bias is not None and bool(maps.post.bias.any()):
+        biases.append(readout.of(maps.post.bias.to(z.dtype)))
+    if biases:
+        yield [f"a{layer}.bias"], torch.stack(biases).sum(0, keepdim=True)
+
+
+def _neuron_parts(model: HookManager, layer: int, read: Read, readout: Readout) -> Iterator[Block]:
+    maps, post = model.layout.neurons(layer), read[f"mlp_post.{layer}"]
+    inner = readout.through(maps.post, read.get(f"mlp_raw.{layer}"))
+    reads = inner.vector @ maps.W_out.to(post.dtype).T
+    values = einsum(post, inner.weight, "batch n neuron, batch n -> batch neuron") * reads
+    yield [f"m{layer}.n{i}" for i in range(values.shape[1])], values.T
+    biases = [inner.of(maps.b_out.to(post.dtype))] if maps.b_out is not None and bool(maps.b_out.any()) else []
+    if maps.post.bias is not None and bool(maps.post.bias.any()):
+        biases.append(readout.of(maps.post.bias.to(post.dtype)))
+    if biases:
+        yield [f"m{layer}.bias"], torch.stack(biases).sum(0, keepdim=True)

@@ -1,0 +1,152 @@
+"""`Circuit`: the edges that were chosen from a graph. The one object that is saved, evaluated, drawn and verified."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import networkx as nx
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from mechinterp.base.errors import InputError
+from mechinterp.graphs.graph import Graph
+from mechinterp.graphs.scores import Parameter, Scores
+
+if TYPE_CHECKING:
+    NodeGraph = nx.MultiDiGraph[str]
+else:  # networkx's types take arguments in its stubs only
+    NodeGraph = nx.MultiDiGraph
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """Edges of `graph` that make up the circuit: `kept`, every one on a path from an input to the logits.
+
+    `n_selected` counts the edges of the selection before those on no path were dropped.
+    """
+
+    graph: Graph
+    kept: Bool[Tensor, "reader writer"] = field(repr=False)
+    n_selected: int
+    selection: Mapping[str, Parameter] = field(default_factory=dict[str, Parameter])
+    """The rule that chose the edges, with its parameters."""
+    scores: Scores | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.kept.shape != self.graph.possible.shape or bool((self.kept & ~self.graph.possible).any()):
+            raise InputError("The circuit's mask is not a part of its graph.")
+        object.__setattr__(self, "kept", self.kept.cpu().clone())
+
+    def __repr__(self) -> str:
+        how = ", ".join(f"{name}={value}" for name, value in self.selection.items())
+        return f"Circuit({self.n_edges} of {self.graph.n_edges} edges, {self.n_selected} selected ({how}))"
+
+    @property
+    def edges(self) -> tuple[str, ...]:
+        """The names of the edges, sorted."""
+        return tuple(sorted(self.graph.edge_name(int(r), int(w)) for r, w in self.kept.nonzero()))
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The writers (and `logits`) that an edge touches, in the model's order; `a9.h9@end` where positions are named.
+
+        Where positions, nodes or neurons are told apart, these are the nodes that write: a key at one position
+        serves its head at all later ones, and the input of an MLP serves every neuron of it.
+        """
+        if not self.graph.plain:
+            edges = self.kept.nonzero()
+            pairs = sorted({(w, int(self.graph.position[r])) for r, w in edges.tolist()})
+            written = [self.graph.node_name(w, p) for w, p in pairs]
+            return (*written, "logits") if bool(self.kept[-1].any()) else tuple(written)
+        used = self.kept.any(0) | (self.graph.feeds & self.kept.any(1, keepdim=True)).any(0)
+        names = [name for name, is_used in zip(self.graph.writers, used.tolist(), strict=True) if is_used]
+        return (*names, "logits") if bool(self.kept[-1].any()) else tuple(names)
+
+    @property
+    def n_edges(self) -> int:
+        """How many edges the circuit has."""
+        return int(self.kept.sum())
+
+    @property
+    def n_units(self) -> int:
+        """How many edges were chosen, or nodes where the graph's level is `node`."""
+        return len(self.graph.unit[self.kept].unique())
+
+    @property
+    def cut(self) -> Bool[Tensor, "reader writer"]:
+        """The edges that are replaced when the circuit is run alone: all but its own."""
+        return self.graph.possible & ~self.kept
+
+    @property
+    def members(self) -> Bool[Tensor, "reader writer"]:
+        """All edges of what was chosen: those of the circuit, and where nodes are chosen all edges out of them.
+
+        Cutting these is running the model without the circuit.
+        """
+        units = self.graph.unit[self.kept].unique()
+        return torch.isin(self.graph.unit, units) & self.graph.possible
+
+    def digest(self) -> str:
+        """sha256 over the graph and the edges: tells which circuit a result belongs to."""
+        return hashlib.sha256(json.dumps([self.graph.digest(), self.edges]).encode()).hexdigest()
+
+    def to_networkx(self) -> NodeGraph:
+        """Nodes and edges as a networkx graph; an edge has `name`, `channel` and, when scored, `score`."""
+        out = to_networkx(self.graph, self.kept)
+        if self.scores is not None:
+            values = self.scores.values
+            for _, _, data in out.edges(data=True):
+                data["score"] = float(values[self.graph.edge_index(data["name"])])
+        return out
+
+
+def to_networkx(graph: Graph, mask: Bool[Tensor, "reader writer"]) -> NodeGraph:
+    """The masked edges between nodes; an edge into a shared K or V head leads to every head of its group.
+
+    At named positions the nodes are `a9.h9@end`, and a key or value leads to its head wherever that writes. Where
+    positions, nodes or neurons are told apart, an edge leads only to nodes that write.
+    """
+    out: NodeGraph = nx.MultiDiGraph(positions=graph.positions)
+    for r, w, source, targets in _ends(graph, mask):
+        reader = graph.readers[r].partition("@")[0]
+        channel = reader[-2] if reader.endswith(">") else ""
+        for node in targets:
+            out.add_edge(source, node, name=graph.edge_name(r, w), channel=channel)
+    return out
+
+
+def on_paths(graph: Graph, mask: Bool[Tensor, "reader writer"]) -> Bool[Tensor, "reader writer"]:
+    """The part of the mask that lies on a path from an input to the logits."""
+    net = to_networkx(graph, mask)
+    reached: set[str] = set()
+    for source in net:
+        if source.partition("@")[0] in graph.inputs:
+            reached |= {source} | nx.descendants(net, source)
+    useful = {"logits"} | nx.ancestors(net, "logits") if "logits" in net else set[str]()
+    kept = mask.clone()
+    for r, w, source, targets in _ends(graph, mask):
+        kept[r, w] = source in reached and not useful.isdisjoint(targets)
+    return kept
+
+
+def _ends(graph: Graph, mask: Bool[Tensor, "reader writer"]) -> Iterator[tuple[int, int, str, tuple[str, ...]]]:
+    """(reader, writer, the node that it comes from, the nodes that it leads to) of every masked edge."""
+    writes_at: dict[int, set[int]] = {}
+    for r, w in mask.nonzero().tolist():
+        writes_at.setdefault(w, set()).add(int(graph.position[r]))
+    for r, w in mask.nonzero().tolist():
+        fed = graph.feeds[r].nonzero().flatten().tolist()
+        source = graph.node_name(w, int(graph.position[r]))
+        if not fed:
+            targets = ["logits"]
+        elif graph.positions and graph.readers[r].partition("@")[0][-2:] in ("k>", "v>"):
+            targets = [graph.node_name(f, p) for f in fed for p in sorted(writes_at.get(f, ()))]
+        else:
+            here = int(graph.position[r])
+            targets = [graph.node_name(f, here) for f in fed if graph.plain or here in writes_at.get(f, ())]
+        yield r, w, source, tuple(targets)

@@ -1,0 +1,285 @@
+"""Prompts as a user gives them: pairs, or token ids alone.
+
+Parts of a forward that can be patched: a site, or one head or neuron of it, with one text form.
+
+`a9.h9` is a head's output z, `a9.h9<q>` its query (`<k>`, `<v>`, `<pattern>` alike; `a5.kv1<k>` where query heads
+share a key/value head), `m3` what an MLP writes, `m3.n17` a neuron, `a9` what an attention layer writes, `input` the
+residual stream that enters the first layer; any site can be named by itself (`resid_pre.5`). `@S2` or `@4` behind it
+says where.
+
+Positions as a user names them: absolute, from the end, by the task's names, or sets of these.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from mechinterp.base.errors import InputError, UnsupportedError
+from mechinterp.base.registry import unknown
+from mechinterp.models.layout import Dims
+from mechinterp.models.sites import GLOBAL_SITES, LAYER_SITES, Site
+from mechinterp.models.source import ModelInfo
+from mechinterp.tasks.pairs import Pairs
+
+UNIT_AXES = {
+    "q": "head",
+    "k": "kv_head",
+    "v": "kv_head",
+    "z": "head",
+    "scores": "head",
+    "pattern": "head",
+    "mlp_pre": "neuron",
+    "mlp_up": "neuron",
+    "mlp_post": "neuron",
+}
+"""The axis along which a site has units; the others are one vector per token."""
+BY_QUERY = ("scores", "pattern")
+"""Sites `[batch, head, query, key]`; a position in them is the query's."""
+
+_UNIT = re.compile(
+    r"a(?P<a>\d{1,4})(?:\.(?P<kind>h|kv)(?P<head>\d{1,5})(?:<(?P<channel>q|k|v|z|pattern|scores)>)?)?"
+    r"|m(?P<m>\d{1,4})(?:\.n(?P<neuron>\d{1,7}))?|input"
+)
+
+
+@runtime_checkable
+class HasNeurons(Protocol):
+    """What knows the MLPs' weights."""
+
+    def neurons(self, layer: int) -> Any:
+        """The weights of a layer's MLP; `W_out` is `[neuron, ...]`."""
+        ...
+
+
+@runtime_checkable
+class HasSites(Protocol):
+    """A model whose parts can be named: a HookManager, or an encoder."""
+
+    @property
+    def dims(self) -> Dims: ...
+    @property
+    def info(self) -> ModelInfo: ...
+    @property
+    def layout(self) -> HasNeurons: ...
+    def has(self, site: Site, /) -> bool:
+        """Whether it has the site."""
+        ...
+
+    def resolve(self, site: Site, /) -> str:
+        """Its own name of the site. Raises an error that says why where there is none."""
+        ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """One head or neuron of a site (`unit`), or all of it (None); at `position`, or wherever the caller says."""
+
+    site: Site
+    unit: int | None = None
+    position: Position | None = None
+
+
+def parse_part(model: HasSites, text: str) -> Part:
+    """The part that the text names. Raises InputError for what the model does not have, by name."""
+    name, at, position = text.rpartition("@")
+    if not at:
+        name, position = text, ""
+    elif not position:
+        raise InputError(f"{text!r} names no position behind the '@'; write 'a9.h9@S2' or 'a9.h9@4'.")
+    number = as_number(position)
+    where = None if not at else position if number is None else number
+    found = _UNIT.fullmatch(name)
+    if found is None:
+        if name.partition(".")[0] not in LAYER_SITES + GLOBAL_SITES:
+            raise InputError(
+                f"{text!r} is no part of a model; parts look like 'a9.h9', 'a9.h9<q>', 'm3', 'm3.n17', 'resid_pre.5', "
+                "each with an optional '@S2' or '@4'."
+            )
+        site = Site.parse(name)
+        model.resolve(site)
+        return Part(site, None, where)
+    if name == "input":
+        return Part(Site("resid_pre", 0), None, where)
+    layer = int(found["m"] if found["m"] is not None else found["a"])
+    if layer >= model.dims.n_layers:
+        raise InputError(f"{text!r} is not there: the model has layers 0 to {model.dims.n_layers - 1}.")
+    if found["m"] is not None:
+        neuron = None if found["neuron"] is None else int(found["neuron"])
+        site = Site("mlp_out" if neuron is None else "mlp_post", layer)
+    elif found["head"] is None:
+        site, neuron = Site("attn_out", layer), None
+    else:
+        channel = found["channel"] or "z"
+        check_head(model.dims, text, found["kind"], int(found["head"]), channel)
+        site, neuron = Site(channel, layer), int(found["head"])
+    model.resolve(site)
+    if site.kind == "mlp_post" and neuron is not None and neuron >= n_units(model, site):
+        raise InputError(
+            f"{text!r} is not there: the MLP of layer {layer} has neurons 0 to {n_units(model, site) - 1}."
+        )
+    return Part(site, neuron, where)
+
+
+def check_head(dims: Dims, text: str, kind: str, head: int, channel: str) -> None:
+    """Return None when the model has that head with that channel. Raises InputError otherwise."""
+    grouped = dims.n_kv_heads != dims.n_heads
+    shared = channel in ("k", "v")
+    if kind == "kv" and not (grouped and shared):
+        why = "only <k> and <v> are per key/value head" if grouped else "every head has its own keys and values here"
+        raise InputError(f"{text!r} is not there: {why}; write 'a5.h1<{channel}>'.")
+    if kind == "h" and grouped and shared:
+        of = head // (dims.n_heads // dims.n_kv_heads)
+        raise InputError(f"{text!r} is not there: query heads share it; name the key/value head, 'kv{of}<{channel}>'.")
+    count = dims.n_kv_heads if kind == "kv" else dims.n_heads
+    if head >= count:
+        raise InputError(f"{text!r} is not there: a layer has {'key/value ' * (kind == 'kv')}heads 0 to {count - 1}.")
+
+
+def n_units(model: HasSites, site: Site) -> int:
+    """How many units a site has. Raises UnsupportedError for neurons of an MLP whose weights are not plain."""
+    axis = UNIT_AXES.get(site.kind)
+    if axis is None:
+        raise InputError(f"Site '{site}' has no heads or neurons.")
+    if axis == "neuron":
+        return int(model.layout.neurons(site.layer or 0).W_out.shape[0])
+    return model.dims.n_heads if axis == "head" else model.dims.n_kv_heads
+
+
+def unit_axis(model: HasSites, kind: str) -> str | None:
+    """`head`, `kv_head` (only where query heads share keys and values), `neuron`, or None."""
+    axis = UNIT_AXES.get(kind)
+    return "head" if axis == "kv_head" and model.dims.n_kv_heads == model.dims.n_heads else axis
+
+
+def layer_range(model: HasSites, kind: str, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers asked for (all by default) that have the site. Raises InputError for none and for unknown ones."""
+    if kind not in LAYER_SITES:
+        raise unknown("site of a layer", kind, LAYER_SITES)
+    every = range(model.dims.n_layers)
+    wanted = tuple(every) if layers is None else tuple(layers)
+    if not wanted or len(set(wanted)) != len(wanted) or not set(wanted) <= set(every):
+        raise InputError(f"Layers are different numbers from 0 to {len(every) - 1}, at least one; got {list(wanted)}.")
+    for layer in wanted:
+        if not model.has(Site(kind, layer)):
+            model.resolve(Site(kind, layer))  # says why
+            raise UnsupportedError(f"{model.info.architecture} has no site '{kind}.{layer}'.")
+    return wanted
+
+
+def unit_range(model: HasSites, site: Site, units: Sequence[int] | None) -> tuple[int, ...]:
+    """The heads or neurons asked for (all by default). Raises InputError for none and for unknown ones."""
+    count = n_units(model, site)
+    wanted = tuple(range(count)) if units is None else tuple(units)
+    if not wanted or len(set(wanted)) != len(wanted) or not set(wanted) <= set(range(count)):
+        axis = UNIT_AXES[site.kind]
+        raise InputError(f"`units` are different {axis}s from 0 to {count - 1}, at least one; got {list(wanted)}.")
+    return wanted
+
+
+Position: TypeAlias = "str | int"
+"""A named position of the task (`S2`, `end`), or a number: 0 is the first token, -1 the last real one."""
+Positions: TypeAlias = "str | int | Sequence[Position | Sequence[Position]] | None"
+"""None: all positions at once. `each`: every position by itself. Otherwise one position, or a list of positions and
+of sets of positions (`["S2", ("IO", "S1")]`)."""
+
+
+def as_number(text: str) -> int | None:
+    """The number of a token that a text is (`4`, `-1`), or None."""
+    return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else None
+
+
+@dataclass(frozen=True)
+class PositionSets:
+    """Sets of positions with their labels; `masks[i]` is True at the positions of set i.
+
+    A row without any True has no such position (a shorter prompt, with `each`): nothing is measured there.
+    """
+
+    labels: tuple[str, ...]
+    masks: Bool[Tensor, "set batch pos"]
+
+    @property
+    def present(self) -> Bool[Tensor, "set batch"]:
+        """Whether the example has the position."""
+        return self.masks.any(-1)
+
+    def first(self, index: int) -> int:
+        """The earliest position of a set in any example."""
+        return int(self.masks[index].any(0).nonzero()[0])
+
+
+def position_sets(pairs: Pairs, positions: Positions) -> PositionSets:
+    """The sets of positions that the user named.
+
+    Raises InputError for a name that the pairs do not have, a number outside a prompt, and an empty or doubled choice.
+    """
+    if positions is None:
+        return PositionSets(("all",), pairs.mask[None])
+    if isinstance(positions, str) and positions == "each" and "each" not in pairs.positions:
+        width = pairs.clean.shape[1]
+        every = torch.eye(width, dtype=torch.bool, device=pairs.device)[:, None] & pairs.mask
+        return PositionSets(tuple(str(i) for i in range(width)), every)
+    if isinstance(positions, (str, int)):
+        positions = [positions]
+    if not len(positions):
+        raise InputError("No position is given; name some, or leave `positions` out to take all.")
+    labels: list[str] = []
+    masks: list[Tensor] = []
+    for wanted in positions:
+        members = [wanted] if isinstance(wanted, (str, int)) else list(wanted)
+        if not members:
+            raise InputError("A set of positions is empty; name at least one position in it.")
+        label = ",".join(str(member) for member in members)
+        if label in labels:
+            raise InputError(f"The position {label!r} is given twice.")
+        labels.append(label)
+        masks.append(_mask_of(pairs, members))
+    return PositionSets(tuple(labels), torch.stack(masks))
+
+
+def position_index(pairs: Pairs, position: Position) -> Int[Tensor, " batch"]:
+    """Where one position is in each example. Raises InputError as `position_sets` does."""
+    if isinstance(position, str):
+        if position in pairs.positions:
+            return pairs.positions[position]
+        number = as_number(position)
+        if number is None:
+            raise unknown("position", position, pairs.positions)
+        position = number
+    if abs(position) >= 10**9:
+        raise InputError(f"Position {str(position)[:20]} is outside every prompt.")
+    index = pairs.lengths + position if position < 0 else torch.full_like(pairs.lengths, position)
+    outside = (index < 0) | (index >= pairs.lengths)
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        raise InputError(
+            f"Position {position} is outside the prompt of row {row}, which has {int(pairs.lengths[row])} tokens."
+        )
+    return index
+
+
+def _mask_of(pairs: Pairs, members: Sequence[Position]) -> Bool[Tensor, "batch pos"]:
+    columns = torch.arange(pairs.clean.shape[1], device=pairs.device)
+    found = torch.zeros_like(pairs.mask)
+    for member in members:
+        found |= columns[None] == position_index(pairs, member)[:, None]
+    return found
+
+
+def as_pairs(prompts: object, mask: Bool[Tensor, "batch pos"] | None = None) -> Pairs:
+    """Pairs as they are, or made of token ids `[batch, pos]` and their mask. Raises InputError for anything else."""
+    if isinstance(prompts, Pairs):
+        return prompts
+    if not isinstance(prompts, Tensor) or prompts.ndim != 2 or not len(prompts):
+        got = f"shape {list(prompts.shape)}" if isinstance(prompts, Tensor) else type(prompts).__name__
+        raise InputError(f"Give Pairs, or token ids as a tensor [batch, pos]; got {got}.")
+    twice = torch.cat([prompts, prompts])  # Pairs want two rows; one prompt is enough here
+    real = None if mask is None else torch.cat([mask, mask])
+    return Pairs(clean=twice, corrupt=twice, mask=real)[: len(prompts)]

@@ -1,0 +1,380 @@
+"""HookManager: runs one model, reads and edits its activations, and leaves nothing behind.
+
+This is the only file that registers hooks; `models/hook_names.py` has TransformerLens's names of the hook points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from inspect import currentframe
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechinterp.base.errors import InputError, SiteNotReached, UnsupportedError
+from mechinterp.base.registry import unknown
+from mechinterp.models.exclusive_runs import Block, Turn, use_of
+from mechinterp.models.hook_names import HOOK_NAMES
+from mechinterp.models.interventions import (
+    Carry,
+    Edit,
+    Intervention,
+    Point,
+    Run,
+    SiteLike,
+    Stopped,
+    as_interventions,
+    fire,
+)
+from mechinterp.models.layout import Dims, Layout
+from mechinterp.models.load import open_model
+from mechinterp.models.load_checks import check_model
+from mechinterp.models.mlp import run_mlp
+from mechinterp.models.modes import Gradients
+from mechinterp.models.past import Past, empty_cache, past_of
+from mechinterp.models.sites import GLOBAL_SITES, LAYER_SITES, Site
+from mechinterp.models.source import ModelInfo
+from mechinterp.models.tokens import check_at, check_past, check_tokens
+
+
+class HookManager:
+    """Owns one TransformerBridge: `run` reads and edits activations at sites; the model is then as before.
+
+    Made by `mechinterp.load_model`. When it is built, every site and every map of the layout is checked on a short
+    prompt: a site that fires other than once, or whose value does not reach the logits, is refused with its reason.
+    """
+
+    def __init__(self, bridge: Any, info: ModelInfo, tokenizer: Any = None) -> None:
+        self.bridge = bridge
+        self.info = info
+        self.tokenizer = tokenizer
+        self._use = use_of(bridge)
+        if self.edited:
+            raise InputError("This model is inside an `intervene` block, where it cannot be checked; load it before.")
+        self._points: dict[str, Any] = dict(bridge.hook_dict)
+        self._layers_give_tuples = False
+        self.layout: Layout
+        self.refused: Mapping[Site, str] = {}
+        self.branches: Mapping[str, str] = {}
+        self.keeps_past, self.bound_mlps = True, dict[int, str]()
+        check_model(self)
+
+    @property
+    def dims(self) -> Dims:
+        """Sizes of the model."""
+        return self.layout.dims
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return self.layout.W_U.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model's weights."""
+        return self.layout.W_U.dtype
+
+    def __repr__(self) -> str:
+        sizes = f"{self.dims.n_layers} layers x {self.dims.n_heads} heads, d_model {self.dims.d_model}"
+        return f"HookManager({self.info.name}, {sizes}, {self.dtype})"
+
+    def sites(self) -> tuple[Site, ...]:
+        """Every site that this model has and that works on it, in a fixed order."""
+        every = [Site(kind) for kind in GLOBAL_SITES]
+        every += [Site(kind, layer) for layer in range(self.dims.n_layers) for kind in LAYER_SITES]
+        return tuple(site for site in every if self.has(site))
+
+    def has(self, site: SiteLike) -> bool:
+        """Whether the model has the site and it works."""
+        site = Site.parse(site) if isinstance(site, str) else site
+        return self._hook_name(site) in self._points and site not in self.refused
+
+    @staticmethod
+    def _hook_name(site: Site) -> str:
+        return HOOK_NAMES[site.kind].format(site.layer)
+
+    def resolve(self, site: SiteLike) -> str:
+        """The hook name of a site. Raises InputError when there is none, UnsupportedError when it does not work."""
+        if isinstance(site, str):
+            if site in self._points:
+                return site
+            if site.partition(".")[0] not in LAYER_SITES + GLOBAL_SITES:
+                raise unknown("site or hook name", site, [str(s) for s in self.sites()] + list(self._points))
+            site = Site.parse(site)
+        if site.layer is not None and not 0 <= site.layer < self.dims.n_layers:
+            raise InputError(f"Site '{site}' is not there: the model has layers 0 to {self.dims.n_layers - 1}.")
+        if site in self.refused:
+            raise UnsupportedError(f"Site '{site}' cannot be used on {self.info.architecture}: {self.refused[site]}.")
+        name = self._hook_name(site)
+        if name not in self._points:
+            raise UnsupportedError(f"{self.info.architecture} has no site '{site}' (hook {name}).")
+        return name
+
+    def select(self, which: Callable[[str], bool]) -> tuple[Site, ...]:
+        """The sites whose text passes the filter. Raises InputError when none does."""
+        chosen = tuple(site for site in self.sites() if which(str(site)))
+        if not chosen:
+            raise InputError("The filter matches no site. Sites: " + ", ".join(map(str, self.sites())) + ".")
+        return chosen
+
+    def intervene(self, *interventions: Intervention) -> AbstractContextManager[HookManager]:
+        """Adds interventions to every run inside the block; blocks nest, outer edits come first.
+
+        The model is this thread's inside the block, and every manager of it sees the edits.
+        """
+        for intervention in interventions:
+            self.resolve(intervention.site)
+        return Block(self._use, self.info.name, interventions, self)
+
+    def run(
+        self,
+        tokens: Int[Tensor, "batch pos"] | Sequence[Sequence[int]],
+        mask: Bool[Tensor, "batch pos"] | None = None,
+        *,
+        record: Iterable[SiteLike] | Callable[[str], bool] = (),
+        interventions: Iterable[Intervention] | Mapping[SiteLike, Edit | Tensor] = (),
+        grads: Iterable[SiteLike] = (),
+        loss: Callable[[Tensor], Tensor] | None = None,
+        at: Int[Tensor, "batch n_at"] | None = None,
+        start: tuple[int, Float[Tensor, "batch pos d_model"]] | None = None,
+        past: Past | None = None,
+        keep_past: bool = False,
+        stop: SiteLike | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Run:
+        """The logits, the recorded values and the gradients of one forward (and one backward when `loss` is given).
+
+        `record` are sites, or a filter over site names; values come detached, moved to `device` and `dtype` if
+        given. `interventions` edit values (and gradients) at their sites before they are recorded. `loss` maps the
+        logits (or, with `stop`, the value at the stop site) to a tensor whose sum is differentiated with respect to
+        the values at `grads`. `at` computes logits at those positions only (NaN where it is -1, no entry).
+        `start=(layer, resid)` skips the layers before `layer` and enters it with `resid`. `keep_past` keeps the keys
+        and values in `Run.past` (None where a model keeps none, with padding on the left, and inside `intervene`);
+        a later run that gets (the beginning of) it as `past` runs the tokens that follow, and its values are of
+        these alone. `stop` ends the forward after that site.
+
+        No gradient is tracked unless `loss` is given. Padding (False in `mask`) is not attended to.
+
+        Raises InputError for bad tokens, names and edits, SiteNotReached when a site did not fire exactly once,
+        BusyError when another thread is running the model.
+        """
+        tokens, mask = check_tokens(tokens, mask, self.dims, self.device)
+        if isinstance(record, str) or isinstance(grads, str):
+            raise InputError("`record` and `grads` take several sites; write a list, as in record=['z.0'].")
+        wanted = self.select(record) if callable(record) else tuple(record)
+        edits = as_interventions(interventions)
+        grad_sites = tuple(grads)
+        if bool(grad_sites) != (loss is not None):
+            raise InputError("Gradients need both `loss` and `grads`; only one of them was given.")
+        with Turn(self._use, self.bridge, self.info.name, currentframe(), loss is not None) as turn, turn:
+            outer = self._use.edits()
+            if past is not None:
+                check_past(past, tokens, mask, self.dims, edited=bool(outer))
+            if start is not None:
+                edits = [self._start(turn, tokens, *start), *edits]
+            if at is not None:
+                at = check_at(at, tokens)
+            points = self._plan(wanted, [*self._outer_from(outer, start), *edits], grad_sites, stop)
+            self._register(turn, points, at)
+            keeps = keep_past and self.keeps_past and self.dims.causal and mask is None and not outer
+            cache = past.cache() if past is not None else empty_cache() if keeps else None
+            logits, stopped = self._forward(tokens, mask, cache)
+            self._check_fired(points, stopped)
+            if at is not None and logits is not None:
+                logits = logits.masked_fill((at < 0)[..., None], torch.nan)
+            value = gradients = None
+            if loss is not None:
+                target = logits if stop is None else points[self.resolve(stop)].end
+                value, gradients = self._backward(loss, target, points, grad_sites)
+        values = {site: points[self.resolve(site)].value for site in wanted}
+        moved = {site: v.to(device=device, dtype=dtype) for site, v in values.items() if v is not None}
+        kept = past_of(cache, self.dims.n_layers) if keeps else None
+        return Run(None if logits is None else logits.detach(), moved, gradients or {}, value, kept)
+
+    @property
+    def edited(self) -> bool:
+        """Whether interventions of an `intervene` block are in force."""
+        return bool(self._use.edits())
+
+    def mlp(self, layer: int, mlp_in: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
+        """What a layer's MLP writes for any `mlp_in`, after the post-norm where there is one; nothing else is run.
+
+        Raises InputError inside an `intervene` block (its edits would not be seen), UnsupportedError for no such MLP.
+        """
+        if self.edited:
+            raise InputError("One MLP cannot be run by itself inside `intervene`: the edits would not be seen.")
+        block = self.bridge.blocks[layer]
+        if layer in self.bound_mlps:
+            raise UnsupportedError(f"The MLP of layer {layer} cannot be run by itself: {self.bound_mlps[layer]}.")
+        with Turn(self._use, self.bridge, self.info.name, currentframe()) as turn, turn:
+            out = run_mlp(block, self.layout.mlp_maps[layer], mlp_in.reshape(1, -1, mlp_in.shape[-1]).to(self.dtype))
+            post = getattr(block, "ln2_post", None) or self.layout.mlp_post[layer]
+            return post(out).to(self.dtype).reshape(mlp_in.shape)
+
+    def survey(
+        self, tokens: Int[Tensor, "batch pos"], sites: Sequence[Site], loss: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, dict[Site, tuple[int, Tensor | None]]]:
+        """The logits with every site tapped; per site, how often it fired and its gradient (None: not connected)."""
+        with Turn(self._use, self.bridge, self.info.name, currentframe(), True) as turn, turn:
+            points = self._plan((), (), sites, None)
+            self._register(turn, points, None)
+            first = self.bridge.blocks[0]
+            first.register_forward_hook(turn.hook(first, self._note_layer_output))
+            logits, _ = self._forward(tokens, None)
+            assert logits is not None
+            taps = {site: points[self.resolve(site)].tap for site in sites}
+            live = [site for site, tap in taps.items() if tap is not None]
+            inputs = [tap for tap in taps.values() if tap is not None]
+            found = dict(zip(live, torch.autograd.grad(loss(logits), inputs, allow_unused=True), strict=True))
+        return logits.detach(), {s: (points[self.resolve(s)].fired, found.get(s)) for s in sites}
+
+    def _start(self, turn: Turn, tokens: Tensor, layer: int, resid: Tensor) -> Intervention:
+        """Makes the layers before `layer` hand on `resid` without computing, until the turn ends."""
+        if not 0 <= layer < self.dims.n_layers:
+            raise InputError(f"Cannot start at layer {layer}: the model has layers 0 to {self.dims.n_layers - 1}.")
+        expected = (*tokens.shape, self.dims.d_model)
+        if tuple(resid.shape) != expected or resid.dtype != self.dtype or resid.device != self.device:
+            raise InputError(
+                f"`start` enters layer {layer} with {self.dtype} {list(expected)} on {self.device}; got {resid.dtype} "
+                f"{list(resid.shape)} on {resid.device}."
+            )
+
+        def hand_on(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+            return (resid,) if self._layers_give_tuples else resid
+
+        for block in list(self.bridge.blocks)[:layer]:
+            turn.replace_forward(block, hand_on)
+        return Intervention(Site("resid_pre", layer), resid)
+
+    def _note_layer_output(self, module: Any, inputs: Any, output: Any) -> None:
+        self._layers_give_tuples = isinstance(output, tuple)
+
+    def _plan(
+        self,
+        record: Sequence[SiteLike],
+        edits: Sequence[Intervention],
+        grads: Sequence[SiteLike],
+        stop: SiteLike | None,
+    ) -> dict[str, Point]:
+        points: dict[str, Point] = {}
+
+        def point(site: SiteLike) -> Point:
+            found = points.setdefault(self.resolve(site), Point())
+            found.asked.append(site)
+            return found
+
+        for intervention in edits:
+            point(intervention.site).edits.append(intervention)
+        for site in record:
+            point(site).record = True
+        for site in grads:
+            point(site).grad = True
+        if stop is not None:
+            point(stop).stop = True
+        return points
+
+    def _register(self, turn: Turn, points: Mapping[str, Point], at: Tensor | None) -> None:
+        def add(name: str, function: Callable[[Tensor], Tensor | None]) -> None:
+            self._points[name].add_hook(turn.hook(self._points[name], function), dir="fwd")
+
+        carries = {name: Carry(points[name]) for name in self.branches if name in points}
+        for name, carry in carries.items():
+            add(self.branches[name], carry.at_sum)
+        for name, found in points.items():
+            add(name, carries[name].at_branch if name in carries else partial(fire, found))
+        if at is not None:
+            index = at.clamp(min=0)
+
+            def gather(value: Tensor) -> Tensor:
+                return value.gather(1, index[..., None].expand(-1, -1, value.shape[-1]))
+
+            add(HOOK_NAMES["final_norm"], gather)
+
+    def _outer_from(self, outer: list[Intervention], start: tuple[int, Tensor] | None) -> list[Intervention]:
+        """The outer interventions but those in layers that are skipped: what they did is in the `start` value."""
+        skipped = tuple(f"blocks.{layer}." for layer in range(start[0])) if start is not None else ()
+        return [i for i in outer if not self.resolve(i.site).startswith(skipped)] if skipped else outer
+
+    def _forward(self, tokens: Tensor, mask: Tensor | None, cache: Any = None) -> tuple[Tensor | None, bool]:
+        keywords: dict[str, Any] = {} if mask is None else {"attention_mask": mask.long()}
+        if cache is not None:
+            keywords |= {"past_key_values": cache, "use_cache": True}
+        try:
+            return self.bridge(tokens, return_type="logits", **keywords), False
+        except Stopped:
+            return None, True
+
+    def _check_fired(self, points: Mapping[str, Point], stopped: bool) -> None:
+        for name, point in points.items():
+            if point.fired != 1:
+                why = "after the stop site" if stopped and point.fired == 0 else "in the run"
+                raise SiteNotReached(
+                    f"Site '{point.asked[0]}' (hook {name}) fired {point.fired} times {why}; it must fire once."
+                )
+
+    def _backward(
+        self,
+        loss: Callable[[Tensor], Tensor],
+        target: Tensor | None,
+        points: Mapping[str, Point],
+        sites: Sequence[SiteLike],
+    ) -> tuple[Tensor, dict[SiteLike, Tensor]]:
+        if target is None:
+            raise InputError("There is nothing to differentiate: the run gave no logits.")
+        value = loss(target)
+        if not isinstance(value, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"`loss` must return a tensor; got {type(value).__name__}.")
+        if torch.is_inference_mode_enabled():
+            raise InputError("No gradient can be taken inside torch.inference_mode(); use torch.no_grad() there.")
+        if not value.requires_grad:
+            raise InputError("The loss does not depend on any of the sites in `grads`.")
+        taps = [tap for site in sites if (tap := points[self.resolve(site)].tap) is not None]
+        found = torch.autograd.grad(value.sum(), taps, allow_unused=True)
+        gradients: dict[SiteLike, Tensor] = {}
+        for site, gradient in zip(sites, found, strict=True):
+            if gradient is None:  # pyright: ignore[reportUnnecessaryComparison]  # allow_unused gives None
+                raise UnsupportedError(f"The loss does not depend on site '{site}': it is not in the computation.")
+            gradients[site] = gradient
+        return value.detach(), gradients
+
+
+def load_model(
+    spec: Any,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+) -> HookManager:
+    """The HookManager of a model.
+
+    `spec` is `bundled`, a local directory (of `save_pretrained`), a hub id with an optional `@revision`, or a model
+    in memory: a Hugging Face module (it is copied, so yours stays as it is) or a TransformerBridge (it is used as it
+    is; every run leaves it as it was). `dtype` defaults to float32 for files and to the model's own in memory;
+    computing in a lower precision is possible and recorded.
+
+    Raises InputError when the model cannot be found or its files are incomplete, UnsupportedError when a part of its
+    architecture cannot be handled exactly.
+
+    >>> import mechinterp as mi
+    >>> mi.load_model("bundled").dims.n_layers > 0
+    True
+    """
+    if isinstance(spec, HookManager):
+        return spec
+    with Gradients(torch.is_grad_enabled()) as as_before, as_before:
+        opened = open_model(
+            spec,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            tokenizer=tokenizer,
+            trust_remote_code=trust_remote_code,
+        )
+        return HookManager(opened.bridge, opened.info, opened.tokenizer)

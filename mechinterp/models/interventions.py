@@ -1,0 +1,154 @@
+"""What happens at a hook point in one run: edit the value, tap it for a gradient, record it, stop there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mechinterp.base.errors import InputError
+from mechinterp.models.past import Past
+from mechinterp.models.sites import Site
+
+SiteLike = Site | str
+"""A Site, its text (`z.3`), or a raw TransformerLens hook name (`blocks.3.attn.hook_z`)."""
+
+Edit = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """An edit at one site: `value` maps the activation to a new one, `grad` maps its gradient on the way back.
+
+    Each returns a tensor of the same shape, dtype and device; a tensor in place of `value` is written as it is.
+    """
+
+    site: SiteLike
+    value: Edit | Tensor | None = None
+    grad: Edit | None = None
+
+    def __post_init__(self) -> None:
+        if self.value is None and self.grad is None:
+            raise InputError(f"The intervention at '{self.site}' edits nothing; give `value` or `grad`.")
+
+
+def as_interventions(
+    given: Iterable[Intervention] | Mapping[SiteLike, Edit | Tensor],
+) -> list[Intervention]:
+    """Interventions from a list of them or from a mapping of sites to edits."""
+    if isinstance(given, Mapping):
+        edits = cast("Mapping[SiteLike, Edit | Tensor]", given)
+        return [Intervention(site, value) for site, value in edits.items()]
+    return list(given)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run gave. `values` and `grads` are keyed by the sites as they were asked for.
+
+    `logits` is `[batch, pos, d_vocab]` (or `[batch, n_answer, d_vocab]` with `at=`), None when the run was stopped.
+    """
+
+    logits: Tensor | None
+    values: Mapping[SiteLike, Tensor]
+    grads: Mapping[SiteLike, Tensor]
+    loss: Tensor | None = None
+    past: Past | None = None
+
+
+class Stopped(BaseException):
+    """Ends a forward at the stop site; not an Exception, so that no model code can swallow it."""
+
+
+@dataclass
+class Point:
+    """All that happens at one hook point in one run."""
+
+    asked: list[SiteLike] = field(default_factory=list[SiteLike])
+    edits: list[Intervention] = field(default_factory=list[Intervention])
+    record: bool = False
+    grad: bool = False
+    stop: bool = False
+    fired: int = 0
+    tap: Tensor | None = None
+    value: Tensor | None = None
+    end: Tensor | None = None
+    """The value at the stop site, which a loss may be of."""
+
+
+def fire(point: Point, value: Tensor) -> Tensor | None:
+    """What happens when a hook point fires: edit, tap for the gradient, record, stop."""
+    point.fired += 1
+    if point.fired > 1:
+        return None  # reported after the run, with the count
+    new = value
+    for edit in point.edits:
+        if edit.value is not None:
+            before = new
+            new = edit.value if isinstance(edit.value, Tensor) else edit.value(before)
+            _check_edit(edit.site, before, new)
+    if point.grad or (point.stop and torch.is_grad_enabled()):
+        new = tap(new)
+        point.tap = new
+    if torch.is_grad_enabled():  # after the tap, so that the gradient comes edited to it
+        for edit in reversed(point.edits):
+            new = new if edit.grad is None else _EditGradient.apply(tap(new), edit)
+    if point.record:
+        point.value = new.detach()
+    if point.stop:
+        point.end = new
+        raise Stopped
+    return None if new is value else new
+
+
+class Carry:
+    """Makes a site whole whose hook sees one of two branches: what the hook changes is added where they meet again.
+
+    TransformerLens's `hook_resid_mid` is the input of the second norm; the residual stream passes beside it.
+    """
+
+    def __init__(self, point: Point) -> None:
+        self.point, self.change = point, None
+
+    def at_branch(self, value: Tensor) -> Tensor | None:
+        """Fires the point and keeps what it changed (for gradients, 0 with a way back)."""
+        new = fire(self.point, value)
+        self.change = None if new is None else new - value
+        return new
+
+    def at_sum(self, value: Tensor) -> Tensor | None:
+        """The sum with the change."""
+        return None if self.change is None else value + self.change
+
+
+def tap(value: Tensor) -> Tensor:
+    """A tensor equal to `value` that the rest of the run depends on and that a gradient can be taken at."""
+    return value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+
+
+class _EditGradient(torch.autograd.Function):
+    """The identity, with its gradient edited on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, edit: Intervention) -> Tensor:
+        ctx.edit = edit
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        new = ctx.edit.grad(gradient)
+        _check_edit(ctx.edit.site, gradient, new)
+        return new, None
+
+
+def _check_edit(site: SiteLike, before: Tensor, after: Any) -> None:
+    if not isinstance(after, Tensor):
+        raise InputError(f"The edit at '{site}' returned {type(after).__name__}; it must return the new tensor.")
+    if (after.shape, after.dtype, after.device) != (before.shape, before.dtype, before.device):
+        raise InputError(
+            f"The edit at '{site}' must keep shape, dtype and device: got {list(after.shape)} {after.dtype} "
+            f"{after.device}, expected {list(before.shape)} {before.dtype} {before.device}."
+        )

@@ -1,0 +1,1 @@
+"""What is drawn: figures, the report page, tables in the terminal."""

@@ -1,0 +1,49 @@
+"""The data of the page's two small pictures: faithfulness against size, scores by layer and head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mechinterp.base.canonical_json import six_digits
+from mechinterp.circuit_file.schema import CircuitFile
+from mechinterp.graphs.circuit import Circuit
+from mechinterp.models.sites import split_position
+
+MAX_POINTS = 1000
+
+
+def curve_view(document: CircuitFile) -> dict[str, Any] | None:
+    """The measured points, the circuit with its interval and the random circuits; None without an evaluation."""
+    if not document.evaluation:
+        return None
+    entry, curve = document.evaluation[0], document.curve
+    points = sorted({(p.n_edges, p.faithfulness) for p in curve.points}) if curve else []
+    return {
+        "points": points[:MAX_POINTS],
+        "pairs": curve.pairs if curve else "",
+        "n_graph": entry.n_edges_graph,
+        "circuit": {
+            "n_edges": entry.n_edges,
+            "value": entry.faithfulness,
+            "ci": entry.faithfulness_ci,
+            "level": entry.ci_level,
+            "pairs": entry.pairs,
+        },
+        "random": entry.random_faithfulness[:MAX_POINTS],
+    }
+
+
+def heat_view(circuit: Circuit) -> dict[str, Any] | None:
+    """Per layer the name and the score of every head and the MLP, in the circuit or not; None without scores."""
+    if circuit.scores is None:
+        return None
+    graph = circuit.graph
+    totals = [six_digits(value) for value in circuit.scores.by_writer().tolist()]
+    rows: list[list[tuple[str, float]]] = []
+    for layer in range(graph.dims.n_layers):
+        heads = graph.head_writers(layer)
+        places = slice(heads.start, heads.stop + graph.dims.has_mlp)
+        rows.append(list(zip(graph.writers[places], totals[places], strict=True)))
+    columns = [str(head) for head in range(graph.dims.n_heads)] + ["MLP"] * graph.dims.has_mlp
+    chosen = sorted({split_position(name)[0] for name in circuit.nodes})
+    return {"rows": rows, "columns": columns, "chosen": chosen, "metric": circuit.scores.metric}

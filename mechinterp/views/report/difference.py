@@ -1,0 +1,130 @@
+"""The page or picture of two circuit files compared: one file, no network, no script."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from mechinterp.base.errors import InputError
+from mechinterp.circuit_file.diff import CircuitDiff, Compared
+from mechinterp.circuit_file.store import write_file
+from mechinterp.graphs.circuit import Circuit
+from mechinterp.views.plots.difference import difference_svg
+
+ENDINGS = (".html", ".svg")
+ROWS_SHOWN = 100
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;margin:0;padding:1.5rem;background:#fff;color:#1c2126}
+h1{font-size:1.4rem;margin:0 0 .3rem;overflow-wrap:anywhere} h2{font-size:1.1rem;margin:2rem 0 .4rem}
+.scroll{overflow-x:auto} table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
+th,td{text-align:left;padding:.25rem 1.2rem .25rem 0;border-bottom:1px solid #d8dde2;vertical-align:top}
+td{overflow-wrap:anywhere;max-width:34rem} td.number,th.number{text-align:right} label{margin-right:1.4rem}
+.only-a{color:#2b6fd0} .only-b{color:#b35c00} code{font-size:.85em;overflow-wrap:anywhere}
+"""
+_HIDE = (
+    "".join(f"#{name}:not(:checked)~.scroll .{name}.edges{{display:none}}" for name in ("a", "b", "both"))
+    + "#marks:not(:checked)~.scroll .marks{display:none}"
+)
+
+
+def write_difference(path: Path, diff: CircuitDiff, a: Circuit, b: Circuit) -> None:
+    """Write the page (.html) or the picture alone (.svg), whole or not at all. Raises InputError for other endings."""
+    if path.suffix.lower() not in ENDINGS:
+        raise InputError(f"A difference is written as NAME.html or NAME.svg; got {path.name!r}.")
+    picture = difference_svg(diff, a, b)
+    write_file(path, (picture if path.suffix.lower() == ".svg" else _page(diff, picture)).encode("utf-8"))
+
+
+def _page(diff: CircuitDiff, picture: str) -> str:
+    title = f"{diff.a.name} and {diff.b.name}"
+    hashes = "".join(f"<p><code>{name}: circuit sha256 {sha}</code></p>" for name, sha in _hashes(diff))
+    switches = "".join(
+        f'<input type="checkbox" id="{name}" checked><label for="{name}"> {words}</label>'
+        for name, words in (("a", "only in A"), ("b", "only in B"), ("both", "in both"), ("marks", "signs"))
+    )
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
+        f'content="{escape(POLICY)}"><title>{escape(title)}</title><style>{_STYLE}{_HIDE}</style></head><body>'
+        f"<h1>{escape(title)}</h1><p>{'The same circuit.' if diff.same_circuit else ''} A is "
+        f"<code>{escape(str(diff.a))}</code>, B is <code>{escape(str(diff.b))}</code>.</p>"
+        f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in diff.notes)}</ul>{_overlap(diff)}{_scores(diff)}"
+        f'<h2>The circuits</h2>{switches}<div class="scroll">{picture}</div>'
+        f"{_parts('Edges', diff.edges)}{_parts('Nodes', diff.nodes)}{_roles(diff)}"
+        f"<h2>What else the files state differently</h2>"
+        f"{_table(('field', 'A', 'B'), ((row.field, row.a or '-', row.b or '-') for row in diff.fields), 3)}"
+        f"{hashes}</body></html>\n"
+    )
+
+
+def _hashes(diff: CircuitDiff) -> Iterable[tuple[str, str]]:
+    return zip(("A", "B"), diff.circuit_sha256, strict=True)
+
+
+def _overlap(diff: CircuitDiff) -> str:
+    rows = (
+        (row.kind, f"{row.both:,}", f"{row.only_a:,}", f"{row.only_b:,}", f"{row.jaccard:.3f}")
+        for row in diff.overlaps()
+    )
+    return _table(("", "in both", "only A", "only B", "Jaccard"), rows)
+
+
+def _scores(diff: CircuitDiff) -> str:
+    if not diff.scores:
+        return ""
+    rows = (
+        (entry.over, f"{entry.n:,}", number(entry.spearman), number(entry.pearson), f"{entry.n_flipped:,}")
+        for entry in diff.scores
+    )
+    return "<h2>Scores</h2>" + _table(("over", "number", "Spearman", "Pearson", "of opposite signs"), rows)
+
+
+def _parts(title: str, entries: Sequence[Compared]) -> str:
+    """The edges or nodes that only one circuit has, the best ranks first."""
+    differing = [entry for entry in entries if entry.where != "both"]
+    if not differing:
+        return f"<h2>{title}</h2><p>Both circuits have the same ones.</p>"
+    rows = (
+        (
+            entry.name,
+            entry.where,
+            number(entry.score_a),
+            _rank(entry.rank_a),
+            number(entry.score_b),
+            _rank(entry.rank_b),
+        )
+        for entry in differing[:ROWS_SHOWN]
+    )
+    head = ("name", "circuit", "score in A", "rank in A", "score in B", "rank in B")
+    more = f"<p>The first {ROWS_SHOWN} of {len(differing):,}.</p>" if len(differing) > ROWS_SHOWN else ""
+    return f"<h2>{title} in one circuit only</h2>{_table(head, rows, 2)}{more}"
+
+
+def _roles(diff: CircuitDiff) -> str:
+    if not diff.roles:
+        return ""
+    rows = ((row.node, row.a or "-", row.b or "-", row.change) for row in diff.roles)
+    return "<h2>Roles</h2>" + _table(("node", "role in A", "role in B", ""), rows, 4)
+
+
+def number(value: float | None) -> str:
+    """The number at 4 significant digits; `-` for none."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _rank(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> str:
+    """A table whose first `text` columns are words."""
+
+    def cells(tag: str, row: Sequence[str]) -> str:
+        return "".join(
+            f"<{tag}>{escape(cell)}</{tag}>" if i < text else f'<{tag} class="number">{escape(cell)}</{tag}>'
+            for i, cell in enumerate(row)
+        )
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{cells("th", head)}</tr></thead><tbody>{body}</tbody></table></div>'

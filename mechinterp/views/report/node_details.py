@@ -1,0 +1,182 @@
+"""What the nodes of a circuit do on a few prompts: attention patterns, and the tokens that each one writes.
+
+The only part of the page that needs the model. Everything here says on which prompts it was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution
+from mechinterp.analysis.logit_lens import writes_lens
+from mechinterp.base.errors import MechInterpError
+from mechinterp.graphs.circuit import Circuit
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.sites import Node, Site, node_of, split_position
+from mechinterp.tasks.pairs import Pairs
+
+MAX_NODES = 200
+"""Heads, MLPs and neurons with details; GPT-2 small has 156."""
+MAX_TOKENS = 48
+"""A longer prompt is not shown: its pattern could not be read, and the page would be large."""
+EXAMPLES, SEARCHED = 3, 32
+"""Prompts shown, the first that are short enough among so many."""
+MEAN_OVER = 50
+"""Examples in the mean of the direct effect."""
+TOP_TOKENS = 6
+
+TokenLogits = tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Written:
+    """The tokens whose logits a node's write raises and lowers most, at the answer position, in logits."""
+
+    raised: TokenLogits
+    lowered: TokenLogits
+
+
+@dataclass(frozen=True)
+class PromptDetails:
+    """One clean prompt: its tokens, and what heads (patterns `[query][key]`, 0 to 1) and nodes do on it."""
+
+    row: int
+    """Which of the examples it is, from 0."""
+    tokens: tuple[str, ...]
+    answer_pos: int
+    right: tuple[str, ...]
+    wrong: tuple[str, ...]
+    patterns: Mapping[str, Float[Tensor, "query key"]]
+    written: Mapping[str, Written]
+
+
+@dataclass(frozen=True)
+class NodeDetails:
+    """What was measured with the model, by the nodes' names without positions; `notes` say what was left out and why.
+
+    `direct` is the mean direct effect of a node on what `direction` says, in logits, over the first `n_direct` of the
+    `n_examples` examples `pairs`.
+    """
+
+    pairs: str = ""
+    n_examples: int = 0
+    prompts: tuple[PromptDetails, ...] = ()
+    direct: Mapping[str, float] = field(default_factory=dict[str, float])
+    n_direct: int = 0
+    direction: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def node_details(
+    model: HookManager, circuit: Circuit, pairs: Pairs, pairs_name: str, *, max_nodes: int = MAX_NODES
+) -> NodeDetails:
+    """Patterns, written tokens and direct effects of the circuit's nodes on the clean prompts of `pairs`.
+
+    Of more than `max_nodes` heads, MLPs and neurons those with the largest summed scores are taken (without scores
+    the first of the model). What the model cannot be asked is left out and told in `notes`; nothing is raised for it.
+
+    Cost: two forwards per prompt shown, one per example of the mean, one unembedding per node and prompt.
+    """
+    names, notes = _chosen(circuit, max_nodes)
+    rows = [row for row in range(min(SEARCHED, len(pairs))) if int(pairs.lengths[row]) <= MAX_TOKENS][:EXAMPLES]
+    if not rows:
+        notes.append(
+            f"Patterns and written tokens are left out: the first {min(SEARCHED, len(pairs))} prompts have more than "
+            f"{MAX_TOKENS} tokens."
+        )
+    prompts: list[PromptDetails] = []
+    direct, n_direct, direction = dict[str, float](), 0, ""
+    try:
+        heads = [name for name in names if Node.parse(name).kind == "head"]
+        prompts = [_prompt(model, pairs, row, names, heads) for row in rows]
+        direct, n_direct, direction = _direct(model, pairs, names)
+    except MechInterpError as error:
+        notes.append(f"Some details of nodes are left out: {error}")
+    return NodeDetails(pairs_name, len(pairs), tuple(prompts), direct, n_direct, direction, tuple(notes))
+
+
+def _chosen(circuit: Circuit, most: int) -> tuple[list[str], list[str]]:
+    """The nodes to look at, in the model's order, and what to say of the others."""
+    own = list(dict.fromkeys(split_position(name)[0] for name in circuit.nodes))
+    split = set(circuit.graph.split_mlps)  # the rest of an MLP cannot be read off as one thing
+    found = [name for name in own if node_of(name).kind in ("head", "mlp", "neuron") and name not in split]
+    notes = [f"No details for {', '.join(sorted(split & set(own)))}: some of their neurons are nodes of their own."]
+    notes = notes if split & set(own) else []
+    if len(found) <= most:
+        return found, notes
+    order = found
+    how = "the first of the model"
+    if circuit.scores is not None:
+        table = torch.where(circuit.kept, circuit.scores.values.cpu(), 0).sum(0).abs().tolist()
+        strength = dict(zip(circuit.graph.writers, table, strict=True))
+        order, how = sorted(found, key=lambda name: -strength[name]), "those with the largest scores"
+    kept = set(order[:most])
+    left = len(found) - most
+    notes.append(f"Patterns and written tokens are of {most} nodes ({how}); {left} others were left out.")
+    return [name for name in found if name in kept], notes
+
+
+def _prompt(model: HookManager, pairs: Pairs, row: int, names: Sequence[str], heads: Sequence[str]) -> PromptDetails:
+    one = pairs[[row]].to(model.device)
+    length = int(one.lengths[0])
+    ids = one.clean[:, :length]
+    written: dict[str, Written] = {}
+    if names:
+        for name, part in writes_lens(model, one, names, top_k=TOP_TOKENS).groupby("node", sort=False):
+            written[str(name)] = Written(_top(model, part, "raised"), _top(model, part, "lowered"))
+    return PromptDetails(
+        row,
+        tuple(_token(model, token) for token in ids[0].tolist()),
+        int(one.answer_pos[0, 0]),
+        _answers(model, one.right),
+        _answers(model, one.wrong),
+        _patterns(model, ids, heads),
+        written,
+    )
+
+
+def _top(model: HookManager, table: pd.DataFrame, which: str) -> TokenLogits:
+    ids, by = table[which].tolist(), table[f"{which}_by"].tolist()
+    return tuple((_token(model, int(token)), float(value)) for token, value in zip(ids, by, strict=True))
+
+
+def _patterns(model: HookManager, ids: Tensor, heads: Sequence[str]) -> dict[str, Float[Tensor, "query key"]]:
+    nodes = [Node.parse(name) for name in heads]
+    sites = [Site("pattern", layer) for layer in sorted({node.layer for node in nodes})]
+    if not sites:
+        return {}
+    values = model.run(ids, record=sites, stop=sites[-1]).values
+    return {str(node): values[Site("pattern", node.layer)][0, node.head].float().cpu() for node in nodes}
+
+
+def _direct(model: HookManager, pairs: Pairs, names: Sequence[str]) -> tuple[dict[str, float], int, str]:
+    if pairs.right is None or not names:
+        return {}, 0, ""
+    some = pairs[:MEAN_OVER]
+    direction = "right" if pairs.wrong is None else "answers"
+    parts = direct_logit_attribution(model, some, direction, batch_size=16)
+    means = dict(zip(parts.labels["node"], parts.mean("example").values.tolist(), strict=True))
+    return (
+        {name: means[name] for name in names if math.isfinite(means.get(name, math.nan))},
+        len(some),
+        str(parts.about["direction"]),
+    )
+
+
+def _answers(model: HookManager, table: Tensor | None) -> tuple[str, ...]:
+    return () if table is None else tuple(_token(model, int(i)) for i in table[0].tolist() if i >= 0)
+
+
+def _token(model: HookManager, token: int) -> str:
+    """The token as it is written, spaces and line ends made visible; its number where there is no tokenizer."""
+    if model.tokenizer is None:
+        return f"#{token}"
+    text = str(model.tokenizer.decode([token]))
+    return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or f"#{token}"

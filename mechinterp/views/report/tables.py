@@ -1,0 +1,244 @@
+"""The parts of the page that are tables: every text that comes from the file is escaped here."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+
+from mechinterp.base.errors import clip
+from mechinterp.circuit_file.schema import CircuitFile, EvaluationRecord, TaskPairs
+from mechinterp.circuit_file.summary import ranked_edges, ranked_nodes, stated_predictions, verify_command
+from mechinterp.circuit_file.verify.coverage import extent_of
+from mechinterp.circuit_file.verify.role_support import support_of_roles
+from mechinterp.circuit_file.verify.warnings import stated_warnings
+
+ROWS_SHOWN = 20
+MAX_ROWS = 2000
+
+
+def cards(entry: EvaluationRecord) -> str:
+    low, high = entry.faithfulness_ci
+    cards = [
+        ("Faithfulness", _number(entry.faithfulness), f"{entry.ci_level:.0%} interval {low:.3f} to {high:.3f}"),
+        ("Edges", f"{entry.n_edges:,}", f"of {entry.n_edges_graph:,} ({entry.n_edges / entry.n_edges_graph:.1%})"),
+        ("KL to the full model", f"{_number(entry.kl)}", "nats, mean over examples"),
+    ]
+    if entry.accuracy is not None and entry.accuracy_full is not None:
+        cards.append(("Accuracy", f"{entry.accuracy:.1%}", f"full model {entry.accuracy_full:.1%}"))
+    if entry.random_faithfulness:
+        best, n = max(entry.random_faithfulness), len(entry.random_faithfulness)
+        mean = sum(entry.random_faithfulness) / n
+        cards.append(("Random circuits", _rounded(mean), f"mean of {n} of this size; best {_rounded(best)}"))
+    items = (f"<div><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>" for name, value, note in cards)
+    return f'<dl class="cards">{"".join(items)}</dl>'
+
+
+def edges_part(document: CircuitFile) -> str:
+    edges = ranked_edges(document)
+    largest = abs(edges[0].score or 0.0) or 1.0
+    scored = edges[0].score is not None
+    head = ("", "edge", "score", "of the largest") if scored else ("", "edge")
+    rows: list[tuple[str, ...]] = []
+    for rank, edge in enumerate(edges, 1):
+        score = () if edge.score is None else (f"{edge.score:.4g}", f"{edge.score / largest:.1%}")
+        rows.append((str(rank), edge.name, *score))
+    heading = "Strongest edges" if scored else "Edges"
+    return f"<h2>{heading}</h2>{_folded(head, rows, (0, 2, 3), 'edges')}"
+
+
+def nodes_part(document: CircuitFile) -> str:
+    nodes = ranked_nodes(document)
+    role = ("role",) if document.roles else ()
+    scored = any(node.score is not None for node in nodes)
+    score_name = "score" if document.graph.granularity == "node" else "score of the edges out"
+    head = ("node", *role, "edges in", "edges out", *((score_name,) if scored else ()))
+    rows: list[tuple[str, ...]] = []
+    for node in nodes:
+        score = ("" if node.score is None else f"{node.score:.4g}",) if scored else ()
+        rows.append((node.name, *((node.role,) if role else ()), str(node.n_in), str(node.n_out), *score))
+    first = 1 + len(role)
+    note = "Only edges of the circuit count here."
+    if document.graph.positions:
+        note += (
+            " A key or value counts for its head at the key's own position; the graph draws it to wherever the head "
+            "writes."
+        )
+    table = _folded(head, rows, range(first, len(head)), "nodes")
+    return f'<h2>Nodes</h2>{table}<p class="note">{note}</p>'
+
+
+def _folded(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int], things: str) -> str:
+    """The first rows as a table, the others behind a fold."""
+    top = _table(head, rows[:ROWS_SHOWN], numbers)
+    rest = rows[ROWS_SHOWN:MAX_ROWS]
+    if not rest:
+        return top
+    more = len(rows) - MAX_ROWS
+    note = f'<p class="note">{more:,} more are in the circuit file.</p>' if more > 0 else ""
+    table = _table(head, rest, numbers)
+    return f"{top}<details><summary>{len(rest):,} more {things}</summary>{table}{note}</details>"
+
+
+def evaluation_section(document: CircuitFile, entry: EvaluationRecord) -> str:
+    pairs = document.pairs.get(entry.pairs)
+    made = pairs.made_from if pairs is not None else None
+    drawn = f"split {made.split}, seed {made.seed}" if isinstance(made, TaskPairs) else "given as token ids"
+    first, middle, third = entry.example_quartiles
+    unit = entry.metric.unit
+    gap = entry.full_value - entry.empty_value
+    numbers = [
+        ("examples", f"{entry.n_examples:,} ({entry.pairs}; {drawn})"),
+        ("metric", f"{entry.metric.name}, in {unit}, {entry.metric.direction}"),
+        ("m(C): the circuit alone", f"{entry.circuit_value:.4g} {unit}"),
+        ("m(full): the whole model", f"{entry.full_value:.4g} {unit}"),
+        ("m(empty): every edge replaced", f"{entry.empty_value:.4g} {unit}"),
+        ("denominator m(full) - m(empty)", f"{gap:.4g} {unit}"),
+        ("faithfulness (m(C) - m(empty)) / (m(full) - m(empty))", _with_interval(entry)),
+        ("the same ratio per example: quartiles", f"{first:.3f}, {middle:.3f}, {third:.3f}"),
+        ("examples that have a ratio of their own", f"{entry.n_ratio:,} of {entry.n_examples:,}"),
+        ("KL(full model || circuit)", f"{entry.kl:.4g} nats"),
+        ("accuracy, circuit", "not defined" if entry.accuracy is None else f"{entry.accuracy:.4f}"),
+        ("accuracy, full model", "not defined" if entry.accuracy_full is None else f"{entry.accuracy_full:.4f}"),
+        ("random circuits of this size", ", ".join(map(_rounded, entry.random_faithfulness)) or "not run"),
+        ("seed of random circuits and bootstrap", str(entry.seed)),
+    ]
+    axes = [(name, str(value)) for name, value in entry.ablation.model_dump().items()]
+    return (
+        '<div class="pair"><section><h2>Evaluation</h2>'
+        f"{_table(None, numbers)}</section><section><h2>Ablation</h2>{_table(None, axes)}"
+        '<p class="note">The six axes of Miller et al. 2024, arXiv 2407.08734; a number of faithfulness means nothing '
+        "without them.</p></section></div>"
+    )
+
+
+def predictions_section(document: CircuitFile) -> str:
+    """What the file predicts, with what was measured, also where it must not hold."""
+    rows = stated_predictions(document)
+    if not rows:
+        return ""
+    return (
+        f"<h2>Predictions</h2>{_folded(('prediction', 'measured', 'negative controls'), rows, (1,), 'predictions')}"
+        '<p class="note"><code>verify</code> measures each again, and what must not show it.</p>'
+    )
+
+
+def _with_interval(entry: EvaluationRecord) -> str:
+    low, high = entry.faithfulness_ci
+    return f"{entry.faithfulness:.4f} [{low:.4f}, {high:.4f}], {entry.ci_level:.0%} bootstrap over examples"
+
+
+def provenance_section(document: CircuitFile) -> str:
+    model, rows = document.model, list[tuple[str, str]]()
+    rows.append(("model", model.name + (f" at {model.revision}" if model.revision else f" ({model.origin})")))
+    rows.append(("weights sha256", model.weights_sha256 or "not stated"))
+    rows.append(("architecture", f"{model.architecture}, weights {model.processing}, {model.dtype}, {model.loader}"))
+    if document.tokenizer is not None:
+        rows.append(("vocabulary sha256", document.tokenizer.vocabulary_sha256))
+    if document.task is not None:
+        version = f", version {document.task.version}" if document.task.kind == "task" else ""
+        rows.append(("task", document.task.name + version))
+        if document.task.kind != "tokens":
+            rows.append(("task sha256", document.task.sha256))
+    rows += [(f"pairs {name!r} sha256", f"{pairs.sha256} ({pairs.n} pairs)") for name, pairs in document.pairs.items()]
+    if document.discovery is not None:
+        found = document.discovery
+        rows.append(("method", f"{found.method} ({_parameters(found.parameters)}), metric {found.metric.name}"))
+        rows.append(("scored on", f"{found.n_examples} examples ({found.pairs}); replacement: {found.replacement}"))
+        rows.append(("cost", ", ".join(f"{count:,} {name}" for name, count in found.cost.items()) + " of one example"))
+        rows.append(("sign of scores", found.score_sign))
+    chosen = document.selection
+    rows.append(
+        ("selection", f"{_parameters(chosen.parameters)}; {chosen.n_selected} selected, {chosen.n_edges} on a path")
+    )
+    if chosen.size is not None:
+        rows.append(("size", f"{chosen.size.rule}: {chosen.size.target:g} on the {chosen.size.pairs} pairs"))
+    rows += [("command", document.provenance.command)] if document.provenance.command else []
+    rows.append(("made", f"{document.created_utc or 'at an unknown time'}, on {document.provenance.device}"))
+    rows.append(("versions", ", ".join(f"{name} {version}" for name, version in document.provenance.versions.items())))
+    cited = document.citation
+    if cited is not None:
+        parts = (", ".join(cited.authors), cited.title, cited.arxiv and f"arXiv {cited.arxiv}", cited.doi, cited.url)
+        rows.append(("source", ". ".join(part for part in parts if part)))
+    rows.append(("circuit sha256 (for citing)", document.integrity.circuit_sha256))
+    return f"<h2>Provenance</h2>{_table(None, rows)}"
+
+
+def _parameters(parameters: object) -> str:
+    items = parameters.items() if isinstance(parameters, dict) else ()
+    return ", ".join(f"{name}={value}" for name, value in items) or "no parameters"
+
+
+def warnings_section(document: CircuitFile) -> str:
+    """What could mislead a reader, as far as the file itself tells; nothing when there is nothing."""
+    found = stated_warnings(document, rescored=True)  # that nothing was scored again is said under "How to verify"
+    if not found:
+        return ""
+    items = (f"<li><b>{text(warning.name)}</b>: {text(warning.text)}</li>" for warning in found)
+    return f'<section class="warnings"><h2>What could mislead</h2><ul>{"".join(items)}</ul></section>'
+
+
+def roles_section(document: CircuitFile) -> str:
+    """Every role with what supports it; the name of a role is free text, what its predictions measure is not."""
+    rows: list[tuple[str, ...]] = []
+    for entry in support_of_roles(document):
+        predicted = [repr(prediction) for prediction in entry.predictions]
+        rows.append((entry.role.label, _few(entry.role.nodes), _few(predicted, "; "), _few(entry.without)))
+    if not rows:
+        return ""
+    head = ("role", "nodes", "predictions that support it", "nodes without one")
+    note = (
+        "The name of a role is the author's. A prediction supports it when it measures nodes of this role only, has a "
+        "negative control and could fail."
+    )
+    return f'<h2>Roles</h2>{_folded(head, rows, (), "roles")}<p class="note">{note}</p>'
+
+
+def _few(names: Sequence[str], between: str = ", ", most: int = 12) -> str:
+    more = f"{between}{len(names) - most} more" if len(names) > most else ""
+    return between.join(clip(name, 200) for name in names[:most]) + more or "none"
+
+
+def verify_section(document: CircuitFile, circuit_path: str) -> str:
+    """The command, and how far it reaches: nothing of it has been run for the page."""
+    reach = extent_of(document).lines()
+    rows = [(f"{heading} by verify" if heading == "recomputed" else heading, words) for heading, words in reach]
+    scored = "" if document.discovery is None else " With <code>--rescore</code> the scores are made again, too."
+    return (
+        "<h2>How to verify this</h2><p>This page says what the file states; nothing was run again for it. The command "
+        "makes the examples again, checks every hash, runs the evaluation once more and says which "
+        f"claim does not hold (exit code 1), if any, and what could mislead; with <code>--strict</code> that is exit "
+        f"code 1, too.{scored}</p>"
+        f"<pre><code>pip install mechinterp-circuits\n{text(verify_command(circuit_path))}</code></pre>"
+        f"{_table(None, rows)}"
+    )
+
+
+def _table(head: Sequence[str] | None, rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+    """Rows as a table; without a head, the first column names the rows."""
+
+    def cell(column: int, value: str) -> str:
+        if head is None and column == 0:
+            return f'<th scope="row">{text(value)}</th>'
+        return f'<td class="number">{text(value)}</td>' if column in numbers else f"<td>{text(value)}</td>"
+
+    top = ""
+    if head is not None:
+        names = (
+            f'<th class="number">{text(n)}</th>' if i in numbers else f"<th>{text(n)}</th>" for i, n in enumerate(head)
+        )
+        top = f"<thead><tr>{''.join(names)}</tr></thead>"
+    body = "".join(f"<tr>{''.join(cell(i, value) for i, value in enumerate(row))}</tr>" for row in rows)
+    return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) >= 0.0005 or value == 0 else f"{value:.1e}"
+
+
+def _rounded(value: float) -> str:
+    """Three decimals; zero has no sign."""
+    return f"{round(value, 3) + 0.0:.3f}"
+
+
+def text(value: str) -> str:
+    return html.escape(value, quote=True)

@@ -1,0 +1,85 @@
+"""`write_page`: the page of a circuit file, with what its model does on its prompts where the model can be had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mechinterp.base.errors import MechInterpError, ModelNotAvailable
+from mechinterp.circuit_file.circuit_file import load_circuit
+from mechinterp.circuit_file.records import pairs_of, task_of
+from mechinterp.circuit_file.schema import CircuitFile, TaskRecord
+from mechinterp.circuit_file.store import SUFFIX, open_circuit_file
+from mechinterp.circuit_file.verify.verification import load_stated_model, no_progress
+from mechinterp.graphs.circuit import Circuit
+from mechinterp.views.report.node_details import NodeDetails, node_details
+from mechinterp.views.report.page import write_report
+
+Progress = Callable[[str, int, int], None]
+LEFT_OUT = "Attention patterns and written tokens are left out"
+
+
+@dataclass(frozen=True)
+class WrittenPage:
+    """Where the page is, and what it leaves out and why."""
+
+    path: Path
+    notes: tuple[str, ...]
+
+
+def write_page(
+    file: str | Path,
+    out: str | Path | None = None,
+    *,
+    model: Any = None,
+    device: Any = None,
+    called: str | None = None,
+    progress: Progress = no_progress,
+) -> WrittenPage:
+    """Write the page of a circuit file, by default `NAME.report.html` beside it; what was there is replaced.
+
+    The file's hashes are checked first. Attention patterns and written tokens come from the model that the file names
+    (or `model`: anything that `load_model` takes) on the file's own pairs; where the model or the pairs cannot be had,
+    or are not those that the file states, they are left out, and the page and `notes` say so. `called` is
+    the name by which the page tells to `verify` the file (default: its path).
+
+    Raises FormatError when the file is not a circuit file or was changed, InputError when the page cannot be written
+    and for a `model` that was asked for and cannot be opened.
+    """
+    path = Path(file)
+    circuit, document = load_circuit(path), open_circuit_file(path).document
+    target = path.with_name(path.name.removesuffix(SUFFIX) + ".report.html") if out is None else Path(out)
+    details = _details(path, circuit, document, model, device, progress)
+    progress("report", 0, 1)
+    write_report(target, circuit, document, called or str(path), details)
+    return WrittenPage(target, details.notes)
+
+
+def _details(
+    path: Path, circuit: Circuit, document: CircuitFile, model: Any, device: Any, progress: Progress
+) -> NodeDetails:
+    name = document.evaluation[0].pairs if document.evaluation else next(iter(document.pairs), None)
+    if name is None:
+        return NodeDetails(notes=(f"{LEFT_OUT}: the file has no prompts to measure them on.",))
+    progress("model", 0, 1)
+    try:
+        manager = load_stated_model(document, path, model, device)
+    except MechInterpError as error:
+        if model is not None or (device is not None and not isinstance(error, ModelNotAvailable)):
+            raise
+        why = "is not available here" if isinstance(error, ModelNotAvailable) else f"cannot be opened: {error}"
+        return NodeDetails(notes=(f"{LEFT_OUT}: the model {document.model.name} {why.rstrip('.')}.",))
+    stated = document.model.weights_sha256
+    if manager.dims != circuit.graph.dims or (stated is not None and manager.info.weights_sha256() != stated):
+        return NodeDetails(notes=(f"{LEFT_OUT}: {manager.info.name} has not the weights that the file states.",))
+    progress("details", 0, 1)
+    try:
+        task = task_of(document.task) if isinstance(document.task, TaskRecord) else None
+        pairs = pairs_of(document.pairs[name], task, manager)
+    except MechInterpError as error:
+        return NodeDetails(notes=(f"{LEFT_OUT}: the pairs {name!r} cannot be made: {error}",))
+    if pairs.digest() != document.pairs[name].sha256:
+        return NodeDetails(notes=(f"{LEFT_OUT}: the pairs {name!r} are not those that the file states.",))
+    return node_details(manager, circuit, pairs, name)

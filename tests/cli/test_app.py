@@ -1,0 +1,476 @@
+"""The command line: one line and an exit code for every mistake, and torch only when there is work."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mechinterp import pipeline
+from mechinterp.circuit_file import stored
+from mechinterp.cli import app as cli
+from mechinterp.cli import options
+from mechinterp.discovery import checkpoint
+from mechinterp.discovery.method import METHODS
+from mechinterp.engines.replacement import KINDS
+from mechinterp.graphs.graph import LEVELS
+from mechinterp.graphs.select import RULES
+from mechinterp.tasks.metrics import METRICS
+from mechinterp.views.terminal_tables import plain
+from tests.support.toy_circuits import toy_circuit, toy_document
+from tests.support.words_model import save_words_model
+
+SMALL = ("--examples", "20", "--edges", "20", "--method", "eap")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_words_model(tmp_path_factory.mktemp("models") / "words")
+
+
+@pytest.fixture(scope="module")
+def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The circuit file of one run."""
+    out = tmp_path_factory.mktemp("out")
+    assert cli.main(["run", "ioi", "--model", str(model), "--out", str(out), *SMALL]) == 0
+    return out / "ioi-words-eap.circuit.json"
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A circuit file that needs no model to be shown."""
+    return write(tmp_path / "toy.circuit.json")
+
+
+def write(path: Path, **changes: Any) -> Path:
+    document = toy_document(toy_circuit(), **changes)
+    path.write_text(json.dumps(document.model_dump(mode="json", exclude_none=True)), "utf-8")
+    return path
+
+
+def process(*arguments: str, code: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "mechinterp", *arguments]
+    environ = {**os.environ, "PYTHONUTF8": "0", **environment}
+    return subprocess.run(command, capture_output=True, text=True, encoding="latin-1", env=environ, timeout=300)
+
+
+def complaint(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> str:
+    """The one line on stderr of a command that ends with exit code 2 and prints nothing else."""
+    capsys.readouterr()
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith("\n") and err.count("\n") == 1, (out, err)
+    return err
+
+
+# --- what needs no work --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["run", "--help"], ["verify", "--help"], ["show", "--help"], ["list", "--help"]]
+)
+def test_help_names_examples_and_exit_codes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("Usage: discover-circuit")
+    if arguments != ["list", "--help"]:
+        assert "1 a claim of the file failed" in text and "2 bad input" in text
+    if arguments[:1] != ["show"] and arguments[:1] != ["list"]:
+        assert "discover-circuit verify " in text or "discover-circuit run ioi" in text
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["list"], ["show", "TOY"], ["run", "ioy"]])
+def test_torch_is_imported_only_for_work(arguments: list[str], toy: Path) -> None:
+    arguments = [str(toy) if word == "TOY" else word for word in arguments]
+    code = f"import sys; from mechinterp.cli.app import main; main({arguments!r}); sys.exit('torch' in sys.modules)"
+    assert process(code=code).returncode == 0
+
+
+def test_help_takes_less_than_half_a_second() -> None:
+    resource = pytest.importorskip("resource")
+
+    def seconds() -> float:
+        """Processor time, so that a busy machine does not fail the test."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert process("--help").returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert re.fullmatch(r"discover-circuit \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_the_names_that_are_listed_are_those_that_are_registered() -> None:
+    assert tuple(sorted(cli.METHODS)) == METHODS.names()
+    assert set(cli.METRICS) <= set(METRICS.names())
+    assert options.REPLACEMENTS == KINDS and options.RULES == RULES
+    assert options.LEVELS[:2] == LEVELS
+    assert {"logit_diff", "prob", "log_prob", "prob_diff", "kl_to_clean", "l2_to_clean", "accuracy"} == set(cli.METRICS)
+
+
+def test_list_names_what_there_is(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (toy.parent / "out").mkdir()
+    toy.rename(toy.parent / "out" / toy.name)
+    (toy.parent / "out" / "broken.circuit.json").write_text("{", "utf-8")
+    monkeypatch.chdir(toy.parent)
+    assert cli.main(["list"]) == 0
+    text = capsys.readouterr().out
+    for name in ("ioi", "greater_than", "eap-ig", "exact", "logit_diff", "bundled", "toy", "broken", "cannot be read"):
+        assert name in text
+
+
+# --- mistakes ------------------------------------------------------------------------------------------------------
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "unknown task": (["run", "ioy"], "Unknown task 'ioy'. Did you mean 'ioi'?"),
+    "unknown method": (["run", "ioi", "--method", "eap_ig"], "Unknown method 'eap_ig'. Did you mean 'eap-ig'?"),
+    "unknown metric": (["run", "ioi", "--metric", "logit"], "Unknown metric 'logit'."),
+    "unknown model directory": (["run", "ioi", "--model", "./nowhere"], "no model directory './nowhere'"),
+    "unknown flag": (["run", "ioi", "--edgse", "3"], "--edgse"),
+    "unknown command": (["runn", "ioi"], "runn"),
+    "no task": (["run"], "TASK"),
+    "two tasks": (["run", "ioi", "induction"], "induction"),
+    "edges and threshold": (["run", "ioi", "--edges", "3", "--threshold", "0.1"], "--edges or --threshold"),
+    "no edges": (["run", "ioi", "--edges", "0"], "--edges"),
+    "edges in words": (["run", "ioi", "--edges", "many"], "--edges"),
+    "edges above 100 %": (["run", "ioi", "--model", "MODEL", "--edges", "101%"], "100%"),
+    "nodes without their level": (["run", "ioi", "--nodes", "5"], "--nodes does not go with --level edge"),
+    "edges of nodes": (["run", "ioi", "--level", "node", "--edges", "5"], "give --nodes"),
+    "neurons without their level": (["run", "ioi", "--neurons", "5"], "--level neuron"),
+    "unknown level": (["run", "ioi", "--level", "layer"], "level 'layer'"),
+    "unknown position": (["run", "ioi", "--model", "MODEL", "--positions", "S3"], "position 'S3'"),
+    "positions for cd": (
+        ["run", "ioi", "--model", "MODEL", "--positions", "S2", "--method", "cd"],
+        "'cd' scores edges",
+    ),
+    "a ratio of 2": (["run", "ioi", "--ratio", "2"], "--ratio"),
+    "a ratio of the integer program": (["run", "ioi", "--model", "MODEL", "--rule", "ilp", "--ratio", "0.5"], "ratio"),
+    "a setting of no method": (["compare", "ioi", "--methods", "eap", "--set", "steps=3"], "METHOD.NAME=VALUE"),
+    "evaluate a missing file": (["eval", "nothing.circuit.json"], "nothing.circuit.json"),
+    "evaluate on nothing": (["eval", "TOY", "--task", "ioy"], "Did you mean 'ioi'?"),
+    "threshold is no number": (["run", "ioi", "--threshold", "nan"], "--threshold"),
+    "negative examples": (["run", "ioi", "--examples", "-5"], "--examples"),
+    "no steps": (["run", "ioi", "--steps", "0"], "--steps"),
+    "no batch": (["run", "ioi", "--batch-size", "0"], "--batch-size"),
+    "steps for eap": (["run", "ioi", "--model", "MODEL", "--method", "eap", "--steps", "3"], "steps"),
+    "bad dtype": (["run", "ioi", "--model", "MODEL", "--dtype", "float12"], "dtype 'float12'"),
+    "bad device": (["run", "ioi", "--model", "MODEL", "--device", "tpu9"], "device 'tpu9'"),
+    "absent device": (["run", "ioi", "--model", "MODEL", "--device", "cuda:99"], "cuda:99"),
+    "revision of a directory": (["run", "ioi", "--model", "MODEL", "--revision", "main"], "revision"),
+    "out is a file": (["run", "ioi", "--out", "FILE"], "--out"),
+    "more edges than there are": (["run", "ioi", "--model", "MODEL", "--edges", "100000"], "100000"),
+    "missing pairs file": (["run", "nothing.jsonl"], "nothing.jsonl"),
+    "pairs file is a directory": (["run", "FOLDER.jsonl"], "FOLDER.jsonl"),
+    "pairs file is not pairs": (["run", "FILE.jsonl", "--model", "MODEL"], "FILE.jsonl"),
+    "missing task file": (["run", "nothing.yaml"], "nothing.yaml"),
+    "missing circuit file": (["show", "nothing.circuit.json"], "nothing.circuit.json"),
+    "verify a missing file": (["verify", "nothing.circuit.json"], "nothing.circuit.json"),
+    "a directory as file": (["show", "."], "not a plain file"),
+    "verify a directory": (["verify", "."], "not a plain file"),
+    "show nonsense": (["show", "FILE"], "not valid JSON"),
+    "verify nonsense": (["verify", "FILE"], "not valid JSON"),
+    "show no rows": (["show", "FILE", "--top", "0"], "--top"),
+    "tolerance of 2": (["verify", "TOY", "--tolerance", "2"], "tolerance"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    mistake: str,
+    model: Path,
+    toy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").write_text("no pairs", "utf-8")
+    Path("FILE.jsonl").write_text("no pairs", "utf-8")
+    Path("FOLDER.jsonl").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    arguments, words = MISTAKES[mistake]
+    names = {"MODEL": str(model), "TOY": str(toy)}
+    line = complaint(capsys, [names.get(word, word) for word in arguments])
+    assert words in line and line.startswith("discover-circuit: ")
+    assert sorted(path for path in tmp_path.rglob("*") if path.name != "out") == before  # nothing written
+
+
+def test_a_changed_circuit_file_is_not_shown(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy.write_text(toy.read_text("utf-8").replace('"faithfulness": 0.9261', '"faithfulness": 0.9961'), "utf-8")
+    assert "was changed after it was written" in complaint(capsys, ["show", str(toy)])
+
+
+def test_a_mistake_from_outside_has_no_traceback() -> None:
+    done = process("run", "ioy")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_a_bug_is_exit_code_70_and_a_traceback_when_asked(
+    monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(pipeline, "discover", broken)
+    command = ["run", "ioi", "--model", str(model), "--out", str(tmp_path)]
+    assert cli.main(command) == cli.UNEXPECTED == 70
+    assert capsys.readouterr().err.startswith("discover-circuit: unexpected error, ZeroDivisionError. ")
+    with pytest.raises(ZeroDivisionError):
+        cli.main([*command, "--traceback"])
+
+
+# --- the work ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_three_files_and_says_what_is_next(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "my results"
+    assert cli.main(["run", "ioi", "--model", str(model), "--out", str(out), *SMALL]) == 0
+    text, err = capsys.readouterr()
+    stem = out / "ioi-words-eap"
+    names = [f"{stem}.circuit.json", f"{stem}.scores.safetensors", f"{stem}.report.html"]
+    assert sorted(map(str, out.iterdir())) == sorted(names)
+    for name in names:
+        assert f"wrote {name}\n" in text
+    assert f"next: discover-circuit verify '{names[0]}'\n" in text
+    for word in ("edges", "faithfulness", "interval", "random circuits", "KL", "accuracy"):
+        assert word in text
+    assert err == ""
+    document = json.loads(Path(names[0]).read_text("utf-8"))
+    assert f"{document['selection']['n_edges']} of {document['graph']['n_edges']} edges recover" in text
+    page = Path(names[2]).read_text("utf-8")
+    assert all(
+        name.replace(">", "&gt;").replace("<", "&lt;") in page for name in (e["name"] for e in document["edges"])
+    )
+
+
+def test_a_pairs_file_can_be_run(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"clean": [1, 5 + i, 9, 7], "corrupt": [1, 6 + i, 9, 7], "right": [20 + i], "wrong": [40 + i]}
+        for i in range(12)
+    ]
+    pairs = tmp_path / "mine.jsonl"
+    pairs.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    assert cli.main(["run", str(pairs), "--model", str(model), "--out", str(tmp_path), "--edges", "20"]) == 0
+    assert (tmp_path / "mine-words-eap-ig.report.html").is_file()
+
+
+def test_verify_says_that_all_claims_hold(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", str(made)]) == 0
+    assert re.search(r"verified: all \d+ claims of .* hold", capsys.readouterr().out)
+
+
+def test_verify_names_the_claim_that_failed(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sidecar = made.name.replace(".circuit.json", ".scores.safetensors")
+    (tmp_path / sidecar).write_bytes((made.parent / sidecar).read_bytes())
+    content = json.loads(made.read_text("utf-8"))
+    content["evaluation"][0]["kl"] += 1
+    changed = tmp_path / made.name
+    changed.write_text(json.dumps(content), "utf-8")
+    assert cli.main(["verify", str(changed)]) == 1
+    text = capsys.readouterr().out
+    assert "evaluation.kl" in text and "file hash" in text
+    assert re.search(r"NOT verified: \d+ of \d+ claims", text)
+
+
+def test_show_lists_nodes_and_edges(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads(made.read_text("utf-8"))
+    assert cli.main(["show", str(made), "--top", "1000"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    firsts = {line.split()[0] for line in lines if line.split()}
+    assert {edge["name"] for edge in content["edges"]} | set(content["nodes"]) <= firsts
+    assert cli.main(["show", str(made), "--top", "3"]) == 0
+    assert f"--top {len(content['edges'])} shows all" in capsys.readouterr().out
+
+
+def test_show_knows_roles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head = next(name for name in toy_circuit().nodes if name.startswith("a"))
+    path = write(tmp_path / "toy.circuit.json", roles={"m": {"label": "name mover", "nodes": [head]}})
+    assert cli.main(["show", str(path), "--top", "99"]) == 0
+    assert re.search(rf"^{re.escape(head)} +name mover", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_stored_circuit_has_a_name(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stored, "stored_files", lambda: {"toy": toy})
+    monkeypatch.chdir(toy.parent)
+    assert cli.main(["show", "toy"]) == 0
+    assert "edges recover" in capsys.readouterr().out
+
+
+# --- interrupts and terminals --------------------------------------------------------------------------------------
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_eval_says_how_a_circuit_does_on_another_task(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    of_package = str(Path(__file__).parents[2] / "circuits" / "ioi-bundled-eap-ig.circuit.json")
+    assert cli.main(["eval", of_package, "--task", "ioi_distractor", "--examples", "20"]) == 0
+    other = capsys.readouterr().out
+    assert "144 edges on ioi_distractor\n" in other and "faithfulness" in other and "completeness" not in other
+    assert cli.main(["eval", str(made), "--examples", "12", "--tests"]) == 0
+    own = capsys.readouterr().out
+    for words in ("edges on ioi\n", "equivalence", "independence", "sufficiency", "necessity", "incompleteness"):
+        assert words in own
+
+
+@pytest.mark.parametrize(
+    "more", [["--level", "node", "--positions", "all"], ["--level", "neuron", "--neurons", "6"], ["--edges", "60%"]]
+)
+def test_levels_and_positions_go_into_a_file_that_verifies(
+    more: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["run", "ioi", "--model", str(model), "--out", str(tmp_path), "--examples", "12", "--method", "eap"]
+    size = [] if "--edges" in more else ["--nodes", "60%"]
+    assert cli.main([*run, *more, *size]) == 0
+    (file,) = tmp_path.glob("*.circuit.json")
+    assert cli.main(["verify", str(file), "--rescore"]) == 0
+    assert cli.main(["show", str(file)]) == 0
+    words = json.loads(file.read_text("utf-8"))["provenance"]["command"]
+    assert all(word in words for word in [*more, *size])
+
+
+def test_a_killed_run_goes_on_where_it_was(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checkpoint, "EVERY_SECONDS", 0.0)
+    arguments = ["run", "ioi", "--model", str(model), "--examples", "8", "--edges", "20", "--method", "exact"]
+    arguments += ["--batch-size", "2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert cli.main([*arguments, "--out", str(whole)]) == 0
+    save, calls = checkpoint.Checkpoint.save, list[int]()
+
+    def once(self: checkpoint.Checkpoint, state: Any, **keywords: Any) -> None:
+        save(self, state, **keywords)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "save", once)
+    assert cli.main([*arguments, "--out", str(killed)]) == cli.INTERRUPTED
+    assert [path.suffix for path in killed.iterdir()] == [".unfinished"]
+    n = len(calls)
+    assert cli.main([*arguments, "--out", str(killed)]) == 0
+    assert len(calls) > n and not list(killed.glob("*.unfinished"))
+    name = "ioi-words-exact.circuit.json"
+    assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("place", ["score_edges", "evaluate", "save_circuit"])
+def test_ctrl_c_is_one_line_and_leaves_nothing(
+    place: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, place, interrupt)
+    assert cli.main(["run", "ioi", "--model", str(model), "--out", str(tmp_path / "out"), *SMALL]) == 130
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "interrupted" in err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_ctrl_c_while_files_are_written_leaves_no_part_of_one(
+    call: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, calls = os.replace, list[object]()
+
+    def counted(*paths: Any) -> None:
+        calls.append(paths)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", counted)
+    assert cli.main(["run", "ioi", "--model", str(model), "--out", str(tmp_path), *SMALL]) == 130
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ([] if call < 3 else ["ioi-words-eap.circuit.json", "ioi-words-eap.scores.safetensors"])
+
+
+def test_output_to_a_pipe_has_no_control_codes(toy: Path) -> None:
+    for arguments in (["show", str(toy)], ["list"], ["--help"], ["run", "ioy"]):
+        done = process(*arguments)
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", (done.stdout + done.stderr).replace("\r\n", "\n"))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_console_that_knows_few_letters_gets_question_marks(encoding: str, tmp_path: Path) -> None:
+    record = toy_document(toy_circuit()).model_dump(mode="json", exclude_none=True)
+    pairs = {"évaluation ☃": record["pairs"]["evaluation"], **record["pairs"]}
+    evaluation = {**record["evaluation"][0], "pairs": "évaluation ☃"}
+    path = write(tmp_path / "toy.circuit.json", pairs=pairs, evaluation=[evaluation])
+    for arguments in (["show", str(path)], ["list"], ["show", str(tmp_path / "☃.circuit.json")]):
+        done = process(*arguments, PYTHONIOENCODING=encoding)
+        assert done.returncode == (2 if "☃" in arguments[-1] else 0), done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("columns", ["1", "20", "40", "300"])
+def test_a_narrow_terminal_loses_no_letters(columns: str, toy: Path) -> None:
+    done = process("show", str(toy), "--top", "1000", COLUMNS=columns, NO_COLOR="1", TERM="dumb")
+    assert done.returncode == 0
+    if int(columns) >= 40:
+        edges = {edge["name"] for edge in json.loads(toy.read_text("utf-8"))["edges"]}
+        assert edges <= set(done.stdout.split())
+
+
+def test_a_reader_that_stops_reading_is_no_error(toy: Path) -> None:
+    command = [sys.executable, "-m", "mechinterp", "show", str(toy), "--top", "1000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None and running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 141
+
+
+def test_texts_of_a_file_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nasty = "[bold red]x[/]\x1b]0;owned\x07\x1b[2J"
+    head = next(name for name in toy_circuit().nodes if name.startswith("a"))
+    record = toy_document(toy_circuit()).model_dump(mode="json", exclude_none=True)
+    metric = {**record["evaluation"][0]["metric"], "name": nasty, "unit": nasty}
+    path = write(
+        tmp_path / "toy.circuit.json",
+        roles={"m": {"label": nasty, "nodes": [head]}},
+        evaluation=[{**record["evaluation"][0], "metric": metric}],
+    )
+    assert cli.main(["show", str(path), "--top", "99"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\x07" not in out
+    assert "[bold red]x[/]" in out  # a text, not a colour
+
+
+def test_plain_makes_one_printable_line() -> None:
+    assert plain("a\nb\t c\x1b[1m \u202e d é") == "a b c?[1m ? d é"
+
+
+def test_warnings_of_the_package_are_lines(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warn(done: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **keywords: Any) -> Any:
+            logging.getLogger("mechinterp.tasks").warning("two\nlines %s", "[red]")
+            return done(*arguments, **keywords)
+
+        return wrapped
+
+    monkeypatch.setattr(pipeline, "evaluate", warn(pipeline.evaluate))
+    assert cli.main(["run", "ioi", "--model", str(model), "--out", str(tmp_path), *SMALL]) == 0
+    assert capsys.readouterr().err == "warning: two lines [red]\n"
+    assert not logging.getLogger("mechinterp").handlers

@@ -1,0 +1,143 @@
+"""Scores and circuits over bootstrap resamples: exactly those of the drawn examples, however they are computed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+
+import mechinterp as mi
+from mechinterp.discovery.method import METHODS, Job, Method
+from mechinterp.discovery.stable import (
+    CircuitStability,
+    StableScores,
+    circuit_stability,
+    on_graph,
+    resampled_scores,
+    stable_scores,
+)
+from mechinterp.graphs.select import select
+from tests.support.models_tiny import SHAPES, pairs, tiny
+
+EACH_ONCE = torch.arange(4)[None]
+DRAWN = torch.tensor([[0, 0, 2, 3], [1, 1, 1, 1], [3, 2, 1, 0]])
+
+
+def bootstrap(seed: int = 0, **more: Any) -> StableScores:
+    model = tiny("gpt2")
+    return stable_scores(model, mi.build_graph(model), pairs(4, 5), method="eap", resamples=12, seed=seed, **more)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [*((name, "eap-ig") for name in SHAPES), *(("gpt2", m) for m in ("exact", "clean-corrupted", "relp"))],
+)
+def test_each_example_once_gives_the_scores_themselves(name: str, method: str) -> None:
+    model, some = tiny(name), pairs(4, 5, padded=True)
+    graph = mi.build_graph(model)
+    every, samples = resampled_scores(model, graph, some, EACH_ONCE, {"method": method})
+    expected = mi.score_edges(model, graph, some, method=method)
+    # Sums in another order: float64, but some shapes compute in float32 inside.
+    torch.testing.assert_close(every.values, expected.values, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(on_graph(graph, samples[0]), expected.values.double(), rtol=1e-5, atol=1e-7)
+    assert dict(every.cost) == dict(expected.cost) and every.count == 4 and every.pairs is some
+
+
+def stronger_half(job: Job) -> mi.Scores:
+    """EAP's scores, the weaker half of the edges at 0: they do not add up over examples."""
+    scores = METHODS.get("eap").run(job)
+    limit = scores.total[job.graph.possible].abs().median()
+    return replace(scores, total=torch.where(scores.total.abs() > limit, scores.total, 0), additive=False)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"method": "eap"}, {"method": "eap", "replacement": "mean"}, {"method": "stronger-half"}]
+)
+def test_a_resample_has_the_scores_of_the_drawn_examples(
+    asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = Method("stronger-half", "", "", stronger_half, {"replacement": "corrupt"})
+    monkeypatch.setitem(METHODS._values, "stronger-half", known)
+    model, some = tiny("gpt2"), pairs(4, 5)
+    graph = mi.build_graph(model)
+    _, samples = resampled_scores(model, graph, some, DRAWN, asked)
+    for rows, sample in zip(DRAWN, samples, strict=True):
+        expected = mi.score_edges(model, graph, some[rows], **asked)
+        torch.testing.assert_close(on_graph(graph, sample), expected.values, rtol=0, atol=1e-9)
+    assert not torch.equal(samples[0], samples[1])
+
+
+@pytest.mark.parametrize("agreement", [0.6, 0.9, 1.0])
+def test_an_edge_stays_when_its_sign_does(agreement: float) -> None:
+    stable = bootstrap(agreement=agreement)
+    values, kept = stable.every.to_dict(), stable.scores.to_dict()
+    for i, (name, value) in enumerate(values.items()):
+        same = sum(float(sample) * value > 0 for sample in stable.samples[:, i])
+        assert float(stable.frequency[stable.every.graph.edge_index(name)]) == pytest.approx(same / 12)
+        assert kept[name] == (value if same / 12 >= agreement else 0)
+    n_stable = sum(value != 0 for value in kept.values())
+    assert 0 < n_stable < len(values)
+    frame = stable.to_frame()
+    assert list(frame["edge"]) == list(stable.every.to_frame()["edge"]) and frame["stable"].sum() == n_stable
+    assert (frame["stable"] == (frame["frequency"] >= agreement)).all()
+
+
+def test_they_are_not_taken_for_plain_scores() -> None:
+    stable = bootstrap(agreement=0.9)
+    assert stable.scores.parameters["bootstrap_agreement"] == 0.9
+    with pytest.raises(mi.InputError, match="cannot be added"):
+        _ = stable.scores + stable.scores
+    assert stable.every.additive and "bootstrap_agreement" not in stable.every.parameters
+
+
+def test_the_batch_size_does_not_matter_and_the_seed_decides() -> None:
+    one, other = bootstrap(batch_size=1), bootstrap(batch_size=3)
+    assert torch.equal(one.samples, other.samples) and torch.equal(one.scores.total, other.scores.total)
+    assert not torch.equal(one.samples, bootstrap(seed=1).samples)
+
+
+@pytest.mark.parametrize("keywords", [{"edges": 30}, {"edges": "25%", "rule": "greedy", "by": "value"}])
+def test_inclusion_counts_the_circuits_of_the_resamples(keywords: dict[str, Any]) -> None:
+    stable = bootstrap()
+    found = circuit_stability(stable, **keywords)
+    graph = stable.every.graph
+    sets: list[set[str]] = []
+    for sample in stable.samples:
+        scores = mi.Scores(graph, on_graph(graph, sample), 1, "eap", "logit_diff", "corrupt")
+        sets.append(set(select(graph, scores, **keywords).edges))
+    assert found.jaccard == pytest.approx(sum(len(a & b) / len(a | b) for a, b in combinations(sets, 2)) / 66)
+    assert 0 < found.jaccard < 1 and found.resamples == 12
+    shares = {name: sum(name in one for one in sets) / 12 for name in graph.edge_names()}
+    assert all(float(found.frequency[graph.edge_index(n)]) == pytest.approx(shares[n]) for n in shares)
+    assert found.circuit.edges == select(graph, stable.every, **keywords).edges
+    frame = found.to_frame()
+    assert set(frame["edge"]) == {n for n, share in shares.items() if share} | set(found.circuit.edges)
+    assert set(frame["edge"][frame["in_circuit"]]) == set(found.circuit.edges)
+
+
+def test_the_same_circuit_in_every_resample_has_jaccard_one() -> None:
+    stable = bootstrap()
+    found: CircuitStability = circuit_stability(stable, edges="100%")
+    assert found.jaccard == 1 and float(found.frequency.sum()) == pytest.approx(stable.every.graph.n_edges)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"resamples": 1}, "resamples"),
+        ({"resamples": True}, "resamples"),
+        ({"agreement": 0.5}, "agreement"),
+        ({"agreement": 1.5}, "agreement"),
+        ({"method": "eapp"}, "Did you mean 'eap'"),
+        ({"steps": 3}, "no parameter 'steps'"),
+        ({"pairs": pairs(2)[:1]}, "at least 2 pairs"),
+    ],
+)
+def test_nonsense_is_refused(arguments: dict[str, Any], words: str) -> None:
+    model = tiny("gpt2")
+    given = {"pairs": pairs(3, 5), "method": "eap", **arguments}
+    with pytest.raises(mi.InputError, match=words):
+        stable_scores(model, mi.build_graph(model), **given)

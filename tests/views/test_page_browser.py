@@ -1,0 +1,260 @@
+"""The page in a real browser: what a reader does with it, and that it asks for nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import pytest
+
+from mechinterp.circuit_file.circuit_file import load_circuit
+from mechinterp.graphs.circuit import Circuit
+from mechinterp.views.report.page import write_report
+from mechinterp.views.report.view import write_page
+from tests.support.toy_circuits import curve_of, toy_circuit, toy_document
+
+FOUND = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER = os.environ.get("CHROMIUM") or FOUND
+STORED = Path(__file__).parents[2] / "circuits"
+LINE, NODE = ".lines path:not(.gone)", ".node:not(.gone)"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """One headless Chromium for all tests. Skips where there is none, unless MECHINTERP_BROWSER=required."""
+    problem = "no Chromium on the path (set CHROMIUM to one)" if BROWSER is None else ""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        problem = "playwright is not installed"
+    if problem:
+        assert os.environ.get("MECHINTERP_BROWSER") != "required", problem
+        pytest.skip(problem)
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def circuit() -> Circuit:
+    return load_circuit(STORED / "ioi-bundled-eap-ig.circuit.json")
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of the stored circuit of the bundled model, with its patterns."""
+    made = write_page(STORED / "ioi-bundled-eap-ig.circuit.json", tmp_path_factory.mktemp("page") / "ioi.report.html")
+    assert not made.notes
+    return made.path
+
+
+@pytest.fixture(scope="module")
+def opened(browser: Any, bundled: Path) -> Any:
+    """The page, loaded once, and what it asked for and complained about on the way."""
+    return load(browser, bundled)
+
+
+@pytest.fixture
+def page(opened: Any) -> Any:
+    """The page as it is after loading: everything shown, the circuit itself."""
+    opened.keyboard.press("Escape")
+    opened.mouse.move(2, 2)
+    opened.evaluate("go(Math.max(0, ownStop()))")
+    return opened
+
+
+def load(browser: Any, path: Path, **context: Any) -> Any:
+    page = browser.new_context(viewport={"width": 1400, "height": 1000}, **context).new_page()
+    page.asked, page.complaints = [], []
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.on("console", lambda message: page.complaints.append(message.text))
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.goto(path.as_uri())
+    return page
+
+
+def data_of(page: Any) -> Any:
+    return json.loads(page.locator("#data").text_content())
+
+
+def names(page: Any, selector: str) -> set[str]:
+    """The names of the lines or nodes that the selector finds."""
+    kind, table = ("edge", "edges.map(edge => edge[3])") if "path" in selector else ("node", "nodes.map(n => n.name)")
+    script = f"found => found.map(one => graph.{table}[one.dataset.{kind}])"
+    return set(page.eval_on_selector_all(selector, script))
+
+
+def node(page: Any, name: str) -> Any:
+    return page.locator(f'{NODE}[aria-label^="{name},"]')
+
+
+def move(page: Any, stop: int) -> None:
+    page.locator("#size").fill(str(stop))
+
+
+def test_it_loads_without_a_complaint_and_asks_for_nothing(page: Any, bundled: Path, circuit: Circuit) -> None:
+    assert page.complaints == [] and page.asked == [bundled.as_uri()]
+    assert bundled.stat().st_size < 6e6
+    assert names(page, LINE) == set(circuit.edges) and names(page, NODE) == set(circuit.nodes)
+
+
+def test_the_policy_stops_what_is_not_the_pages_own(browser: Any, bundled: Path, tmp_path: Path) -> None:
+    """Had a file's text become markup, it could still neither run nor call."""
+    changed = tmp_path / "changed.html"
+    evil = "<script>document.title = 'taken'</script><img src='http://127.0.0.1:9/x' onerror='document.title=1'>"
+    changed.write_text(bundled.read_text("utf-8").replace("<main>", f"<main>{evil}", 1), "utf-8")
+    page = load(browser, changed)
+    assert "edges recover" in page.title()
+    assert len(page.complaints) >= 2 and all("Content Security Policy" in words for words in page.complaints)
+
+
+def test_every_stop_shows_its_edges_and_its_own_faithfulness(page: Any) -> None:
+    points = json.loads((STORED / "ioi-bundled-eap-ig.circuit.json").read_text("utf-8"))["curve"]["points"]
+    assert page.locator("#size").get_attribute("max") == str(len(points) - 1)
+    for stop, point in enumerate(points):
+        move(page, stop)
+        assert page.locator(LINE).count() == point["n_edges"]
+        says = page.locator("#size-says").inner_text()
+        assert says.startswith(f"{point['n_edges']} edge")
+        assert float(page.locator("#size-says .value").first.inner_text()) == point["faithfulness"]
+        # The held-out number belongs to the circuit, and stands at no other size.
+        assert ("evaluation" in says) == (point["n_selected"] == 157)
+
+
+def test_a_click_shows_exactly_the_paths_through_a_node(page: Any, circuit: Circuit) -> None:
+    net = circuit.to_networkx()
+    for name in ("a2.h1", "m1"):
+        node(page, name).click()
+        up, down = nx.ancestors(net, name) | {name}, nx.descendants(net, name) | {name}
+        on_path = {d["name"] for a, b, d in net.edges(data=True) if {a, b} <= up or {a, b} <= down}
+        assert 0 < len(on_path) < circuit.n_edges
+        assert names(page, LINE) == on_path
+        assert names(page, f"{NODE}:not(.off)") == up | down
+        page.keyboard.press("Escape")
+        assert names(page, LINE) == set(circuit.edges) and page.locator(f"{NODE}.off").count() == 0
+    node(page, "a2.h1").click()
+    page.locator("#figure-circuit").click(position={"x": 5, "y": 5})  # the background
+    assert names(page, LINE) == set(circuit.edges)
+
+
+def test_search_finds_nodes_edges_and_nothing(page: Any, circuit: Circuit) -> None:
+    box, lit = page.locator("#search"), f"{LINE}:not(.off)"
+    box.fill("a2.h1")
+    ends = {name for name in circuit.edges if re.search(r"\ba2\.h1\b", name)}
+    assert names(page, lit) == ends and names(page, f"{NODE}:not(.off)") == {"a2.h1"}
+    assert page.locator("#search-says").inner_text() == f"1 node, {len(ends)} edges"
+    box.fill("a2.h1->logits")
+    assert names(page, lit) == {"a2.h1->logits"}
+    box.fill("a7.h7")
+    assert page.locator("#search-says").inner_text() == "nothing here" and page.locator(lit).count() == 0
+    box.fill("a2.h1")
+    box.press("Enter")
+    assert page.locator(f"{NODE}.chosen").count() == 1
+    box.press("Escape")
+    assert box.input_value() == "" and names(page, LINE) == set(circuit.edges)
+
+
+def test_pointing_at_a_head_shows_what_it_does(page: Any, circuit: Circuit) -> None:
+    node(page, "a2.h1").hover()
+    panel = page.locator("#panel")
+    panel.locator("canvas").wait_for()
+    words = panel.inner_text()
+    assert circuit.scores is not None
+    own = [value for name, value in circuit.scores.to_dict().items() if name in circuit.edges and "a2.h1->" in name]
+    assert f"{sum(own):.4g}" in words and f"{len(own)} out" in words
+    details = data_of(page)["details"]
+    prompt = details["prompts"][0]
+    top, by = prompt["written"]["a2.h1"][0][0]
+    assert f"mean of {details['n_direct']}" in words and "prompt 1 of 200 (evaluation)" in words
+    assert top in words and f"+{by:.3g}" in words
+    last = prompt["patterns"]["a2.h1"][prompt["answer_pos"]]
+    most = max(range(len(last)), key=lambda k: last[k])
+    assert f"attends to {prompt['tokens'][most]} ({most}) {last[most] / 1000:.2f}" in words
+    panel.locator("select").select_option("1")
+    assert details["prompts"][1]["written"]["a2.h1"][0][0][0] in panel.inner_text()
+
+
+def test_pointing_at_an_edge_shows_its_name_and_score(page: Any, circuit: Circuit) -> None:
+    strongest = page.locator(LINE).last  # the strongest is drawn last
+    box = strongest.evaluate(
+        "path => { const at = path.getPointAtLength(path.getTotalLength() / 2).matrixTransform(path.getScreenCTM());"
+        "return [at.x, at.y]; }"
+    )
+    page.mouse.move(*box)
+    page.wait_for_function("document.querySelector('#panel h3').textContent.includes('->')")
+    words = page.locator("#panel").inner_text()
+    assert circuit.scores is not None
+    scores = {name: score for name, score in circuit.scores.to_dict().items() if name in circuit.edges}
+    best = max(scores, key=lambda name: abs(scores[name]))
+    assert best in words and f"{scores[best]:.6g}" in words and "helps the task" in words
+
+
+def test_signs_themes_and_keys(page: Any) -> None:
+    line, ground = page.locator(f"{LINE}.against").last, "getComputedStyle(document.body).backgroundColor"
+    before = line.evaluate("path => getComputedStyle(path).stroke")
+    page.get_by_label("sign of the score").check()
+    assert line.evaluate("path => getComputedStyle(path).stroke") == "rgb(178, 24, 43)" != before
+    page.get_by_label("where it enters").check()
+    assert line.evaluate("path => getComputedStyle(path).strokeDasharray") != "none"  # visible in both
+    light = page.evaluate(ground)
+    page.locator("#theme").click()
+    assert page.evaluate(ground) == "rgb(20, 24, 28)" != light
+    page.locator("#theme").click()
+    assert page.evaluate(ground) == light
+    page.locator("#theme").focus()
+    for _ in range(30):  # past the legend's roles
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.closest('svg') !== null"):
+            break
+    first = page.evaluate("document.activeElement.getAttribute('aria-label')")
+    page.keyboard.press("ArrowUp")
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") != first
+    page.keyboard.press("Enter")
+    assert page.locator(f"{NODE}.chosen").count() == 1
+    unlabelled = "all => all.filter(one => !one.labels?.length && !one.ariaLabel && !one.textContent.trim()).length"
+    assert page.eval_on_selector_all("input, button, select", unlabelled) == 0
+
+
+def test_dark_is_followed_and_a_narrow_window_does_not_overflow(browser: Any, bundled: Path) -> None:
+    page = load(browser, bundled, color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 28)"
+    page.set_viewport_size({"width": 400, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+
+
+def test_a_thousand_edges_load_and_answer(browser: Any, tmp_path: Path) -> None:
+    circuit = toy_circuit(12, 12, 12, 1400)
+    assert circuit.n_edges >= 1000
+    path = tmp_path / "large.html"
+    write_report(path, circuit, toy_document(circuit, curve=curve_of(circuit, [100, 400, 1400])), "large.circuit.json")
+    assert path.stat().st_size < 1e6
+    page = load(browser, path)
+    assert page.complaints == [] and page.locator(LINE).count() == circuit.n_edges
+    shown = page.evaluate(
+        """() => [...drawing.nodes.keys()].slice(0, 12).map((i) => { pointAt("node", i);
+             return document.querySelector("#panel").innerText.includes(graph.nodes[i].name); })"""
+    )
+    assert len(shown) == 12 and all(shown)
+    move(page, 1)
+    assert page.locator(LINE).count() == toy_document(circuit, curve=curve_of(circuit, [400])).curve.points[0].n_edges
+
+
+def test_hostile_names_stay_texts(browser: Any, tmp_path: Path) -> None:
+    evil = "</script><img src=x onerror=\"document.title='taken'\"><b>"
+    circuit = toy_circuit()
+    head = next(name for name in circuit.nodes if name.startswith("a"))
+    document = toy_document(circuit, title=evil, roles={"r": {"label": evil, "description": evil, "nodes": [head]}})
+    write_report(tmp_path / "evil.html", circuit, document, "evil.circuit.json")
+    page = load(browser, tmp_path / "evil.html")
+    node(page, head).hover()
+    page.get_by_text("role", exact=True).first.wait_for()
+    assert evil in page.locator("#panel").inner_text() and page.title() != "taken"
+    assert page.locator("img").count() == page.locator("main b").count() - page.locator("#size-says b").count() == 0
+    assert page.complaints == [] and len(page.asked) == 1

@@ -1,0 +1,1 @@
+"""How the bundled model was made: its corpus, its recipe and its training script."""
