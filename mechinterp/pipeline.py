@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,12 @@ from typing import Any
 
 from mechinterp.base.errors import InputError, MechInterpError
 from mechinterp.base.plain_files import is_folder
+from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.base.registry import unknown
 from mechinterp.circuit_file.circuit_file import save_circuit
 from mechinterp.circuit_file.records import task_record
 from mechinterp.circuit_file.schema import CircuitFile, FileTaskRecord, TaskRecord
 from mechinterp.circuit_file.store import SUFFIX, sidecar_name
-from mechinterp.circuit_file.verify.verification import no_progress
 from mechinterp.circuit_file.verify.verification import verify as verify
 from mechinterp.discovery.method import METHODS, Method, score_edges
 from mechinterp.discovery.neurons import top_neurons
@@ -44,8 +44,6 @@ ROLE_EXAMPLES = 100
 """Train and test pairs on which roles are measured."""
 NEURONS = 50
 """Neurons that become nodes when nobody says how many."""
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total)."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class Discovery:
     """What could not be done, and why."""
 
 
-def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
+def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
     """Find the circuit of a task in a model, evaluate it on held-out pairs and write its file.
 
     Raises InputError for what `spec` asks for and cannot be had; nothing is written then.
@@ -169,7 +167,7 @@ def discover(spec: RunSpec, progress: Progress = no_progress) -> Discovery:
 
 
 def compare(
-    spec: RunSpec, methods: Sequence[str], sizes: str = "mib", progress: Progress = no_progress
+    spec: RunSpec, methods: Sequence[str], sizes: str = "mib", progress: StageProgress = no_stages
 ) -> tuple[Comparison, Path]:
     """Several methods on one task, judged alike, and the page that was written.
 

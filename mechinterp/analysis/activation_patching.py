@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
+from mechinterp.base.progress import Progress
 from mechinterp.base.registry import unknown
 from mechinterp.engines.edge_patching import clean_logits
 from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.means import MEANS, check_means, site_means
-from mechinterp.engines.patch_sweep import Base, Patch, Progress, run_base, start_layers, sweep
+from mechinterp.engines.patch_sweep import Base, Patch, run_base, start_layers, sweep
 from mechinterp.engines.sweeps import Nodes, placed_parts, swept_parts
 from mechinterp.models.components import Positions
 from mechinterp.models.hook_manager import HookManager

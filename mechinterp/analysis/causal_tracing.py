@@ -12,10 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
+from mechinterp.base.progress import Progress
 from mechinterp.base.registry import unknown
 from mechinterp.engines.edge_patching import clean_logits
 from mechinterp.engines.grid import Grid, numbered
-from mechinterp.engines.patch_sweep import Patch, Progress, run_base, start_layers, sweep
+from mechinterp.engines.patch_sweep import Patch, run_base, start_layers, sweep
 from mechinterp.models.components import Part, Positions, layer_range, position_sets
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.sites import Site

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
+from mechinterp.base.progress import Progress
 from mechinterp.base.registry import unknown
 from mechinterp.engines.decomposition.encoder import Encoder
 from mechinterp.engines.decomposition.one_backward import linear_scores, suits
@@ -26,7 +27,7 @@ from mechinterp.engines.decomposition.tape import Source, Window, narrow_values,
 from mechinterp.engines.decomposition.targets import Target, TargetLike, read_columns, target_list
 from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.means import MEANS, check_means, site_means
-from mechinterp.engines.patch_sweep import MEMORY, Progress
+from mechinterp.engines.patch_sweep import MEMORY
 from mechinterp.engines.sweeps import Nodes, placed_parts, swept_parts
 from mechinterp.models.components import Position, Positions, as_pairs, position_index
 from mechinterp.models.hook_manager import HookManager

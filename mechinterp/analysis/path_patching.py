@@ -12,10 +12,11 @@ from torch import Tensor
 
 from mechinterp.analysis.activation_patching import DIRECTIONS
 from mechinterp.base.errors import InputError
+from mechinterp.base.progress import Progress
 from mechinterp.base.registry import unknown
 from mechinterp.engines.edge_patching import clean_logits
 from mechinterp.engines.grid import Grid, numbered
-from mechinterp.engines.patch_sweep import MEMORY, Base, Patch, Progress, entry, metric_of_runs, run_base, sweep
+from mechinterp.engines.patch_sweep import MEMORY, Base, Patch, entry, metric_of_runs, run_base, sweep
 from mechinterp.engines.residual_paths import Senders, Values, mediate, walk
 from mechinterp.models.components import Part, Positions, parse_part, position_sets
 from mechinterp.models.hook_manager import HookManager

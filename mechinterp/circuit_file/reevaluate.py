@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from mechinterp.base.errors import InputError, MechInterpError
+from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.circuit_file.circuit_file import load_circuit
 from mechinterp.circuit_file.records import pairs_of, task_of
 from mechinterp.circuit_file.schema import CircuitFile, FileTaskRecord, TaskRecord
@@ -27,8 +28,6 @@ from mechinterp.tasks.pair_files import load_pairs
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.source import FileSource
 from mechinterp.tasks.task import load_task
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def reevaluate(
     seed: int = 0,
     device: str | None = None,
     batch_size: int = 32,
-    progress: Progress = lambda stage, done, total: None,
+    progress: StageProgress = no_stages,
 ) -> Reevaluation:
     """The circuit of a file on held-out pairs of `task` (a task, a task file, a file of pairs; default: its own task).
 
@@ -111,7 +110,7 @@ def reevaluate(
 
 
 def _tests(
-    model: HookManager, circuit: Circuit, pairs: Pairs, seed: int, shared: dict[str, Any], progress: Progress
+    model: HookManager, circuit: Circuit, pairs: Pairs, seed: int, shared: dict[str, Any], progress: StageProgress
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     complete = completeness(model, circuit, pairs, seed=seed, **shared, progress=partial(progress, "completeness"))
     nodes = node_minimality(model, circuit, pairs, **shared, progress=partial(progress, "minimality"))

@@ -28,9 +28,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
+from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.registry import unknown
 from mechinterp.discovery.checkpoint import Checkpoint
-from mechinterp.discovery.method import METHODS, Job, Method, Progress, no_progress, score_edges
+from mechinterp.discovery.method import METHODS, Job, Method, score_edges
 from mechinterp.engines.edge_patching import Prefix, check_model, clean_logits, edge_logits, run_prefix
 from mechinterp.engines.replacement import Values, build_replacement
 from mechinterp.graphs.graph import Graph

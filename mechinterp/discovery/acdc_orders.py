@@ -13,7 +13,8 @@ from itertools import combinations
 import pandas as pd
 
 from mechinterp.base.errors import InputError
-from mechinterp.discovery.method import Progress, no_progress, score_edges
+from mechinterp.base.progress import Progress, no_progress
+from mechinterp.discovery.method import score_edges
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.scores import Scores
 from mechinterp.models.hook_manager import HookManager

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from mechinterp.analysis.contextual import decompose
 from mechinterp.base.errors import InputError
+from mechinterp.base.progress import Progress
 from mechinterp.base.registry import unknown
-from mechinterp.discovery.method import METHODS, Job, Method, Progress
+from mechinterp.discovery.method import METHODS, Job, Method
 from mechinterp.engines.decomposition.rules import get_preset
 from mechinterp.engines.edge_patching import run_edges
 from mechinterp.engines.means import MEANS, site_means

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.base.errors import InputError, clip
+from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.registry import Registry
 from mechinterp.discovery.checkpoint import Checkpoint, open_checkpoint
 from mechinterp.engines.edge_patching import check_model
@@ -20,13 +21,6 @@ from mechinterp.graphs.scores import Parameter, Scores
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.metrics import Metric, get_metric
 from mechinterp.tasks.pairs import Pairs
-
-Progress = Callable[[int, int], None]
-"""Called with (done, in all)."""
-
-
-def no_progress(done: int, total: int) -> None:
-    """Says nothing."""
 
 
 @dataclass(frozen=True)

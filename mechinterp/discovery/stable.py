@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.base.errors import InputError, clip
-from mechinterp.discovery.method import Progress, no_progress, score_edges
+from mechinterp.base.progress import Progress, no_progress
+from mechinterp.discovery.method import score_edges
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.scores import Scores

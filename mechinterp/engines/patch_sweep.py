@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.base.errors import UnsupportedError
+from mechinterp.base.progress import Progress
 from mechinterp.graphs.token_positions import take_positions
 from mechinterp.models.components import BY_QUERY, Part
 from mechinterp.models.hook_manager import HookManager, Intervention
@@ -26,8 +27,6 @@ from mechinterp.tasks.pairs import Pairs
 
 MEMORY = {"cpu": 2**26, "cuda": 2**30}
 """Bytes of activations that runs side by side may hold, unless told: what is fastest on each kind of device."""
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
 _FINAL = Site("resid_final")
 
 

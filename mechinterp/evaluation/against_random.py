@@ -21,8 +21,8 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
+from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.registry import unknown
-from mechinterp.discovery.method import Progress, no_progress
 from mechinterp.evaluation.faithfulness import ablation_of
 from mechinterp.evaluation.hypotheses import TIE, HypothesisTest, check_level
 from mechinterp.evaluation.masks import RandomPaths, mask_values, with_axes

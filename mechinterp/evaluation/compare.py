@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -22,6 +22,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
+from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.discovery.method import check_graph, score_edges
 from mechinterp.evaluation.faithfulness import faithfulness_curve
 from mechinterp.graphs.circuit import on_paths
@@ -35,13 +36,6 @@ from mechinterp.tasks.pairs import Pairs
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """The ten shares of edges at which MIB evaluates; a size is the whole number below the share."""
 LEVELS = (0.8, 0.9)
-
-Told = Callable[[str, int, int], None]
-"""Called with (what is done, done, in all)."""
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Says nothing."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +125,7 @@ def compare_methods(
     shares: Sequence[float] = MIB_SHARES,
     settings: Mapping[str, Mapping[str, Parameter]] | None = None,
     batch_size: int = 32,
-    progress: Told = _silent,
+    progress: StageProgress = no_stages,
 ) -> Comparison:
     """Every method's scores on `train`, and how faithful its circuits of each size are on `test`.
 

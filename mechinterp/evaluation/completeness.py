@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
-from mechinterp.discovery.method import Progress, no_progress
+from mechinterp.base.progress import Progress, no_progress
 from mechinterp.evaluation.faithfulness import Ablation, ablation_of, check_denominator
 from mechinterp.evaluation.masks import check_members, knock_out, mask_values, with_axes, writers_of
 from mechinterp.graphs.circuit import Circuit

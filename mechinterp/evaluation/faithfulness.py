@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
-from mechinterp.discovery.method import Progress, no_progress
+from mechinterp.base.progress import Progress, no_progress
 from mechinterp.engines.edge_patching import check_cut, check_model, clean_logits, edge_logits
 from mechinterp.engines.replacement import Replacement, build_replacement
 from mechinterp.graphs.circuit import Circuit

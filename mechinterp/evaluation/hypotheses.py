@@ -19,7 +19,7 @@ from scipy.stats import binom
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
-from mechinterp.discovery.method import Progress, no_progress
+from mechinterp.base.progress import Progress, no_progress
 from mechinterp.evaluation.faithfulness import Ablation, ablation_of
 from mechinterp.evaluation.masks import mask_values, with_axes
 from mechinterp.graphs.circuit import Circuit

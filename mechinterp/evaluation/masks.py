@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechinterp.base.errors import InputError, UnsupportedError
+from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.registry import unknown
-from mechinterp.discovery.method import Progress, no_progress
 from mechinterp.engines.edge_patching import run_edges
 from mechinterp.engines.replacement import build_replacement
 from mechinterp.evaluation.faithfulness import Ablation

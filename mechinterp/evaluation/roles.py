@@ -32,7 +32,7 @@ from mechinterp.analysis.direct_logit_attribution import direct_logit_attributio
 from mechinterp.analysis.head_detectors import TARGETS, attention_between, head_scores
 from mechinterp.base.canonical_json import six_digits
 from mechinterp.base.errors import InputError, UnsupportedError
-from mechinterp.discovery.method import Progress, no_progress
+from mechinterp.base.progress import Progress, no_progress
 from mechinterp.evaluation.measurements import Checked, check_predictions
 from mechinterp.evaluation.predictions import (
     Attention,

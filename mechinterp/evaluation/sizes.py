@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mechinterp.base.canonical_json import six_digits
 from mechinterp.base.errors import InputError
-from mechinterp.discovery.method import Progress, no_progress
+from mechinterp.base.progress import Progress, no_progress
 from mechinterp.evaluation.faithfulness import faithfulness_curve
 from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select import EmptyCircuit, select, sized

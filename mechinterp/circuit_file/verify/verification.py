@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from mechinterp.base.canonical_json import six_digits
 from mechinterp.base.errors import InputError, MechInterpError, ModelNotAvailable, clip
 from mechinterp.base.plain_files import is_file, is_folder, read_bounded
+from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.circuit_file.circuit_file import stated_circuit, stated_graph, stated_scores
 from mechinterp.circuit_file.provenance import versions
 from mechinterp.circuit_file.records import (
@@ -47,15 +47,8 @@ from mechinterp.tasks.pair_files import MAX_BYTES
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.task import Task, load_task
 
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total)."""
-
 BOOTSTRAP = "bootstrap_"
 """How `stable_scores` records its own settings among those of the method."""
-
-
-def no_progress(stage: str, done: int, total: int) -> None:
-    """Says nothing."""
 
 
 def verify(
@@ -66,7 +59,7 @@ def verify(
     rescore: bool = False,
     device: torch.device | str | None = None,
     batch_size: int = 32,
-    progress: Progress = no_progress,
+    progress: StageProgress = no_stages,
 ) -> Verification:
     """Which claims of a circuit file hold: hashes, model, tokenizer, task, pairs, scores, selection, every number.
 
@@ -350,7 +343,7 @@ def _rescore(
     pairs: dict[str, Pairs],
     limit: Tolerance | None,
     batch_size: int,
-    progress: Progress,
+    progress: StageProgress,
     ledger: Ledger,
 ) -> None:
     stated = document.discovery

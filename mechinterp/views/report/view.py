@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mechinterp.base.errors import MechInterpError, ModelNotAvailable
+from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.circuit_file.circuit_file import load_circuit
 from mechinterp.circuit_file.records import pairs_of, task_of
 from mechinterp.circuit_file.schema import CircuitFile, TaskRecord
 from mechinterp.circuit_file.store import SUFFIX, open_circuit_file
-from mechinterp.circuit_file.verify.verification import load_stated_model, no_progress
+from mechinterp.circuit_file.verify.verification import load_stated_model
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.views.report.node_details import NodeDetails, node_details
 from mechinterp.views.report.page import write_report
 
-Progress = Callable[[str, int, int], None]
 LEFT_OUT = "Attention patterns and written tokens are left out"
 
 
@@ -36,7 +35,7 @@ def write_page(
     model: Any = None,
     device: Any = None,
     called: str | None = None,
-    progress: Progress = no_progress,
+    progress: StageProgress = no_stages,
 ) -> WrittenPage:
     """Write the page of a circuit file, by default `NAME.report.html` beside it; what was there is replaced.
 
@@ -58,7 +57,7 @@ def write_page(
 
 
 def _details(
-    path: Path, circuit: Circuit, document: CircuitFile, model: Any, device: Any, progress: Progress
+    path: Path, circuit: Circuit, document: CircuitFile, model: Any, device: Any, progress: StageProgress
 ) -> NodeDetails:
     name = document.evaluation[0].pairs if document.evaluation else next(iter(document.pairs), None)
     if name is None:
