@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from mechinterp.circuit_file.verify.claims import Claim as Claim
     from mechinterp.circuit_file.verify.claims import Verification as Verification
     from mechinterp.circuit_file.verify.verification import verify as verify
+    from mechinterp.compare import compare_methods as compare_methods
     from mechinterp.discovery.acdc import acdc_thresholds as acdc_thresholds
     from mechinterp.discovery.acdc_orders import AcdcOrders as AcdcOrders
     from mechinterp.discovery.acdc_orders import acdc_orders as acdc_orders
@@ -82,8 +83,7 @@ if TYPE_CHECKING:
     from mechinterp.evaluation.against_random import minimality_test as minimality_test
     from mechinterp.evaluation.against_random import necessity_test as necessity_test
     from mechinterp.evaluation.against_random import sufficiency_test as sufficiency_test
-    from mechinterp.evaluation.compare import Comparison as Comparison
-    from mechinterp.evaluation.compare import compare_methods as compare_methods
+    from mechinterp.evaluation.comparison import Comparison as Comparison
     from mechinterp.evaluation.completeness import Completeness as Completeness
     from mechinterp.evaluation.completeness import completeness as completeness
     from mechinterp.evaluation.completeness import greedy_completeness as greedy_completeness
@@ -187,7 +187,8 @@ _HOMES = {
     "engines.edge_patching": ("run_edges",),
     "engines.grid": ("Grid",),
     "evaluation.against_random": ("minimality_test", "necessity_test", "sufficiency_test"),
-    "evaluation.compare": ("Comparison", "compare_methods"),
+    "compare": ("compare_methods",),
+    "evaluation.comparison": ("Comparison",),
     "evaluation.completeness": ("Completeness", "completeness", "greedy_completeness"),
     "evaluation.faithfulness": ("Evaluation", "evaluate"),
     "evaluation.ground_truth": ("against_truth",),

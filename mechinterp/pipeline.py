@@ -22,7 +22,6 @@ from mechinterp.circuit_file.store import SUFFIX, sidecar_name
 from mechinterp.circuit_file.verify.verification import verify as verify
 from mechinterp.discovery.method import METHODS, Method, score_edges
 from mechinterp.discovery.neurons import top_neurons
-from mechinterp.evaluation.compare import MIB_SHARES, Comparison, compare_methods
 from mechinterp.evaluation.faithfulness import Evaluation, evaluate
 from mechinterp.evaluation.roles import MeasuredRoles, measured_roles
 from mechinterp.evaluation.sizes import TARGET, Curve, CurvePoint, size_curve, size_grid, smallest_faithful
@@ -36,7 +35,6 @@ from mechinterp.tasks.pair_files import load_pairs
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.source import FileSource
 from mechinterp.tasks.task import Task, load_task
-from mechinterp.views.report.comparison import write_comparison
 
 OWN_OPTIONS = ("replacement", "steps")
 """Parameters of methods that have an option of their own."""
@@ -114,9 +112,9 @@ def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
     progress("model", 0, 1)
     model = load_model(spec.model, revision=spec.revision, dtype=spec.dtype, device=spec.device)
     progress("model", 1, 1)
-    task, train, test, default_metric = _examples(spec, model)
+    task, train, test, default_metric = examples_of(spec, model)
     metric = spec.metric or default_metric
-    graph = _graph(spec, model, train, metric)
+    graph = graph_of_run(spec, model, train, metric)
     threshold = spec.threshold
     if spec.edges is None and spec.nodes is None and threshold is None:
         threshold = METHODS.get(spec.method).threshold
@@ -166,62 +164,7 @@ def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
     return Discovery(circuit, evaluation, curve, model, task, train, test, path, document, roles, notes)
 
 
-def compare(
-    spec: RunSpec, methods: Sequence[str], sizes: str = "mib", progress: StageProgress = no_stages
-) -> tuple[Comparison, Path]:
-    """Several methods on one task, judged alike, and the page that was written.
-
-    `sizes` is `mib` or shares of edges with commas between. Raises InputError for what cannot be had.
-    """
-    shares = MIB_SHARES if sizes == "mib" else _shares(sizes)
-    settings = _settings_by_method(spec, methods)
-    try:
-        spec.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"Cannot write to {spec.out}: {error.strerror or error}.") from error
-    progress("model", 0, 1)
-    model = load_model(spec.model, revision=spec.revision, dtype=spec.dtype, device=spec.device)
-    progress("model", 1, 1)
-    task, train, test, default_metric = _examples(spec, model)
-    metric = spec.metric or default_metric
-    found = compare_methods(
-        model,
-        _graph(spec, model, train, metric),
-        train,
-        test,
-        methods,
-        metric=metric,
-        settings=settings,
-        replacement=spec.replacement,
-        shares=shares,
-        batch_size=spec.batch_size,
-        progress=progress,
-    )
-    path = spec.out / f"{_stem(spec.task)}-comparison.html"
-    words = ["discover-circuit", "compare", spec.task, "--methods", ",".join(methods), "--sizes", sizes]
-    words += [word for setting in spec.settings for word in ("--set", setting)]
-    shown = (
-        "model",
-        "revision",
-        "metric",
-        "level",
-        "positions",
-        "neurons",
-        "replacement",
-        "seed",
-        "dtype",
-        "batch_size",
-    )
-    for name in shown:
-        value = getattr(spec, name)
-        if value != RunSpec.__dataclass_fields__[name].default:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    words += ["--examples", str(spec.examples)]
-    write_comparison(path, found, f"Methods compared on {task.name} in {spec.model}", shlex.join(words))
-    return found, path
-
-
-def _graph(spec: RunSpec, model: HookManager, train: Pairs, metric: str) -> Graph:
+def graph_of_run(spec: RunSpec, model: HookManager, train: Pairs, metric: str) -> Graph:
     """The graph of what is to be chosen; the neurons are the strongest on the train pairs."""
     named = [] if spec.positions is None else spec.positions.split(",")
     positions = list(train.positions) if named == ["all"] else [name.strip() for name in named]
@@ -262,13 +205,6 @@ def _forget_unfinished(path: Path) -> None:
                 raise InputError(f"{entry} cannot be deleted: {error.strerror or error}.") from error
 
 
-def _shares(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"Sizes are 'mib' or numbers with commas between, such as 0.01,0.1,1; got {text!r}.") from None
-
-
 def output_path(spec: RunSpec) -> Path:
     """Where the circuit file of a run goes: `OUT/{task}-{model}-{method}.circuit.json`.
 
@@ -276,7 +212,7 @@ def output_path(spec: RunSpec) -> Path:
     """
     folder = Path(spec.model)
     model = folder.resolve().name if is_folder(folder) else spec.model.rpartition("/")[2].replace("@", "-")
-    path = spec.out / f"{'-'.join([_stem(spec.task), model, spec.method])}{SUFFIX}"
+    path = spec.out / f"{'-'.join([stem(spec.task), model, spec.method])}{SUFFIX}"
     sidecar_name(path)
     try:
         spec.out.mkdir(parents=True, exist_ok=True)
@@ -301,7 +237,7 @@ def command_of(spec: RunSpec) -> str:
     return shlex.join(words)
 
 
-def _stem(task: str) -> str:
+def stem(task: str) -> str:
     return Path(task).stem if Path(task).suffix else task
 
 
@@ -310,7 +246,7 @@ def _settings(spec: RunSpec) -> dict[str, Any]:
     method = METHODS.get(spec.method)
     wanted: dict[str, Any] = {"replacement": spec.replacement, "steps": spec.steps}
     settings = {name: value for name, value in wanted.items() if value is not None}
-    settings |= dict(_parsed(setting, method) for setting in spec.settings)
+    settings |= dict(parsed_setting(setting, method) for setting in spec.settings)
     for name in settings:
         if name not in method.defaults:
             raise InputError(f"Method {spec.method!r} has no parameter {name!r}.")
@@ -321,19 +257,7 @@ def _settings(spec: RunSpec) -> dict[str, Any]:
     return settings
 
 
-def _settings_by_method(spec: RunSpec, methods: Sequence[str]) -> dict[str, dict[str, Parameter]]:
-    """`METHOD.NAME=VALUE` of every setting, by method."""
-    found: dict[str, dict[str, Parameter]] = {}
-    for setting in spec.settings:
-        name, dot, rest = setting.partition(".")
-        if not dot or name not in methods:
-            raise InputError(f"A setting is METHOD.NAME=VALUE with one of the methods compared; got {setting!r}.")
-        parameter, value = _parsed(rest, METHODS.get(name), own_options=())
-        found.setdefault(name, {})[parameter] = value
-    return found
-
-
-def _parsed(
+def parsed_setting(
     setting: str, method: Method, own_options: Sequence[str] = ("replacement", "steps")
 ) -> tuple[str, Parameter]:
     """`name=value` with the type that the method's default has. Raises InputError for anything else."""
@@ -355,7 +279,7 @@ def _parsed(
         raise InputError(f"{name} is a number; got {text!r}.") from None
 
 
-def _examples(spec: RunSpec, model: HookManager) -> tuple[TaskRecord | FileTaskRecord, Pairs, Pairs, str]:
+def examples_of(spec: RunSpec, model: HookManager) -> tuple[TaskRecord | FileTaskRecord, Pairs, Pairs, str]:
     """The task's record, train pairs, test pairs and the task's metric."""
     if Path(spec.task).suffix.lower() in (".jsonl", ".csv"):
         return _file_examples(spec, model)
@@ -373,6 +297,6 @@ def _file_examples(spec: RunSpec, model: HookManager) -> tuple[FileTaskRecord, P
         raise InputError(f"{spec.task} has {len(pairs)} usable pairs; at least 4 are needed, half of them to test.")
     n_train = min(spec.examples, len(pairs) // 2)
     n_test = min(spec.test_examples, len(pairs) - n_train)
-    record = FileTaskRecord(name=_stem(spec.task), path=spec.task, sha256=source.sha256)
+    record = FileTaskRecord(name=stem(spec.task), path=spec.task, sha256=source.sha256)
     metric = "logit_diff" if pairs.right is not None and pairs.wrong is not None else "kl_to_clean"
     return record, pairs[:n_train], pairs[n_train : n_train + n_test], metric

@@ -9,7 +9,8 @@ import torch
 
 import mechinterp as mi
 from mechinterp.cli import app as cli
-from mechinterp.evaluation.compare import MIB_SHARES, MethodResult, area, compare_methods, top_edges
+from mechinterp.compare import compare_methods
+from mechinterp.evaluation.comparison import MIB_SHARES, MethodResult, area, top_edges
 from mechinterp.graphs.scores import Scores
 from tests.support.models_tiny import pairs, tiny
 

@@ -248,7 +248,8 @@ def _do_compare(asked: dict[str, Any], methods: list[str], sizes: str) -> int:
     _check_task(asked["task"])
     console = Terminal()
     with stages(Console(stderr=True)) as progress:
-        from mechinterp.pipeline import RunSpec, compare
+        from mechinterp.compare import compare
+        from mechinterp.pipeline import RunSpec
         from mechinterp.views.terminal_tables import frame_table
 
         quiet_libraries()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 from plotly.colors import qualitative
 
-from mechinterp.evaluation.compare import Comparison
+from mechinterp.evaluation.comparison import Comparison
 from mechinterp.graphs.colours import GUIDE_COLOUR, grid, look
 
 DASHES = ("solid", "dash", "dot")

@@ -6,7 +6,7 @@ import os
 from html import escape
 
 from mechinterp.base.atomic_write import write_whole
-from mechinterp.evaluation.compare import Comparison
+from mechinterp.evaluation.comparison import Comparison
 from mechinterp.views.plots.compare import comparison_curves, overlap_matrix
 
 _STYLE = """

@@ -10,28 +10,16 @@ and 90 % and an area over the logarithm of the share stand beside them.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mechinterp.base.errors import InputError
-from mechinterp.base.progress import StageProgress, no_stages
-from mechinterp.discovery.method import check_graph, score_edges
-from mechinterp.evaluation.faithfulness import faithfulness_curve
-from mechinterp.graphs.circuit import on_paths
-from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.scores import Parameter, Scores
 from mechinterp.graphs.select import best_units
-from mechinterp.models.hook_manager import HookManager
-from mechinterp.tasks.metrics import Metric
-from mechinterp.tasks.pairs import Pairs
 
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """The ten shares of edges at which MIB evaluates; a size is the whole number below the share."""
@@ -111,76 +99,6 @@ class Comparison:
             for a, x in masks.items()
         }
         return pd.DataFrame(table)
-
-
-def compare_methods(
-    model: HookManager,
-    graph: Graph,
-    train: Pairs,
-    test: Pairs,
-    methods: Sequence[str],
-    *,
-    metric: Metric | str = "logit_diff",
-    replacement: str = "corrupt",
-    shares: Sequence[float] = MIB_SHARES,
-    settings: Mapping[str, Mapping[str, Parameter]] | None = None,
-    batch_size: int = 32,
-    progress: StageProgress = no_stages,
-) -> Comparison:
-    """Every method's scores on `train`, and how faithful its circuits of each size are on `test`.
-
-    `settings` has parameters by method. Edges that a method leaves at score 0 are never selected, but in the whole
-    graph. Circuits are pruned to what lies on a path from the input to the logits.
-
-    Cost: the methods' own, and two forwards of `test` for every size and order. Raises InputError for unknown or
-    doubled methods and for shares that are not rising from above 0 to 1.
-    """
-    if not methods or len(set(methods)) != len(methods):
-        raise InputError("Name at least one method, and each once.")
-    shares = tuple(float(share) for share in shares)
-    rising = all(a < b for a, b in pairwise(shares))
-    if len(shares) < 2 or not rising or not shares[0] > 0 or shares[-1] != 1:
-        raise InputError(f"Shares rise from above 0 to 1; got {list(shares)}.")
-    for name in methods:
-        check_graph(name, graph)
-    sizes = tuple(int(share * graph.n_units) for share in shares)
-    results: dict[str, MethodResult] = {}
-    for name in methods:
-        start = time.perf_counter()
-        asked: dict[str, Any] = {"replacement": replacement, **(settings or {}).get(name, {})}
-        scores = score_edges(
-            model,
-            graph,
-            train,
-            method=name,
-            metric=metric,
-            batch_size=batch_size,
-            progress=lambda done, total, name=name: progress(name, done, total),
-            **asked,
-        )
-        seconds = time.perf_counter() - start
-        orders = ("value", "magnitude")
-        masks = [on_paths(graph, top_edges(scores, size, order)) for order in orders for size in sizes]
-        values = faithfulness_curve(
-            model,
-            masks,
-            graph,
-            test,
-            metric=metric,
-            replacement=replacement,
-            batch_size=batch_size,
-            progress=lambda done, total, name=name: progress(f"{name}: faithfulness", done, total),
-        )
-        results[name] = MethodResult(scores, values[: len(sizes)], values[len(sizes) :], seconds)
-    about: dict[str, Parameter] = {
-        "metric": metric if isinstance(metric, str) else metric.name,
-        "replacement": replacement,
-        "train": len(train),
-        "test": len(test),
-        "units": f"{graph.level}s",
-        graph.level + "s": graph.n_units,
-    }
-    return Comparison(results, shares, sizes, about)
 
 
 def top_edges(scores: Scores, edges: int, by: str) -> Bool[Tensor, "reader writer"]:

@@ -1,0 +1,168 @@
+"""Several methods on one task, judged alike: `compare_methods`, and the command `compare` with its page."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from mechinterp.base.errors import InputError
+from mechinterp.base.progress import StageProgress, no_stages
+from mechinterp.discovery.method import METHODS, check_graph, score_edges
+from mechinterp.evaluation.comparison import MIB_SHARES, Comparison, MethodResult, top_edges
+from mechinterp.evaluation.faithfulness import faithfulness_curve
+from mechinterp.graphs.circuit import on_paths
+from mechinterp.graphs.graph import Graph
+from mechinterp.graphs.scores import Parameter
+from mechinterp.models.hook_manager import HookManager, load_model
+from mechinterp.pipeline import RunSpec, examples_of, graph_of_run, parsed_setting, stem
+from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.pairs import Pairs
+from mechinterp.views.report.comparison import write_comparison
+
+
+def compare_methods(
+    model: HookManager,
+    graph: Graph,
+    train: Pairs,
+    test: Pairs,
+    methods: Sequence[str],
+    *,
+    metric: Metric | str = "logit_diff",
+    replacement: str = "corrupt",
+    shares: Sequence[float] = MIB_SHARES,
+    settings: Mapping[str, Mapping[str, Parameter]] | None = None,
+    batch_size: int = 32,
+    progress: StageProgress = no_stages,
+) -> Comparison:
+    """Every method's scores on `train`, and how faithful its circuits of each size are on `test`.
+
+    `settings` has parameters by method. Edges that a method leaves at score 0 are never selected, but in the whole
+    graph. Circuits are pruned to what lies on a path from the input to the logits.
+
+    Cost: the methods' own, and two forwards of `test` for every size and order. Raises InputError for unknown or
+    doubled methods and for shares that are not rising from above 0 to 1.
+    """
+    if not methods or len(set(methods)) != len(methods):
+        raise InputError("Name at least one method, and each once.")
+    shares = tuple(float(share) for share in shares)
+    rising = all(a < b for a, b in pairwise(shares))
+    if len(shares) < 2 or not rising or not shares[0] > 0 or shares[-1] != 1:
+        raise InputError(f"Shares rise from above 0 to 1; got {list(shares)}.")
+    for name in methods:
+        check_graph(name, graph)
+    sizes = tuple(int(share * graph.n_units) for share in shares)
+    results: dict[str, MethodResult] = {}
+    for name in methods:
+        start = time.perf_counter()
+        asked: dict[str, Any] = {"replacement": replacement, **(settings or {}).get(name, {})}
+        scores = score_edges(
+            model,
+            graph,
+            train,
+            method=name,
+            metric=metric,
+            batch_size=batch_size,
+            progress=lambda done, total, name=name: progress(name, done, total),
+            **asked,
+        )
+        seconds = time.perf_counter() - start
+        orders = ("value", "magnitude")
+        masks = [on_paths(graph, top_edges(scores, size, order)) for order in orders for size in sizes]
+        values = faithfulness_curve(
+            model,
+            masks,
+            graph,
+            test,
+            metric=metric,
+            replacement=replacement,
+            batch_size=batch_size,
+            progress=lambda done, total, name=name: progress(f"{name}: faithfulness", done, total),
+        )
+        results[name] = MethodResult(scores, values[: len(sizes)], values[len(sizes) :], seconds)
+    about: dict[str, Parameter] = {
+        "metric": metric if isinstance(metric, str) else metric.name,
+        "replacement": replacement,
+        "train": len(train),
+        "test": len(test),
+        "units": f"{graph.level}s",
+        graph.level + "s": graph.n_units,
+    }
+    return Comparison(results, shares, sizes, about)
+
+
+def compare(
+    spec: RunSpec, methods: Sequence[str], sizes: str = "mib", progress: StageProgress = no_stages
+) -> tuple[Comparison, Path]:
+    """Several methods on one task, judged alike, and the page that was written.
+
+    `sizes` is `mib` or shares of edges with commas between. Raises InputError for what cannot be had.
+    """
+    shares = MIB_SHARES if sizes == "mib" else _shares(sizes)
+    settings = _settings_by_method(spec, methods)
+    try:
+        spec.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"Cannot write to {spec.out}: {error.strerror or error}.") from error
+    progress("model", 0, 1)
+    model = load_model(spec.model, revision=spec.revision, dtype=spec.dtype, device=spec.device)
+    progress("model", 1, 1)
+    task, train, test, default_metric = examples_of(spec, model)
+    metric = spec.metric or default_metric
+    found = compare_methods(
+        model,
+        graph_of_run(spec, model, train, metric),
+        train,
+        test,
+        methods,
+        metric=metric,
+        settings=settings,
+        replacement=spec.replacement,
+        shares=shares,
+        batch_size=spec.batch_size,
+        progress=progress,
+    )
+    path = spec.out / f"{stem(spec.task)}-comparison.html"
+    words = ["discover-circuit", "compare", spec.task, "--methods", ",".join(methods), "--sizes", sizes]
+    words += [word for setting in spec.settings for word in ("--set", setting)]
+    shown = (
+        "model",
+        "revision",
+        "metric",
+        "level",
+        "positions",
+        "neurons",
+        "replacement",
+        "seed",
+        "dtype",
+        "batch_size",
+    )
+    for name in shown:
+        value = getattr(spec, name)
+        if value != RunSpec.__dataclass_fields__[name].default:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--examples", str(spec.examples)]
+    write_comparison(path, found, f"Methods compared on {task.name} in {spec.model}", shlex.join(words))
+    return found, path
+
+
+def _settings_by_method(spec: RunSpec, methods: Sequence[str]) -> dict[str, dict[str, Parameter]]:
+    """`METHOD.NAME=VALUE` of every setting, by method."""
+    found: dict[str, dict[str, Parameter]] = {}
+    for setting in spec.settings:
+        name, dot, rest = setting.partition(".")
+        if not dot or name not in methods:
+            raise InputError(f"A setting is METHOD.NAME=VALUE with one of the methods compared; got {setting!r}.")
+        parameter, value = parsed_setting(rest, METHODS.get(name), own_options=())
+        found.setdefault(name, {})[parameter] = value
+    return found
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"Sizes are 'mib' or numbers with commas between, such as 0.01,0.1,1; got {text!r}.") from None
