@@ -1,10 +1,11 @@
-"""Several methods on one task, judged by the same circuits' sizes, examples and ablation.
+"""Several methods on one task, compared at the same circuit sizes, on the same examples, under the same ablation.
 
 The sizes and the two areas are those of MIB (Mueller et al. 2025, arXiv 2504.13151): CPR is the area under faithfulness
-against the share of edges, selected by signed score; CMD the area between faithfulness and 1, selected by magnitude;
-both by the trapezoid rule over the share itself, from 0.1 % to all edges. A circuit that does nothing until every edge
-is in has CPR 0.25 and CMD 0.75. Most of either area lies above 20 % of the edges, so the smallest sizes that reach 80 %
-and 90 % and an area over the logarithm of the share stand beside them.
+against the share of edges, which are selected by signed score; CMD is the area between faithfulness and 1, with edges
+selected by magnitude. Both use the trapezoid rule over the share itself, from 0.1 % to all edges. A method whose
+circuits do nothing until every edge is included has CPR 0.25 and CMD 0.75. Most of either area comes from circuits
+with more than 20 % of the edges, so the table also has the smallest sizes that reach 80 % and 90 %, and an area over
+the logarithm of the share.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from mechinterp.graphs.scores import Parameter, Scores
 from mechinterp.graphs.select import best_units
 
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""The ten shares of edges at which MIB evaluates; a size is the whole number below the share."""
+"""The ten shares of edges at which MIB evaluates; a size is the share of the edges, rounded down."""
 LEVELS = (0.8, 0.9)
+"""The levels of faithfulness for which the table has the smallest size."""
 
 
 @dataclass(frozen=True)
@@ -36,26 +38,26 @@ class MethodResult:
     seconds: float
 
     def cpr(self, shares: Sequence[float]) -> float:
-        """The area under faithfulness, circuits by signed score."""
+        """The area under faithfulness, with circuits selected by signed score."""
         return area(shares, self.by_value)
 
     def cmd(self, shares: Sequence[float]) -> float:
-        """The area between faithfulness and 1, circuits by magnitude; 0 is the model itself at every size."""
+        """The area between faithfulness and 1, with circuits selected by magnitude; 0 if all are perfectly faithful."""
         return area(shares, [abs(1 - value) for value in self.by_magnitude])
 
     def log_area(self, shares: Sequence[float]) -> float:
-        """The mean faithfulness over the logarithm of the share, circuits by magnitude."""
+        """The mean faithfulness over the logarithm of the share, with circuits selected by magnitude."""
         logs = [math.log(share) for share in shares]
         return area(logs, self.by_magnitude) / (logs[-1] - logs[0])
 
     def reaches(self, sizes: Sequence[int], level: float) -> int | None:
-        """The smallest of the sizes whose circuit (by magnitude) is that faithful, or None."""
+        """The smallest of the sizes whose circuit (by magnitude) is at least that faithful, or None."""
         return next((n for n, value in zip(sizes, self.by_magnitude, strict=True) if value >= level), None)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare_methods` found."""
+    """The result of `compare_methods`."""
 
     results: Mapping[str, MethodResult]
     shares: tuple[float, ...]
@@ -63,7 +65,7 @@ class Comparison:
     about: Mapping[str, Parameter]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a method, the best CMD first: the areas, the smallest sizes that reach 80 and 90 %, the cost."""
+        """One row per method, the best CMD first: the areas, the smallest sizes that reach 80 and 90 %, the cost."""
         units = f"{next(iter(self.results.values())).scores.graph.level}s"
         rows = [
             {
@@ -92,7 +94,11 @@ class Comparison:
         return pd.DataFrame(rows, columns=["method", "edges", "share", "order", "faithfulness"])
 
     def overlap(self, edges: int) -> pd.DataFrame:
-        """Jaccard index of the edges that each two methods select first, by magnitude; edges with score 0 are none."""
+        """Jaccard index of the top edges of each two methods.
+
+        Args:
+            edges: How many edges each method selects, by magnitude; edges of score 0 are not selected.
+        """
         masks = {name: top_edges(result.scores, edges, "magnitude") for name, result in self.results.items()}
         table = {
             a: {b: float((x & y).sum() / max(1, int((x | y).sum()))) for b, y in masks.items()}
@@ -102,7 +108,7 @@ class Comparison:
 
 
 def top_edges(scores: Scores, edges: int, by: str) -> Bool[Tensor, "reader writer"]:
-    """The `edges` best edges (or nodes) by signed value or magnitude; those of score 0 only when all are."""
+    """The `edges` best edges (or nodes) by signed value or magnitude; edges of score 0 only if all are selected."""
     graph = scores.graph
     if edges >= graph.n_units:
         return graph.possible.clone()

@@ -1,11 +1,11 @@
-"""`evaluate`: how much of the model's performance a circuit alone gives back.
+"""`evaluate`: how much of the model's performance the circuit recovers when everything else is ablated.
 
-Bootstrap intervals over examples.
+Intervals are bootstrapped over examples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -13,15 +13,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechinterp.base.batches import over_batches
 from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress, no_progress
 from mechinterp.engines.edge_patching import check_cut, check_model, clean_logits, edge_logits
-from mechinterp.engines.replacement import Replacement, build_replacement
+from mechinterp.evaluation.ablation import Ablation, AblationSetup
+from mechinterp.evaluation.ablation import ablation_of as ablation_of
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import Graph
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.metrics import Metric, get_metric
 from mechinterp.tasks.pairs import Pairs
+
+CI_LEVEL = 0.95
 
 
 def bootstrap_interval(
@@ -29,10 +33,10 @@ def bootstrap_interval(
     columns: Float[Tensor, "example column"],
     *,
     resamples: int = 2000,
-    level: float = 0.95,
+    level: float = CI_LEVEL,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """The percentile interval of a statistic when the examples (rows) are drawn again with replacement.
+    """The percentile interval of a statistic when the examples (rows) are resampled with replacement.
 
     A resample whose statistic is no number is left out: a ratio has none where its denominator vanishes, as that of
     accuracies does when no example is drawn on which they differ. Raises InputError when no resample has a number.
@@ -52,26 +56,8 @@ def bootstrap_interval(
 
 
 @dataclass(frozen=True)
-class Ablation:
-    """The six axes that define an ablation (Miller et al. 2024, arXiv 2407.08734)."""
-
-    granularity: str = "edge"
-    component: str = "edges outside the circuit"
-    value: str = "corrupt"
-    positions: str = "all"
-    direction: str = "noising (the clean run is destroyed)"
-    set: str = "complement"
-
-
-def ablation_of(graph: Graph, replacement: str) -> Ablation:
-    """The six axes of running a circuit of this graph alone."""
-    where = ", ".join(graph.positions) if graph.positions else "all"
-    return Ablation(graph.level, f"{graph.level}s outside the circuit", replacement, where)
-
-
-@dataclass(frozen=True)
 class Evaluation:
-    """What a circuit alone does. All numbers are over examples; metric values are in the metric's unit.
+    """How the circuit alone performs. All numbers are over examples; metric values are in the metric's unit.
 
     `faithfulness` is (m(C) - m(empty)) / (m(full) - m(empty)) with m the mean over examples: a ratio of means. The
     quartiles are of the same ratio per example. `kl` is KL(full model || circuit) in nats, summed over the vocabulary.
@@ -91,27 +77,27 @@ class Evaluation:
     example_quartiles: tuple[float, float, float]
     """First quartile, median and third quartile of the per-example ratio, over `n_ratio` examples."""
     n_ratio: int
-    """Examples whose own denominator is not near zero; the others have no ratio."""
+    """How many examples have a ratio: those whose own denominator is not near zero."""
     kl: float
     accuracy: float | None
     accuracy_full: float | None
     random_faithfulness: tuple[float, ...]
-    """Faithfulness of random circuits with as many edges."""
+    """Faithfulness of random circuits of the same size."""
     seed: int
     per_example: Float[Tensor, "example 3"] = field(repr=False)
-    """Metric of circuit, full model and empty circuit, per example."""
+    """The metric of the circuit, the full model and the empty circuit, per example."""
     circuit_digest: str
-    """`Circuit.digest()` of the circuit that this is about."""
+    """`Circuit.digest()` of the circuit that was evaluated."""
     pairs: Pairs = field(repr=False)
     """The examples."""
     reference: Pairs | None = field(default=None, repr=False)
-    """The examples whose corrupt prompts gave the means, where they are others."""
+    """The pairs whose corrupt prompts gave the means; None: `pairs`."""
 
     def per_example_frame(self) -> pd.DataFrame:
-        """One row an example: example, circuit, full, empty (the metric of each), ratio, usable.
+        """One row per example: example, circuit, full, empty (the metric of each), ratio, usable.
 
-        The ratio is (circuit - empty) / (full - empty) of the example itself; NaN where that denominator is near zero
-        and the example therefore not `usable`. The median of `ratio` is that of `example_quartiles`; its mean is not
+        The ratio is (circuit - empty) / (full - empty) of that example; it is NaN, and the example not `usable`, where
+        the denominator is near zero. The median of `ratio` is that of `example_quartiles`; its mean is not
         `faithfulness`, which is a ratio of means.
         """
         frame = pd.DataFrame(self.per_example.double().numpy(), columns=["circuit", "full", "empty"])
@@ -121,7 +107,7 @@ class Evaluation:
 
 
 MIN_DENOMINATOR = 1e-3
-"""|m(full) - m(empty)| below this times the spread of the metric makes every ratio meaningless: refused."""
+"""When |m(full) - m(empty)| is below this share of the metric's mean size, no ratio is meaningful."""
 
 
 def evaluate(
@@ -137,22 +123,33 @@ def evaluate(
     batch_size: int = 32,
     progress: Progress = no_progress,
 ) -> Evaluation:
-    """The circuit's faithfulness on `pairs` (use held-out ones), every other edge replaced. Changes nothing.
+    """The circuit's faithfulness on `pairs`, with every other edge ablated, and random circuits for comparison.
 
-    `reference` are the pairs whose corrupt prompts give the means, for the mean replacements (default: `pairs`).
-    `n_random` random circuits of the same size are run for comparison. Cost: about (3 + n_random) forwards an example.
+    Neither the model nor the circuit is changed. Cost: about (3 + n_random) forwards per example.
 
-    Raises InputError when full and empty model perform alike, since then the ratio says nothing.
+    Args:
+        model: The model that the circuit was found in.
+        circuit: The circuit.
+        pairs: The examples; use held-out ones.
+        metric: A metric, or the name of one.
+        replacement: What a cut edge carries: `corrupt`, `mean`, `mean-positional` or `zero`.
+        reference: The pairs whose corrupt prompts give the means; by default `pairs`.
+        n_random: How many random circuits of the same size to run.
+        seed: The seed of the random circuits and of the bootstrap.
+        batch_size: How many examples to run at a time.
+        progress: Called with the number of runs done and their total; one run is one mask on one example.
+
+    Raises:
+        InputError: The full model and the empty circuit perform alike, so that faithfulness is not defined; or the
+            model, the circuit and the pairs do not match.
     """
-    metric = get_metric(metric) if isinstance(metric, str) else metric
-    graph = circuit.graph
-    check_model(model, graph, pairs)
-    values = build_replacement(replacement, model, graph, reference or pairs, batch_size)
+    setup = AblationSetup.of(model, circuit.graph, pairs, metric, replacement, reference, batch_size, progress)
+    graph = setup.graph
     masks = [circuit.cut, graph.possible, *random_cuts(graph, circuit.n_units, n_random, seed)]
     has_answers = pairs.right is not None and pairs.wrong is not None
-    metrics = [metric, get_metric("kl_to_clean"), *([get_metric("accuracy")] if has_answers else [])]
-    tables = metric_tables(model, graph, pairs, torch.stack(masks), metrics, values, batch_size, progress)
-    table = tables[metric.name]
+    metrics = [setup.metric, get_metric("kl_to_clean"), *([get_metric("accuracy")] if has_answers else [])]
+    tables = metric_tables(setup, torch.stack(masks), metrics)
+    table = tables[setup.metric.name]
     ours, full, empty = table[:, 1], table[:, 0], table[:, 2]
     per_example = torch.stack([ours, full, empty], 1)
     check_denominator(full, empty)
@@ -162,9 +159,8 @@ def evaluate(
     quartiles = ratios.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=ratios.dtype)).tolist()
     random_rows = [torch.stack([column, full, empty], 1)[None] for column in table[:, 3:].T]
     return Evaluation(
-        metric=metric.name,
-        ablation=ablation_of(graph, replacement),
-        n_examples=len(pairs),
+        **setup.stated(circuit),
+        ablation=setup.axes,
         n_edges=circuit.n_edges,
         n_edges_graph=graph.n_edges,
         circuit_value=float(ours.mean()),
@@ -172,7 +168,7 @@ def evaluate(
         empty_value=float(empty.mean()),
         faithfulness=float(faithfulness),
         faithfulness_ci=bootstrap_interval(ratio_of_means, per_example, seed=seed),
-        ci_level=0.95,
+        ci_level=CI_LEVEL,
         example_quartiles=(quartiles[0], quartiles[1], quartiles[2]),
         n_ratio=len(ratios),
         kl=float(tables["kl_to_clean"][:, 1].mean()),
@@ -181,9 +177,6 @@ def evaluate(
         random_faithfulness=tuple(float(ratio_of_means(rows)) for rows in random_rows),
         seed=seed,
         per_example=per_example,
-        circuit_digest=circuit.digest(),
-        pairs=pairs,
-        reference=reference,
     )
 
 
@@ -194,7 +187,7 @@ def ratio_of_means(rows: Float[Tensor, "resample example 3"]) -> Float[Tensor, "
 
 
 def check_denominator(full: Float[Tensor, " example"], empty: Float[Tensor, " example"]) -> None:
-    """Return None when the full and the empty model differ enough for a ratio. Raises InputError otherwise."""
+    """Return None when the full model and the empty circuit differ enough for a ratio. Raises InputError otherwise."""
     gap = abs(float((full - empty).double().mean()))
     spread = float(torch.cat([full, empty]).double().abs().mean()) + 1e-12
     if not gap > MIN_DENOMINATOR * spread:
@@ -215,19 +208,17 @@ def faithfulness_curve(
     batch_size: int = 32,
     progress: Progress = no_progress,
 ) -> tuple[float, ...]:
-    """The faithfulness of each mask of kept edges, as a ratio of means."""
-    metric = get_metric(metric) if isinstance(metric, str) else metric
-    check_model(model, graph, pairs)
-    values = build_replacement(replacement, model, graph, pairs, batch_size)
+    """The faithfulness of each mask of kept edges, as a ratio of means. Cost: one forward per mask, and three more."""
+    setup = AblationSetup.of(model, graph, pairs, metric, replacement, None, batch_size, progress)
     cuts = torch.stack([graph.possible, *[graph.possible & ~mask for mask in masks]])
-    table = metric_tables(model, graph, pairs, cuts, [metric], values, batch_size, progress)[metric.name]
+    table = metric_tables(setup, cuts, [setup.metric])[setup.metric.name]
     full, empty = table[:, 0], table[:, 1]
     check_denominator(full, empty)
     return tuple(float(ratio_of_means(torch.stack([c, full, empty], 1)[None])) for c in table[:, 2:].T)
 
 
 def random_cuts(graph: Graph, n_units: int, n: int, seed: int) -> list[Bool[Tensor, "reader writer"]]:
-    """`n` masks that cut all but `n_units` random edges (or nodes, where those are what is chosen)."""
+    """`n` masks that cut all but `n_units` random edges (random nodes, if the graph's level is `node`)."""
     generator = torch.Generator().manual_seed(seed)
     cuts: list[Tensor] = []
     for _ in range(n):
@@ -238,38 +229,35 @@ def random_cuts(graph: Graph, n_units: int, n: int, seed: int) -> list[Bool[Tens
 
 
 def metric_tables(
-    model: HookManager,
-    graph: Graph,
-    pairs: Pairs,
-    cuts: Bool[Tensor, "mask reader writer"],
-    metrics: Sequence[Metric],
-    values: Replacement,
-    batch_size: int,
-    progress: Progress = no_progress,
+    setup: AblationSetup, cuts: Bool[Tensor, "mask reader writer"], metrics: Sequence[Metric]
 ) -> dict[str, Float[Tensor, "example column"]]:
-    """Per metric and example: the full model, then each mask. One run of a mask serves all metrics."""
-    masks = check_cut(graph, cuts)
-    done, total = 0, len(masks) * len(pairs)
-    progress(done, total)
+    """For each metric, a table whose columns are the full model and then each mask; all metrics share the runs."""
+    check_model(setup.model, setup.graph, setup.pairs)
+    values = setup.build_replacement()
+    masks = check_cut(setup.graph, cuts)
     metrics = list({metric.name: metric for metric in metrics}.values())
-    tables: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
-    for chunk in pairs.to(model.device).chunks(batch_size):
-        full = clean_logits(model, chunk)
-        columns: dict[str, list[Tensor]] = {metric.name: [metric(full, chunk, full)] for metric in metrics}
-        for logits in edge_logits(model, graph, chunk, masks, values.on(chunk)):
+    done, total = 0, len(masks) * len(setup.pairs)
+    setup.progress(done, total)
+
+    def run(batch: Pairs, rows: slice) -> Mapping[str, Tensor]:
+        nonlocal done
+        full = clean_logits(setup.model, batch)
+        columns: dict[str, list[Tensor]] = {metric.name: [metric(full, batch, full)] for metric in metrics}
+        for logits in edge_logits(setup.model, setup.graph, batch, masks, values.on(batch)):
             for metric in metrics:
-                columns[metric.name].append(metric(logits, chunk, full))
-            done += len(chunk)
-            progress(done, total)
-        for name, parts in columns.items():
-            tables[name].append(torch.stack(parts, 1).cpu())
-    return {name: torch.cat(parts) for name, parts in tables.items()}
+                columns[metric.name].append(metric(logits, batch, full))
+            done += len(batch)
+            setup.progress(done, total)
+        return {name: torch.stack(values_of, 1).cpu() for name, values_of in columns.items()}
+
+    pairs = setup.pairs.to(setup.model.device)
+    return over_batches(pairs, setup.batch_size, run, {metric.name: 0 for metric in metrics})
 
 
 def _example_ratios(
     per_example: Float[Tensor, "example 3"],
 ) -> tuple[Float[Tensor, " example"], Bool[Tensor, " example"]]:
-    """The ratio of every example, and whether its own denominator is far enough from zero."""
+    """The ratio of each example, and whether its own denominator is far enough from zero."""
     ours, full, empty = per_example.double().unbind(1)
     gap = full - empty
     usable = gap.abs() > MIN_DENOMINATOR * (per_example.abs().mean() + 1e-12)

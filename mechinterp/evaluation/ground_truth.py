@@ -1,4 +1,4 @@
-"""Scores against a circuit that is known: ROC-AUC, precision, recall. A truth found under another ablation is none."""
+"""Scores against a known circuit: ROC-AUC, precision, recall. The circuit must be known under the same ablation."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mechinterp.graphs.scores import Scores
 
 @dataclass(frozen=True)
 class AgainstTruth:
-    """How well scores tell the edges of a known circuit from the others."""
+    """How well scores separate the edges of a known circuit from all others."""
 
     auc: float
-    """The chance that an edge of the circuit scores higher in magnitude than another one; ties count half."""
+    """The probability that an edge of the circuit has a larger magnitude than an edge outside; ties count half."""
     precision: float
     recall: float
     n_selected: int
@@ -29,34 +29,40 @@ class AgainstTruth:
 
 
 ROUNDING = 1e-5
-"""Scores below this share of the strongest count as 0: in float32 they are rounding. Outside a circuit scores are often
-exactly 0, so rounding at the true edges would rank them first and give AUC 1 to a method that sees nothing."""
+"""Scores below this share of the strongest count as 0, because in float32 they are rounding errors. Outside a circuit
+scores are often exactly 0, so rounding errors at the true edges would rank these first and give AUC 1 to a method that
+finds nothing."""
 
 
 def without_rounding(scores: Scores) -> Scores:
-    """The scores, 0 where they are below `ROUNDING` of the strongest."""
-    size = scores.total.abs()
-    return replace(scores, total=torch.where(size >= ROUNDING * size.max(), scores.total, 0))
+    """The scores, with 0 where the magnitude is below `ROUNDING` of the strongest."""
+    magnitude = scores.total.abs()
+    return replace(scores, total=torch.where(magnitude >= ROUNDING * magnitude.max(), scores.total, 0))
 
 
 def against_truth(scores: Scores, truth: Iterable[str], threshold: float = 0.0) -> AgainstTruth:
-    """`scores` against the names of the circuit's edges; selected are the edges above `threshold` in magnitude.
+    """AUC, precision and recall of the scores for the edges of a known circuit.
 
-    What is rounding beside the strongest score counts as 0 (see `ROUNDING`).
+    Scores below 1e-5 of the strongest count as 0.
 
-    Raises InputError for names that are no edges of the graph, and for a truth that is empty or the whole graph.
+    Args:
+        scores: The scores; only their magnitude counts.
+        truth: The names of the known circuit's edges.
+        threshold: Edges with a larger magnitude are selected, for precision and recall.
+
+    Raises:
+        InputError: A name is not an edge of the graph, or the truth is empty or the whole graph.
     """
     graph = scores.graph
     true = graph.mask_of(sorted(set(truth)))[graph.possible]
     values = without_rounding(scores).values.cpu().abs().double()[graph.possible]
     n_true = int(true.sum())
     if not 0 < n_true < len(true):
-        raise InputError(f"A truth has some of the graph's {len(true)} edges, not {n_true}.")
-    # Mann-Whitney by mean ranks.
-    ordered, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    ranks = (ends - (counts.double() - 1) / 2)[inverse]
-    assert len(ordered) == len(counts)
+        raise InputError(f"The truth must be some, but not all, of the graph's {len(true)} edges, not {n_true}.")
+    # The Mann-Whitney statistic, from the mean ranks of tied values.
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    last_ranks = counts.cumsum(0).double()
+    ranks = (last_ranks - (counts.double() - 1) / 2)[inverse]
     auc = (float(ranks[true].sum()) - n_true * (n_true + 1) / 2) / (n_true * (len(true) - n_true))
     selected = values > threshold
     hit = int((selected & true).sum())

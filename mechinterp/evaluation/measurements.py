@@ -1,4 +1,4 @@
-"""What a prediction measures, measured: `check_predictions` runs many of them on the same pairs."""
+"""`check_predictions`: measures what predictions state, many of them on the same pairs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from mechinterp.analysis.activation_patching import activation_patching
 from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution
 from mechinterp.analysis.head_detectors import attention_between, copying_scores, head_scores
 from mechinterp.base.errors import InputError
+from mechinterp.base.progress import no_progress
 from mechinterp.base.registry import unknown
 from mechinterp.engines.grid import Grid
+from mechinterp.evaluation.ablation import AblationSetup
 from mechinterp.evaluation.masks import MASKS_AT_ONCE, mask_values
 from mechinterp.evaluation.predictions import (
     ON_PAIRS,
@@ -29,25 +31,24 @@ from mechinterp.evaluation.predictions import (
 from mechinterp.graphs.graph import build_graph
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node
-from mechinterp.tasks.metrics import get_metric
 from mechinterp.tasks.pairs import Pairs
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A prediction, what was measured for it and for its controls, on which pairs."""
+    """A prediction with the numbers measured for it and for its controls, and the pairs they were measured on."""
 
     prediction: Prediction
     value: float
     controls: tuple[float, ...]
     n_examples: int | None
-    """How many examples the mean is over; None where no pairs are needed."""
+    """How many examples the mean is over; None for measures that need no pairs."""
     model: HookManager = field(repr=False)
     pairs: Pairs | None = field(default=None, repr=False)
 
     @property
     def ok(self) -> bool:
-        """Whether the prediction holds and no control shows it too."""
+        """Whether the prediction holds and every control is on the other side."""
         return self.prediction.holds(self.value) and all(map(self.prediction.refuted, self.controls))
 
     def __str__(self) -> str:
@@ -62,18 +63,26 @@ class Checked:
 def check_predictions(
     model: HookManager, predictions: Sequence[Prediction], pairs: Pairs | None = None, *, batch_size: int = 32
 ) -> tuple[Checked, ...]:
-    """What every prediction and its controls measure on the pairs; `predictions_frame` makes a table of it.
+    """Each prediction with its measured number and those of its controls; `predictions_frame` makes a table of them.
 
-    A number is a mean over the examples. Cost: one forward up to the last pattern for all attention on clean prompts
-    and one on corrupt ones, one forward for all direct effects, for every set of replaced parts what
-    `activation_patching` needs, for every set of edges one patched forward.
+    The numbers are means over the examples. Cost: one forward up to the last attention pattern for all attention on
+    clean prompts and one for all on corrupt ones, one forward for all direct effects, what `activation_patching` costs
+    for each set of replaced parts, and one patched forward for each set of cut edges.
 
-    Raises InputError for two predictions of one name, for names that the model or the pairs do not have, and where
-    pairs are needed and not given.
+    Args:
+        model: The model to measure.
+        predictions: The predictions, with different names.
+        pairs: The examples; needed unless all predictions are of `Detector` or `Copying`.
+        batch_size: How many examples to run at a time.
+
+    Raises:
+        InputError: Two predictions have one name, the model or the pairs do not have a name in them, or pairs are
+            needed and not given.
     """
     names = [prediction.name for prediction in predictions]
     if len(set(names)) != len(names):
-        raise InputError(f"Two predictions are named {next(n for n in names if names.count(n) > 1)!r}; name each once.")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"Two predictions are named {twice!r}; give each a name of its own.")
     wanted = [entry for p in predictions for entry in (p.measure, *(control.measure for control in p.controls))]
     found = measure_all(model, wanted, pairs, batch_size=batch_size)
     return tuple(
@@ -90,7 +99,11 @@ def check_predictions(
 
 
 def predictions_frame(checked: Sequence[Checked]) -> pd.DataFrame:
-    """One row a prediction and one a control: what is measured, what was predicted, what came out, whether it holds."""
+    """One row per prediction and per control: name, what, measure, expected, measured, holds.
+
+    Args:
+        checked: What `check_predictions` returned.
+    """
     rows: list[dict[str, object]] = []
     for found in checked:
         p = found.prediction
@@ -110,16 +123,21 @@ def _row(name: str, what: str, measure: Measure, expected: str, got: float, ok: 
 def measure_all(
     model: HookManager, measures: Sequence[Measure], pairs: Pairs | None = None, *, batch_size: int = 32
 ) -> dict[Measure, float]:
-    """The number of every measure; those that one run gives are taken from one run. Raises as `check_predictions`."""
+    """The number of each measure; measures that can share a run do. Raises as `check_predictions`."""
     found: dict[Measure, float] = {}
     for kind, run in _RUNS.items():
         several = list(dict.fromkeys(measure for measure in measures if isinstance(measure, kind)))
         if several and kind in ON_PAIRS and pairs is None:
-            raise InputError(f"To measure that {several[0]} ... needs pairs; give them.")
+            raise InputError(f"A measure of kind {several[0].kind!r} needs pairs; give them.")
         if several:
             values = run(model, several, pairs, batch_size)
             found |= dict(zip(several, values, strict=True))
     return found
+
+
+def patching_kind(replacement: str) -> str:
+    """The name that `activation_patching` has for a replacement of edges: its `pair` is our `corrupt`."""
+    return "pair" if replacement == "corrupt" else replacement
 
 
 def _replaced(model: HookManager, wanted: Sequence[PartsReplaced], pairs: Pairs, batch_size: int) -> list[float]:
@@ -132,7 +150,7 @@ def _replaced(model: HookManager, wanted: Sequence[PartsReplaced], pairs: Pairs,
             pairs,
             [one.parts for one in alike],
             metric=metric,
-            replacement="pair" if kind == "corrupt" else kind,
+            replacement=patching_kind(kind),
             batch_size=batch_size,
         )
         values |= dict(zip(alike, effects.mean().values[:, 0].tolist(), strict=True))
@@ -143,12 +161,11 @@ def _cut(model: HookManager, wanted: Sequence[EdgesCut], pairs: Pairs, batch_siz
     graph, values = build_graph(model), dict[EdgesCut, float]()
     for how in dict.fromkeys((one.metric, one.replacement) for one in wanted):
         alike = [one for one in wanted if (one.metric, one.replacement) == how]
-        metric, kind = how
+        setup = AblationSetup.of(model, graph, pairs, *how, None, batch_size, no_progress)
         for some in (alike[i : i + MASKS_AT_ONCE] for i in range(0, len(alike), MASKS_AT_ONCE)):
             masks = [torch.zeros_like(graph.possible), *(graph.mask_of(one.edges) for one in some)]
-            rows = mask_values(model, graph, pairs, masks, metric=metric, replacement=kind, batch_size=batch_size)
-            full, *cut = rows.mean(0).tolist()
-            values |= {one: get_metric(metric).direction * (full - left) for one, left in zip(some, cut, strict=True)}
+            full, *cut = mask_values(setup, masks).mean(0).tolist()
+            values |= {one: setup.metric.direction * (full - left) for one, left in zip(some, cut, strict=True)}
     return [values[one] for one in wanted]
 
 

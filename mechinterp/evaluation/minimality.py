@@ -1,10 +1,10 @@
-"""Minimality: what each node and each edge of the circuit adds to it.
+"""Minimality: what each node and each edge contributes to the circuit.
 
-Source: Wang et al. 2022 (arXiv 2211.00593), section 4. A node v is worth its place when for some set K of the circuit's
-nodes |F(C without K and v) - F(C without K)| is large, F the mean of the metric over examples. With K empty that is
-the plain effect of v, which backups hide; a set K per node, chosen by who knows the circuit, takes them away first.
-Deviations: circuits are edges here, and a node is knocked out by cutting its outgoing edges; the replacement is
-`replacement`; single edges too.
+Source: Wang et al. 2022 (arXiv 2211.00593), section 4. A node v belongs in the circuit if for some set K of the other
+nodes |F(C without K and v) - F(C without K)| is large, with F the mean of the metric over examples. With K empty this
+is the plain effect of v, which backup nodes can hide; choose K for a node so that it contains its backups. Deviations:
+circuits are sets of edges, and a node is knocked out by cutting its outgoing edges; the replacement is `replacement`;
+single edges can be removed, too.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from torch import Tensor
 
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.base.progress import Progress, no_progress
-from mechinterp.evaluation.faithfulness import Ablation, ablation_of, check_denominator
+from mechinterp.evaluation.ablation import Ablation, AblationSetup
+from mechinterp.evaluation.faithfulness import check_denominator
 from mechinterp.evaluation.masks import check_members, knock_out, mask_values, with_axes, writers_of
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.models.hook_manager import HookManager
-from mechinterp.tasks.metrics import Metric, get_metric
+from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 
 
 @dataclass(frozen=True)
 class Removal:
-    """One node or edge v taken away: means over examples, in the metric's unit."""
+    """The circuit with and without one node or edge v, as means over examples in the metric's unit."""
 
     name: str
     given: tuple[str, ...]
-    """The nodes K that were knocked out before."""
+    """The set K of nodes that is knocked out in both."""
     n_edges: int
-    """How many edges of the circuit that cuts, beyond those of K."""
+    """How many edges removing v cuts, beyond those that knocking out K cuts."""
     before: float
     """F(C without K)."""
     after: float
@@ -49,7 +50,7 @@ class Removal:
 
 @dataclass(frozen=True)
 class Minimality:
-    """What `node_minimality` and `edge_minimality` found, the largest change first."""
+    """What each node or edge contributes, the largest change first."""
 
     metric: str
     direction: int
@@ -64,27 +65,27 @@ class Minimality:
     reference: Pairs | None = field(default=None, repr=False)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a node or edge, the largest change first.
+        """One row per node or edge, the largest change first.
 
-        `change` is the absolute change of the mean, `effect` the signed one (positive = v helps the task), `share` the
-        change as a share of |F(M) - F(empty)|; `faithfulness_before` and `faithfulness_after` are of the circuit
-        without K, and without K and v.
+        `change` is the absolute change of the mean, `effect` the signed one (positive = v helps the task), and `share`
+        the change as a share of |F(M) - F(empty)|. `faithfulness_before` is that of the circuit without K,
+        `faithfulness_after` that of the circuit without K and v.
         """
         gap = self.full_value - self.empty_value
         rows = [
             {
-                "name": found.name,
-                "given": " ".join(found.given),
-                "edges": found.n_edges,
-                "before": found.before,
-                "after": found.after,
-                "change": found.change,
-                "effect": self.direction * (found.before - found.after),
-                "share": found.change / abs(gap),
-                "faithfulness_before": (found.before - self.empty_value) / gap,
-                "faithfulness_after": (found.after - self.empty_value) / gap,
+                "name": removal.name,
+                "given": " ".join(removal.given),
+                "edges": removal.n_edges,
+                "before": removal.before,
+                "after": removal.after,
+                "change": removal.change,
+                "effect": self.direction * (removal.before - removal.after),
+                "share": removal.change / abs(gap),
+                "faithfulness_before": (removal.before - self.empty_value) / gap,
+                "faithfulness_after": (removal.after - self.empty_value) / gap,
             }
-            for found in self.removals
+            for removal in self.removals
         ]
         return with_axes(pd.DataFrame(rows), self.metric, self.ablation)
 
@@ -101,24 +102,36 @@ def node_minimality(
     batch_size: int = 32,
     progress: Progress = no_progress,
 ) -> Minimality:
-    """What knocking out each node adds to what its set K (`given`: node -> nodes; empty where none is) does.
+    """The change when each node is knocked out of the circuit, on top of a set K of other nodes.
 
-    Every node of the circuit that writes has a row, the graph's inputs too. `reference` as in `evaluate`. Cost: one
-    forward a node and example, one for every different K, and three more.
+    Every node with an outgoing edge in the circuit has a row, the graph's inputs included. Cost: one forward per node
+    and example, one for every different K, and three more.
 
-    Raises InputError for nodes that the circuit has not, for a K with its own node in it, and when full and empty
-    model perform alike.
+    Args:
+        model: The model that the circuit was found in.
+        circuit: The circuit.
+        pairs: The examples; use held-out ones.
+        given: The set K of each node, by node; by default it is empty.
+        metric: A metric, or the name of one.
+        replacement: What a cut edge carries: `corrupt`, `mean`, `mean-positional` or `zero`.
+        reference: The pairs whose corrupt prompts give the means; by default `pairs`.
+        batch_size: How many examples to run at a time.
+        progress: Called with the number of runs done and their total; one run is one mask on one example.
+
+    Raises:
+        InputError: A node is not in the circuit, a set K contains its own node, or the full model and the empty
+            circuit perform alike.
     """
+    setup = AblationSetup.of(model, circuit.graph, pairs, metric, replacement, reference, batch_size, progress)
     nodes, sets = writers_of(circuit, inputs=True), {key: tuple(value) for key, value in (given or {}).items()}
     check_members(circuit, sets)
     for name, others in sets.items():
         check_members(circuit, others)
         if name in others:
-            raise InputError(f"The set K of {name!r} holds {name!r} itself.")
+            raise InputError(f"The set K of {name!r} contains {name!r} itself; leave it out.")
     graph = circuit.graph
     items = [(name, knock_out(graph, [name]), sets.get(name, ())) for name in nodes]
-    kind = f"{circuit.graph.level}; knocked out nodes by all their outgoing edges"
-    return _removals(model, circuit, pairs, items, kind, metric, replacement, reference, batch_size, progress)
+    return _removals(setup, circuit, items, f"{graph.level}; knocked out nodes by all their outgoing edges")
 
 
 def edge_minimality(
@@ -132,72 +145,71 @@ def edge_minimality(
     batch_size: int = 32,
     progress: Progress = no_progress,
 ) -> Minimality:
-    """What cutting each single edge of the circuit changes. `reference` as in `evaluate`.
+    """The change when each edge of the circuit is cut alone. Cost: one forward per edge and example, and three more.
 
-    Cost: one forward an edge and example, and three more. Raises InputError when full and empty model perform alike.
+    Args:
+        model: The model that the circuit was found in.
+        circuit: The circuit; its graph is of level `edge`.
+        pairs: The examples; use held-out ones.
+        metric: A metric, or the name of one.
+        replacement: What a cut edge carries: `corrupt`, `mean`, `mean-positional` or `zero`.
+        reference: The pairs whose corrupt prompts give the means; by default `pairs`.
+        batch_size: How many examples to run at a time.
+        progress: Called with the number of runs done and their total; one run is one mask on one example.
+
+    Raises:
+        InputError: The full model and the empty circuit perform alike.
+        UnsupportedError: The circuit consists of nodes, not edges.
     """
+    setup = AblationSetup.of(model, circuit.graph, pairs, metric, replacement, reference, batch_size, progress)
     graph = circuit.graph
     items: list[tuple[str, Tensor, tuple[str, ...]]] = []
-    if circuit.graph.level != "edge":
-        raise UnsupportedError("The circuit was chosen node by node; take node_minimality.")
+    if graph.level != "edge":
+        raise UnsupportedError("The circuit consists of nodes, not of single edges; use node_minimality.")
     for r, w in circuit.kept.nonzero().tolist():
         mask = torch.zeros_like(graph.possible)
         mask[r, w] = True
         items.append((graph.edge_name(r, w), mask, ()))
-    return _removals(model, circuit, pairs, items, "edge", metric, replacement, reference, batch_size, progress)
+    return _removals(setup, circuit, items, "edge")
 
 
 def _removals(
-    model: HookManager,
+    setup: AblationSetup,
     circuit: Circuit,
-    pairs: Pairs,
     items: Sequence[tuple[str, Bool[Tensor, "reader writer"], tuple[str, ...]]],
     granularity: str,
-    metric: Metric | str,
-    replacement: str,
-    reference: Pairs | None,
-    batch_size: int,
-    progress: Progress,
 ) -> Minimality:
-    """Full, empty, the circuit without every K, then without every K and v: all side by side."""
-    metric = get_metric(metric) if isinstance(metric, str) else metric
+    """The result, from runs of the full model, the empty circuit, and the circuit without each K and each K and v.
+
+    Args:
+        setup: How the circuit is run.
+        circuit: The circuit.
+        items: Name, mask of cut edges and set K of each v.
+        granularity: What the ablation's axis of that name says.
+    """
     graph = circuit.graph
     sets = list(dict.fromkeys([(), *[tuple(sorted(given)) for _, _, given in items]]))
     before = [circuit.cut | knock_out(graph, given) for given in sets]
     place = {given: i for i, given in enumerate(sets)}
     places = [place[tuple(sorted(given))] for _, _, given in items]
     after = [before[i] | cut for i, (_, cut, _) in zip(places, items, strict=True)]
-    table = mask_values(
-        model,
-        graph,
-        pairs,
-        [torch.zeros_like(graph.possible), graph.possible, *before, *after],
-        metric=metric,
-        replacement=replacement,
-        reference=reference,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    table = mask_values(setup, [torch.zeros_like(graph.possible), graph.possible, *before, *after])
     check_denominator(table[:, 0], table[:, 1])
     full, empty, *means = table.mean(0).tolist()
-    found = [
+    removals = [
         Removal(name, given, int((mask & ~before[i]).sum()), means[i], value)
         for (name, _, given), i, mask, value in zip(items, places, after, means[len(before) :], strict=True)
     ]
     return Minimality(
-        metric=metric.name,
-        direction=metric.direction,
+        **setup.stated(circuit),
+        direction=setup.metric.direction,
         ablation=replace(
-            ablation_of(circuit.graph, replacement),
+            setup.axes,
             granularity=granularity,
             component="edges outside the circuit, and the node or edge (and K)",
             set="complement and the node or edge (and K)",
         ),
-        n_examples=len(pairs),
         full_value=full,
         empty_value=empty,
-        removals=tuple(sorted(found, key=lambda row: -row.change)),
-        circuit_digest=circuit.digest(),
-        pairs=pairs,
-        reference=reference,
+        removals=tuple(sorted(removals, key=lambda removal: -removal.change)),
     )

@@ -1,6 +1,7 @@
-"""Falsifiable predictions about a circuit: what is measured, on which side of which number, and what must not show it.
+"""Falsifiable predictions about a circuit: a measurement, a threshold, and negative controls.
 
-The models here are what a circuit file holds under `predictions`; measurements.py runs them. Nothing here needs torch.
+These models are the entries under `predictions` in a circuit file; measurements.py runs them. Nothing in this file
+needs torch.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from mechinterp.tasks.schema import Strict
 Short = Annotated[str, Field(min_length=1, max_length=3000)]
 Limit = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Place = Annotated[str, Field(min_length=1, max_length=1000)] | Annotated[int, Field(strict=True, ge=-(2**20), le=2**20)]
-"""A named position of the pairs, or a number (-1 is the last token)."""
+"""A named position of the pairs, or a token number (-1 is the last token)."""
 Side = Literal["clean", "corrupt"]
+ReplacementKind = Literal["corrupt", "mean", "mean-positional", "zero"]
+"""The same as `mechinterp.engines.replacement.KINDS`, which needs torch."""
 MAX_CONTROLS = 100
 
 
@@ -30,7 +33,7 @@ class PartsReplaced(Strict):
 
     kind: Literal["parts replaced"] = "parts replaced"
     parts: Annotated[tuple[Short, ...], Field(min_length=1, max_length=10_000)]
-    replacement: Literal["corrupt", "mean", "mean-positional", "zero"] = "corrupt"
+    replacement: ReplacementKind = "corrupt"
     metric: Short = "logit_diff"
 
     def __str__(self) -> str:
@@ -42,7 +45,7 @@ class EdgesCut(Strict):
 
     kind: Literal["edges cut"] = "edges cut"
     edges: Annotated[tuple[Short, ...], Field(min_length=1, max_length=10_000)]
-    replacement: Literal["corrupt", "mean", "mean-positional", "zero"] = "corrupt"
+    replacement: ReplacementKind = "corrupt"
     metric: Short = "logit_diff"
 
     @model_validator(mode="after")
@@ -130,7 +133,7 @@ Measure = Annotated[
     PartsReplaced | EdgesCut | Attention | DirectEffect | Detector | Copying, Field(discriminator="kind")
 ]
 ON_PAIRS = (PartsReplaced, EdgesCut, Attention, DirectEffect)
-"""What is a mean over examples; the others need the model only."""
+"""The measures that are means over examples; the others only need the model."""
 
 
 class Control(Strict):
@@ -138,7 +141,7 @@ class Control(Strict):
 
     measure: Measure
     measured: Limit | None = None
-    """What was measured when the file was written."""
+    """The measured number when the file was written."""
 
 
 class Prediction(Strict):
@@ -156,9 +159,9 @@ class Prediction(Strict):
     value: Limit
     controls: Annotated[tuple[Control, ...], Field(max_length=MAX_CONTROLS)] = ()
     pairs: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
-    """The name of the examples in the file; null where none are needed."""
+    """The name of the examples in the file; null if the measure needs none."""
     measured: Limit | None = None
-    """What was measured when the file was written."""
+    """The measured number when the file was written."""
 
     @model_validator(mode="after")
     def _controls_are_alike(self) -> Prediction:
@@ -180,7 +183,7 @@ class Prediction(Strict):
         return bool(got >= self.value if self.relation == ">=" else got <= self.value)
 
     def refuted(self, got: float) -> bool:
-        """Whether a measured number is on the other side, as that of a control must be; never for NaN."""
+        """Whether a measured number is on the other side, as a control's must be; never for NaN."""
         return bool(got < self.value if self.relation == ">=" else got > self.value)
 
 

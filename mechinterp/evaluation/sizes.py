@@ -1,4 +1,4 @@
-"""Faithfulness against the size of the circuit, and the size that is taken when nobody gives one."""
+"""Faithfulness against the size of the circuit, and the default size: the smallest that is faithful enough."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.pairs import Pairs
 
 TARGET = 0.9
-"""The faithfulness that the smallest circuit must reach."""
+"""The faithfulness that a circuit of the default size must reach."""
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Faithfulness of the circuit that a rule gives when it selects `n_selected` edges (or nodes), with `n_edges` edges
-    on paths."""
+    """The faithfulness of a circuit for which `n_selected` edges (or nodes) were selected, of which `n_edges` lie on
+    paths."""
 
     n_selected: int
     n_edges: int
@@ -33,8 +33,8 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points with what they were measured on. `target`: the smallest circuit to reach it was taken; None: it was not
-    used to choose."""
+    """Points with what they were measured on. If the curve chose the size of the circuit, `target` is the faithfulness
+    that it had to reach; otherwise it is None."""
 
     points: tuple[CurvePoint, ...]
     pairs: Pairs
@@ -71,13 +71,29 @@ def size_curve(
     batch_size: int = 32,
     progress: Progress = no_progress,
 ) -> tuple[CurvePoint, ...]:
-    """The faithfulness of the circuit of each size, in the order of `sizes`. Cost: two forwards a size."""
+    """The faithfulness of the circuit of each size, in the order of `sizes`.
+
+    Cost: per example, one forward per size, and three more.
+
+    Args:
+        model: The model that the scores are of.
+        scores: The scores to select by.
+        pairs: The examples.
+        sizes: How many edges (or nodes, if the graph's level is `node`) to select.
+        rule: How to select, as in `select`.
+        by: What to rank by, as in `select`.
+        ratio: As in `select`.
+        metric: The name of a metric.
+        replacement: What a cut edge carries: `corrupt`, `mean`, `mean-positional` or `zero`.
+        batch_size: How many examples to run at a time.
+        progress: Called with the number of runs done and their total; one run is one mask on one example.
+    """
     graph = scores.graph
     masks: list[Tensor] = []
     for size in sizes:
         try:
             masks.append(select(graph, scores, **sized(graph, size), rule=rule, by=by, ratio=ratio).kept)
-        except EmptyCircuit:  # so few edges that none lies on a path
+        except EmptyCircuit:  # too few edges: none lies on a path
             masks.append(torch.zeros_like(graph.possible))
     values = faithfulness_curve(
         model, masks, graph, pairs, metric=metric, replacement=replacement, batch_size=batch_size, progress=progress
@@ -87,10 +103,7 @@ def size_curve(
 
 
 def smallest_faithful(points: Sequence[CurvePoint], target: float = TARGET) -> int:
-    """The smallest `n_selected` whose faithfulness, at 6 digits, reaches the target.
-
-    Raises InputError when none does.
-    """
+    """The smallest `n_selected` whose faithfulness, at 6 digits, reaches the target. Raises InputError if none does."""
     for point in sorted(points, key=lambda point: point.n_selected):
         if six_digits(point.faithfulness) >= target:
             return point.n_selected

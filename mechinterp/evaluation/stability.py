@@ -1,4 +1,4 @@
-"""Stability: how alike several circuits of one graph are, as those of other seeds, samples or settings."""
+"""Stability: how similar several circuits of one graph are, for example from different seeds, samples or settings."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from mechinterp.models.sites import split_position
 
 @dataclass(frozen=True, eq=False)
 class Stability:
-    """How often each edge and node is in, and how far each two circuits overlap."""
+    """How often each edge and node occurs, and how much each two circuits overlap."""
 
     names: tuple[str, ...]
     graph: Graph
     edge_frequency: Float[Tensor, "reader writer"] = field(repr=False)
     """The share of the circuits that have the edge."""
     node_frequency: dict[str, float] = field(repr=False)
-    """The share of the circuits that have the node, for every node that one of them has."""
+    """The share of the circuits that have the node, for every node in at least one of them."""
     edge_jaccard: Float[Tensor, "circuit circuit"] = field(repr=False)
     """|A and B| / |A or B| over edges."""
     node_jaccard: Float[Tensor, "circuit circuit"] = field(repr=False)
     expected_edge_jaccard: float
-    """About what circuits with as many random edges would have: |A||B|/n edges in common, mean over the couples."""
+    """Roughly what random circuits of these sizes would have, with |A||B|/n edges in common; mean over all couples."""
 
     @property
     def mean_edge_jaccard(self) -> float:
@@ -44,14 +44,17 @@ class Stability:
         return _mean_of_couples(self.node_jaccard)
 
     def core(self, share: float = 1.0) -> Bool[Tensor, "reader writer"]:
-        """The edges that at least this share of the circuits have (1: all of them)."""
+        """The edges that at least this share of the circuits have (1: all of them).
+
+        Raises InputError unless 0 < share <= 1.
+        """
         if not 0 < share <= 1:
             raise InputError(f"share must be above 0 and at most 1; got {share!r}.")
-        # Frequencies are k / n; the slack is far below 1 / n and takes up what the division rounds.
+        # Frequencies are k / n; the tolerance is far below 1 / n and absorbs the rounding of the division.
         return self.edge_frequency >= share - 1e-9
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for every edge that a circuit has, the most frequent first: edge, writer, reader, frequency."""
+        """One row per edge in any of the circuits, the most frequent first: edge, writer, reader, frequency."""
         rows = [
             (self.graph.edge_name(r, w), self.graph.writers[w], self.graph.readers[r], float(self.edge_frequency[r, w]))
             for r, w in self.edge_frequency.nonzero().tolist()
@@ -60,12 +63,12 @@ class Stability:
         return frame.sort_values("frequency", ascending=False, kind="stable", ignore_index=True)
 
     def nodes_frame(self) -> pd.DataFrame:
-        """One row for every node that a circuit has, the most frequent first: node, frequency."""
+        """One row per node in any of the circuits, the most frequent first: node, frequency."""
         frame = pd.DataFrame(list(self.node_frequency.items()), columns=["node", "frequency"])
         return frame.sort_values("frequency", ascending=False, kind="stable", ignore_index=True)
 
     def overlap(self) -> pd.DataFrame:
-        """One row for every couple of circuits: a, b, edge_jaccard, node_jaccard."""
+        """One row per couple of circuits: a, b, edge_jaccard, node_jaccard."""
         rows = [
             (self.names[i], self.names[j], float(self.edge_jaccard[i, j]), float(self.node_jaccard[i, j]))
             for i, j in combinations(range(len(self.names)), 2)
@@ -74,11 +77,19 @@ class Stability:
 
 
 def stability(circuits: Sequence[Circuit], names: Sequence[str] | None = None) -> Stability:
-    """How alike the circuits are; `names` (default `0`, `1`, ...) tell them apart. No model is run.
+    """How similar the circuits are: how often each edge and node occurs, and the Jaccard index of each two.
 
-    Overlap says nothing of what the edges do: circuits with few edges in common can be equally faithful, and the other
-    way round (Hanna et al. 2024, arXiv 2403.17806). Raises InputError for fewer than two circuits, other graphs, an
-    empty circuit, and names that are doubled or too few.
+    No model is run.
+    Overlap says nothing about what the edges do: circuits with few edges in common can be equally faithful, and
+    circuits with most edges in common need not be (Hanna et al. 2024, arXiv 2403.17806).
+
+    Args:
+        circuits: At least two circuits of one graph, none of them empty.
+        names: Their names in tables, all different; by default `0`, `1`, ...
+
+    Raises:
+        InputError: There are fewer than two circuits, they are of different graphs, one is empty, or the names do not
+            tell them apart.
     """
     if len(circuits) < 2:
         raise InputError(f"Stability compares at least two circuits; got {len(circuits)}.")
@@ -88,24 +99,24 @@ def stability(circuits: Sequence[Circuit], names: Sequence[str] | None = None) -
         raise InputError(f"Give {len(circuits)} different names; got {list(labels)}.")
     for label, circuit in zip(labels, circuits, strict=True):
         if circuit.graph.digest() != graph.digest():
-            raise InputError(f"Circuit {label!r} is of another graph than the first.")
+            raise InputError(f"Circuit {label!r} is of another graph than the first; compare circuits of one graph.")
         if not circuit.n_edges:
             raise InputError(f"Circuit {label!r} has no edges, so its overlap is not defined.")
     edges = torch.stack([circuit.kept[graph.possible] for circuit in circuits])
     used = [set(circuit.nodes) for circuit in circuits]
     rows = {name: row for row, name in enumerate((*graph.writers, "logits"))}
-    every = sorted(set[str]().union(*used), key=lambda name: (rows[split_position(name)[0]], name))
-    nodes = torch.tensor([[name in some for name in every] for some in used])
+    names_used = sorted(set[str]().union(*used), key=lambda name: (rows[split_position(name)[0]], name))
+    nodes = torch.tensor([[name in one for name in names_used] for one in used])
     sizes = edges.sum(1).tolist()
-    common = [(a, b, a * b / graph.n_edges) for a, b in combinations(sizes, 2)]
+    expected = [(a, b, a * b / graph.n_edges) for a, b in combinations(sizes, 2)]
     return Stability(
         names=labels,
         graph=graph,
         edge_frequency=torch.stack([circuit.kept for circuit in circuits]).double().mean(0),
-        node_frequency=dict(zip(every, nodes.double().mean(0).tolist(), strict=True)),
+        node_frequency=dict(zip(names_used, nodes.double().mean(0).tolist(), strict=True)),
         edge_jaccard=_jaccard(edges),
         node_jaccard=_jaccard(nodes),
-        expected_edge_jaccard=sum(both / (a + b - both) for a, b, both in common) / len(common),
+        expected_edge_jaccard=sum(both / (a + b - both) for a, b, both in expected) / len(expected),
     )
 
 

@@ -1,4 +1,4 @@
-"""Transfer: circuits of several tasks, each on the pairs of each task. `evaluate` for every couple, in one table."""
+"""Transfer: circuits of several tasks, each evaluated on the pairs of each task, in one table."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from mechinterp.tasks.pairs import Pairs
 
 @dataclass(frozen=True, eq=False)
 class Transfer:
-    """What `transfer` found; the six axes and the metric are in each evaluation."""
+    """The evaluation of every circuit on all pairs; each evaluation states its metric and its ablation."""
 
     circuits: Mapping[str, Circuit]
     evaluations: Mapping[tuple[str, str], Evaluation] = field(repr=False)
     """By (circuit, pairs)."""
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for every circuit and every pairs: size, faithfulness with its interval, the random circuits'.
+        """One row per circuit and task: size, faithfulness with its interval and that of random circuits, KL, overlap.
 
-        `jaccard` and `shared` (the share of the circuit's own edges) are of the edges in common with the circuit that
-        has the name of the pairs; NaN where there is none.
+        The overlap is with the circuit that has the name of the pairs: the Jaccard index, and the share of the
+        circuit's own edges (`shared`); NaN if no circuit has that name.
         """
         rows: list[dict[str, Any]] = []
-        for (name, task), found in self.evaluations.items():
+        for (name, task), result in self.evaluations.items():
             kept, native = self.circuits[name].kept, self.circuits.get(task)
             both = float((kept & native.kept).sum()) if native is not None else float("nan")
             either = float((kept | native.kept).sum()) if native is not None else float("nan")
-            random = found.random_faithfulness
+            random = result.random_faithfulness
             rows.append(
                 {
                     "circuit": name,
                     "pairs": task,
-                    "edges": found.n_edges,
-                    "faithfulness": found.faithfulness,
-                    "low": found.faithfulness_ci[0],
-                    "high": found.faithfulness_ci[1],
+                    "edges": result.n_edges,
+                    "faithfulness": result.faithfulness,
+                    "low": result.faithfulness_ci[0],
+                    "high": result.faithfulness_ci[1],
                     "random_mean": sum(random) / len(random) if random else float("nan"),
                     "random_max": max(random, default=float("nan")),
-                    "kl": found.kl,
+                    "kl": result.kl,
                     "jaccard": both / either if either else float("nan"),
-                    "shared": both / found.n_edges if found.n_edges else float("nan"),
+                    "shared": both / result.n_edges if result.n_edges else float("nan"),
                 }
             )
         return pd.DataFrame(rows)
@@ -56,19 +56,27 @@ class Transfer:
 def transfer(
     model: HookManager, circuits: Mapping[str, Circuit], pairs: Mapping[str, Pairs], **settings: Any
 ) -> Transfer:
-    """Every circuit on every task's pairs; `settings` are those of `evaluate` (metric, replacement, seed, ...).
+    """Every circuit evaluated on every task's pairs. Cost: that of `evaluate` for each circuit and task.
 
-    Random circuits have the size of the circuit they stand beside, and are the same on all pairs. Give a circuit the
-    name of the pairs it was found for to see its edges in common with the others. Cost: that of `evaluate`, for every
-    couple. Raises InputError for circuits of different graphs, for none, and what `evaluate` raises.
+    The random circuits have the size of the circuit they are compared with and are the same on all pairs.
+
+    Args:
+        model: The model that the circuits were found in.
+        circuits: Circuits of one graph, by name; give each the name of the task it was found on to see its overlap
+            with the others.
+        pairs: The pairs of each task, by name.
+        **settings: Keyword arguments of `evaluate`: metric, replacement, seed, ...
+
+    Raises:
+        InputError: There are no circuits or no pairs, the circuits are of different graphs, or `evaluate` raises.
     """
     if not circuits or not pairs:
         raise InputError("Give at least one circuit and one set of pairs, by name.")
     if len({circuit.graph.digest() for circuit in circuits.values()}) > 1:
-        raise InputError("The circuits are of different graphs; circuits of one graph can be compared edge by edge.")
-    found = {
-        (name, task): evaluate(model, circuit, some, **settings)
+        raise InputError("The circuits are of different graphs; only circuits of one graph can be compared.")
+    evaluations = {
+        (name, task): evaluate(model, circuit, task_pairs, **settings)
         for name, circuit in circuits.items()
-        for task, some in pairs.items()
+        for task, task_pairs in pairs.items()
     }
-    return Transfer(dict(circuits), found)
+    return Transfer(dict(circuits), evaluations)
