@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import pandas as pd
 import torch
@@ -140,64 +141,72 @@ def patching_kind(replacement: str) -> str:
     return "pair" if replacement == "corrupt" else replacement
 
 
-def _replaced(model: HookManager, wanted: Sequence[PartsReplaced], pairs: Pairs, batch_size: int) -> list[float]:
+def _replaced(model: HookManager, measures: Sequence[PartsReplaced], pairs: Pairs, batch_size: int) -> list[float]:
     values: dict[PartsReplaced, float] = {}
-    for how in dict.fromkeys((one.metric, one.replacement) for one in wanted):
-        alike = [one for one in wanted if (one.metric, one.replacement) == how]
-        metric, kind = how
+    for (metric, replacement), group in _by_metric_and_replacement(measures).items():
         effects = activation_patching(
             model,
             pairs,
-            [one.parts for one in alike],
+            [measure.parts for measure in group],
             metric=metric,
-            replacement=patching_kind(kind),
+            replacement=patching_kind(replacement),
             batch_size=batch_size,
         )
-        values |= dict(zip(alike, effects.mean().values[:, 0].tolist(), strict=True))
-    return [values[one] for one in wanted]
+        values |= dict(zip(group, effects.mean().values[:, 0].tolist(), strict=True))
+    return [values[measure] for measure in measures]
 
 
-def _cut(model: HookManager, wanted: Sequence[EdgesCut], pairs: Pairs, batch_size: int) -> list[float]:
+def _cut(model: HookManager, measures: Sequence[EdgesCut], pairs: Pairs, batch_size: int) -> list[float]:
     graph, values = build_graph(model), dict[EdgesCut, float]()
-    for how in dict.fromkeys((one.metric, one.replacement) for one in wanted):
-        alike = [one for one in wanted if (one.metric, one.replacement) == how]
-        setup = AblationSetup.of(model, graph, pairs, *how, None, batch_size, no_progress)
-        for some in (alike[i : i + MASKS_AT_ONCE] for i in range(0, len(alike), MASKS_AT_ONCE)):
-            masks = [torch.zeros_like(graph.possible), *(graph.mask_of(one.edges) for one in some)]
+    for (metric, replacement), group in _by_metric_and_replacement(measures).items():
+        setup = AblationSetup.of(model, graph, pairs, metric, replacement, None, batch_size, no_progress)
+        for some in (group[i : i + MASKS_AT_ONCE] for i in range(0, len(group), MASKS_AT_ONCE)):
+            masks = [torch.zeros_like(graph.possible), *(graph.mask_of(measure.edges) for measure in some)]
             full, *cut = mask_values(setup, masks).mean(0).tolist()
-            values |= {one: setup.metric.direction * (full - left) for one, left in zip(some, cut, strict=True)}
-    return [values[one] for one in wanted]
+            values |= {measure: setup.metric.direction * (full - left) for measure, left in zip(some, cut, strict=True)}
+    return [values[measure] for measure in measures]
 
 
-def _attention(model: HookManager, wanted: Sequence[Attention], pairs: Pairs, batch_size: int) -> list[float]:
+T = TypeVar("T", PartsReplaced, EdgesCut)
+
+
+def _by_metric_and_replacement(measures: Sequence[T]) -> dict[tuple[str, str], list[T]]:
+    groups: dict[tuple[str, str], list[T]] = {}
+    for measure in measures:
+        groups.setdefault((measure.metric, measure.replacement), []).append(measure)
+    return groups
+
+
+def _attention(model: HookManager, measures: Sequence[Attention], pairs: Pairs, batch_size: int) -> list[float]:
     grids: dict[str, Grid] = {}
-    for prompt in dict.fromkeys(one.prompt for one in wanted):
-        places = dict.fromkeys(place for one in wanted if one.prompt == prompt for place in (one.query, one.key))
-        grids[prompt] = attention_between(model, pairs, list(places), prompt=prompt, batch_size=batch_size).mean()
-    return [_of_head(grids[one.prompt].at(query=one.query, key=one.key), one.head) for one in wanted]
+    for prompt in dict.fromkeys(m.prompt for m in measures):
+        positions = dict.fromkeys(at for m in measures if m.prompt == prompt for at in (m.query, m.key))
+        grids[prompt] = attention_between(model, pairs, list(positions), prompt=prompt, batch_size=batch_size).mean()
+    return [_of_head(grids[m.prompt].at(query=m.query, key=m.key), m.head) for m in measures]
 
 
-def _direct(model: HookManager, wanted: Sequence[DirectEffect], pairs: Pairs, batch_size: int) -> list[float]:
+def _direct(model: HookManager, measures: Sequence[DirectEffect], pairs: Pairs, batch_size: int) -> list[float]:
     parts = direct_logit_attribution(model, pairs, batch_size=batch_size).mean()
-    return [float(parts.at(node=one.node)) for one in wanted]
+    return [float(parts.at(node=measure.node)) for measure in measures]
 
 
-def _detected(model: HookManager, wanted: Sequence[Detector], pairs: Pairs | None, batch_size: int) -> list[float]:
+def _detected(model: HookManager, measures: Sequence[Detector], pairs: Pairs | None, batch_size: int) -> list[float]:
     grids: dict[tuple[object, ...], Grid] = {}
-    for one in wanted:
-        key = (one.pattern, one.n, one.length, one.seed)
+    for m in measures:
+        key = (m.pattern, m.n, m.length, m.seed)
         if key not in grids:
-            made = head_scores(model, one.pattern, n=one.n, length=one.length, seed=one.seed, batch_size=batch_size)
-            grids[key] = made.mean()
-    return [_of_head(grids[one.pattern, one.n, one.length, one.seed], one.head) for one in wanted]
+            scores = head_scores(model, m.pattern, n=m.n, length=m.length, seed=m.seed, batch_size=batch_size)
+            grids[key] = scores.mean()
+    return [_of_head(grids[m.pattern, m.n, m.length, m.seed], m.head) for m in measures]
 
 
-def _copied(model: HookManager, wanted: Sequence[Copying], pairs: Pairs | None, batch_size: int) -> list[float]:
+def _copied(model: HookManager, measures: Sequence[Copying], pairs: Pairs | None, batch_size: int) -> list[float]:
     grid = copying_scores(model)
-    return [_of_head(grid, one.head) for one in wanted]
+    return [_of_head(grid, measure.head) for measure in measures]
 
 
 def _of_head(grid: Grid, head: str) -> float:
+    """The head's value. Raises InputError for a head that the model does not have."""
     node = Node.parse(head)
     if str(node.layer) not in grid.labels["layer"] or str(node.head) not in grid.labels["head"]:
         heads = [f"a{layer}.h{unit}" for layer in grid.labels["layer"] for unit in grid.labels["head"]]
