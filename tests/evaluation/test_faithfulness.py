@@ -33,7 +33,7 @@ def circuit_of(name: str, share: float = 0.5) -> Circuit:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_it_is_the_ratio_of_means_of_runs_with_everything_else_cut(name: str) -> None:
+def test_faithfulness_is_the_ratio_of_means_of_runs_with_all_other_edges_cut(name: str) -> None:
     model, circuit, some = tiny(name), circuit_of(name), pairs(5, padded=True)
     result = evaluate(model, circuit, some, n_random=2)
     ours, empty, full = (
@@ -45,10 +45,17 @@ def test_it_is_the_ratio_of_means_of_runs_with_everything_else_cut(name: str) ->
     assert result.n_edges == circuit.n_edges and result.n_examples == 5
 
 
-@pytest.mark.parametrize("replacement", ["corrupt", "mean", "zero"])
-@pytest.mark.parametrize("metric", ["logit_diff", "prob_diff", "kl_to_clean", "l2_to_clean", "accuracy"])
-def test_every_metric_is_that_of_the_runs(metric: str, replacement: str) -> None:
-    """Also those that an evaluation computes anyway, which must not be written twice."""
+@pytest.mark.parametrize(
+    ("metric", "replacement"),
+    [
+        ("logit_diff", "zero"),
+        ("prob_diff", "mean"),
+        ("kl_to_clean", "corrupt"),  # this one and accuracy are computed in any case and must not be doubled
+        ("l2_to_clean", "mean"),
+        ("accuracy", "zero"),
+    ],
+)
+def test_every_metric_and_replacement_is_that_of_the_runs(metric: str, replacement: str) -> None:
     model, circuit, some = tiny("gpt2"), circuit_of("gpt2"), pairs(6, padded=True)
     graph = circuit.graph
     values = build_replacement(replacement, model, graph, some)
@@ -71,7 +78,7 @@ def test_every_metric_is_that_of_the_runs(metric: str, replacement: str) -> None
     assert result.accuracy_full == pytest.approx(float(runs("accuracy")[1].mean()))
 
 
-def test_random_circuits_are_run_as_ours_is() -> None:
+def test_random_circuits_are_run_as_the_circuit_is() -> None:
     model, circuit, some = tiny("gpt2"), circuit_of("gpt2"), pairs(4)
     graph = circuit.graph
     result = evaluate(model, circuit, some, n_random=3, seed=9)
@@ -81,7 +88,7 @@ def test_random_circuits_are_run_as_ours_is() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])
-def test_everything_is_one_and_nothing_is_zero(name: str) -> None:
+def test_the_whole_graph_has_faithfulness_one_and_the_empty_circuit_zero(name: str) -> None:
     model, some = tiny(name), pairs(4)
     graph = build_graph(model)
     whole = evaluate(model, Circuit(graph, graph.possible, graph.n_edges), some, n_random=1)
@@ -92,8 +99,8 @@ def test_everything_is_one_and_nothing_is_zero(name: str) -> None:
 
 
 def test_the_batch_size_does_not_matter() -> None:
-    model, circuit, some = tiny("llama"), circuit_of("llama"), pairs(7, padded=True)
-    one, all_at_once = (evaluate(model, circuit, some, batch_size=n, n_random=2) for n in (1, 7))
+    model, circuit, some = tiny("llama"), circuit_of("llama"), pairs(5, padded=True)
+    one, all_at_once = (evaluate(model, circuit, some, batch_size=n, n_random=2) for n in (1, 5))
     for field in ("faithfulness", "kl", "accuracy", "faithfulness_ci", "example_quartiles", "random_faithfulness"):
         assert getattr(one, field) == pytest.approx(getattr(all_at_once, field), rel=1e-4, abs=1e-5), field
 
@@ -188,7 +195,7 @@ def test_pairs_without_answers_are_evaluated_by_kl() -> None:
         evaluate(model, circuit, bare)
 
 
-def test_the_frame_per_example_holds_what_the_summary_is_of() -> None:
+def test_the_frame_per_example_agrees_with_the_summary() -> None:
     model, circuit, some = tiny("gpt2"), circuit_of("gpt2"), pairs(6, padded=True)
     corrupt = some.corrupt.clone()
     corrupt[2] = some.clean[2]  # full and empty are alike on this example

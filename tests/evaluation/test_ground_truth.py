@@ -16,7 +16,7 @@ def test_the_auc_is_the_share_of_pairs_in_the_right_order() -> None:
     graph = mi.build_graph(tiny("gpt2"))
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(-3, 4, graph.possible.shape, generator=generator).float() * graph.possible
-    scores = Scores(graph, values, 1, "by hand", "logit_diff", "corrupt")
+    scores = Scores(graph, values, 1, "random", "logit_diff", "corrupt")
     names = graph.edge_names()
     truth = set(names[::7])
     found = against_truth(scores, truth, 1.5)
@@ -41,4 +41,4 @@ def test_acdc_recovers_every_known_circuit(name: str) -> None:
     scores = mi.score_edges(this.model, graph, this.pairs, method="acdc", metric="l2_to_clean", tau=1e-3, batch_size=64)
     found = against_truth(scores, this.truth("derived_resample"))
     assert found.recovered and found.auc == 1
-    assert not against_truth(scores, this.truth("derived_zero")).recovered  # of another ablation, so no truth
+    assert not against_truth(scores, this.truth("derived_zero")).recovered  # a truth under another ablation

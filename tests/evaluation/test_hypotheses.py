@@ -122,7 +122,8 @@ def test_independence_is_between_the_model_and_the_model_without_the_circuit(nam
 
 @pytest.mark.parametrize(
     ("name", "split"),
-    [("gpt2", False), ("gpt2", True), ("llama", False)],  # plain, with split input (only GPT-2), with shared K and V
+    # Plain, with split input (only GPT-2), with parallel blocks, with shared K and V.
+    [("gpt2", False), ("gpt2", True), ("neox", False), ("llama", False)],
 )
 def test_random_circuits_lie_on_paths_and_have_the_size(name: str, split: bool) -> None:
     graph = mi.build_graph(tiny(name), split_input=split)

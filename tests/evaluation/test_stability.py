@@ -1,4 +1,4 @@
-"""Circuits beside circuits: how far they overlap, and how faithful each is elsewhere."""
+"""Several circuits: how much they overlap, and how faithful each is on other pairs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_frequencies_and_overlaps_are_those_of_the_sets() -> None:
     assert set(circuits[0].graph.edge_name(*at) for at in found.core(0.5).nonzero().tolist()) == half
 
 
-def test_one_circuit_twice_overlaps_wholly_and_random_ones_as_expected() -> None:
+def test_a_circuit_overlaps_fully_with_itself_and_random_ones_overlap_as_expected() -> None:
     twice = stability([circuit_of(0), circuit_of(0)])
     assert twice.mean_edge_jaccard == twice.mean_node_jaccard == 1 and twice.to_frame().frequency.eq(1).all()
     graph = mi.build_graph(tiny("gpt2"))
@@ -50,14 +50,14 @@ def test_one_circuit_twice_overlaps_wholly_and_random_ones_as_expected() -> None
     masks = [torch.zeros(graph.n_edges, dtype=torch.bool).index_fill(0, rows, True) for rows in order]
     random = [Circuit(graph, torch.zeros_like(graph.possible).masked_scatter(graph.possible, m), 60) for m in masks]
     found = stability(random)
-    # 66 couples; the number of common edges varies by about 5 around its mean of 60 * 60 / n each.
+    # 66 couples; for each, the number of common edges varies by about 5 around its mean of 60 * 60 / n.
     assert found.mean_edge_jaccard == pytest.approx(found.expected_edge_jaccard, rel=0.1)
 
 
 def test_transfer_is_evaluate_on_every_pairs_with_the_overlap() -> None:
-    model, circuits = tiny("gpt2"), {"x": circuit_of(0, 0.5), "y": circuit_of(1, 0.7), "z": circuit_of(2, 0.3)}
-    tasks = {"x": pairs(4), "y": pairs(5, 6, seed=8)}
-    settings: dict[str, Any] = {"replacement": "mean", "n_random": 2, "seed": 3}
+    model, circuits = tiny("gpt2"), {"x": circuit_of(0, 0.5), "y": circuit_of(1, 0.7)}
+    tasks = {"x": pairs(3), "y": pairs(4, 6, seed=8)}
+    settings: dict[str, Any] = {"replacement": "mean", "n_random": 1, "seed": 3}
     found = transfer(model, circuits, tasks, **settings)
     frame = found.to_frame().set_index(["circuit", "pairs"])
     assert set(frame.index) == {(c, t) for c in circuits for t in tasks}
@@ -78,7 +78,7 @@ def test_transfer_is_evaluate_on_every_pairs_with_the_overlap() -> None:
     ("call", "message"),
     [
         (lambda: stability([circuit_of(0)]), "at least two"),
-        (lambda: stability([circuit_of(0), circuit_of(0, name="llama")]), "another graph"),
+        (lambda: stability([circuit_of(0), circuit_of(0, name="llama")]), "of another graph"),
         (lambda: stability([circuit_of(0), circuit_of(1)], ["a", "a"]), "different names"),
         (lambda: stability([circuit_of(0), Circuit(circuit_of(0).graph, circuit_of(0).kept & False, 0)]), "no edges"),
         (lambda: stability([circuit_of(0), circuit_of(1)]).core(0.0), "share must be"),
@@ -89,6 +89,6 @@ def test_transfer_is_evaluate_on_every_pairs_with_the_overlap() -> None:
         ),
     ],
 )
-def test_bad_questions_get_one_clear_line(call: Any, message: str) -> None:
+def test_invalid_arguments_are_refused_with_one_clear_line(call: Any, message: str) -> None:
     with pytest.raises(mi.InputError, match=message):
         call()
