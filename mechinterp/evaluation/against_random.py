@@ -341,7 +341,8 @@ class RandomPaths:
     def __init__(self, graph: Graph, seed: int, within: Bool[Tensor, "reader writer"] | None = None) -> None:
         if graph.positions or graph.level != "edge":
             raise UnsupportedError(
-                "Random paths need a graph of level 'edge' without named positions; build it with build_graph(model)."
+                "Random paths consist of single edges at all positions, so the circuit must be of edges, not of nodes, "
+                "and of a graph without named positions; build one with build_graph(model)."
             )
         allowed = graph.possible if within is None else on_paths(graph, within)
         self.graph, self.allowed = graph, allowed
