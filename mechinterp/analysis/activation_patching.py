@@ -12,14 +12,16 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from mechinterp.base.batches import Combine, over_batches
 from mechinterp.base.errors import InputError
-from mechinterp.base.progress import Progress
+from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.registry import unknown
-from mechinterp.engines.edge_patching import clean_logits
 from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.means import MEANS, check_means, site_means
+from mechinterp.engines.part_sets import Nodes, placed_parts, swept_parts
+from mechinterp.engines.patch_direction import patch_direction
 from mechinterp.engines.patch_sweep import Base, Patch, run_base, start_layers, sweep
-from mechinterp.engines.sweeps import Nodes, placed_parts, swept_parts
+from mechinterp.engines.readout import metric_readout
 from mechinterp.models.components import Positions
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Site
@@ -28,7 +30,6 @@ from mechinterp.tasks.pairs import Pairs
 
 Replacing: TypeAlias = "str | Tensor | Callable[[Tensor, Site], Tensor]"
 KINDS = ("pair", "mean", "mean-positional", "zero")
-DIRECTIONS = ("noise", "denoise")
 
 
 def activation_patching(
@@ -45,7 +46,7 @@ def activation_patching(
     units: Sequence[int] | None = None,
     batch_size: int | None = None,
     memory: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Grid:
     """The effect of replacing each part of the run by itself: positive = the part helps the task.
 
@@ -84,8 +85,7 @@ def activation_patching(
     metric = get_metric(metric) if isinstance(metric, str) else metric
     metric.check_answers(pairs)
     pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
-    if direction not in DIRECTIONS:
-        raise unknown("direction", direction, DIRECTIONS)
+    chosen = patch_direction(direction)
     pairs = pairs.to(model.device)
     labels, parts = swept_parts(model, what, layers, units)
     sets, pos_labels = placed_parts(pairs, parts, positions)
@@ -94,32 +94,31 @@ def activation_patching(
     means: dict[Site, Tensor] = {}
     if isinstance(replacement, str) and replacement in MEANS:
         means = site_means(model, reference or pairs, sites, replacement, batch_size)
-    results: list[Tensor] = []
-    totals, forwards, skips = torch.zeros(2, dtype=torch.float64), 0.0, True
-    first_row = 0
-    for chunk in pairs.chunks(batch_size or len(pairs)):
-        rows = slice(first_row, first_row + len(chunk))
-        first_row += len(chunk)
+
+    def patched(batch: Pairs, rows: slice) -> dict[str, Tensor | float]:
+        readout = metric_readout(model, batch, metric)
         patches = [Patch(several, tuple(mask[rows] for mask in where)) for several, where in sets]
-        clean_first = direction == "noise"
-        tokens = (chunk.clean, chunk.corrupt) if clean_first else (chunk.corrupt, chunk.clean)
-        logits = clean_logits(model, chunk) if metric.needs_reference else None
+        base_tokens, other_tokens = chosen.tokens(batch)
         wanted = sites if callable(replacement) else ()
-        base = run_base(model, chunk, tokens[0], metric, logits, layers=start_layers(model, patches), record=wanted)
+        base = run_base(model, readout, base_tokens, layers=start_layers(model, patches), record=wanted)
         wanted = sites if replacement == "pair" else ()
-        other = run_base(model, chunk, tokens[1], metric, logits, record=wanted)
-        values = _values(model, chunk, sites, replacement, rows, base, other, means)
-        patched, cost = sweep(model, chunk, base, patches, values, metric, logits, memory=memory, progress=progress)
-        present = torch.stack([patch.rows(chunk.clean.shape[1]) for patch in patches])
-        effect = (base.values - patched if clean_first else patched - base.values) * metric.direction
-        results.append(torch.where(present, effect, torch.nan))
-        ends = (base.values, other.values) if clean_first else (other.values, base.values)
-        totals += torch.stack([end.double().sum().cpu() for end in ends])
-        forwards += (2 + bool(metric.needs_reference) + cost) * len(chunk) / len(pairs)
-        skips = skips and base.past is not None
+        other = run_base(model, readout, other_tokens, record=wanted)
+        values = _values(model, batch, sites, replacement, rows, base, other, means)
+        after, cost = sweep(model, readout, base, patches, values, memory=memory, progress=progress)
+        present = torch.stack([patch.rows(batch.clean.shape[1]) for patch in patches])
+        ends = chosen.swap(base.values, other.values)
+        return {
+            "effect": torch.where(present, chosen.effect(base.values, after, metric), torch.nan),
+            "ends": torch.stack([end.double().sum().cpu() for end in ends]),
+            "forwards": (2 + bool(metric.needs_reference) + cost) * len(batch) / len(pairs),
+            "run_again": float(base.past is None),
+        }
+
+    joined: dict[str, Combine] = {"effect": -1, "ends": "sum", "forwards": "sum", "run_again": "sum"}
+    found = over_batches(pairs, batch_size, patched, joined)
     shape = [len(names) for names in labels.values()]
-    values = torch.cat(results, -1).unflatten(0, [*shape, len(pos_labels)])
-    clean_value, corrupt_value = (totals / len(pairs)).tolist()
+    values = found["effect"].unflatten(0, [*shape, len(pos_labels)])
+    clean_value, corrupt_value = (found["ends"] / len(pairs)).tolist()
     about = {
         "analysis": "activation patching",
         "direction": direction,
@@ -130,10 +129,10 @@ def activation_patching(
         "clean_value": clean_value,
         "corrupt_value": corrupt_value,
         "examples": len(pairs),
-        "positions_before_the_patch": "skipped" if skips else "run again",
+        "positions_before_the_patch": "run again" if float(found["run_again"]) else "skipped",
     }
     axes = {**labels, "pos": pos_labels, "example": numbered(len(pairs))}
-    return Grid(values, axes, "effect", metric.unit, about, {"forwards": forwards})
+    return Grid(values, axes, "effect", metric.unit, about, {"forwards": float(found["forwards"])})
 
 
 def fraction(effects: Grid) -> Grid:

@@ -30,16 +30,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechinterp.analysis.integrated_gradients import integration_points
+from mechinterp.base.batches import Combine, over_batches
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.base.registry import unknown
-from mechinterp.engines.edge_patching import clean_logits
 from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.lrp import RULES, check_receives, lrp_loss, rule_edits
 from mechinterp.engines.means import site_means
+from mechinterp.engines.patch_direction import patch_direction
+from mechinterp.engines.readout import Readout, metric_readout
 from mechinterp.engines.site_gradients import (
-    Loss,
     check_differentiable,
-    metric_loss,
     over_sets,
     site_gradients,
     site_values,
@@ -125,7 +125,6 @@ def drop_mean(
 
 
 REPLACEMENTS = ("pair", "mean", "zero")
-DIRECTIONS = ("noise", "denoise")
 AT_THE_BASE = ("atp", "atp-qk-fix", "atp-star", "relp")
 """Methods whose gradient is that of the base run itself."""
 
@@ -144,8 +143,7 @@ class Plan:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise unknown("attribution method", self.method, METHODS)
-        if self.direction not in DIRECTIONS:
-            raise unknown("direction", self.direction, DIRECTIONS)
+        patch_direction(self.direction)
         if self.replacement not in REPLACEMENTS:
             raise unknown("replacement", self.replacement, REPLACEMENTS)
         check_differentiable(self.metric)
@@ -162,18 +160,18 @@ class Batch:
     """What a method works on: some examples, their base and other prompts, and where it is to score."""
 
     model: HookManager
-    pairs: Pairs
+    readout: Readout
     base: Tensor
     other: Tensor
     sites: Sequence[Site]
     masks: Bool[Tensor, "set batch pos"]
     plan: Plan
-    reference: Tensor | None
     means: Mapping[Site, Tensor]
     """What replaces every token at a site, where the replacement is a mean."""
 
-    def loss(self) -> Loss:
-        return metric_loss(self.model, self.pairs, self.plan.metric, self.reference)
+    @property
+    def pairs(self) -> Pairs:
+        return self.readout.pairs
 
     def replaced(self, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """The replacement at every site."""
@@ -197,7 +195,7 @@ Scores = tuple[dict[Site, Tensor], float, float]
 
 
 def _atp(batch: Batch) -> Scores:
-    run = site_gradients(batch.model, batch.pairs, batch.base, batch.sites, batch.loss())
+    run = site_gradients(batch.model, batch.pairs, batch.base, batch.sites, batch.readout.of_resid)
     new = batch.replaced(batch.sites)
     return {s: batch.scores(s, run.values[s], new[s], run.gradients[s]) for s in batch.sites}, 2.0, 1.0
 
@@ -206,7 +204,7 @@ def _relp(batch: Batch) -> Scores:
     rules = RULES["relp"]
     for site in batch.sites:
         check_receives(rules, site.kind)
-    loss = lrp_loss(batch.model, batch.pairs, batch.plan.metric, batch.reference, rules)
+    loss = lrp_loss(batch.model, batch.readout, rules)
     edits = rule_edits(batch.model, rules)
     run = site_gradients(batch.model, batch.pairs, batch.base, batch.sites, loss, edits=edits)
     new = batch.replaced(batch.sites)
@@ -234,7 +232,7 @@ def _with_fix(
     wanted = [*plain, *patterns.values()]
     z = [Site("z", layer) for layer in range(1 + max((site.layer or 0 for site in fixed), default=-1))]
     runs = [
-        site_gradients(model, pairs, batch.base, wanted, batch.loss(), record=z, edits=edits)
+        site_gradients(model, pairs, batch.base, wanted, batch.readout.of_resid, record=z, edits=edits)
         for edits in backward_edits
     ]
     base, new = runs[0].values, batch.replaced(batch.sites)
@@ -269,7 +267,7 @@ def _ig_inputs(batch: Batch) -> Scores:
     points = integration_points(batch.plan.steps, batch.plan.quadrature)
     for point, weight in points:
         edit = Intervention(entry, ends[entry] + point * (base[entry] - ends[entry]))
-        run = site_gradients(batch.model, batch.pairs, batch.base, batch.sites, batch.loss(), edits=[edit])
+        run = site_gradients(batch.model, batch.pairs, batch.base, batch.sites, batch.readout.of_resid, edits=[edit])
         for site in batch.sites:
             total[site] = total.get(site, 0.0) + weight * _wide(run.gradients[site])
     forwards = 3.0 + len(points)
@@ -290,7 +288,7 @@ def _ig_activations(batch: Batch) -> Scores:
         for point, weight in points:
             edit = Intervention(site, base[site] - (1 - point) * difference)
             start = (layer, base[entries[layer]])
-            run = site_gradients(model, pairs, batch.base, [site], batch.loss(), edits=[edit], start=start)
+            run = site_gradients(model, pairs, batch.base, [site], batch.readout.of_resid, edits=[edit], start=start)
             total += weight * _wide(run.gradients[site])
             forwards += 1 - layer / model.dims.n_layers
             backwards += 1 - layer / model.dims.n_layers
@@ -443,26 +441,23 @@ def _score(
     if plan.replacement == "mean":
         of = (others or pairs).to(model.device)
         means = {s: m[0, 0] for s, m in site_means(model, of, sites, "mean", batch_size or len(of)).items()}
-    results: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    forwards, backwards = float(plan.replacement == "mean"), 0.0
-    row = 0
-    for chunk in pairs.chunks(batch_size or len(pairs)):
-        masks = sets.masks[:, row : row + len(chunk)]
-        row += len(chunk)
-        base, other = (chunk.clean, chunk.corrupt) if plan.direction == "noise" else (chunk.corrupt, chunk.clean)
-        reference = clean_logits(model, chunk) if plan.metric.needs_reference else None
-        batch = Batch(model, chunk, base, other, sites, masks, plan, reference, means)
-        found, n_forwards, n_backwards = METHODS[plan.method](batch)
-        share = len(chunk) / len(pairs)
-        forwards += (n_forwards + plan.metric.needs_reference) * share
-        backwards += n_backwards * share
-        # D is base less replacement; what denoising gains is the other way round.
-        sign = plan.metric.direction * (1 if plan.direction == "noise" else -1)
-        sign = 1 if plan.method == "atp-star" else sign
-        for site, scores in found.items():
-            results[site].append(torch.where(masks.any(-1), sign * scores, torch.nan))
-    joined = {site: torch.cat(parts, -1) for site, parts in results.items()}
-    return joined, sets, {"forwards": forwards, "backwards": backwards}
+    direction = patch_direction(plan.direction)
+    sign = 1 if plan.method == "atp-star" else direction.sign(plan.metric)
+
+    def scored(batch: Pairs, rows: slice) -> dict[str, Tensor | float]:
+        base, other = direction.tokens(batch)
+        masks, readout = sets.masks[:, rows], metric_readout(model, batch, plan.metric)
+        found, forwards, backwards = METHODS[plan.method](Batch(model, readout, base, other, sites, masks, plan, means))
+        share = len(batch) / len(pairs)
+        scores = {str(site): torch.where(masks.any(-1), sign * score, torch.nan) for site, score in found.items()}
+        cost = {"forwards": (forwards + plan.metric.needs_reference) * share, "backwards": backwards * share}
+        return {**scores, **cost}
+
+    joined: dict[str, Combine] = {str(site): -1 for site in sites}
+    found = over_batches(pairs, batch_size, scored, {**joined, "forwards": "sum", "backwards": "sum"})
+    cost = {"forwards": float(plan.replacement == "mean") + float(found["forwards"])}
+    cost["backwards"] = float(found["backwards"])
+    return {site: found[str(site)] for site in sites}, sets, cost
 
 
 def _metric(metric: Metric | str) -> Metric:

@@ -11,12 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp.base.batches import batches, over_batches
 from mechinterp.base.errors import InputError
-from mechinterp.base.progress import Progress
+from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.registry import unknown
-from mechinterp.engines.edge_patching import clean_logits
 from mechinterp.engines.grid import Grid, numbered
+from mechinterp.engines.patch_direction import DENOISE
 from mechinterp.engines.patch_sweep import Patch, run_base, start_layers, sweep
+from mechinterp.engines.readout import metric_readout
 from mechinterp.models.components import Part, Positions, layer_range, position_sets
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.sites import Site
@@ -41,7 +43,7 @@ def causal_tracing(
     layers: Sequence[int] | None = None,
     batch_size: int | None = None,
     memory: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Grid:
     """The indirect effect of each layer and position: metric(noised, state restored) - metric(noised).
 
@@ -83,38 +85,22 @@ def causal_tracing(
     spread = _spread(model, pairs, batch_size)
     totals, forwards = torch.zeros(2, dtype=torch.float64), 0.0
     effects = torch.zeros(len(chosen) * len(where.labels), len(pairs), dtype=torch.float64, device=model.device)
+    restored = [tuple(Part(Site(what, near)) for near in _window(model, what, layer, window)) for layer in chosen]
+    sites = tuple(dict.fromkeys(part.site for parts in restored for part in parts))
     for sample, drawn in enumerate(_draws(pairs, model.dims.d_model, samples, seed)):
-        first_row = 0
-        for chunk in pairs.chunks(batch_size or len(pairs)):
-            rows = slice(first_row, first_row + len(chunk))
-            first_row += len(chunk)
-            logits = clean_logits(model, chunk) if metric.needs_reference else None
-            patches = [
-                Patch((*(Part(Site(what, near)) for near in _window(model, what, layer, window)),), (mask[rows],))
-                for layer in chosen
-                for mask in where.masks
-            ]
-            patches = [Patch(patch.parts, patch.where * len(patch.parts)) for patch in patches]
-            sites = tuple(dict.fromkeys(part.site for patch in patches for part in patch.parts))
-            clean = run_base(model, chunk, chunk.clean, metric, logits, record=sites)
+        for rows, batch in batches(pairs, batch_size):
+            readout = metric_readout(model, batch, metric)
+            patches = [Patch(parts, (mask[rows],) * len(parts)) for parts in restored for mask in where.masks]
+            clean = run_base(model, readout, batch.clean, record=sites)
             extra = noise * spread * drawn[rows].to(model.dtype) * noised_at.masks[0, rows, :, None]
-            noised = run_base(
-                model,
-                chunk,
-                chunk.clean,
-                metric,
-                logits,
-                layers=start_layers(model, patches),
-                entering=_noised_input(model, chunk, extra),
-            )
-            restored, cost = sweep(
-                model, chunk, noised, patches, clean.recorded, metric, logits, memory=memory, progress=None
-            )
-            effects[:, rows] += ((restored - noised.values) * metric.direction).double() / samples
+            entering = _noised_input(model, batch, extra)
+            layers = start_layers(model, patches)
+            noised = run_base(model, readout, batch.clean, layers=layers, entering=entering)
+            after, cost = sweep(model, readout, noised, patches, clean.recorded, memory=memory)
+            effects[:, rows] += DENOISE.effect(noised.values, after, metric).double() / samples
             totals += torch.stack([run.values.double().sum().cpu() for run in (clean, noised)]) / samples
-            forwards += (2 + cost) * len(chunk) / len(pairs)
-        if progress is not None:
-            progress(sample + 1, samples)
+            forwards += (2 + cost) * len(batch) / len(pairs)
+        progress(sample + 1, samples)
     effects = torch.where(where.present.repeat(len(chosen), 1), effects, torch.nan)
     clean_value, noised_value = (totals / len(pairs)).tolist()
     about = {
@@ -146,11 +132,14 @@ def _window(model: HookManager, what: str, layer: int, window: int) -> tuple[int
 
 def _spread(model: HookManager, pairs: Pairs, batch_size: int | None) -> float:
     """The standard deviation of all entries of the clean tokens' embeddings, about their mean."""
-    total = square = 0.0
-    for chunk in pairs.chunks(batch_size or len(pairs)):
-        embedded = model.run(chunk.clean, chunk.mask, record=["embed"], stop=Site("embed")).values["embed"]
-        real = embedded[chunk.mask].double()
-        total, square = total + float(real.sum()), square + float(real.pow(2).sum())
+
+    def sums(batch: Pairs, _: slice) -> dict[str, float]:
+        embedded = model.run(batch.clean, batch.mask, record=["embed"], stop=Site("embed")).values["embed"]
+        real = embedded[batch.mask].double()
+        return {"total": float(real.sum()), "square": float(real.pow(2).sum())}
+
+    found = over_batches(pairs, batch_size, sums, {"total": "sum", "square": "sum"})
+    total, square = float(found["total"]), float(found["square"])
     count = int(pairs.mask.sum()) * model.dims.d_model
     return max(0.0, square / count - (total / count) ** 2) ** 0.5
 

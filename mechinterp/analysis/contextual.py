@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -16,8 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechinterp.base.batches import batches
 from mechinterp.base.errors import InputError
-from mechinterp.base.progress import Progress
+from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.registry import unknown
 from mechinterp.engines.decomposition.encoder import Encoder
 from mechinterp.engines.decomposition.one_backward import linear_scores, suits
@@ -27,11 +27,10 @@ from mechinterp.engines.decomposition.tape import Source, Window, narrow_values,
 from mechinterp.engines.decomposition.targets import Target, TargetLike, read_columns, target_list
 from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.means import MEANS, check_means, site_means
-from mechinterp.engines.patch_sweep import MEMORY
-from mechinterp.engines.sweeps import Nodes, placed_parts, swept_parts
+from mechinterp.engines.part_sets import Nodes, every_node, placed_parts, swept_parts
+from mechinterp.engines.patch_sweep import memory_budget
 from mechinterp.models.components import Position, Positions, as_pairs, position_index
 from mechinterp.models.hook_manager import HookManager
-from mechinterp.models.layout import Dims
 from mechinterp.models.modes import Gradients
 from mechinterp.models.sites import Site
 from mechinterp.tasks.pairs import Pairs
@@ -105,7 +104,7 @@ def contextual_decomposition(
     forward: bool | None = None,
     batch_size: int | None = None,
     memory: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Decomposition:
     """Splits every target into what is due to each source and the rest: positive = the source raises the target.
 
@@ -180,7 +179,7 @@ def decompose(
     forward: bool | None = None,
     batch_size: int | None = None,
     memory: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Decomposition:
     """`contextual_decomposition`, with the prompts to take means over, or these means by site."""
     subject: Subject = model if isinstance(model, Encoder) else Decoder(model)
@@ -207,10 +206,8 @@ def decompose(
     results: dict[str, list[Tensor]] = defaultdict(list)
     totals: dict[str, list[Tensor]] = defaultdict(list)
     cost = {"forwards": float(isinstance(reference, Pairs)), "backwards": 0.0}
-    completeness, row, whole_work = 0.0, 0, len(pairs) * len(placed)
-    for chunk in pairs.chunks(batch_size or len(pairs)):
-        rows = slice(row, row + len(chunk))
-        row += len(chunk)
+    completeness, whole_work = 0.0, len(pairs) * len(placed)
+    for rows, chunk in batches(pairs, batch_size):
         check_means(means, chunk)
         base = means
         if replacement == "pair":
@@ -228,8 +225,11 @@ def decompose(
             cost["backwards"] += len(chunk) / len(pairs)
         else:
             pass_ = subject.run_pass(chunk, at[rows], read_columns(here), scores=rules.attention != "frozen")
-            told = None if progress is None else partial(_told, progress, rows.start * len(sources), whole_work)
-            done, forwards = _forward(subject, pass_, rules, chunk, sources, here, at[rows], memory, told)
+
+            def report(done: int, before: int = rows.start * len(sources)) -> None:
+                progress(before + done, whole_work)
+
+            done, forwards = _forward(subject, pass_, rules, chunk, sources, here, at[rows], memory, report)
             whole, worst = {t.name: t.read_total(pass_.totals, at[rows], chunk.mask) for t in here}, pass_.completeness
         completeness = max(completeness, worst)
         cost["forwards"] += (forwards + (replacement == "pair")) * len(chunk) / len(pairs)
@@ -254,15 +254,6 @@ def decompose(
     return Decomposition(axes, relevant, total, completeness, about, cost)
 
 
-def every_node(dims: Dims) -> list[str]:
-    """The names of the input, every head and every MLP, in the order of the model."""
-    names = ["input"]
-    for layer in range(dims.n_layers):
-        names += [f"a{layer}.h{head}" for head in range(dims.n_heads)]
-        names += [f"m{layer}"] * dims.has_mlp
-    return names
-
-
 def _check_sources(sites: Sequence[Site], rules: Preset) -> None:
     for site in sites:
         if site.kind in ("q", "k") and rules.attention == "frozen":
@@ -281,7 +272,7 @@ def _forward(
     targets: Sequence[Target],
     at: Int[Tensor, "batch n_at"],
     memory: int | None,
-    told: Callable[[int], None] | None,
+    report: Callable[[int], None],
 ) -> tuple[dict[str, Float[Tensor, "source batch ..."]], float]:
     """(the relevant part of every target, what it took in forwards)."""
     tape, width = pass_.tape, chunk.clean.shape[1]
@@ -299,7 +290,7 @@ def _forward(
     forwards, finished = 1.0, 0
     for (start, first), members in sorted(groups.items()):
         each = chunk.clean.numel() * (width - first) // width * 16 * dims.d_model * 4
-        size = max(1, (memory or MEMORY.get(at.device.type, MEMORY["cpu"])) // max(1, each))
+        size = max(1, memory_budget(at.device, memory) // max(1, each))
         for low in range(0, len(members), size):
             some = members[low : low + size]
             window = Window(first, at, narrow)
@@ -311,13 +302,8 @@ def _forward(
                     out[target.name][i] = own
             forwards += len(some) * (n_ops - max(0, start)) / n_ops * (width - first) / width
             finished += len(some)
-            if told is not None:
-                told(finished * len(chunk))
+            report(finished * len(chunk))
     return {name: torch.stack([v for v in values if v is not None]) for name, values in out.items()}, forwards
-
-
-def _told(progress: Progress, before: int, total: int, done: int) -> None:
-    progress(before + done, total)
 
 
 def _first(source: Source) -> int:

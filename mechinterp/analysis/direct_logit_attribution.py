@@ -15,6 +15,7 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechinterp.base.batches import batches
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.logit_directions import DirectionLike, logit_direction
@@ -89,12 +90,8 @@ def direct_logit_attribution(
     sources = _sources(pairs, source_positions) if refined.heads else None
     labels: list[str] = []
     columns: list[Tensor] = []
-    error, split, size = 0.0, "", len(pairs) if batch_size is None else batch_size
-    if size < 1:
-        raise InputError(f"batch_size must be at least 1; got {batch_size}.")
-    for first in range(0, len(pairs), size):
-        rows = slice(first, first + size)
-        chunk = pairs[rows]
+    error, split = 0.0, ""
+    for rows, chunk in batches(pairs, batch_size):
         read = read_values(model, chunk, chunk.clean if prompt == "clean" else chunk.corrupt, at[rows], refined)
         split = split or input_split(read, model.dtype)
         readout = readout_of(model, read, chosen.rows(rows), at[rows])

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.analysis.weights import FOLDED, embedded, reading, unembedding, writing
+from mechinterp.base.batches import batches
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.base.registry import unknown
 from mechinterp.engines.grid import Grid, numbered
@@ -47,10 +48,8 @@ def head_scores(
     if kind not in TARGETS:
         raise unknown("detector", kind, TARGETS)
     tokens = repeated_tokens(model, n, length, seed)
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size must be at least 1; got {batch_size}.")
-    chunks = tokens.split(batch_size or n)
-    values = torch.cat([pattern_scores(model, chunk, TARGETS[kind](chunk)).values for chunk in chunks], -1)
+    scored = [pattern_scores(model, batch, TARGETS[kind](batch)).values for _, batch in batches(tokens, batch_size)]
+    values = torch.cat(scored, -1)
     dims = model.dims
     labels = {"layer": numbered(dims.n_layers), "head": numbered(dims.n_heads), "example": numbered(n)}
     return Grid(values, labels, kind, "attention", {"kind": kind, "length": length, "seed": seed}, {"forwards": 1.0})
@@ -133,12 +132,8 @@ def attention_between(
     if not named or len({str(name) for name in named}) != len(named):  # a name "1" and the number 1 are alike, too
         raise InputError(f"Give each position once, and at least one; got {named or 'none'}.")
     pairs = pairs.to(model.device)
-    size = len(pairs) if batch_size is None else batch_size
-    if size < 1:
-        raise InputError(f"batch_size must be at least 1; got {batch_size}.")
     dims, columns = model.dims, list[Tensor]()
-    for first in range(0, len(pairs), size):
-        chunk = pairs[first : first + size]
+    for _, chunk in batches(pairs, batch_size):
         at = torch.stack([position_index(chunk, name) for name in named], 1)  # batch position
         rows = torch.arange(len(chunk), device=model.device)[:, None, None]
         found: list[Tensor] = []
@@ -183,12 +178,8 @@ def pattern_scores(
     counted = targets.any(2).sum(1)
     if not bool(counted.all()):
         raise InputError(f"Example {int((counted == 0).nonzero()[0])} has no target: there is nothing to look for.")
-    size = len(tokens) if batch_size is None else batch_size
-    if size < 1:
-        raise InputError(f"batch_size must be at least 1; got {batch_size}.")
     n_layers, columns = model.dims.n_layers, list[Tensor]()
-    for first in range(0, len(tokens), size):
-        rows = slice(first, first + size)
+    for rows, batch in batches(tokens, batch_size):
         found: dict[int, Tensor] = {}
         wanted = targets[rows].to(model.device)
 
@@ -202,7 +193,7 @@ def pattern_scores(
 
         edits = [Intervention(Site("pattern", layer), note(layer)) for layer in range(n_layers)]
         own = None if mask is None else mask[rows]
-        model.run(tokens[rows], own, interventions=edits, stop=Site("pattern", n_layers - 1))
+        model.run(batch, own, interventions=edits, stop=Site("pattern", n_layers - 1))
         sums = torch.stack([found[layer] for layer in range(n_layers)])  # layer batch head
         columns.append(sums.transpose(1, 2) / counted[rows].to(sums))
     labels = {

@@ -15,11 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp.base.batches import over_batches
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.base.registry import unknown
-from mechinterp.engines.edge_patching import clean_logits
 from mechinterp.engines.grid import Grid, numbered
-from mechinterp.engines.site_gradients import END, check_differentiable, metric_loss, site_gradients
+from mechinterp.engines.readout import FINAL, metric_readout
+from mechinterp.engines.site_gradients import check_differentiable, site_gradients
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.sites import Site
 from mechinterp.tasks.metrics import Metric, get_metric
@@ -104,36 +105,32 @@ def integrated_gradients(
     model.resolve(where)
     pairs = pairs.to(model.device)
     fixed = _fixed(model, pairs, baseline, where)
-    scores: list[Tensor] = []
-    totals: list[Tensor] = []
-    row = 0
-    for chunk in pairs.chunks(batch_size or len(pairs)):
-        rows = slice(row, row + len(chunk))
-        row += len(chunk)
-        clean = _embeddings(model, chunk, chunk.clean, where)
-        base = _embeddings(model, chunk, chunk.corrupt, where) if fixed is None else fixed
+
+    def integrated(batch: Pairs, rows: slice) -> dict[str, Tensor]:
+        clean = _embeddings(model, batch, batch.clean, where)
+        base = _embeddings(model, batch, batch.corrupt, where) if fixed is None else fixed
         base = base[rows] if base.ndim == 3 and len(base) == len(pairs) and fixed is not None else base
         base = base.expand_as(clean)
-        reference = clean_logits(model, chunk) if metric.needs_reference else None
-        loss = metric_loss(model, chunk, metric, reference)
+        loss = metric_readout(model, batch, metric).of_resid
 
-        def at(point: float, chunk: Pairs = chunk, base: Tensor = base, clean: Tensor = clean) -> Intervention:
-            real = chunk.mask[..., None]
-            return Intervention(where, torch.where(real, base + point * (clean - base), clean).to(model.dtype))
+        def at(point: float) -> Intervention:
+            between = torch.where(batch.mask[..., None], base + point * (clean - base), clean)
+            return Intervention(where, between.to(model.dtype))
 
         dtype = torch.promote_types(model.dtype, torch.float32)
         gradient = torch.zeros(clean.shape, dtype=dtype, device=model.device)
         for point, weight in points:
-            found = site_gradients(model, chunk, chunk.clean, [where], loss, edits=[at(point)])
+            found = site_gradients(model, batch, batch.clean, [where], loss, edits=[at(point)])
             gradient += weight * found.gradients[where].to(dtype)
         product = ((clean - base).to(dtype) * gradient).sum(-1)
-        scores.append(torch.where(chunk.mask, product, torch.nan))
         ends = [
-            loss(model.run(chunk.clean, chunk.mask, interventions=[at(p)], record=[END], stop=END).values[END])
+            loss(model.run(batch.clean, batch.mask, interventions=[at(p)], record=[FINAL], stop=FINAL).values[FINAL])
             for p in (1.0, 0.0)
         ]
-        totals.append(ends[0] - ends[1])
-    values, total = torch.cat(scores), torch.cat(totals)
+        return {"scores": torch.where(batch.mask, product, torch.nan), "total": ends[0] - ends[1]}
+
+    found = over_batches(pairs, batch_size, integrated, {"scores": 0, "total": 0})
+    values, total = found["scores"], found["total"]
     error = float((values.nansum(1) - total).abs().max())
     about = {
         "analysis": "integrated gradients",

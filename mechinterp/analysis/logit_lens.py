@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp.analysis.tuned_lens import TunedLens
+from mechinterp.base.batches import batches
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.projected_logits import Reading, extremes, logits_of, read_vocabulary
@@ -108,10 +109,9 @@ def logit_lens(
     labels, at = _positions(pairs, positions)
     aims = _targets(pairs, targets, model.dims.d_vocab_out)
     blocks: list[list[Reading]] = []
-    error, size = 0.0, batch_size or len(pairs)
-    for first in range(0, len(pairs), size):
-        rows = slice(first, first + size)
-        found, worst = _read(model, pairs[rows], chosen, at[:, rows], aims[rows], lens, top_k, vocabulary_chunk)
+    error = 0.0
+    for rows, batch in batches(pairs, batch_size):
+        found, worst = _read(model, batch, chosen, at[:, rows], aims[rows], lens, top_k, vocabulary_chunk)
         blocks.append(found)
         error = max(error, worst)
     there = at >= 0

@@ -10,13 +10,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechinterp.analysis.activation_patching import DIRECTIONS
+from mechinterp.base.batches import over_batches
 from mechinterp.base.errors import InputError
-from mechinterp.base.progress import Progress
+from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.registry import unknown
-from mechinterp.engines.edge_patching import clean_logits
 from mechinterp.engines.grid import Grid, numbered
-from mechinterp.engines.patch_sweep import MEMORY, Base, Patch, entry, metric_of_runs, run_base, sweep
+from mechinterp.engines.part_sets import every_node, parse_sets
+from mechinterp.engines.patch_direction import PatchDirection, patch_direction
+from mechinterp.engines.patch_sweep import Base, Patch, entry, memory_budget, run_base, sweep
+from mechinterp.engines.readout import FINAL, Readout, metric_readout
 from mechinterp.engines.residual_paths import Senders, Values, mediate, walk
 from mechinterp.models.components import Part, Positions, parse_part, position_sets
 from mechinterp.models.hook_manager import HookManager
@@ -28,7 +30,6 @@ MEANINGS = {
     "direct": "direct edges only (Goldowsky-Dill et al. 2023)",
     "mlps-recomputed": "all other heads frozen, MLPs between recomputed (Wang et al. 2022)",
 }
-_FINAL = Site("resid_final")
 
 
 def path_patching(
@@ -44,7 +45,7 @@ def path_patching(
     metric: Metric | str = "logit_diff",
     batch_size: int | None = None,
     memory: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Grid:
     """The effect of each sender on the metric through the paths to the receivers: positive = the path helps the task.
 
@@ -89,8 +90,7 @@ def path_patching(
     metric = get_metric(metric) if isinstance(metric, str) else metric
     metric.check_answers(pairs)
     pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
-    if direction not in DIRECTIONS:
-        raise unknown("direction", direction, DIRECTIONS)
+    chosen = patch_direction(direction)
     if meaning not in MEANINGS:
         raise unknown("meaning", meaning, MEANINGS)
     if model.edited:
@@ -99,22 +99,26 @@ def path_patching(
     labels, sets = _senders(model, senders)
     into = _receivers(model, receivers)
     hops = [_receivers(model, hop) for hop in via]
-    if any(part.site == _FINAL for hop in hops for part in hop):
+    if any(part.site == FINAL for hop in hops for part in hop):
         raise InputError("The logits cannot be a mediator; they come last, as `receivers`.")
     for parts in [*sets, into, *hops]:
         if positions is not None and parts in sets and any(part.position is not None for part in parts):
             raise InputError("Sender positions are given twice: behind an '@' and as `positions`; use one of the two.")
     pos_labels = position_sets(pairs, positions).labels
-    results: list[Tensor] = []
-    totals, forwards = torch.zeros(2, dtype=torch.float64), 0.0
-    for chunk in pairs.chunks(batch_size or len(pairs)):
-        job = _Job(model, chunk, metric, meaning == "mlps-recomputed", direction == "noise", memory, progress)
-        effect, ends, cost = job.run(_sender_masks(chunk, sets, positions), into, hops)
-        results.append(effect)
-        totals += torch.stack([end.double().sum().cpu() for end in ends])
-        forwards += cost * len(chunk) / len(pairs)
+
+    def patched(batch: Pairs, _: slice) -> dict[str, Tensor | float]:
+        readout = metric_readout(model, batch, metric)
+        job = _Job(model, readout, meaning == "mlps-recomputed", chosen, memory, progress)
+        effect, (clean, corrupt), cost = job.run(_sender_masks(batch, sets, positions), into, hops)
+        return {
+            "effect": effect,
+            "ends": torch.stack([clean.double().sum().cpu(), corrupt.double().sum().cpu()]),
+            "forwards": cost * len(batch) / len(pairs),
+        }
+
+    found = over_batches(pairs, batch_size, patched, {"effect": -1, "ends": "sum", "forwards": "sum"})
     shape = [len(names) for names in labels.values()]
-    clean_value, corrupt_value = (totals / len(pairs)).tolist()
+    clean_value, corrupt_value = (found["ends"] / len(pairs)).tolist()
     about = {
         "analysis": "path patching",
         "meaning": MEANINGS[meaning],
@@ -129,8 +133,8 @@ def path_patching(
         "examples": len(pairs),
     }
     axes = {**labels, "pos": pos_labels, "example": numbered(len(pairs))}
-    values = torch.cat(results, -1).unflatten(0, [*shape, len(pos_labels)])
-    return Grid(values, axes, "effect", metric.unit, about, {"forwards": forwards})
+    values = found["effect"].unflatten(0, [*shape, len(pos_labels)])
+    return Grid(values, axes, "effect", metric.unit, about, {"forwards": float(found["forwards"])})
 
 
 @dataclass(frozen=True)
@@ -138,26 +142,24 @@ class _Job:
     """One batch of pairs and what is done with it."""
 
     model: HookManager
-    pairs: Pairs
-    metric: Metric
+    readout: Readout
     recompute: bool
-    noise: bool
+    direction: PatchDirection
     memory: int | None
-    progress: Progress | None
+    progress: Progress
 
     def run(
         self, senders: Senders, into: tuple[Part, ...], hops: list[tuple[Part, ...]]
     ) -> tuple[Float[Tensor, "candidate batch"], tuple[Tensor, Tensor], float]:
         """(the effect of every candidate, the metric of the clean and of the corrupt run, the cost in forwards)."""
-        model, pairs, metric, dims = self.model, self.pairs, self.metric, self.model.dims
-        reference = clean_logits(model, pairs) if metric.needs_reference else None
-        tokens = (pairs.clean, pairs.corrupt) if self.noise else (pairs.corrupt, pairs.clean)
+        model, pairs, dims = self.model, self.readout.pairs, self.model.dims
+        tokens = self.direction.tokens(pairs)
         every = [site for layer in range(dims.n_layers) for site in _sites(model, layer)]
-        sites = [*every, _FINAL]
-        to_logits = into[0].site == _FINAL
+        sites = [*every, FINAL]
+        to_logits = into[0].site == FINAL
         layers = () if to_logits else (min(max(0, entry(model, part)[0]) for part in into),)
-        base = run_base(model, pairs, tokens[0], metric, reference, layers=layers, record=sites)
-        other = run_base(model, pairs, tokens[1], metric, reference, record=sites)
+        base = run_base(model, self.readout, tokens[0], layers=layers, record=sites)
+        other = run_base(model, self.readout, tokens[1], record=sites)
         present = senders.where.flatten(1, 2).any(-1).unflatten(1, (len(senders.nodes), -1)).any(1)
         at = pairs.answer_pos.clamp(min=0) if to_logits and not hops else None
         old, new = (_values(run, at) for run in (base, other))
@@ -166,17 +168,15 @@ class _Job:
             senders = Senders(senders.nodes, senders.where.gather(3, index))
         n = len(senders.where)
         each = old[Site("resid_pre", 0)].numel() * 8 * max(4, model.dtype.itemsize)
-        size = max(1, (self.memory or 4 * MEMORY.get(model.device.type, MEMORY["cpu"])) // each)
-        patched, cost = [], 2.0 + (reference is not None)
+        size = max(1, (self.memory or 4 * memory_budget(model.device, None)) // each)
+        patched, cost = [], 2.0 + (self.readout.reference is not None)
         for rows in torch.arange(n).split(size):
-            values, further = self._candidates(base, old, new, senders.rows(rows), into, hops, reference)
+            values, further = self._candidates(base, old, new, senders.rows(rows), into, hops)
             patched.append(values)
             cost += further
-            if self.progress is not None:
-                self.progress(int(rows[-1]) + 1, n)
-        ends = (base.values, other.values) if self.noise else (other.values, base.values)
-        run = torch.cat(patched)
-        effect = (base.values - run if self.noise else run - base.values) * metric.direction
+            self.progress(int(rows[-1]) + 1, n)
+        ends = self.direction.swap(base.values, other.values)
+        effect = self.direction.effect(base.values, torch.cat(patched), self.readout.metric)
         return torch.where(present, effect, torch.nan), ends, cost
 
     def _candidates(
@@ -187,17 +187,16 @@ class _Job:
         senders: Senders,
         into: tuple[Part, ...],
         hops: list[tuple[Part, ...]],
-        reference: Tensor | None,
     ) -> tuple[Float[Tensor, "candidate batch"], float]:
         """The metric of every candidate, and the cost in forwards of all examples."""
-        model, pairs, cost = self.model, self.pairs, 0.0
+        model, pairs, cost = self.model, self.readout.pairs, 0.0
         for hop in hops:
             inputs = walk(model, old, new, senders, hop, recompute_mlps=self.recompute)
             masks = [_mask(pairs, part) for part in hop]
             senders, new, share = mediate(model, pairs, base.tokens, old, hop, masks, inputs)
             cost += share
         received = walk(model, old, new, senders, into, recompute_mlps=self.recompute)
-        if into[0].site != _FINAL:
+        if into[0].site != FINAL:
             patches = [
                 Patch(
                     into,
@@ -206,15 +205,13 @@ class _Job:
                 )
                 for i in range(len(senders.where))
             ]
-            values, share = sweep(model, pairs, base, patches, {}, self.metric, reference, memory=self.memory)
+            values, share = sweep(model, self.readout, base, patches, {}, memory=self.memory)
             return values, cost + share
         final = received[0]
         if hops:
             index = pairs.answer_pos.clamp(min=0)[None, :, :, None].expand(len(final), -1, -1, final.shape[-1])
             final = final.gather(2, index)
-        columns = self.metric.columns(pairs)
-        logits = model.layout.unembed(final, columns)
-        return metric_of_runs(self.metric, logits, columns, pairs, reference), cost
+        return self.readout.of_answers(final), cost
 
 
 def _sites(model: HookManager, layer: int) -> list[Site]:
@@ -255,28 +252,14 @@ def _senders(
             (Part(Site("z", layer), head),) for layer in range(dims.n_layers) for head in range(dims.n_heads)
         ]
     if senders == "nodes":
-        every = ["input"]
-        for layer in range(dims.n_layers):
-            every += [f"a{layer}.h{head}" for head in range(dims.n_heads)] + [f"m{layer}"] * dims.has_mlp
+        every = every_node(dims)
         return {"sender": tuple(every)}, [(parse_part(model, name),) for name in every]
-    nodes = [senders] if isinstance(senders, str) else list(senders)
-    if not nodes:
-        raise InputError("No sender is given; name some, such as 'a9.h9', or write 'heads' or 'nodes'.")
-    names: list[str] = []
-    sets: list[tuple[Part, ...]] = []
-    for node in nodes:
-        members = [node] if isinstance(node, str) else list(node)
-        if not members or len(set(members)) != len(members):
-            raise InputError(f"A set of senders is empty or names one twice: {members}.")
-        parts = tuple(parse_part(model, member) for member in members)
-        for member, part in zip(members, parts, strict=True):
+    names, sets = parse_sets(model, senders, "sender")
+    for name, parts in zip(names, sets, strict=True):
+        for member, part in zip(name.split(" + "), parts, strict=True):
             if _node(part) is None:
                 raise InputError(f"{member!r} is no sender; senders are heads ('a9.h9'), MLPs ('m3') and 'input'.")
-        names.append(" + ".join(members))
-        sets.append(parts)
-    if len(set(names)) != len(names):
-        raise InputError(f"The sender {next(n for n in names if names.count(n) > 1)!r} is given twice.")
-    return {"sender": tuple(names)}, sets
+    return {"sender": names}, sets
 
 
 def _node(part: Part) -> Node | None:
@@ -296,7 +279,7 @@ def _receivers(model: HookManager, receivers: str | Sequence[str]) -> tuple[Part
     if "logits" in names:
         if len(names) > 1:
             raise InputError("The logits receive alone; measure the other receivers in a call of their own.")
-        return (Part(_FINAL),)
+        return (Part(FINAL),)
     found: list[Part] = []
     for name in names:
         part = parse_part(model, name)

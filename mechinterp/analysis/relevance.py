@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp.base.batches import batches
 from mechinterp.base.errors import InputError
 from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.lrp import Rules, check_receives, get_rules, lrp_head, lrp_loss, rule_edits, unembedding
+from mechinterp.engines.readout import FINAL, Readout, metric_readout
 from mechinterp.engines.site_gradients import (
-    END,
     SiteGradients,
     check_differentiable,
     over_sets,
@@ -95,13 +96,14 @@ def relevance(
     parts: list[Mapping[str, Tensor]] = []
     outputs: list[Tensor] = []
     gaps: list[Tensor] = []
-    for chunk in pairs.to(model.device).chunks(batch_size or len(pairs)):
-        watched = _bias_sites(model)
-        loss = lrp_loss(model, chunk, metric, None, chosen)
+    watched = _bias_sites(model)
+    for _, chunk in batches(pairs.to(model.device), batch_size):
+        readout = metric_readout(model, chunk, metric)
+        loss = lrp_loss(model, readout, chosen)
         found = site_gradients(
-            model, chunk, chunk.clean, [*sites, *watched], loss, record=[END], edits=rule_edits(model, chosen)
+            model, chunk, chunk.clean, [*sites, *watched], loss, record=[FINAL], edits=rule_edits(model, chosen)
         )
-        output, last = _output(model, chunk, metric, chosen, found.values[END])
+        output, last = _output(model, readout, chosen, found.values[FINAL])
         here = _biases(model, chunk, found, chosen)
         gaps.append(_gaps(model, chunk, found, here, last, output))
         per_site = [_relevance(found, site) for site in sites]
@@ -112,7 +114,7 @@ def relevance(
     output = torch.cat(outputs)
     values = torch.cat(scores, -1).reshape(*(len(names) for names in labels.values()), -1, len(pairs))
     scale = max(float(output.abs().max()), torch.finfo(output.dtype).tiny)
-    violation = float(torch.cat(gaps).abs().max()) / scale
+    violation = float(torch.cat(gaps, 1).abs().max()) / scale
     about = {
         "analysis": "relevance",
         "rules": rules if isinstance(rules, str) else str(rules),
@@ -214,14 +216,14 @@ def _softmax_gap(chunk: Pairs, found: SiteGradients, layer: int) -> Float[Tensor
 
 
 def _output(
-    model: HookManager, chunk: Pairs, metric: Metric, rules: Rules, resid: Tensor
+    model: HookManager, readout: Readout, rules: Rules, resid: Tensor
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
     """(logits x gradient of the metric, what the biases of the final norm and of the unembedding carry of it)."""
     with Gradients(True) as on, on:
-        head = lrp_head(model, chunk, metric, rules, resid.detach().requires_grad_())
+        head = lrp_head(model, readout, rules, resid.detach().requires_grad_())
         at = torch.autograd.grad(head.metric.sum(), [head.logits, head.uncapped, head.normed])
     output = (head.logits.detach() * at[0]).flatten(1).sum(1)
-    _, bias = unembedding(model, metric.columns(chunk), output.dtype)
+    _, bias = unembedding(model, readout.columns, output.dtype)
     last = torch.zeros_like(output) + _carried(at[1], bias)
     return output, last + _carried(at[2], model.layout.final_norm.bias)
 

@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp.analysis.activation_patching import DIRECTIONS
+from mechinterp.base.batches import over_batches
 from mechinterp.base.errors import InputError
-from mechinterp.base.registry import unknown
-from mechinterp.engines.edge_patching import clean_logits
 from mechinterp.engines.grid import Grid, numbered
+from mechinterp.engines.patch_direction import patch_direction
 from mechinterp.engines.patch_sweep import Patch, entry, run_base, sweep
+from mechinterp.engines.readout import metric_readout
 from mechinterp.models.components import BY_QUERY, Part, Position, parse_part, position_index, position_sets
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.interchange import das, interchange, placebo, random_basis
@@ -65,26 +65,26 @@ def subspace_interchange(
     metric = get_metric(metric) if isinstance(metric, str) else metric
     metric.check_answers(pairs)
     pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
-    if direction not in DIRECTIONS:
-        raise unknown("direction", direction, DIRECTIONS)
+    chosen = patch_direction(direction)
     if placebos < 0:
         raise InputError(f"The number of placebos is at least 0; got {placebos}.")
     pairs, found = pairs.to(model.device), _state(model, part)
     names = ("basis", "complement", "whole", *(f"placebo {i}" for i in range(placebos)))
-    effects: list[Tensor] = []
-    for chunk in pairs.chunks(batch_size or len(pairs)):
-        reference = clean_logits(model, chunk) if metric.needs_reference else None
-        noise = direction == "noise"
-        ids = (chunk.clean, chunk.corrupt) if noise else (chunk.corrupt, chunk.clean)
+
+    def patched(batch: Pairs, _: slice) -> dict[str, Tensor]:
+        readout = metric_readout(model, batch, metric)
+        base_tokens, other_tokens = chosen.tokens(batch)
         layers = (max(0, entry(model, found)[0]),)
-        base = run_base(model, chunk, ids[0], metric, reference, layers=layers, record=[found.site])
-        other = run_base(model, chunk, ids[1], metric, reference, record=[found.site])
+        base = run_base(model, readout, base_tokens, layers=layers, record=[found.site])
+        other = run_base(model, readout, other_tokens, record=[found.site])
         moves = _moves(base.recorded[found.site].shape[-1], basis, placebos, seed)
-        mask = position_sets(chunk, [position]).masks[0]
+        mask = position_sets(batch, [position]).masks[0]
         values = [_everywhere(move, base.recorded[found.site], other.recorded[found.site]) for move in moves]
         patches = [Patch((found,), (mask,), (value,)) for value in values]
-        patched, _ = sweep(model, chunk, base, patches, {}, metric, reference)
-        effects.append((base.values - patched if noise else patched - base.values) * metric.direction)
+        after, _cost = sweep(model, readout, base, patches, {})
+        return {"effect": chosen.effect(base.values, after, metric)}
+
+    effects = over_batches(pairs, batch_size, patched, {"effect": -1})["effect"]
     about = {
         "analysis": "subspace interchange",
         "part": part,
@@ -96,7 +96,7 @@ def subspace_interchange(
         "seed": seed,
     }
     labels = {"subspace": names, "example": numbered(len(pairs))}
-    return Grid(torch.cat(effects, -1), labels, "effect", metric.unit, about, {"forwards": 2.0 + len(names)})
+    return Grid(effects, labels, "effect", metric.unit, about, {"forwards": 2.0 + len(names)})
 
 
 def learn_subspace(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mechinterp.base.atomic_write import write_whole
 from mechinterp.base.errors import FormatError, InputError
+from mechinterp.base.progress import Progress, no_progress
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.modes import Gradients
 from mechinterp.models.sites import Site
@@ -74,7 +75,7 @@ def train_tuned_lens(
     learning_rate: float = 1e-2,
     batch_size: int = 256,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> TunedLens:
     """A lens trained on every real token of the prompts: all layers together, Adam, the rate falling to 0 in a line.
 
@@ -129,8 +130,7 @@ def train_tuned_lens(
             group["lr"] = learning_rate / d_model**0.5 * (1 - step / steps)
         optimizer.step()  # pyright: ignore[reportUnknownMemberType]
         optimizer.zero_grad()
-        if progress is not None:
-            progress(step + 1, steps)
+        progress(step + 1, steps)
     trained, shift = weight.detach(), bias.detach() * scale[:, None]
     if not bool(trained.isfinite().all() and shift.isfinite().all()):
         raise InputError(f"The training gave NaN at a learning rate of {learning_rate:g}; lower it.")

@@ -32,7 +32,8 @@ from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.registry import unknown
 from mechinterp.discovery.checkpoint import Checkpoint
 from mechinterp.discovery.method import METHODS, Job, Method, score_edges
-from mechinterp.engines.edge_patching import Prefix, check_model, clean_logits, edge_logits, run_prefix
+from mechinterp.engines.edge_patching import Prefix, check_model, edge_logits, run_prefix
+from mechinterp.engines.readout import clean_logits
 from mechinterp.engines.replacement import Values, build_replacement
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.scores import Parameter, Scores

@@ -16,6 +16,7 @@ from mechinterp.base.registry import unknown
 from mechinterp.discovery.method import METHODS, Job, Method
 from mechinterp.engines.edge_attribution import Backward, edge_gradients
 from mechinterp.engines.lrp import RULES, lrp_loss, rule_edits
+from mechinterp.engines.readout import readout_with
 from mechinterp.engines.replacement import build_replacement
 from mechinterp.graphs.scores import Scores
 
@@ -39,7 +40,8 @@ def _cd_edges(name: str, job: Job) -> Scores:
         raise unknown("attention", attention, ATTENTION)
     rules = ATTENTION[attention]
     backward = Backward(
-        partial(rule_edits, model, rules), lambda chunk, reference: lrp_loss(model, chunk, metric, reference, rules)
+        partial(rule_edits, model, rules),
+        lambda chunk, reference: lrp_loss(model, readout_with(model, chunk, metric, reference), rules),
     )
     replacement = build_replacement(job.replacement, model, job.graph, job.pairs, job.batch_size)
     total = job.sum_over_batches(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from mechinterp.discovery.method import METHODS, Job, Method
-from mechinterp.engines.edge_patching import answer_logits, edge_logits
+from mechinterp.engines.edge_patching import edge_logits
+from mechinterp.engines.readout import answer_logits
 from mechinterp.engines.replacement import build_replacement
 from mechinterp.graphs.scores import Scores
 

@@ -32,8 +32,8 @@ from torch import Tensor
 from mechinterp.base.errors import InputError
 from mechinterp.base.registry import unknown
 from mechinterp.discovery.method import METHODS, Job, Method
-from mechinterp.engines.edge_patching import clean_logits
 from mechinterp.engines.mask_gradients import mask_gradients
+from mechinterp.engines.readout import clean_logits
 from mechinterp.engines.replacement import Values, build_replacement
 from mechinterp.graphs.scores import Parameter, Scores
 from mechinterp.models.modes import Gradients

@@ -33,7 +33,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
-from mechinterp.engines.edge_patching import check_model, clean_logits, metric_values
+from mechinterp.engines.edge_patching import check_model
+from mechinterp.engines.readout import clean_logits, metric_values
 from mechinterp.engines.replacement import CompactWrites, Replacement, Values, input_sites, record_writes, write_sites
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import places_of

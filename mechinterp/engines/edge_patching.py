@@ -17,7 +17,9 @@ from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechinterp.base.batches import over_batches
 from mechinterp.base.errors import InputError
+from mechinterp.engines.readout import metric_readout
 from mechinterp.engines.replacement import Replacement, Values, corrupt_replacement
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import places_of, take_positions
@@ -310,18 +312,13 @@ def run_edges(
     check_model(model, graph, pairs)
     masks = check_cut(graph, cut)
     replacement = replacement or corrupt_replacement(model, graph)
-    results: list[Tensor] = []
-    for chunk in pairs.to(model.device).chunks(batch_size or len(pairs)):
-        reference = clean_logits(model, chunk) if metric.needs_reference else None
-        columns = metric.columns(chunk)
-        rows: list[Tensor] = []
-        for logits in edge_logits(model, graph, chunk, masks, replacement.on(chunk), columns):
-            if columns is None:
-                rows.append(metric(logits, chunk, reference))
-            else:
-                rows.append(metric.on_columns(logits, columns, chunk))
-        results.append(torch.stack(rows))
-    out = torch.cat(results, dim=-1)
+
+    def patched(batch: Pairs, _: slice) -> dict[str, Tensor]:
+        readout = metric_readout(model, batch, metric)
+        runs = edge_logits(model, graph, batch, masks, replacement.on(batch), readout.columns)
+        return {"values": torch.stack([readout.of_logits(logits) for logits in runs])}
+
+    out = over_batches(pairs.to(model.device), batch_size, patched, {"values": -1})["values"]
     return out if cut.ndim == 3 else out[0]
 
 
@@ -348,34 +345,6 @@ def edge_logits(
     for some in masks.split(at_once):
         logits = PatchedRun(model, graph, pairs, some.to(model.device), values, prefix).run(columns)
         yield from logits.unflatten(0, (len(some), len(pairs)))
-
-
-def clean_logits(model: HookManager, pairs: Pairs) -> Float[Tensor, "batch n_answer d_vocab"]:
-    """The clean run's logits at the answer positions."""
-    return answer_logits(model, pairs.clean, pairs)
-
-
-def answer_logits(model: HookManager, tokens: Tensor, pairs: Pairs) -> Float[Tensor, "batch n_answer d_vocab"]:
-    """The logits at the answer positions of any prompts shaped like `pairs`."""
-    run = model.run(tokens, pairs.mask, record=[Site("resid_final")], stop=Site("resid_final"))
-    return model.layout.unembed(take_positions(run.values[Site("resid_final")], pairs.answer_pos))
-
-
-def metric_values(
-    model: HookManager,
-    pairs: Pairs,
-    metric: Metric,
-    resid: Float[Tensor, "batch pos d_model"],
-    reference: Float[Tensor, "batch n_answer d_vocab"] | None = None,
-) -> Float[Tensor, " batch"]:
-    """The metric of every example from its final residual stream, in float32 or better; differentiable in it.
-
-    Only the logits that the metric needs are computed. `reference` are the clean run's, for metrics that compare.
-    """
-    wide = take_positions(resid, pairs.answer_pos).to(torch.promote_types(resid.dtype, torch.float32))
-    columns = metric.columns(pairs)
-    logits = model.layout.unembed(wide, columns)
-    return metric(logits, pairs, reference) if columns is None else metric.on_columns(logits, columns, pairs)
 
 
 def check_model(model: HookManager, graph: Graph, pairs: Pairs) -> None:

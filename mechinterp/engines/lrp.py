@@ -16,13 +16,11 @@ from torch import Tensor
 
 from mechinterp.base.errors import UnsupportedError
 from mechinterp.base.registry import unknown
+from mechinterp.engines.readout import Readout, answer_rows
 from mechinterp.engines.site_gradients import Loss
-from mechinterp.graphs.token_positions import take_positions
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.norm import Norm
 from mechinterp.models.sites import Site
-from mechinterp.tasks.metrics import Metric
-from mechinterp.tasks.pairs import Pairs
 
 
 @dataclass(frozen=True)
@@ -218,20 +216,11 @@ class Head:
     metric: Float[Tensor, " batch"]
 
 
-def lrp_head(
-    model: HookManager,
-    pairs: Pairs,
-    metric: Metric,
-    rules: Rules,
-    resid: Float[Tensor, "batch pos d_model"],
-    reference: Tensor | None = None,
-) -> Head:
+def lrp_head(model: HookManager, readout: Readout, rules: Rules, resid: Float[Tensor, "batch pos d_model"]) -> Head:
     """The final norm, the unembedding, a soft cap and the metric, with the rules on their way back."""
-    columns = metric.columns(pairs)
-    wide = take_positions(resid, pairs.answer_pos).to(torch.promote_types(resid.dtype, torch.float32))
-    normed, uncapped, logits = lrp_logits(model, columns, rules, wide)
-    values = metric(logits, pairs, reference) if columns is None else metric.on_columns(logits, columns, pairs)
-    return Head(normed, uncapped, logits, values)
+    rows = answer_rows(resid, readout.pairs.answer_pos)
+    normed, uncapped, logits = lrp_logits(model, readout.columns, rules, rows)
+    return Head(normed, uncapped, logits, readout.of_logits(logits))
 
 
 def lrp_logits(
@@ -262,6 +251,6 @@ def unembedding(model: HookManager, columns: Tensor | None, dtype: torch.dtype) 
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def lrp_loss(model: HookManager, pairs: Pairs, metric: Metric, reference: Tensor | None, rules: Rules) -> Loss:
+def lrp_loss(model: HookManager, readout: Readout, rules: Rules) -> Loss:
     """The metric of every example as a function of the final residual stream, with the rules on the way back."""
-    return lambda resid: lrp_head(model, pairs, metric, rules, resid, reference).metric
+    return lambda resid: lrp_head(model, readout, rules, resid).metric

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from mechinterp.base.batches import over_batches
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.models.components import BY_QUERY
 from mechinterp.models.interventions import Run
@@ -48,17 +49,22 @@ def site_means(
                 raise UnsupportedError(
                     f"Attention has no mean over positions at '{site}'; use 'mean-positional' or 'zero'."
                 )
-    totals: dict[Site, Tensor] = {}
-    for chunk in reference.to(model.device).chunks(batch_size or 64):
-        run = model.run(chunk.corrupt, chunk.mask, record=sites, stop=Site("resid_final"))
-        for site in sites:
-            value = run.values[site].to(torch.promote_types(model.dtype, torch.float32))
-            if not positional:  # what stands at padding may be NaN
-                value = torch.where(chunk.mask.reshape(*chunk.mask.shape, *[1] * (value.ndim - 2)), value, 0)
-            total = value.sum(0, keepdim=True) if positional else value.sum((0, 1))[None, None]
-            totals[site] = totals[site] + total if site in totals else total
+
+    def sums(batch: Pairs, _: slice) -> dict[str, Tensor]:
+        run = model.run(batch.corrupt, batch.mask, record=sites, stop=Site("resid_final"))
+        return {str(site): total(run.values[site], batch.mask) for site in sites}
+
+    def total(value: Tensor, mask: Tensor) -> Tensor:
+        value = value.to(torch.promote_types(model.dtype, torch.float32))
+        if positional:
+            return value.sum(0, keepdim=True)
+        # What stands at padding may be NaN.
+        return torch.where(mask.reshape(*mask.shape, *[1] * (value.ndim - 2)), value, 0).sum((0, 1))[None, None]
+
+    size = 64 if batch_size is None else batch_size
+    totals = over_batches(reference.to(model.device), size, sums, {str(site): "sum" for site in sites})
     count = len(reference) if positional else int(reference.mask.sum())
-    return {site: total / count for site, total in totals.items()}
+    return {site: totals[str(site)] / count for site in sites}
 
 
 def check_means(means: Mapping[Site, Tensor], pairs: Pairs) -> None:

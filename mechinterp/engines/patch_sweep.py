@@ -16,18 +16,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.base.errors import UnsupportedError
-from mechinterp.base.progress import Progress
-from mechinterp.graphs.token_positions import take_positions
+from mechinterp.base.progress import Progress, no_progress
+from mechinterp.engines.readout import FINAL, Readout
 from mechinterp.models.components import BY_QUERY, Part
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.past import Past
 from mechinterp.models.sites import Site
-from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 
 MEMORY = {"cpu": 2**26, "cuda": 2**30}
-"""Bytes of activations that runs side by side may hold, unless told: what is fastest on each kind of device."""
-_FINAL = Site("resid_final")
+"""Bytes of activations that runs side by side may hold by default: what is fastest on each kind of device."""
+
+
+def memory_budget(device: torch.device, memory: int | None) -> int:
+    """The bytes that runs side by side may hold: `memory`, or the default of the device."""
+    return memory or MEMORY.get(device.type, MEMORY["cpu"])
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,8 @@ class Base:
 
 def run_base(
     model: HookManager,
-    pairs: Pairs,
+    readout: Readout,
     tokens: Int[Tensor, "batch pos"],
-    metric: Metric,
-    reference: Tensor | None,
     *,
     layers: Sequence[int] = (),
     record: Sequence[Site] = (),
@@ -75,15 +76,14 @@ def run_base(
     sites = [Site("resid_pre", layer) for layer in layers]
     run = model.run(
         tokens,
-        pairs.mask,
-        record=list(dict.fromkeys([*sites, *record, _FINAL])),
+        readout.pairs.mask,
+        record=list(dict.fromkeys([*sites, *record, FINAL])),
         start=None if entering is None else (0, entering),
         keep_past=bool(layers),
-        stop=_FINAL,
+        stop=FINAL,
     )
     resid = {layer: run.values[site] for layer, site in zip(layers, sites, strict=True)}
-    columns = metric.columns(pairs)
-    values = _metric(model, pairs, metric, reference, columns, run.values[_FINAL], 1, 0)[0]
+    values = readout.of_resid(run.values[FINAL])
     return Base(tokens, resid, run.past, values, {site: run.values[site] for site in record})
 
 
@@ -110,23 +110,20 @@ def _start(model: HookManager, patch: Patch) -> int:
 
 def sweep(
     model: HookManager,
-    pairs: Pairs,
+    readout: Readout,
     base: Base,
     patches: Sequence[Patch],
     replacements: Mapping[Site, Tensor],
-    metric: Metric,
-    reference: Tensor | None = None,
     *,
     memory: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> tuple[Float[Tensor, "patch batch"], float]:
     """(the metric of every patched run, what it took in whole forwards of the prompts).
 
     `replacements` has for every patched site what is written there, `[batch, pos, ...]` (or `[batch, head, query,
     key]`) or what broadcasts to it.
     """
-    dims = model.dims
-    memory = memory or MEMORY.get(model.device.type, MEMORY["cpu"])
+    dims, pairs, budget = model.dims, readout.pairs, memory_budget(model.device, memory)
     n_batch, n_pos = base.tokens.shape
     # Edits of an `intervene` block are for the prompts as they are: whole, and each once.
     width = int(pairs.answer_pos.max()) + 1 if dims.causal and not model.edited else n_pos
@@ -139,21 +136,19 @@ def sweep(
         if first is not None:
             first = min(first, int(earliest[patched[i]].min()))  # an earlier answer is read too
             groups[_start(model, patch), first if base.past is not None else 0].append(i)
-    columns = metric.columns(pairs)
     total, done, forwards = sum(map(len, groups.values())), 0, 0.0
     for (layer, first), members in sorted(groups.items()):
         per_token = 24 * dims.d_model + 4 * dims.n_heads * width
         each = n_batch * (width - first) * per_token * model.dtype.itemsize
-        for chunk in _split(members, 1 if model.edited else max(1, memory // each)):
+        for chunk in _split(members, 1 if model.edited else max(1, budget // each)):
             final = _run_side_by_side(
                 model, pairs, base, [patches[i] for i in chunk], replacements, layer, slice(first, width)
             )
-            values = _metric(model, pairs, metric, reference, columns, final, len(chunk), first)
+            values = readout.of_runs(final, len(chunk), first)
             out[chunk] = torch.where(patched[chunk], values, out[chunk])
             done += len(chunk)
             forwards += len(chunk) * (dims.n_layers - max(0, layer)) / dims.n_layers * (width - first) / n_pos
-            if progress is not None:
-                progress(done, total)
+            progress(done, total)
     return out, forwards
 
 
@@ -189,12 +184,12 @@ def _run_side_by_side(
         base.tokens[:, columns].repeat(n, 1),
         None if model.dims.causal else mask.repeat(n, 1),
         interventions=[Intervention(site, _edit(n, several, columns)) for site, several in edits.items()],
-        record=[_FINAL],
+        record=[FINAL],
         start=start,
         past=past,
-        stop=_FINAL,
+        stop=FINAL,
     )
-    return run.values[_FINAL]
+    return run.values[FINAL]
 
 
 def _edit(n: int, several: Sequence[tuple[int, Part, Tensor, Tensor]], columns: slice) -> Callable[[Tensor], Tensor]:
@@ -225,33 +220,3 @@ def _cropped(site: Site, replacement: Tensor, columns: slice, like: Tensor) -> T
     if site.kind in BY_QUERY and replacement.shape[3] > 1:
         replacement = replacement[..., : like.shape[3]]
     return replacement.expand_as(like)
-
-
-def _metric(
-    model: HookManager,
-    pairs: Pairs,
-    metric: Metric,
-    reference: Tensor | None,
-    columns: Tensor | None,
-    final: Tensor,
-    n: int,
-    first: int,
-) -> Float[Tensor, "patch batch"]:
-    """The metric of each of `n` runs side by side whose first position is `first`."""
-    at = (pairs.answer_pos - first).clamp(min=-1).repeat(n, 1)
-    wide = take_positions(final, at).to(torch.promote_types(final.dtype, torch.float32))
-    logits = model.layout.unembed(wide, columns).unflatten(0, (n, len(pairs)))
-    return metric_of_runs(metric, logits, columns, pairs, reference)
-
-
-def metric_of_runs(
-    metric: Metric,
-    logits: Float[Tensor, "run batch n_answer n_columns"],
-    columns: Int[Tensor, " n_columns"] | None,
-    pairs: Pairs,
-    reference: Float[Tensor, "batch n_answer d_vocab"] | None,
-) -> Float[Tensor, "run batch"]:
-    """The metric of several runs of the same prompts, from all logits or those of `columns`."""
-    if columns is None:
-        return torch.stack([metric(own, pairs, reference) for own in logits])
-    return torch.stack([metric.on_columns(own, columns, pairs) for own in logits])

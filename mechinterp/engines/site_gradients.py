@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
-from mechinterp.engines.edge_patching import metric_values
+from mechinterp.engines.readout import FINAL
 from mechinterp.models.components import BY_QUERY, UNIT_AXES
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.sites import Site
@@ -24,8 +24,6 @@ from mechinterp.tasks.pairs import Pairs
 
 Loss: TypeAlias = Callable[[Tensor], Tensor]
 """The final residual stream -> one number per example."""
-
-END = Site("resid_final")
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def site_gradients(
         grads=wanted,
         loss=loss,
         start=start,
-        stop=END,
+        stop=FINAL,
     )
     if run.loss is None:
         raise InputError("The run gave no value of the metric.")
@@ -69,12 +67,7 @@ def site_values(
     model: HookManager, pairs: Pairs, tokens: Int[Tensor, "batch pos"], sites: Sequence[Site]
 ) -> dict[Site, Tensor]:
     """The activations at `sites`. One forward."""
-    return _by_site(model.run(tokens, pairs.mask, record=sites, stop=END).values)
-
-
-def metric_loss(model: HookManager, pairs: Pairs, metric: Metric, reference: Tensor | None) -> Loss:
-    """The metric of every example as a function of the final residual stream."""
-    return lambda resid: metric_values(model, pairs, metric, resid, reference)
+    return _by_site(model.run(tokens, pairs.mask, record=sites, stop=FINAL).values)
 
 
 def check_differentiable(metric: Metric) -> None:

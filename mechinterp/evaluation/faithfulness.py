@@ -16,7 +16,8 @@ from torch import Tensor
 from mechinterp.base.batches import over_batches
 from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress, no_progress
-from mechinterp.engines.edge_patching import check_cut, check_model, clean_logits, edge_logits
+from mechinterp.engines.edge_patching import check_cut, check_model, edge_logits
+from mechinterp.engines.readout import clean_logits
 from mechinterp.evaluation.ablation import Ablation, AblationSetup
 from mechinterp.evaluation.ablation import ablation_of as ablation_of
 from mechinterp.graphs.circuit import Circuit

@@ -11,7 +11,7 @@ import torch
 import mechinterp as mi
 from mechinterp.analysis.activation_patching import activation_patching, fraction
 from mechinterp.base.errors import InputError, UnsupportedError
-from mechinterp.engines.edge_patching import clean_logits, metric_values
+from mechinterp.engines.readout import clean_logits, metric_values
 from mechinterp.models.components import UNIT_AXES, parse_part
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.sites import Site

@@ -12,7 +12,7 @@ from mechinterp.analysis.attribution import METHODS, attribution_patching, node_
 from mechinterp.analysis.relevance import relevance
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.engines.edge_attribution import edge_gradients
-from mechinterp.engines.edge_patching import metric_values
+from mechinterp.engines.readout import metric_values
 from mechinterp.graphs.graph import build_graph
 from mechinterp.models.hook_manager import HookManager, Intervention, load_model
 from mechinterp.models.sites import Site

@@ -10,7 +10,7 @@ import torch
 from mechinterp.analysis.activation_patching import fraction
 from mechinterp.analysis.causal_tracing import causal_tracing
 from mechinterp.base.errors import InputError
-from mechinterp.engines.edge_patching import metric_values
+from mechinterp.engines.readout import metric_values
 from mechinterp.models.hook_manager import Intervention
 from mechinterp.models.sites import Site
 from mechinterp.tasks.metrics import get_metric

@@ -9,7 +9,8 @@ import torch
 
 from mechinterp.analysis.path_patching import path_patching
 from mechinterp.base.errors import InputError, UnsupportedError
-from mechinterp.engines.edge_patching import clean_logits, metric_values, run_edges
+from mechinterp.engines.edge_patching import run_edges
+from mechinterp.engines.readout import clean_logits, metric_values
 from mechinterp.graphs.graph import build_graph
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.sites import Site

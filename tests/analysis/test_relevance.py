@@ -8,8 +8,8 @@ import torch
 from mechinterp.analysis.integrated_gradients import QUADRATURES, integrated_gradients, integration_points
 from mechinterp.analysis.relevance import relevance
 from mechinterp.base.errors import InputError, UnsupportedError
-from mechinterp.engines.edge_patching import answer_logits, metric_values
 from mechinterp.engines.lrp import RULES, Rules, lrp_loss, rule_edits
+from mechinterp.engines.readout import answer_logits, metric_readout, metric_values
 from mechinterp.engines.site_gradients import site_gradients
 from mechinterp.models.hook_manager import HookManager, Intervention, load_model
 from mechinterp.models.norm import Norm
@@ -48,6 +48,14 @@ def test_relevance_is_conserved(name: str, rules: str) -> None:
         behind = [p for p in parts.labels["part"] if p == "logits" or int(p.split()[0][1:]) >= layer]
         total = streams.scores.values[layer].nansum(0) + parts.at(part=behind).values.sum(0)
         torch.testing.assert_close(total, value, rtol=near(name), atol=near(name))
+
+
+def test_a_smaller_last_batch_changes_nothing() -> None:
+    model, some = tiny("gpt2"), pairs(5, 6, padded=True)
+    whole, parts = relevance(model, some, "mlp_out"), relevance(model, some, "mlp_out", batch_size=2)
+    torch.testing.assert_close(parts.scores.values, whole.scores.values, equal_nan=True)
+    torch.testing.assert_close(parts.biases.values, whole.biases.values)
+    assert parts.violation == pytest.approx(whole.violation, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -172,7 +180,7 @@ def test_an_activation_at_zero_takes_the_derivative(name: str) -> None:
     model, some = tiny(name), pairs(3, 5)
     sites = [Site("mlp_pre", 1), Site("mlp_post", 1)]
     edits = [Intervention(sites[0], torch.zeros_like), *rule_edits(model, RULES["relp"])]
-    loss = lrp_loss(model, some, LOGIT_DIFF, None, RULES["relp"])
+    loss = lrp_loss(model, metric_readout(model, some, LOGIT_DIFF), RULES["relp"])
     found = site_gradients(model, some, some.clean, sites, loss, edits=edits)
     up = model.run(some.clean, record=["mlp_up.1"]).values["mlp_up.1"] / 2 if name == "llama" else 1.0
     torch.testing.assert_close(found.gradients[sites[0]], found.gradients[sites[1]] * 0.5 * up)

@@ -13,7 +13,7 @@ import torch
 
 import mechinterp as mi
 from mechinterp.discovery.method import METHODS
-from mechinterp.engines.edge_patching import answer_logits
+from mechinterp.engines.readout import answer_logits
 from tests.support.hand_circuits import HAND, SHARP, induction
 from tests.support.truth_table import ANSWERS, ANY_METRIC, EFFECT, LEARNED, run
 

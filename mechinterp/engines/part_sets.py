@@ -1,4 +1,4 @@
-"""Which parts a sweep goes over, and where: what a user writes, turned into sets of parts with their positions."""
+"""The sets of parts that an analysis goes over, with their positions, from the names that a user writes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from mechinterp.models.components import (
     unit_axis,
     unit_range,
 )
+from mechinterp.models.layout import Dims
 from mechinterp.models.sites import LAYER_SITES, Site
 from mechinterp.tasks.pairs import Pairs
 
@@ -29,7 +30,14 @@ Nodes: TypeAlias = "Sequence[str | Sequence[str]]"
 def swept_parts(
     model: HasSites, what: str | Nodes, layers: Sequence[int] | None, units: Sequence[int] | None
 ) -> tuple[dict[str, tuple[str, ...]], list[tuple[Part, ...]]]:
-    """(the labels of the axes before the position, the set of parts of every entry in order)."""
+    """(the labels of the axes before the position, the set of parts of every entry in order).
+
+    Args:
+        model: Says which sites, layers and units exist.
+        what: A kind of site, swept over its layers and units, or a list of parts and sets of parts.
+        layers: Of a kind of site, the layers to sweep; None: all.
+        units: Of a kind of site, its heads or neurons; None: all.
+    """
     if isinstance(what, str) and what in LAYER_SITES:
         chosen = layer_range(model, what, layers)
         labels = {"layer": tuple(map(str, chosen))}
@@ -45,20 +53,44 @@ def swept_parts(
         raise InputError(
             "`layers` and `units` restrict a sweep over a kind of site; a list of parts is taken as it is."
         )
-    nodes = [what] if isinstance(what, str) else list(what)
-    if not nodes:
-        raise InputError("No part is given to patch; name some, such as 'a9.h9', or a kind of site, such as 'z'.")
-    names: list[str] = []
-    sets: list[tuple[Part, ...]] = []
-    for node in nodes:
-        members = [node] if isinstance(node, str) else list(node)
-        if not members or len(set(members)) != len(members):
-            raise InputError(f"A set of parts is empty or names one twice: {members}.")
-        names.append(" + ".join(members))
-        sets.append(tuple(parse_part(model, member) for member in members))
+    names, sets = parse_sets(model, what)
+    return {"node": names}, sets
+
+
+def parse_sets(
+    model: HasSites, nodes: str | Nodes, noun: str = "part"
+) -> tuple[tuple[str, ...], list[tuple[Part, ...]]]:
+    """(the label of every set, the parts of every set); a name alone is a set of one.
+
+    Raises InputError, calling them by `noun`, for no set, an empty one, and a part or a set that is given twice.
+    """
+    entries = [nodes] if isinstance(nodes, str) else list(nodes)
+    if not entries:
+        raise InputError(_NOTHING[noun])
+    members = [[entry] if isinstance(entry, str) else list(entry) for entry in entries]
+    for several in members:
+        if not several or len(set(several)) != len(several):
+            raise InputError(f"A set of {noun}s is empty or names one twice: {several}.")
+    sets = [tuple(parse_part(model, member) for member in several) for several in members]
+    names = tuple(" + ".join(several) for several in members)
     if len(set(names)) != len(names):
-        raise InputError(f"The part {next(n for n in names if names.count(n) > 1)!r} is given twice.")
-    return {"node": tuple(names)}, sets
+        raise InputError(f"The {noun} {next(n for n in names if names.count(n) > 1)!r} is given twice.")
+    return names, sets
+
+
+_NOTHING = {
+    "part": "No part is given to patch; name some, such as 'a9.h9', or a kind of site, such as 'z'.",
+    "sender": "No sender is given; name some, such as 'a9.h9', or write 'heads' or 'nodes'.",
+}
+
+
+def every_node(dims: Dims) -> list[str]:
+    """The names of the input, every head and every MLP, in the order of the model."""
+    names = ["input"]
+    for layer in range(dims.n_layers):
+        names += [f"a{layer}.h{head}" for head in range(dims.n_heads)]
+        names += [f"m{layer}"] * dims.has_mlp
+    return names
 
 
 def placed_parts(
