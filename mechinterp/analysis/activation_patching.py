@@ -1,4 +1,4 @@
-"""Activation patching: what the metric becomes when parts of a run are replaced.
+"""Activation patching: how the metric changes when parts of a run are replaced.
 
 Source: Vig et al. 2020 (arXiv 2004.12265), Geiger et al. 2021 (arXiv 2106.02997); the two directions and how they
 differ: Heimersheim & Nanda 2024 (arXiv 2404.15255).
@@ -48,31 +48,39 @@ def activation_patching(
     memory: int | None = None,
     progress: Progress = no_progress,
 ) -> Grid:
-    """The effect of replacing each part of the run by itself: positive = the part helps the task.
-
-    `what` is a kind of site, swept over its layers and heads (`z`, `q`, `k`, `v`, `pattern`), neurons (`mlp_post`) or
-    layers (`resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`); or a list of parts (`a9.h9`, `a9.h9<q>`,
-    `m3`, `m3.n17`, `resid_pre.5`, each with an optional `@S2` or `@4`) and of sets of parts that are replaced
-    together. `positions` says where (see `Positions`; of `pattern`, query positions); `layers` and `units` restrict
-    a sweep.
-
-    `direction` is `noise` (the clean run is patched with values of the corrupt one: is the part needed?) or `denoise`
-    (the corrupt run is patched with clean values: is it enough?). `replacement` is `pair` (the other run's value, as
-    said), `mean` (over all real tokens of the corrupt prompts of `reference`, by default of `pairs`),
-    `mean-positional` (the same per position), `zero`, token ids `[batch, pos]` of other prompts (interchange), or a
-    function of (the base run's value, site) that returns the new value.
+    """The effect of replacing each part of the run on its own: positive = the part helps the task.
 
     The grid has the axes (layer, head or neuron, if any; or node), pos, example, in units of the metric: for `noise`
     metric(clean) - metric(patched), for `denoise` metric(patched) - metric(corrupt), with the sign turned where a
     lower metric is better. An example that has no such position has NaN. `about` has the means of the metric in both
     runs; `fraction` divides by their difference.
 
-    Cost: two forwards, and per part the share of a forward that can differ: from its layer and first position on
-    (see `cost`; positions before are skipped where the model keeps keys and values). Memory: `memory` bytes of
-    activations at a time (by default 64 MiB on a CPU, 1 GiB elsewhere), and the replaced sites of `batch_size` examples
-    (default: all).
+    Args:
+        model: The model.
+        pairs: Clean and corrupt prompts.
+        what: A kind of site, swept over its layers and heads (`z`, `q`, `k`, `v`, `pattern`), neurons (`mlp_post`) or
+            layers (`resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`); or a list of parts (`a9.h9`,
+            `a9.h9<q>`, `m3`, `m3.n17`, `resid_pre.5`, each with an optional `@S2` or `@4`) and of sets of parts that
+            are replaced together.
+        positions: Where (see `Positions`); of `pattern`, query positions.
+        direction: `noise`: the clean run is patched with values of the corrupt run (is the part necessary?).
+            `denoise`: the corrupt run is patched with clean values (is it sufficient?).
+        replacement: `pair` (the other run's value), `mean` (over all real tokens of the corrupt prompts of
+            `reference`), `mean-positional` (the same per position), `zero`, token ids `[batch, pos]` of other prompts
+            (interchange), or a function of (the base run's value, site) that returns the new value.
+        reference: The pairs whose corrupt prompts give the means; by default `pairs`.
+        metric: What is measured.
+        layers: Of a kind of site, the layers to sweep; by default all.
+        units: Of a kind of site, the heads or neurons to sweep; by default all.
+        batch_size: Examples at a time; by default all.
+        memory: Bytes of activations at a time; by default 64 MiB on a CPU, 1 GiB elsewhere.
+        progress: Called after every group of patched runs of a batch.
 
-    Raises InputError for parts, positions and prompts that are not there, UnsupportedError for a site that the model
+    Cost: two forwards, and per part the share of a forward that can differ: from its layer and first position on
+    (see `cost`; earlier positions are skipped where the model has a key-value cache). Memory: also the replaced sites
+    of `batch_size` examples.
+
+    Raises InputError for parts, positions and prompts that do not exist, UnsupportedError for a site that the model
     does not have.
 
     >>> import mechinterp as mi
@@ -136,19 +144,22 @@ def activation_patching(
 
 
 def fraction(effects: Grid) -> Grid:
-    """The mean effect as a share of the difference that the two prompts make: a ratio of means over the examples.
+    """The mean effect as a share of metric(clean) - metric(corrupt): a ratio of means over the examples.
 
-    1 = noising destroys (denoising restores) all of it. Raises InputError when the metric is the same in clean and
-    corrupt runs, or nearly.
+    1 = noising destroys (denoising restores) all of the difference. `effects` is a Grid of `activation_patching`,
+    `path_patching` or `causal_tracing`. Raises InputError when the metric is (nearly) the same in both runs.
     """
     if not {"clean_value", "corrupt_value"} <= set(effects.about):
-        raise InputError("Only effects of activation patching have the clean and the corrupt metric to divide by.")
+        raise InputError(
+            "Only effects of activation patching, path patching and causal tracing have a clean and a corrupt metric "
+            "to divide by."
+        )
     clean, corrupt = float(effects.about["clean_value"]), float(effects.about["corrupt_value"])
     whole = (clean - corrupt) * int(effects.about["metric_direction"])
     if not abs(whole) > 1e-4 * max(abs(clean), abs(corrupt)):
         raise InputError(
             f"The metric is {clean:.4g} in the clean and {corrupt:.4g} in the corrupt run; a share of no difference "
-            "means nothing. Read the effects themselves."
+            "means nothing. Use the effects themselves."
         )
     mean = effects.mean("example") if "example" in effects.labels else effects
     return Grid(mean.values / whole, mean.labels, "fraction", "", mean.about, mean.cost)
@@ -160,7 +171,7 @@ def _check_replacement(replacement: Replacing, sites: Sequence[Site], pairs: Pai
             raise unknown("replacement", replacement, KINDS)
     elif isinstance(replacement, Tensor) and replacement.shape != pairs.clean.shape:
         raise InputError(
-            f"Prompts to take values from are token ids {list(pairs.clean.shape)} like the pairs'; got "
+            f"Replacement prompts must be token ids {list(pairs.clean.shape)}, like the pairs'; got "
             f"{list(replacement.shape)}."
         )
 

@@ -28,14 +28,20 @@ def knock_out_attention(
 ) -> list[Intervention]:
     """Interventions under which the queries cannot attend to the keys; the rest of each row is renormalised.
 
-    `queries` and `keys` are positions (each one set: `"end"`, `[("S1", "S2")]`, None for all), the same in clean and
-    corrupt prompts; `heads` names heads (`a9.h9`), by default all of `layers`, by default all. A query keeps its own
-    position when it is not among the keys. Setting scores to minus infinity before the softmax and renormalising the
-    pattern after it are the same; here the pattern is renormalised, so that it works on every model.
+    Setting scores to minus infinity before the softmax and renormalising the pattern after it are equivalent; here the
+    pattern is renormalised, which works on every model.
+
+    Args:
+        model: The model.
+        pairs: The prompts that will be run.
+        queries: One set of positions: `"end"`, `[("S1", "S2")]`, None for all.
+        keys: One set of positions. A query still sees its own position if that is not among them.
+        heads: Names of heads (`a9.h9`); by default all heads of `layers`.
+        layers: The layers, if `heads` is not given; by default all.
 
     For `model.run(tokens, mask, interventions=...)` and `with model.intervene(*...)`, on prompts of the same batch.
 
-    Raises InputError for positions and heads that are not there, and where a query would have no key left.
+    Raises InputError for positions and heads that do not exist, and where a query would have no key left.
 
     Source: Geva et al. 2023 (arXiv 2304.14767), attention knockout.
 
@@ -55,20 +61,20 @@ def knock_out_attention(
     if bool(blind.any()):
         row, query = (int(i) for i in blind.nonzero()[0])
         raise InputError(
-            f"Position {query} of row {row} would have no key left to attend to; leave it one, or take the head out "
+            f"Position {query} of row {row} would have no key left to attend to; leave it one, or ablate the head "
             "with `edit_pattern(..., scale=0)`."
         )
 
     def knock_out(pattern: Tensor, chosen: Bool[Tensor, "batch 1 query key"]) -> Tensor:
         kept = torch.where(chosen, 0, pattern)
-        # A row that gave all its attention to what is blocked has nothing to share out: spread as the softmax of
-        # equal scores would be impossible to tell, so it is an error, not a guess.
+        # A row that gave all its attention to the blocked keys has nothing left to renormalise. Its other scores were
+        # lost in the softmax, so this is an error and not a guess.
         total = kept.sum(-1, keepdim=True)
         touched = chosen.any(-1, keepdim=True)
         if bool((touched & (total <= 0)).any()):
             raise InputError(
                 "A query attends to nothing but the keys that are knocked out, to the last bit; its other scores are "
-                "lost in the softmax, so the pattern after the knockout cannot be known."
+                "lost in the softmax, so the pattern after the knockout is unknown."
             )
         return torch.where(touched, kept / total, pattern)
 
@@ -90,11 +96,19 @@ def edit_pattern(
 ) -> list[Intervention]:
     """Interventions that set, add to or scale the attention from queries to keys, after the softmax.
 
-    Exactly one of `set`, `add` and `scale` is given. Without `renormalize` a row need not sum to 1 afterwards, as in
-    the paper; with it, every edited row is divided by its sum. Positions, heads and layers as in
-    `knock_out_attention`.
+    Args:
+        model: The model.
+        pairs: The prompts that will be run.
+        queries: One set of positions, as in `knock_out_attention`.
+        keys: One set of positions.
+        set: The new attention. Exactly one of `set`, `add` and `scale` is given.
+        add: Added to the attention.
+        scale: Multiplies the attention.
+        renormalize: Divide every edited row by its sum; without it, as in the paper, a row need not sum to 1.
+        heads: Names of heads (`a9.h9`); by default all heads of `layers`.
+        layers: The layers, if `heads` is not given; by default all.
 
-    Raises InputError as that does, and for none or several of the three.
+    Raises InputError as `knock_out_attention` does, and for none or several of `set`, `add` and `scale`.
 
     Source: Ortu et al. 2024 (Competition of Mechanisms, arXiv 2402.11655), which multiplies single entries.
 
@@ -125,12 +139,12 @@ def _entries(pairs: Pairs, queries: Positions, keys: Positions) -> Bool[Tensor, 
     for name, wanted in (("queries", queries), ("keys", keys)):
         found = position_sets(pairs, wanted)
         if len(found.labels) != 1:
-            raise InputError(f"`{name}` is one set of positions; write [({', '.join(map(repr, found.labels))})].")
+            raise InputError(f"`{name}` must be one set of positions; write [({', '.join(map(repr, found.labels))})].")
         masks.append(found.masks[0])
     entries = (masks[0][:, :, None] & masks[1][:, None, :]).tril()
     if not bool(entries.flatten(1).any(1).all()):
         row = int((~entries.flatten(1).any(1)).nonzero()[0])
-        raise InputError(f"In row {row} no chosen key comes at or before a chosen query; there is nothing to edit.")
+        raise InputError(f"In row {row} no chosen key is at or before a chosen query, so nothing can be edited.")
     return entries
 
 
@@ -150,12 +164,12 @@ def _interventions(
         if layers is not None:
             raise InputError("Give `heads` or `layers`, not both: heads name their layer.")
         if isinstance(heads, str) or not len(heads):
-            raise InputError("`heads` is a list of at least one head, such as ['a9.h9'].")
+            raise InputError("`heads` must be a list of at least one head, such as ['a9.h9'].")
         chosen = defaultdict(list)
         for name in heads:
             part: Part = parse_part(model, name)
             if part.site.kind != "z" or part.unit is None or part.position is not None or part.site.layer is None:
-                raise InputError(f"{name!r} is no head; heads look like 'a9.h9'.")
+                raise InputError(f"{name!r} is not a head; heads look like 'a9.h9'.")
             chosen[part.site.layer].append(part.unit)
         model.resolve(Site("pattern", min(chosen)))
     return [Intervention(Site("pattern", layer), _on_heads(entries, units, edit)) for layer, units in chosen.items()]

@@ -4,19 +4,14 @@ Sources: Nanda 2023 and Syed et al. 2023 (arXiv 2310.10348) for the first order;
 2403.17806) for the two integrated variants; Kramar et al. 2024 (AtP*, arXiv 2403.00745); Rezaei Jafari et al. 2025
 (RelP, arXiv 2508.21258). Activation and gradient are always taken at the same site.
 
-AtP*: the repairs of attribution patching where its first order fails (Kramar et al. 2024, arXiv 2403.00745).
+AtP* corrects attribution patching where the first order fails. The QK fix (section 3.1.1) computes exactly, softmax
+included, how a patched query or key changes the attention pattern, and takes the first order from there on. GradDrop
+(section 3.1.2) makes direct and indirect effects cancel less: one backward per layer, with the gradient through that
+layer's contribution to the residual stream set to zero.
 
-The QK fix (section 3.1.1) computes what a patched query or key does to the attention pattern exactly, softmax and
-all, and only then takes the first order. GradDrop (section 3.1.2) makes direct and indirect effects cancel less: one
-backward per layer, with the gradient through what that layer adds to the residual stream set to zero.
-
-Deviation: the patched patterns come from the model itself (queries or keys written, z written back, so that nothing
-else changes), in place of the paper's algebra on scores. So they hold on every shape: rotary, grouped, windowed,
-capped. Keys of a set of positions are replaced together; with `positions="each"` they are the paper's, one by one.
-
-The methods of attribution patching: from one batch of examples to the scores of every unit at every site.
-
-Sources and the meaning of each are in `attribution.attribution_patching`.
+Deviation: the patched patterns come from the model itself (queries or keys are written, and z is written back so that
+nothing else changes) instead of the paper's algebra on scores, so they hold on every architecture: rotary, grouped,
+windowed, capped. Keys of a set of positions are replaced together; with `positions="each"` one by one, as in the paper.
 """
 
 from __future__ import annotations
@@ -71,8 +66,8 @@ def patched_patterns(
     """Each layer's pattern `[batch, head, query, key]` with its queries or keys replaced, all else as in the base run.
 
     `replaced` are the new values by site (all queries, or all keys), written at `where`; `z` are the base run's head
-    outputs, so that no layer sees another one's patch. One forward for all layers and heads: a head's pattern is its
-    own affair.
+    outputs, so that no layer sees another one's patch. One forward for all layers and heads, since a head's pattern
+    depends on its own queries and keys only.
     """
     at = where[:, :, None, None]
     edits = [Intervention(site, lambda old, new=new: torch.where(at, new, old)) for site, new in replaced.items()]
@@ -102,7 +97,7 @@ def pattern_effects(
 def dropped_layers(model: HookManager) -> list[list[Intervention]]:
     """Per layer the edits that set the gradient through its contribution to the residual stream to zero.
 
-    Raises UnsupportedError for a model of one layer: nothing would be left.
+    Raises UnsupportedError for a model of one layer, where nothing would be left.
     """
     if model.dims.n_layers < 2:
         raise UnsupportedError("GradDrop drops one layer of several, and this model has one; use 'atp-qk-fix'.")
@@ -118,7 +113,7 @@ def drop_mean(
 ) -> Float[Tensor, "unit set batch"]:
     """The mean of |effect| over the dropped layers other than the site's own, which leaves nothing of it.
 
-    The residual stream belongs to no layer, so there the mean is over all of them.
+    The residual stream does not belong to a layer, so there the mean is over all of them.
     """
     total = torch.stack([effect.abs() for effect in effects]).sum(0)
     return total / (model.dims.n_layers - (not site.kind.startswith("resid")))
@@ -131,7 +126,7 @@ AT_THE_BASE = ("atp", "atp-qk-fix", "atp-star", "relp")
 
 @dataclass(frozen=True)
 class Plan:
-    """What was asked for, checked."""
+    """The settings of a call, checked."""
 
     method: str
     steps: int
@@ -157,7 +152,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a method works on: some examples, their base and other prompts, and where it is to score."""
+    """What a method works on: one batch, its base and other prompts, and the sites and positions to score."""
 
     model: HookManager
     readout: Readout
@@ -167,7 +162,7 @@ class Batch:
     masks: Bool[Tensor, "set batch pos"]
     plan: Plan
     means: Mapping[Site, Tensor]
-    """What replaces every token at a site, where the replacement is a mean."""
+    """What is written at every token of a site, if the replacement is a mean."""
 
     @property
     def pairs(self) -> Pairs:
@@ -326,34 +321,46 @@ def attribution_patching(
     layers: Sequence[int] | None = None,
     batch_size: int | None = None,
 ) -> Grid:
-    """An estimate of `activation_patching` of every layer, head or neuron of a kind of site, from gradients.
+    """An estimate of `activation_patching` for every layer, head or neuron of a kind of site, from gradients.
 
     Positive = the node helps the task: for `noise` it estimates metric(clean) - metric(clean run with the node's
     corrupt value), for `denoise` metric(corrupt run with the node's clean value) - metric(corrupt), in units of the
     metric, the sign turned where a lower metric is better. The axes are those of `activation_patching`: (layer, head
-    or neuron if any, pos, example), NaN where an example lacks the position.
+    or neuron if any, pos, example), NaN where an example does not have the position.
 
-    `what` is `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, `q`, `k`, `v`, `z`, `pattern` (positions
-    are queries), `mlp_post` (neurons), or another site. `replacement` is `pair` (the
-    other run's value), `mean` (over all real tokens of the corrupt prompts of `reference`, by default of `pairs`) or
-    `zero`.
+    The methods, where D is the node's value in the base run minus its replacement, and L the number of layers:
 
-    `method`, with D the node's value in the base run less its replacement, and L layers:
     - `atp`: D x gradient at the base run. 2 forwards, 1 backward.
-    - `atp-qk-fix`: the same but for q and k, whose patched attention patterns are computed exactly (AtP* without
-      GradDrop). For q one forward more, for k one per set of positions.
-    - `atp-star`: with GradDrop too: the mean of |estimate| over L backwards, each without one layer's contribution.
+    - `atp-qk-fix`: the same except for q and k, whose patched attention patterns are computed exactly (AtP* without
+      GradDrop). One more forward for q, and for k one per set of positions.
+    - `atp-star`: also with GradDrop: the mean of |estimate| over L backwards, each without one layer's contribution.
       Never negative. L more forwards and backwards.
-    - `eap-ig-inputs`: D x the mean gradient over runs whose input is between the two prompts'. `steps` forwards and
-      backwards.
-    - `eap-ig-activations`: D x the mean gradient over runs whose own site is between the base value and the
-      replacement (all nodes of the layer and all positions together), else as in the base run. A layer's sum over
-      nodes and positions tends to the exact effect of patching them all. `steps` backwards for each layer.
-    - `relp`: D x the LRP coefficient of RelP. 2 forwards, 1 backward; not for q, k and pattern, which get nothing.
+    - `eap-ig-inputs`: D x the mean gradient over runs whose input is interpolated between the two prompts'. `steps`
+      forwards and backwards.
+    - `eap-ig-activations`: D x the mean gradient over runs in which the site itself is interpolated between its base
+      value and the replacement (all nodes of the layer and all positions together), else as in the base run. A
+      layer's sum over nodes and positions tends to the exact effect of patching them all. `steps` backwards per layer.
+    - `relp`: D x the LRP coefficient of RelP. 2 forwards, 1 backward; not for q, k and pattern, which get no relevance.
 
-    `quadrature` says where the `steps` lie on the way to the base run (1): `midpoint`, `gauss-legendre`, or `right`
-    (k / steps, as published). Memory: one run's graph and the sites' values and gradients, `batch_size` examples at
-    a time; `atp-star` keeps the gradients of L runs.
+    Args:
+        model: The model.
+        pairs: Clean and corrupt prompts.
+        what: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, `q`, `k`, `v`, `z`, `pattern` (positions
+            are queries), `mlp_post` (neurons), or another site.
+        method: See above.
+        steps: The number of interpolated runs of the `eap-ig` methods.
+        quadrature: Where these lie between the replacement (0) and the base run (1): `midpoint`, `gauss-legendre`, or
+            `right` (k / steps, as published).
+        positions: Where (see `Positions`).
+        direction: `noise` or `denoise`.
+        replacement: `pair` (the other run's value), `mean` (over all real tokens of the corrupt prompts of
+            `reference`) or `zero`.
+        reference: The pairs whose corrupt prompts give the means; by default `pairs`.
+        metric: What is measured; it must have a gradient.
+        layers: The layers to score; by default all.
+        batch_size: Examples at a time; by default all.
+
+    Memory: one run's graph and the sites' values and gradients; `atp-star` keeps the gradients of L runs.
 
     Raises InputError for unknown names, positions and metrics without a gradient, UnsupportedError for a site that
     the model does not have, or that the method cannot score.
@@ -397,7 +404,20 @@ def node_attribution(
     """The scores of `attribution_patching` for every writer: `input`, the heads (at z) and the MLPs (at mlp_out).
 
     Axes (node, pos, example), the nodes named and ordered as the writers of `build_graph`. All nodes come from the
-    same runs, so that `atp` takes 2 forwards and 1 backward. Arguments, sign and errors as in `attribution_patching`.
+    same runs, so `atp` takes 2 forwards and 1 backward.
+
+    Args:
+        model: The model.
+        pairs: Clean and corrupt prompts.
+        method: As in `attribution_patching`, like all arguments, signs and errors.
+        steps: The number of interpolated runs of the `eap-ig` methods.
+        quadrature: Where these lie.
+        positions: Where (see `Positions`).
+        direction: `noise` or `denoise`.
+        replacement: `pair`, `mean` or `zero`.
+        reference: The pairs whose corrupt prompts give the means; by default `pairs`.
+        metric: What is measured; it must have a gradient.
+        batch_size: Examples at a time; by default all.
 
     >>> import mechinterp as mi
     >>> from mechinterp.analysis.attribution import node_attribution

@@ -1,4 +1,4 @@
-"""Causal tracing: noise on the subject's embeddings breaks the answer; which clean states, put back, restore it?
+"""Causal tracing: noise on the subject's embeddings destroys the answer; which clean states restore it?
 
 Source: Meng et al. 2022 (arXiv 2202.05262), section 2.1 and appendix B.
 """
@@ -47,19 +47,33 @@ def causal_tracing(
 ) -> Grid:
     """The indirect effect of each layer and position: metric(noised, state restored) - metric(noised).
 
-    Gaussian noise is added to the embeddings at `subject` (positions of the clean prompts, one set), with `noise`
-    times the standard deviation of all embedding entries of the pairs' clean tokens; then the clean run's values of
-    `what` are put back in `window` layers around each layer (from `layer - window // 2` on; the paper takes 1 for
-    `resid_post`, 10 for `attn_out` and `mlp_out`) at each of `positions`. The mean over `samples` draws, which depend
-    on the seed and the order of the examples, not on padding or batches. The corrupt prompts are not used.
+    Gaussian noise is added to the clean prompts' embeddings of the subject; then the clean run's values of `what` are
+    restored in a window of layers around each layer, at each of `positions`. The corrupt prompts are not used.
 
     Axes layer, pos, example, in units of the metric (`prob`: the probability of the right answers), positive = the
     state carries what the noise destroyed. `about` has the means of the metric in the clean and in the noised runs;
     `fraction` divides by their difference.
 
-    Cost: a forward, and per sample one forward and the share of a forward that can differ per entry (see `cost`).
+    Args:
+        model: The model.
+        pairs: Their clean prompts are traced.
+        subject: The positions that get the noise, one set.
+        what: The site that is restored: `resid_post`, `resid_mid`, `resid_pre`, `attn_out` or `mlp_out`.
+        positions: Where it is restored (see `Positions`).
+        window: How many layers are restored together, from `layer - window // 2` on; the paper takes 1 for
+            `resid_post`, 10 for `attn_out` and `mlp_out`.
+        noise: The noise's standard deviation, in units of that of all embedding entries of the pairs' clean tokens.
+        samples: Draws of the noise, over which the effect is averaged.
+        seed: Of the noise, which depends on the seed and the order of the examples, not on padding or batches.
+        metric: What is measured.
+        layers: The layers to restore around; by default all.
+        batch_size: Examples at a time; by default all.
+        memory: Bytes of activations at a time, as in `activation_patching`.
+        progress: Called after every sample.
 
-    Raises InputError for positions that are not there, and a window or a number of samples below 1.
+    Cost: per sample two forwards, and per entry the share of a forward that can differ (see `cost`).
+
+    Raises InputError for positions that do not exist, and a window or a number of samples below 1.
 
     >>> import mechinterp as mi
     >>> model = mi.load_model("bundled")
@@ -75,13 +89,13 @@ def causal_tracing(
         raise unknown("site to restore", what, KINDS)
     if window < 1 or samples < 1 or not noise > 0:
         raise InputError(
-            f"`window` and `samples` are at least 1 and `noise` is positive; got {window}, {samples} and {noise}."
+            f"`window` and `samples` must be at least 1 and `noise` positive; got {window}, {samples} and {noise}."
         )
     pairs = pairs.to(model.device)
     chosen = layer_range(model, what, layers)
     where, noised_at = position_sets(pairs, positions), position_sets(pairs, subject)
     if len(noised_at.labels) != 1:
-        raise InputError(f"`subject` is one set of positions; write [({', '.join(map(repr, noised_at.labels))})].")
+        raise InputError(f"`subject` must be one set of positions; write [({', '.join(map(repr, noised_at.labels))})].")
     spread = _spread(model, pairs, batch_size)
     totals, forwards = torch.zeros(2, dtype=torch.float64), 0.0
     effects = torch.zeros(len(chosen) * len(where.labels), len(pairs), dtype=torch.float64, device=model.device)

@@ -1,4 +1,4 @@
-"""Composition scores: how much of what one head writes lies where another head reads, from the weights alone."""
+"""Composition scores: how much of what one head writes is in the subspace another head reads, from weights alone."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ CHANNELS = ("q", "k", "v")
 def composition_scores(model: HookManager, kind: str) -> Grid:
     """A Grid (sender_layer, sender_head, receiver_layer, receiver_head): ||A B||_F / (||A||_F ||B||_F), 0 to 1.
 
-    A = W_V W_O of the sender. `kind` is what of the receiver it enters: `q` (B = W_Q W_K'), `k` (B = W_K W_Q') or `v`
-    (B = W_V W_O). NaN where the sender is not before the receiver. Norm weights are folded in; no scale of a norm can
-    matter, since the score does not depend on the sizes of A and B. The weights are those of the model as it is:
-    published scores are mostly of processed weights (compatibility mode), whose W_O are centred.
+    A = W_V W_O of the sender, B is the receiver's matrix. NaN where the sender is not before the receiver. Norm
+    weights are folded in; the scale of a norm does not matter, since the score does not depend on the sizes of A and
+    B. The weights are used as the model has them: published scores are mostly of processed weights (compatibility
+    mode), whose W_O are centred.
+
+    Args:
+        model: The model.
+        kind: The receiver's input: `q` (B = W_Q W_K'), `k` (B = W_K W_Q') or `v` (B = W_V W_O).
 
     With random orientations the mean square of the score is 1 / d_model whatever the singular values are, so
-    `about["baseline"]` = 1 / sqrt(d_model) is what to compare with (or to subtract). Elhage et al. subtract the score
-    of random matrices.
+    `about["baseline"]` = 1 / sqrt(d_model) is the value to compare with (or to subtract). Elhage et al. subtract the
+    score of random matrices.
 
     Under grouped-query attention the key and value weights are those of the head's KV head. With rotary positions W_Q
     W_K' is that of relative position 0.

@@ -1,4 +1,4 @@
-"""Contextual decomposition: how much of a target is due to a source, carried forward operation by operation.
+"""Contextual decomposition: how much of a target is due to a source, propagated operation by operation.
 
 Source: Hsu et al. 2024 (arXiv 2407.00886; CD-T, ICLR 2025) and its public code; see `rules` for the presets.
 """
@@ -42,7 +42,7 @@ REPLACEMENTS = ("zero", "pair", *MEANS)
 class Decomposition:
     """The relevant and the irrelevant part of every target, for every source.
 
-    A source that nothing of reaches a target has relevant part 0 there; relevant + irrelevant = total, exactly.
+    Where nothing of a source reaches a target, the relevant part is 0; relevant + irrelevant = total, exactly.
     """
 
     labels: Mapping[str, tuple[str, ...]]
@@ -59,7 +59,7 @@ class Decomposition:
     """Of all examples, in forwards (a source counts from its layer and first position on) and backwards."""
 
     def irrelevant(self, target: str | None = None) -> Tensor:
-        """Total less relevant, with the sources' axes."""
+        """Total minus relevant, with the sources' axes."""
         name = self._name(target)
         return self.total[name] - self.relevant[name]
 
@@ -83,7 +83,7 @@ class Decomposition:
         if target is None and len(self.relevant) == 1:
             return next(iter(self.relevant))
         if target is None:
-            raise InputError(f"Say which target: {', '.join(self.relevant)}.")
+            raise InputError(f"Name a target: {', '.join(self.relevant)}.")
         if target not in self.relevant:
             raise unknown("target", target, self.relevant)
         return target
@@ -106,36 +106,44 @@ def contextual_decomposition(
     memory: int | None = None,
     progress: Progress = no_progress,
 ) -> Decomposition:
-    """Splits every target into what is due to each source and the rest: positive = the source raises the target.
+    """Every target split into what is due to each source and the rest: positive = the source raises the target.
 
-    `source` is a kind of site, swept over its layers and heads (`z`), neurons (`mlp_post`) or layers (`mlp_out`);
-    `nodes`, which is the input, every head and every MLP; or a list of parts (`input`, `a9.h9`, `m3`, `m3.n17`, each
-    with an optional `@S2` or `@4`) and of sets of parts that are one source. `positions` says where, as in activation
-    patching (`each`, `["S2", ("IO", "S1")]`), so words and phrases are `["input"]` with `positions="each"` or with
-    `positions=[(3, 4, 5)]`.
+    At its source the relevant part is the activation minus a replacement. From there it goes through every operation
+    by the rules of the preset.
 
-    At its source the relevant part is the activation less a replacement: `zero` (all of it is relevant), `mean` or
-    `mean-positional` (over the corrupt prompts of `reference`, by default of `prompts`), or `pair` (the corrupt run's
-    value). From there it goes through every operation by the rules of the `preset`: `linear`, `frozen-remove`,
-    `authors-gpt`, `authors-bert`, `patch` (see `rules.PRESETS`), or your own `Preset`.
+    Args:
+        model: The model, or an encoder.
+        prompts: Pairs (their clean prompts) or token ids.
+        source: A kind of site, swept over its layers and heads (`z`), neurons (`mlp_post`) or layers (`mlp_out`);
+            `nodes`, which is the input, every head and every MLP; or a list of parts (`input`, `a9.h9`, `m3`,
+            `m3.n17`, each with an optional `@S2` or `@4`) and of sets of parts that are one source.
+        positions: Where, as in activation patching (`each`, `["S2", ("IO", "S1")]`); words and phrases are
+            `["input"]` with `positions="each"` or with `positions=[(3, 4, 5)]`.
+        targets: Directions of logits (`answers`, `right`, `wrong`, a token id, a pair of them, weights; read at the
+            answer positions, or at `position`; after a soft cap), `logits` (the whole vocabulary there), and parts or
+            sites (`resid_post.3`, `a9.h9<q>`, `z.5@end`). For an encoder classifier, token ids are classes.
+        preset: `linear`, `frozen-remove`, `authors-gpt`, `authors-bert`, `patch` (see `rules.PRESETS`), or your own
+            `Preset`.
+        replacement: `zero` (the whole activation is relevant), `mean` or `mean-positional` (over the corrupt prompts
+            of `reference`), or `pair` (the corrupt run's value).
+        reference: The pairs whose corrupt prompts give the means; by default `prompts`.
+        position: Where directions and logits are read; by default the answer positions.
+        mask: True at the real tokens, where `prompts` are token ids.
+        forward: True: walk forward. False: insist on one backward. By default `linear` with one direction and sources
+            at one site each is done in one backward (RelP's rules give the same coefficients).
+        batch_size: Examples at a time; by default all.
+        memory: Bytes of relevant parts at a time.
+        progress: Called with the number of (source, example) pairs that are done.
 
-    `targets` are directions of logits (`answers`, `right`, `wrong`, a token id, a pair of them, weights; read at the
-    answer positions, or at `position`; after a soft cap), `logits` (the whole vocabulary there), and parts or sites
-    (`resid_post.3`, `a9.h9<q>`, `z.5@end`). For an encoder classifier, `token ids` are classes.
+    Checked in every call: the operation of each rule, at r + i, gives the run's own value (`completeness`). That holds
+    for any split, good or bad; to see whether a preset ranks sources well, compare it with `patch`, which is ablation
+    itself. Rules with a frozen norm overestimate magnitudes.
 
-    `linear` with one direction for sources at one site each is done in one backward (RelP's rules give the same
-    coefficients); `forward=True` walks forward instead, `forward=False` insists on the backward.
-
-    Checked in every call: each operation's rule is of an operation that, at r + i, gives the run's own value
-    (`completeness`). That holds for any split, good or bad; to see whether a preset ranks sources well, compare it
-    with `patch`, which is ablation itself. Rules with a frozen norm overshoot in magnitude.
-
-    Cost: a forward, per source the share of a forward from its layer and first position on without unembedding;
+    Cost: a forward, and per source the share of a forward from its layer and first position on, without unembedding;
     twice that for `patch` and `authors-gpt`, which need patterns of parts. `linear` by backward: a forward and a
-    backward in all. Memory: all values of a run of `batch_size` examples (default: all), and `memory` bytes of
-    relevant parts at a time.
+    backward in all. Memory: also all values of a run of `batch_size` examples.
 
-    Raises InputError for sources, targets and positions that are not there, UnsupportedError, naming the operation,
+    Raises InputError for sources, targets and positions that do not exist, UnsupportedError, naming the operation,
     where one has no rule.
 
     >>> import mechinterp as mi
@@ -181,7 +189,7 @@ def decompose(
     memory: int | None = None,
     progress: Progress = no_progress,
 ) -> Decomposition:
-    """`contextual_decomposition`, with the prompts to take means over, or these means by site."""
+    """`contextual_decomposition` with the pairs to average over, or with the means themselves by site."""
     subject: Subject = model if isinstance(model, Encoder) else Decoder(model)
     rules = get_preset(preset)
     pairs = as_pairs(prompts, mask).to(model.device)
@@ -202,7 +210,9 @@ def decompose(
         means = site_means(model, reference, sites, replacement, batch_size)
     backward = suits(model, rules, wanted, parts) if forward is None else not forward
     if backward and not suits(model, rules, wanted, parts):
-        raise InputError("One backward is for preset 'linear', one direction, and sources at one site each.")
+        raise InputError(
+            "One backward (`forward=False`) needs preset 'linear', one direction, and sources at one site each."
+        )
     results: dict[str, list[Tensor]] = defaultdict(list)
     totals: dict[str, list[Tensor]] = defaultdict(list)
     cost = {"forwards": float(isinstance(reference, Pairs)), "backwards": 0.0}

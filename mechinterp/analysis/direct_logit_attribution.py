@@ -37,27 +37,31 @@ def direct_logit_attribution(
     source_positions: Positions = "each",
     batch_size: int | None = None,
 ) -> Grid:
-    """A Grid (node, example) in logits: what every part of the model adds to the logit that `direction` means.
+    """A Grid (node, example) in logits: how much every part of the model adds to the logit of a direction.
 
-    The parts are `embed` and `pos_embed` (or `input`, where their sum is not what enters the first layer), every head
+    The parts are `embed` and `pos_embed` (or `input`, where their sum is not the input of the first layer), every head
     (`a0.h0`), every MLP (`m0`), and every bias that is not 0 (`a0.bias`: the output bias of an attention layer,
     `final_norm.bias`, `unembed.bias`). Their sum over `node` is the logit. The sign is that of the direction: for
     `answers`, positive = toward the right answers.
 
-    `prompts` are pairs, of which the clean prompts are read (or the corrupt ones, `prompt="corrupt"`), or token ids
-    without padding. `direction` is `answers` (mean right logit less mean wrong logit), `right`, `wrong`, token ids
-    (one, or one per example), a pair of these (difference), or float weights `[d_vocab]` or `[batch, d_vocab]`. It is
-    read at the answer positions (their mean where an example has several), or at `position`.
-
-    `refine` names nodes to split further: an MLP (`m3`) into its neurons (`m3.n17`) and `m3.bias`; a head (`a9.h9`)
-    into the positions it attends to (`a9.h9@4`), through the pattern and OV: pattern * v W_O, with the v of the shared
-    KV head where there is one. `source_positions` are `each` (NaN where an example has no such position) or named
-    positions and sets of them; what they leave out is `a9.h9@rest`. `group_parts` sums parts.
+    Args:
+        model: The model.
+        prompts: Pairs, or token ids without padding.
+        direction: `answers` (mean right logit minus mean wrong logit), `right`, `wrong`, token ids (one, or one per
+            example), a pair of these (difference), or float weights `[d_vocab]` or `[batch, d_vocab]`.
+        position: Where it is read; by default the answer positions (their mean where an example has several).
+        prompt: Which prompts of the pairs are read: `clean` or `corrupt`.
+        refine: Nodes to split further: an MLP (`m3`) into its neurons (`m3.n17`) and `m3.bias`; a head (`a9.h9`) into
+            the positions it attends to (`a9.h9@4`), through the pattern and OV: pattern * v W_O, with the v of the
+            shared KV head where there is one. `group_parts` sums parts.
+        source_positions: Those positions: `each` (NaN where an example has no such position) or named positions and
+            sets of them; the rest is `a9.h9@rest`.
+        batch_size: Examples at a time; by default all.
 
     Frozen at the run's value: the scale of the final norm, and of post-norms (a head's or neuron's part is its share
-    of the normed sum). Centring is linear and included. Under a soft cap (Gemma-2) the parts sum to the logit before
+    of the normed sum). Centring is linear, and included. Under a soft cap (Gemma-2) the parts sum to the logit before
     the cap. Values depend on the weights as they are: folding norms or biases (compatibility mode) moves value
-    between parts, not their sum. Edits of an `intervene` block are seen where they are at z, v, patterns or MLPs.
+    between parts, not their sum. Edits of an `intervene` block count where they are at z, v, patterns or MLPs.
 
     The sum is compared with the logit in every call; `about["error"]` is the largest difference as a share of the
     largest part (or of the size of what the norm's product with the direction sums, when that is larger).
@@ -66,7 +70,7 @@ def direct_logit_attribution(
     batch * d_model`; a refined head also its layer's v and pattern rows.
 
     Raises InputError for an unknown direction, position or node, UnsupportedError where the parts do not sum to the
-    logit (an intervention edits the residual stream itself) and for neurons of an MLP that has none (experts).
+    logit (an intervention edits the residual stream itself) and for neurons of an MLP without neurons (experts).
 
     Source: Elhage et al. 2021 (the logits as a sum over paths). The same numbers as TransformerLens's `logit_attrs` of
     `get_full_resid_decomposition`, which needs folded weights, has all biases in one part and no source positions.
@@ -119,7 +123,9 @@ def direct_logit_attribution(
 def group_parts(parts: Grid, groups: Mapping[str, Sequence[str]]) -> Grid:
     """The same Grid with the parts of each group summed; the other parts stay, so the sum over `node` is the same.
 
-    A group is a list of node names or patterns (`a0.h*`, `m3.n*`). NaN (no such position) counts as 0 in a sum.
+    Args:
+        parts: A Grid of `direct_logit_attribution`.
+        groups: By name a list of node names or patterns (`a0.h*`, `m3.n*`). NaN (no such position) counts as 0.
 
     Raises InputError for a name that matches nothing, a part in two groups, and a group named like a part that stays.
 
@@ -128,7 +134,7 @@ def group_parts(parts: Grid, groups: Mapping[str, Sequence[str]]) -> Grid:
     {'node': ['layer 0', 'embed'], 'attribution': [6.0, 1.0]}
     """
     if "node" not in parts.labels:
-        raise InputError(f"Groups are of the axis 'node'; this grid has the axes {', '.join(parts.axes)}.")
+        raise InputError(f"Groups need the axis 'node'; this grid has the axes {', '.join(parts.axes)}.")
     names = parts.labels["node"]
     owner: dict[str, str] = {}
     for group, patterns in groups.items():
@@ -143,13 +149,13 @@ def group_parts(parts: Grid, groups: Mapping[str, Sequence[str]]) -> Grid:
                     raise InputError(f"{name!r} is in two groups, {owner[name]!r} and {group!r}; it would count twice.")
     kept = [name for name in names if name not in owner]
     if taken := sorted(set(kept) & set(groups)):
-        raise InputError(f"The group {taken[0]!r} has the name of a part that is in no group; choose another name.")
+        raise InputError(f"The group {taken[0]!r} has the name of a part outside all groups; choose another name.")
     dim = parts.axes.index("node")
     values = parts.values.movedim(dim, 0)
     sums = [values[[i for i, name in enumerate(names) if owner.get(name) == group]].nansum(0) for group in groups]
     rest = values[[i for i, name in enumerate(names) if name not in owner]]
     merged = torch.cat([torch.stack(sums), rest]) if sums else rest
-    labels = {axis: (*groups, *kept) if axis == "node" else found for axis, found in parts.labels.items()}
+    labels = {axis: (*groups, *kept) if axis == "node" else old for axis, old in parts.labels.items()}
     return replace(parts, values=merged.movedim(0, dim), labels=labels)
 
 
@@ -163,9 +169,9 @@ def _refined(model: HookManager, names: Sequence[str]) -> Refined:
             raise InputError(f"Only heads and MLPs can be refined, as in refine=['a9.h9', 'm3']; got {name!r}.")
         if node.layer >= dims.n_layers or node.head >= dims.n_heads or (node.kind == "mlp" and not dims.has_mlp):
             shape = f"{dims.n_layers} layers of {dims.n_heads} heads" + ("" if dims.has_mlp else " and no MLPs")
-            raise InputError(f"There is no node {name!r}: the model has {shape}.")
+            raise InputError(f"Node {name!r} does not exist: the model has {shape}.")
         if node.kind == "mlp":
-            model.layout.neurons(node.layer)  # refused by name where it has none
+            model.layout.neurons(node.layer)  # raises where it has no neurons
             mlps.add(node.layer)
         elif node.head not in heads.setdefault(node.layer, []):
             heads[node.layer].append(node.head)
@@ -187,14 +193,16 @@ def _sources(pairs: Pairs, positions: Positions) -> PositionSets:
     if not bool(rest.any()):
         return sources
     if "rest" in sources.labels:
-        raise InputError("A source position is named 'rest', which is what the remaining positions are called here.")
+        raise InputError(
+            "A source position is named 'rest', which is the name of the remaining positions here; rename it."
+        )
     return PositionSets((*sources.labels, "rest"), torch.cat([sources.masks, rest[None]]))
 
 
 def _check_sum(
     model: HookManager, values: Float[Tensor, "node batch"], readout: Readout, read: Mapping[str, Tensor]
 ) -> float:
-    """The largest difference of the sum from the logit, relative; raises UnsupportedError when it is no rounding."""
+    """The largest difference of the sum from the logit, relative; raises UnsupportedError when it is not rounding."""
     difference = (values.nansum(0) - readout.logit).abs()
     # The product with the direction rounds in proportion to this, whatever the parts are.
     rounding = einsum(
@@ -202,7 +210,7 @@ def _check_sum(
     )
     size = torch.maximum(values.nan_to_num().abs().amax(0), rounding).clamp(min=torch.finfo(values.dtype).tiny)
     error = float((difference / size).max())
-    # In a lower precision every addition to the residual stream is rounded, and no part holds what that loses.
+    # In a lower precision every addition to the residual stream is rounded, and that loss is in none of the parts.
     low = model.dtype not in (torch.float32, torch.float64)
     tolerance = 8 * torch.finfo(model.dtype).eps if low else 1e-5
     if not error <= tolerance:
@@ -210,6 +218,6 @@ def _check_sum(
         raise UnsupportedError(
             f"The parts sum to {float(values[:, worst].nansum()):.6g} in an example whose logit is "
             f"{float(readout.logit[worst]):.6g} (off by {error:.2g} of the largest part, {tolerance:.2g} allowed): "
-            "something else writes to the residual stream. Are interventions on it in force?"
+            "something else writes to the residual stream. Is an intervention editing it?"
         )
     return error

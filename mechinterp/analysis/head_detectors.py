@@ -29,17 +29,26 @@ def head_scores(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> Grid:
-    """A Grid (layer, head, example) of the mean attention, 0 to 1, that each head pays to what `kind` says.
+    """A Grid (layer, head, example) of the mean attention, 0 to 1, that each head pays to what `kind` looks for.
 
-    On `n` sequences of `length` different random tokens, said twice (see `repeated_tokens`): `previous_token`: from
-    every token to the one before it. `duplicate_token`: from the second copy of a token to the first. `induction`:
-    from the second copy of a token to the one after the first copy. Cost: one forward up to the last pattern.
+    Measured on sequences of different random tokens that are repeated once (see `repeated_tokens`).
+
+    Args:
+        model: The model.
+        kind: `previous_token`: from every token to the one before it. `duplicate_token`: from the second copy of a
+            token to the first. `induction`: from the second copy of a token to the one after the first copy.
+        n: The number of sequences.
+        length: The number of tokens that are repeated.
+        seed: Of the tokens.
+        batch_size: Sequences at a time; by default all.
+
+    Cost: one forward up to the last pattern.
 
     Raises InputError for an unknown kind and for a length that does not fit the context or the vocabulary.
 
     Source: the detection patterns are those of TransformerLens's `head_detector`, whose score `mul` also divides by
     the queries that have nothing to look for; here those are left out. Olsson et al. 2022's prefix matching score is
-    `induction` on random tokens said four times. For heads that copy what they attend to, see `copying_scores`.
+    `induction` on random tokens repeated four times. For heads that copy what they attend to, see `copying_scores`.
 
     >>> import mechinterp as mi
     >>> head_scores(mi.load_model("bundled"), "previous_token", n=4).mean().top(1)[["layer", "head"]].values.tolist()
@@ -56,7 +65,7 @@ def head_scores(
 
 
 def repeated_tokens(model: HookManager, n: int = 10, length: int = 25, seed: int = 0) -> Int[Tensor, "example pos"]:
-    """`n` sequences of `length` different random tokens, each said twice; BOS first where the tokenizer has one.
+    """`n` sequences of `length` different random tokens, each repeated once; BOS first where the tokenizer has one.
 
     Special tokens are left out. Raises InputError when twice the length does not fit, or there are too few tokens.
     """
@@ -67,7 +76,7 @@ def repeated_tokens(model: HookManager, n: int = 10, length: int = 25, seed: int
     most = min((model.dims.n_ctx - first) // 2, len(usable))
     if n < 1 or not 2 <= length <= most:
         raise InputError(
-            f"{n} sequences of {length} tokens said twice cannot be made: the model's context and vocabulary allow "
+            f"{n} sequences of {length} repeated tokens are not possible: the model's context and vocabulary allow "
             f"lengths 2 to {most}, and at least one sequence is needed."
         )
     generator = torch.Generator().manual_seed(seed)
@@ -87,8 +96,16 @@ def attention_to(
 ) -> Grid:
     """A Grid (layer, head, example) of the attention, 0 to 1, that each head pays from `query` to `key`.
 
-    Positions are the task's names, numbers (-1 is the last token), or lists of these: the mean over the queries of the
-    attention to all keys together. Cost: one forward up to the last pattern.
+    Args:
+        model: The model.
+        pairs: The prompts.
+        query: A position: a name of the task, a number (-1 is the last token), or a list of these, over which the
+            attention is averaged.
+        key: A position or a list of positions, over which the attention is summed.
+        prompt: `clean` or `corrupt`.
+        batch_size: Examples at a time; by default all.
+
+    Cost: one forward up to the last pattern.
 
     >>> import mechinterp as mi
     >>> model = mi.load_model("bundled")
@@ -116,8 +133,14 @@ def attention_between(
 ) -> Grid:
     """A Grid (layer, head, query, key, example) of the attention, 0 to 1, between single positions.
 
-    `positions` are the task's names or numbers (default: all that the pairs name). Two positions may be one token.
-    Cost: one forward up to the last pattern for all of them; `attention_to` takes sets of tokens.
+    Args:
+        model: The model.
+        pairs: The prompts.
+        positions: Names of the task, or numbers; by default all that the pairs name. Two of them may be one token.
+        prompt: `clean` or `corrupt`.
+        batch_size: Examples at a time; by default all.
+
+    Cost: one forward up to the last pattern for all positions; `attention_to` takes sets of tokens.
 
     >>> import mechinterp as mi
     >>> model = mi.load_model("bundled")
@@ -129,7 +152,7 @@ def attention_between(
     if prompt not in ("clean", "corrupt"):
         raise InputError(f"`prompt` is 'clean' or 'corrupt'; got {prompt!r}.")
     named = list(pairs.positions) if positions is None else list(positions)
-    if not named or len({str(name) for name in named}) != len(named):  # a name "1" and the number 1 are alike, too
+    if not named or len({str(name) for name in named}) != len(named):  # the name "1" and the number 1 are the same
         raise InputError(f"Give each position once, and at least one; got {named or 'none'}.")
     pairs = pairs.to(model.device)
     dims, columns = model.dims, list[Tensor]()
@@ -177,7 +200,7 @@ def pattern_scores(
         raise InputError(f"Targets are [batch, query, key] = {list(expected)}; got {list(targets.shape)}.")
     counted = targets.any(2).sum(1)
     if not bool(counted.all()):
-        raise InputError(f"Example {int((counted == 0).nonzero()[0])} has no target: there is nothing to look for.")
+        raise InputError(f"Example {int((counted == 0).nonzero()[0])} has no target, so it has no score.")
     n_layers, columns = model.dims.n_layers, list[Tensor]()
     for rows, batch in batches(tokens, batch_size):
         found: dict[int, Tensor] = {}
@@ -217,7 +240,7 @@ def duplicate_token_targets(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "b
 
 def induction_targets(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos pos"]:
     """True from every token to the tokens that came right after earlier copies of it."""
-    return duplicate_token_targets(tokens).roll(1, 2)  # no token is before itself, so nothing wraps around
+    return duplicate_token_targets(tokens).roll(1, 2)  # the last column is empty before, so nothing wraps around
 
 
 TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -225,7 +248,7 @@ TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
     "duplicate_token": duplicate_token_targets,
     "induction": induction_targets,
 }
-"""What each kind of head attends to; the same patterns as TransformerLens's."""
+"""What each kind of head attends to: the same patterns as TransformerLens's."""
 
 
 def copying_scores(model: HookManager) -> Grid:

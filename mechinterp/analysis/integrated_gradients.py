@@ -1,8 +1,8 @@
-"""Integrated gradients over the embeddings: which tokens make the metric what it is.
+"""Integrated gradients over the embeddings: how much each token contributes to the metric.
 
 Source: Sundararajan et al. 2017 (arXiv 1703.01365). Deviation: midpoints by default instead of the paper's right ends
-(`quadrature="right"`). Gauss-Legendre points are far more exact where the metric is smooth along the path (small
-weights), and less so on trained models, whose metric jumps somewhere in the middle, where these points are sparse.
+(`quadrature="right"`). Gauss-Legendre points are far more accurate where the metric is smooth along the path (small
+weights), and less so on trained models, whose metric often jumps in the middle, where these points are sparse.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def integration_points(steps: int, quadrature: str) -> list[tuple[float, float]]
     [(0.25, 0.5), (0.75, 0.5)]
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 1000:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"steps must be a whole number from 1 to 1000; got {steps!r}.")
+        raise InputError(f"`steps` must be a whole number from 1 to 1000; got {steps!r}.")
     if quadrature not in QUADRATURES:
         raise unknown("quadrature", quadrature, QUADRATURES)
     return QUADRATURES[quadrature](steps)
@@ -68,22 +68,30 @@ def integrated_gradients(
     metric: Metric | str = "logit_diff",
     batch_size: int | None = None,
 ) -> Grid:
-    """What every token of the clean prompt adds to the metric, against a baseline: axes (pos, example).
+    """How much every token of the clean prompt adds to the metric, against a baseline: axes (pos, example).
 
     The gradient of the metric is integrated along the straight line from the baseline's embeddings to the clean
-    ones, times their difference, summed over d_model. Positive = the token raises the metric (which is not turned
+    ones, times their difference, summed over d_model. Positive = the token raises the metric (the sign is not turned
     where lower is better). Padding has NaN.
-
-    `baseline` is `corrupt` (the corrupt prompt's embeddings), `zero`, `pad` (the tokenizer's padding token, or its
-    end token, at every position), a token id, or embeddings `[d_model]` or `[batch, pos, d_model]`. `site` is `embed`
-    (token embeddings; position embeddings stay) or `resid_pre` (what enters the first layer; both move).
 
     Completeness: a prompt's numbers sum to metric(clean) - metric(baseline) as `steps` grows. `about` has the largest
     error, in units of the metric (`completeness_error`) and as a share of the largest difference
-    (`completeness_error_share`). Under RMSNorm or LayerNorm a `zero` baseline converges slowly or never: a norm's
-    output jumps at zero.
+    (`completeness_error_share`). Under RMSNorm or LayerNorm a `zero` baseline converges slowly or never, because a
+    norm's output jumps at zero.
 
-    Cost: `steps` forwards and backwards, and three forwards. Memory: one run's graph, `batch_size` examples at a time.
+    Args:
+        model: The model.
+        pairs: Their clean prompts are explained.
+        baseline: `corrupt` (the corrupt prompt's embeddings), `zero`, `pad` (the tokenizer's padding token, or its
+            end token, at every position), a token id, or embeddings `[d_model]` or `[batch, pos, d_model]`.
+        site: `embed` (token embeddings; position embeddings stay) or `resid_pre` (the input of the first layer; both
+            change).
+        steps: Points of the integral.
+        quadrature: Where these lie: `midpoint`, `gauss-legendre` or `right`.
+        metric: What is measured; it must have a gradient.
+        batch_size: Examples at a time; by default all.
+
+    Cost: `steps` forwards and backwards, and three forwards. Memory: one run's graph.
 
     Raises InputError for an unknown baseline, site, metric or number of steps.
 

@@ -1,7 +1,7 @@
-"""The logit lens: what the model would say if a residual stream were its last.
+"""The logit lens: what the model would predict if a residual stream were its last.
 
 Source: nostalgebraist 2020, "interpreting GPT: the logit lens"; a tuned lens (Belrose et al. 2023, arXiv 2303.08112)
-goes in as `lens=`.
+can be given as `lens=`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Lens = Callable[[Site, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class LogitLens:
-    """The distributions that the lens reads, by site, position and example."""
+    """The distributions that the lens gives, by site, position and example."""
 
     top_tokens: Int[Tensor, "site pos example k"]
     """Token ids, the most probable first; -1 where an example has no such position."""
@@ -51,7 +51,7 @@ class LogitLens:
     def to_frame(self, tokenizer: Any = None) -> pd.DataFrame:
         """A row per site, position and example: KL, entropy and the most probable token with its probability.
 
-        With a tokenizer the token is written out, otherwise its id stands there.
+        With a tokenizer the token is given as text, otherwise as its id.
         """
         frame = self.kl.to_frame()
         entropy, first = self.entropy.to_frame(), self.probabilities.at(rank=0).to_frame()
@@ -76,20 +76,27 @@ def logit_lens(
 ) -> LogitLens:
     """The model's final norm, unembedding and soft cap applied to every residual stream on the way.
 
-    `sites` are residual streams (by default all of `resid_pre` and `resid_mid`, which a tuned lens has no map for, and
-    `resid_final`); `positions` names
-    (`end`), numbers (-1 is the last real token) or `each`, by default the first answer position. `targets` are token
-    ids `[batch, n]` whose rank and log-probability to follow, by default the first right and the first wrong answer.
-    `prompts` are pairs (their clean prompts) or token ids.
+    Args:
+        model: The model.
+        prompts: Pairs (their clean prompts) or token ids.
+        sites: Residual streams; by default all of `resid_pre` and `resid_mid` (which a tuned lens has no map for, and
+            leaves out), and `resid_final`.
+        positions: Names (`end`), numbers (-1 is the last real token) or `each`; by default the first answer position.
+        targets: Token ids `[batch, n]` whose rank and log-probability to follow; by default the first right and the
+            first wrong answer.
+        lens: A map of the residual stream before the final norm (a `TunedLens`); by default none.
+        top_k: How many of the most probable tokens to keep.
+        vocabulary_chunk: Tokens of the vocabulary at a time; by default as many as fit 128 MiB of logits.
+        batch_size: Examples at a time; by default all.
 
-    Also what the lens reads at `resid_final` is compared with the model's own logits in every call; the largest
-    difference as a share of the largest logit is in `about["error"]` of every grid.
+    In every call the lens at `resid_final` is compared with the model's own logits; the largest difference as a share
+    of the largest logit is in `about["error"]` of every grid.
 
     Cost: one forward, and `n_sites` unembeddings of the positions read. Memory: 128 MiB of logits at a time, and the
     model's own logits at the positions read.
 
-    Raises InputError for a site that is no residual stream, positions and tokens that are not there, UnsupportedError
-    where the readout is not the model's.
+    Raises InputError for a site that is not a residual stream, positions and tokens that do not exist,
+    UnsupportedError where the lens at the end does not give the model's logits.
 
     >>> import mechinterp as mi
     >>> model = mi.load_model("bundled")
@@ -104,7 +111,7 @@ def logit_lens(
         lens.check_model(model)
         sites = [site for site in _sites(model, None) if site.kind != "resid_mid"] if sites is None else sites
     if not 1 <= top_k <= model.dims.d_vocab_out:
-        raise InputError(f"top_k is from 1 to the vocabulary's {model.dims.d_vocab_out}; got {top_k}.")
+        raise InputError(f"`top_k` must be from 1 to the vocabulary's {model.dims.d_vocab_out}; got {top_k}.")
     chosen = _sites(model, sites)
     labels, at = _positions(pairs, positions)
     aims = _targets(pairs, targets, model.dims.d_vocab_out)
@@ -162,11 +169,18 @@ def writes_lens(
 ) -> pd.DataFrame:
     """The tokens that each node's write raises and lowers most: columns node, example, rank, raised, by, lowered, by.
 
-    `nodes` are heads (`a9.h9`), MLPs (`m3`), neurons (`m3.n17`) and `input`, at one position (by default the first
-    answer position). The write goes through the final norm with the scale of the run (as in direct logit attribution)
-    and the unembedding, without bias and before any soft cap; under a post-norm it is the node's share. In logits.
+    The write goes through the final norm with the scale of the run (as in direct logit attribution) and the
+    unembedding, without bias and before any soft cap; under a post-norm it is the node's share. In logits.
 
-    Cost: one forward and one unembedding a node. Raises InputError for nodes and positions that are not there.
+    Args:
+        model: The model.
+        prompts: Pairs (their clean prompts) or token ids.
+        nodes: Heads (`a9.h9`), MLPs (`m3`), neurons (`m3.n17`) and `input`.
+        position: Where the writes are read; by default the first answer position.
+        top_k: How many tokens per direction.
+        tokenizer: If given, tokens are shown as text instead of ids.
+
+    Cost: one forward and one unembedding per node. Raises InputError for nodes and positions that do not exist.
 
     >>> import mechinterp as mi
     >>> model = mi.load_model("bundled")
@@ -203,7 +217,9 @@ def writes_lens(
         elif part.site.kind in ("mlp_out", "attn_out") or part.site == Site("resid_pre", 0):
             write = value[part.site]
         else:
-            raise InputError(f"{name!r} writes nothing by itself; name heads, MLPs, neurons or 'input'.")
+            raise InputError(
+                f"{name!r} does not write to the residual stream by itself; name heads, MLPs, neurons or 'input'."
+            )
         read = layout.final_norm.project(write) / scale
         up, gain, down, loss = extremes(layout, read, min(top_k, dims.d_vocab_out))
         decode = (lambda ids: ids) if tokenizer is None else (lambda ids: [tokenizer.decode([i]) for i in ids])
@@ -229,12 +245,14 @@ def _sites(model: HookManager, sites: Sequence[str | Site] | None) -> tuple[Site
         every = [Site(kind, layer) for layer in range(model.dims.n_layers) for kind in ("resid_pre", "resid_mid")]
         return (*(site for site in every if model.has(site)), Site("resid_final"))
     if isinstance(sites, (str, Site)) or not len(sites):
-        raise InputError("`sites` is a list of at least one residual stream, such as ['resid_pre.5', 'resid_final'].")
+        raise InputError(
+            "`sites` must be a list of at least one residual stream, such as ['resid_pre.5', 'resid_final']."
+        )
     found = tuple(Site.parse(site) if isinstance(site, str) else site for site in sites)
     for site in found:
         if site.kind not in RESIDUAL:
             raise InputError(
-                f"'{site}' is no residual stream; the lens reads {', '.join(RESIDUAL)}. See `writes_lens`."
+                f"'{site}' is not a residual stream; the lens reads {', '.join(RESIDUAL)}. See `writes_lens`."
             )
         model.resolve(site)
     return found
@@ -243,7 +261,7 @@ def _sites(model: HookManager, sites: Sequence[str | Site] | None) -> tuple[Site
 def _positions(
     pairs: Pairs, positions: Sequence[Position] | str | None
 ) -> tuple[tuple[str, ...], Int[Tensor, "pos batch"]]:
-    """(labels, where each is in every example; -1 = not there)."""
+    """(labels, where each is in every example; -1 = the example does not have it)."""
     if positions is None:
         return ("answer",), pairs.answer_pos[:, 0][None]
     if positions == "each" and "each" not in pairs.positions:
@@ -263,7 +281,9 @@ def _targets(pairs: Pairs, targets: Tensor | None, d_vocab: int) -> Int[Tensor, 
             return torch.cat(answers, 1)
         return torch.full((len(pairs), 1), -1, device=pairs.device)
     if targets.ndim != 2 or len(targets) != len(pairs) or targets.is_floating_point():
-        raise InputError(f"`targets` are token ids [batch, n] with batch = {len(pairs)}; got {list(targets.shape)}.")
+        raise InputError(
+            f"`targets` must be token ids [batch, n] with batch = {len(pairs)}; got {list(targets.shape)}."
+        )
     if not bool(((targets >= -1) & (targets < d_vocab)).all()):
         raise InputError(f"`targets` hold ids outside the vocabulary of {d_vocab} (-1 is no entry).")
     return targets.to(pairs.device)
@@ -279,7 +299,7 @@ def _read(
     top_k: int,
     chunk: int | None,
 ) -> tuple[list[Reading], float]:
-    """(per site the reading of every position and example, how far the final readout is from the model's logits)."""
+    """(per site the reading of every position and example, how far the lens at the end is from the model's logits)."""
     final = Site("resid_final")
     order = at.T.contiguous()
     run = model.run(pairs.clean, pairs.mask, record=list(dict.fromkeys([*sites, final])), at=order)
@@ -302,7 +322,7 @@ def _read(
 
 
 def _error(model: HookManager, normed: Tensor, own: Tensor, there: Tensor) -> float:
-    """The largest difference of the readout from the model's logits, as a share of the largest of them."""
+    """The largest difference of the lens from the model's logits, as a share of the largest of them."""
     worst, largest = 0.0, float(own.float().abs().max()) + 1e-6
     for columns in (slice(i, i + 4096) for i in range(0, own.shape[1], 4096)):
         logits = logits_of(model.layout, normed[there], columns)
@@ -310,7 +330,7 @@ def _error(model: HookManager, normed: Tensor, own: Tensor, there: Tensor) -> fl
     limit = 1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2
     if not worst / largest < limit:
         raise UnsupportedError(
-            f"The lens reads other logits at 'resid_final' than the model says (off by {worst / largest:.2g} of their "
+            f"The lens gives other logits at 'resid_final' than the model (off by {worst / largest:.2g} of their "
             "size); does an intervention edit the final norm or the logits?"
         )
     return worst / largest

@@ -1,4 +1,4 @@
-"""Patchscopes: a hidden state of one prompt, written into another prompt, and what the model then says.
+"""Patchscopes: a hidden state of one prompt, written into another prompt, and what the model then predicts.
 
 Source: Ghandeharioun et al. 2024 (arXiv 2401.06102). The logit lens (write into the last residual stream) and causal
 tracing (write a clean state into a noised run of the same prompt) are special cases.
@@ -28,7 +28,7 @@ Map = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Patchscope:
-    """What the target says with each hidden state in it."""
+    """What the model predicts for the target with each hidden state written into it."""
 
     logits: Float[Tensor, "site example d_vocab"]
     """At the last token of the target prompt."""
@@ -36,7 +36,7 @@ class Patchscope:
     probabilities: Grid
     """Of the top tokens; axes site, example, rank."""
     generated: Int[Tensor, "site example new"]
-    """The tokens said greedily, the patch held at its position; empty unless asked for."""
+    """The tokens generated greedily, the patch kept at its position; empty for `max_new_tokens=0`."""
 
     def to_frame(self, tokenizer: Any = None) -> pd.DataFrame:
         """A row per source site and example: the most probable token, its probability, and what was generated."""
@@ -65,17 +65,25 @@ def patchscope(
 ) -> Patchscope:
     """The next-token distribution of the target prompt with each source site's hidden state written into it.
 
-    The residual stream of every source prompt at `source_position` (-1: its last real token) and each of
-    `source_sites` goes through `mapping` (`[batch, d] -> [batch, d]`; None: as it is) and is written at
-    `target_position` (negative from the end) and `target_site` (None: the same site as the source) of the target
-    prompt, one for all sources or one each, without padding. `target_model` may be another model, with a map that
-    gives its d_model. With `max_new_tokens` the target goes on greedily, the patch held where it is.
+    Args:
+        model: The model of the sources.
+        source: The source prompts.
+        target: The target prompt, one for all sources or one each, without padding.
+        source_sites: Residual streams whose states are written, one after another.
+        source_position: Where the state is read; -1: the last real token.
+        source_mask: True at the sources' real tokens; by default everywhere.
+        target_site: Where the state is written; by default the site it comes from.
+        target_position: The position where it is written; negative from the end.
+        target_model: The model of the target; by default `model`.
+        mapping: Applied to the state in between, `[batch, d] -> [batch, d]`; it must give the target's d_model.
+        top_k: How many of the most probable tokens to keep.
+        max_new_tokens: How many tokens to generate greedily, the patch kept at its position.
 
     Cost: one forward of the sources, and one of the targets per site (and per new token). Memory: the logits at one
     position, `n_sites * batch * d_vocab`.
 
-    Raises InputError for sites that are no residual stream, positions outside the prompts, prompts of another number,
-    and a state of another width than the target's.
+    Raises InputError for sites that are not residual streams, positions outside the prompts, a number of targets that
+    does not fit, and a state of another width than the target's.
 
     >>> import mechinterp as mi
     >>> model = mi.load_model("bundled")
@@ -90,14 +98,14 @@ def patchscope(
     sources = as_pairs(source, source_mask).to(model.device)
     if target.ndim != 2 or len(target) not in (1, len(source)):
         raise InputError(
-            f"The target is one prompt, or one for each of the {len(source)} sources; got {list(target.shape)}."
+            f"`target` must be one prompt, or one for each of the {len(source)} sources; got {list(target.shape)}."
         )
     width = target.shape[1]
     at = target_position + width if target_position < 0 else target_position
     if not 0 <= at < width:
         raise InputError(f"Target position {target_position} is outside the target prompt of {width} tokens.")
     if not 1 <= top_k <= into.dims.d_vocab_out or max_new_tokens < 0:
-        raise InputError(f"top_k is from 1 to {into.dims.d_vocab_out} and max_new_tokens at least 0.")
+        raise InputError(f"`top_k` must be from 1 to {into.dims.d_vocab_out} and `max_new_tokens` at least 0.")
     where = position_index(sources, source_position)
     run = model.run(sources.clean, sources.mask, record=list(dict.fromkeys(sites)))
     tokens = target.expand(len(source), -1).to(into.device)
@@ -108,7 +116,7 @@ def patchscope(
         state = state if mapping is None else mapping(state)
         if tuple(state.shape) != (len(source), into.dims.d_model):
             raise InputError(
-                f"The state from '{site}' is {list(state.shape)} where the target takes [{len(source)}, "
+                f"The state from '{site}' is {list(state.shape)} where the target has [{len(source)}, "
                 f"{into.dims.d_model}]; give a `mapping` between the two."
             )
         edit = Intervention(goal or _residual(into, site), _write(state.to(into.device), at))
@@ -138,7 +146,7 @@ def patchscope(
 
 def _listed(sites: Sequence[str | Site]) -> list[str | Site]:
     if isinstance(sites, (str, Site)) or not len(sites):
-        raise InputError("`source_sites` is a list of at least one residual stream, such as ['resid_pre.5'].")
+        raise InputError("`source_sites` must be a list of at least one residual stream, such as ['resid_pre.5'].")
     if len({str(site) for site in sites}) != len(sites):
         raise InputError(f"A source site is given twice: {', '.join(map(str, sites))}.")
     return list(sites)
@@ -147,7 +155,9 @@ def _listed(sites: Sequence[str | Site]) -> list[str | Site]:
 def _residual(model: HookManager, site: str | Site) -> Site:
     site = Site.parse(site) if isinstance(site, str) else site
     if site.kind not in RESIDUAL:
-        raise InputError(f"'{site}' is no residual stream; a state goes between {', '.join(RESIDUAL)}.")
+        raise InputError(
+            f"'{site}' is not a residual stream; a state can be read and written at {', '.join(RESIDUAL)}."
+        )
     model.resolve(site)
     return site
 

@@ -1,4 +1,4 @@
-"""Path patching: what the metric becomes when a change travels from senders to receivers by chosen paths only."""
+"""Path patching: how the metric changes when a change reaches the receivers from the senders by chosen paths only."""
 
 from __future__ import annotations
 
@@ -49,33 +49,43 @@ def path_patching(
 ) -> Grid:
     """The effect of each sender on the metric through the paths to the receivers: positive = the path helps the task.
 
-    `senders` are `heads` (all, axes layer and head), `nodes` (the input, heads and MLPs; axis sender) or a list of
-    nodes (`a9.h9`, `m3`, `input`) and of sets of nodes that send together, each with an optional `@S2` or `@4`; or all
-    at `positions`. `receivers` is `logits`, or inputs that receive together: `a9.h9<q>` (`a5.kv1<k>` where query
-    heads share it), `m7`, `resid_pre.5`, each with an optional position.
-
     The base run is the clean one (`noise`; senders carry their corrupt values) or the corrupt one (`denoise`; clean
-    values). With all else as in the base run, the receivers' inputs change by what the senders' change makes of them:
+    values). With everything else as in the base run, the change of the senders' writes changes the receivers' inputs:
 
-    - `direct`: along the edges sender -> receiver alone. Source: Goldowsky-Dill et al. 2023 (arXiv 2304.05969); for
+    - `direct`: along the edges sender -> receiver only. Source: Goldowsky-Dill et al. 2023 (arXiv 2304.05969); for
       one edge this is `run_edges` with that edge cut.
     - `mlps-recomputed`: all other heads are frozen and the MLPs between are recomputed, so that paths through MLPs
       count. Source: Wang et al. 2022 (arXiv 2211.00593), section 3.1 and appendix B.
 
-    From the receivers on, the model runs on. `via` are mediators between: `[["a5.h5<k>"], ["a7.h9<v>", "m7"]]` goes
-    from the senders to the first set, from its heads and MLPs to the second, and from these to the receivers, each
-    hop with the same meaning. Under a post-norm (Gemma-2) a direct write is the head's share of the normed sum in its
-    own run; with `mlps-recomputed` the layer's output is recomputed with the sender's z replaced.
+    After the receivers the model runs as usual. Under a post-norm (Gemma-2) a direct write is the head's share of the
+    normed sum in its own run; with `mlps-recomputed` the layer's output is recomputed with the sender's z replaced.
 
-    Axes: those of the senders, pos, example; in units of the metric, as in `activation_patching` (`fraction` works on
-    it too); NaN where an example has no such position.
+    Axes: those of the senders, pos, example; in units of the metric, as in `activation_patching` (`fraction` works
+    here too); NaN where an example has no such position.
+
+    Args:
+        model: The model.
+        pairs: Clean and corrupt prompts.
+        senders: `heads` (all, axes layer and head), `nodes` (the input, heads and MLPs; axis sender), or a list of
+            nodes (`a9.h9`, `m3`, `input`, each with an optional `@S2` or `@4`) and of sets of nodes that send together.
+        receivers: `logits`, or inputs that receive together: `a9.h9<q>` (`a5.kv1<k>` where query heads share it),
+            `m7`, `resid_pre.5`, each with an optional position.
+        via: Sets of mediators between them: `[["a5.h5<k>"], ["a7.h9<v>", "m7"]]` goes from the senders to the first
+            set, from its heads and MLPs to the second, and from these to the receivers, each hop with the same meaning.
+        meaning: `direct` or `mlps-recomputed`, see above.
+        positions: The positions of the senders, where they do not name their own.
+        direction: `noise` or `denoise`.
+        metric: What is measured.
+        batch_size: Examples at a time; by default all.
+        memory: Bytes of candidates side by side; by default four times that of `activation_patching`.
+        progress: Called after every group of candidates of a batch.
 
     Cost: two forwards. To the logits no further forward, only the MLPs of later layers at the answer positions; to
     other receivers the MLPs at every position, and per sender the share of a forward after the first receiver.
-    Memory: `memory` bytes of candidates side by side, and the writes of `batch_size` examples.
+    Memory: also the writes of `batch_size` examples.
 
-    Raises InputError for names that are not there, for a sender that is no writer or a receiver that is no input,
-    and inside an `intervene` block; UnsupportedError for an MLP that cannot be run by itself.
+    Raises InputError for names that do not exist, a sender that is not a writer, a receiver that is not an input of a
+    reader, and inside an `intervene` block; UnsupportedError for an MLP that cannot be run separately.
 
     >>> import mechinterp as mi
     >>> model = mi.load_model("bundled")
@@ -94,16 +104,16 @@ def path_patching(
     if meaning not in MEANINGS:
         raise unknown("meaning", meaning, MEANINGS)
     if model.edited:
-        raise InputError("Paths cannot be patched inside `intervene`: its edits would not be seen on the way.")
+        raise InputError("Paths cannot be patched inside `intervene`: its edits would not take effect along the paths.")
     pairs = pairs.to(model.device)
     labels, sets = _senders(model, senders)
     into = _receivers(model, receivers)
     hops = [_receivers(model, hop) for hop in via]
     if any(part.site == FINAL for hop in hops for part in hop):
-        raise InputError("The logits cannot be a mediator; they come last, as `receivers`.")
+        raise InputError("The logits cannot be a mediator; they can only be `receivers`.")
     for parts in [*sets, into, *hops]:
         if positions is not None and parts in sets and any(part.position is not None for part in parts):
-            raise InputError("Sender positions are given twice: behind an '@' and as `positions`; use one of the two.")
+            raise InputError("Sender positions are given twice: after an '@' and as `positions`; use one of the two.")
     pos_labels = position_sets(pairs, positions).labels
 
     def patched(batch: Pairs, _: slice) -> dict[str, Tensor | float]:
@@ -139,7 +149,7 @@ def path_patching(
 
 @dataclass(frozen=True)
 class _Job:
-    """One batch of pairs and what is done with it."""
+    """One batch of pairs and how it is patched."""
 
     model: HookManager
     readout: Readout
@@ -258,7 +268,7 @@ def _senders(
     for name, parts in zip(names, sets, strict=True):
         for member, part in zip(name.split(" + "), parts, strict=True):
             if _node(part) is None:
-                raise InputError(f"{member!r} is no sender; senders are heads ('a9.h9'), MLPs ('m3') and 'input'.")
+                raise InputError(f"{member!r} is not a sender; senders are heads ('a9.h9'), MLPs ('m3') and 'input'.")
     return {"sender": names}, sets
 
 
@@ -272,13 +282,13 @@ def _node(part: Part) -> Node | None:
 
 
 def _receivers(model: HookManager, receivers: str | Sequence[str]) -> tuple[Part, ...]:
-    """The parts at the readers' sites. Raises InputError for what is no input of the model's readers."""
+    """The parts at the readers' sites. Raises InputError for a name that is not an input of a reader."""
     names = [receivers] if isinstance(receivers, str) else list(receivers)
     if not names or len(set(names)) != len(names):
-        raise InputError(f"Receivers are different inputs, at least one; got {names}.")
+        raise InputError(f"`receivers` names at least one input, each once; got {names}.")
     if "logits" in names:
         if len(names) > 1:
-            raise InputError("The logits receive alone; measure the other receivers in a call of their own.")
+            raise InputError("The logits cannot be combined with other receivers; measure those in a separate call.")
         return (Part(FINAL),)
     found: list[Part] = []
     for name in names:
@@ -292,7 +302,7 @@ def _receivers(model: HookManager, receivers: str | Sequence[str]) -> tuple[Part
             part.site.kind in "qkv" and part.unit is None
         ):
             raise InputError(
-                f"{name!r} is no receiver; receivers are 'logits', a head's input ('a9.h9<q>', '<k>' or '<v>'), an "
+                f"{name!r} is not a receiver; receivers are 'logits', a head's input ('a9.h9<q>', '<k>' or '<v>'), an "
                 "MLP ('m7') or the residual stream ('resid_pre.5')."
             )
         found.append(part)

@@ -1,7 +1,7 @@
 """Local interpretation: the relevance of words and phrases of one text for a class or a next token.
 
 Source: Hsu et al. 2024 (arXiv 2407.00886) for transformers, after Murdoch et al. 2018 (contextual decomposition of
-LSTMs, ICLR 2018): a phrase is decomposed as one source, so its relevance has what its words do together.
+LSTMs, ICLR 2018): a phrase is decomposed as one source, so its relevance includes what its words do together.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PhraseRelevance:
     spans: tuple[Span, ...]
     values: Float[Tensor, " span"]
     total: float
-    """The target of the whole text; all tokens together do not sum to it where a rule leaves biases or is no sum."""
+    """The target of the whole text; the tokens do not sum to it where a rule leaves out biases or is not additive."""
     target: str
     about: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
@@ -51,7 +51,7 @@ class PhraseRelevance:
         return float(self.values[self.spans.index((start, stop))])
 
     def interaction(self, span: Span) -> float:
-        """What a span has beyond the sum of its words; NaN where a word of it was not decomposed by itself."""
+        """The relevance of a span minus the sum of its words'; NaN where one of its words was not decomposed alone."""
         inside = [word for word in self.words if span[0] <= word[0] and word[1] <= span[1]]
         covered = sum(stop - start for start, stop in inside) == span[1] - span[0]
         if not covered or not all(word in self.spans for word in inside):
@@ -79,17 +79,23 @@ def phrase_relevance(
 ) -> PhraseRelevance:
     """The relevance of every word, of every phrase of up to `max_words` words, and of `spans`, for a target.
 
-    `prompt` is a text, or token ids (then each token is a word). `target` is a token, by its text or id, whose logit
-    after the prompt is decomposed (less that of `against`, if given); for an encoder classifier a class, by its label
-    or number; or another direction (see `contextual_decomposition`). A masked-language-model encoder is read at its
-    mask token. Special tokens that the tokenizer adds count as words.
+    Preset `authors-bert` is the published one for this use. Its rules are not additive: the relevance of a phrase is
+    not the sum of its words', and the difference is the `interaction` in the table.
 
-    Preset `authors-bert` is the published one for this use. Its rules are no sum: the relevance of a phrase is not
-    that of its words together, and the difference is the `interaction` in the table.
+    Args:
+        model: The model, or an encoder. A masked-language-model encoder is read at its mask token.
+        prompt: A text, or token ids (then each token is a word). Special tokens that the tokenizer adds are words.
+        target: A token, by its text or id, whose logit after the prompt is decomposed; for an encoder classifier a
+            class, by its label or number; or another direction (see `contextual_decomposition`).
+        against: A token or class whose logit is subtracted.
+        max_words: The longest phrases.
+        spans: Further spans of tokens, as (first, one after the last).
+        preset: The rules, as in `contextual_decomposition`.
 
-    Cost: a forward (with its check), and for every span the share of a forward from its first token on (all of one in
-    an encoder).
-    Raises InputError for a text without a tokenizer, a target that is no single token, and spans outside the text.
+    Cost: one forward (with its check), and for every span the share of a forward from its first token on (a whole one
+    in an encoder).
+
+    Raises InputError for a text without a tokenizer, a target that is not a single token, and spans outside the text.
 
     >>> import mechinterp as mi
     >>> model = mi.load_model("bundled")
@@ -100,7 +106,7 @@ def phrase_relevance(
     """
     ids, words, pieces = _read(model, prompt)
     if type(max_words) is not int or max_words < 1:
-        raise InputError(f"max_words must be a whole number, at least 1; got {max_words!r}.")
+        raise InputError(f"`max_words` must be a whole number, at least 1; got {max_words!r}.")
     chosen = [(words[i][0], words[i + n][1]) for n in range(max_words) for i in range(len(words) - n)]
     chosen = list(dict.fromkeys([*chosen, *(_checked(span, len(ids)) for span in spans)]))
     direction, name = _direction(model, target, against)
@@ -121,7 +127,7 @@ def phrase_relevance(
 
 def _checked(span: object, length: int) -> Span:
     if not isinstance(span, (tuple, list)) or len(span) != 2 or not all(type(end) is int for end in span):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-        raise InputError(f"A span is (first token, one behind its last); got {span!r}.")
+        raise InputError(f"A span is (first token, one after its last); got {span!r}.")
     start, stop = int(span[0]), int(span[1])  # pyright: ignore[reportUnknownArgumentType]
     if not 0 <= start < stop <= length:
         raise InputError(f"The span {start}:{stop} is not in the text, which has tokens 0 to {length - 1}.")
@@ -132,14 +138,14 @@ def _read(model: HookManager | Encoder, prompt: object) -> tuple[Int[Tensor, " p
     """The token ids, the words as spans of tokens, and the text of every token, a space before each word."""
     if isinstance(prompt, Tensor):
         if prompt.ndim != 1 or not len(prompt) or prompt.is_floating_point():
-            raise InputError(f"A prompt is a text, or token ids [pos]; got {prompt.dtype} {list(prompt.shape)}.")
+            raise InputError(f"`prompt` must be a text or token ids [pos]; got {prompt.dtype} {list(prompt.shape)}.")
         ids = prompt.long()
         return ids, [(i, i + 1) for i in range(len(ids))], _pieces(model, ids)
     if not isinstance(prompt, str):
-        raise InputError(f"A prompt is a text, or token ids as a tensor [pos]; got {type(prompt).__name__}.")
+        raise InputError(f"`prompt` must be a text or token ids as a tensor [pos]; got {type(prompt).__name__}.")
     tokenizer = _tokenizer(model)
     if not tokenizer.is_fast:
-        raise InputError("Texts need a fast tokenizer, which knows each token's characters; give token ids.")
+        raise InputError("A text needs a fast tokenizer, which knows each token's characters; give token ids instead.")
     encoding = tokenizer(prompt)
     ids = torch.tensor(encoding["input_ids"], dtype=torch.long)
     if not len(ids):
@@ -169,10 +175,10 @@ def _begins(encoding: Any, text: str, before: Any, place: Any, i: int) -> bool:
 
 
 def _check_known(tokenizer: Any, text: str, encoding: Any) -> None:
-    """Return None when the vocabulary has every word. Raises InputError for one that would be read as unknown."""
+    """Return None when the vocabulary has every word. Raises InputError for a word that would become unknown."""
     unknown = tokenizer.unk_token_id
     if unknown in (None, tokenizer.bos_token_id):
-        return  # some byte-level tokenizers have one token for all of these, and no unknown words
+        return  # some byte-level tokenizers use one token for all of these, and have no unknown words
     for i, token in enumerate(encoding["input_ids"]):
         place = encoding.token_to_chars(i)
         word = "" if place is None else text[place[0] : place[1]].strip()
@@ -182,7 +188,7 @@ def _check_known(tokenizer: Any, text: str, encoding: Any) -> None:
 
 def _tokenizer(model: HookManager | Encoder) -> Any:
     if model.tokenizer is None:
-        raise InputError("The model has no tokenizer, so no texts; give token ids.")
+        raise InputError("The model has no tokenizer, so it cannot read a text; give token ids.")
     return model.tokenizer
 
 
@@ -201,7 +207,7 @@ def _direction(
     if against is None:
         return one, str(target).strip() if isinstance(target, (str, int)) else "a direction"
     if not isinstance(one, int) or not isinstance(against, (str, int)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError("`against` goes with a target that is one token or class.")
+        raise InputError("`against` needs a target that is one token or class.")
     return (one, _logit(model, against)), f"{str(target).strip()} rather than {str(against).strip()}"
 
 
@@ -211,13 +217,14 @@ def _logit(model: HookManager | Encoder, target: str | int) -> int:
     if isinstance(model, Encoder) and model.classifies:
         labels: dict[str, int] = {str(k): int(v) for k, v in dict(model.module.config.label2id).items()}
         if target not in labels:
-            raise InputError(f"There is no class {target!r}; known: {', '.join(labels)}.")
+            raise InputError(f"Unknown class {target!r}; known: {', '.join(labels)}.")
         return labels[target]
     tokenizer = _tokenizer(model)
     encoding = tokenizer(target, add_special_tokens=False)
     if len(encoding["input_ids"]) != 1:
         raise InputError(
-            f"{target!r} is {len(encoding['input_ids'])} tokens; a target is one. Mind the space before a word."
+            f"{target!r} is {len(encoding['input_ids'])} tokens; a target must be one. "
+            "Most tokenizers need the space before a word."
         )
     _check_known(tokenizer, target, encoding)
     return int(encoding["input_ids"][0])
@@ -227,8 +234,10 @@ def _mask_position(model: HookManager | Encoder, ids: Int[Tensor, " pos"]) -> in
     if not isinstance(model, Encoder) or model.classifies:
         return None
     if model.tokenizer is None:
-        raise InputError("A masked encoder is read at its mask token, and without a tokenizer none is known.")
+        raise InputError(
+            "A masked-language-model encoder is read at its mask token, which is unknown without a tokenizer."
+        )
     at = (ids == model.tokenizer.mask_token_id).nonzero().flatten()
     if len(at) != 1:
-        raise InputError(f"A masked prompt has one mask token; this one has {len(at)}.")
+        raise InputError(f"The prompt must have one mask token; it has {len(at)}.")
     return int(at[0])

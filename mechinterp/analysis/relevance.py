@@ -1,7 +1,7 @@
-"""Relevance: how much of the output every token and every latent carries, by layer-wise relevance propagation.
+"""Relevance: how much of the output every token and every activation carries, by layer-wise relevance propagation.
 
 Sources: RelP's rules (Rezaei Jafari et al. 2025, arXiv 2508.21258), AttnLRP (Achtibat et al. 2024, arXiv 2402.05602);
-the rules themselves are in `lrp_rules`. Deviations: linear layers use the plain 0-rule (no epsilon), biases keep their
+the rules are in `engines/lrp.py`. Deviations: linear layers use the plain 0-rule (no epsilon), biases keep their
 relevance by name instead of losing it, and where attention scores have a soft cap AttnLRP takes its gradient.
 """
 
@@ -37,18 +37,18 @@ from mechinterp.tasks.pairs import Pairs
 
 @dataclass(frozen=True, eq=False)
 class Relevance:
-    """Relevances of one site, of everything that is no activation, and the output that they share out."""
+    """The relevances of one site and of all biases, and the output that they add up to."""
 
     scores: Grid
     """`[pos, example]`, or `[layer, (head or neuron,) pos, example]`; NaN at padding."""
     biases: Grid
     """`[part, example]`: what biases carry, per layer of attention and MLP and at the end; `a3 softmax` is what
-    AttnLRP's softmax does not hand on."""
+    AttnLRP's softmax does not pass on."""
     output: Float[Tensor, " example"]
-    """What is shared out: the sum of logits times the metric's gradient at them; the metric itself for logit_diff."""
+    """What is distributed: the sum of logits times the metric's gradient at them; for logit_diff the metric itself."""
     violation: float
     """The largest |relevance of the residual stream + biases after it - output| of any layer and example, as a share
-    of the largest output. Rounding for the LRP rules; not small for `gradient`, which conserves nothing."""
+    of the largest output. Rounding for the LRP rules; not small for `gradient`, which does not conserve relevance."""
 
 
 def relevance(
@@ -62,18 +62,25 @@ def relevance(
 ) -> Relevance:
     """How much of the clean run's output each token (`what="input"`), or each unit of a kind of site, carries.
 
-    `what` is `input` (what enters the first layer) or a kind of site (`resid_pre`, `attn_out`, `mlp_out`, `z`, `v`,
-    `mlp_post`, ...), by layer, head or neuron, and position. `rules` is `relp`, `attnlrp`, `gradient` (gradient x
-    activation) or your own `Rules`. Positive = it raises the metric; units are those of the logits.
+    Positive = it raises the metric; in units of the logits.
 
-    Conservation, checked at every layer in each run: the relevances of one residual stream and of the biases behind
+    Conservation is checked at every layer in each run: the relevances of one residual stream and of the biases behind
     it sum to the output (see `Relevance.violation`).
 
+    Args:
+        model: The model.
+        pairs: Their clean prompts are explained.
+        what: `input` (the input of the first layer) or a kind of site (`resid_pre`, `attn_out`, `mlp_out`, `z`, `v`,
+            `mlp_post`, ...), by layer, head or neuron, and position.
+        rules: `relp`, `attnlrp`, `gradient` (gradient x activation) or your own `Rules`.
+        metric: What is explained; it must have a gradient at the clean run.
+        batch_size: Examples at a time; by default all.
+
     Cost: one forward and one backward. Memory: the run's graph with the values and gradients of every site that has
-    a bias, `batch_size` examples at a time.
+    a bias.
 
     Raises InputError for an unknown site, metric or set of rules, and a metric without a gradient; UnsupportedError
-    for a site that the model does not have or that the rules give no relevance.
+    for a site that the model does not have or that gets no relevance under the rules.
 
     >>> import mechinterp as mi
     >>> from mechinterp.analysis.relevance import relevance
@@ -155,7 +162,7 @@ def _relevance(found: SiteGradients, site: Site) -> Float[Tensor, "batch pos uni
 
 
 def _bias_sites(model: HookManager) -> list[Site]:
-    """The sites whose gradients say what the biases, and AttnLRP's softmax, carry; and the residual streams."""
+    """The sites whose gradients give the relevance of the biases and of AttnLRP's softmax; and the residual streams."""
     kinds = ["resid_pre", "attn_in", "q", "k", "v", "pattern", "attn_out"]
     if model.dims.has_mlp:
         kinds += ["mlp_in", "mlp_pre", "mlp_up", "mlp_out"]
@@ -172,7 +179,7 @@ def _carried(gradient: Tensor, bias: Tensor | None) -> Float[Tensor, " batch"] |
 
 
 def _biases(model: HookManager, chunk: Pairs, found: SiteGradients, rules: Rules) -> dict[str, Tensor]:
-    """Per layer what the biases of its attention and of its MLP carry, and its softmax."""
+    """Per layer the relevance of the biases of its attention and of its MLP, and of its softmax."""
     out: dict[str, Tensor] = {}
     for layer in range(model.dims.n_layers):
         maps = model.layout.attention[layer]
@@ -207,7 +214,7 @@ def _multiplied(post: Norm, bias: Tensor | None) -> Tensor | None:
 
 
 def _softmax_gap(chunk: Pairs, found: SiteGradients, layer: int) -> Float[Tensor, " batch"]:
-    """Relevance of the patterns less that of the queries and keys that made them."""
+    """Relevance of the patterns minus that of the queries and keys that they are computed from."""
 
     def total(kind: str) -> Tensor:
         return over_sets(_relevance(found, Site(kind, layer)), chunk.mask[None]).sum((0, 1))
@@ -218,7 +225,7 @@ def _softmax_gap(chunk: Pairs, found: SiteGradients, layer: int) -> Float[Tensor
 def _output(
     model: HookManager, readout: Readout, rules: Rules, resid: Tensor
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """(logits x gradient of the metric, what the biases of the final norm and of the unembedding carry of it)."""
+    """(logits x gradient of the metric, the share of the biases of the final norm and of the unembedding)."""
     with Gradients(True) as on, on:
         head = lrp_head(model, readout, rules, resid.detach().requires_grad_())
         at = torch.autograd.grad(head.metric.sum(), [head.logits, head.uncapped, head.normed])

@@ -1,4 +1,4 @@
-"""Steering: adding a direction to a site, mapping it, or taking a direction out."""
+"""Steering: adding a direction to a site, mapping its values, or ablating a direction."""
 
 from __future__ import annotations
 
@@ -26,9 +26,14 @@ def add_direction(
 ) -> Intervention:
     """The intervention that adds `coefficient * vector` at a site: everywhere, or at `positions` of `pairs`.
 
-    The vector is of the site's last axis (d_model, d_head, neurons; at `z`, of every head alike). Positions are one
-    set and need the pairs whose prompts (clean or corrupt) will be run. Source: activation addition, Turner et al.
-    2023 (arXiv 2308.10248).
+    Args:
+        site: Where.
+        vector: Of the site's last axis (d_model, d_head, neurons; at `z`, the same for every head).
+        coefficient: Multiplies the vector.
+        pairs: The pairs whose prompts (clean or corrupt) will be run, if `positions` are given.
+        positions: One set of positions; by default all.
+
+    Source: activation addition, Turner et al. 2023 (arXiv 2308.10248).
 
     >>> import mechinterp as mi
     >>> model = mi.load_model("bundled")
@@ -48,10 +53,18 @@ def affine(
     pairs: Pairs | None = None,
     positions: Positions = None,
 ) -> Intervention:
-    """The intervention that maps the value v at a site to `v @ matrix + bias`, everywhere or at positions."""
+    """The intervention that maps the value v at a site to `v @ matrix + bias`, everywhere or at positions.
+
+    Args:
+        site: Where.
+        matrix: Of the site's last axis.
+        bias: Added after it; by default none.
+        pairs: The pairs whose prompts will be run, if `positions` are given.
+        positions: One set of positions; by default all.
+    """
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or (bias is not None and bias.shape != matrix.shape[:1]):
         got = None if bias is None else list(bias.shape)
-        raise InputError(f"An affine map is [d, d] with a bias [d]; got {list(matrix.shape)} and {got}.")
+        raise InputError(f"An affine map must be [d, d] with a bias [d]; got {list(matrix.shape)} and {got}.")
 
     def mapped(value: Tensor) -> Tensor:
         new = value @ matrix.to(value)
@@ -67,7 +80,13 @@ def ablate_direction(
     pairs: Pairs | None = None,
     positions: Positions = None,
 ) -> Intervention:
-    """The intervention that takes the part along `vector` out of the value: `v - (v . u) u` with u of length 1.
+    """The intervention that removes the component along `vector` from the value: `v - (v . u) u` with u of length 1.
+
+    Args:
+        site: Where.
+        vector: The direction; its length does not matter.
+        pairs: The pairs whose prompts will be run, if `positions` are given.
+        positions: One set of positions; by default all.
 
     Source: Arditi et al. 2024 (arXiv 2406.11717).
     """
@@ -92,14 +111,23 @@ def mean_difference(
     mask: Bool[Tensor, "batch pos"] | None = None,
     away_mask: Bool[Tensor, "batch2 pos2"] | None = None,
 ) -> Float[Tensor, "*unit d"]:
-    """The mean value at a site over some prompts less that over others, at one position of each (-1: the last token).
+    """The mean value at a site over some prompts minus that over others, at one position of each.
 
-    `away_mask` is `mask` when the prompts have the same shape and it is not given. Two forwards up to the site.
-    Raises InputError for a position outside a prompt, and for attention patterns, which are no vectors.
+    Args:
+        model: The model.
+        toward: The first prompts.
+        away: The prompts whose mean is subtracted.
+        site: Where the values are read.
+        position: Where in each prompt; -1: the last real token.
+        mask: True at the real tokens of `toward`; by default everywhere.
+        away_mask: The same for `away`; by default `mask`, if the prompts have the same shape.
+
+    Cost: two forwards up to the site. Raises InputError for a position outside a prompt, and for attention patterns,
+    which are not vectors.
     """
     site = Site.parse(site) if isinstance(site, str) else site
     if site.kind in BY_QUERY:
-        raise InputError(f"'{site}' is an attention pattern; a direction is of a residual stream, head or neurons.")
+        raise InputError(f"'{site}' is an attention pattern; a direction needs a residual stream, head or neurons.")
     if away_mask is None and mask is not None and away.shape == toward.shape:
         away_mask = mask
     means: list[Tensor] = []
@@ -113,17 +141,17 @@ def mean_difference(
 
 def _check_vector(vector: Tensor) -> None:
     if vector.ndim != 1 or not bool(vector.isfinite().all()) or not bool(vector.any()):
-        raise InputError(f"A direction is a vector [d] that is finite and not 0; got shape {list(vector.shape)}.")
+        raise InputError(f"A direction must be a vector [d] that is finite and not 0; got shape {list(vector.shape)}.")
 
 
 def _affine(
     site: str | Site, change: Callable[[Tensor], Tensor], width: int, pairs: Pairs | None, positions: Positions
 ) -> Intervention:
     if positions is not None and pairs is None:
-        raise InputError("`positions` are of prompts; give `pairs` too.")
+        raise InputError("`positions` need the prompts; give `pairs` as well.")
     where = None if positions is None or pairs is None else position_sets(pairs, positions)
     if where is not None and len(where.labels) != 1:
-        raise InputError(f"`positions` is one set here; write [({', '.join(map(repr, where.labels))})].")
+        raise InputError(f"`positions` must be one set here; write [({', '.join(map(repr, where.labels))})].")
     site = Site.parse(site) if isinstance(site, str) else site
     if site.kind in BY_QUERY:
         raise InputError(f"'{site}' is an attention pattern; see `edit_pattern`.")

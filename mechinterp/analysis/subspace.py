@@ -1,8 +1,8 @@
-"""Interchange of a subspace: only some directions of a state take the other prompt's value.
+"""Interchange of a subspace: only some directions of a state get the other prompt's value.
 
-TransformerLens's `interchange` does the arithmetic, draws the random subspaces and searches (DAS); here it meets the
-pairs, the positions and the sweep engine. Source: Geiger et al. 2021 (arXiv 2106.02997) and 2024 (DAS, arXiv
-2303.02536); why controls are needed: Makelov et al. 2024 (arXiv 2311.17030).
+TransformerLens's `interchange` does the arithmetic, draws the random subspaces and runs the search (DAS); this module
+adds pairs, positions and the patching engine. Source: Geiger et al. 2021 (arXiv 2106.02997) and 2024 (DAS, arXiv
+2303.02536); why controls are necessary: Makelov et al. 2024 (arXiv 2311.17030).
 """
 
 from __future__ import annotations
@@ -40,19 +40,31 @@ def subspace_interchange(
     metric: Metric | str = "logit_diff",
     batch_size: int | None = None,
 ) -> Grid:
-    """The effect of giving a subspace of one state the other prompt's value, beside its controls.
+    """The effect of giving a subspace of one state the other prompt's value, together with its controls.
 
-    `part` is a state of one vector per token (`resid_pre.5`, `a9.h9`, `m3`, `mlp_post.3`), read and written at
-    `position`; `basis` its orthonormal directions as columns. The axis `subspace` has `basis`; `complement` (all other
-    directions); `whole` (the state: ordinary activation patching); and `placebo 0`, ... : as far a move in a random
-    subspace of the same rank. An effect that placebos share comes from being moved, not from the subspace. A subspace
-    that was learned (`learn_subspace`) also wants the controls of its learning: arbitrary targets and an untrained
-    model (TransformerLens's `arbitrary_targets`, `random_init_bridge`).
+    Axes subspace, example, in units of the metric, sign and directions as in `activation_patching`. The axis
+    `subspace` has `basis`; `complement` (all other directions); `whole` (the state: ordinary activation patching); and
+    `placebo 0`, ... : a move of the same length in a random subspace of the same rank. An effect that placebos share
+    comes from the size of the move, not from the subspace. A subspace that was learned (`learn_subspace`) also needs
+    controls of its learning: arbitrary targets and an untrained model (TransformerLens's `arbitrary_targets`,
+    `random_init_bridge`).
 
-    Axes subspace, example, in units of the metric, sign and directions as in `activation_patching`. Cost: two
-    forwards, and the rest of the model from the state on per subspace.
+    Args:
+        model: The model.
+        pairs: Clean and corrupt prompts.
+        part: A state of one vector per token (`resid_pre.5`, `a9.h9`, `m3`, `mlp_post.3`).
+        basis: The orthonormal directions of the subspace, as columns.
+        position: Where the state is read and written.
+        placebos: How many random subspaces to compare with.
+        seed: Of the random subspaces.
+        direction: `noise` or `denoise`.
+        metric: What is measured.
+        batch_size: Examples at a time; by default all.
 
-    Raises InputError for a basis that is not orthonormal or of another width, and parts that are no vector.
+    Cost: two forwards, and per subspace the rest of the model from the state on.
+
+    Raises InputError for a basis that is not orthonormal or of another width, and parts that are not one vector per
+    token.
 
     >>> import mechinterp as mi
     >>> model = mi.load_model("bundled")
@@ -67,7 +79,7 @@ def subspace_interchange(
     pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
     chosen = patch_direction(direction)
     if placebos < 0:
-        raise InputError(f"The number of placebos is at least 0; got {placebos}.")
+        raise InputError(f"`placebos` must be at least 0; got {placebos}.")
     pairs, found = pairs.to(model.device), _state(model, part)
     names = ("basis", "complement", "whole", *(f"placebo {i}" for i in range(placebos)))
 
@@ -113,12 +125,24 @@ def learn_subspace(
 ) -> Float[Tensor, "d rank"]:
     """An orthonormal basis of the subspace that carries the answer from corrupt to clean prompts, by DAS.
 
-    TransformerLens's `fit_das` trains it so that a clean prompt with the corrupt prompt's value in the subspace says
-    the first wrong answer rather than the first right one (so the corrupt prompt's answer must be the wrong one).
-    `part` is a residual stream, attention or MLP output, or `mlp_post`. Judge it on other pairs with
-    `subspace_interchange`, and against its controls. Cost: `epochs` forwards and backwards of the pairs.
+    TransformerLens's `fit_das` trains it so that a clean prompt with the corrupt prompt's value in the subspace
+    predicts the first wrong answer rather than the first right one (so the corrupt prompt's answer must be the wrong
+    one). Evaluate it on other pairs with `subspace_interchange`, and against its controls.
 
-    Raises InputError for parts that are no vector per token, pairs without answers, and a rank that does not fit.
+    Args:
+        model: The model.
+        pairs: The training pairs, with right and wrong answers.
+        part: A residual stream, an attention or MLP output, or `mlp_post`.
+        rank: The number of directions.
+        position: Where the state is read and written.
+        epochs: Passes over the pairs.
+        batch_size: Examples per training step.
+        learning_rate: Of Adam.
+        seed: Of the first basis and the order of the examples.
+
+    Cost: `epochs` forwards and backwards of the pairs.
+
+    Raises InputError for parts that are not one vector per token, pairs without answers, and a rank that does not fit.
     """
     found = _state(model, part)
     if found.unit is not None:
@@ -126,15 +150,15 @@ def learn_subspace(
             f"A subspace is learned at a whole site, such as 'resid_pre.5', not at one head; got {part!r}."
         )
     if pairs.right is None or pairs.wrong is None:
-        raise InputError("A subspace is learned from right and wrong answers; the pairs have none.")
+        raise InputError("A subspace is learned from right and wrong answers, but the pairs have none.")
     if model.edited:
-        raise InputError("A subspace cannot be learned inside `intervene`: its edits would not be seen.")
+        raise InputError("A subspace cannot be learned inside `intervene`: its edits would not take effect.")
     width = model.run(pairs.clean[:1], record=[found.site]).values[found.site].shape[-1]
     if not 1 <= rank <= width:
-        raise InputError(f"The rank is from 1 to the state's {width}; got {rank}.")
+        raise InputError(f"`rank` must be from 1 to {width}, the width of the state; got {rank}.")
     pairs = pairs.to(model.device)
     assert pairs.right is not None and pairs.wrong is not None
-    # The answers and where they are read travel with the tokens, for the search sees nothing but its inputs.
+    # The search passes on its inputs only, so the answers and their positions are appended to the tokens.
     extra = torch.cat([pairs.right[:, :1], pairs.wrong[:, :1], pairs.answer_pos[:, :1]], 1)
     n_pos = pairs.clean.shape[1]
 
@@ -166,23 +190,25 @@ def learn_subspace(
 def _state(model: HookManager, part: str) -> Part:
     found = parse_part(model, part)
     if found.position is not None:
-        raise InputError(f"The position goes into `position`, not behind the '@'; got {part!r}.")
+        raise InputError(f"Give the position as `position`, not after an '@'; got {part!r}.")
     if found.site.kind in BY_QUERY or (found.site.kind in ("q", "k", "v", "z") and found.unit is None):
-        raise InputError(f"{part!r} is no vector per token; name a residual stream, a head ('a9.h9') or 'm3'.")
+        raise InputError(f"{part!r} is not one vector per token; name a residual stream, a head ('a9.h9') or 'm3'.")
     if found.site.kind.startswith("mlp_") and found.unit is not None:
-        raise InputError(f"{part!r} is one number; a subspace of neurons is a basis at '{found.site}'.")
+        raise InputError(f"{part!r} is a single number; for a subspace of neurons give a basis at '{found.site}'.")
     return found
 
 
 def _moves(d: int, basis: Tensor, placebos: int, seed: int) -> list[Callable[[Tensor, Tensor], Tensor]]:
-    """What each row of the result does with (base, source) vectors `[n, d]`."""
+    """What each entry of the axis `subspace` does with (base, source) vectors `[n, d]`."""
     if basis.ndim != 2 or basis.shape[0] != d or not 1 <= basis.shape[1] <= d:
-        raise InputError(f"The basis is [{d}, rank], a direction a column; got {list(basis.shape)}.")
+        raise InputError(f"The basis must be [{d}, rank], one direction per column; got {list(basis.shape)}.")
     wide = basis.double()
     if not torch.allclose(
         wide.T @ wide, torch.eye(basis.shape[1], dtype=torch.float64, device=basis.device), atol=1e-4
     ):
-        raise InputError("The basis is not orthonormal; torch.linalg.qr(basis).Q is one of the same subspace.")
+        raise InputError(
+            "The basis is not orthonormal; torch.linalg.qr(basis).Q is an orthonormal basis of the same subspace."
+        )
     moves: list[Callable[[Tensor, Tensor], Tensor]] = [
         lambda base, source: interchange(base, source, basis),
         lambda base, source: source - interchange(base, source, basis) + base,
@@ -195,7 +221,7 @@ def _moves(d: int, basis: Tensor, placebos: int, seed: int) -> list[Callable[[Te
 
 
 def _everywhere(move: Callable[[Tensor, Tensor], Tensor], base: Tensor, source: Tensor) -> Tensor:
-    """The move of every vector of a site, whatever its other axes."""
+    """The move applied to every vector of a site, whatever its other axes are."""
     wide = torch.promote_types(base.dtype, torch.float32)
     flat = move(base.to(wide).flatten(0, -2), source.to(wide).flatten(0, -2))
     return flat.reshape(base.shape)

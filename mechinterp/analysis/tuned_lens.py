@@ -40,10 +40,10 @@ class TunedLens:
     weight: Float[Tensor, "layer d_model d_model"]
     bias: Float[Tensor, "layer d_model"]
     provenance: Mapping[str, str]
-    """Of the model (name, revision, weights_sha256), the training prompts (digest, count) and the training."""
+    """The model (name, revision, weights_sha256), the training prompts (digest, count) and the training's settings."""
 
     def __call__(self, site: Site, resid: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
-        """The stream that the final norm is to read. Raises InputError for a site that no map was trained for."""
+        """The stream that the final norm reads. Raises InputError for a site that has no trained map."""
         if site.kind == "resid_final":
             return resid
         layer = (site.layer or 0) + (site.kind == "resid_post")
@@ -52,7 +52,7 @@ class TunedLens:
                 f"The tuned lens has a map for every resid_pre (and resid_final as it is), not for '{site}'."
             )
         if layer == len(self.weight):
-            return resid  # what the last layer hands on is the final residual stream
+            return resid  # after the last layer it is the final residual stream
         weight, bias = (part[layer].to(resid) for part in (self.weight, self.bias))
         return resid + resid @ weight + bias
 
@@ -77,16 +77,26 @@ def train_tuned_lens(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> TunedLens:
-    """A lens trained on every real token of the prompts: all layers together, Adam, the rate falling to 0 in a line.
+    """A lens trained on every real token of the prompts: all layers together, Adam, the rate decaying linearly to 0.
 
-    Each step takes `batch_size` tokens drawn with the seed, and the mean of KL(model || lens) over them, in nats,
-    through the model's own final norm, unembedding and soft cap. The same call gives the same lens. The maps see
-    streams divided by the root mean square that each layer's stream has over the prompts, so that one rate fits all.
+    Each step minimises the mean of KL(model || lens) over tokens drawn with the seed, in nats, through the model's own
+    final norm, unembedding and soft cap. The same call gives the same lens. During training each layer's stream is
+    divided by its root mean square over the prompts, so that one rate suits all layers.
+
+    Args:
+        model: The model.
+        tokens: The training prompts.
+        mask: True at the real tokens; by default everywhere.
+        steps: Training steps.
+        learning_rate: At the first step, for streams of this scale; it is divided by sqrt(d_model).
+        batch_size: Tokens per step.
+        seed: Of the tokens that are drawn.
+        progress: Called after every step.
 
     Cost: one forward of the prompts, and per step `n_layers + 1` unembeddings of `batch_size` tokens forward and
     `n_layers` backward. Memory: the residual streams of all prompts, `n_layers * tokens * d_model`.
 
-    Raises InputError for prompts that the model cannot take, and a training that gives NaN (lower the rate).
+    Raises InputError for prompts that the model cannot read, and a training that gives NaN (lower the rate).
 
     >>> import mechinterp as mi
     >>> model = mi.load_model("bundled")
@@ -95,7 +105,7 @@ def train_tuned_lens(
     >>> read = mi.logit_lens(model, prompts, sites=["resid_pre.2", "resid_final"], lens=lens)
     """
     if steps < 1 or batch_size < 1 or not learning_rate > 0:
-        raise InputError("`steps` and `batch_size` are at least 1 and `learning_rate` is positive.")
+        raise InputError("`steps` and `batch_size` must be at least 1 and `learning_rate` positive.")
     tokens, _ = check_tokens(tokens, mask, model.dims, model.device)
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.to(model.device).bool()
     layers, final = range(model.dims.n_layers), Site("resid_final")
@@ -159,33 +169,35 @@ def _provenance(model: HookManager, tokens: Tensor, real: Tensor, *settings: int
 
 
 def save_lens(path: str | os.PathLike[str], lens: TunedLens) -> None:
-    """Return None after writing the lens as safetensors, whole or not at all."""
+    """Return None after writing the lens to `path` as safetensors, whole or not at all."""
     tensors = {"weight": lens.weight.cpu().contiguous(), "bias": lens.bias.cpu().contiguous()}
     write_whole(path, save(tensors, dict(lens.provenance)))
 
 
 def load_lens(path: str | os.PathLike[str]) -> TunedLens:
-    """The lens in a file of `save_lens`. Raises FormatError, in one line, for anything else."""
+    """The lens in a file that `save_lens` wrote. Raises FormatError, in one line, for any other file."""
     source = Path(path)
     try:
         if source.stat().st_size > MAX_BYTES:
-            raise FormatError(f"{str(source)!r} is larger than {MAX_BYTES:,} bytes; that is no tuned lens.")
+            raise FormatError(f"{str(source)!r} is larger than {MAX_BYTES:,} bytes; a tuned lens is smaller.")
         with safe_open(source, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
             opened: Any = file
             about = dict(opened.metadata() or {})
             if set(opened.keys()) != {"weight", "bias"} or about.get("format") != FORMAT:
-                raise FormatError(f"{str(source)!r} is no tuned lens of this package (format {FORMAT}).")
+                raise FormatError(f"{str(source)!r} is not a tuned lens of this package (format {FORMAT}).")
             weight, bias = (opened.get_tensor(name) for name in ("weight", "bias"))
     except OSError as error:
         raise FormatError(f"Cannot read {str(source)!r}: {error.strerror or error}.") from error
     except SafetensorError as error:
         raise FormatError(f"{str(source)!r} is not a safetensors file: {str(error).partition(chr(10))[0]}.") from error
     if weight.ndim != 3 or weight.shape[1] != weight.shape[2] or bias.shape != weight.shape[:2]:
-        raise FormatError(f"{str(source)!r} has maps {list(weight.shape)} and {list(bias.shape)}; they do not fit.")
+        raise FormatError(
+            f"{str(source)!r} has maps of shapes {list(weight.shape)} and {list(bias.shape)}, which do not match."
+        )
     if not (weight.is_floating_point() and bias.is_floating_point()):
-        raise FormatError(f"{str(source)!r} has maps of whole numbers; they must be floats.")
+        raise FormatError(f"{str(source)!r} has integer maps; they must be floats.")
     if not bool(weight.isfinite().all() and bias.isfinite().all()):
         raise FormatError(f"{str(source)!r} holds NaN or infinity.")
     if missing := {"model", "weights_sha256"} - set(about):
-        raise FormatError(f"{str(source)!r} does not say of which model it is ({', '.join(sorted(missing))} missing).")
+        raise FormatError(f"{str(source)!r} does not name its model ({', '.join(sorted(missing))} missing).")
     return TunedLens(weight, bias, about)

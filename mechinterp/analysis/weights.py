@@ -1,7 +1,7 @@
-"""Weights read in the vocabulary basis: what a head or a neuron reads and writes, as tokens. No prompt is needed.
+"""Weights in the vocabulary basis: which tokens a head or a neuron reads and writes. No prompt is needed.
 
-Everywhere here the weights of norms are folded in and their centring is done, scales are taken as 1 and biases are left
-out: these are the linear maps of the model, right up to a positive factor per input. `about` says so too.
+Everywhere in this module the weights and the centring of norms are folded in, scales are taken as 1 and biases are left
+out: these are the linear maps of the model, exact up to a positive factor per input. `about` says so, too.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ FOLDED = "norm weights folded in, scales taken as 1, biases left out"
 
 
 def embedded(model: HookManager, tokens: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n d_model"]:
-    """What each token (all by default) puts into the residual stream before the first layer, without its position.
+    """What each token (by default all) adds to the residual stream before the first layer, without its position.
 
-    Read off the running model, so that the scale of Gemma's embedding or a norm behind it is included. Cost: one
+    Taken from a run of the model, so that the scale of Gemma's embedding or a norm after it is included. Cost: one
     forward of n tokens that stops before the first layer. Raises UnsupportedError when token and position are not
     simply added, InputError for ids outside the vocabulary and inside an `intervene` block.
 
@@ -40,7 +40,7 @@ def embedded(model: HookManager, tokens: Int[Tensor, " n"] | None = None) -> Flo
     """
     dims, device = model.dims, model.device
     if model.edited:
-        raise InputError("Weights are read outside `intervene`: its edits would change the embedding.")
+        raise InputError("Weights are read outside `intervene`: its edits could change the embedding.")
     ids = torch.arange(dims.d_vocab, device=device) if tokens is None else _checked(tokens, dims.d_vocab).to(device)
     site = Site("embed") if model.has(Site("pos_embed")) else Site("resid_pre", 0)
     width, rows = min(dims.n_ctx, 32, len(ids)), []
@@ -89,7 +89,7 @@ def head_writes_of(
 ) -> Float[Tensor, "source d_model"]:
     """What a head (`a9.h9`) writes for each source that it attends to with weight 1: source W_V W_O.
 
-    `sources` are token ids (their embedding is the input) or residual vectors of your own: Wang et al. 2022 take the
+    `sources` are token ids (their embedding is the input) or your own residual vectors: Wang et al. 2022 take the
     embedding after the first MLP, for instance.
     """
     node = head_of(model, head)
@@ -105,11 +105,17 @@ def ov_circuit(
 ) -> Grid:
     """A Grid (source, token): the logit that a head gives each token when it attends to each source.
 
-    The entries of W_E W_V W_O W_U (Elhage et al. 2021) at the given rows and columns only; sources may be residual
-    vectors instead of token ids. Positive = raises the logit. Unit: logits, up to the factor 1 / (scale of the norm
-    before the head * scale of the final norm). Labels are token ids.
+    The entries of W_E W_V W_O W_U (Elhage et al. 2021) at the given rows and columns only. Positive = raises the
+    logit. Unit: logits, up to the factor 1 / (scale of the norm before the head * scale of the final norm). Labels are
+    token ids.
 
-    Raises InputError for a head or an id that is not there, and for tables beyond 2**26 entries (see `top_tokens`).
+    Args:
+        model: The model.
+        head: Such as `a9.h9`.
+        sources: Token ids, or residual vectors in place of their embeddings.
+        tokens: The token ids whose logits are wanted.
+
+    Raises InputError for a head or an id that does not exist, and for tables beyond 2**26 entries (see `top_tokens`).
 
     >>> import mechinterp as mi
     >>> ids = torch.arange(20, 30)
@@ -132,9 +138,15 @@ def qk_circuit(
 ) -> Grid:
     """A Grid (query, key): q . k of a head for each pair of tokens, W_E W_Q W_K' W_E' (Elhage et al. 2021).
 
-    Before the attention's own scale (1 / sqrt(d_head) in most models) and any cap. Position embeddings are not in it.
-    With rotary (or other relative) positions this is the score at relative position 0 and no other: rotations change
-    it with the distance; `about["positions"]` says which.
+    Before the attention's own scale (1 / sqrt(d_head) in most models) and any cap. Position embeddings are left out.
+    With rotary (or other relative) positions this is the score at relative position 0 only, since rotations change it
+    with the distance; `about["positions"]` says which.
+
+    Args:
+        model: The model.
+        head: Such as `a9.h9`.
+        queries: Token ids, or residual vectors in place of their embeddings.
+        keys: The same for the keys.
 
     Raises UnsupportedError for attention whose scores are not linear in q (norms on q and k, as in Qwen3 or Gemma-3),
     InputError as `ov_circuit` does.
@@ -142,8 +154,8 @@ def qk_circuit(
     node = head_of(model, head)
     _check_size(len(queries), len(keys))
     _check_linear(model, node.layer)
-    asked = inputs_of(model, queries) @ reading(model, node.layer, "q")[node.head]
-    offered = inputs_of(model, keys) @ reading(model, node.layer, "k")[node.head]
+    query_vectors = inputs_of(model, queries) @ reading(model, node.layer, "q")[node.head]
+    key_vectors = inputs_of(model, keys) @ reading(model, node.layer, "k")[node.head]
     absolute = model.has(Site("pos_embed"))
     about = {
         "circuit": "W_E W_Q W_K' W_E'",
@@ -153,7 +165,7 @@ def qk_circuit(
         "positions": "left out (absolute position embedding)" if absolute else "relative position 0 only",
     }
     labels = {"query": _labels(queries), "key": _labels(keys)}
-    return Grid(asked @ offered.T, labels, "score", "q . k / norm scales", about)
+    return Grid(query_vectors @ key_vectors.T, labels, "score", "q . k / norm scales", about)
 
 
 def top_tokens(
@@ -161,17 +173,22 @@ def top_tokens(
 ) -> pd.DataFrame:
     """The table of the n tokens with the highest values for each vector: row, rank, token, text, value.
 
-    `through="unembedding"`: vectors are writes, values the logits they add (final norm folded, scale 1).
-    `through="embedding"`: vectors are what something reads, values their product with each token's embedding. For
-    the lowest tokens give `-vectors`. Memory: 4096 tokens times the rows at a time, never the whole vocabulary.
+    Args:
+        model: The model.
+        vectors: Writes or read directions; for the lowest tokens give `-vectors`.
+        n: Tokens per vector.
+        through: `unembedding`: vectors are writes, values the logits they add (final norm folded in, scale 1).
+            `embedding`: vectors are read directions, values their product with each token's embedding.
+
+    Memory: 4096 tokens times the rows at a time, never the whole vocabulary.
     """
     if through not in ("unembedding", "embedding"):
         raise unknown("vocabulary basis", through, ("unembedding", "embedding"))
     size = model.dims.d_vocab if through == "embedding" else model.layout.W_U.shape[1]
     if vectors.ndim != 2 or vectors.shape[1] != model.dims.d_model:
-        raise InputError(f"Vectors are [row, d_model] = [rows, {model.dims.d_model}]; got {list(vectors.shape)}.")
+        raise InputError(f"`vectors` must be [row, d_model] = [rows, {model.dims.d_model}]; got {list(vectors.shape)}.")
     if not 1 <= n <= size:
-        raise InputError(f"n is the number of tokens a row, from 1 to {size}; got {n}.")
+        raise InputError(f"`n`, the number of tokens per row, must be from 1 to {size}; got {n}.")
     wide = vectors.to(model.device, torch.promote_types(model.dtype, torch.float32))
     values = wide.new_empty(len(wide), 0)
     ids = torch.empty(len(wide), 0, dtype=torch.long, device=wide.device)
@@ -192,10 +209,16 @@ def neuron_tokens(
 ) -> pd.DataFrame:
     """The table of the tokens that each neuron writes (`side="out"`) or reads (`"in"`, `"gate"`): neuron, rank, ...
 
-    `out`: W_out W_U, the logits that one unit of activation adds. `in`: W_E W_in, what each token's embedding adds to
-    the pre-activation; in a gated MLP `gate` enters the activation function and `in` is what it multiplies.
+    Args:
+        model: The model.
+        layer: The layer of the MLP.
+        neurons: Their numbers.
+        n: Tokens per neuron.
+        side: `out`: W_out W_U, the logits that one unit of activation adds. `in`: W_E W_in, what each token's
+            embedding adds to the pre-activation. `gate`: in a gated MLP the same for the input of the activation
+            function; then `in` is what its output multiplies.
 
-    Raises UnsupportedError for an MLP that is no plain pair of matrices. Source: Dar et al. 2022 (arXiv 2209.02535),
+    Raises UnsupportedError for an MLP that is not a plain pair of matrices. Source: Dar et al. 2022 (arXiv 2209.02535),
     who leave the norms out; here their weights are folded in.
 
     >>> import mechinterp as mi
@@ -203,7 +226,7 @@ def neuron_tokens(
     ['neuron', 'rank', 'token', 'text', 'value']
     """
     if not 0 <= layer < model.dims.n_layers:
-        raise InputError(f"There is no layer {layer}: the model has layers 0 to {model.dims.n_layers - 1}.")
+        raise InputError(f"Layer {layer} does not exist: the model has layers 0 to {model.dims.n_layers - 1}.")
     maps, before = model.layout.neurons(layer), model.layout.mlp_norm[layer] or Norm("none")
     n_neurons = len(maps.W_out)
     if not len(neurons) or min(neurons) < 0 or max(neurons) >= n_neurons:
@@ -214,7 +237,7 @@ def neuron_tokens(
     elif side in ("in", "gate"):
         weight = maps.W_in if side == "in" else maps.W_gate
         if weight is None:
-            raise UnsupportedError(f"The MLP of layer {layer} is not gated; read `side='in'` or 'out'.")
+            raise UnsupportedError(f"The MLP of layer {layer} is not gated; use side='in' or 'out'.")
         table = top_tokens(model, before.project_transposed(weight[:, index].T.to(wide)), n, through="embedding")
     else:
         raise unknown("side of a neuron", side, ("out", "in", "gate"))
@@ -223,28 +246,28 @@ def neuron_tokens(
 
 
 def head_of(model: HookManager, head: str) -> Node:
-    """The head of that name. Raises InputError when it is no head of the model."""
+    """The head of that name. Raises InputError for a name that is not a head of the model."""
     node = Node.parse(head)
     if node.kind != "head" or node.layer >= model.dims.n_layers or node.head >= model.dims.n_heads:
         raise InputError(
-            f"{head!r} is no head of the model, which has {model.dims.n_layers} layers of {model.dims.n_heads} heads; "
-            "heads are written 'a1.h0'."
+            f"{head!r} is not a head of the model, which has {model.dims.n_layers} layers of {model.dims.n_heads} "
+            "heads; heads are written 'a1.h0'."
         )
     return node
 
 
 def inputs_of(model: HookManager, given: Tensor) -> Float[Tensor, "n d_model"]:
-    """The residual vectors meant: the embeddings of token ids, or the vectors themselves."""
+    """The embeddings of token ids, or the given residual vectors themselves."""
     if not given.is_floating_point():
         return embedded(model, given)
     if given.ndim != 2 or given.shape[1] != model.dims.d_model or not len(given):
-        raise InputError(f"Residual vectors are [n, d_model] = [n, {model.dims.d_model}]; got {list(given.shape)}.")
+        raise InputError(f"Residual vectors must be [n, d_model] = [n, {model.dims.d_model}]; got {list(given.shape)}.")
     return given.to(model.device, torch.promote_types(model.dtype, torch.float32))
 
 
 def _checked(tokens: Tensor, size: int) -> Int[Tensor, " n"]:
     if tokens.ndim != 1 or not len(tokens) or tokens.dtype == torch.bool or tokens.is_floating_point():
-        raise InputError(f"Token ids are whole numbers [n], at least one; got {tokens.dtype} {list(tokens.shape)}.")
+        raise InputError(f"Token ids must be whole numbers [n], at least one; got {tokens.dtype} {list(tokens.shape)}.")
     if int(tokens.min()) < 0 or int(tokens.max()) >= size:
         wrong = int(tokens.min()) if int(tokens.min()) < 0 else int(tokens.max())
         raise InputError(f"Token id {wrong} is outside the vocabulary of {size} ids (0..{size - 1}).")
@@ -260,7 +283,7 @@ def _check_size(n_rows: int, n_columns: int) -> None:
 
 
 def _check_linear(model: HookManager, layer: int) -> None:
-    """Raises UnsupportedError when twice the q does not move attention twice as far (a norm stands behind it)."""
+    """Raises UnsupportedError when scores are not linear in q (when a norm is applied to it)."""
     tokens = torch.arange(min(3, model.dims.d_vocab), device=model.device)[None]
     found: list[Tensor] = []
     for factor in (0.0, 0.25, 0.5):
@@ -269,10 +292,10 @@ def _check_linear(model: HookManager, layer: int) -> None:
         pattern = model.run(tokens, record=[site], interventions=[edit], stop=site).values[site].double()
         found.append(pattern[..., -1, :].log() - pattern[..., -1, :1].log())
     first, second = (torch.linalg.vector_norm(b - a) for a, b in pairwise(found))
-    if float(first) > 0 and not float(second) > 0.5 * float(first):  # 1 where it is linear, 0 behind a norm
+    if float(first) > 0 and not float(second) > 0.5 * float(first):  # 1 where it is linear, 0 after a norm
         raise UnsupportedError(
-            f"The attention scores of layer {layer} are not linear in q (a norm on q and k stands behind it), so the "
-            "head has no QK circuit of weights alone."
+            f"The attention scores of layer {layer} are not linear in q (q and k are normalised), so the "
+            "head has no QK circuit from weights alone."
         )
 
 

@@ -16,7 +16,7 @@ from mechinterp.base.registry import unknown
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Numbers with named axes. NaN stands where there is nothing: a position that an example does not have.
+    """Numbers with named axes. NaN marks missing entries: a position that an example does not have.
 
     >>> grid = Grid(torch.tensor([[1.0, -3.0], [2.0, 0.0]]), {"layer": ("0", "1"), "head": ("0", "1")}, "effect")
     >>> grid.at(layer=1).values.tolist(), float(grid.at(layer=0, head=1))
@@ -34,12 +34,14 @@ class Grid:
     about: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """How the numbers were made: metric, direction, replacement, examples, ..."""
     cost: Mapping[str, float] = field(default_factory=dict[str, float])
-    """What it took, in forwards and backwards of all examples."""
+    """The cost, in forwards and backwards of all examples."""
 
     def __post_init__(self) -> None:
         expected = tuple(len(labels) for labels in self.labels.values())
         if tuple(self.values.shape) != expected:
-            raise InputError(f"The values are {list(self.values.shape)}, the labels of {self.axes} {list(expected)}.")
+            raise InputError(
+                f"The values have shape {list(self.values.shape)}, the labels of {self.axes} {list(expected)}."
+            )
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -52,13 +54,13 @@ class Grid:
 
     def __float__(self) -> float:
         if self.values.numel() != 1:
-            raise InputError(f"{self!r} is not one number; choose with .at(...) or take .mean(...).")
+            raise InputError(f"{self!r} is not one number; select one with .at(...) or average with .mean(...).")
         return float(self.values)
 
     def at(self, **chosen: str | int | Sequence[str | int]) -> Grid:
-        """The part at the labels; an axis with one label goes, one with a list of labels stays.
+        """The part at the given labels, by axis: one label removes the axis, a list of labels keeps it.
 
-        Raises InputError for an axis or a label that is not there.
+        Raises InputError for an axis or a label that does not exist.
         """
         values, labels = self.values, dict(self.labels)
         for axis, wanted in chosen.items():
@@ -79,7 +81,7 @@ class Grid:
         return replace(self, values=values, labels=labels)
 
     def mean(self, axis: str = "example") -> Grid:
-        """The mean along an axis over the entries that are there (NaN where none is)."""
+        """The mean along an axis, without missing entries (NaN where all are missing)."""
         if axis not in self.labels:
             raise unknown("axis", axis, self.labels)
         rest = {name: labels for name, labels in self.labels.items() if name != axis}
@@ -88,7 +90,7 @@ class Grid:
     def to_frame(self) -> pd.DataFrame:
         """The tidy table: a row per number, a column per axis, and the number in a column of this grid's name.
 
-        Entries that are not there (NaN) are left out.
+        Missing entries (NaN) are left out.
         """
         index = pd.MultiIndex.from_product(list(self.labels.values()), names=list(self.axes)) if self.labels else None
         frame = pd.DataFrame({self.name: self.values.detach().double().cpu().flatten().numpy()}, index=index)
@@ -99,7 +101,7 @@ class Grid:
         return frame
 
     def top(self, n: int = 10) -> pd.DataFrame:
-        """The rows of the table with the largest numbers by magnitude, of the mean over examples if there are."""
+        """The `n` rows of the table with the largest magnitudes; of the mean over examples, if there is that axis."""
         grid = self.mean("example") if "example" in self.labels else self
         frame = grid.to_frame().sort_values(self.name, key=abs, ascending=False, kind="stable", ignore_index=True)
         return frame.head(n)

@@ -1,4 +1,4 @@
-"""Which logits a reading is about: per example a weighted sum of unembedding columns."""
+"""Directions of logits: per example a weighted sum of unembedding columns."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from mechinterp.tasks.metrics import NO_ENTRY
 from mechinterp.tasks.pairs import Pairs
 
 NAMED = ("answers", "right", "wrong")
-"""`answers`: mean logit of the right answers less mean logit of the wrong ones (the metric `logit_diff`). `right` and
+"""`answers`: mean logit of the right answers minus mean logit of the wrong ones (the metric `logit_diff`). `right` and
 `wrong`: the mean logit of those answers alone."""
 
 TokenIds: TypeAlias = "int | Int[Tensor, ''] | Int[Tensor, ' batch']"
 """One token id for every example, or one per example."""
 DirectionLike: TypeAlias = "str | int | Tensor | tuple[int | Tensor, int | Tensor]"
-"""A name of `NAMED`; token ids (their logit); two of them (the first's logit less the second's); or a float tensor
+"""A name of `NAMED`; token ids (their logit); two of them (the first's logit minus the second's); or a float tensor
 `[d_vocab]` or `[batch, d_vocab]` of weights on all logits."""
 
 
 @runtime_checkable
 class HasUnembedding(Protocol):
-    """What has logits: `W_U [d_model, d_vocab]`."""
+    """Anything with an unembedding `W_U [d_model, d_vocab]`."""
 
     @property
     def W_U(self) -> Tensor: ...
@@ -38,17 +38,17 @@ class HasUnembedding(Protocol):
 class Direction:
     """Per example `sum over columns of weight * logit`, of logits before any soft cap.
 
-    Only the columns that some example weighs are read from the unembedding.
+    Only the columns that have a weight in some example are read from the unembedding.
     """
 
     columns: Int[Tensor, " n_columns"]
     """Sorted token ids."""
     weights: Float[Tensor, "batch n_columns"]
     text: str
-    """What it is, in words."""
+    """A description of it."""
 
     def rows(self, chosen: slice) -> Direction:
-        """The same for some of the examples."""
+        """The direction of some of the examples."""
         return replace(self, weights=self.weights[chosen])
 
     def unembedded(self, layout: Layout, dtype: torch.dtype) -> tuple[Float[Tensor, "batch d_model"], Tensor]:
@@ -66,10 +66,10 @@ class Direction:
 
 
 def logit_direction(pairs: Pairs, direction: DirectionLike, layout: HasUnembedding) -> Direction:
-    """The direction that the user means, for every example of `pairs`, on the device of the model.
+    """The direction that `direction` names, for every example of `pairs`, on the device of the model.
 
     Raises InputError for an unknown name, answers that the pairs do not have, an id outside the vocabulary, another
-    shape, NaN, and a direction that weighs no logit.
+    shape, NaN, and a direction that is 0 everywhere.
     """
     device, d_vocab = layout.W_U.device, layout.W_U.shape[1]
     if isinstance(direction, str):
@@ -77,7 +77,7 @@ def logit_direction(pairs: Pairs, direction: DirectionLike, layout: HasUnembeddi
     elif isinstance(direction, tuple):
         if len(direction) != 2:
             raise InputError(
-                f"A pair of token ids is (logit of these, less logit of these); got {len(direction)} entries."
+                f"A pair of token ids means (logit of the first, minus that of the second); got {len(direction)} entries."
             )
         ids = [_token_ids(part, len(pairs), d_vocab) for part in direction]
         found = _of_tables([(ids[0][:, None], 1.0), (ids[1][:, None], -1.0)], "logit of a token less logit of another")
@@ -88,7 +88,7 @@ def logit_direction(pairs: Pairs, direction: DirectionLike, layout: HasUnembeddi
         found = _of_tables([(ids_of_all[:, None], 1.0)], "logit of a token")
     nothing = (found.weights == 0).all(1)
     if bool(nothing.any()):
-        raise InputError(f"The direction weighs no logit in row {int(nothing.nonzero()[0])}: it is 0 everywhere.")
+        raise InputError(f"The direction is 0 everywhere in row {int(nothing.nonzero()[0])}.")
     wide = torch.promote_types(layout.W_U.dtype, torch.float32)
     return replace(found, columns=found.columns.to(device), weights=found.weights.to(wide).to(device))
 
@@ -103,7 +103,7 @@ def _of_answers(pairs: Pairs, name: str, d_vocab: int) -> Direction:
         if table is None:
             raise InputError(
                 f"The direction {name!r} needs {answers} answers, but the prompts have none; give token ids, a pair of "
-                "them or weights [d_vocab] as `direction`."
+                "them, or weights [d_vocab] as `direction`."
             )
         if int(table.max()) >= d_vocab:
             raise InputError(f"The {answers} answers hold token id {int(table.max())}; the model has {d_vocab} logits.")
@@ -129,11 +129,11 @@ def _of_tables(tables: list[tuple[Int[Tensor, "batch _n"], float]], text: str) -
 def _of_weights(given: Tensor, batch: int, d_vocab: int) -> Direction:
     if tuple(given.shape) not in ((d_vocab,), (batch, d_vocab)):
         raise InputError(
-            f"A direction of weights is [d_vocab] = [{d_vocab}] or [batch, d_vocab] = [{batch}, {d_vocab}]; got "
+            f"A direction of weights must be [d_vocab] = [{d_vocab}] or [batch, d_vocab] = [{batch}, {d_vocab}]; got "
             f"{list(given.shape)}."
         )
     if not bool(torch.isfinite(given).all()):
-        raise InputError("The direction's weights hold NaN or infinity.")
+        raise InputError("The direction's weights contain NaN or infinity.")
     table = given.detach().expand(batch, d_vocab)
     used = (given != 0) if given.ndim == 1 else (given != 0).any(0)
     columns = used.nonzero()[:, 0]
@@ -148,9 +148,9 @@ def _token_ids(given: object, batch: int, d_vocab: int) -> Int[Tensor, " batch"]
         )
     ids = torch.as_tensor(given)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise InputError(f"Token ids are whole numbers; got {ids.dtype}.")
+        raise InputError(f"Token ids must be whole numbers; got {ids.dtype}.")
     if ids.ndim > 1 or (ids.ndim == 1 and len(ids) != batch):
-        raise InputError(f"Token ids are one number, or one per example [{batch}]; got shape {list(ids.shape)}.")
+        raise InputError(f"Token ids must be one number, or one per example [{batch}]; got shape {list(ids.shape)}.")
     if int(ids.min()) < 0 or int(ids.max()) >= d_vocab:
         wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
         raise InputError(f"Token id {wrong} is outside the model's {d_vocab} logits (0..{d_vocab - 1}).")

@@ -1,4 +1,4 @@
-"""Means of activations over reference prompts: what mean ablation writes."""
+"""Means of activations over reference prompts, for mean ablation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEANS = ("mean", "mean-positional")
 
 @runtime_checkable
 class Runs(Protocol):
-    """A model whose activations can be read: a HookManager, or an encoder."""
+    """A model whose activations can be recorded: a HookManager, or an encoder."""
 
     @property
     def device(self) -> torch.device: ...
@@ -58,7 +58,7 @@ def site_means(
         value = value.to(torch.promote_types(model.dtype, torch.float32))
         if positional:
             return value.sum(0, keepdim=True)
-        # What stands at padding may be NaN.
+        # The values at padding may be NaN.
         return torch.where(mask.reshape(*mask.shape, *[1] * (value.ndim - 2)), value, 0).sum((0, 1))[None, None]
 
     size = 64 if batch_size is None else batch_size
@@ -72,6 +72,6 @@ def check_means(means: Mapping[Site, Tensor], pairs: Pairs) -> None:
     for site, mean in means.items():
         if mean.shape[1] != 1 and site.kind not in BY_QUERY and mean.shape[1] != pairs.clean.shape[1]:
             raise InputError(
-                f"The means per position are of {mean.shape[1]} positions, the pairs have {pairs.clean.shape[1]}; take "
-                "both of one length, or replacement 'mean'."
+                f"The means per position have {mean.shape[1]} positions, the pairs {pairs.clean.shape[1]}; use "
+                "prompts of the same length, or replacement 'mean'."
             )

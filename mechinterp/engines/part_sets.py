@@ -44,14 +44,15 @@ def swept_parts(
         axis = unit_axis(model, what)
         if axis is None:
             if units is not None:
-                raise InputError(f"Site {what!r} has no heads or neurons, so `units` chooses nothing; leave it out.")
+                raise InputError(f"Site {what!r} has no heads or neurons, so leave out `units`.")
             return labels, [(Part(Site(what, layer)),) for layer in chosen]
         wanted = unit_range(model, Site(what, chosen[0]), units)
         every = [(Part(Site(what, layer), unit),) for layer in chosen for unit in wanted]
         return {**labels, axis: tuple(map(str, wanted))}, every
     if layers is not None or units is not None:
         raise InputError(
-            "`layers` and `units` restrict a sweep over a kind of site; a list of parts is taken as it is."
+            "`layers` and `units` restrict a sweep over a kind of site; a list of parts is taken as it is, so leave "
+            "them out."
         )
     names, sets = parse_sets(model, what)
     return {"node": names}, sets
@@ -98,7 +99,7 @@ def placed_parts(
 ) -> tuple[list[tuple[tuple[Part, ...], tuple[Tensor, ...]]], tuple[str, ...]]:
     """(each entry's parts with their masks, position by position; the labels of the positions)."""
     if positions is not None and any(part.position is not None for several in parts for part in several):
-        raise InputError("Positions are given twice: behind an '@' and as `positions`; use one of the two.")
+        raise InputError("Positions are given twice: after an '@' and as `positions`; use one of the two.")
     chosen = position_sets(pairs, positions)
     own: dict[object, PositionSets] = {}
     found: list[tuple[tuple[Part, ...], tuple[Tensor, ...]]] = []

@@ -40,10 +40,10 @@ class Patch:
     parts: tuple[Part, ...]
     where: tuple[Bool[Tensor, "batch pos"], ...]
     values: tuple[Tensor, ...] | None = None
-    """What is written, per part, where it is this patch's own and not the sweep's."""
+    """What is written, per part; None: the replacements of the whole sweep."""
 
     def first(self, width: int) -> int | None:
-        """The first of `width` positions where anything is replaced; None when nothing is."""
+        """The first of `width` positions where anything is replaced; None if nothing is."""
         found = torch.stack([mask.any(0) for mask in self.where]).any(0)[:width].nonzero()
         return int(found[0]) if len(found) else None
 
@@ -54,7 +54,7 @@ class Patch:
 
 @dataclass(frozen=True)
 class Base:
-    """The run that is patched: its tokens, its residual stream before every layer, its past, its metric."""
+    """The run that is patched: its tokens, its residual stream before some layers, its keys and values, its metric."""
 
     tokens: Int[Tensor, "batch pos"]
     resid: Mapping[int, Float[Tensor, "batch pos d_model"]]
@@ -72,7 +72,16 @@ def run_base(
     record: Sequence[Site] = (),
     entering: Float[Tensor, "batch pos d_model"] | None = None,
 ) -> Base:
-    """One run with what its patched versions need; `entering` replaces what enters the first layer."""
+    """One run, with everything that its patched versions need.
+
+    Args:
+        model: The model.
+        readout: The metric of the batch.
+        tokens: The prompts that are run.
+        layers: The layers at which patched runs will start.
+        record: Further sites whose values are kept.
+        entering: Replaces the input of the first layer.
+    """
     sites = [Site("resid_pre", layer) for layer in layers]
     run = model.run(
         tokens,
@@ -93,7 +102,7 @@ def entry(model: HookManager, part: Part) -> tuple[int, Part]:
     if site.kind == "resid_post" and site.layer is not None and site.layer + 1 < model.dims.n_layers:
         return site.layer + 1, Part(Site("resid_pre", site.layer + 1), part.unit, part.position)
     if site.kind == "final_norm":
-        raise UnsupportedError("Site 'final_norm' cannot be patched here; patch 'resid_final', which it normalizes.")
+        raise UnsupportedError("Site 'final_norm' cannot be patched; patch 'resid_final', which it normalizes.")
     if site.kind == "resid_final":
         return model.dims.n_layers - 1, part
     return (-1 if site.layer is None else site.layer), part
@@ -118,14 +127,21 @@ def sweep(
     memory: int | None = None,
     progress: Progress = no_progress,
 ) -> tuple[Float[Tensor, "patch batch"], float]:
-    """(the metric of every patched run, what it took in whole forwards of the prompts).
+    """(the metric of every patched run, the cost in whole forwards of the prompts).
 
-    `replacements` has for every patched site what is written there, `[batch, pos, ...]` (or `[batch, head, query,
-    key]`) or what broadcasts to it.
+    Args:
+        model: The model.
+        readout: The metric of the batch.
+        base: The run that is patched.
+        patches: What is replaced in each run.
+        replacements: The values written at every patched site, `[batch, pos, ...]` (or `[batch, head, query, key]`)
+            or a shape that broadcasts to it.
+        memory: Bytes of activations at a time; by default that of the device.
+        progress: Called after every group of runs side by side.
     """
     dims, pairs, budget = model.dims, readout.pairs, memory_budget(model.device, memory)
     n_batch, n_pos = base.tokens.shape
-    # Edits of an `intervene` block are for the prompts as they are: whole, and each once.
+    # Edits of an `intervene` block are written for whole prompts, each once.
     width = int(pairs.answer_pos.max()) + 1 if dims.causal and not model.edited else n_pos
     out = base.values.expand(len(patches), -1).clone()
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Reading vectors over the whole vocabulary, a chunk of tokens at a time: never `[.., d_vocab]` for all of them."""
+"""The logits of many vectors, a chunk of the vocabulary at a time: never `[.., d_vocab]` for all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MEMORY = 2**27
 
 @dataclass(frozen=True)
 class Reading:
-    """What distributions over the vocabulary are like; the last row is the reference of `kl`."""
+    """Statistics of distributions over the vocabulary; the last row is the reference of `kl`."""
 
     top_tokens: Int[Tensor, "row k"]
     top_log_probs: Float[Tensor, "row k"]
@@ -51,8 +51,14 @@ def read_vocabulary(
 ) -> list[Reading]:
     """Per row the distributions of its items, from the final norm's outputs; the last row is the reference.
 
-    A log of a sum of exponentials, moments and the best tokens are carried from chunk to chunk. `targets` of -1 are
-    no entry (NaN and -1 in the result). Memory: `MEMORY` bytes of logits.
+    The log of the sum of exponentials, the moments and the best tokens are carried from chunk to chunk.
+
+    Args:
+        layout: The model's final norm, unembedding and soft cap.
+        normed: The final norm's outputs.
+        targets: Token ids whose ranks and log-probabilities to give; -1: no entry (NaN and -1 in the result).
+        top_k: How many of the most probable tokens to keep.
+        chunk: Tokens of the vocabulary at a time; None: as many as fit `MEMORY` bytes of logits.
     """
     n_rows, n_items, _ = normed.shape
     flat = (n_rows, n_items)
@@ -62,7 +68,7 @@ def read_vocabulary(
     ids = torch.zeros(*flat, top_k, dtype=torch.long, device=normed.device)
     aims = torch.stack(
         [_own_logits(layout, row, targets) for row in normed]
-    )  # before the loop: a rank needs the target's logit
+    )  # before the loop, because a rank needs the target's logit
     ranks = torch.zeros(*flat, targets.shape[1], dtype=torch.long, device=normed.device)
     for columns in vocabulary_chunks(layout, n_rows * n_items, normed.dtype, chunk):
         logits = logits_of(layout, normed, columns)
@@ -70,7 +76,7 @@ def read_vocabulary(
         fade, weights = (largest - new).exp(), (logits - new[..., None]).exp()
         moment = moment * fade + (weights * logits).sum(-1)
         total = total * fade + weights.sum(-1)
-        # The reference's weights on this row's logits, faded by the reference's own largest.
+        # The reference's weights on this row's logits, rescaled by the reference's own largest.
         shared = shared * fade[-1] + (weights[-1] * logits).sum(-1)
         largest = new
         own, at = logits.topk(min(top_k, logits.shape[-1]), -1)

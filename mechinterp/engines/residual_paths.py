@@ -1,10 +1,9 @@
-"""One hop of a longer path: what mediators write when only their chosen inputs change.
+"""How a change of some nodes' writes changes the inputs of receivers, with all other heads frozen at the base run.
 
-What a change of some nodes' writes makes of a reader's input, all other heads held at the base run.
-
-The change is carried as a difference of the residual stream, layer by layer, for many candidates side by side: a
-sender adds its write's difference where it stands, heads in between add nothing, MLPs in between add nothing either
-(direct paths) or what recomputing them adds. No forward of the model is run.
+`walk` carries the change as a difference of the residual stream, layer by layer, for many candidates side by side: a
+sender adds the difference of its write in its own layer, the heads between add nothing, and the MLPs between add
+nothing (direct paths) or what recomputing them adds. No forward of the model is run. `mediate` turns changed inputs of
+heads and MLPs into changed writes, so that a path may take several hops.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class Senders:
 
     nodes: tuple[Node, ...]
     where: Bool[Tensor, "candidate node batch pos"]
-    """True where the node's write is the new one."""
+    """True where the node writes its new value."""
 
     def rows(self, chosen: Tensor) -> Senders:
         """Some of the candidates."""
@@ -75,7 +74,7 @@ def walk(
     *,
     recompute_mlps: bool,
 ) -> list[Tensor]:
-    """What each receiver's input becomes, `[candidate, batch, pos, ...]`.
+    """The new input of each receiver, `[candidate, batch, pos, ...]`.
 
     A receiver is a part at a reader's site: q, k or v with its head, `mlp_in`, `resid_pre`, `resid_mid` or
     `resid_final` (before the final norm). `new` has the senders' new z and mlp_out.
@@ -84,7 +83,7 @@ def walk(
     differ before it.
     """
     dims = model.dims
-    # Candidates in order of where they begin, so that those that differ already are a leading block.
+    # Candidates in the order of the layer where they begin, so that those that already differ are a leading block.
     order = senders.first_layer().argsort(stable=True)
     senders, new = senders.rows(order), new.rows(order)
     begins = senders.first_layer()
@@ -197,7 +196,7 @@ def _add_mlp(
         given = model.layout.read_mlp(layer, _stream(model, base, layer) - before[live])
         with Gradients(False) as off, off:
             change[live] = base[site] - model.mlp(layer, given).to(delta.dtype)
-        # Where nothing differs nothing changes, to the last bit.
+        # Where nothing differs, nothing changes, to the last bit.
         change[live] = torch.where((before[live] != 0).any(-1, keepdim=True), change[live], 0)
     for i in senders.at("mlp", layer):
         change = torch.where(senders.where[:, i, ..., None], base[site] - new[site], change)
@@ -213,7 +212,7 @@ def mediate(
     masks: Sequence[Bool[Tensor, "batch pos"]],
     inputs: Sequence[Tensor],
 ) -> tuple[Senders, Values, float]:
-    """(the mediators as senders in every candidate, their new writes, what it took in forwards of the prompts).
+    """(the mediators as senders in every candidate, their new writes, the cost in forwards of the prompts).
 
     `inputs` has for every mediator its new input, `[candidate, batch, pos, ...]`, written where its mask is True; all
     other inputs are the base run's. A key/value head's change reaches every query head that reads it.
@@ -246,7 +245,7 @@ def mediate(
                 continue
             if mediators[i].site.kind != "mlp_in":
                 raise InputError(
-                    f"'{mediators[i].site}' writes nothing by itself, so it cannot be a mediator; name heads' inputs "
+                    f"'{mediators[i].site}' does not write by itself, so it cannot be a mediator; name heads' inputs "
                     "('a5.h5<k>') and MLPs ('m3')."
                 )
             with Gradients(False) as off, off:

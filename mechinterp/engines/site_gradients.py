@@ -59,7 +59,7 @@ def site_gradients(
         stop=FINAL,
     )
     if run.loss is None:
-        raise InputError("The run gave no value of the metric.")
+        raise InputError("The run did not return a value of the metric.")
     return SiteGradients(_by_site(run.values), _by_site(run.grads), run.loss)
 
 
@@ -74,16 +74,16 @@ def check_differentiable(metric: Metric) -> None:
     """Return None when the metric has a gradient. Raises InputError otherwise."""
     if not metric.differentiable:
         raise InputError(
-            f"Metric {metric.name!r} has no gradient; attribute logit_diff, prob_diff, log_prob or another."
+            f"Metric {metric.name!r} has no gradient; use logit_diff, prob_diff, log_prob or another one that has."
         )
 
 
 def unit_products(
     site: Site, difference: Float[Tensor, "batch ..."], gradient: Float[Tensor, "batch ..."]
 ) -> Float[Tensor, "batch pos unit"]:
-    """`difference * gradient` summed over all that is not a token or a unit, in float32 or better.
+    """`difference * gradient` summed over all axes but token and unit, in float32 or better.
 
-    The unit is a head or neuron, or the only one where a site has none. Of a pattern the token is the query.
+    A unit is a head or a neuron; a site without them has one unit. The token of a pattern is its query.
     """
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     product = difference.to(dtype) * gradient.to(dtype)
@@ -99,7 +99,7 @@ def over_sets(
     products: Float[Tensor, "batch pos unit"], masks: Bool[Tensor, "set batch pos"]
 ) -> Float[Tensor, "unit set batch"]:
     """Summed over the positions of every set."""
-    # Not a product with 0: under padding a pattern's products may be NaN.
+    # Not a product with 0: at padding a pattern's products may be NaN.
     real = torch.where(masks.any(0)[..., None], products, 0)
     return einsum(real, masks.to(real.dtype), "batch pos unit, set batch pos -> unit set batch")
 
