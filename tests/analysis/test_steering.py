@@ -17,8 +17,10 @@ GENERATOR = torch.Generator().manual_seed(0)
 VECTOR, MATRIX = torch.randn(16, generator=GENERATOR), torch.randn(16, 16, generator=GENERATOR)
 
 
-@pytest.mark.parametrize("positions", [None, "S", [(0, -1)]])
-@pytest.mark.parametrize("name", EVERY)
+POSITIONS: list[Any] = [None, "S", [(0, -1)]]
+
+
+@pytest.mark.parametrize(("name", "positions"), [(name, POSITIONS[i % 3]) for i, name in enumerate(EVERY)])
 def test_the_value_becomes_what_the_formula_says(name: str, positions: Any) -> None:
     model, prompts = tiny(name), pairs(3, 6, padded=True, positions=NAMED)
     site = "resid_pre.1"

@@ -177,6 +177,15 @@ def test_top_tokens_are_those_of_the_whole_table(name: str, monkeypatch: pytest.
     assert read[read["row"] == 2]["value"].is_monotonic_decreasing
 
 
+GATED = ("llama", "gemma2", "qwen2")
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name not in GATED])
+def test_a_plain_mlp_has_no_gate_to_read(name: str):
+    with pytest.raises(UnsupportedError, match="not gated"):
+        neuron_tokens(tiny(name), 1, [5], side="gate")
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_what_a_neuron_reads_is_its_preactivation_on_the_embedding(name: str):
     model, layer, neuron = tiny(name), 1, 5
@@ -184,11 +193,7 @@ def test_what_a_neuron_reads_is_its_preactivation_on_the_embedding(name: str):
     assert norm is not None
     site = Site("mlp_in", layer)
     maps = model.layout.neurons(layer)
-    for side, weight in (("in", maps.W_in), ("gate", maps.W_gate)):
-        if weight is None:
-            with pytest.raises(UnsupportedError, match="not gated"):
-                neuron_tokens(model, layer, [neuron], side=side)
-            continue
+    for side, weight in (("in", maps.W_in), ("gate", maps.W_gate))[: 2 if name in GATED else 1]:
         frame = neuron_tokens(model, layer, [neuron], D_VOCAB, side=side)
         stream = embedded(model)
         entering = norm(stream) - (0 if norm.bias is None else norm.bias)
