@@ -16,7 +16,7 @@ from mechinterp.analysis.attribution import METHODS, attribution_patching, node_
 from mechinterp.analysis.integrated_gradients import integrated_gradients
 from mechinterp.analysis.relevance import relevance
 from mechinterp.engines.decomposition.rules import PRESETS
-from mechinterp.engines.edge_patching import metric_values
+from mechinterp.engines.readout import metric_values
 from mechinterp.models.hook_manager import Intervention
 from mechinterp.models.sites import Site
 from mechinterp.tasks.metrics import get_metric

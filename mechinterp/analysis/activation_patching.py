@@ -21,15 +21,15 @@ from mechinterp.engines.means import MEANS, check_means, site_means
 from mechinterp.engines.part_sets import Nodes, placed_parts, swept_parts
 from mechinterp.engines.patch_direction import patch_direction
 from mechinterp.engines.patch_sweep import Base, Patch, run_base, start_layers, sweep
-from mechinterp.engines.readout import metric_readout
+from mechinterp.engines.readout import checked_metric, metric_readout
 from mechinterp.models.components import Positions
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Site
-from mechinterp.tasks.metrics import Metric, get_metric
+from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 
 Replacing: TypeAlias = "str | Tensor | Callable[[Tensor, Site], Tensor]"
-KINDS = ("pair", "mean", "mean-positional", "zero")
+REPLACEMENTS = ("pair", "mean", "mean-positional", "zero")
 
 
 def activation_patching(
@@ -90,9 +90,7 @@ def activation_patching(
     >>> effects.mean().axes, effects.at(pos="end").top(1)["layer"].tolist()
     (('layer', 'head', 'pos'), [2])
     """
-    metric = get_metric(metric) if isinstance(metric, str) else metric
-    metric.check_answers(pairs)
-    pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
+    metric = checked_metric(model, pairs, metric)
     chosen = patch_direction(direction)
     pairs = pairs.to(model.device)
     labels, parts = swept_parts(model, what, layers, units)
@@ -167,8 +165,8 @@ def fraction(effects: Grid) -> Grid:
 
 def _check_replacement(replacement: Replacing, sites: Sequence[Site], pairs: Pairs) -> None:
     if isinstance(replacement, str):
-        if replacement not in KINDS:
-            raise unknown("replacement", replacement, KINDS)
+        if replacement not in REPLACEMENTS:
+            raise unknown("replacement", replacement, REPLACEMENTS)
     elif isinstance(replacement, Tensor) and replacement.shape != pairs.clean.shape:
         raise InputError(
             f"Replacement prompts must be token ids {list(pairs.clean.shape)}, like the pairs'; got "

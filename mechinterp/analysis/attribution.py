@@ -32,7 +32,7 @@ from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.lrp import RULES, check_receives, lrp_loss, rule_edits
 from mechinterp.engines.means import site_means
 from mechinterp.engines.patch_direction import patch_direction
-from mechinterp.engines.readout import Readout, metric_readout
+from mechinterp.engines.readout import Readout, checked_metric, metric_readout
 from mechinterp.engines.site_gradients import (
     check_differentiable,
     over_sets,
@@ -51,7 +51,7 @@ from mechinterp.models.components import (
 )
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.sites import Node, Site
-from mechinterp.tasks.metrics import Metric, get_metric
+from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 
 
@@ -379,7 +379,7 @@ def attribution_patching(
     axis = unit_axis(model, what)
     if axis is not None:
         labels[axis] = numbered(n_units(model, sites[0]))
-    plan = Plan(method, steps, quadrature, direction, replacement, _metric(metric))
+    plan = Plan(method, steps, quadrature, direction, replacement, checked_metric(model, pairs, metric))
     found, sets, cost = _score(model, pairs, reference, sites, plan, positions, batch_size)
     values = torch.stack([found[site] for site in sites])
     values = values if axis is not None else values.squeeze(1)
@@ -434,7 +434,7 @@ def node_attribution(
         if dims.has_mlp:
             sites.append(Site("mlp_out", layer))
             names.append(str(Node("mlp", layer)))
-    plan = Plan(method, steps, quadrature, direction, replacement, _metric(metric))
+    plan = Plan(method, steps, quadrature, direction, replacement, checked_metric(model, pairs, metric))
     found, sets, cost = _score(model, pairs, reference, sites, plan, positions, batch_size)
     values = torch.cat([found[site] for site in sites])
     axes = {"node": tuple(names), "pos": sets.labels, "example": numbered(len(pairs))}
@@ -451,8 +451,6 @@ def _score(
     batch_size: int | None,
 ) -> tuple[dict[Site, Tensor], PositionSets, dict[str, float]]:
     """(scores [unit, set, example] of every site, the sets of positions, the cost)."""
-    plan.metric.check_answers(pairs)
-    pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
     for site in sites:
         model.resolve(site)
     pairs = pairs.to(model.device)
@@ -478,10 +476,6 @@ def _score(
     cost = {"forwards": float(plan.replacement == "mean") + float(found["forwards"])}
     cost["backwards"] = float(found["backwards"])
     return {site: found[str(site)] for site in sites}, sets, cost
-
-
-def _metric(metric: Metric | str) -> Metric:
-    return get_metric(metric) if isinstance(metric, str) else metric
 
 
 def _about(plan: Plan) -> dict[str, object]:

@@ -18,14 +18,14 @@ from mechinterp.base.registry import unknown
 from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.patch_direction import DENOISE
 from mechinterp.engines.patch_sweep import Patch, run_base, start_layers, sweep
-from mechinterp.engines.readout import metric_readout
+from mechinterp.engines.readout import checked_metric, metric_readout
 from mechinterp.models.components import Part, Positions, layer_range, position_sets
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.sites import Site
-from mechinterp.tasks.metrics import Metric, get_metric
+from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 
-KINDS = ("resid_post", "resid_mid", "resid_pre", "attn_out", "mlp_out")
+RESTORABLE = ("resid_post", "resid_mid", "resid_pre", "attn_out", "mlp_out")
 
 
 def causal_tracing(
@@ -82,11 +82,9 @@ def causal_tracing(
     >>> traced.mean().axes
     ('layer', 'pos')
     """
-    metric = get_metric(metric) if isinstance(metric, str) else metric
-    metric.check_answers(pairs)
-    pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
-    if what not in KINDS:
-        raise unknown("site to restore", what, KINDS)
+    metric = checked_metric(model, pairs, metric)
+    if what not in RESTORABLE:
+        raise unknown("site to restore", what, RESTORABLE)
     if window < 1 or samples < 1 or not noise > 0:
         raise InputError(
             f"`window` and `samples` must be at least 1 and `noise` positive; got {window}, {samples} and {noise}."

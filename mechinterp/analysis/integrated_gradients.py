@@ -19,11 +19,11 @@ from mechinterp.base.batches import over_batches
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.base.registry import unknown
 from mechinterp.engines.grid import Grid, numbered
-from mechinterp.engines.readout import FINAL, metric_readout
+from mechinterp.engines.readout import FINAL, checked_metric, metric_readout
 from mechinterp.engines.site_gradients import check_differentiable, site_gradients
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.sites import Site
-from mechinterp.tasks.metrics import Metric, get_metric
+from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 
 Baseline: TypeAlias = "str | int | Tensor"
@@ -102,10 +102,8 @@ def integrated_gradients(
     >>> tokens.axes, tokens.about["completeness_error_share"] < 0.01
     (('pos', 'example'), True)
     """
-    metric = get_metric(metric) if isinstance(metric, str) else metric
-    metric.check_answers(pairs)
+    metric = checked_metric(model, pairs, metric)
     check_differentiable(metric)
-    pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
     if site not in INPUTS:
         raise unknown("input site", site, INPUTS)
     points = integration_points(steps, quadrature)

@@ -18,12 +18,12 @@ from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.part_sets import every_node, parse_sets
 from mechinterp.engines.patch_direction import PatchDirection, patch_direction
 from mechinterp.engines.patch_sweep import Base, Patch, entry, memory_budget, run_base, sweep
-from mechinterp.engines.readout import FINAL, Readout, metric_readout
+from mechinterp.engines.readout import FINAL, Readout, checked_metric, metric_readout
 from mechinterp.engines.residual_paths import Senders, Values, mediate, walk
 from mechinterp.models.components import Part, Positions, parse_part, position_sets
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node, Site
-from mechinterp.tasks.metrics import Metric, get_metric
+from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 
 MEANINGS = {
@@ -97,9 +97,7 @@ def path_patching(
     >>> to_query.labels["sender"]
     ('a0.h1', 'a1.h0')
     """
-    metric = get_metric(metric) if isinstance(metric, str) else metric
-    metric.check_answers(pairs)
-    pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
+    metric = checked_metric(model, pairs, metric)
     chosen = patch_direction(direction)
     if meaning not in MEANINGS:
         raise unknown("meaning", meaning, MEANINGS)

@@ -18,7 +18,7 @@ from mechinterp.base.batches import batches
 from mechinterp.base.errors import InputError
 from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.lrp import Rules, check_receives, get_rules, lrp_head, lrp_loss, rule_edits, unembedding
-from mechinterp.engines.readout import FINAL, Readout, metric_readout
+from mechinterp.engines.readout import FINAL, Readout, checked_metric, metric_readout
 from mechinterp.engines.site_gradients import (
     SiteGradients,
     check_differentiable,
@@ -31,7 +31,7 @@ from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.modes import Gradients
 from mechinterp.models.norm import Norm
 from mechinterp.models.sites import Site
-from mechinterp.tasks.metrics import Metric, get_metric
+from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 
 
@@ -89,14 +89,12 @@ def relevance(
     >>> found.scores.axes, found.violation < 1e-3
     (('pos', 'example'), True)
     """
-    metric = get_metric(metric) if isinstance(metric, str) else metric
-    metric.check_answers(pairs)
+    metric = checked_metric(model, pairs, metric)
     check_differentiable(metric)
     if metric.needs_reference:
         raise InputError(
             f"Metric {metric.name!r} has no gradient at the clean run itself; use logit_diff or prob_diff."
         )
-    pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
     chosen = get_rules(rules)
     labels, sites = _sites(model, what, chosen)
     scores: list[Tensor] = []

@@ -19,11 +19,11 @@ from mechinterp.base.errors import InputError
 from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.patch_direction import patch_direction
 from mechinterp.engines.patch_sweep import Patch, entry, run_base, sweep
-from mechinterp.engines.readout import metric_readout
+from mechinterp.engines.readout import checked_metric, metric_readout
 from mechinterp.models.components import BY_QUERY, Part, Position, parse_part, position_index, position_sets
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.interchange import das, interchange, placebo, random_basis
-from mechinterp.tasks.metrics import Metric, get_metric
+from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 
 
@@ -74,9 +74,7 @@ def subspace_interchange(
     >>> grid.labels["subspace"]
     ('basis', 'complement', 'whole', 'placebo 0')
     """
-    metric = get_metric(metric) if isinstance(metric, str) else metric
-    metric.check_answers(pairs)
-    pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
+    metric = checked_metric(model, pairs, metric)
     chosen = patch_direction(direction)
     if placebos < 0:
         raise InputError(f"`placebos` must be at least 0; got {placebos}.")

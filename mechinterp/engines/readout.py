@@ -16,7 +16,7 @@ from mechinterp.graphs.token_positions import take_positions
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.layout import Layout
 from mechinterp.models.sites import Site
-from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.metrics import Metric, get_metric
 from mechinterp.tasks.pairs import Pairs
 
 FINAL = Site("resid_final")
@@ -55,6 +55,17 @@ class Readout:
         """The metric of `n` runs side by side, whose rows are run by run and whose first position is `first`."""
         at = (self.pairs.answer_pos - first).clamp(min=-1).repeat(n, 1)
         return self.of_answers(answer_rows(resid, at).unflatten(0, (n, len(self.pairs))))
+
+
+def checked_metric(model: HookManager, pairs: Pairs, metric: Metric | str) -> Metric:
+    """The metric, or that of the name, when the pairs have the answers it needs and tokens of the model.
+
+    Raises InputError for an unknown name, missing answers, and token ids outside the model's vocabulary.
+    """
+    metric = get_metric(metric) if isinstance(metric, str) else metric
+    metric.check_answers(pairs)
+    pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
+    return metric
 
 
 def metric_readout(model: HookManager, pairs: Pairs, metric: Metric) -> Readout:

@@ -101,12 +101,12 @@ def test_edits_compose_with_sweeps_that_repeat_the_prompts() -> None:
 BAD: list[tuple[Any, Any, dict[str, Any], str]] = [
     ("T", "S", {}, "Unknown position 'T'"),
     (["S", "end"], "S", {}, "one set of positions"),
-    ("S", "end", {}, "nothing to edit"),
+    ("S", "end", {}, "nothing can be edited"),
     ([0], [0], {}, "no key left"),
     (None, None, {}, "no key left"),
     ("end", "S", {"heads": []}, "at least one head"),
     ("end", "S", {"heads": ["a9.h1"]}, "layers 0 to 2"),
-    ("end", "S", {"heads": ["a1.h1<q>"]}, "is no head"),
+    ("end", "S", {"heads": ["a1.h1<q>"]}, "is not a head"),
     ("end", "S", {"heads": ["a1.h1"], "layers": [0]}, "not both"),
     ("end", "S", {"layers": [7]}, "0 to 2"),
 ]

@@ -335,7 +335,7 @@ def test_bad_requests_get_one_clear_error() -> None:
         ("Unknown metric", {"metric": "logits"}),
         ("has no gradient", {"metric": "accuracy"}),
         ("The gradient of kl_to_clean at the clean run is 0", {"metric": "kl_to_clean"}),
-        ("steps must be a whole number from 1", {"steps": 0}),
+        ("`steps` must be a whole number from 1", {"steps": 0}),
         ("Unknown quadrature", {"quadrature": "simpson"}),
         ("outside the prompt", {"positions": [9]}),
         ("Layers are different numbers", {"layers": [7]}),

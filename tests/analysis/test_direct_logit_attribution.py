@@ -373,7 +373,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "weights of another size": ({"direction": torch.ones(16)}, "\\[50\\] or \\[batch, d_vocab\\]"),
     "NaN": ({"direction": torch.full((50,), torch.nan)}, "NaN or infinity"),
     "nothing": ({"direction": torch.zeros(50)}, "weighs no logit in row 0"),
-    "a bool": ({"direction": torch.tensor([True, False])}, "Token ids are whole numbers"),
+    "a bool": ({"direction": torch.tensor([True, False])}, "Token ids must be whole numbers"),
     "a position outside": ({"position": 7}, "Position 7 is outside the prompt of row 0"),
     "a position unknown": ({"position": "S2"}, "Unknown position 'S2'"),
     "a prompt unknown": ({"prompt": "cleen"}, "`prompt` is 'clean' or 'corrupt'"),

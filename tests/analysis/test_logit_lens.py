@@ -166,7 +166,7 @@ def _removed(model: Any, examples: Pairs, node: str, final: torch.Tensor) -> tor
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"sites": ["z.0"]}, "is no residual stream"),
+    ({"sites": ["z.0"]}, "is not a residual stream"),
     ({"sites": []}, "at least one"),
     ({"sites": "resid_pre.0"}, "is a list"),
     ({"sites": ["resid_pre.9"]}, "layers 0 to 2"),
@@ -186,7 +186,7 @@ def test_bad_input_gets_one_clear_line(keywords: dict[str, Any], message: str) -
         as_installed(logit_lens)(tiny("gpt2"), pairs(3, 6), **keywords)
     with pytest.raises(InputError, match="Give Pairs"):
         as_installed(logit_lens)(tiny("gpt2"), [[1, 2]])
-    with pytest.raises(InputError, match="writes nothing by itself"):
+    with pytest.raises(InputError, match="does not write to the residual stream by itself"):
         as_installed(writes_lens)(tiny("gpt2"), pairs(3, 6), ["resid_pre.1"])
 
 
@@ -194,7 +194,7 @@ def test_an_edited_readout_is_refused() -> None:
     model = tiny("gpt2")
     with (
         model.intervene(Intervention("final_norm", lambda x: 3 * x)),
-        pytest.raises(UnsupportedError, match="reads other"),
+        pytest.raises(UnsupportedError, match="gives other"),
     ):
         logit_lens(model, pairs(3, 6))
 

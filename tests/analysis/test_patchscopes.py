@@ -117,15 +117,15 @@ def test_another_model_needs_a_map_of_its_width() -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"source_sites": ["z.1"]}, "is no residual stream"),
+    ({"source_sites": ["z.1"]}, "is not a residual stream"),
     ({"source_sites": []}, "at least one"),
     ({"source_sites": ["resid_pre.1", "resid_pre.1"]}, "given twice"),
     ({"source_sites": ["resid_pre.8"]}, "layers 0 to 2"),
-    ({"target_site": "pattern.1"}, "is no residual stream"),
+    ({"target_site": "pattern.1"}, "is not a residual stream"),
     ({"source_position": 6}, "outside the prompt"),
     ({"target_position": -5}, "outside the target prompt of 4"),
     ({"target": tokens(2, 4)}, "one for each of the 3 sources"),
-    ({"top_k": 0}, "top_k is from 1"),
+    ({"top_k": 0}, "must be from 1"),
 ]
 
 

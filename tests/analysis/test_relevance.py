@@ -223,7 +223,7 @@ def test_bad_requests_get_one_clear_error() -> None:
     model, some = tiny("gpt2"), pairs(3, 6)
     for match, arguments in (
         ("Unknown set of rules 'lrp'", {"rules": "lrp"}),
-        ("has no gradient; attribute", {"metric": "accuracy"}),
+        ("has no gradient; use", {"metric": "accuracy"}),
         ("has no gradient at the clean run itself", {"metric": "kl_to_clean"}),
         ("Unknown site of a layer 'zed'", {"what": "zed"}),
     ):
@@ -287,7 +287,7 @@ def test_bad_baselines_get_one_clear_error() -> None:
         ("baseline token 99 is not in the vocabulary", {"baseline": 99}),
         ("A baseline tensor is", {"baseline": torch.zeros(3)}),
         ("Unknown quadrature", {"quadrature": "simpson"}),
-        ("steps must be a whole number", {"steps": 0}),
+        ("`steps` must be a whole number", {"steps": 0}),
         ("has no gradient", {"metric": "accuracy"}),
     ):
         with pytest.raises(InputError, match=match):

@@ -78,10 +78,10 @@ def test_the_mean_difference_is_of_the_position_in_each_prompt(site: str) -> Non
 BAD: list[tuple[Any, str]] = [
     (lambda: add_direction("resid_pre.1", torch.zeros(16)), "finite and not 0"),
     (lambda: add_direction("resid_pre.1", torch.full((16,), torch.nan)), "finite and not 0"),
-    (lambda: add_direction("resid_pre.1", VECTOR, positions="S"), "give `pairs` too"),
+    (lambda: add_direction("resid_pre.1", VECTOR, positions="S"), "give `pairs` as well"),
     (lambda: add_direction("resid_pre.1", VECTOR, pairs=pairs(3, 6, positions=NAMED), positions=["S", 0]), "one set"),
     (lambda: add_direction("pattern.1", VECTOR), "edit_pattern"),
-    (lambda: as_installed(affine)("resid_pre.1", torch.ones(3, 4)), r"is \[d, d\]"),
+    (lambda: as_installed(affine)("resid_pre.1", torch.ones(3, 4)), r"must be \[d, d\]"),
     (
         lambda: mean_difference(tiny("gpt2"), pairs(3, 6).clean, pairs(3, 6).corrupt, "pattern.0"),
         "no vectors|direction",
