@@ -137,7 +137,7 @@ def contextual_decomposition(
 
     Checked in every call: the operation of each rule, at r + i, gives the run's own value (`completeness`). That holds
     for any split, good or bad; to see whether a preset ranks sources well, compare it with `patch`, which is ablation
-    itself. Rules with a frozen norm overestimate magnitudes.
+    itself. Rules with a frozen norm may over- or underestimate magnitudes.
 
     Cost: a forward, and per source the share of a forward from its layer and first position on, without unembedding;
     twice that for `patch` and `authors-gpt`, which need patterns of parts. `linear` by backward: a forward and a
@@ -284,7 +284,7 @@ def _forward(
     memory: int | None,
     report: Callable[[int], None],
 ) -> tuple[dict[str, Float[Tensor, "source batch ..."]], float]:
-    """(the relevant part of every target, what it took in forwards)."""
+    """(the relevant part of every target, the cost in forwards)."""
     tape, width = pass_.tape, chunk.clean.shape[1]
     dims = subject.dims
     n_ops = len(tape.operations)

@@ -254,7 +254,7 @@ TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
 def copying_scores(model: HookManager) -> Grid:
     """A Grid (layer, head) of sum(eigenvalues) / sum(|eigenvalues|) of the full OV circuit, from -1 to 1.
 
-    The circuit is W_E W_V W_O W_U, d_vocab x d_vocab: a positive score says that attending to a token raises that
+    The circuit is W_E W_V W_O W_U, d_vocab x d_vocab: a positive score means that attending to a token raises that
     token's own logit (copying), a negative one that it lowers it. Norm weights and centring are folded in. Its
     eigenvalues that are not 0 are those of W_O W_U W_E W_V, d_head x d_head.
 

@@ -79,8 +79,8 @@ def logit_lens(
     Args:
         model: The model.
         prompts: Pairs (their clean prompts) or token ids.
-        sites: Residual streams; by default all of `resid_pre` and `resid_mid` (which a tuned lens has no map for, and
-            leaves out), and `resid_final`.
+        sites: Residual streams; by default every `resid_pre` and `resid_mid`, and `resid_final`. A tuned lens has no
+            map for `resid_mid`, so with one the default leaves it out.
         positions: Names (`end`), numbers (-1 is the last real token) or `each`; by default the first answer position.
         targets: Token ids `[batch, n]` whose rank and log-probability to follow; by default the first right and the
             first wrong answer.

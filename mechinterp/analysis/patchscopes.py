@@ -42,9 +42,9 @@ class Patchscope:
         """A row per source site and example: the most probable token, its probability, and what was generated."""
         frame = self.probabilities.at(rank=0).to_frame()
         first = self.top_tokens[..., 0].flatten().tolist()
-        said = self.generated.flatten(0, 1).tolist()
+        generated = self.generated.flatten(0, 1).tolist()
         frame["token"] = first if tokenizer is None else [tokenizer.decode([token]) for token in first]
-        frame["generated"] = said if tokenizer is None else [tokenizer.decode(ids) for ids in said]
+        frame["generated"] = generated if tokenizer is None else [tokenizer.decode(ids) for ids in generated]
         return frame
 
 
@@ -110,7 +110,7 @@ def patchscope(
     run = model.run(sources.clean, sources.mask, record=list(dict.fromkeys(sites)))
     tokens = target.expand(len(source), -1).to(into.device)
     logits: list[Tensor] = []
-    said: list[Tensor] = []
+    generated: list[Tensor] = []
     for site in sites:
         state = run.values[site][torch.arange(len(source), device=where.device), where]
         state = state if mapping is None else mapping(state)
@@ -130,7 +130,7 @@ def patchscope(
             grown = torch.cat([grown, found[:, 0].argmax(-1, keepdim=True)], 1)
         assert first is not None
         logits.append(first)
-        said.append(grown[:, width : width + max_new_tokens])
+        generated.append(grown[:, width : width + max_new_tokens])
     whole = torch.stack(logits)
     best = whole.to(torch.promote_types(whole.dtype, torch.float32)).softmax(-1).topk(top_k, -1)
     labels = {"site": tuple(map(str, sites)), "example": numbered(len(source)), "rank": numbered(top_k)}
@@ -141,7 +141,9 @@ def patchscope(
         "target_model": into.info.name,
     }
     cost = {"forwards": 1.0 + len(sites) * max(1, max_new_tokens)}
-    return Patchscope(whole, best.indices, Grid(best.values, labels, "probability", "", about, cost), torch.stack(said))
+    return Patchscope(
+        whole, best.indices, Grid(best.values, labels, "probability", "", about, cost), torch.stack(generated)
+    )
 
 
 def _listed(sites: Sequence[str | Site]) -> list[str | Site]:
