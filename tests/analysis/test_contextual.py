@@ -202,7 +202,7 @@ BACKWARD += [
 
 @pytest.mark.parametrize(("name", "source"), BACKWARD)
 def test_one_backward_is_the_forward_walk(name: str, source: str) -> None:
-    keywords: dict[str, Any] = {"positions": "each", "replacement": "mean"}
+    keywords: dict[str, Any] = {"positions": [0, (1, -1)], "replacement": "mean"}
     what = [source] if source == "input" else source
     backward, forward = decompose(name, what, **keywords), decompose(name, what, forward=True, **keywords)
     assert backward.about["by"] == "one backward" and forward.about["by"] == "forward walk"
@@ -253,9 +253,10 @@ def test_a_source_that_cannot_reach_has_exactly_nothing(name: str, preset: str) 
 
 @some_of_both
 def test_batches_memory_and_padding_change_nothing(name: str, preset: str) -> None:
+    heads = ["a0.h1", "a1.h2", "a2.h0"]
     keywords: dict[str, Any] = {"preset": preset, "positions": "each", "replacement": "pair", "forward": True}
-    whole = decompose(name, "z", n=4, **keywords)
-    small = decompose(name, "z", n=4, batch_size=3, memory=1, **keywords)
+    whole = decompose(name, heads, n=4, **keywords)
+    small = decompose(name, heads, n=4, batch_size=3, memory=1, **keywords)
     torch.testing.assert_close(only(whole), only(small), rtol=0, atol=near(name), equal_nan=True)
     pairs = tiny_models.pairs(4, 7, padded=True)
     row = 2
@@ -266,7 +267,7 @@ def test_batches_memory_and_padding_change_nothing(name: str, preset: str) -> No
         right=pairs.right[[row, row]],  # type: ignore[index]
         wrong=pairs.wrong[[row, row]],  # type: ignore[index]
     )[:1]
-    single = only(decompose(name, "z", pairs=alone, **keywords))[..., 0]
+    single = only(decompose(name, heads, pairs=alone, **keywords))[..., 0]
     torch.testing.assert_close(only(whole)[..., :length, row], single, rtol=0, atol=near(name))
 
 

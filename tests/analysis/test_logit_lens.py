@@ -168,13 +168,13 @@ def _removed(model: Any, examples: Pairs, node: str, final: torch.Tensor) -> tor
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"sites": ["z.0"]}, "is not a residual stream"),
     ({"sites": []}, "at least one"),
-    ({"sites": "resid_pre.0"}, "is a list"),
+    ({"sites": "resid_pre.0"}, "must be a list"),
     ({"sites": ["resid_pre.9"]}, "layers 0 to 2"),
     ({"positions": [6]}, "outside the prompt"),
     ({"positions": []}, "No position"),
     ({"positions": ["S2"]}, "Unknown position"),
     ({"targets": torch.tensor([[50]] * 3)}, "outside the vocabulary of 50"),
-    ({"targets": torch.tensor([1, 2, 3])}, "are token ids"),
+    ({"targets": torch.tensor([1, 2, 3])}, "must be token ids"),
     ({"top_k": 51}, "from 1 to the vocabulary's 50"),
     ({"lens": lambda site, resid: resid[..., :3]}, "must keep the shape"),
 ]

@@ -100,7 +100,7 @@ def test_token_ids_are_words_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("prompt", "target", "keywords", "message"),
     [
-        (TEXT, " Mary gave", {}, "is 2 tokens; a target is one"),
+        (TEXT, " Mary gave", {}, "is 2 tokens; a target must be one"),
         (TEXT, " Mary", {"max_words": 0}, "max_words` must be a whole number"),
         (TEXT, " Mary", {"spans": [(3, 99)]}, "not in the text"),
         (TEXT, " Mary", {"spans": [(4, 4)]}, "not in the text"),
@@ -126,7 +126,7 @@ def test_bad_requests_get_one_clear_line(prompt: Any, target: Any, keywords: dic
 
 
 def test_a_class_that_is_not_there_and_a_span_that_was_not_asked_for() -> None:
-    with pytest.raises(InputError, match="no class 'neutral'; known: negative, positive"):
+    with pytest.raises(InputError, match="Unknown class 'neutral'; known: negative, positive"):
         mi.phrase_relevance(sentiment(), "the film was bad .", "neutral")
     with pytest.raises(InputError, match="was not decomposed"):
         mi.phrase_relevance(sentiment(), "the film was bad .", "positive").value(0, 3)

@@ -107,10 +107,10 @@ def test_a_learned_subspace_beats_its_placebos_on_other_pairs() -> None:
 
 BAD: list[tuple[str, Any, dict[str, Any], str]] = [
     ("resid_pre.1", torch.ones(16, 2), {}, "not orthonormal"),
-    ("resid_pre.1", basis(8, 2), {}, r"is \[16, rank\]"),
+    ("resid_pre.1", basis(8, 2), {}, r"must be \[16, rank\]"),
     ("z.1", basis(4, 2), {}, "not one vector per token"),
     ("a1.h1<pattern>", basis(4, 2), {}, "not one vector per token"),
-    ("m1.n3", basis(16, 2), {}, "is one number"),
+    ("m1.n3", basis(16, 2), {}, "is a single number"),
     ("resid_pre.1@S", basis(16, 2), {}, "position as `position`"),
     ("resid_pre.1", basis(16, 2), {"position": 9}, "outside the prompt"),
     ("resid_pre.1", basis(16, 2), {"placebos": -1}, "at least 0"),

@@ -271,8 +271,8 @@ def test_the_induction_head_of_the_bundled_model_composes_with_the_previous_toke
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: ov_circuit(m, "a3.h0", IDS, IDS), "'a3.h0' is no head of the model, which has 3 layers"),
-        (lambda m: ov_circuit(m, "m0", IDS, IDS), "'m0' is no head"),
+        (lambda m: ov_circuit(m, "a3.h0", IDS, IDS), "'a3.h0' is not a head of the model, which has 3 layers"),
+        (lambda m: ov_circuit(m, "m0", IDS, IDS), "'m0' is not a head"),
         (lambda m: ov_circuit(m, "a0.h0", IDS + 40, IDS), "Token id 84 is outside the vocabulary of 50"),
         (lambda m: ov_circuit(m, "a0.h0", IDS, -IDS), "Token id -44"),
         (lambda m: ov_circuit(m, "a0.h0", IDS[:0], IDS), "at least one"),
@@ -282,7 +282,7 @@ def test_the_induction_head_of_the_bundled_model_composes_with_the_previous_toke
         (lambda m: top_tokens(m, torch.ones(2, 16), through="unembed"), "Did you mean 'unembedding'"),
         (lambda m: neuron_tokens(m, 0, [64]), "numbered 0 to 63; got"),
         (lambda m: neuron_tokens(m, 0, []), "numbered 0 to 63"),
-        (lambda m: neuron_tokens(m, 3, [0]), "There is no layer 3"),
+        (lambda m: neuron_tokens(m, 3, [0]), "Layer 3 does not exist"),
         (lambda m: neuron_tokens(m, 0, [0], side="inn"), "Did you mean 'in'"),
         (lambda m: composition_scores(m, "o"), "Unknown composition 'o'"),
         (lambda m: as_installed(embedded)(m, torch.ones(3)), "whole numbers"),
