@@ -38,7 +38,7 @@ class PatchDirection:
         return self.swap(pairs.clean, pairs.corrupt)
 
     def effect(
-        self, base: Float[Tensor, "*run batch"], patched: Float[Tensor, "*run batch"], metric: Metric
+        self, base: Float[Tensor, " batch"], patched: Float[Tensor, "*run batch"], metric: Metric
     ) -> Float[Tensor, "*run batch"]:
         """What the patch changes in the metric; positive = what was patched helps the task.
 
