@@ -29,14 +29,14 @@ GRAPHS = {
     "own": "edges, nodes, named positions, neurons",
 }
 GROUPS: dict[str, tuple[str, ...]] = {
-    "models": ("hooks", "interventions", "sites", "errors"),
-    "tasks": ("tasks.task", "tasks.pairs", "tasks.files", "metrics"),
-    "graphs": ("graph", "edges", "gradients", "scores", "circuit"),
-    "discovery": ("discovery.", "pipeline"),
-    "evaluation": ("evaluation.", "reevaluation"),
-    "files": ("files.", "hub"),
-    "analyses": ("analysis.", "decomposition."),
-    "pictures": ("plots.", "report."),
+    "models": ("models.", "base."),
+    "tasks": ("tasks.",),
+    "graphs": ("graphs.", "engines.edge_patching", "engines.edge_attribution"),
+    "discovery": ("discovery.", "pipeline", "compare"),
+    "evaluation": ("evaluation.",),
+    "files": ("circuit_file.",),
+    "analyses": ("analysis.", "engines.grid", "engines.decomposition."),
+    "pictures": ("views.",),
 }
 """Page of the API reference -> the modules on it; `discovery.` means all modules of that package."""
 
