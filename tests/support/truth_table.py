@@ -30,8 +30,8 @@ ANY_METRIC: Settings = {
     "information-flow, from the answer": ("information-flow", {"importance": "from-answer"}),
     "weight-magnitude": ("weight-magnitude", {}),
     "random": ("random", {}),
-    "edge-pruning": ("edge-pruning", {"objective": "metric", "learning_steps": 150}),
-    "subnetwork-probing": ("subnetwork-probing", {"objective": "metric", "learning_steps": 150}),
+    "edge-pruning": ("edge-pruning", {"objective": "metric"}),
+    "subnetwork-probing": ("subnetwork-probing", {"objective": "metric"}),
 }
 ANSWERS: Settings = {
     "eap": ("eap", {}),
