@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Always with the constraints: without them pip may choose another torch, and gigabytes with it.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Nothing here needs the network, so nothing may use it.
 export HF_HUB_OFFLINE := 1
@@ -27,10 +27,10 @@ demo: $(VENV)/.installed
 	@echo "Report: $(DEMO_REPORT) (open it in a browser)"
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) -m ""
+	$(PYTEST) -m "" $(ARGS)
 
 test-fast: $(VENV)/.installed-dev
-	$(PYTEST)
+	$(PYTEST) $(ARGS)
 
 CASES ?= 10000
 fuzz: $(VENV)/.installed-dev
