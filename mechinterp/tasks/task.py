@@ -95,9 +95,10 @@ class Task:
 
         Raises InputError when the tokenizer gives no character offsets, or leaves too few words or examples.
         """
-        from mechinterp.tasks.make import make_pairs
+        from mechinterp.tasks.make import Request, make_pairs
 
-        return make_pairs(self, model, n=n, split=split, seed=seed, prepend_bos=prepend_bos)
+        wanted = Request(self.spec, self.lists, self.digest(), split, n, seed)
+        return make_pairs(wanted, model, prepend_bos)
 
 
 def task_names() -> tuple[str, ...]:

@@ -12,7 +12,6 @@ from mechinterp.tasks.generators import GENERATORS
 from mechinterp.tasks.schema import checked
 from mechinterp.tasks.source import Dropped
 from mechinterp.tasks.spec import NumberAnswers, TaskSpec
-from mechinterp.tasks.task import Task
 from mechinterp.tasks.template import fill, occurrence, slots_in, with_parts
 from mechinterp.tasks.tokenization import Encoder
 
@@ -31,32 +30,32 @@ class Vocabulary:
         return {name: words for (slot, name), words in self.words.items() if not slot}
 
 
-def usable_words(task: Task, encoder: Encoder) -> Vocabulary:
+def usable_words(spec: TaskSpec, lists: Mapping[str, Sequence[str]], encoder: Encoder) -> Vocabulary:
     """The words of each slot that are one token (or one token per part) wherever the task uses them.
 
     Raises InputError when a slot is left with fewer words than one example draws from its list.
     """
-    needed = _needed(task.spec)
+    needed = _needed(spec)
     words: dict[tuple[str, str], tuple[str, ...]] = {}
     dropped: dict[Dropped, None] = {}
-    spaces = _spaces(task.spec)
+    spaces = _spaces(spec)
     for (slot, name), count in needed.items():
-        uses = {word: list(_uses(task.spec, slot, spaces, word)) for word in task.lists[name]}
+        uses = {word: list(_uses(spec, slot, spaces, word)) for word in lists[name]}
         reasons = _reasons(uses, encoder)
-        kept = tuple(word for word in task.lists[name] if word not in reasons)
+        kept = tuple(word for word in lists[name] if word not in reasons)
         dropped |= {Dropped(f"word {word!r} of the list {name!r}", why): None for word, why in reasons.items()}
         if len(kept) < count:
             word, why = next(iter(reasons.items()), ("", ""))
             raise InputError(
-                f"Task {task.name!r}: an example needs {count} words of the list {name!r}; this tokenizer "
-                f"can use {len(kept)} of its {len(task.lists[name])} ({word!r}: {why}). Use another model, "
+                f"Task {spec.name!r}: an example needs {count} words of the list {name!r}; this tokenizer "
+                f"can use {len(kept)} of its {len(lists[name])} ({word!r}: {why}). Use another model, "
                 "or a task with words of its own."
             )
         words[slot, name] = kept
     if dropped:
         log.warning(
             "task %s: %d words are not one token for this tokenizer and were dropped: %s",
-            task.name,
+            spec.name,
             len(dropped),
             ", ".join(entry.what for entry in list(dropped)[:10]) + (" ..." if len(dropped) > 10 else ""),
         )
