@@ -34,7 +34,7 @@ from torch import Tensor
 
 from mechinterp.base.errors import InputError
 from mechinterp.engines.edge_patching import check_model
-from mechinterp.engines.readout import clean_logits, metric_values
+from mechinterp.engines.readout import FINAL, Readout, metric_readout
 from mechinterp.engines.replacement import CompactWrites, Replacement, Values, input_sites, record_writes, write_sites
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import places_of
@@ -53,8 +53,8 @@ class Backward:
 
     edits: Callable[[], list[Intervention]]
     """Made anew for every run."""
-    loss: Callable[[Pairs, Tensor | None], Callable[[Tensor], Tensor]]
-    """(pairs, reference logits) -> the metric of every example as a function of the final residual stream."""
+    loss: Callable[[Readout], Callable[[Tensor], Tensor]]
+    """The metric of every example as a function of the final residual stream, with the rules on the way back."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ def edge_gradients(
     pairs = pairs.to(model.device)
     corrupt = record_writes(model, graph, pairs.corrupt, pairs)
     values: Values = corrupt if replacement is None or replacement.kind == "corrupt" else replacement.on(pairs)
-    reference = clean_logits(model, pairs) if metric.needs_reference else None
+    readout = metric_readout(model, pairs, metric)
     clean = None if 1.0 in alphas else record_writes(model, graph, pairs.clean, pairs)
     steps: list[Step] = []
     ends = None if tuple(alphas) == (1.0,) else _input_ends(model, graph, pairs, corrupt)
     for alpha in alphas:
-        step = _step(model, graph, pairs, metric, reference, None if alpha == 1.0 else (ends, alpha), backward)
+        step = _step(model, graph, readout, None if alpha == 1.0 else (ends, alpha), backward)
         if alpha == 1.0:
             clean = _clean_writes(model, graph, step)
         steps.append(_readers_only(step))
@@ -117,7 +117,7 @@ def _reader_sites(model: HookManager) -> list[Site]:
     sites = [Site(channel, layer) for layer in range(model.dims.n_layers) for channel in "qkv"]
     if model.dims.has_mlp:
         sites += [Site("mlp_in", layer) for layer in range(model.dims.n_layers)]
-    return [*sites, Site("resid_final")]
+    return [*sites, FINAL]
 
 
 def resid_site(model: HookManager, layer: int, *, mlp: bool) -> Site:
@@ -127,17 +127,11 @@ def resid_site(model: HookManager, layer: int, *, mlp: bool) -> Site:
 def _step(
     model: HookManager,
     graph: Graph,
-    pairs: Pairs,
-    metric: Metric,
-    reference: Tensor | None,
+    readout: Readout,
     interpolated: tuple[dict[Site, tuple[Tensor, Tensor]] | None, float] | None,
     backward: Backward | None,
 ) -> Step:
-    dims = model.dims
-
-    def loss(resid: Tensor) -> Tensor:
-        return metric_values(model, pairs, metric, resid, reference)
-
+    dims, pairs = model.dims, readout.pairs
     edits = [] if backward is None else backward.edits()
     if interpolated is not None:
         ends, alpha = interpolated
@@ -155,14 +149,14 @@ def _step(
         record=list(record),
         interventions=edits,
         grads=grads,
-        loss=loss if backward is None else backward.loss(pairs, reference),
-        stop=Site("resid_final"),
+        loss=readout.of_resid if backward is None else backward.loss(readout),
+        stop=FINAL,
     )
-    return Step({_site(k): v for k, v in run.values.items()}, {_site(k): v for k, v in run.grads.items()})
+    return Step(_by_site(run.values), _by_site(run.grads))
 
 
-def _site(key: Site | str) -> Site:
-    return Site.parse(key) if isinstance(key, str) else key
+def _by_site(found: Mapping[Site | str, Tensor]) -> dict[Site, Tensor]:
+    return {Site.parse(site) if isinstance(site, str) else site: value for site, value in found.items()}
 
 
 def _clean_writes(model: HookManager, graph: Graph, step: Step) -> CompactWrites:
@@ -201,7 +195,7 @@ def _contract(
         places = places_of(graph, pairs[chunk])
         for layer in range(dims.n_layers):
             _score_layer(model, graph, layer, steps, chunk, writes, scores, places, frozen=frozen)
-        gradient = sum(step.gradients[Site("resid_final")][chunk].to(dtype) for step in steps)
+        gradient = sum(step.gradients[FINAL][chunk].to(dtype) for step in steps)
         assert isinstance(gradient, Tensor)
         scores[-1] += writes @ gradient.flatten()
     return torch.where(graph.possible.to(scores.device), scores, 0.0)
@@ -313,9 +307,6 @@ def pull_back_mlp(
     return total[None]
 
 
-END = Site("resid_final")
-
-
 def activation_path_gradients(
     model: HookManager, graph: Graph, pairs: Pairs, metric: Metric, alphas: Sequence[float]
 ) -> Float[Tensor, "reader writer"]:
@@ -334,20 +325,17 @@ def activation_path_gradients(
     dtype = torch.promote_types(model.dtype, torch.float32)
     corrupt = record_writes(model, graph, pairs.corrupt, pairs)
     clean = record_writes(model, graph, pairs.clean, pairs)
-    reference = clean_logits(model, pairs) if metric.needs_reference else None
+    readout = metric_readout(model, pairs, metric)
     streams = [Site("resid_pre", layer) for layer in range(model.dims.n_layers)]
-    run = model.run(pairs.clean, pairs.mask, record=[*streams, *input_sites(graph)], stop=END)
+    run = model.run(pairs.clean, pairs.mask, record=[*streams, *input_sites(graph)], stop=FINAL)
     writes = write_differences(model, graph, clean, corrupt, slice(None), pairs.clean.shape[1], dtype)
     scores = torch.zeros(graph.possible.shape, dtype=dtype, device=model.device)
-
-    def loss(resid: Tensor) -> Tensor:
-        return metric_values(model, pairs, metric, resid, reference)
 
     for layer, sites, rows in _groups(model, graph):
         ends = {s: (clean.values[str(s)].to(model.dtype), corrupt.values[str(s)].to(model.dtype)) for s in sites}
         readers = _readers_after(model, layer, sites[0])
         start = None if layer is None else (layer, run.values[Site("resid_pre", layer)])
-        steps = [_activation_step(model, pairs, loss, ends, readers, start, alpha) for alpha in alphas]
+        steps = [_activation_step(model, readout, ends, readers, start, alpha) for alpha in alphas]
         _contract_activations(model, graph, steps, readers, writes[rows], scores[:, rows])
     return torch.where(graph.possible.to(scores.device), scores / len(alphas), 0.0)
 
@@ -370,13 +358,12 @@ def _readers_after(model: HookManager, layer: int | None, site: Site) -> list[Si
         found += [Site(channel, later) for channel in "qkv"]
         if dims.has_mlp:
             found.append(Site("mlp_in", later))
-    return [*found, END]
+    return [*found, FINAL]
 
 
 def _activation_step(
     model: HookManager,
-    pairs: Pairs,
-    loss: Callable[[Tensor], Tensor],
+    readout: Readout,
     ends: Mapping[Site, tuple[Tensor, Tensor]],
     readers: list[Site],
     start: tuple[int, Tensor] | None,
@@ -388,20 +375,16 @@ def _activation_step(
         if site.layer is not None:
             record[resid_site(model, site.layer, mlp=site.kind == "mlp_in")] = None
     run = model.run(
-        pairs.clean,
-        pairs.mask,
+        readout.pairs.clean,
+        readout.pairs.mask,
         record=list(record),
         interventions=edits,
         grads=readers,
-        loss=loss,
+        loss=readout.of_resid,
         start=start,
-        stop=END,
+        stop=FINAL,
     )
     return Step(_by_site(run.values), _by_site(run.grads))
-
-
-def _by_site(found: Mapping[Site | str, Tensor]) -> dict[Site, Tensor]:
-    return {Site.parse(site) if isinstance(site, str) else site: value for site, value in found.items()}
 
 
 def _contract_activations(
@@ -422,7 +405,7 @@ def _contract_activations(
         if Site("mlp_in", layer) in readers:
             pulled = pull_back_mlp(model, layer, steps, every, writes.dtype, frozen=False).flatten(1)
             scores[graph.mlp_readers(layer)] += pulled @ writes.T
-    gradient = torch.stack([step.gradients[END].to(writes.dtype) for step in steps]).sum(0)
+    gradient = torch.stack([step.gradients[FINAL].to(writes.dtype) for step in steps]).sum(0)
     scores[-1] += writes @ gradient.flatten()
 
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp.base.batches import batches
 from mechinterp.base.errors import InputError
 from mechinterp.base.registry import unknown
 from mechinterp.graphs.graph import Graph
@@ -199,7 +200,7 @@ def _means(
         raise InputError("A mean per position needs prompts of one length; use 'mean', or pairs without padding.")
     totals: dict[str, Tensor] = {}
     count = 0
-    for chunk in reference.chunks(batch_size or 64):
+    for _, chunk in batches(reference, batch_size or 64):
         compact = record_writes(model, graph, chunk.corrupt, chunk)
         count += len(chunk) if positional else int(chunk.mask.sum())
         for name, writes in _expanded(model, graph, compact):
