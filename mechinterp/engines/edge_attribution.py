@@ -1,25 +1,23 @@
-"""Integrated gradients over the activations of one layer's writers at a time, as scores of edges.
-
-For the heads of a layer (or its MLP, or the input) the path goes from their corrupt to their clean outputs, everything
-else as the clean run computes it. The score of an edge from writer w is <clean write less corrupt, mean over the path
-of the gradient at the reader's input>; over all readers the scores of a group's edges sum to what patching the whole
-group does (completeness), up to the quadrature; not under a post-norm, where heads' writes bend.
-
-Source: Hanna et al. 2024 (arXiv 2403.17806), `EAP-IG-activations` of MIB (Mueller et al. 2025, arXiv 2504.13151).
-Deviation: their code adds the gradients of all groups' paths to all edges.
-
-The first-order engine: `edge_gradients` estimates the effect of every edge from gradients.
+"""The first-order engine: `edge_gradients` estimates the effect of every edge from gradients.
 
 For an edge from writer w to reader r the estimate is `<write of w in the clean run - its replacement, gradient of
 the metric at r's residual input>`: the derivative of `run_edges` in the direction of cutting the edge (source:
 edge attribution patching, Syed et al. 2023, arXiv 2310.10348; with integrated gradients over the inputs, Hanna et
-al. 2024, arXiv 2403.17806). Nothing is frozen: the norm before each reader is differentiated through.
+al. 2024, arXiv 2403.17806). Nothing is frozen: gradients go through the norm before each reader.
 
 Speed: forwards and backwards of the plain model; gradients are kept at q, k, v and the MLP input, `[batch, pos, head,
 d_head]`, and pulled back to the residual stream one layer at a time. With u the standardized residual, s its scale
 and W the weights of the norm and the projection, the pulled-back gradient of a head is
-`W' g / s - u <u, W' g> / (d_model s)`, and `<u, W' g> = <q - constant, g>` is at hand as a scalar per head and token.
-So per layer there is one batched product, one pass for the second term, and one product with all earlier writes.
+`W' g / s - u <u, W' g> / (d_model s)`, and `<u, W' g> = <q - constant, g>` is available as a scalar per head and token.
+So a layer needs one batched product, one pass for the second term, and one product with all earlier writes.
+
+`activation_path_gradients` integrates gradients over the activations of one layer's writers at a time. For the heads of
+a layer (or its MLP, or the input) the path goes from their corrupt to their clean outputs; everything else is computed
+as in the clean run. The score of an edge from writer w is <clean write - corrupt write, mean over the path of the
+gradient at the reader's input>. Over all readers, the scores of a group's edges sum to the effect of patching the whole
+group (completeness), up to the quadrature error; except under a post-norm, where heads' writes are not linear in z.
+Source: Hanna et al. 2024 (arXiv 2403.17806), `EAP-IG-activations` of MIB (Mueller et al. 2025, arXiv 2504.13151).
+Deviation: their code adds the gradients of all groups' paths to all edges.
 """
 
 from __future__ import annotations
@@ -44,17 +42,17 @@ from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 
 TOKEN_BUDGET_BYTES = 2**28
-"""Writes and reader gradients are expanded to d_model for as many tokens at a time as fit in this many bytes."""
+"""Writes and readers' gradients are expanded to d_model for as many tokens at a time as fit in this many bytes."""
 
 
 @dataclass(frozen=True)
 class Backward:
-    """Another backward pass than the gradient: rules as edits of gradients, and constant scales of all norms."""
+    """A modified backward pass: rules as edits of gradients, and constant scales of all norms."""
 
     edits: Callable[[], list[Intervention]]
-    """Made anew for every run."""
+    """Makes the edits for one run."""
     loss: Callable[[Readout], Callable[[Tensor], Tensor]]
-    """The metric of every example as a function of the final residual stream, with the rules on the way back."""
+    """The metric of every example as a function of the final residual stream, with the rules in its backward."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +73,30 @@ def edge_gradients(
     alphas: Sequence[float] = (1.0,),
     backward: Backward | None = None,
 ) -> Float[Tensor, "reader writer"]:
-    """Sum over the examples of the estimated drop of the metric when each edge is replaced; 0 where there is no edge.
+    """Sum over the examples of the estimated drop of the metric when each edge is cut; 0 where there is no edge.
 
-    The sign is that of the metric's value: clean minus replaced. Gradients are averaged over runs whose input is
-    `corrupt + alpha * (clean - corrupt)` for each of `alphas`; `(1.0,)` is the clean run alone. Cost: a forward of
-    the corrupt prompts, a forward and a backward per alpha, a forward of the clean prompts when 1 is not among the
-    alphas, and one contraction. Accumulates in float32 or better. With `backward` its rules take the gradient's place.
+    The sign is that of clean minus patched, in the units of the metric; sums are in float32 or better. Cost: a forward
+    of the corrupt prompts, a forward and a backward per alpha, a forward of the clean prompts if 1 is not among the
+    alphas, and one contraction.
+
+    Args:
+        model: The model.
+        graph: Its graph, from `build_graph`.
+        pairs: The examples, in one batch.
+        metric: A differentiable metric.
+        replacement: What a cut edge carries; by default the corrupt run's writes.
+        alphas: Gradients are averaged over runs on the inputs `corrupt + alpha * (clean - corrupt)`; by default only
+            the clean run.
+        backward: A modified backward pass, whose rules replace the gradient.
+
+    Raises InputError for a metric without a gradient, and for pairs or a graph of another model.
+
+    >>> import mechinterp as mi
+    >>> model = mi.load_model("bundled")
+    >>> graph, pairs = mi.build_graph(model), mi.load_task("ioi").pairs(model, n=2)
+    >>> scores = mi.edge_gradients(model, graph, pairs, mi.get_metric("logit_diff"))
+    >>> scores.shape == graph.possible.shape
+    True
     """
     metric.check_answers(pairs)
     check_model(model, graph, pairs)
@@ -166,7 +182,7 @@ def _clean_writes(model: HookManager, graph: Graph, step: Step) -> CompactWrites
 
 
 def _readers_only(step: Step) -> Step:
-    """The step without the values that only the writers need."""
+    """The step without the values that only writers need."""
     kept = {s: v for s, v in step.values.items() if s.kind in ("q", "k", "v", "resid_pre", "resid_mid", "resid_final")}
     return Step(kept, step.gradients)
 
@@ -181,7 +197,7 @@ def _contract(
     *,
     frozen: bool,
 ) -> Float[Tensor, "reader writer"]:
-    """Writes' differences times readers' gradients, summed over tokens, a chunk of tokens at a time."""
+    """Differences of writes times readers' gradients, summed over tokens, a chunk of tokens at a time."""
     dims = model.dims
     dtype = torch.promote_types(model.dtype, torch.float32)
     scores = torch.zeros(graph.possible.shape, dtype=dtype, device=model.device)
@@ -210,20 +226,20 @@ def write_differences(
     n_pos: int,
     dtype: torch.dtype,
 ) -> Float[Tensor, "writer token_and_d_model"]:
-    """Every writer's clean write less its replacement."""
+    """Every writer's clean write minus its replacement."""
     dims = model.dims
     n_rows = len(clean.z(0)[chunk])
     out = torch.empty(len(graph.writers), n_rows, n_pos, dims.d_model, dtype=dtype, device=model.device)
-    kept, cut = clean.rows(chunk), values.rows(chunk)
+    kept, replaced = clean.rows(chunk), values.rows(chunk)
     for row, name in enumerate(graph.inputs):
-        torch.sub(kept.inputs(name), cut.inputs(name), out=out[row])
+        torch.sub(kept.inputs(name), replaced.inputs(name), out=out[row])
     for layer in range(dims.n_layers):
-        out[graph.head_writers(layer)] = cut.head_differences(layer, kept.z(layer))
+        out[graph.head_writers(layer)] = replaced.head_differences(layer, kept.z(layer))
         if dims.has_mlp:
-            torch.sub(kept.mlp(layer), cut.mlp(layer), out=out[graph.mlp_writer(layer)])
+            torch.sub(kept.mlp(layer), replaced.mlp(layer), out=out[graph.mlp_writer(layer)])
         if own := graph.neurons_of(layer):
             post, neurons = kept.values[f"mlp_post.{layer}"], graph.neuron_writers(layer)
-            out[neurons] = cut.neuron_differences(layer, post, torch.tensor(own, device=model.device))
+            out[neurons] = replaced.neuron_differences(layer, post, torch.tensor(own, device=model.device))
             out[graph.mlp_writer(layer)] -= out[neurons].sum(0)
     return out.flatten(1)
 

@@ -1,6 +1,6 @@
 """The terms of a logit: what every write, of a head, a neuron, a source position or a bias, adds through frozen norms.
 
-`direct_logit_attribution` is the function to call; this is how it reads one batch.
+The function to call is `direct_logit_attribution`; this module reads one batch for it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from mechinterp.tasks.pairs import Pairs
 Block: TypeAlias = "tuple[list[str], Tensor]"
 """The labels of some parts and their values `[part, batch]`."""
 Read: TypeAlias = "dict[str, Tensor]"
-"""Values in float32 or better by site; of the read positions only, but for `v` (all positions)."""
+"""Values in float32 or better by site, at the read positions only, except `v` (at all positions)."""
 
 
 @dataclass(frozen=True)
 class Refined:
-    """What is split further: layers whose MLP is, and per layer the heads that are."""
+    """What is split further: the layers whose MLP is, and the heads of each layer."""
 
     mlps: frozenset[int]
     heads: Mapping[int, tuple[int, ...]]
@@ -39,17 +39,17 @@ class Refined:
 
 @dataclass(frozen=True)
 class LogitMap:
-    """The linear map from a write at the read positions to its share of the logit, the norms' scales frozen."""
+    """The linear map from a write at the read positions to its share of the logit, with the norms' scales frozen."""
 
     vector: Float[Tensor, "batch d_model"]
     weight: Float[Tensor, "batch n"]
     """Per read position: its share of the mean over positions, divided by the scales."""
     constants: Mapping[str, Float[Tensor, " batch"]]
     logit: Float[Tensor, " batch"]
-    """What the parts must sum to."""
+    """The sum of all parts."""
 
     def of(self, write: Float[Tensor, "*axes d_model"]) -> Float[Tensor, " batch"]:
-        """The share of a write `[batch, n, d_model]`, or of one that is the same everywhere."""
+        """The share of a write `[batch, n, d_model]`, or of one that is the same at every position."""
         write = write.expand(*self.weight.shape, -1)
         return einsum(write, self.vector, self.weight, "batch n d, batch d, batch n -> batch")
 
@@ -65,7 +65,7 @@ class LogitMap:
 
 
 def read_values(model: HookManager, pairs: Pairs, tokens: Tensor, at: Tensor, refined: Refined) -> Read:
-    """One forward; each value is cut to the read positions as it comes."""
+    """The values of one forward, each reduced to the read positions when it is computed."""
     dtype = torch.promote_types(model.dtype, torch.float32)
     found: Read = {}
 
@@ -95,7 +95,7 @@ def read_values(model: HookManager, pairs: Pairs, tokens: Tensor, at: Tensor, re
 
 
 def input_split(read: Read, dtype: torch.dtype) -> str:
-    """`split` where embed + pos_embed enter the first layer, `embed` where the embedding alone does, else `input`."""
+    """`split` if embed + pos_embed enter the first layer, `embed` if the embedding alone does, else `input`."""
     total, rtol = read["resid_pre.0"], max(1e-4, 4 * torch.finfo(dtype).eps)
     for name, parts in (("split", ("embed", "pos_embed")), ("embed", ("embed",))):
         if all(part in read for part in parts):
@@ -157,7 +157,7 @@ def _attention_parts(
 ) -> Iterator[Block]:
     maps, z = model.layout.attention[layer], read[f"z.{layer}"]
     inner = to_logit.through(maps.post, model.layout.attention_total(layer, z))
-    # What each head's output is multiplied by; no write is ever expanded to d_model.
+    # The weight of each head's output; no write is expanded to d_model.
     reads = einsum(maps.W_O.to(z.dtype), inner.vector, "head d_head d, batch d -> batch head d_head")
     heads = einsum(z, reads, inner.weight, "batch n head d_head, batch head d_head, batch n -> head batch")
     group = model.dims.n_heads // model.dims.n_kv_heads

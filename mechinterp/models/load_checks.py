@@ -1,11 +1,11 @@
 """The checks that a HookManager makes on its model when it is built.
 
-TransformerLens has hook points that fire and do nothing (a side branch), fire twice, or never. One forward with
-every site tapped and one backward tell them apart: a value that the logits do not depend on gets no gradient.
+Some hook points of TransformerLens have no effect (they are on a side branch), fire twice, or never fire. One forward
+with every site tapped and one backward detect them: a value that the logits do not depend on gets no gradient.
 
-It also gives some hook points a name that another model's hook point has, with another value in it: on a mixture of
-experts its `mlp.hook_pre` and `mlp.hook_post` are the block's own input and output. So the value of each site is
-compared with its definition, and a site that holds something else is refused by name.
+Others hold another value than their name says: in a mixture of experts `mlp.hook_pre` and `mlp.hook_post` are the
+input and output of the whole block. So the value of each site is compared with its definition, and a site that holds
+something else is refused by name.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from mechinterp.models.refusal import refusing
 from mechinterp.models.sites import Site
 
 NEEDED = ("resid_pre", "q", "k", "v", "z")
-"""Sites without which no engine can work."""
+"""The sites that every engine needs."""
 
 Check = Callable[[str, Tensor, Tensor], None]
 STREAM = ("embed", "resid_pre", "resid_mid", "resid_post", "resid_final")
-"""Values of one residual stream: two of them are the same where nothing was written in between."""
+"""Values of one residual stream: two of them are equal if nothing is written in between."""
 
 Definition = tuple[Site, str, Tensor, Tensor]
 
@@ -38,8 +38,8 @@ Definition = tuple[Site, str, Tensor, Tensor]
 def check_model(model: Any) -> None:
     """Sets the model's `layout`, `branches`, `refused`, `keeps_past` and `bound_mlps`, each checked against its runs.
 
-    Raises UnsupportedError, naming the part, when no analysis would be exact; also for whatever TransformerLens or
-    Hugging Face raise on the way.
+    Raises UnsupportedError, naming the part, when no analysis would be exact, and for any error of TransformerLens or
+    Hugging Face during the checks.
     """
     architecture, config = model.info.architecture, getattr(model.bridge.original_model, "config", None)
     with refusing(f"The weights of {architecture} cannot be read as q, k, v, output and MLP", config):
@@ -54,7 +54,7 @@ def check_model(model: Any) -> None:
 
 
 def _settle_final_stream(model: Any) -> None:
-    """Reads `resid_final` at the end of the last layer where the final norm is used more than once (NanoChat)."""
+    """Reads `resid_final` after the last layer if the model uses its final norm more than once (NanoChat)."""
     site, last = Site("resid_final"), Site("resid_post", model.dims.n_layers - 1)
     if not model.has(site) or not model.has(last):
         return
@@ -65,10 +65,10 @@ def _settle_final_stream(model: Any) -> None:
 
 
 def probe(model: Any) -> dict[Site, str]:
-    """The sites that do not work on a HookManager's model, each with the reason.
+    """The sites that cannot be used on a HookManager's model, each with the reason.
 
     Cost: five forwards and a backward on 2 x 4 tokens. Raises UnsupportedError, naming the part, when a needed
-    site or a map of the layout does not agree with the running model.
+    site cannot be used or a map of the layout disagrees with the running model.
     """
     generator = torch.Generator().manual_seed(0)
     length = min(4, model.dims.n_ctx)
@@ -101,15 +101,15 @@ def _check_needed(model: Any, refused: Mapping[Site, str]) -> None:
         if site in refused or not model.has(site):
             raise UnsupportedError(
                 f"{model.info.architecture}: site '{site}' cannot be used: "
-                f"{refused.get(site, 'its hook point is not there')}; no analysis would be exact on this model."
+                f"{refused.get(site, 'its hook point does not exist')}; no analysis would be exact on this model."
             )
 
 
 def probe_causal(model: Any) -> bool:
-    """Whether earlier logits stay as they are when the last token is another one. Two forwards on 2 x 4 tokens.
+    """Whether earlier logits stay the same when the last token changes. Two forwards on 2 x 4 tokens.
 
-    Measured, since configurations do not say it in one way (Gemma-3's `use_bidirectional_attention`). Where nothing
-    can be measured (one token or one position) it is what the configuration says.
+    This is measured, since configurations differ in how they say it (Gemma-3's `use_bidirectional_attention`). If it
+    cannot be measured (one token or one position), the configuration is believed.
     """
     length = min(4, model.dims.n_ctx)
     if length < 2 or model.dims.d_vocab < 2:
@@ -119,14 +119,14 @@ def probe_causal(model: Any) -> bool:
     other[:, -1] = (tokens[:, -1] + 1) % model.dims.d_vocab
     before, after = (model.run(ids).logits[:, :-1].float() for ids in (tokens, other))
     worst = float((after - before).abs().max()) / (float(before.abs().max()) + 1e-6)
-    # Rounding: where experts take the tokens of a batch together, the sums are in another order.
+    # Rounding: experts process the tokens of a batch together, so their sums may be in another order.
     return worst < (1e-5 if model.dtype in (torch.float32, torch.float64) else 2e-2)
 
 
 def probe_branches(model: Any) -> dict[str, str]:
-    """Hook of `resid_mid` -> hook of the layer's output, where the former sees one branch of the stream only.
+    """Hook of `resid_mid` -> hook of the layer's output, for layers where `resid_mid` sees one branch only.
 
-    An edit there must come out of the layer: output = stream + MLP. One forward on 2 x 4 tokens.
+    An edit of `resid_mid` must reach the output of the layer: output = stream + MLP. One forward on 2 x 4 tokens.
     """
     layers = range(model.dims.n_layers if model.dims.has_mlp else 0)
     kinds = ("resid_mid", "mlp_out", "resid_post")
@@ -144,7 +144,7 @@ def probe_branches(model: Any) -> dict[str, str]:
 
 
 def probe_past(model: Any) -> bool:
-    """Whether a run that begins after a past gives what a whole run gives. Two forwards on 2 x 4 tokens."""
+    """Whether a run that continues from a past gives the same as a whole run. Two forwards on 2 x 4 tokens."""
     length = min(4, model.dims.n_ctx)
     tokens = torch.randint(model.dims.d_vocab, (2, length), generator=torch.Generator().manual_seed(0))
     past = model.run(tokens, keep_past=True).past if length > 1 else None
@@ -159,7 +159,7 @@ def probe_past(model: Any) -> bool:
 def probe_mlps(model: Any) -> dict[int, str]:
     """The layers whose MLP cannot be run by itself, each with the reason. One forward on 2 x 4 tokens.
 
-    Some keep its two matrices in the layer (OPT), some add the residual stream inside it (Bloom).
+    Some models keep its two matrices in the layer (OPT), some add the residual stream inside the MLP (Bloom).
     """
     layers = range(model.dims.n_layers if model.dims.has_mlp else 0)
     sites = [Site(kind, layer) for layer in layers for kind in ("mlp_in", "mlp_out")]
@@ -177,12 +177,12 @@ def probe_mlps(model: Any) -> dict[int, str]:
             found[layer] = str(error).partition("\n")[0]
         else:
             if not worst < (1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2):
-                found[layer] = f"run by itself it writes something else (off by {worst:.2g} of its size)"
+                found[layer] = f"run by itself it has another output (off by {worst:.2g} of its size)"
     return found
 
 
 def _check_maps(model: Any, tokens: Tensor, plain: Tensor, refused: dict[Site, str]) -> None:
-    """Compares every read and write map of the layout with the values of a real run."""
+    """Compares every read and write map of the layout with the values of a run."""
     kinds = ("resid_pre", "q", "k", "v", "z", "mlp_in", "mlp_post", "mlp_out", "resid_post", "resid_final")
     run = model.run(tokens, record=[s for s in model.sites() if s.kind in kinds and s not in refused])
     layout, dims = model.layout, model.dims
@@ -191,13 +191,13 @@ def _check_maps(model: Any, tokens: Tensor, plain: Tensor, refused: dict[Site, s
         if got.shape != expected.shape:
             raise UnsupportedError(
                 f"{model.info.architecture}: {what} is {list(expected.shape[1:])}, and its weights give "
-                f"{list(got.shape[1:])} (a gate or a projection beside it?); edges cannot be exact on this model."
+                f"{list(got.shape[1:])} (is there a gate or another projection?); edges cannot be exact on this model."
             )
         size = float(expected.float().abs().max()) + 1e-6
         worst = float((got.float() - expected.float()).abs().max()) / size
         if not worst < (1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2):
             raise UnsupportedError(
-                f"{model.info.architecture}: {what} is not what its weights say (off by {worst:.2g} of its size); "
+                f"{model.info.architecture}: {what} is not what its weights give (off by {worst:.2g} of its size); "
                 "edges cannot be exact on this model."
             )
 
@@ -216,10 +216,10 @@ def _check_maps(model: Any, tokens: Tensor, plain: Tensor, refused: dict[Site, s
 
 
 def _check_readers(model: Any, tokens: Tensor, refused: dict[Site, str]) -> None:
-    """Heads and MLPs must depend on the residual stream through q, k, v and the MLP's input, and on nothing else of it.
+    """Checks that heads and MLPs read the residual stream only through q, k, v and the MLP's input.
 
-    With those of another prompt they write what they write there; a gate that reads the stream besides them (AFMoE)
-    does not follow, and would be left out of every circuit.
+    With these inputs from another prompt, they must write what they write on that prompt. A gate that also reads the
+    stream (AFMoE) would not follow, and would be missing from every circuit.
     """
     kinds = ["q", "k", "v"] + ["mlp_in"] * model.dims.has_mlp
     layers = range(model.dims.n_layers)
@@ -233,8 +233,8 @@ def _check_readers(model: Any, tokens: Tensor, refused: dict[Site, str]) -> None
         if not worst / size < (1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2):
             what, reads = ("heads", "queries, keys and values") if site.kind == "z" else ("MLP", "input")
             raise UnsupportedError(
-                f"{model.info.architecture}: the {what} of layer {site.layer} read the residual stream not only "
-                f"through their {reads} (a gate beside them?; off by {worst / size:.2g} of its size); edges cannot be "
+                f"{model.info.architecture}: the {what} of layer {site.layer} also read the residual stream other than "
+                f"through their {reads} (is there a gate?; off by {worst / size:.2g} of its size); edges cannot be "
                 "exact on this model."
             )
 
@@ -259,7 +259,7 @@ def _check_layer(model: Any, run: Any, layer: int, resid: Tensor, middle: Tensor
 
 
 def _check_neurons(model: Any, run: Any, layer: int, check: Check) -> None:
-    """Gives up the weights of an MLP's neurons, not the model, where they are not what the MLP computes."""
+    """Drops the neuron weights of an MLP, without refusing the model, if they do not give the MLP's output."""
     maps, neurons = model.layout.mlp_maps[layer], run.values[Site("mlp_post", layer)]
     if maps is None:
         return
@@ -284,12 +284,12 @@ def _activation(model: Any, maps: MlpMaps, mlp_in: Tensor, neurons: Tensor) -> s
 
 
 def probe_sites(model: Any) -> dict[Site, str]:
-    """The sites that do not hold what their name says, each with the reason.
+    """The sites that do not hold the value that their name says, each with the reason.
 
     - A site with a closed form (`attn_in` is the norm of `resid_pre`, `mlp_pre` the weights times `mlp_in`, ...) must
-      have its value.
-    - A site without one must not be bit for bit a site of another kind. Where weights make two kinds the same (an
-      identity, no norm), both have their closed forms, which then agree.
+      have the value of the closed form.
+    - A site without one must not equal a site of another kind bit for bit. If the weights make two kinds equal (an
+      identity, no norm), both have closed forms, which then agree.
     - `mlp_post` must depend on `mlp_pre` neuron by neuron, and be proportional to `mlp_up`.
 
     Cost: one forward on 2 x 4 tokens, and one forward and backward of each layer.
@@ -309,7 +309,7 @@ def probe_sites(model: Any) -> dict[Site, str]:
     for site in values:
         if site not in known and site not in refused and (twin := _twin(site, values)) is not None:
             refused[site] = (
-                f"its value is that of '{twin}', bit for bit, so it is another name for it and no "
+                f"its value is bit for bit that of '{twin}', so it is another name for the same value, not "
                 f"{_MEANING.get(site.kind, site.kind)}"
             )
     for layer in range(model.dims.n_layers if model.dims.has_mlp else 0):
@@ -321,11 +321,11 @@ def probe_sites(model: Any) -> dict[Site, str]:
 
 
 _MEANING = {
-    "mlp_pre": "input of an activation function",
-    "mlp_up": "factor of a gate",
-    "mlp_post": "value of single neurons",
-    "pattern": "attention pattern",
-    "scores": "attention score",
+    "mlp_pre": "the input of an activation function",
+    "mlp_up": "the factor of a gate",
+    "mlp_post": "the values of single neurons",
+    "pattern": "an attention pattern",
+    "scores": "an attention score",
 }
 
 
@@ -342,7 +342,7 @@ def _twin(site: Site, values: Mapping[Site, Tensor]) -> Site | None:
 
 
 def _definitions(model: Any, values: Mapping[Site, Tensor]) -> Iterator[Definition]:
-    """(site, what it is, that from other sites and the weights, what it must equal) of every site that has such."""
+    """(site, its definition in words, the value by that definition, the value to compare with), where there is one."""
     layout, dims = model.layout, model.dims
     for layer in range(dims.n_layers):
         here = {site.kind: value for site, value in values.items() if site.layer == layer}
@@ -357,21 +357,21 @@ def _definitions(model: Any, values: Mapping[Site, Tensor]) -> Iterator[Definiti
             given["resid_mid"] = ("'resid_pre' + 'attn_out'", resid + maps.post(heads))
         if mlp is not None and "mlp_in" in here:
             up = _linear(here["mlp_in"], mlp.W_in, mlp.b_in)
-            given["mlp_up"] = ("what its weights make of 'mlp_in'", up)
+            given["mlp_up"] = ("the product of its weights and 'mlp_in'", up)
             bias = getattr(model.bridge.blocks[layer].mlp, "b_gate", None)
             first = up if mlp.W_gate is None else _linear(here["mlp_in"], mlp.W_gate, bias)
-            given["mlp_pre"] = ("what its weights make of 'mlp_in'", first)
+            given["mlp_pre"] = ("the product of its weights and 'mlp_in'", first)
         for kind in given.keys() & here.keys():
             yield Site(kind, layer), *given[kind], here[kind]
         post = getattr(model.bridge.blocks[layer], "ln2_post", None)
         if post is not None and "mlp_raw" in here:
             with torch.no_grad():
                 normed = post(here["mlp_raw"])
-            yield Site("mlp_raw", layer), "what the norm after the MLP is given", normed, here["mlp_out"]
+            yield Site("mlp_raw", layer), "the input of the norm after the MLP", normed, here["mlp_out"]
         if "pattern" in here:
             v = here["v"].repeat_interleave(dims.n_heads // dims.n_kv_heads, 2).to(here["pattern"])
             mixed = einsum(here["pattern"], v, "batch head query key, batch key head d -> batch query head d")
-            yield Site("pattern", layer), "what weighs the values 'v' in 'z'", mixed, here["z"]
+            yield Site("pattern", layer), "the weights of the values 'v' in 'z'", mixed, here["z"]
     if Site("final_norm") in values:
         normed = layout.final_norm(values[Site("resid_final")])
         yield Site("final_norm"), "the norm of 'resid_final'", normed, values[Site("final_norm")]
@@ -383,10 +383,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _not_pointwise(model: Any, tokens: Tensor, values: Mapping[Site, Tensor], layer: int) -> str | None:
-    """Why the neurons are no function of `mlp_pre` one by one, times `mlp_up` where there is one; None if they are."""
+    """Why neurons are not an elementwise function of `mlp_pre` (times `mlp_up`, if it exists); None if they are."""
     pre, up, post = (Site(kind, layer) for kind in ("mlp_pre", "mlp_up", "mlp_post"))
     if any(values[site].shape != values[post].shape for site in (pre, up) if site in values):
-        return "it has not one entry for each of the neurons 'mlp_post'"
+        return "it does not have one entry per neuron of 'mlp_post'"
     some = (torch.rand(values[post].shape, generator=torch.Generator().manual_seed(layer)) < 0.5).to(model.device)
     asked = [site for site in (pre, up) if site in values]
     run = model.run(
@@ -397,8 +397,10 @@ def _not_pointwise(model: Any, tokens: Tensor, values: Mapping[Site, Tensor], la
         stop=post,
     )
     if bool((run.grads[pre].masked_fill(some, 0) != 0).any()):
-        return "a neuron of 'mlp_post' depends on more of it than its own entry, so no activation function lies between"
+        return (
+            "a neuron of 'mlp_post' also depends on its other entries, so it is not the input of an activation function"
+        )
     exact = model.dtype in (torch.float32, torch.float64)
     if up in values and not _gap(run.grads[up] * values[up], values[post] * some) < (1e-4 if exact else 5e-2):
-        return "'mlp_post' is not a gate, a function of 'mlp_pre' times 'mlp_up'"
+        return "'mlp_post' is not a function of 'mlp_pre' times 'mlp_up'"
     return None

@@ -1,4 +1,4 @@
-"""From a task and a tokenizer to `Pairs`: draw examples as text, encode them, keep what is well formed."""
+"""From a task and a tokenizer to `Pairs`: draw examples as text, encode them, keep the well-formed ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_TRIES = 1000
 SPLITS = ("train", "test")
 
 Writer: TypeAlias = Callable[[Draw], Draft | None]
-"""Draws one example; None when the words drawn make none (no year is later than 99)."""
+"""Draws one example; None if the drawn words do not allow one (no year is later than 99)."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _Row:
 
 
 def make_pairs(wanted: Request, model_or_tokenizer: Any, prepend_bos: bool | None) -> Pairs:
-    """The pairs that `Task.pairs` promises; see there."""
+    """The pairs of a request; `Task.pairs` describes them."""
     spec, split, n, seed = wanted.spec, wanted.split, wanted.n, wanted.seed
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
@@ -70,7 +70,7 @@ def make_pairs(wanted: Request, model_or_tokenizer: Any, prepend_bos: bool | Non
         if row is None:
             raise InputError(
                 f"Task {spec.name!r} has too few different {split} examples for n={n} with this tokenizer "
-                f"(found {index}). Ask for fewer." + _last_reason(dropped)
+                f"(found {index}). Choose a smaller n." + _last_reason(dropped)
             )
         seen.add((row.draft.clean.text, row.draft.corrupt.text))
         rows.append(row)
@@ -89,7 +89,7 @@ def make_pairs(wanted: Request, model_or_tokenizer: Any, prepend_bos: bool | Non
 
 
 def check_against(pairs: Pairs, model_or_tokenizer: Any) -> None:
-    """Return None when the ids suit the tokenizer, and the model if there is one. Raises InputError."""
+    """Return None when the ids are valid for the tokenizer, and for the model if there is one. Raises InputError."""
     tokenizer: Any = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
     bos: int | None = getattr(tokenizer, "bos_token_id", None)
     if bos is not None:
@@ -157,7 +157,7 @@ def _encode(spec: TaskSpec, draft: Draft, encoder: Encoder) -> _Row | str:
     for name in spec.positions:
         at = clean.token_at(draft.clean.marks[name])
         if at is None or at != corrupt.token_at(draft.corrupt.marks[name]):
-            return f"the position {name!r} is not the same token in clean and corrupt"
+            return f"the position {name!r} is not at the same token in clean and corrupt"
         positions[name] = at
     right, wrong = (_answer_ids(texts, encoder) for texts in (draft.right, draft.wrong))
     if isinstance(right, str) or isinstance(wrong, str):
@@ -175,7 +175,7 @@ def _answer_ids(texts: Sequence[str], encoder: Encoder) -> tuple[int, ...] | str
 
 
 def _writers(spec: TaskSpec, split: str, vocabulary: Vocabulary, key: str) -> list[Writer]:
-    """One writer per template, in the order of their turns; just one for a generator."""
+    """One writer per template, in the order in which they alternate; one for a generator."""
     if spec.generator is not None:
         generator = GENERATORS.get(spec.generator)
         parameters = checked(generator.parameters, spec.parameters, "parameters")
@@ -195,14 +195,14 @@ def _turns(templates: Sequence[Template], key: str) -> Iterator[Template]:
 
 
 def _template_writer(spec: TaskSpec, template: Template, vocabulary: Vocabulary) -> Writer:
-    # Sorted: the order of keys in the file must not change what is drawn.
+    # Sorted, so that the order of keys in the file does not change the draws.
     slots = {slot: vocabulary.words[slot, name] for slot, name in sorted(words_of(spec, template).items())}
     numbers = {name: {word: int(word) for word in words} for name, words in vocabulary.lists().items()}
 
     def write(draw: Draw) -> Draft | None:
         drawn: dict[str, str] = {}
         for slot, words in slots.items():
-            # No word twice in one example, not even from two lists.
+            # No word occurs twice in an example, not even from two lists.
             used = set(drawn.values())
             left = [word for word in words if word not in used]
             if not left:
@@ -228,7 +228,7 @@ def _template_writer(spec: TaskSpec, template: Template, vocabulary: Vocabulary)
 def _answer_texts(
     answer: Answer | None, words: Mapping[str, str], numbers: Mapping[str, Mapping[str, int]]
 ) -> tuple[str, ...] | None:
-    """The answer's texts, None when the task states none; empty when no number is in the set."""
+    """The answer's texts; None if the task has none; empty if no number is in the set."""
     if answer is None:
         return None
     if isinstance(answer, NumberAnswers):

@@ -1,4 +1,4 @@
-"""Which words of a task's lists a tokenizer can use: each must be one token where the task puts it."""
+"""Which words of a task's lists a tokenizer can use: each must be one token where the task uses it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Vocabulary:
     dropped: tuple[Dropped, ...]
 
     def lists(self) -> dict[str, tuple[str, ...]]:
-        """The lists that are used without a slot."""
+        """The lists that are used without a slot, by name."""
         return {name: words for (slot, name), words in self.words.items() if not slot}
 
 
 def usable_words(spec: TaskSpec, lists: Mapping[str, Sequence[str]], encoder: Encoder) -> Vocabulary:
     """The words of each slot that are one token (or one token per part) wherever the task uses them.
 
-    Raises InputError when a slot is left with fewer words than one example draws from its list.
+    Raises InputError when fewer words are left for a slot than one example draws.
     """
     needed = _needed(spec)
     words: dict[tuple[str, str], tuple[str, ...]] = {}
@@ -49,7 +49,7 @@ def usable_words(spec: TaskSpec, lists: Mapping[str, Sequence[str]], encoder: En
             raise InputError(
                 f"Task {spec.name!r}: an example needs {count} words of the list {name!r}; this tokenizer "
                 f"can use {len(kept)} of its {len(lists[name])} ({word!r}: {why}). Use another model, "
-                "or a task with words of its own."
+                "or a task with other words."
             )
         words[slot, name] = kept
     if dropped:
@@ -83,7 +83,7 @@ def _needed(spec: TaskSpec) -> dict[tuple[str, str], int]:
 def _uses(
     spec: TaskSpec, slot: str, spaces: Mapping[str, Sequence[str]], word: str
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Every text that the task makes of a word, with the tokens that it must be."""
+    """Every text in which the task uses a word, with the tokens that it must consist of."""
     if not slot:
         yield (f" {word}" if spec.generator is not None else word), (word,)
         return
@@ -105,7 +105,7 @@ def _cut(word: str, cuts: Sequence[tuple[int, int]]) -> tuple[str, ...]:
 
 
 def _spaces(spec: TaskSpec) -> dict[str, list[str]]:
-    """Slot or part -> what stands before it in the task's texts: a space, nothing, or both in turn."""
+    """Slot or part -> what precedes it in the task's texts: a space, nothing, or both in different texts."""
     found: dict[str, set[str]] = {}
     for template in templates_of(spec):
         answers = texts_of(answer_of(spec, template)) + texts_of(wrong_of(spec, template))
@@ -113,7 +113,7 @@ def _spaces(spec: TaskSpec) -> dict[str, list[str]]:
             for slot in slots_in(text):
                 before = text.split(f"{{{slot}}}")[:-1]
                 found.setdefault(slot, set()).update(" " if part.endswith(" ") else "" for part in before)
-        # A slot that only the corrupt text uses stands where the slot stands that it replaces.
+        # A slot that only the corrupt text uses is where the slot that it replaces is.
         for name, given in (spec.corruption.slots if spec.corruption else {}).items():
             replaced, _ = occurrence(name, template.text)
             if "{" not in given:
@@ -122,7 +122,7 @@ def _spaces(spec: TaskSpec) -> dict[str, list[str]]:
 
 
 def _reasons(uses: Mapping[str, Sequence[tuple[str, tuple[str, ...]]]], encoder: Encoder) -> dict[str, str]:
-    """word -> why it cannot be used, for those that cannot."""
+    """word -> the reason, for words that cannot be used."""
     flat = [(word, text, wanted) for word, texts in uses.items() for text, wanted in texts]
     reasons: dict[str, str] = {}
     for (word, text, wanted), (ids, got) in zip(flat, encoder.pieces([text for _, text, _ in flat]), strict=True):
