@@ -2,7 +2,7 @@
 
 Every family is made tiny and random (two layers, four heads, float64), loaded, and compared with the same model under
 plain Hugging Face hooks (`plain_hooks.py`). Without options the table is printed; `--write` puts it into the page,
-`--check` says whether the page still tells the truth. About two minutes on one core.
+`--check` says whether the page is up to date. About two minutes on one core.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ EXACT = 5e-6
 
 @dataclass(frozen=True)
 class Row:
-    """What was found for one family; the numbers are largest differences, as shares of the largest value."""
+    """The result for one family; the numbers are largest differences, as shares of the largest value."""
 
     label: str
     architecture: str
     refused: str = ""
-    """Why the model does not load; then there is nothing else."""
+    """Why the model does not load; the other fields are then empty."""
     edges: float = float("nan")
     patching: float = float("nan")
     eap: float = float("nan")
     batches: float = float("nan")
     without: tuple[tuple[str, str], ...] = ()
-    """(parts, reason) of what is refused on the model that loads."""
+    """(parts, reason) of what is refused on a model that loads."""
 
     @property
     def exact(self) -> bool:
@@ -70,14 +70,14 @@ def random_cuts(graph: Graph, n: int = 3) -> Tensor:
     last = torch.zeros_like(graph.possible)
     last[-1] = True
     nodes_only = graph.possible.clone()
-    nodes_only[-1, graph.n_inputs :] = False  # then all nodes read what they read in the corrupt run, and write it
+    nodes_only[-1, graph.n_inputs :] = False  # then all nodes read and write as in the corrupt run
     random = [graph.possible & (torch.rand(graph.possible.shape, generator=generator) < 0.3) for _ in range(n)]
     none = torch.zeros_like(graph.possible)
     return torch.stack([none, graph.possible, last & graph.possible, nodes_only, *random])
 
 
 def logit_diff(logits: Tensor, pairs: Pairs) -> Tensor:
-    """Right minus wrong at the last real token; our own metric is not used."""
+    """Right minus wrong at the last real token, without our own metric."""
     rows = torch.arange(len(logits))
     at = logits[rows, pairs.mask.sum(1) - 1]
     right, wrong = answers(pairs)
@@ -101,13 +101,13 @@ def share_of(graph: Graph, cut: Tensor) -> dict[str, dict[str, Tensor]]:
 
 
 def _gap(got: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest value; infinite where something is no number."""
+    """The largest difference over the largest value; infinite if a value is NaN."""
     gap = float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
     return gap if gap == gap else float("inf")
 
 
 def edges_gap(model: HookManager, plain: PlainModel, graph: Graph, pairs: Pairs, corrupt: Writes) -> float:
-    """`run_edges` against plain hooks, for masks of all kinds; the ends also against the model as it is."""
+    """`run_edges` against plain hooks, for masks of all kinds; the two extremes also against the unedited model."""
     cuts = random_cuts(graph)
     expected = [
         logit_diff(run_plain(plain, pairs.clean, share=share_of(graph, cut), replacement=corrupt)[0], pairs)
@@ -175,7 +175,7 @@ def batches_gap(model: HookManager, graph: Graph, pairs: Pairs) -> float:
     alone: list[Tensor] = []
     right, wrong = answers(pairs)
     for row, length in enumerate(pairs.mask.sum(1).tolist()):
-        twice = [row, (row + 1) % len(pairs)]  # pairs are two at least; the second is not looked at
+        twice = [row, (row + 1) % len(pairs)]  # pairs need two rows; the second is ignored
         clean, corrupt = pairs.clean[twice, :length], pairs.corrupt[twice, :length]
         bare = Pairs(clean=clean, corrupt=corrupt, right=right[twice], wrong=wrong[twice])
         alone.append(run_edges(model, graph, bare, cuts, batch_size=1)[:, :1])
@@ -184,7 +184,7 @@ def batches_gap(model: HookManager, graph: Graph, pairs: Pairs) -> float:
 
 
 def refused_parts(model: HookManager, graph: Graph, pairs: Pairs) -> tuple[tuple[str, str], ...]:
-    """(parts, reason) of all that the model does not give; sites by kind."""
+    """(parts, reason) of everything that is refused on the model; sites by kind."""
     reasons: dict[str, str] = {}
     for site, reason in model.refused.items():
         if site.kind != "pos_embed":  # rotary models have none
@@ -192,7 +192,7 @@ def refused_parts(model: HookManager, graph: Graph, pairs: Pairs) -> tuple[tuple
     for reason in model.bound_mlps.values():
         reasons["an MLP by itself"] = reason
     if model.dims.has_mlp and any(maps is None for maps in model.layout.mlp_maps):
-        reasons["neurons"] = "An MLP is no plain pair of matrices"
+        reasons["neurons"] = "An MLP is not a pair of matrices"
     for method in ("relp", "cd", "cd-edges"):
         try:
             score_edges(model, graph, pairs, method=method, metric="logit_diff")
@@ -208,7 +208,7 @@ def refused_parts(model: HookManager, graph: Graph, pairs: Pairs) -> tuple[tuple
 
 
 def _general(reason: str, architecture: str) -> str:
-    """The reason without what is of this one model: its class, a layer's number, a size."""
+    """The reason without the details of this model: its class, numbers of layers, sizes."""
     reason = re.sub(r" \(off by [^)]*\)", "", reason.replace(architecture, "the model"))
     reason = re.sub(
         r"\b([Ll]ayer|m|pattern\.|scores\.|mlp_\w+\.|resid_\w+\.|z\.|q\.|k\.|v\.) ?\d+", r"\1 L", reason
@@ -225,12 +225,12 @@ def measure(family: Family) -> Row:
         model = load_model(family.build())
     except MechInterpError as error:
         return Row(family.label, architecture, one_line(error))
-    except Exception as error:  # a part of TransformerLens or transformers: the table says so, and goes on
+    except Exception as error:  # from TransformerLens or transformers: the table shows it
         return Row(family.label, architecture, f"{type(error).__name__}: {one_line(error)}")
     without = refused_parts(model, build_graph(model), pairs)
     try:
         return Row(family.label, architecture, "", *gaps(family, model, pairs), without)
-    except Exception as error:  # another structure than family_models.py says
+    except Exception as error:  # its structure differs from family_models.py
         not_compared = ("**not compared**", f"{type(error).__name__}: {one_line(error)}")
         return Row(family.label, architecture, without=(*without, not_compared))
 
@@ -252,7 +252,7 @@ def one_line(error: BaseException) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as Markdown: what loads, notes with the reasons for what is refused of it, and what does not load."""
+    """The rows as Markdown: what loads, notes with the reasons for refused parts, and what does not load."""
     loads, refused = [row for row in rows if not row.refused], [row for row in rows if row.refused]
     notes = list(dict.fromkeys(reason for row in loads for _, reason in row.without))
     lines = [
@@ -274,7 +274,7 @@ def table(rows: list[Row]) -> str:
 
 
 def line(row: Row, notes: list[str]) -> str:
-    """The row as a line of Markdown; a reason is the number of its note."""
+    """The row as a line of Markdown; a reason is given as the number of its note."""
     cells = [row.refused.replace("|", "\\|")]
     if not row.refused:
         parts = [f"{parts} ({notes.index(reason) + 1})" for parts, reason in row.without]
@@ -289,17 +289,17 @@ def stored_notes() -> list[str]:
 
 
 def _number(value: float) -> str:
-    """Two digits; a leading mark where it is no rounding."""
+    """One digit; in bold if it is not rounding."""
     return f"{value:.0e}" if value < EXACT else f"**{value:.2g}**"
 
 
 def comparable(text: str) -> str:
-    """The table without the size of its rounding errors, which another machine has otherwise."""
+    """The table without the sizes of its rounding errors, which differ between machines."""
     return re.sub(r"\| \d+e[-+]\d+ ", "| small ", text)
 
 
 def stored_table() -> str:
-    """The table that stands in the page."""
+    """The table of the page."""
     return PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip()
 
 
@@ -335,7 +335,7 @@ def main() -> int:
         PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     elif arguments.check:
         same = comparable(stored_table()) == comparable(text)
-        print("The page says the same." if same else "docs/families.md says something else: run with --write.")
+        print("The page is up to date." if same else "docs/families.md is out of date: run with --write.")
         return 0 if same and not wrong else 1
     else:
         print(text)

@@ -78,19 +78,22 @@ def violations(source: str, *parts: str) -> list[str]:
     return found
 
 
-def module_imports() -> dict[str, set[str]]:
-    """Which modules of the package each of its modules imports when it is imported (not later, in a function)."""
-    names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
-    found: dict[str, set[str]] = {}
-    for name in names:
-        tree = ast.parse((PACKAGE.parent / (name.replace(".", "/") + ".py")).read_text("utf-8"))
-        at_once = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        targets: set[str] = set()
-        for node in at_once:
-            if isinstance(node, ast.ImportFrom) and node.module:
-                targets |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        found[name] = {target for target in targets & names if target != name}
+def imported_modules(source: str) -> set[str]:
+    """The modules (and names in them) that a file imports at run time, inside functions too; not for types alone."""
+    tree = ast.parse(source)
+    guarded = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)]
+    for_types = {inner for block in guarded for statement in block.body for inner in ast.walk(statement)}
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node not in for_types:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
+
+
+def module_imports() -> dict[str, set[str]]:
+    """Which modules of the package each of its modules imports."""
+    paths = {".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}
+    return {name: imported_modules(p.read_text("utf-8")) & paths.keys() - {name} for name, p in paths.items()}
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -111,6 +114,13 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
     for name in sorted(found):
         visit(name, ())
+
+
+def test_imports_inside_functions_count_as_imports() -> None:
+    source = (
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from a.b import c\ndef late():\n    from d.e import f"
+    )
+    assert {"d.e", "d.e.f"} <= imported_modules(source) and "a.b" not in imported_modules(source)
 
 
 @pytest.mark.parametrize(

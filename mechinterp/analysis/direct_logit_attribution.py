@@ -19,7 +19,7 @@ from mechinterp.base.batches import batches
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.logit_directions import DirectionLike, logit_direction
-from mechinterp.engines.logit_parts import Readout, Refined, input_split, logit_parts, read_values, readout_of
+from mechinterp.engines.logit_parts import LogitMap, Refined, input_split, logit_map, logit_parts, read_values
 from mechinterp.models.components import Position, Positions, PositionSets, as_pairs, position_index, position_sets
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node
@@ -98,12 +98,12 @@ def direct_logit_attribution(
     for rows, chunk in batches(pairs, batch_size):
         read = read_values(model, chunk, chunk.clean if prompt == "clean" else chunk.corrupt, at[rows], refined)
         split = split or input_split(read, model.dtype)
-        readout = readout_of(model, read, chosen.rows(rows), at[rows])
+        to_logit = logit_map(model, read, chosen.rows(rows), at[rows])
         attended = sources and PositionSets(sources.labels, sources.masks[:, rows])
-        blocks = list(logit_parts(model, read, readout, refined, attended, split))
+        blocks = list(logit_parts(model, read, to_logit, refined, attended, split))
         labels = [label for names, _ in blocks for label in names]
         values = torch.cat([block for _, block in blocks])
-        error = max(error, _check_sum(model, values, readout, read))
+        error = max(error, _check_sum(model, values, to_logit, read))
         columns.append(values)
     about = {
         "direction": chosen.text,
@@ -200,13 +200,13 @@ def _sources(pairs: Pairs, positions: Positions) -> PositionSets:
 
 
 def _check_sum(
-    model: HookManager, values: Float[Tensor, "node batch"], readout: Readout, read: Mapping[str, Tensor]
+    model: HookManager, values: Float[Tensor, "node batch"], to_logit: LogitMap, read: Mapping[str, Tensor]
 ) -> float:
     """The largest difference of the sum from the logit, relative; raises UnsupportedError when it is not rounding."""
-    difference = (values.nansum(0) - readout.logit).abs()
+    difference = (values.nansum(0) - to_logit.logit).abs()
     # The product with the direction rounds in proportion to this, whatever the parts are.
     rounding = einsum(
-        read["resid_final"].abs(), readout.vector.abs(), readout.weight, "batch n d, batch d, batch n -> batch"
+        read["resid_final"].abs(), to_logit.vector.abs(), to_logit.weight, "batch n d, batch d, batch n -> batch"
     )
     size = torch.maximum(values.nan_to_num().abs().amax(0), rounding).clamp(min=torch.finfo(values.dtype).tiny)
     error = float((difference / size).max())
@@ -217,7 +217,7 @@ def _check_sum(
         worst = int((difference / size).argmax())
         raise UnsupportedError(
             f"The parts sum to {float(values[:, worst].nansum()):.6g} in an example whose logit is "
-            f"{float(readout.logit[worst]):.6g} (off by {error:.2g} of the largest part, {tolerance:.2g} allowed): "
+            f"{float(to_logit.logit[worst]):.6g} (off by {error:.2g} of the largest part, {tolerance:.2g} allowed): "
             "something else writes to the residual stream. Is an intervention editing it?"
         )
     return error

@@ -1,1 +1,1 @@
-"""What everything else stands on: errors, the registry, safe writing, progress and batches."""
+"""The foundations: errors, the registry, safe writing, progress and batches."""

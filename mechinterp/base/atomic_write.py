@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what a killed process left of them."""
+"""Files that are written whole or not at all, and the removal of what killed processes left behind."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pathlib import Path
 from mechinterp.base.errors import InputError
 
 STALE_SECONDS = 24 * 3600
-"""After this a temporary file of another machine, or one that names no process, is taken for left behind."""
+"""After this time a temporary file of another machine, or without a process in its name, counts as left behind."""
 _NAME = re.compile(r"\.(?:(?P<host>[0-9a-f]{8})-(?P<process>\d+)-)?[0-9a-f]{12}\.partial")
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-    """Return None after the file holds `data`; what was there before stays until then, also when this is interrupted.
+    """Return None once the file holds `data`; its old content stays until then, even if the write is interrupted.
 
     Raises InputError when the file cannot be written.
     """

@@ -1,4 +1,4 @@
-"""`over_batches`: a computation over the examples, some of them at a time, put together again."""
+"""`over_batches`: a computation over the examples in batches, with the results combined."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Combine = Literal["sum"] | int
 
 @runtime_checkable
 class Batched(Protocol):
-    """Examples that can be taken apart: `Pairs`."""
+    """Examples that can be sliced, such as `Pairs`."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, rows: slice, /) -> Any: ...
 
 
 def batches(examples: Examples, size: int | None) -> Iterator[tuple[slice, Examples]]:
-    """The rows of every batch and the batch itself, in order; all examples at once for None.
+    """The rows of every batch and the batch itself, in order; one batch of all examples for None.
 
     Raises InputError for a size below 1.
     """
@@ -42,14 +42,14 @@ def over_batches(
     function: Callable[[Examples, slice], Mapping[str, Tensor | float]],
     combine: Mapping[str, Combine],
 ) -> dict[str, Tensor]:
-    """What `function` gives for each batch, combined by name: summed, or joined along an axis.
+    """The results of `function` on every batch, combined by name: summed, or joined along an axis.
 
     Sums are over examples, in the dtype that the function returns; a number counts as a float64 tensor. The result
     does not depend on the batch size, up to the order of the sums.
 
     Args:
         examples: The pairs.
-        size: Examples at a time; None: all.
+        size: Examples per batch; None: all in one batch.
         function: Called with a batch and its rows.
         combine: `"sum"` or the axis to join along, for every name that the function returns.
     """

@@ -1,4 +1,4 @@
-"""JSON as the circuit file uses it: read without surprises, written so that a diff shows one change per line."""
+"""JSON for circuit files: read strictly, written so that a diff shows one change per line."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from mechinterp.base.errors import FormatError
 
 MAX_DEPTH = 32
 MAX_VALUES = 2**22
-"""Values that a text may hold; each takes up to 100 bytes of memory, however short it is written."""
+"""The most values in a text; each may take 100 bytes of memory, however short its text is."""
 MAX_DIGITS = 19
-"""Whole numbers have at most this many digits: what 64 bits hold."""
+"""The most digits of a whole number: those of 64 bits."""
 WIDTH = 110
 
 
 def parse_json(content: bytes, where: str, max_values: int = MAX_VALUES) -> Any:
     """The value of a JSON text.
 
-    Raises FormatError, with `where` in front, for what is not UTF-8 or not JSON, and for what JSON parsers disagree
-    about: duplicate keys, NaN and infinities (1e999 too), whole numbers beyond 64 bits, lone surrogates, and values
+    Raises FormatError, with `where` in front, for text that is not UTF-8 or not JSON, and for JSON on which parsers
+    disagree: duplicate keys, NaN and infinities (1e999 too), whole numbers beyond 64 bits, lone surrogates, and values
     nested deeper than `MAX_DEPTH`. A text of more than `max_values` values is refused before it is read.
     """
     check_size(content, where, max_values)
@@ -45,9 +45,9 @@ def parse_json(content: bytes, where: str, max_values: int = MAX_VALUES) -> Any:
 
 
 def check_size(content: bytes, where: str, max_values: int = MAX_VALUES) -> None:
-    """Return None when the text can hold no more values than that. Raises FormatError; nothing is parsed for it."""
-    # Every value but the first has a comma, a bracket or a brace before it. A key that comes again takes no memory of
-    # its own, so only half of the keys are counted.
+    """Return None when the text cannot hold more values than that. Raises FormatError; the text is not parsed."""
+    # Every value but the first follows a comma, a bracket or a brace. A repeated key takes no extra memory, so only
+    # half of the keys are counted.
     if len(content) > max_values and (
         content.count(b",") + content.count(b"[") + content.count(b"{") + content.count(b'"') // 4 > max_values
     ):
@@ -55,7 +55,7 @@ def check_size(content: bytes, where: str, max_values: int = MAX_VALUES) -> None
 
 
 def render_json(value: Any) -> str:
-    """The value as diffable text: sorted keys, and one line for what holds plain values only and fits there.
+    """The value as diffable text: sorted keys; a list or object of plain values is on one line if it fits.
 
     The same value always gives the same text. Raises ValueError for NaN and infinities.
     """
@@ -104,7 +104,7 @@ def _bounded(text: str) -> int:
 
 
 def _check(value: object, levels: int) -> None:
-    """Return None when strings can be written as UTF-8 again and nothing lies too deep."""
+    """Return None when strings can be written as UTF-8 and nothing is nested too deeply."""
     if isinstance(value, str):
         try:
             value.encode("utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class MechInterpError(Exception):
-    """Anything this package refuses; the message says what to do next."""
+    """The base of all errors of this package; the message says what to do next."""
 
 
 class InputError(MechInterpError):
@@ -12,15 +12,15 @@ class InputError(MechInterpError):
 
 
 class ModelNotAvailable(InputError):
-    """The model cannot be had here: the hub is out of reach and nothing is cached, or no name opens it."""
+    """The model is not available: the hub cannot be reached and nothing is cached, or its name is unknown."""
 
 
 class HubNotReached(InputError):
-    """The Hugging Face hub cannot be asked: no network, offline mode, or the hub itself is down."""
+    """The Hugging Face hub cannot be reached: no network, offline mode, or the hub itself is down."""
 
 
 class FormatError(InputError):
-    """A file (circuit, scores, task, pairs) is not what it must be."""
+    """A file (circuit, scores, task, pairs) does not follow its format."""
 
 
 class UnsupportedError(MechInterpError):
@@ -28,15 +28,15 @@ class UnsupportedError(MechInterpError):
 
 
 class SiteNotReached(MechInterpError):
-    """A site that was asked for did not fire exactly once in the run."""
+    """A requested site did not fire exactly once in the run."""
 
 
 class BusyError(MechInterpError):
-    """The model is being run by another thread; one model is never used by two threads at once."""
+    """Another thread is running the model; two threads cannot use one model at the same time."""
 
 
 def clip(text: str, most: int) -> str:
-    """The text as a message shows it, its middle left out where it is longer than `most` letters.
+    """The text for a message, with its middle left out if it is longer than `most` characters.
 
     >>> clip("abcdefghij", 7)
     'ab...ij'

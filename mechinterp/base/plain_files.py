@@ -1,4 +1,4 @@
-"""Reading files that others name or made: plain files only, up to a size, and never a traceback."""
+"""Reading untrusted files: plain files only, up to a size, with errors in one line."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from mechinterp.base.errors import FormatError, clip
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:
-    """The bytes of a plain file. Raises FormatError when it is missing, something else, or larger than `max_bytes`.
+    """The bytes of a plain file. Raises FormatError when it is missing, not a plain file, or larger than `max_bytes`.
 
-    What is no plain file (a pipe, a device, a folder) is not opened: reading one can block, or have effects.
+    Pipes, devices and folders are not opened: reading them can block or have side effects.
     """
     shown = clip(str(path), 200)
     try:
@@ -24,20 +24,20 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise FormatError(f"{shown} cannot be read: {reason}.") from error
     if len(content) > max_bytes:
-        raise FormatError(f"{shown} is larger than the {max_bytes} bytes that it can have.")
+        raise FormatError(f"{shown} is larger than {max_bytes} bytes, the most that is read.")
     return content
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a plain file of that name; False for a name that can be none (too long, say)."""
-    return os.path.isfile(path)  # `Path.is_file` raises for such names
+    """Whether a plain file of that name exists; False for an impossible name (too long, say)."""
+    return os.path.isfile(path)  # `Path.is_file` raises for impossible names
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a folder of that name; False for a name that can be none."""
+    """Whether a folder of that name exists; False for an impossible name."""
     return os.path.isdir(path)
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Whether there is anything of that name; False for a name that can be none."""
+    """Whether anything of that name exists; False for an impossible name."""
     return os.path.exists(path)

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Progress(Protocol):
-    """Called with how much is done and how much there is in all, in units of the caller's choice."""
+    """Called with the amount done and the total, in units of the caller's choice."""
 
     def __call__(self, done: int, total: int, /) -> None: ...
 

@@ -16,7 +16,6 @@ from mechinterp.base.registry import unknown
 from mechinterp.discovery.method import METHODS, Job, Method
 from mechinterp.engines.edge_attribution import Backward, edge_gradients
 from mechinterp.engines.lrp import RULES, lrp_loss, rule_edits
-from mechinterp.engines.readout import readout_with
 from mechinterp.engines.replacement import build_replacement
 from mechinterp.graphs.scores import Scores
 
@@ -41,7 +40,7 @@ def _cd_edges(name: str, job: Job) -> Scores:
     rules = ATTENTION[attention]
     backward = Backward(
         partial(rule_edits, model, rules),
-        lambda chunk, reference: lrp_loss(model, readout_with(model, chunk, metric, reference), rules),
+        lambda readout: lrp_loss(model, readout, rules),
     )
     replacement = build_replacement(job.replacement, model, job.graph, job.pairs, job.batch_size)
     total = job.sum_over_batches(

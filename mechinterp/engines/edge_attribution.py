@@ -1,25 +1,23 @@
-"""Integrated gradients over the activations of one layer's writers at a time, as scores of edges.
-
-For the heads of a layer (or its MLP, or the input) the path goes from their corrupt to their clean outputs, everything
-else as the clean run computes it. The score of an edge from writer w is <clean write less corrupt, mean over the path
-of the gradient at the reader's input>; over all readers the scores of a group's edges sum to what patching the whole
-group does (completeness), up to the quadrature; not under a post-norm, where heads' writes bend.
-
-Source: Hanna et al. 2024 (arXiv 2403.17806), `EAP-IG-activations` of MIB (Mueller et al. 2025, arXiv 2504.13151).
-Deviation: their code adds the gradients of all groups' paths to all edges.
-
-The first-order engine: `edge_gradients` estimates the effect of every edge from gradients.
+"""The first-order engine: `edge_gradients` estimates the effect of every edge from gradients.
 
 For an edge from writer w to reader r the estimate is `<write of w in the clean run - its replacement, gradient of
 the metric at r's residual input>`: the derivative of `run_edges` in the direction of cutting the edge (source:
 edge attribution patching, Syed et al. 2023, arXiv 2310.10348; with integrated gradients over the inputs, Hanna et
-al. 2024, arXiv 2403.17806). Nothing is frozen: the norm before each reader is differentiated through.
+al. 2024, arXiv 2403.17806). Nothing is frozen: gradients go through the norm before each reader.
 
 Speed: forwards and backwards of the plain model; gradients are kept at q, k, v and the MLP input, `[batch, pos, head,
 d_head]`, and pulled back to the residual stream one layer at a time. With u the standardized residual, s its scale
 and W the weights of the norm and the projection, the pulled-back gradient of a head is
-`W' g / s - u <u, W' g> / (d_model s)`, and `<u, W' g> = <q - constant, g>` is at hand as a scalar per head and token.
-So per layer there is one batched product, one pass for the second term, and one product with all earlier writes.
+`W' g / s - u <u, W' g> / (d_model s)`, and `<u, W' g> = <q - constant, g>` is available as a scalar per head and token.
+So a layer needs one batched product, one pass for the second term, and one product with all earlier writes.
+
+`activation_path_gradients` integrates gradients over the activations of one layer's writers at a time. For the heads of
+a layer (or its MLP, or the input) the path goes from their corrupt to their clean outputs; everything else is computed
+as in the clean run. The score of an edge from writer w is <clean write - corrupt write, mean over the path of the
+gradient at the reader's input>. Over all readers, the scores of a group's edges sum to the effect of patching the whole
+group (completeness), up to the quadrature error; except under a post-norm, where heads' writes are not linear in z.
+Source: Hanna et al. 2024 (arXiv 2403.17806), `EAP-IG-activations` of MIB (Mueller et al. 2025, arXiv 2504.13151).
+Deviation: their code adds the gradients of all groups' paths to all edges.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from torch import Tensor
 
 from mechinterp.base.errors import InputError
 from mechinterp.engines.edge_patching import check_model
-from mechinterp.engines.readout import clean_logits, metric_values
+from mechinterp.engines.readout import FINAL, Readout, metric_readout
 from mechinterp.engines.replacement import CompactWrites, Replacement, Values, input_sites, record_writes, write_sites
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import places_of
@@ -44,17 +42,17 @@ from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 
 TOKEN_BUDGET_BYTES = 2**28
-"""Writes and reader gradients are expanded to d_model for as many tokens at a time as fit in this many bytes."""
+"""Writes and readers' gradients are expanded to d_model for as many tokens at a time as fit in this many bytes."""
 
 
 @dataclass(frozen=True)
 class Backward:
-    """Another backward pass than the gradient: rules as edits of gradients, and constant scales of all norms."""
+    """A modified backward pass: rules as edits of gradients, and constant scales of all norms."""
 
     edits: Callable[[], list[Intervention]]
-    """Made anew for every run."""
-    loss: Callable[[Pairs, Tensor | None], Callable[[Tensor], Tensor]]
-    """(pairs, reference logits) -> the metric of every example as a function of the final residual stream."""
+    """Makes the edits for one run."""
+    loss: Callable[[Readout], Callable[[Tensor], Tensor]]
+    """The metric of every example as a function of the final residual stream, with the rules in its backward."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +73,30 @@ def edge_gradients(
     alphas: Sequence[float] = (1.0,),
     backward: Backward | None = None,
 ) -> Float[Tensor, "reader writer"]:
-    """Sum over the examples of the estimated drop of the metric when each edge is replaced; 0 where there is no edge.
+    """Sum over the examples of the estimated drop of the metric when each edge is cut; 0 where there is no edge.
 
-    The sign is that of the metric's value: clean minus replaced. Gradients are averaged over runs whose input is
-    `corrupt + alpha * (clean - corrupt)` for each of `alphas`; `(1.0,)` is the clean run alone. Cost: a forward of
-    the corrupt prompts, a forward and a backward per alpha, a forward of the clean prompts when 1 is not among the
-    alphas, and one contraction. Accumulates in float32 or better. With `backward` its rules take the gradient's place.
+    The sign is that of clean minus patched, in the units of the metric; sums are in float32 or better. Cost: a forward
+    of the corrupt prompts, a forward and a backward per alpha, a forward of the clean prompts if 1 is not among the
+    alphas, and one contraction.
+
+    Args:
+        model: The model.
+        graph: Its graph, from `build_graph`.
+        pairs: The examples, in one batch.
+        metric: A differentiable metric.
+        replacement: What a cut edge carries; by default the corrupt run's writes.
+        alphas: Gradients are averaged over runs on the inputs `corrupt + alpha * (clean - corrupt)`; by default only
+            the clean run.
+        backward: A modified backward pass, whose rules replace the gradient.
+
+    Raises InputError for a metric without a gradient, and for pairs or a graph of another model.
+
+    >>> import mechinterp as mi
+    >>> model = mi.load_model("bundled")
+    >>> graph, pairs = mi.build_graph(model), mi.load_task("ioi").pairs(model, n=2)
+    >>> scores = mi.edge_gradients(model, graph, pairs, mi.get_metric("logit_diff"))
+    >>> scores.shape == graph.possible.shape
+    True
     """
     metric.check_answers(pairs)
     check_model(model, graph, pairs)
@@ -91,12 +107,12 @@ def edge_gradients(
     pairs = pairs.to(model.device)
     corrupt = record_writes(model, graph, pairs.corrupt, pairs)
     values: Values = corrupt if replacement is None or replacement.kind == "corrupt" else replacement.on(pairs)
-    reference = clean_logits(model, pairs) if metric.needs_reference else None
+    readout = metric_readout(model, pairs, metric)
     clean = None if 1.0 in alphas else record_writes(model, graph, pairs.clean, pairs)
     steps: list[Step] = []
     ends = None if tuple(alphas) == (1.0,) else _input_ends(model, graph, pairs, corrupt)
     for alpha in alphas:
-        step = _step(model, graph, pairs, metric, reference, None if alpha == 1.0 else (ends, alpha), backward)
+        step = _step(model, graph, readout, None if alpha == 1.0 else (ends, alpha), backward)
         if alpha == 1.0:
             clean = _clean_writes(model, graph, step)
         steps.append(_readers_only(step))
@@ -117,7 +133,7 @@ def _reader_sites(model: HookManager) -> list[Site]:
     sites = [Site(channel, layer) for layer in range(model.dims.n_layers) for channel in "qkv"]
     if model.dims.has_mlp:
         sites += [Site("mlp_in", layer) for layer in range(model.dims.n_layers)]
-    return [*sites, Site("resid_final")]
+    return [*sites, FINAL]
 
 
 def resid_site(model: HookManager, layer: int, *, mlp: bool) -> Site:
@@ -127,17 +143,11 @@ def resid_site(model: HookManager, layer: int, *, mlp: bool) -> Site:
 def _step(
     model: HookManager,
     graph: Graph,
-    pairs: Pairs,
-    metric: Metric,
-    reference: Tensor | None,
+    readout: Readout,
     interpolated: tuple[dict[Site, tuple[Tensor, Tensor]] | None, float] | None,
     backward: Backward | None,
 ) -> Step:
-    dims = model.dims
-
-    def loss(resid: Tensor) -> Tensor:
-        return metric_values(model, pairs, metric, resid, reference)
-
+    dims, pairs = model.dims, readout.pairs
     edits = [] if backward is None else backward.edits()
     if interpolated is not None:
         ends, alpha = interpolated
@@ -155,14 +165,14 @@ def _step(
         record=list(record),
         interventions=edits,
         grads=grads,
-        loss=loss if backward is None else backward.loss(pairs, reference),
-        stop=Site("resid_final"),
+        loss=readout.of_resid if backward is None else backward.loss(readout),
+        stop=FINAL,
     )
-    return Step({_site(k): v for k, v in run.values.items()}, {_site(k): v for k, v in run.grads.items()})
+    return Step(_by_site(run.values), _by_site(run.grads))
 
 
-def _site(key: Site | str) -> Site:
-    return Site.parse(key) if isinstance(key, str) else key
+def _by_site(found: Mapping[Site | str, Tensor]) -> dict[Site, Tensor]:
+    return {Site.parse(site) if isinstance(site, str) else site: value for site, value in found.items()}
 
 
 def _clean_writes(model: HookManager, graph: Graph, step: Step) -> CompactWrites:
@@ -172,7 +182,7 @@ def _clean_writes(model: HookManager, graph: Graph, step: Step) -> CompactWrites
 
 
 def _readers_only(step: Step) -> Step:
-    """The step without the values that only the writers need."""
+    """The step without the values that only writers need."""
     kept = {s: v for s, v in step.values.items() if s.kind in ("q", "k", "v", "resid_pre", "resid_mid", "resid_final")}
     return Step(kept, step.gradients)
 
@@ -187,7 +197,7 @@ def _contract(
     *,
     frozen: bool,
 ) -> Float[Tensor, "reader writer"]:
-    """Writes' differences times readers' gradients, summed over tokens, a chunk of tokens at a time."""
+    """Differences of writes times readers' gradients, summed over tokens, a chunk of tokens at a time."""
     dims = model.dims
     dtype = torch.promote_types(model.dtype, torch.float32)
     scores = torch.zeros(graph.possible.shape, dtype=dtype, device=model.device)
@@ -201,7 +211,7 @@ def _contract(
         places = places_of(graph, pairs[chunk])
         for layer in range(dims.n_layers):
             _score_layer(model, graph, layer, steps, chunk, writes, scores, places, frozen=frozen)
-        gradient = sum(step.gradients[Site("resid_final")][chunk].to(dtype) for step in steps)
+        gradient = sum(step.gradients[FINAL][chunk].to(dtype) for step in steps)
         assert isinstance(gradient, Tensor)
         scores[-1] += writes @ gradient.flatten()
     return torch.where(graph.possible.to(scores.device), scores, 0.0)
@@ -216,20 +226,20 @@ def write_differences(
     n_pos: int,
     dtype: torch.dtype,
 ) -> Float[Tensor, "writer token_and_d_model"]:
-    """Every writer's clean write less its replacement."""
+    """Every writer's clean write minus its replacement."""
     dims = model.dims
     n_rows = len(clean.z(0)[chunk])
     out = torch.empty(len(graph.writers), n_rows, n_pos, dims.d_model, dtype=dtype, device=model.device)
-    kept, cut = clean.rows(chunk), values.rows(chunk)
+    kept, replaced = clean.rows(chunk), values.rows(chunk)
     for row, name in enumerate(graph.inputs):
-        torch.sub(kept.inputs(name), cut.inputs(name), out=out[row])
+        torch.sub(kept.inputs(name), replaced.inputs(name), out=out[row])
     for layer in range(dims.n_layers):
-        out[graph.head_writers(layer)] = cut.head_differences(layer, kept.z(layer))
+        out[graph.head_writers(layer)] = replaced.head_differences(layer, kept.z(layer))
         if dims.has_mlp:
-            torch.sub(kept.mlp(layer), cut.mlp(layer), out=out[graph.mlp_writer(layer)])
+            torch.sub(kept.mlp(layer), replaced.mlp(layer), out=out[graph.mlp_writer(layer)])
         if own := graph.neurons_of(layer):
             post, neurons = kept.values[f"mlp_post.{layer}"], graph.neuron_writers(layer)
-            out[neurons] = cut.neuron_differences(layer, post, torch.tensor(own, device=model.device))
+            out[neurons] = replaced.neuron_differences(layer, post, torch.tensor(own, device=model.device))
             out[graph.mlp_writer(layer)] -= out[neurons].sum(0)
     return out.flatten(1)
 
@@ -313,9 +323,6 @@ def pull_back_mlp(
     return total[None]
 
 
-END = Site("resid_final")
-
-
 def activation_path_gradients(
     model: HookManager, graph: Graph, pairs: Pairs, metric: Metric, alphas: Sequence[float]
 ) -> Float[Tensor, "reader writer"]:
@@ -334,20 +341,17 @@ def activation_path_gradients(
     dtype = torch.promote_types(model.dtype, torch.float32)
     corrupt = record_writes(model, graph, pairs.corrupt, pairs)
     clean = record_writes(model, graph, pairs.clean, pairs)
-    reference = clean_logits(model, pairs) if metric.needs_reference else None
+    readout = metric_readout(model, pairs, metric)
     streams = [Site("resid_pre", layer) for layer in range(model.dims.n_layers)]
-    run = model.run(pairs.clean, pairs.mask, record=[*streams, *input_sites(graph)], stop=END)
+    run = model.run(pairs.clean, pairs.mask, record=[*streams, *input_sites(graph)], stop=FINAL)
     writes = write_differences(model, graph, clean, corrupt, slice(None), pairs.clean.shape[1], dtype)
     scores = torch.zeros(graph.possible.shape, dtype=dtype, device=model.device)
-
-    def loss(resid: Tensor) -> Tensor:
-        return metric_values(model, pairs, metric, resid, reference)
 
     for layer, sites, rows in _groups(model, graph):
         ends = {s: (clean.values[str(s)].to(model.dtype), corrupt.values[str(s)].to(model.dtype)) for s in sites}
         readers = _readers_after(model, layer, sites[0])
         start = None if layer is None else (layer, run.values[Site("resid_pre", layer)])
-        steps = [_activation_step(model, pairs, loss, ends, readers, start, alpha) for alpha in alphas]
+        steps = [_activation_step(model, readout, ends, readers, start, alpha) for alpha in alphas]
         _contract_activations(model, graph, steps, readers, writes[rows], scores[:, rows])
     return torch.where(graph.possible.to(scores.device), scores / len(alphas), 0.0)
 
@@ -370,13 +374,12 @@ def _readers_after(model: HookManager, layer: int | None, site: Site) -> list[Si
         found += [Site(channel, later) for channel in "qkv"]
         if dims.has_mlp:
             found.append(Site("mlp_in", later))
-    return [*found, END]
+    return [*found, FINAL]
 
 
 def _activation_step(
     model: HookManager,
-    pairs: Pairs,
-    loss: Callable[[Tensor], Tensor],
+    readout: Readout,
     ends: Mapping[Site, tuple[Tensor, Tensor]],
     readers: list[Site],
     start: tuple[int, Tensor] | None,
@@ -388,20 +391,16 @@ def _activation_step(
         if site.layer is not None:
             record[resid_site(model, site.layer, mlp=site.kind == "mlp_in")] = None
     run = model.run(
-        pairs.clean,
-        pairs.mask,
+        readout.pairs.clean,
+        readout.pairs.mask,
         record=list(record),
         interventions=edits,
         grads=readers,
-        loss=loss,
+        loss=readout.of_resid,
         start=start,
-        stop=END,
+        stop=FINAL,
     )
     return Step(_by_site(run.values), _by_site(run.grads))
-
-
-def _by_site(found: Mapping[Site | str, Tensor]) -> dict[Site, Tensor]:
-    return {Site.parse(site) if isinstance(site, str) else site: value for site, value in found.items()}
 
 
 def _contract_activations(
@@ -422,7 +421,7 @@ def _contract_activations(
         if Site("mlp_in", layer) in readers:
             pulled = pull_back_mlp(model, layer, steps, every, writes.dtype, frozen=False).flatten(1)
             scores[graph.mlp_readers(layer)] += pulled @ writes.T
-    gradient = torch.stack([step.gradients[END].to(writes.dtype) for step in steps]).sum(0)
+    gradient = torch.stack([step.gradients[FINAL].to(writes.dtype) for step in steps]).sum(0)
     scores[-1] += writes @ gradient.flatten()
 
 

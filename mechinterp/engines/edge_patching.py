@@ -1,10 +1,9 @@
-"""The exact engine: `run_edges` runs the model with a set of edges cut; how, patched_run.py says.
+"""The exact engine: `run_edges` runs the model with a set of edges cut.
 
-One forward of a model with edges cut: what `run_edges` and everything else that cuts edges is built on.
-
-A reader none of whose edges is cut keeps the model's own input. Another one gets
-`resid - sum over cut writers (current write - replacement)`, then its norm and projection again, per head. Where the
-graph has named positions, the sum is another one at each of them.
+`PatchedRun` is one forward with edges cut, on which everything else that cuts edges is built. A reader without a cut
+edge keeps the model's own input. Any other reader gets `resid - sum over cut writers (current write - replacement)`,
+and its norm and projection are computed again, per head. If the graph has named positions, each position has its own
+sum.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from mechinterp.tasks.pairs import Pairs
 
 @dataclass(frozen=True)
 class Prefix:
-    """The run of one batch up to a layer, with no edge cut before it: what patched runs from there share."""
+    """The run of one batch up to a layer, without cut edges before it, which later patched runs share."""
 
     layer: int
     resid: Float[Tensor, "batch pos d_model"]
     differences: Float[Tensor, "writer 1 batch pos d_model"]
-    """What each earlier writer's write differs by from its replacement."""
+    """Each earlier writer's write minus its replacement."""
 
 
 def run_prefix(model: HookManager, graph: Graph, pairs: Pairs, values: Values, layer: int) -> Prefix:
@@ -51,7 +50,7 @@ def run_prefix(model: HookManager, graph: Graph, pairs: Pairs, values: Values, l
 
 
 class PatchedRun:
-    """One forward of (candidate x batch) prompts with edges cut; lives as long as the run."""
+    """One forward of (candidate x batch) prompts with edges cut; used for that run only."""
 
     def __init__(
         self,
@@ -67,8 +66,8 @@ class PatchedRun:
         dtype = torch.promote_types(model.dtype, torch.float32)
         self.masks = masks.to(dtype)
         n_batch, n_pos = pairs.clean.shape
-        # Row 0 is the residual stream being read; the rows after it are what each writer's current write differs by
-        # from its replacement, filled as the forward goes. One product with (1, -cut) then gives what a reader sees.
+        # Row 0 is the residual stream being read; each further row is a writer's current write minus its replacement,
+        # filled during the forward. The product with (1, -cut) then gives the input of a reader.
         shape = (1 + len(graph.writers), self.n, n_batch, n_pos, model.dims.d_model)
         self.rows = torch.empty(shape, dtype=dtype, device=model.device)
         self.differences = self.rows[1:]
@@ -153,7 +152,7 @@ class PatchedRun:
         return plan
 
     def fold(self, value: Tensor) -> Tensor:
-        """`[candidate, batch, ...]`; a run shared by all candidates has the candidate axis 1 repeated."""
+        """`[candidate, batch, ...]`; a run shared by all candidates is expanded along the candidate axis."""
         shared = value.shape[0] == len(self.pairs)
         return value[None].expand(self.n, *value.shape) if shared else value.unflatten(0, (self.n, len(self.pairs)))
 
@@ -172,7 +171,7 @@ class PatchedRun:
         def tap(value: Tensor) -> Tensor:
             if layer == 0 and not self.graph.split_input:
                 self.keep(slice(0, 1), (self.fold(value) - self.values.inputs("input"))[None])
-            if channels:  # q, k and v together: their products share the pass over all earlier writes
+            if channels:  # q, k and v together, so that their products share one pass over all earlier writes
                 readers = slice(
                     self.graph.channel_readers(layer, channels[0]).start,
                     self.graph.channel_readers(layer, channels[-1]).stop,
@@ -216,22 +215,22 @@ class PatchedRun:
         return tap
 
     def keep(self, writers: slice, differences: Float[Tensor, "writer candidate batch pos d_model"]) -> None:
-        """Keeps what writers' current writes differ by from their replacements."""
+        """Stores writers' current writes minus their replacements."""
         self.differences[writers] = differences
 
     def corrected(
         self, readers: slice, n_writers: int, resid: Float[Tensor, "candidate batch pos d_model"]
     ) -> Float[Tensor, "candidate reader batch pos d_model"]:
-        """The residual stream as each of these readers (rows of the graph) sees it; positions are joined again."""
+        """The residual stream that each of these readers (rows of the graph) reads, at all positions."""
         self.rows[0] = resid
         return read(self.weights[:, readers, : 1 + n_writers], self.rows[: 1 + n_writers], self.places_for(readers))
 
     def places_for(self, readers: slice) -> list[Tensor] | None:
-        """The tokens of each position; None where the readers have one row for all tokens, as the logits have."""
+        """The tokens of each position; None if the readers have one row for all tokens, as the logits do."""
         return None if readers.start == len(self.graph.readers) - 1 else self.places
 
     def _whole(self, readers: slice) -> Tensor:
-        """Which readers have no cut edge: `[candidate, reader]`, positions together."""
+        """Which readers have no cut edge at any position: `[candidate, reader]`."""
         uncut = (self.masks[:, readers] == 0).all(-1)
         return uncut.unflatten(1, (-1, self.graph.n_positions)).all(-1).repeat_interleave(len(self.pairs), 0)
 
@@ -268,7 +267,7 @@ def read(
     rows: Float[Tensor, "writer candidate batch pos d_model"],
     places: list[Tensor] | None,
 ) -> Float[Tensor, "candidate reader batch pos d_model"]:
-    """The sums of the rows that each reader's weights give; with places, a reader has one row of weights for each."""
+    """The sum of the rows with each reader's weights; with places, a reader has one row of weights per place."""
     n_batch, n_pos, d_model = rows.shape[2:]
     if places is None:
         return torch.bmm(weights, rows.flatten(2).transpose(0, 1)).unflatten(-1, (n_batch, n_pos, d_model))
@@ -281,7 +280,7 @@ def read(
 
 
 Cut = Bool[Tensor, "*candidate reader writer"] | Float[Tensor, "*candidate reader writer"]
-"""True (or 1) where an edge is cut; values between 0 and 1 cut it in part."""
+"""True (or 1) where an edge is cut; values between 0 and 1 cut it partly."""
 
 
 def run_edges(
@@ -294,18 +293,31 @@ def run_edges(
     replacement: Replacement | None = None,
     batch_size: int | None = None,
 ) -> Float[Tensor, "*candidate batch"]:
-    """The metric of every example with the edges of each mask cut, exactly.
+    """The metric of every example with the edges of each mask cut, exactly, in the units of the metric.
 
-    `cut` is one mask `[reader, writer]` or several `[candidate, reader, writer]`, which run side by side. A cut edge
-    carries the replacement's value: that of the corrupt prompt by default, or a mean or zero (see
-    `mechinterp.engines.replacement`). All other edges carry what this run computes. The metric's reference is the clean
-    run.
+    A cut edge carries the replacement's value: that of the corrupt prompt by default, or a mean or zero. All other
+    edges carry what this run computes. The metric's reference is the clean run.
 
-    Cost: one forward of the corrupt prompts and one patched forward per candidate, up to the final residual stream;
-    layers before the first cut edge are not run again when several candidates share them. Memory: the writes of one
-    batch, `n_writers * batch * pos * d_model` numbers per candidate.
+    Cost: one forward of the corrupt prompts, and one patched forward per candidate up to the final residual stream;
+    candidates share the layers before the first cut edge. Memory: the writes of one batch, `n_writers * batch * pos *
+    d_model` numbers per candidate.
+
+    Args:
+        model: The model.
+        graph: Its graph, from `build_graph`, which names the rows and columns of the masks.
+        pairs: The examples.
+        cut: One mask `[reader, writer]`, or several `[candidate, reader, writer]`: True (1) where an edge is cut.
+        metric: The metric or its name.
+        replacement: What cut edges carry (see `mechinterp.engines.replacement`); by default the corrupt run's writes.
+        batch_size: Examples per batch; by default all at once. It does not change the result.
 
     Raises InputError for a mask of another graph or with NaN, and for pairs or a graph of another model.
+
+    >>> import mechinterp as mi
+    >>> model = mi.load_model("bundled")
+    >>> graph, pairs = mi.build_graph(model), mi.load_task("ioi").pairs(model, n=2)
+    >>> tuple(mi.run_edges(model, graph, pairs, graph.possible).shape)
+    (2,)
     """
     metric = get_metric(metric) if isinstance(metric, str) else metric
     metric.check_answers(pairs)
@@ -323,7 +335,7 @@ def run_edges(
 
 
 WRITES_BUDGET_BYTES = 2**29
-"""Masks run side by side as long as their writes fit in this many bytes."""
+"""As many masks run side by side as have writes that fit in this many bytes."""
 
 
 def edge_logits(
@@ -337,10 +349,10 @@ def edge_logits(
 ) -> Iterator[Float[Tensor, "batch n_answer n_columns"]]:
     """For each mask, the logits at the answer positions of one batch (of all tokens, or of `columns` only).
 
-    `prefix` (see `run_prefix`) spares the layers before its own, where no edge of any mask may be cut.
+    With a `prefix` (see `run_prefix`) the layers before it are not run; no mask may cut an edge there.
     """
     size = len(graph.writers) * pairs.clean.numel() * model.dims.d_model * max(4, model.dtype.itemsize)
-    # Edits of an `intervene` block are for the prompts as they are, each once.
+    # The edits of an `intervene` block expect the prompts as they are, not repeated.
     at_once = 1 if model.edited else max(1, min(64, WRITES_BUDGET_BYTES // size))
     for some in masks.split(at_once):
         logits = PatchedRun(model, graph, pairs, some.to(model.device), values, prefix).run(columns)
@@ -348,7 +360,7 @@ def edge_logits(
 
 
 def check_model(model: HookManager, graph: Graph, pairs: Pairs) -> None:
-    """Return None when the graph and the token ids can be this model's. Raises InputError otherwise."""
+    """Return None when the graph and the token ids fit the model. Raises InputError otherwise."""
     if graph.dims != model.dims:
         raise InputError("The graph was built for a model of other dimensions; build it with build_graph(model).")
     for layer in range(graph.dims.n_layers):
@@ -364,13 +376,13 @@ def check_cut(graph: Graph, cut: Tensor) -> Float[Tensor, "candidate reader writ
     masks = cut if cut.ndim == 3 else cut[None]
     if masks.ndim != 3 or tuple(masks.shape[1:]) != tuple(graph.possible.shape) or not len(masks):
         raise InputError(
-            f"A cut mask is [reader, writer] = {list(graph.possible.shape)}, or several; got {list(cut.shape)}."
+            f"`cut` must be a mask [reader, writer] = {list(graph.possible.shape)}, or several; got {list(cut.shape)}."
         )
     masks = masks.float() if masks.dtype == torch.bool else masks
     if not bool(((masks >= 0) & (masks <= 1)).all()):
-        raise InputError("A cut mask holds values from 0 (kept) to 1 (cut); got something else, or NaN.")
+        raise InputError("`cut` must hold values from 0 (kept) to 1 (cut); got other values or NaN.")
     impossible = (masks != 0).any(0).cpu() & ~graph.possible
     if bool(impossible.any()):
         r, w = (int(i) for i in impossible.nonzero()[0])
-        raise InputError(f"The cut mask names {graph.edge_name(r, w)}, which is not an edge of the graph.")
+        raise InputError(f"`cut` selects {graph.edge_name(r, w)}, which is not an edge of the graph.")
     return masks

@@ -1,6 +1,6 @@
 """The terms of a logit: what every write, of a head, a neuron, a source position or a bias, adds through frozen norms.
 
-`direct_logit_attribution` is the function to call; this is how it reads one batch.
+The function to call is `direct_logit_attribution`; this module reads one batch for it.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ from mechinterp.tasks.pairs import Pairs
 Block: TypeAlias = "tuple[list[str], Tensor]"
 """The labels of some parts and their values `[part, batch]`."""
 Read: TypeAlias = "dict[str, Tensor]"
-"""Values in float32 or better by site; of the read positions only, but for `v` (all positions)."""
+"""Values in float32 or better by site, at the read positions only, except `v` (at all positions)."""
 
 
 @dataclass(frozen=True)
 class Refined:
-    """What is split further: layers whose MLP is, and per layer the heads that are."""
+    """What is split further: the layers whose MLP is, and the heads of each layer."""
 
     mlps: frozenset[int]
     heads: Mapping[int, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Readout:
-    """The linear map from a write at the read positions to its share of the logit, the norms' scales frozen."""
+class LogitMap:
+    """The linear map from a write at the read positions to its share of the logit, with the norms' scales frozen."""
 
     vector: Float[Tensor, "batch d_model"]
     weight: Float[Tensor, "batch n"]
     """Per read position: its share of the mean over positions, divided by the scales."""
     constants: Mapping[str, Float[Tensor, " batch"]]
     logit: Float[Tensor, " batch"]
-    """What the parts must sum to."""
+    """The sum of all parts."""
 
     def of(self, write: Float[Tensor, "*axes d_model"]) -> Float[Tensor, " batch"]:
-        """The share of a write `[batch, n, d_model]`, or of one that is the same everywhere."""
+        """The share of a write `[batch, n, d_model]`, or of one that is the same at every position."""
         write = write.expand(*self.weight.shape, -1)
         return einsum(write, self.vector, self.weight, "batch n d, batch d, batch n -> batch")
 
-    def through(self, post: Norm, before: Tensor | None) -> Readout:
+    def through(self, post: Norm, before: Tensor | None) -> LogitMap:
         """The map from a write before a post-norm, whose whole input is `before`."""
         if post.identity:
             return self
@@ -65,7 +65,7 @@ class Readout:
 
 
 def read_values(model: HookManager, pairs: Pairs, tokens: Tensor, at: Tensor, refined: Refined) -> Read:
-    """One forward; each value is cut to the read positions as it comes."""
+    """The values of one forward, each reduced to the read positions when it is computed."""
     dtype = torch.promote_types(model.dtype, torch.float32)
     found: Read = {}
 
@@ -95,7 +95,7 @@ def read_values(model: HookManager, pairs: Pairs, tokens: Tensor, at: Tensor, re
 
 
 def input_split(read: Read, dtype: torch.dtype) -> str:
-    """`split` where embed + pos_embed enter the first layer, `embed` where the embedding alone does, else `input`."""
+    """`split` if embed + pos_embed enter the first layer, `embed` if the embedding alone does, else `input`."""
     total, rtol = read["resid_pre.0"], max(1e-4, 4 * torch.finfo(dtype).eps)
     for name, parts in (("split", ("embed", "pos_embed")), ("embed", ("embed",))):
         if all(part in read for part in parts):
@@ -105,7 +105,7 @@ def input_split(read: Read, dtype: torch.dtype) -> str:
     return "input"
 
 
-def readout_of(model: HookManager, read: Read, direction: Direction, at: Tensor) -> Readout:
+def logit_map(model: HookManager, read: Read, direction: Direction, at: Tensor) -> LogitMap:
     """The map of one batch, from the run's own final residual stream."""
     layout, resid = model.layout, read["resid_final"]
     valid = at != NO_ENTRY
@@ -117,7 +117,7 @@ def readout_of(model: HookManager, read: Read, direction: Direction, at: Tensor)
         constants["final_norm.bias"] = vectors @ layout.final_norm.bias.to(resid.dtype)
     if layout.b_U is not None and bool(layout.b_U.any()):
         constants["unembed.bias"] = unembed_bias
-    return Readout(
+    return LogitMap(
         vector=layout.final_norm.project_transposed(vectors),
         weight=share / layout.final_norm.scale(resid)[..., 0],
         constants=constants,
@@ -128,7 +128,7 @@ def readout_of(model: HookManager, read: Read, direction: Direction, at: Tensor)
 def logit_parts(
     model: HookManager,
     read: Read,
-    readout: Readout,
+    to_logit: LogitMap,
     refined: Refined,
     sources: PositionSets | None,
     split: str,
@@ -136,14 +136,14 @@ def logit_parts(
     """Every part, in the order in which the model computes them."""
     inputs = {"split": ["embed", "pos_embed"], "embed": ["embed"], "input": ["input"]}[split]
     for name in inputs:
-        yield [name], readout.of(read["resid_pre.0" if name == "input" else name])[None]
+        yield [name], to_logit.of(read["resid_pre.0" if name == "input" else name])[None]
     for layer in range(model.dims.n_layers):
-        yield from _attention_parts(model, layer, read, readout, refined.heads.get(layer, ()), sources)
+        yield from _attention_parts(model, layer, read, to_logit, refined.heads.get(layer, ()), sources)
         if layer in refined.mlps:
-            yield from _neuron_parts(model, layer, read, readout)
+            yield from _neuron_parts(model, layer, read, to_logit)
         elif model.dims.has_mlp:
-            yield [f"m{layer}"], readout.of(read[f"mlp_out.{layer}"])[None]
-    for name, value in readout.constants.items():
+            yield [f"m{layer}"], to_logit.of(read[f"mlp_out.{layer}"])[None]
+    for name, value in to_logit.constants.items():
         yield [name], value[None]
 
 
@@ -151,13 +151,13 @@ def _attention_parts(
     model: HookManager,
     layer: int,
     read: Read,
-    readout: Readout,
+    to_logit: LogitMap,
     refined: tuple[int, ...],
     sources: PositionSets | None,
 ) -> Iterator[Block]:
     maps, z = model.layout.attention[layer], read[f"z.{layer}"]
-    inner = readout.through(maps.post, model.layout.attention_total(layer, z))
-    # What each head's output is multiplied by; no write is ever expanded to d_model.
+    inner = to_logit.through(maps.post, model.layout.attention_total(layer, z))
+    # The weight of each head's output; no write is expanded to d_model.
     reads = einsum(maps.W_O.to(z.dtype), inner.vector, "head d_head d, batch d -> batch head d_head")
     heads = einsum(z, reads, inner.weight, "batch n head d_head, batch head d_head, batch n -> head batch")
     group = model.dims.n_heads // model.dims.n_kv_heads
@@ -173,19 +173,19 @@ def _attention_parts(
         yield labels, torch.where(sources.present, sums, torch.nan)
     biases = [inner.of(maps.b_O.to(z.dtype))] if maps.b_O is not None and bool(maps.b_O.any()) else []
     if maps.post.bias is not None and bool(maps.post.bias.any()):
-        biases.append(readout.of(maps.post.bias.to(z.dtype)))
+        biases.append(to_logit.of(maps.post.bias.to(z.dtype)))
     if biases:
         yield [f"a{layer}.bias"], torch.stack(biases).sum(0, keepdim=True)
 
 
-def _neuron_parts(model: HookManager, layer: int, read: Read, readout: Readout) -> Iterator[Block]:
+def _neuron_parts(model: HookManager, layer: int, read: Read, to_logit: LogitMap) -> Iterator[Block]:
     maps, post = model.layout.neurons(layer), read[f"mlp_post.{layer}"]
-    inner = readout.through(maps.post, read.get(f"mlp_raw.{layer}"))
+    inner = to_logit.through(maps.post, read.get(f"mlp_raw.{layer}"))
     reads = inner.vector @ maps.W_out.to(post.dtype).T
     values = einsum(post, inner.weight, "batch n neuron, batch n -> batch neuron") * reads
     yield [f"m{layer}.n{i}" for i in range(values.shape[1])], values.T
     biases = [inner.of(maps.b_out.to(post.dtype))] if maps.b_out is not None and bool(maps.b_out.any()) else []
     if maps.post.bias is not None and bool(maps.post.bias.any()):
-        biases.append(readout.of(maps.post.bias.to(post.dtype)))
+        biases.append(to_logit.of(maps.post.bias.to(post.dtype)))
     if biases:
         yield [f"m{layer}.bias"], torch.stack(biases).sum(0, keepdim=True)

@@ -1,8 +1,8 @@
-"""Layer-wise relevance propagation as a changed backward pass: the forward stays the model's own, to the last bit.
+"""Layer-wise relevance propagation as a modified backward pass; the forward is exactly the model's own.
 
-A rule replaces the gradient through one operation by a coefficient with `coefficient * input = output`, so that what
-a unit gets back is shared out without loss. Here each rule is an edit of the gradient at a site, so that relevance =
-activation x changed gradient. Sources: Ali et al. 2022 (norms and attention patterns as constants; PMLR 162), Achtibat
+A rule replaces the gradient of an operation by a coefficient with `coefficient * input = output`, so that a unit's
+relevance is distributed without loss. Each rule is an edit of the gradient at a site, so that relevance = activation x
+modified gradient. Sources: Ali et al. 2022 (norms and attention patterns as constants; PMLR 162), Achtibat
 et al. 2024 (AttnLRP, arXiv 2402.05602), Rezaei Jafari et al. 2025 (RelP, arXiv 2508.21258).
 """
 
@@ -25,14 +25,14 @@ from mechinterp.models.sites import Site
 
 @dataclass(frozen=True)
 class Rules:
-    """Which operations get a rule, and what the gradient into each factor of attention is multiplied by."""
+    """Which operations get a rule, and the factors of the gradient into each factor of attention."""
 
     norm: bool = True
     """LN-rule: the scale of every norm (pre, post and final) is a constant."""
     activation: bool = True
-    """Identity rule: an activation function is the coefficient f(x) / x; so is a soft cap on the logits."""
+    """Identity rule: an activation function is the coefficient f(x) / x, and so is a soft cap on the logits."""
     gate: float = 0.5
-    """Half rule: both factors of a gated MLP get half (1: the plain gradient, which counts the product twice)."""
+    """Half rule: each factor of a gated MLP gets half (1: the plain gradient, which counts the product twice)."""
     pattern: float = 0.0
     """At attention patterns: 0 makes them constants (AH-rule), 0.5 is the half rule for pattern x v."""
     value: float = 1.0
@@ -46,7 +46,7 @@ RULES = {
     "relp": Rules(),
     "attnlrp": Rules(pattern=0.5, value=0.5, query_key=0.5),
 }
-"""gradient: none, so relevance is gradient x activation. relp: norms, activations, halved gates, constant patterns.
+"""gradient: no rule, so relevance is gradient x activation. relp: norms, activations, halved gates, constant patterns.
 attnlrp: the same, but every product in attention halved, and the softmax's gradient (its Taylor expansion)."""
 
 
@@ -60,7 +60,7 @@ def get_rules(rules: str | Rules) -> Rules:
 
 
 def check_receives(rules: Rules, kind: str) -> None:
-    """Return None when the rules let relevance through to a kind of site. Raises UnsupportedError otherwise."""
+    """Return None when relevance can reach a kind of site. Raises UnsupportedError otherwise."""
     factors = {"pattern": 1.0, "scores": 1.0, "q": rules.query_key, "k": rules.query_key}
     if kind in factors and rules.pattern * factors[kind] == 0:
         names = [name for name, known in RULES.items() if known == rules]
@@ -71,10 +71,10 @@ def check_receives(rules: Rules, kind: str) -> None:
 
 
 def rule_edits(model: HookManager, rules: Rules) -> list[Intervention]:
-    """The rules of every layer as edits of one run with a backward; made anew for each run.
+    """The rules of every layer as edits for one run with a backward; every run needs new ones.
 
-    The final norm and a soft cap on the logits are in the loss: `lrp_loss`. Raises UnsupportedError for an MLP whose
-    activation function cannot be seen, as in a mixture of experts.
+    The rules of the final norm and of a soft cap on the logits are in `lrp_loss`. Raises UnsupportedError for an MLP
+    whose activation function has no site, as in a mixture of experts.
     """
     _check_activations(model, rules)
     kept = _Kept({}, {})
@@ -105,15 +105,15 @@ def _check_activations(model: HookManager, rules: Rules) -> None:
             if not model.has(site):
                 why = model.refused.get(site, "the model has no such site")
                 raise UnsupportedError(
-                    f"The rules for activation functions and gates need '{site}', and in layer {layer} of "
-                    f"{model.info.architecture} there is none: {why}. Use plain gradients: method 'eap', "
+                    f"The rules for activation functions and gates need '{site}', which layer {layer} of "
+                    f"{model.info.architecture} does not have: {why}. Use plain gradients: method 'eap', "
                     "'eap-ig-inputs' or 'atp', or rules='gradient'."
                 )
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """Activations and gradients of the run, from where they arise to where a rule needs them."""
+    """Activations and gradients of the run that a rule needs at another site."""
 
     values: dict[Site, Tensor]
     gradients: dict[Site, Tensor]
@@ -138,7 +138,7 @@ def _scaled(factor: float):
 
 
 def _norm_edits(model: HookManager, layer: int, kept: _Kept) -> list[Intervention]:
-    """Every norm of the layer, as (its output's site, its input's site)."""
+    """The edits for every norm of the layer."""
     attention, mlp_norm = model.layout.attention[layer], model.layout.mlp_norm[layer]
     pre = Site("resid_pre", layer)
     norms: dict[Site, list[tuple[Norm, Site]]] = {pre: [(attention.norm, Site("attn_in", layer))]}
@@ -160,7 +160,7 @@ def _norm_edits(model: HookManager, layer: int, kept: _Kept) -> list[Interventio
 
 
 def _without_scale(kept: _Kept, entry: Site, norms: list[tuple[Norm, Site]]):
-    """Adds back what a norm's gradient loses through its scale: `u <u, W' g> / (d_model s)`, u the standardized input.
+    """Adds back the gradient through a norm's scale, `u <u, W' g> / (d_model s)`, with u the standardized input.
 
     The gradient through the norm is `P (W' g / s - u <u, W' g> / (d_model s))`, P the centring, and P u = u.
     """
@@ -194,7 +194,7 @@ def _mlp_edits(model: HookManager, layer: int, rules: Rules, kept: _Kept) -> lis
 
 
 def _as_coefficient(kept: _Kept, pre: Site, post: Site, factor: float):
-    """The gradient at the activation's input with f(x) / x (times the other factor of a gate) for its derivative."""
+    """The gradient at the activation's input with f(x) / x (times a gate's other factor) instead of f'(x)."""
 
     def edit(gradient: Tensor) -> Tensor:
         x, out = kept.values[pre], kept.values[post]
@@ -208,7 +208,7 @@ def _as_coefficient(kept: _Kept, pre: Site, post: Site, factor: float):
 
 @dataclass(frozen=True)
 class Head:
-    """From the final residual stream to the logits that the metric needs, at the answer positions; differentiable."""
+    """The values from the final residual stream to the metric, at the answer positions; differentiable."""
 
     normed: Float[Tensor, "batch n_answer d_model"]
     uncapped: Float[Tensor, "batch n_answer n_columns"]
@@ -217,7 +217,7 @@ class Head:
 
 
 def lrp_head(model: HookManager, readout: Readout, rules: Rules, resid: Float[Tensor, "batch pos d_model"]) -> Head:
-    """The final norm, the unembedding, a soft cap and the metric, with the rules on their way back."""
+    """The final norm, the unembedding, a soft cap and the metric, with the rules in their backward."""
     rows = answer_rows(resid, readout.pairs.answer_pos)
     normed, uncapped, logits = lrp_logits(model, readout.columns, rules, rows)
     return Head(normed, uncapped, logits, readout.of_logits(logits))
@@ -226,7 +226,7 @@ def lrp_head(model: HookManager, readout: Readout, rules: Rules, resid: Float[Te
 def lrp_logits(
     model: HookManager, columns: Tensor | None, rules: Rules, resid: Float[Tensor, "*axes d_model"]
 ) -> tuple[Float[Tensor, "*axes d_model"], Float[Tensor, "*axes n_columns"], Float[Tensor, "*axes n_columns"]]:
-    """(the final norm's output, the logits before a soft cap, the logits), with the rules on their way back."""
+    """(the final norm's output, the logits before a soft cap, the logits), with the rules in their backward."""
     layout = model.layout
     norm = layout.final_norm
     normed = norm(resid)
@@ -252,5 +252,5 @@ def unembedding(model: HookManager, columns: Tensor | None, dtype: torch.dtype) 
 
 
 def lrp_loss(model: HookManager, readout: Readout, rules: Rules) -> Loss:
-    """The metric of every example as a function of the final residual stream, with the rules on the way back."""
+    """The metric of every example as a function of the final residual stream, with the rules in its backward."""
     return lambda resid: lrp_head(model, readout, rules, resid).metric

@@ -1,9 +1,9 @@
 """The exact engine with gradients: how the metric changes with every entry of a mask between kept (0) and cut (1).
 
-The forward is that of `run_edges`. The table of what all writers' writes differ by from their replacements is filled
-once and never copied: on the way back each reader adds what it owes to a second table of that size, and a writer takes
-its row when all readers after it have done so. So memory is two tables, not one per layer, and a backward costs two
-products where the forward costs one.
+The forward is that of `run_edges`. The table of all writes minus their replacements is filled once and never copied:
+in the backward each reader adds its gradient to a second table of that size, and a writer reads its row once all later
+readers have done so. So memory is two tables, not one per layer, and a backward costs two products where the forward
+costs one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mechinterp.models.sites import Site
 from mechinterp.tasks.pairs import Pairs
 
 Loss = Callable[[Tensor], Tensor]
-"""Logits at the answer positions `[candidate, batch, n_answer, d_vocab]` to one number per candidate and example."""
+"""From the logits at the answer positions `[candidate, batch, n_answer, d_vocab]` to `[candidate, batch]`."""
 
 
 def mask_gradients(
@@ -41,7 +41,7 @@ def mask_gradients(
     Cost: one patched forward and its backward per candidate, side by side. Memory: two tables of
     `n_writers * candidates * batch * pos * d_model` numbers, and what the model's own backward keeps.
     """
-    if model.edited and len(masks) > 1:  # edits of an `intervene` block are for the prompts as they are, each once
+    if model.edited and len(masks) > 1:  # its edits expect the prompts as they are, not repeated
         found = [mask_gradients(model, graph, pairs, mask[None], values, loss) for mask in masks]
         return torch.cat([value for value, _ in found]), torch.cat([gradient for _, gradient in found])
     run = _DifferentiableRun(model, graph, pairs, masks.to(model.device), values)
@@ -52,15 +52,15 @@ def mask_gradients(
 
 
 class _DifferentiableRun(PatchedRun):
-    """A patched run whose sums can be differentiated in the mask and in the writes."""
+    """A patched run that can be differentiated with respect to the mask and the writes."""
 
     def __init__(self, model: HookManager, graph: Graph, pairs: Pairs, masks: Tensor, values: Values) -> None:
         super().__init__(model, graph, pairs, masks.detach(), values)
         self.masks = self.masks.requires_grad_()
         self.cut_readers = graph.possible.any(1)
-        self.owed = torch.zeros_like(self.differences)
+        self.write_gradients = torch.zeros_like(self.differences)
         self.chain = torch.zeros((), device=self.rows.device, requires_grad=True)
-        """Passes through every writer and reader in the order of the model, so that gradients come in reverse."""
+        """Passes through every writer and reader in the order of the model, which fixes the order of the backward."""
 
     def differentiate(self, loss: Loss) -> tuple[Tensor, Tensor]:
         found: list[Tensor] = []
@@ -83,7 +83,7 @@ class _DifferentiableRun(PatchedRun):
         return value, torch.where(self.graph.possible.to(gradient.device), gradient, 0)
 
     def forget(self) -> None:
-        """Lets go of what the backward's nodes are reached by: they hold this run, and only a circle would free it."""
+        """Breaks the reference cycle of this run and the nodes of its backward, so that its memory is freed at once."""
         self.seen = self.apart = self.resid = None
         del self.chain, self.masks
 
@@ -96,13 +96,13 @@ class _DifferentiableRun(PatchedRun):
         return out
 
     def _whole(self, readers: slice) -> Tensor:
-        """No reader keeps the model's own value: that would cut the way to its mask."""
+        """No reader keeps the model's own value, since its mask would then get no gradient."""
         n_readers = (readers.stop - readers.start) // self.graph.n_positions
         return torch.zeros(self.n * len(self.pairs), n_readers, dtype=torch.bool, device=self.masks.device)
 
 
 class _Keep(torch.autograd.Function):
-    """Puts writes' differences into the table; the way back takes from the other one what readers owe them."""
+    """Stores the differences of writes in the table; the backward reads their gradients from the second table."""
 
     @staticmethod
     def forward(ctx: Any, chain: Tensor, differences: Tensor, run: _DifferentiableRun, writers: slice) -> Tensor:
@@ -112,11 +112,11 @@ class _Keep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return gradient, ctx.run.owed[ctx.writers], None, None
+        return gradient, ctx.run.write_gradients[ctx.writers], None, None
 
 
 class _Read(torch.autograd.Function):
-    """The residual stream less the cut shares of the differences, as each reader sees it."""
+    """The residual stream minus the cut shares of the differences, as each reader reads it."""
 
     @staticmethod
     def forward(
@@ -134,7 +134,7 @@ class _Read(torch.autograd.Function):
         run, n_writers = ctx.run, ctx.n_writers
         # [candidate, reader, token, d_model] and [writer, candidate, token, d_model]
         back = gradient.flatten(2, 3)
-        rows, owed = (table[:n_writers].flatten(2, 3) for table in (run.differences, run.owed))
+        rows, gradients = (table[:n_writers].flatten(2, 3) for table in (run.differences, run.write_gradients))
         places = [slice(None)] if ctx.places is None else ctx.places
         by_place = cut.unflatten(1, (-1, len(places)))
         to_cut = torch.empty_like(by_place)
@@ -142,5 +142,5 @@ class _Read(torch.autograd.Function):
             here = back[:, :, tokens].flatten(2)
             to_cut[:, :, i] = -torch.bmm(here, rows[:, :, tokens].flatten(2).permute(1, 2, 0))
             add = torch.bmm(by_place[:, :, i].transpose(1, 2), here).unflatten(2, (-1, back.shape[-1]))
-            owed[:, :, tokens] -= add.transpose(0, 1)
+            gradients[:, :, tokens] -= add.transpose(0, 1)
         return chain, to_cut.flatten(1, 2), gradient.sum(1), None, None, None

@@ -1,4 +1,4 @@
-"""What a cut edge carries instead: the corrupt run's write, a mean, or zero."""
+"""The value that a cut edge carries instead: the corrupt run's write, a mean, or zero."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp.base.batches import batches
 from mechinterp.base.errors import InputError
 from mechinterp.base.registry import unknown
 from mechinterp.graphs.graph import Graph
@@ -19,7 +20,7 @@ from mechinterp.tasks.pairs import Pairs
 
 KINDS = ("corrupt", "mean", "mean-positional", "zero")
 """corrupt: the write in the paired corrupt prompt (resample). mean: its mean over all real tokens of the reference
-pairs' corrupt prompts. mean-positional: the same per position, for prompts of one length. zero: nothing at all."""
+pairs' corrupt prompts. mean-positional: the same per position, for prompts of one length. zero: no write."""
 
 
 @runtime_checkable
@@ -27,23 +28,23 @@ class Values(Protocol):
     """The replacement writes for one batch of pairs."""
 
     def inputs(self, name: str) -> Tensor:
-        """`[batch, pos, d_model]` (or what broadcasts to it) for an input writer."""
+        """The write of an input node, broadcastable to `[batch, pos, d_model]`."""
         ...
 
     def head_differences(self, layer: int, z: Float[Tensor, "*axes head d_head"]) -> Float[Tensor, "head *axes d"]:
-        """What each head writes with `z`, less its replacement."""
+        """What each head writes with `z`, minus its replacement."""
         ...
 
     def mlp(self, layer: int) -> Tensor:
-        """`[batch, pos, d_model]` (or what broadcasts to it) for an MLP."""
+        """The write of an MLP, broadcastable to `[batch, pos, d_model]`."""
         ...
 
     def neuron_differences(self, layer: int, post: Tensor, chosen: Tensor) -> Float[Tensor, "neuron *axes d"]:
-        """What each of the chosen neurons writes with `post` (the values of all), less its replacement."""
+        """What each of the chosen neurons writes with `post` (the values of all), minus its replacement."""
         ...
 
     def rows(self, chosen: slice) -> Values:
-        """The same for some of the examples."""
+        """The values of some of the examples."""
         ...
 
 
@@ -61,7 +62,7 @@ def input_sites(graph: Graph) -> list[Site]:
 
 
 def write_sites(model: HookManager, graph: Graph) -> list[Site]:
-    """The sites that hold every write in compact form: inputs, `z`, `mlp_out`, and `mlp_post` for single neurons."""
+    """The sites with every write in compact form: inputs, `z`, `mlp_out`, and `mlp_post` for single neurons."""
     sites = input_sites(graph) + [Site("z", layer) for layer in range(model.dims.n_layers)]
     if model.dims.has_mlp:
         sites += [Site("mlp_out", layer) for layer in range(model.dims.n_layers)]
@@ -78,7 +79,7 @@ def record_writes(model: HookManager, graph: Graph, tokens: Tensor, pairs: Pairs
 
 @dataclass(frozen=True)
 class CompactWrites:
-    """Writes kept as `z` and `mlp_out`: `[.., head, d_model]` is never stored for the whole model."""
+    """Writes kept as `z` and `mlp_out`, so that `[..., head, d_model]` is never stored for the whole model."""
 
     model: HookManager
     values: dict[str, Tensor]
@@ -93,7 +94,7 @@ class CompactWrites:
         return self.values[f"z.{layer}"]
 
     def head_differences(self, layer: int, z: Tensor) -> Tensor:
-        """What each head writes with `z`, less what it wrote here."""
+        """What each head writes with `z`, minus its recorded write."""
         return self.model.layout.head_write_differences(layer, z, self.z(layer).expand_as(z))
 
     def mlp(self, layer: int) -> Tensor:
@@ -101,7 +102,7 @@ class CompactWrites:
         return self.values[f"mlp_out.{layer}"]
 
     def neuron_differences(self, layer: int, post: Tensor, chosen: Tensor) -> Tensor:
-        """What each of the chosen neurons writes with `post`, less what it wrote here."""
+        """What each of the chosen neurons writes with `post`, minus its recorded write."""
         layout, own = self.model.layout, self.values[f"mlp_post.{layer}"]
         if layout.neurons(layer).post.kind == "none":
             return layout.neuron_writes(layer, post - own, chosen)
@@ -126,7 +127,7 @@ class ConstantWrites:
         return self.writes[name]
 
     def head_differences(self, layer: int, z: Tensor) -> Tensor:
-        """What each head writes with `z`, less its constant."""
+        """What each head writes with `z`, minus its constant."""
         current = self.model.layout.head_writes(layer, z)
         constant = self.writes[f"a{layer}"]
         missing = current.ndim - constant.ndim
@@ -137,7 +138,7 @@ class ConstantWrites:
         return self.writes[f"m{layer}"]
 
     def neuron_differences(self, layer: int, post: Tensor, chosen: Tensor) -> Tensor:
-        """What each of the chosen neurons writes with `post`, less its constant."""
+        """What each of the chosen neurons writes with `post`, minus its constant."""
         current = self.model.layout.neuron_writes(layer, post, chosen)
         constant = self.writes[f"n{layer}"]
         missing = current.ndim - constant.ndim
@@ -149,16 +150,23 @@ class ConstantWrites:
 
 
 def corrupt_replacement(model: HookManager, graph: Graph) -> Replacement:
-    """Replaces a write by the same node's write in the paired corrupt prompt. One forward a batch."""
+    """Replaces a write by the same node's write in the paired corrupt prompt. One forward per batch."""
     return Replacement("corrupt", lambda pairs: record_writes(model, graph, pairs.corrupt, pairs))
 
 
 def build_replacement(
     kind: str, model: HookManager, graph: Graph, reference: Pairs | None = None, batch_size: int | None = None
 ) -> Replacement:
-    """The replacement of a kind. The means are over the corrupt prompts of `reference` and need them.
+    """The replacement of a kind; one forward per batch of `reference` for the means.
 
-    Raises InputError for an unknown kind, or for a positional mean over prompts of different lengths.
+    Args:
+        kind: One of `KINDS`.
+        model: The model.
+        graph: Its graph.
+        reference: The pairs over whose corrupt prompts the means are taken; the other kinds do not need them.
+        batch_size: Examples per batch for the means; 64 by default.
+
+    Raises InputError for an unknown kind, a mean without `reference`, or a positional mean over different lengths.
     """
     if kind == "corrupt":
         return corrupt_replacement(model, graph)
@@ -176,8 +184,8 @@ def build_replacement(
     def on(pairs: Pairs) -> Values:
         if n_pos is not None and pairs.clean.shape[1] != n_pos:
             raise InputError(
-                f"The means per position are of {n_pos} positions, the pairs have {pairs.clean.shape[1]}; take both of "
-                "one length, or replacement 'mean'."
+                f"The means per position have {n_pos} positions, the pairs {pairs.clean.shape[1]}; use pairs of one "
+                "length, or replacement 'mean'."
             )
         return values
 
@@ -199,7 +207,7 @@ def _means(
         raise InputError("A mean per position needs prompts of one length; use 'mean', or pairs without padding.")
     totals: dict[str, Tensor] = {}
     count = 0
-    for chunk in reference.chunks(batch_size or 64):
+    for _, chunk in batches(reference, batch_size or 64):
         compact = record_writes(model, graph, chunk.corrupt, chunk)
         count += len(chunk) if positional else int(chunk.mask.sum())
         for name, writes in _expanded(model, graph, compact):

@@ -1,4 +1,4 @@
-"""Activation functions by name, and which one an MLP has: measured, since a configuration may name another."""
+"""Activation functions by name, and which one an MLP uses: measured, since the configuration may be wrong."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ACTIVATIONS = (
     "mish",
     "linear",
 )
-"""What is tried after the configured name."""
+"""The functions to try after the configured one."""
 
 
 def activation_function(name: str) -> Callable[[Tensor], Tensor]:
@@ -35,9 +35,9 @@ def activation_function(name: str) -> Callable[[Tensor], Tensor]:
 
 
 def measure_activation(configured: str, given: Tensor, up: Tensor | None, out: Tensor, tolerance: float) -> str | None:
-    """The name of the function f with f(given) * up = out (no `up`: f(given) = out), or None when none is near.
+    """The name of the function f with f(given) * up = out (no `up`: f(given) = out), or None when none is close.
 
-    The configured one stays where it is as near as any other but for rounding.
+    The configured one is preferred if no other is closer, up to rounding.
     """
     from transformers.activations import ACT2FN
 

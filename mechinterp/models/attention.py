@@ -47,7 +47,7 @@ class AttentionScores:
 
 
 def attention_scores(bridge: Any, layer: int, n_pos: int) -> AttentionScores:
-    """The closed form that the layer's weights and configuration say. `check_pattern` tells whether it holds."""
+    """The closed form from the layer's weights and configuration; `check_pattern` checks whether it holds."""
     attn = bridge.blocks[layer].attn
     component = getattr(attn, "original_component", None) or attn
     scale = getattr(component, "scaling", None)
@@ -64,7 +64,7 @@ def _rotary_tables(bridge: Any, layer: int, n_pos: int) -> tuple[Tensor | None, 
             continue
         like = next(p for p in bridge.original_model.parameters() if p.is_floating_point())
         rotary = getattr(module, "original_component", None) or module
-        of_layer: dict[str, str] = {}  # tables of their own for layers with a sliding window (Gemma 3, OLMo 3)
+        of_layer: dict[str, str] = {}  # separate tables for layers with a sliding window (Gemma 3, OLMo 3)
         if "layer_type" in inspect.signature(rotary.forward).parameters:
             of_layer["layer_type"] = bridge.original_model.config.get_text_config().layer_types[layer]
         with Gradients(False) as off, off:

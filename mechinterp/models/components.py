@@ -1,13 +1,13 @@
-"""Prompts as a user gives them: pairs, or token ids alone.
+"""Parts of a model, positions and prompts as a user names them.
 
-Parts of a forward that can be patched: a site, or one head or neuron of it, with one text form.
+A part is what can be patched: a site, or one head or neuron of it, each with one text form.
 
 `a9.h9` is a head's output z, `a9.h9<q>` its query (`<k>`, `<v>`, `<pattern>` alike; `a5.kv1<k>` where query heads
 share a key/value head), `m3` what an MLP writes, `m3.n17` a neuron, `a9` what an attention layer writes, `input` the
-residual stream that enters the first layer; any site can be named by itself (`resid_pre.5`). `@S2` or `@4` behind it
-says where.
+residual stream that enters the first layer; any site can be named by itself (`resid_pre.5`). `@S2` or `@4` after it
+says at which position.
 
-Positions as a user names them: absolute, from the end, by the task's names, or sets of these.
+Positions are absolute, counted from the end, named by the task, or sets of these. Prompts are pairs, or token ids.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _UNIT = re.compile(
 
 @runtime_checkable
 class HasNeurons(Protocol):
-    """What knows the MLPs' weights."""
+    """An object with the MLPs' weights."""
 
     def neurons(self, layer: int) -> Any:
         """The weights of a layer's MLP; `W_out` is `[neuron, ...]`."""
@@ -73,13 +73,13 @@ class HasSites(Protocol):
         ...
 
     def resolve(self, site: Site, /) -> str:
-        """Its own name of the site. Raises an error that says why where there is none."""
+        """Its own name of the site. Raises an error with the reason if it does not have the site."""
         ...
 
 
 @dataclass(frozen=True)
 class Part:
-    """One head or neuron of a site (`unit`), or all of it (None); at `position`, or wherever the caller says."""
+    """One head or neuron of a site (`unit`), or all of it (None); `position` is None if the text has none."""
 
     site: Site
     unit: int | None = None
@@ -92,15 +92,15 @@ def parse_part(model: HasSites, text: str) -> Part:
     if not at:
         name, position = text, ""
     elif not position:
-        raise InputError(f"{text!r} names no position behind the '@'; write 'a9.h9@S2' or 'a9.h9@4'.")
+        raise InputError(f"{text!r} has no position after the '@'; write 'a9.h9@S2' or 'a9.h9@4'.")
     number = as_number(position)
     where = None if not at else position if number is None else number
     found = _UNIT.fullmatch(name)
     if found is None:
         if name.partition(".")[0] not in LAYER_SITES + GLOBAL_SITES:
             raise InputError(
-                f"{text!r} is no part of a model; parts look like 'a9.h9', 'a9.h9<q>', 'm3', 'm3.n17', 'resid_pre.5', "
-                "each with an optional '@S2' or '@4'."
+                f"{text!r} is not a part of a model; parts look like 'a9.h9', 'a9.h9<q>', 'm3', 'm3.n17' or "
+                "'resid_pre.5', each with an optional '@S2' or '@4'."
             )
         site = Site.parse(name)
         model.resolve(site)
@@ -109,7 +109,7 @@ def parse_part(model: HasSites, text: str) -> Part:
         return Part(Site("resid_pre", 0), None, where)
     layer = int(found["m"] if found["m"] is not None else found["a"])
     if layer >= model.dims.n_layers:
-        raise InputError(f"{text!r} is not there: the model has layers 0 to {model.dims.n_layers - 1}.")
+        raise InputError(f"{text!r} does not exist: the model has layers 0 to {model.dims.n_layers - 1}.")
     if found["m"] is not None:
         neuron = None if found["neuron"] is None else int(found["neuron"])
         site = Site("mlp_out" if neuron is None else "mlp_post", layer)
@@ -122,7 +122,7 @@ def parse_part(model: HasSites, text: str) -> Part:
     model.resolve(site)
     if site.kind == "mlp_post" and neuron is not None and neuron >= n_units(model, site):
         raise InputError(
-            f"{text!r} is not there: the MLP of layer {layer} has neurons 0 to {n_units(model, site) - 1}."
+            f"{text!r} does not exist: the MLP of layer {layer} has neurons 0 to {n_units(model, site) - 1}."
         )
     return Part(site, neuron, where)
 
@@ -132,18 +132,18 @@ def check_head(dims: Dims, text: str, kind: str, head: int, channel: str) -> Non
     grouped = dims.n_kv_heads != dims.n_heads
     shared = channel in ("k", "v")
     if kind == "kv" and not (grouped and shared):
-        why = "only <k> and <v> are per key/value head" if grouped else "every head has its own keys and values here"
-        raise InputError(f"{text!r} is not there: {why}; write 'a5.h1<{channel}>'.")
+        why = "only <k> and <v> are per key/value head" if grouped else "here every head has its own keys and values"
+        raise InputError(f"{text!r} does not exist: {why}; write 'a5.h1<{channel}>'.")
     if kind == "h" and grouped and shared:
         of = head // (dims.n_heads // dims.n_kv_heads)
-        raise InputError(f"{text!r} is not there: query heads share it; name the key/value head, 'kv{of}<{channel}>'.")
+        raise InputError(f"{text!r} does not exist: query heads share it; write 'kv{of}<{channel}>'.")
     count = dims.n_kv_heads if kind == "kv" else dims.n_heads
     if head >= count:
-        raise InputError(f"{text!r} is not there: a layer has {'key/value ' * (kind == 'kv')}heads 0 to {count - 1}.")
+        raise InputError(f"{text!r} does not exist: a layer has {'key/value ' * (kind == 'kv')}heads 0 to {count - 1}.")
 
 
 def n_units(model: HasSites, site: Site) -> int:
-    """How many units a site has. Raises UnsupportedError for neurons of an MLP whose weights are not plain."""
+    """How many units a site has. Raises UnsupportedError for an MLP that is not two matrices."""
     axis = UNIT_AXES.get(site.kind)
     if axis is None:
         raise InputError(f"Site '{site}' has no heads or neurons.")
@@ -159,27 +159,27 @@ def unit_axis(model: HasSites, kind: str) -> str | None:
 
 
 def layer_range(model: HasSites, kind: str, layers: Sequence[int] | None) -> tuple[int, ...]:
-    """The layers asked for (all by default) that have the site. Raises InputError for none and for unknown ones."""
+    """The chosen layers (all by default), which must have the site. Raises InputError for none or unknown layers."""
     if kind not in LAYER_SITES:
         raise unknown("site of a layer", kind, LAYER_SITES)
     every = range(model.dims.n_layers)
     wanted = tuple(every) if layers is None else tuple(layers)
     if not wanted or len(set(wanted)) != len(wanted) or not set(wanted) <= set(every):
-        raise InputError(f"Layers are different numbers from 0 to {len(every) - 1}, at least one; got {list(wanted)}.")
+        raise InputError(f"`layers` must be distinct, from 0 to {len(every) - 1}, at least one; got {list(wanted)}.")
     for layer in wanted:
         if not model.has(Site(kind, layer)):
-            model.resolve(Site(kind, layer))  # says why
+            model.resolve(Site(kind, layer))  # raises with the reason
             raise UnsupportedError(f"{model.info.architecture} has no site '{kind}.{layer}'.")
     return wanted
 
 
 def unit_range(model: HasSites, site: Site, units: Sequence[int] | None) -> tuple[int, ...]:
-    """The heads or neurons asked for (all by default). Raises InputError for none and for unknown ones."""
+    """The chosen heads or neurons (all by default). Raises InputError for none or unknown ones."""
     count = n_units(model, site)
     wanted = tuple(range(count)) if units is None else tuple(units)
     if not wanted or len(set(wanted)) != len(wanted) or not set(wanted) <= set(range(count)):
         axis = UNIT_AXES[site.kind]
-        raise InputError(f"`units` are different {axis}s from 0 to {count - 1}, at least one; got {list(wanted)}.")
+        raise InputError(f"`units` must be distinct {axis}s from 0 to {count - 1}, at least one; got {list(wanted)}.")
     return wanted
 
 
@@ -191,7 +191,7 @@ of sets of positions (`["S2", ("IO", "S1")]`)."""
 
 
 def as_number(text: str) -> int | None:
-    """The number of a token that a text is (`4`, `-1`), or None."""
+    """The token position that a text gives as a number (`4`, `-1`), or None."""
     return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else None
 
 
@@ -199,7 +199,7 @@ def as_number(text: str) -> int | None:
 class PositionSets:
     """Sets of positions with their labels; `masks[i]` is True at the positions of set i.
 
-    A row without any True has no such position (a shorter prompt, with `each`): nothing is measured there.
+    A row without any True has no such position (a shorter prompt, with `each`) and is not measured there.
     """
 
     labels: tuple[str, ...]
@@ -218,7 +218,7 @@ class PositionSets:
 def position_sets(pairs: Pairs, positions: Positions) -> PositionSets:
     """The sets of positions that the user named.
 
-    Raises InputError for a name that the pairs do not have, a number outside a prompt, and an empty or doubled choice.
+    Raises InputError for a name that the pairs do not have, a number outside a prompt, an empty choice or a duplicate.
     """
     if positions is None:
         return PositionSets(("all",), pairs.mask[None])
@@ -229,7 +229,7 @@ def position_sets(pairs: Pairs, positions: Positions) -> PositionSets:
     if isinstance(positions, (str, int)):
         positions = [positions]
     if not len(positions):
-        raise InputError("No position is given; name some, or leave `positions` out to take all.")
+        raise InputError("No position is given; name at least one, or omit `positions` for all of them.")
     labels: list[str] = []
     masks: list[Tensor] = []
     for wanted in positions:
@@ -245,7 +245,7 @@ def position_sets(pairs: Pairs, positions: Positions) -> PositionSets:
 
 
 def position_index(pairs: Pairs, position: Position) -> Int[Tensor, " batch"]:
-    """Where one position is in each example. Raises InputError as `position_sets` does."""
+    """The column of one position in each example. Raises InputError as `position_sets` does."""
     if isinstance(position, str):
         if position in pairs.positions:
             return pairs.positions[position]
@@ -274,12 +274,12 @@ def _mask_of(pairs: Pairs, members: Sequence[Position]) -> Bool[Tensor, "batch p
 
 
 def as_pairs(prompts: object, mask: Bool[Tensor, "batch pos"] | None = None) -> Pairs:
-    """Pairs as they are, or made of token ids `[batch, pos]` and their mask. Raises InputError for anything else."""
+    """The pairs as they are, or pairs made from token ids `[batch, pos]` and their mask; else raises InputError."""
     if isinstance(prompts, Pairs):
         return prompts
     if not isinstance(prompts, Tensor) or prompts.ndim != 2 or not len(prompts):
         got = f"shape {list(prompts.shape)}" if isinstance(prompts, Tensor) else type(prompts).__name__
         raise InputError(f"Give Pairs, or token ids as a tensor [batch, pos]; got {got}.")
-    twice = torch.cat([prompts, prompts])  # Pairs want two rows; one prompt is enough here
+    twice = torch.cat([prompts, prompts])  # Pairs need two rows; here one prompt is enough
     real = None if mask is None else torch.cat([mask, mask])
     return Pairs(clean=twice, corrupt=twice, mask=real)[: len(prompts)]

@@ -1,9 +1,9 @@
-"""Whose turn it is on a model: one thread runs it at a time, and what a run changes on it ends with the run.
+"""Only one thread runs a model at a time, and what a run changes on the model is undone when the run ends.
 
-A run changes a model: it adds hooks, replaces the `forward` of layers that it skips, and sets evaluation mode. All of
-it is noted in the run's `Turn` before it is done, and acts only while that turn is the innermost one in progress: what
-an interrupt left behind does nothing, and the next run takes it away. This state belongs to the model, so that several
-managers of one model share it.
+A run changes a model: it adds hooks, replaces the `forward` of layers that it skips, and sets evaluation mode. Each
+change is noted in the run's `Turn` before it is made, and has an effect only while that turn is the innermost one in
+progress: anything that an interrupt leaves behind does nothing, and the next run removes it. This state belongs to the
+model, so several managers of one model share it.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from mechinterp.models.modes import EvalMode, Restored
 
 
 class Use:
-    """Who uses a model now: runs, one within the other, and the blocks of edits they are in."""
+    """The current users of a model: nested runs, and the blocks of edits around them."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.users: list[Turn | Block] = []
-        """In the order in which they came; the first one's thread has the model."""
+        """In order of arrival; the thread of the first one has the model."""
         self.turns: list[Turn] = []
         """The runs in progress, the innermost one last."""
 
     def __reduce__(self) -> tuple[Callable[[Any], Use], tuple[Any]]:
-        return use_of, (self.model,)  # a copy of a model is used by nobody
+        return use_of, (self.model,)  # a copy of a model has no users yet
 
     def edits(self) -> list[Any]:
-        """The edits of all blocks of this thread in force, outer ones first."""
+        """The edits of all blocks that this thread is inside, outer blocks first."""
         me = threading.current_thread()
         blocks = [user for user in list(self.users) if isinstance(user, Block) and user.thread is me]
         return [edit for block in blocks if block.in_progress for edit in block.edits]
 
     def claim(self, user: Turn | Block, name: str) -> None:
-        """Give the model to the user's thread and clear away what is over. Raises BusyError while another has it.
+        """Give the model to the user's thread and remove users that are done. Raises BusyError while another has it.
 
-        Without a lock, as an interrupt could leave it locked: whoever is in the list first wins.
+        This uses no lock, which an interrupt could leave locked: the first user in the list wins.
         """
         self.users.append(user)
         before = [other for other in list(self.users) if other is user or other.in_progress]
@@ -56,25 +56,25 @@ class Use:
                 other.clear()
 
 
-# Not an attribute of the model, which is left as it was; nor of a manager, as there may be several.
+# Not an attribute of the model, which stays unchanged, nor of a manager, since there may be several.
 _USES: weakref.WeakValueDictionary[int, Use] = weakref.WeakValueDictionary()
 _OPENING = threading.Lock()
 
 
 def use_of(bridge: Any) -> Use:
-    """The one state of use of a bridge's model, as long as somebody (a manager) keeps it."""
+    """The one `Use` of a bridge's model; it exists as long as a manager refers to it."""
     model = getattr(bridge, "original_model", bridge)
     with _OPENING:
         found = _USES.get(id(model))
         if found is None:
-            found = _USES[id(model)] = Use(model)  # which keeps the model, so the id stays its own
+            found = _USES[id(model)] = Use(model)  # it refers to the model, so the id cannot be reused
         return found
 
 
 class Turn(Restored):
     """One run of a model: `with Turn(...) as turn, turn:`. Gradients are as before when it ends.
 
-    `frame` is the frame of the function that runs: as long as it is on its thread's stack, the run is in progress.
+    `frame` is the frame of the function that runs the model: the run is in progress while it is on its thread's stack.
     """
 
     def __init__(
@@ -86,11 +86,11 @@ class Turn(Restored):
         self.gradients, self.gradients_before = gradients, torch.is_grad_enabled()
         self.modes: EvalMode | None = None
         self.undo: list[Callable[[], None]] = []
-        """What takes away each change, noted before the change is made; may be called again and again."""
+        """Undoes each change; noted before the change is made, and safe to call more than once."""
 
     @property
     def acting(self) -> bool:
-        """Whether this is the innermost run in progress, and it is this thread that asks."""
+        """Whether this is the innermost run in progress and belongs to the current thread."""
         turns = self.use.turns
         return bool(turns) and turns[-1] is self and self.thread.ident == threading.get_ident()
 
@@ -103,7 +103,7 @@ class Turn(Restored):
         return frame is not None
 
     def change(self) -> None:
-        """Take the turn. Raises BusyError while another thread has it."""
+        """Start the turn. Raises BusyError while another thread has the model."""
         if self not in self.use.users:
             self.use.claim(self, self.name)
         if self not in self.use.turns:
@@ -120,7 +120,7 @@ class Turn(Restored):
         self.clear()
 
     def clear(self) -> None:
-        """Take away all that the run changed on the model. The turn ends last: then another thread may begin."""
+        """Undo every change of the run to the model, then end the turn, so that another thread may begin."""
         if self not in self.use.users:
             return
         for undo in reversed(self.undo):
@@ -133,13 +133,13 @@ class Turn(Restored):
         self.frame = None
 
     def hook(self, module: Any, function: Callable[..., Any]) -> OwnHook:
-        """The function as a hook of this run alone, to be registered on the module; it is certain to be removed."""
+        """The function as a hook that acts in this run only, to be registered on the module; it will be removed."""
         own = OwnHook(self, function)
         self.undo.append(partial(own.remove_from, module))
         return own
 
     def replace_forward(self, module: Any, forward: Callable[..., Any]) -> None:
-        """Let a module compute `forward` in this run; runs within it see the module's own."""
+        """Let a module compute `forward` in this run; nested runs use the module's own."""
         own = module.forward
 
         def either(*args: Any, **kwargs: Any) -> Any:
@@ -150,7 +150,7 @@ class Turn(Restored):
 
 
 class OwnHook:
-    """A hook of one run: without effect in any other."""
+    """A hook of one run; it has no effect in any other run."""
 
     def __init__(self, turn: Turn, function: Callable[..., Any]) -> None:
         self.turn, self.function = turn, function
@@ -159,19 +159,19 @@ class OwnHook:
         return self.function(*args) if self.turn.acting else None
 
     def remove_from(self, module: Any) -> None:
-        """Take the hook off a module or hook point, also where registering it was interrupted."""
-        hooks = module._forward_hooks  # PyTorch gives a handle only when it is done
+        """Remove the hook from a module or hook point, even if its registration was interrupted."""
+        hooks = module._forward_hooks  # PyTorch returns a handle only at the end
         for key, found in list(hooks.items()):
-            if found is self or getattr(found, "__name__", "") == repr(self):  # TransformerLens's wrapper is named so
+            if found is self or getattr(found, "__name__", "") == repr(self):  # the name of TransformerLens's wrapper
                 hooks.pop(key, None)
         if hasattr(module, "fwd_hooks"):
             module.fwd_hooks[:] = [handle for handle in module.fwd_hooks if handle.user_hook is not self]
 
 
 class _LocksOwnExit:
-    """`__exit__` of a block: that of its lock, which is C code and cannot be interrupted before it has done its work.
+    """`__exit__` of a block is that of its lock, which is C code and cannot be interrupted halfway.
 
-    `with` takes it before it enters.
+    `with` looks it up before it enters the block.
     """
 
     def __get__(self, block: Block | None, kind: type[Block]) -> Callable[..., None]:
@@ -179,7 +179,7 @@ class _LocksOwnExit:
 
 
 class Block:
-    """Edits that every run inside a `with` sees. They are in force as long as the block's lock is held."""
+    """Edits that every run inside a `with` block applies, as long as the block's lock is held."""
 
     def __init__(self, use: Use, name: str, edits: tuple[Any, ...], value: Any) -> None:
         self.use, self.name, self.edits, self.value = use, name, edits, value
@@ -188,7 +188,7 @@ class Block:
 
     @property
     def in_progress(self) -> bool:
-        """Whether the block was entered and not left."""
+        """Whether the block has been entered and not left yet."""
         return self.lock.locked() and self.thread.is_alive()
 
     def clear(self) -> None:
@@ -198,7 +198,7 @@ class Block:
 
     def __enter__(self) -> Any:
         if self.lock.locked():
-            raise InputError("This block of edits is entered already; call `intervene` again for another one.")
+            raise InputError("This `intervene` block is entered already; call `intervene` again for a new one.")
         self.clear()
         self.thread = threading.current_thread()
         try:
@@ -219,7 +219,7 @@ class Block:
 
 
 def _set_forward(module: Any, forward: Any) -> None:
-    """Give a module back the `forward` of its own that it had, or that of its class."""
+    """Restore a module's own `forward`, or that of its class."""
     if forward is None:
         vars(module).pop("forward", None)
     else:

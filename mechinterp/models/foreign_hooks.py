@@ -1,4 +1,4 @@
-"""The hooks that a model in memory brings along: they act in every run, so they are told."""
+"""Hooks that are already on a model in memory: they act in every run, so the user is warned of them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _LIBRARIES = ("torch", "transformers", "transformer_lens", "accelerate", "mechin
 
 
 def notes_on_hooks(model: Any, name: str) -> tuple[str, ...]:
-    """One note when there are hooks on the model, none otherwise; it is logged as a warning too.
+    """One note if the model has hooks, otherwise none; it is logged as a warning, too.
 
-    Hooks that libraries set for themselves are not counted.
+    Hooks that libraries register for their own use are not counted.
     """
     roots = (model, getattr(model, "original_model", model))
     modules = {m: label for root in reversed(roots) for label, m in root.named_modules()}  # a bridge's own names last
@@ -26,7 +26,7 @@ def notes_on_hooks(model: Any, name: str) -> tuple[str, ...]:
     some = ", ".join(list(hooked)[:3]) + (f" and {len(hooked) - 3} more" if len(hooked) > 3 else "")
     note = (
         f"{name} came with hooks of its own ({sum(hooked.values())}, on {some}); they act in every run. Remove them "
-        "before loading if that is not meant."
+        "before loading if you do not want that."
     )
     logger.warning("%s", note)
     return (note,)

@@ -1,6 +1,6 @@
-"""HookManager: runs one model, reads and edits its activations, and leaves nothing behind.
+"""HookManager: runs one model, reads and edits its activations, and leaves the model unchanged.
 
-This is the only file that registers hooks; `models/hook_names.py` has TransformerLens's names of the hook points.
+This is the only file that registers hooks; `models/hook_names.py` maps sites to TransformerLens's hook points.
 """
 
 from __future__ import annotations
@@ -42,10 +42,15 @@ from mechinterp.models.tokens import check_at, check_past, check_tokens
 
 
 class HookManager:
-    """Owns one TransformerBridge: `run` reads and edits activations at sites; the model is then as before.
+    """Wraps one TransformerBridge: `run` reads and edits activations at sites and leaves the model unchanged.
 
-    Made by `mechinterp.load_model`. When it is built, every site and every map of the layout is checked on a short
-    prompt: a site that fires other than once, or whose value does not reach the logits, is refused with its reason.
+    Made by `mechinterp.load_model`. The constructor checks every site and every map of the layout on a short prompt:
+    a site that does not fire exactly once, or whose value does not reach the logits, is refused with the reason.
+
+    Args:
+        bridge: The TransformerBridge to run.
+        info: Where the model came from; it is recorded in circuit files.
+        tokenizer: The model's tokenizer; None: prompts are given as token ids.
     """
 
     def __init__(self, bridge: Any, info: ModelInfo, tokenizer: Any = None) -> None:
@@ -54,7 +59,7 @@ class HookManager:
         self.tokenizer = tokenizer
         self._use = use_of(bridge)
         if self.edited:
-            raise InputError("This model is inside an `intervene` block, where it cannot be checked; load it before.")
+            raise InputError("This model is inside an `intervene` block, where it cannot be checked; load it outside.")
         self._points: dict[str, Any] = dict(bridge.hook_dict)
         self._layers_give_tuples = False
         self.layout: Layout
@@ -65,12 +70,12 @@ class HookManager:
 
     @property
     def dims(self) -> Dims:
-        """Sizes of the model."""
+        """The sizes of the model: layers, heads, `d_model`, ..."""
         return self.layout.dims
 
     @property
     def device(self) -> torch.device:
-        """Where the model's weights are."""
+        """The device of the model's weights."""
         return self.layout.W_U.device
 
     @property
@@ -83,13 +88,13 @@ class HookManager:
         return f"HookManager({self.info.name}, {sizes}, {self.dtype})"
 
     def sites(self) -> tuple[Site, ...]:
-        """Every site that this model has and that works on it, in a fixed order."""
+        """Every site that this model has and that can be used, in a fixed order."""
         every = [Site(kind) for kind in GLOBAL_SITES]
         every += [Site(kind, layer) for layer in range(self.dims.n_layers) for kind in LAYER_SITES]
         return tuple(site for site in every if self.has(site))
 
     def has(self, site: SiteLike) -> bool:
-        """Whether the model has the site and it works."""
+        """Whether the model has the site (a Site, its text or a hook name) and it can be used."""
         site = Site.parse(site) if isinstance(site, str) else site
         return self._hook_name(site) in self._points and site not in self.refused
 
@@ -98,7 +103,14 @@ class HookManager:
         return HOOK_NAMES[site.kind].format(site.layer)
 
     def resolve(self, site: SiteLike) -> str:
-        """The hook name of a site. Raises InputError when there is none, UnsupportedError when it does not work."""
+        """The hook name of a site.
+
+        Args:
+            site: A Site, its text (`z.3`), or a raw TransformerLens hook name, which is returned as it is.
+
+        Raises InputError for an unknown name or layer, UnsupportedError for a site that the model does not have or
+        that cannot be used on it.
+        """
         if isinstance(site, str):
             if site in self._points:
                 return site
@@ -106,7 +118,7 @@ class HookManager:
                 raise unknown("site or hook name", site, [str(s) for s in self.sites()] + list(self._points))
             site = Site.parse(site)
         if site.layer is not None and not 0 <= site.layer < self.dims.n_layers:
-            raise InputError(f"Site '{site}' is not there: the model has layers 0 to {self.dims.n_layers - 1}.")
+            raise InputError(f"Site '{site}' does not exist: the model has layers 0 to {self.dims.n_layers - 1}.")
         if site in self.refused:
             raise UnsupportedError(f"Site '{site}' cannot be used on {self.info.architecture}: {self.refused[site]}.")
         name = self._hook_name(site)
@@ -115,16 +127,33 @@ class HookManager:
         return name
 
     def select(self, which: Callable[[str], bool]) -> tuple[Site, ...]:
-        """The sites whose text passes the filter. Raises InputError when none does."""
+        """The sites that pass a filter, in the order of `sites()`.
+
+        Args:
+            which: Called with the text of each site (`z.3`); True keeps it.
+
+        Raises InputError when no site passes.
+
+        >>> import mechinterp as mi
+        >>> len(mi.load_model("bundled").select(lambda name: name.startswith("z.")))
+        4
+        """
         chosen = tuple(site for site in self.sites() if which(str(site)))
         if not chosen:
             raise InputError("The filter matches no site. Sites: " + ", ".join(map(str, self.sites())) + ".")
         return chosen
 
     def intervene(self, *interventions: Intervention) -> AbstractContextManager[HookManager]:
-        """Adds interventions to every run inside the block; blocks nest, outer edits come first.
+        """A context manager that adds interventions to every run inside its block.
 
-        The model is this thread's inside the block, and every manager of it sees the edits.
+        Blocks can be nested; the outer block's edits are applied first. Inside the block no other thread can run the
+        model, and every HookManager of the same model applies the edits.
+
+        Args:
+            *interventions: The edits, in the order in which they are applied.
+
+        Raises InputError or UnsupportedError for a site that `resolve` refuses, BusyError when another thread is
+        running the model.
         """
         for intervention in interventions:
             self.resolve(intervention.site)
@@ -147,25 +176,39 @@ class HookManager:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Run:
-        """The logits, the recorded values and the gradients of one forward (and one backward when `loss` is given).
+        """The logits, the recorded values and the gradients of one forward (and one backward if `loss` is given).
 
-        `record` are sites, or a filter over site names; values come detached, moved to `device` and `dtype` if
-        given. `interventions` edit values (and gradients) at their sites before they are recorded. `loss` maps the
-        logits (or, with `stop`, the value at the stop site) to a tensor whose sum is differentiated with respect to
-        the values at `grads`. `at` computes logits at those positions only (NaN where it is -1, no entry).
-        `start=(layer, resid)` skips the layers before `layer` and enters it with `resid`. `keep_past` keeps the keys
-        and values in `Run.past` (None where a model keeps none, with padding on the left, and inside `intervene`);
-        a later run that gets (the beginning of) it as `past` runs the tokens that follow, and its values are of
-        these alone. `stop` ends the forward after that site.
+        Gradients are tracked only if `loss` is given. Cost: one forward, with `loss` one backward.
 
-        No gradient is tracked unless `loss` is given. Padding (False in `mask`) is not attended to.
+        Args:
+            tokens: Token ids `[batch, pos]`.
+            mask: True at real tokens; padding is not attended to. None: every token is real.
+            record: The sites to record, or a filter over their names; values are detached and include the edits.
+            interventions: Edits of values and gradients, or a mapping from sites to edits of their values.
+            grads: The sites at whose values the gradient is taken; needs `loss`.
+            loss: Maps the logits (with `stop`: the value at the stop site) to a tensor, whose sum is differentiated.
+            at: Positions at which to compute logits (all by default); the logits are NaN where it is -1, no entry.
+            start: (layer, resid): skip the layers before `layer` and run it on the residual stream `resid`.
+            past: `Run.past` of an earlier run, or the first part of it; `tokens` are then those that follow, and all
+                values are of these tokens only.
+            keep_past: Keep the keys and values in `Run.past`; it stays None for a model without a cache, with padding
+                on the left, and inside `intervene`.
+            stop: End the forward after this site; `Run.logits` is then None.
+            device: Where to move the recorded values; by default they stay on the model's device.
+            dtype: The dtype of the recorded values; by default the model's.
 
-        Raises InputError for bad tokens, names and edits, SiteNotReached when a site did not fire exactly once,
+        Raises InputError for invalid tokens, names or edits, SiteNotReached when a site did not fire exactly once,
         BusyError when another thread is running the model.
+
+        >>> import mechinterp as mi
+        >>> model = mi.load_model("bundled")
+        >>> run = model.run([[1, 2, 3]], record=["z.0"], interventions={"resid_pre.0": lambda value: 2 * value})
+        >>> tuple(run.values["z.0"].shape) == (1, 3, model.dims.n_heads, model.dims.d_head)
+        True
         """
         tokens, mask = check_tokens(tokens, mask, self.dims, self.device)
         if isinstance(record, str) or isinstance(grads, str):
-            raise InputError("`record` and `grads` take several sites; write a list, as in record=['z.0'].")
+            raise InputError("`record` and `grads` take a list of sites, as in record=['z.0'].")
         wanted = self.select(record) if callable(record) else tuple(record)
         edits = as_interventions(interventions)
         grad_sites = tuple(grads)
@@ -198,16 +241,21 @@ class HookManager:
 
     @property
     def edited(self) -> bool:
-        """Whether interventions of an `intervene` block are in force."""
+        """Whether the current thread is inside an `intervene` block of this model."""
         return bool(self._use.edits())
 
     def mlp(self, layer: int, mlp_in: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
-        """What a layer's MLP writes for any `mlp_in`, after the post-norm where there is one; nothing else is run.
+        """The output of a layer's MLP for a given input, after the post-norm if it has one; nothing else is run.
 
-        Raises InputError inside an `intervene` block (its edits would not be seen), UnsupportedError for no such MLP.
+        Args:
+            layer: The layer of the MLP.
+            mlp_in: Its input, after the norm (the site `mlp_in`); any axes before `d_model`.
+
+        Raises InputError inside an `intervene` block, whose edits would not be applied, UnsupportedError for an MLP
+        that cannot be run by itself.
         """
         if self.edited:
-            raise InputError("One MLP cannot be run by itself inside `intervene`: the edits would not be seen.")
+            raise InputError("An MLP cannot be run by itself inside `intervene`: the edits would not be applied.")
         block = self.bridge.blocks[layer]
         if layer in self.bound_mlps:
             raise UnsupportedError(f"The MLP of layer {layer} cannot be run by itself: {self.bound_mlps[layer]}.")
@@ -219,7 +267,7 @@ class HookManager:
     def survey(
         self, tokens: Int[Tensor, "batch pos"], sites: Sequence[Site], loss: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, dict[Site, tuple[int, Tensor | None]]]:
-        """The logits with every site tapped; per site, how often it fired and its gradient (None: not connected)."""
+        """The logits, and for each site how often it fired and its gradient (None: the loss does not depend on it)."""
         with Turn(self._use, self.bridge, self.info.name, currentframe(), True) as turn, turn:
             points = self._plan((), (), sites, None)
             self._register(turn, points, None)
@@ -234,21 +282,21 @@ class HookManager:
         return logits.detach(), {s: (points[self.resolve(s)].fired, found.get(s)) for s in sites}
 
     def _start(self, turn: Turn, tokens: Tensor, layer: int, resid: Tensor) -> Intervention:
-        """Makes the layers before `layer` hand on `resid` without computing, until the turn ends."""
+        """Makes the layers before `layer` pass `resid` on without computing anything, until the turn ends."""
         if not 0 <= layer < self.dims.n_layers:
             raise InputError(f"Cannot start at layer {layer}: the model has layers 0 to {self.dims.n_layers - 1}.")
         expected = (*tokens.shape, self.dims.d_model)
         if tuple(resid.shape) != expected or resid.dtype != self.dtype or resid.device != self.device:
             raise InputError(
-                f"`start` enters layer {layer} with {self.dtype} {list(expected)} on {self.device}; got {resid.dtype} "
-                f"{list(resid.shape)} on {resid.device}."
+                f"`start` needs the input of layer {layer} as {self.dtype} {list(expected)} on {self.device}; got "
+                f"{resid.dtype} {list(resid.shape)} on {resid.device}."
             )
 
-        def hand_on(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        def pass_on(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
             return (resid,) if self._layers_give_tuples else resid
 
         for block in list(self.bridge.blocks)[:layer]:
-            turn.replace_forward(block, hand_on)
+            turn.replace_forward(block, pass_on)
         return Intervention(Site("resid_pre", layer), resid)
 
     def _note_layer_output(self, module: Any, inputs: Any, output: Any) -> None:
@@ -265,7 +313,7 @@ class HookManager:
 
         def point(site: SiteLike) -> Point:
             found = points.setdefault(self.resolve(site), Point())
-            found.asked.append(site)
+            found.names.append(site)
             return found
 
         for intervention in edits:
@@ -296,7 +344,7 @@ class HookManager:
             add(HOOK_NAMES["final_norm"], gather)
 
     def _outer_from(self, outer: list[Intervention], start: tuple[int, Tensor] | None) -> list[Intervention]:
-        """The outer interventions but those in layers that are skipped: what they did is in the `start` value."""
+        """The outer interventions except those in skipped layers, whose effect is already in the `start` value."""
         skipped = tuple(f"blocks.{layer}." for layer in range(start[0])) if start is not None else ()
         return [i for i in outer if not self.resolve(i.site).startswith(skipped)] if skipped else outer
 
@@ -314,7 +362,7 @@ class HookManager:
             if point.fired != 1:
                 why = "after the stop site" if stopped and point.fired == 0 else "in the run"
                 raise SiteNotReached(
-                    f"Site '{point.asked[0]}' (hook {name}) fired {point.fired} times {why}; it must fire once."
+                    f"Site '{point.names[0]}' (hook {name}) fired {point.fired} times {why}; it must fire once."
                 )
 
     def _backward(
@@ -325,7 +373,7 @@ class HookManager:
         sites: Sequence[SiteLike],
     ) -> tuple[Tensor, dict[SiteLike, Tensor]]:
         if target is None:
-            raise InputError("There is nothing to differentiate: the run gave no logits.")
+            raise InputError("There is nothing to differentiate: the run returned no logits.")
         value = loss(target)
         if not isinstance(value, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(f"`loss` must return a tensor; got {type(value).__name__}.")
@@ -352,12 +400,18 @@ def load_model(
     tokenizer: Any = None,
     trust_remote_code: bool = False,
 ) -> HookManager:
-    """The HookManager of a model.
+    """The HookManager of a model, after checking its sites and its maps on a short prompt.
 
-    `spec` is `bundled`, a local directory (of `save_pretrained`), a hub id with an optional `@revision`, or a model
-    in memory: a Hugging Face module (it is copied, so yours stays as it is) or a TransformerBridge (it is used as it
-    is; every run leaves it as it was). `dtype` defaults to float32 for files and to the model's own in memory;
-    computing in a lower precision is possible and recorded.
+    Args:
+        spec: `bundled`, a local directory (from `save_pretrained`), a hub id with an optional `@revision`, or a model
+            in memory: a Hugging Face module (it is copied) or a TransformerBridge (it is used as it is, and every run
+            leaves it unchanged). A HookManager is returned as it is.
+        revision: The branch, tag or commit of a hub id.
+        dtype: The dtype to compute in, as a torch dtype or its name; by default float32 for files, and the model's
+            own in memory. It is recorded in circuit files.
+        device: Where to put the model, such as `cuda`; by default the CPU for files, and where it is in memory.
+        tokenizer: A Hugging Face tokenizer; by default the one that is saved with the model, if any.
+        trust_remote_code: Whether transformers may run code from the hub repository.
 
     Raises InputError when the model cannot be found or its files are incomplete, UnsupportedError when a part of its
     architecture cannot be handled exactly.

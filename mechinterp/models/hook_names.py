@@ -1,4 +1,4 @@
-"""TransformerLens's hook point of every site."""
+"""The name of TransformerLens's hook point for every site."""
 
 from __future__ import annotations
 

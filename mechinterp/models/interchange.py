@@ -1,4 +1,4 @@
-"""TransformerLens's subspace interchange, its placebo and DAS: imported here, where TransformerLens may be."""
+"""TransformerLens's subspace interchange, its placebo and DAS; only this folder may import TransformerLens."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from mechinterp.models.exclusive_runs import Turn, use_of
 
 
 def interchange(base: Tensor, source: Tensor, basis: Tensor) -> Tensor:
-    """The base vectors with their coordinates inside the basis taken from the source vectors, all `[batch, d]`."""
+    """The base vectors with their components in the subspace replaced by those of the source vectors, `[batch, d]`."""
     from transformer_lens.tools.analysis.interchange import SubspaceInterchange
 
     return SubspaceInterchange(basis)(base, source)
 
 
 def placebo(base: Tensor, source: Tensor, basis: Tensor, other: Tensor) -> Tensor:
-    """The base vectors moved exactly as far as `interchange` moves them, but inside another subspace."""
+    """The base vectors moved as far as `interchange` moves them, but in another subspace."""
     from transformer_lens.tools.analysis.interchange import NormMatchedPlacebo, SubspaceInterchange
 
     return NormMatchedPlacebo(SubspaceInterchange(basis), other)(base, source)
@@ -36,7 +36,7 @@ def das(
 ) -> Any:
     """TransformerLens's distributed alignment search; see its `fit_das`.
 
-    It hooks the bridge and makes its weights constant for a while; neither stays, whatever happens.
+    It hooks the bridge and freezes its weights; both are undone at the end, also after an error.
     """
     from transformer_lens.tools.analysis.interchange import fit_das
 

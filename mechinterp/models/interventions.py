@@ -1,4 +1,4 @@
-"""What happens at a hook point in one run: edit the value, tap it for a gradient, record it, stop there."""
+"""What happens at a hook point in one run: edit the value, take its gradient, record it, stop."""
 
 from __future__ import annotations
 
@@ -21,9 +21,17 @@ Edit = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Intervention:
-    """An edit at one site: `value` maps the activation to a new one, `grad` maps its gradient on the way back.
+    """An edit at one site, of its value, of its gradient in the backward pass, or of both.
 
-    Each returns a tensor of the same shape, dtype and device; a tensor in place of `value` is written as it is.
+    Args:
+        site: A Site, its text (`z.3`), or a TransformerLens hook name.
+        value: Maps the activation to a new one of the same shape, dtype and device; or the new one itself.
+        grad: Maps the gradient at the site to a new one of the same shape, dtype and device.
+
+    Raises InputError when neither `value` nor `grad` is given.
+
+    >>> Intervention("z.3", lambda value: 0 * value).site
+    'z.3'
     """
 
     site: SiteLike
@@ -32,7 +40,7 @@ class Intervention:
 
     def __post_init__(self) -> None:
         if self.value is None and self.grad is None:
-            raise InputError(f"The intervention at '{self.site}' edits nothing; give `value` or `grad`.")
+            raise InputError(f"The intervention at '{self.site}' has no edit; give `value` or `grad`.")
 
 
 def as_interventions(
@@ -47,9 +55,14 @@ def as_interventions(
 
 @dataclass(frozen=True)
 class Run:
-    """What one run gave. `values` and `grads` are keyed by the sites as they were asked for.
+    """The results of one run of a model, as `HookManager.run` returns them.
 
-    `logits` is `[batch, pos, d_vocab]` (or `[batch, n_answer, d_vocab]` with `at=`), None when the run was stopped.
+    Args:
+        logits: `[batch, pos, d_vocab]` (with `at`: `[batch, n_at, d_vocab]`), None if the run was stopped early.
+        values: The recorded values, keyed by the sites as they were given.
+        grads: The gradients, keyed in the same way.
+        loss: The value of the loss, detached, if one was given.
+        past: The keys and values, if they were kept.
     """
 
     logits: Tensor | None
@@ -60,14 +73,14 @@ class Run:
 
 
 class Stopped(BaseException):
-    """Ends a forward at the stop site; not an Exception, so that no model code can swallow it."""
+    """Ends a forward at the stop site; not an Exception, so that model code cannot catch it by accident."""
 
 
 @dataclass
 class Point:
-    """All that happens at one hook point in one run."""
+    """Everything that happens at one hook point in one run; `names` are the sites as the caller wrote them."""
 
-    asked: list[SiteLike] = field(default_factory=list[SiteLike])
+    names: list[SiteLike] = field(default_factory=list[SiteLike])
     edits: list[Intervention] = field(default_factory=list[Intervention])
     record: bool = False
     grad: bool = False
@@ -76,11 +89,11 @@ class Point:
     tap: Tensor | None = None
     value: Tensor | None = None
     end: Tensor | None = None
-    """The value at the stop site, which a loss may be of."""
+    """The value at the stop site, to which a loss may be applied."""
 
 
 def fire(point: Point, value: Tensor) -> Tensor | None:
-    """What happens when a hook point fires: edit, tap for the gradient, record, stop."""
+    """The new value at a hook point that fires (None: unchanged), after editing, recording and perhaps stopping."""
     point.fired += 1
     if point.fired > 1:
         return None  # reported after the run, with the count
@@ -93,7 +106,7 @@ def fire(point: Point, value: Tensor) -> Tensor | None:
     if point.grad or (point.stop and torch.is_grad_enabled()):
         new = tap(new)
         point.tap = new
-    if torch.is_grad_enabled():  # after the tap, so that the gradient comes edited to it
+    if torch.is_grad_enabled():  # after the tap, so that the tap receives the edited gradient
         for edit in reversed(point.edits):
             new = new if edit.grad is None else _EditGradient.apply(tap(new), edit)
     if point.record:
@@ -105,32 +118,32 @@ def fire(point: Point, value: Tensor) -> Tensor | None:
 
 
 class Carry:
-    """Makes a site whole whose hook sees one of two branches: what the hook changes is added where they meet again.
+    """Completes an edit at a hook that sees one of two branches: its change is added where the branches join.
 
-    TransformerLens's `hook_resid_mid` is the input of the second norm; the residual stream passes beside it.
+    TransformerLens's `hook_resid_mid` is the input of the second norm only; the residual stream bypasses it.
     """
 
     def __init__(self, point: Point) -> None:
         self.point, self.change = point, None
 
     def at_branch(self, value: Tensor) -> Tensor | None:
-        """Fires the point and keeps what it changed (for gradients, 0 with a way back)."""
+        """Fires the point and keeps the change (zero when only gradients are taken, but differentiable)."""
         new = fire(self.point, value)
         self.change = None if new is None else new - value
         return new
 
     def at_sum(self, value: Tensor) -> Tensor | None:
-        """The sum with the change."""
+        """The sum of the branches with the change added."""
         return None if self.change is None else value + self.change
 
 
 def tap(value: Tensor) -> Tensor:
-    """A tensor equal to `value` that the rest of the run depends on and that a gradient can be taken at."""
+    """A tensor equal to `value`, for the rest of the run to use, at which a gradient can be taken."""
     return value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
 
 
 class _EditGradient(torch.autograd.Function):
-    """The identity, with its gradient edited on the way back."""
+    """The identity, with an edited gradient in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, edit: Intervention) -> Tensor:

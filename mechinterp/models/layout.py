@@ -1,7 +1,7 @@
 """The pure maps of one model: how readers read the residual stream and how writers write to it.
 
-Nothing here runs the model or knows a hook. `HookManager` checks every map against the running model when it is
-built, so a map that is wrong for an architecture is an error at load and never a wrong number.
+This module neither runs the model nor uses hooks. `HookManager` checks every map against the running model at load,
+so a map that is wrong for an architecture is an error at load, not a wrong number later.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class AttentionMaps:
     W_O: Tensor
     b_O: Tensor | None
     post: Norm
-    """The post-norm; where what a layer adds is multiplied by a constant (Granite), that, as a norm of kind `none`."""
+    """The post-norm; or the constant by which the output is multiplied (Granite), as a norm of kind `none`."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class MlpMaps:
     post: Norm
     b_gate: Tensor | None = None
     activation: str | None = None
-    """The name of its activation function, once it has been measured; None: not known."""
+    """The name of its activation function, as measured at load; None: unknown."""
 
     def before_activation(self, mlp_in: Float[Tensor, "*axes d_model"]) -> tuple[Tensor, Tensor | None]:
-        """(the activation function's input, what its output is multiplied by: None without a gate)."""
+        """(the activation function's input, the factor of its output: None without a gate)."""
 
         def read(weight: Tensor, bias: Tensor | None) -> Tensor:
             out = mlp_in @ weight.to(mlp_in.dtype)
@@ -75,7 +75,7 @@ class MlpMaps:
         return (up, None) if self.W_gate is None else (read(self.W_gate, self.b_gate), up)
 
     def __call__(self, mlp_in: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
-        """What it writes, before the post-norm. Its activation function must be known."""
+        """Its output before the post-norm. Its activation function must be known."""
         assert self.activation is not None
         given, up = self.before_activation(mlp_in)
         post = activation_function(self.activation)(given)
@@ -91,12 +91,12 @@ class Layout:
     attention: tuple[AttentionMaps, ...]
     mlp_norm: tuple[Norm | None, ...]
     mlp_maps: tuple[MlpMaps | None, ...]
-    """None for a layer without an MLP, or whose MLP is no plain pair of matrices (a mixture of experts)."""
+    """None for a layer without an MLP, or with one that is not a pair of matrices (a mixture of experts)."""
     mlp_post: tuple[Norm, ...]
     """What comes after each MLP: a post-norm, a constant multiplier (as a norm of kind `none`), or nothing."""
     final_norm: Norm
     W_U: Float[Tensor, "d_model d_vocab"]
-    """With the constant that logits are multiplied by (Cohere, Granite); then, and only then, a copy."""
+    """Times the constant that scales the logits (Cohere, Granite), in which case it is a copy."""
     b_U: Float[Tensor, " d_vocab"] | None
     soft_cap: float | None
 
@@ -173,7 +173,7 @@ class Layout:
         return sum(parts[1:], parts[0]) if parts else None
 
     def neurons(self, layer: int) -> MlpMaps:
-        """The weights of a layer's MLP. Raises UnsupportedError where it is no plain pair of matrices."""
+        """The weights of a layer's MLP. Raises UnsupportedError if it is not a pair of matrices."""
         maps = self.mlp_maps[layer]
         if maps is None:
             raise UnsupportedError(f"Layer {layer} has no MLP with one input and one output matrix.")
@@ -220,19 +220,19 @@ def _norm_of(block: Any, name: str, label: str, like: Tensor, d_model: int) -> N
 
 
 def _post_of(block: Any, name: str, label: str, like: Tensor, d_model: int) -> Norm:
-    """The norm after a part of a layer, or the constant that what it adds is multiplied by."""
+    """The norm after a part of a layer, or the constant by which its output is multiplied."""
     factor = float(getattr(block, "residual_contribution_scale", 1.0))
     if factor == 1.0:
         return _norm_of(block, name, label, like, d_model)
     if getattr(block, name, None) is not None:
         raise UnsupportedError(f"{label} is a post-norm whose output is multiplied by {factor:g}: not supported.")
-    # In float32 or better: a multiplier rounded to bfloat16 would be another one.
+    # In float32 or better: rounding to bfloat16 would change the multiplier.
     wide = torch.promote_types(like.dtype, torch.float32)
     return Norm("none", like.new_full((d_model,), factor, dtype=wide))
 
 
 def _logit_scale(bridge: Any, soft_cap: float | None) -> float:
-    """What the unembedding's output is multiplied by before any soft cap, as TransformerLens's adapter states it."""
+    """The factor of the unembedding's output before any soft cap, from TransformerLens's adapter."""
     transform = getattr(getattr(bridge, "adapter", None), "apply_output_logits_transform", None)
     if transform is None:
         return 1.0
@@ -264,7 +264,7 @@ def build_layout(bridge: Any) -> Layout:
     cfg = bridge.cfg
     blocks = getattr(bridge, "blocks", None)
     if blocks is None or len(blocks) == 0:
-        raise UnsupportedError(f"{cfg.architecture} has no plain stack of layers; only decoder stacks are supported.")
+        raise UnsupportedError(f"{cfg.architecture} has no single stack of layers; only decoder stacks are supported.")
     like = next(p for p in bridge.original_model.parameters() if p.is_floating_point())
     d_model, n_heads = int(cfg.d_model), int(cfg.n_heads)
     n_kv_heads = int(getattr(cfg, "n_key_value_heads", None) or n_heads)
@@ -291,10 +291,10 @@ def build_layout(bridge: Any) -> Layout:
         if attention[-1].post.kind != "none" and attention[-1].b_O is not None and bool(attention[-1].b_O.any()):
             raise UnsupportedError(
                 f"Layer {layer} of {cfg.architecture} has an output bias under a post-norm: what the bias writes "
-                "depends on the prompt but belongs to no head, so edges cannot be exact."
+                "depends on the prompt but does not belong to any head, so edges cannot be exact."
             )
         has_mlp = getattr(block, "mlp", None) is not None
-        # In a parallel layer without a norm of its own the MLP reads what the attention reads (GPT-J, Phi, Cohere).
+        # In a parallel layer without a second norm the MLP reads what the attention reads (GPT-J, Phi, Cohere).
         shared = parallel and getattr(block, "ln2", None) is None
         own = attention[-1].norm if shared else _norm_of(block, "ln2", f"{label}.ln2", like, d_model)
         mlp_norms.append(own if has_mlp else None)

@@ -30,7 +30,7 @@ BUNDLED = Path(__file__).parent / "bundled"
 
 @dataclass(frozen=True)
 class Opened:
-    """A bridge, where it came from, and its tokenizer (None when there is none)."""
+    """A bridge, where it came from, and its tokenizer, if it has one."""
 
     bridge: Any
     info: ModelInfo
@@ -46,13 +46,13 @@ def open_model(
     tokenizer: Any = None,
     trust_remote_code: bool = False,
 ) -> Opened:
-    """The model that `spec` names, bridged. See `mechinterp.load_model` for what `spec` can be."""
+    """The model of a spec, bridged; the arguments are those of `mechinterp.load_model`."""
     dtype, device = parse_dtype(dtype), parse_device(device)
     if isinstance(spec, (str, os.PathLike)):
         with refusing(f"Cannot open the model {os.fspath(spec)!r}", kind=InputError):
             return _open_named(os.fspath(spec), revision, dtype, device, tokenizer, trust_remote_code)
     if revision is not None:
-        raise InputError("`revision` goes with a hub id; a model in memory has none.")
+        raise InputError("`revision` belongs to a hub id; a model in memory has none.")
     if isinstance(spec, nn.Module) and hasattr(spec, "hook_dict") and hasattr(spec, "blocks"):
         with refusing("Cannot use this TransformerBridge"):
             return _wrap_bridge(spec, dtype, device, tokenizer)
@@ -76,7 +76,7 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
             raise InputError(f"Unknown dtype {clip(dtype, 60)!r}. Known: {', '.join(DTYPES)}.")
         return getattr(torch, dtype)
     if dtype is not None and str(dtype).removeprefix("torch.") not in DTYPES:
-        raise InputError(f"A model cannot be of dtype {dtype!r}. Known: {', '.join(DTYPES)}.")
+        raise InputError(f"A model cannot have dtype {dtype!r}. Known: {', '.join(DTYPES)}.")
     return dtype
 
 
@@ -93,9 +93,9 @@ def parse_device(device: torch.device | str | None) -> torch.device | None:
         raise InputError(f"Unknown device {device!r}; give 'cpu', 'cuda', 'cuda:1' or 'mps'.") from error
     try:
         torch.empty(1, device=found)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA says so by an AssertionError
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"Device {str(found)!r} cannot be used here: {reason}.") from error
+        raise InputError(f"Device {str(found)!r} cannot be used on this machine: {reason}.") from error
     return found
 
 
@@ -110,7 +110,7 @@ def open_encoder(
 ) -> tuple[nn.Module, ModelInfo, Any]:
     """(the module, its identity, its tokenizer) of an encoder with a head, as `open_model` finds them; not bridged.
 
-    A module in memory is used as it is: nothing of it is changed.
+    A module in memory is used as it is and not changed.
     """
     dtype, device = parse_dtype(dtype), parse_device(device)
     if isinstance(spec, (str, os.PathLike)):
@@ -123,7 +123,9 @@ def open_encoder(
         module = module.to(device=device)
     elif isinstance(spec, nn.Module) and hasattr(spec, "config"):
         if dtype is not None or device is not None or revision is not None:
-            raise InputError("A module in memory is used as it is; move it yourself, and leave out revision and dtype.")
+            raise InputError(
+                "A module in memory is used as it is; omit revision, dtype and device, and move it yourself."
+            )
         module = spec
         name = str(getattr(spec.config, "name_or_path", "")) or type(spec).__name__
         found = ModelInfo(name, None, type(spec).__name__, "memory", "raw", {}, notes_on_hooks(spec, name))
@@ -158,10 +160,10 @@ def _named(spec: str, revision: str | None) -> tuple[str, str, str | None, str]:
     else:
         origin = "hub"
     if origin != "hub" and revision is not None:
-        raise InputError(f"`revision` goes with a hub id; {spec!r} is a {origin} model.")
+        raise InputError(f"`revision` belongs to a hub id; {spec!r} is a {origin} model.")
     if origin == "hub" and at:
         if revision is not None and revision != tail:
-            raise InputError(f"Two revisions: {tail!r} in the id and {revision!r} beside it; give one.")
+            raise InputError(f"Two revisions are given: {tail!r} in the id and `revision={revision!r}`; give one.")
         revision = tail
     where = name if origin == "hub" else str(path)
     return where, {"bundled": "bundled", "hub": name}.get(origin, str(path)), revision, origin
@@ -207,7 +209,7 @@ def _from_pretrained(
             attn_implementation="eager",
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report, by name, and refused below
+            ignore_mismatched_sizes=True,  # they are listed in the report and refused below
             **keywords,
         )
     except Exception as error:  # damaged files make Hugging Face raise anything
@@ -217,7 +219,7 @@ def _from_pretrained(
     mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
     if mismatched:
         raise InputError(
-            f"The checkpoint {where!r} has weights of other shapes than its config.json says ({_some(mismatched)})."
+            f"The checkpoint {where!r} has weights whose shapes differ from its config.json ({_some(mismatched)})."
         )
     if report["unexpected_keys"]:
         unused = sorted(report["unexpected_keys"])
@@ -231,13 +233,13 @@ def _from_pretrained(
     if tokenizer is None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(where, **keywords)
-        except Exception as error:  # a damaged one raises anything; the model works without
+        except Exception as error:  # a damaged tokenizer raises anything; the model works without it
             logger.warning("No tokenizer in %s (%s); prompts must be given as token ids.", where, type(error).__name__)
     return module, tokenizer
 
 
 def _out_of_reach(error: BaseException | None) -> bool:
-    """Whether an error comes from files that are not cached while the hub cannot be asked."""
+    """Whether an error says that files are not cached and the hub cannot be reached."""
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     while error is not None:
@@ -266,13 +268,13 @@ def _bridge(module: nn.Module, name: str, revision: str | None, origin: str, tok
     force_eager_attention(module)
     if getattr(module, "dtype", None) == torch.float64 and hasattr(module, "set_experts_implementation"):
         experts: Any = module
-        experts.set_experts_implementation("eager")  # the grouped product of experts has no float64
+        experts.set_experts_implementation("eager")  # the grouped product of experts does not support float64
     _give_zero_biases(module, architecture)
     prompts = _short_prompts(config.get_text_config())
     expected = _logits(module, architecture, prompts)
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise UnsupportedError(
-            f"TransformerLens has no bridge for {architecture}, so it cannot be opened; take a model of another family."
+            f"TransformerLens has no bridge for {architecture}, so it cannot be opened; use a model of another family."
         )
     with refusing(f"TransformerLens cannot bridge {architecture}", config):
         bridge = build_bridge_from_module(module, architecture, hf_config=config, model_name=name)
@@ -282,7 +284,7 @@ def _bridge(module: nn.Module, name: str, revision: str | None, origin: str, tok
 
 
 def _give_zero_biases(module: nn.Module, architecture: str) -> None:
-    """Gives q, k, v the biases, all zero, that TransformerLens reads in every GPT-NeoX (`attention_bias=False`)."""
+    """Adds zero biases to q, k, v of a GPT-NeoX without them, since TransformerLens reads them in every GPT-NeoX."""
     if architecture != "GPTNeoXForCausalLM":
         return
     for name, part in module.named_modules():
@@ -315,16 +317,16 @@ def _logits(model: Any, architecture: str, prompts: tuple[Tensor, Tensor]) -> Fl
 
 
 def _check_bridged(ours: Tensor, expected: Tensor, architecture: str) -> None:
-    """Raises UnsupportedError when bridging has changed what the model computes.
+    """Raises UnsupportedError when the bridge computes something else than the model.
 
-    TransformerLens computes the attention of some architectures itself and overlooks rare settings of theirs.
+    TransformerLens reimplements the attention of some architectures and ignores some rare settings.
     """
     size = float(expected.float().abs().max()) + 1e-6
     worst = float((ours.float() - expected.float()).abs().max()) / size
     if not worst < (1e-3 if expected.dtype in (torch.float32, torch.float64) else 5e-2):
         raise UnsupportedError(
-            f"TransformerLens's bridge of {architecture} computes other logits than the model itself (off by "
-            f"{worst:.2g} of their size); its activations would not be the model's."
+            f"TransformerLens's bridge of {architecture} computes other logits than the model (off by "
+            f"{worst:.2g} of their size), so its activations would be wrong."
         )
 
 
@@ -332,7 +334,7 @@ def _wrap_bridge(bridge: Any, dtype: torch.dtype | None, device: Any, tokenizer:
     own = next(bridge.original_model.parameters())
     if (dtype is not None and dtype != own.dtype) or (device is not None and torch.device(device) != own.device):
         raise InputError(
-            f"The bridge is {own.dtype} on {own.device}; a bridge is used as it is, so move it yourself first."
+            f"The bridge is {own.dtype} on {own.device}; a bridge is used as it is, so move it before loading."
         )
     info = ModelInfo(
         name=str(getattr(bridge.cfg, "model_name", None) or "bridge"),

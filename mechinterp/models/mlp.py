@@ -1,4 +1,4 @@
-"""One MLP run by itself."""
+"""Running one MLP by itself."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mechinterp.models.layout import MlpMaps
 
 
 def run_mlp(block: Any, maps: MlpMaps | None, mlp_in: Tensor) -> Tensor:
-    """What the MLP of a block writes for any input, before any post-norm; only the MLP is run.
+    """The output of a block's MLP for a given input, before any post-norm; only the MLP is run.
 
-    Some add a residual stream that they are given (Bloom, MPT): here it is zero. Mixtures of experts give their
-    routing back as well (GPT-OSS, Llama 4); it is left out. An MLP that is no module of its own, its matrices lying in
-    the layer (OPT), is computed from them.
+    Some MLPs add a residual stream that they receive (Bloom, MPT): it is set to zero. Some mixtures of experts also
+    return their routing (GPT-OSS, Llama 4), which is ignored. If the MLP is not a module and its matrices belong to
+    the layer (OPT), the output is computed from them.
     """
     mlp = block.mlp
     if getattr(mlp, "name", "mlp") is None:
         if maps is None or maps.activation is None:
-            raise UnsupportedError("it is no module of its own, and what is between its matrices is not known")
+            raise UnsupportedError("it is not a module, and its activation function is unknown")
         return maps(mlp_in)
     component = getattr(mlp, "original_component", None) or mlp
     parameters = inspect.signature(component.forward).parameters.values()

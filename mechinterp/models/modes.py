@@ -1,4 +1,4 @@
-"""Modes for the time of a block: evaluation mode, gradients on or off. They come back whatever happens in the block."""
+"""Modes that hold inside a block, such as evaluation mode or no gradients, and are always restored afterwards."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ Own = TypeVar("Own", bound="Restored")
 
 
 class Restored:
-    """Something that is changed for the time of a block and is certain to be changed back, Ctrl-C or not.
+    """A state that is changed inside a block and restored afterwards, even after Ctrl-C.
 
-    Written `with Mode() as mode, mode:`. Ctrl-C may come at any line, so also in `__exit__` before it has done anything
-    (`torch.no_grad` then leaves gradients off for good). A block that is left twice is left once for certain.
-    Both methods may be called again and again, and what will be changed back is known before it is changed.
+    Written `with Mode() as mode, mode:`. Ctrl-C may arrive at any line, also in `__exit__` before it has done anything
+    (`torch.no_grad` then leaves gradients off for good); of two exits at least one completes. Both methods may be
+    called more than once, and the old state is noted before it is changed.
     """
 
     def change(self) -> None:
-        """Change it; nothing happens the second time."""
+        """Change the state; a second call does nothing."""
         raise NotImplementedError
 
     def change_back(self) -> None:
-        """Change back what was changed, if anything was."""
+        """Restore the old state, if it was changed."""
         raise NotImplementedError
 
     def __enter__(self: Own) -> Own:
@@ -54,7 +54,7 @@ class EvalMode(Restored):
     """Every module of a model (of a bridge: and of the model that it wraps) in evaluation mode."""
 
     def __init__(self, model: Any) -> None:
-        # The wrapped model is no submodule of the bridge, and some of its dropouts run there.
+        # The wrapped model is not a submodule of the bridge, and some of its dropouts are used.
         roots = (model, getattr(model, "original_model", model))
         self.training = [module for root in roots for module in root.modules() if module.training]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from mechinterp.base.errors import UnsupportedError
 
 UNNAMED_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
-"""What is tried where a module has no attribute for it (OLMo's LayerNorm has 1e-5 in its code)."""
+"""Values of eps to try if a module has no such attribute (OLMo's LayerNorm has 1e-5 in its code)."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Norm:
 
     @property
     def identity(self) -> bool:
-        """Whether it changes nothing."""
+        """Whether its output is its input."""
         return self.kind == "none" and self.weight is None and self.bias is None
 
     def scale(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes 1"]:
-        """What `x` is divided by."""
+        """The scale by which `x` is divided."""
         if self.kind == "none":
             return torch.ones_like(x[..., :1])
         centred = x - x.mean(-1, keepdim=True) if self.kind == "layer" else x
@@ -57,8 +57,8 @@ class Norm:
     def project(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
         """The linear part of the norm without its scale: centre (layer only), then weight.
 
-        With the scale of the run held fixed, `project(x) / scale` is what a summand x of the norm's input
-        contributes to its output.
+        With the scale of the run frozen, `project(x) / scale` is the contribution of a summand x of the norm's
+        input to its output.
         """
         if self.kind == "layer":
             x = x - x.mean(-1, keepdim=True)
@@ -74,8 +74,8 @@ class Norm:
 def measure_norm(name: str, module: Callable[[Tensor], Tensor], like: Tensor, d_model: int) -> Norm:
     """The closed form that reproduces `module`, found by trying each kind on random inputs of two sizes.
 
-    Measured, not read off the class name, so that a norm with an offset weight (Gemma's 1 + w) or none at all
-    is met exactly. Raises UnsupportedError, naming the norm, when no closed form agrees.
+    It is measured, not inferred from the class name, so that a norm with an offset weight (Gemma's 1 + w) or none
+    is exact, too. Raises UnsupportedError, naming the norm, when no closed form agrees.
     """
     component = getattr(module, "original_component", None) or module
     weight, bias = getattr(component, "weight", None), getattr(component, "bias", None)

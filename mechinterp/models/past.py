@@ -1,4 +1,4 @@
-"""Keys and values of the tokens before a position, so that a run can begin there."""
+"""Keys and values of the tokens before a position, so that a run can continue from there."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from torch import Tensor
 class Past:
     """Keys and values of the first tokens of a run, per layer, as its attention used them (after any rotation).
 
-    A causal model's first tokens do not depend on later ones, so any run that is the same up to `n_pos` can take them
-    from here instead of computing them again.
+    A causal model's first tokens do not depend on later ones, so any run that is the same up to `n_pos` can reuse them.
     """
 
     layers: tuple[tuple[Float[Tensor, "batch kv_head pos d_head"], Float[Tensor, "batch kv_head pos d_head"]], ...]
@@ -25,13 +24,13 @@ class Past:
         return self.layers[0][0].shape[2]
 
     def upto(self, n_pos: int) -> Past:
-        """The first `n_pos` tokens of it."""
+        """Its first `n_pos` tokens."""
         return Past(tuple((keys[:, :, :n_pos], values[:, :, :n_pos]) for keys, values in self.layers))
 
     def repeated(self, times: int, first_layer: int = 0) -> Past:
         """Every example `times` times: all of them, then all of them again.
 
-        For a run that starts at `first_layer`; of the layers before it only the shape is there, no copy is made.
+        For a run that starts at `first_layer`; earlier layers are not copied, only their shapes are right.
         """
         rows = self.layers[0][0].shape[0] * times
 
@@ -41,7 +40,7 @@ class Past:
         return Past(tuple((several(i, keys), several(i, values)) for i, (keys, values) in enumerate(self.layers)))
 
     def cache(self) -> Any:
-        """A fresh cache of the transformers library that holds it."""
+        """A new cache of the transformers library with these keys and values."""
         from transformers.cache_utils import DynamicLayer
 
         cache = empty_cache()
@@ -61,7 +60,7 @@ def empty_cache() -> Any:
 
 
 def past_of(cache: Any, n_layers: int) -> Past | None:
-    """What a run has left in the cache, or None when the model does not use one."""
+    """The keys and values in the cache after a run, or None if the model does not use a cache."""
     layers = [(layer.keys, layer.values) for layer in getattr(cache, "layers", ())]
     if len(layers) != n_layers or any(keys is None or values is None for keys, values in layers):
         return None

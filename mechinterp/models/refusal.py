@@ -1,4 +1,4 @@
-"""One line for whatever TransformerLens or Hugging Face raise while a model is opened, bridged or checked."""
+"""One-line errors for any exception of other libraries while a model is opened, bridged or checked."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Any
 from mechinterp.base.errors import MechInterpError, UnsupportedError
 
 LONGEST = 300
-"""Characters of another library's message that are shown."""
+"""How many characters of another library's message are shown."""
 
 
 @contextmanager
 def refusing(what: str, config: Any = None, kind: type[MechInterpError] = UnsupportedError) -> Iterator[None]:
-    """Turns an exception inside the block into `kind`: `what`, the reason, and the settings that may be behind it.
+    """Turns an exception inside the block into `kind`: `what`, the reason, and the settings that may have caused it.
 
-    Errors of this package pass as they are. The exception itself is the cause, so a traceback still shows it.
+    Errors of this package are raised unchanged. The original exception is the cause, so tracebacks still show it.
     """
     try:
         yield
     except MechInterpError:
         raise
-    except Exception as error:  # the one place: these libraries raise anything, from AssertionError to their own kinds
+    except Exception as error:  # the only place: these libraries raise anything, from AssertionError to their own kinds
         raise kind(f"{what}: {reason(error)}.{_unlike_the_defaults(config)}") from error
 
 
 def reason(error: BaseException) -> str:
-    """The first line of the error's message, clipped; for a message that says little, also its type and its place.
+    """The first line of the error's message, shortened; for unclear kinds of errors also the type and the place.
 
     >>> reason(ValueError("No such head.\\nTry another.")), reason(KeyError("pattern.0"))
     ('No such head', "KeyError 'pattern.0'")
@@ -39,7 +39,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, (ValueError, OSError, NotImplementedError)) and text:
         return text
     frames = traceback.extract_tb(error.__traceback__)
-    # Where the library was asked, not where torch gave up: the innermost frame that is not torch's own.
+    # The library's own code, not torch's: the innermost frame outside torch.
     own = [frame for frame in frames if "torch" not in Path(frame.filename).parts]
     place = f" in {own[-1].name} ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
     return f"{type(error).__name__}{' ' * bool(text)}{text}{place}"
@@ -53,4 +53,8 @@ def _unlike_the_defaults(config: Any) -> str:
         for name, value in sorted(getattr(config, "__dict__", {}).items())
         if isinstance(value, bool) and isinstance(usual := getattr(kinds, name, None), bool) and usual is not value
     ]
-    return f" Unlike the family's defaults: {', '.join(switches)}; a checkpoint without may load." if switches else ""
+    return (
+        f" Unlike the family's defaults: {', '.join(switches)}; a checkpoint without these settings may load."
+        if switches
+        else ""
+    )

@@ -1,4 +1,4 @@
-"""Names of the things an analysis points at: sites, nodes and edges, each with one text form.
+"""The names of sites, nodes and edges, each with one text form.
 
 A *site* is one tensor of the forward pass (`z.3`: the head outputs of layer 3 before the output projection).
 A *node* is a unit that writes to the residual stream (`a9.h9`, `m3`, `input`) or `logits`.
@@ -38,13 +38,19 @@ LAYER_SITES = (
 )
 """Sites of one layer. `attn_in` and `mlp_in` are after the norm; `attn_out` and `mlp_out` are what is added to
 the residual stream (after a post-norm where the model has one; `attn_raw` and `mlp_raw` are before it, and exist only
-there); `q`, `k` are before any rotation. `mlp_pre` enters the activation function, `mlp_up` is what a gated MLP
-multiplies by it, `mlp_post` is the product (the neurons)."""
+there); `q`, `k` are before any rotation. `mlp_pre` is the input of the activation function, `mlp_up` the factor by
+which a gated MLP multiplies its output, `mlp_post` the product (the neurons)."""
 
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """One tensor of the forward pass, `kind` at `layer` (None for the sites outside the layers).
+    """One tensor of the forward pass.
+
+    Args:
+        kind: One of `LAYER_SITES` or `GLOBAL_SITES`, such as `z` or `resid_final`.
+        layer: The layer, counted from 0; None for the sites outside the layers.
+
+    Raises InputError for an unknown kind, a missing layer, or a layer where none belongs.
 
     >>> str(Site("z", 3)), Site.parse("resid_pre.0")
     ('z.3', Site(kind='resid_pre', layer=0))
@@ -65,7 +71,13 @@ class Site:
 
     @staticmethod
     def parse(text: str) -> Site:
-        """The site written as `kind.layer` or `kind`. Raises InputError for anything else."""
+        """The site with this text.
+
+        Args:
+            text: `kind.layer` (`z.3`), or `kind` alone for a site outside the layers (`resid_final`).
+
+        Raises InputError for anything else.
+        """
         kind, dot, layer = text.partition(".")
         if dot and not layer.isdecimal():
             raise InputError(f"Site {text!r} is not 'kind.layer' with a whole number, as in 'z.3'.")
@@ -80,10 +92,14 @@ _NODE = re.compile(
 
 @dataclass(frozen=True, order=True)
 class Node:
-    """A unit of the graph: `kind` is input, embed, pos_embed, head, kv_head, mlp, neuron or logits.
+    """A node of the graph: a unit that writes to the residual stream, or the logits.
 
-    A `kv_head` (`a5.kv1`) is only ever read into: it is the key/value head that several query heads share. A `neuron`
-    (`m3.n17`, its number under `head`) is one that was taken out of its MLP.
+    Args:
+        kind: `input`, `embed`, `pos_embed`, `head`, `kv_head`, `mlp`, `neuron` or `logits`. A `kv_head` (`a5.kv1`) is
+            a reader only: the key/value head that several query heads share. A `neuron` (`m3.n17`) is a neuron that
+            is a separate node of its MLP.
+        layer: The layer; -1 for input, embed, pos_embed and logits.
+        head: The number of the head or neuron in its layer; -1 for the other kinds.
 
     >>> Node.parse("a9.h6"), str(Node("mlp", 3))
     (Node(kind='head', layer=9, head=6), 'm3')
@@ -104,7 +120,13 @@ class Node:
 
     @staticmethod
     def parse(text: str) -> Node:
-        """The node written as `a9.h9`, `a5.kv1`, `m3`, `m3.n17`, `input`, `embed`, `pos_embed` or `logits`."""
+        """The node with this text.
+
+        Args:
+            text: `a9.h9`, `a5.kv1`, `m3`, `m3.n17`, `input`, `embed`, `pos_embed` or `logits`.
+
+        Raises InputError for anything else.
+        """
         found = _NODE.fullmatch(text)
         if not found:
             raise InputError(f"{text!r} is not a node; nodes look like 'a9.h9', 'm3', 'input' or 'logits'.")
@@ -117,7 +139,13 @@ class Node:
 
 @dataclass(frozen=True, order=True)
 class Edge:
-    """From `writer` to the `channel` (q, k, v or none) of `reader`, at all positions or at the one that is named.
+    """An edge of the graph, from a writer to one input of a reader.
+
+    Args:
+        writer: The node that writes.
+        reader: The node that reads.
+        channel: Which input of a head is read: `q`, `k` or `v`; empty for MLPs and the logits.
+        position: The named position at which the edge reads; empty for all positions.
 
     >>> Edge.parse("a0.h0->a5.h5<q>").channel
     'q'
@@ -134,7 +162,10 @@ class Edge:
 
     @staticmethod
     def parse(text: str) -> Edge:
-        """The edge written as `writer->reader` or `writer->reader<q|k|v>`, then perhaps `@position`.
+        """The edge with this text.
+
+        Args:
+            text: `writer->reader`, or `writer->reader<q>` (`<k>`, `<v>`) for heads; with `@position` for one position.
 
         Raises InputError for anything else.
         """
@@ -146,9 +177,9 @@ class Edge:
         edge = Edge(Node.parse(writer), Node.parse(found[1]), found[2] or "", position)
         reads = edge.reader.kind in ("head", "kv_head", "mlp", "logits")
         if edge.writer.kind in ("logits", "kv_head") or not reads:
-            raise InputError(f"{text!r} is not an edge: it does not go from a writer to a reader.")
+            raise InputError(f"{text!r} is not an edge: it must go from a writer to a reader.")
         if (edge.reader.kind in ("head", "kv_head")) != bool(edge.channel):
-            raise InputError(f"{text!r} is not an edge: a head is entered by <q>, <k> or <v>, nothing else is.")
+            raise InputError(f"{text!r} is not an edge: heads, and only heads, are read through <q>, <k> or <v>.")
         return edge
 
 
@@ -165,5 +196,5 @@ def split_position(text: str) -> tuple[str, str]:
 
 
 def node_of(name: str) -> Node:
-    """The node of a name that may say a position: `a9.h9@end`."""
+    """The node of a name with or without a position, such as `a9.h9@end`."""
     return Node.parse(split_position(name)[0])

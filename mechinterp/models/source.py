@@ -1,4 +1,4 @@
-"""Where a model came from: what a circuit file records about it."""
+"""Where a model came from, as circuit files record it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class ModelInfo:
     """Identity of a loaded model. `weights` are the parameters themselves, shared with the model, for hashing."""
 
     name: str
-    """What to give `load_model` to load it again: `bundled`, a directory, a hub id; or a label for a model that was
-    given in memory."""
+    """The spec that loads it again with `load_model`: `bundled`, a directory, a hub id; or a label for a model that was
+    in memory."""
     revision: str | None
     architecture: str
     origin: str
@@ -25,7 +25,7 @@ class ModelInfo:
     """`raw` (the checkpoint's weights) or `compatibility` (TransformerLens has folded and centred them)."""
     weights: Mapping[str, Tensor] = field(repr=False)
     notes: tuple[str, ...] = ()
-    """What else takes part in every run: hooks that were on the model when it was given."""
+    """Anything else that acts in every run, such as hooks that were already on the model."""
 
     def weights_sha256(self) -> str:
         """sha256 over names, dtypes, shapes and bytes of all weights as they are now, in order of name."""

@@ -1,4 +1,4 @@
-"""Checks of the token ids and positions that a run is given."""
+"""Checks of the token ids and positions of a run."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from mechinterp.models.past import Past
 
 
 def check_tokens(tokens: Any, mask: Any, dims: Dims, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Token ids `[batch, pos]` on `device` and their mask (None when no real token can see padding).
+    """Token ids `[batch, pos]` on `device` and their mask (None if no real token can attend to padding).
 
-    A causal model's real tokens never see padding on the right, so no mask is needed there; and a mask would do harm:
-    with a sliding window, padding that sees nothing but padding is NaN in some models, and spreads.
+    A causal model's real tokens never attend to padding on the right, so no mask is needed there, and one would do
+    harm: with a sliding window, padding that attends only to padding is NaN in some models, and the NaN spreads.
 
-    Raises InputError for anything that the model cannot take.
+    Raises InputError for anything that the model cannot run on.
     """
     try:
         tokens = torch.as_tensor(tokens, device=device)
     except (TypeError, ValueError) as error:
-        raise InputError(f"Tokens are not a rectangle of token ids: {error}. Pad them and pass a mask.") from None
+        raise InputError(f"Tokens do not form a rectangle of token ids: {error}. Pad them and pass a mask.") from None
     if tokens.ndim != 2 or tokens.numel() == 0 or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
         raise InputError(f"Tokens must be whole numbers [batch, pos]; got {tokens.dtype} {list(tokens.shape)}.")
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= dims.d_vocab:
         raise InputError(f"Token id {low if low < 0 else high} is not in the model's vocabulary of {dims.d_vocab}.")
     if tokens.shape[1] > dims.n_ctx:
-        raise InputError(f"Prompts have {tokens.shape[1]} tokens; the model takes {dims.n_ctx} at most.")
+        raise InputError(f"Prompts have {tokens.shape[1]} tokens; the model reads {dims.n_ctx} at most.")
     if mask is None:
         return tokens, None
     mask = torch.as_tensor(mask, device=device).bool()
@@ -43,28 +43,28 @@ def check_tokens(tokens: Any, mask: Any, dims: Dims, device: torch.device) -> tu
 
 
 def check_at(at: Any, tokens: Tensor) -> Tensor:
-    """Positions `[batch, n]` (-1: no entry) on the device of the tokens. Raises InputError for others."""
+    """The positions `[batch, n]` (-1: no entry) on the device of the tokens. Raises InputError for invalid ones."""
     at = torch.as_tensor(at, device=tokens.device)
     if at.ndim != 2 or len(at) != len(tokens) or at.dtype.is_floating_point or at.dtype == torch.bool:
         raise InputError(
-            f"`at` holds whole numbers [batch, n], batch = {len(tokens)}; got {at.dtype} {list(at.shape)}."
+            f"`at` must hold whole numbers [batch, n] with batch = {len(tokens)}; got {at.dtype} {list(at.shape)}."
         )
     if not bool(((at >= -1) & (at < tokens.shape[1])).all()):
-        raise InputError(f"`at` holds positions from 0 to {tokens.shape[1] - 1}, or -1 for no entry; got others.")
+        raise InputError(f"`at` must hold positions from 0 to {tokens.shape[1] - 1}, or -1 for no entry.")
     return at
 
 
 def check_past(past: Past, tokens: Tensor, mask: Tensor | None, dims: Dims, *, edited: bool) -> None:
-    """Return None when a run of `tokens` can begin after `past`. Raises InputError otherwise."""
+    """Return None when a run of `tokens` can continue from `past`. Raises InputError otherwise."""
     if edited:
-        raise InputError("A run inside `intervene` cannot begin after a past: the edits would meet other positions.")
+        raise InputError("A run inside `intervene` cannot continue from a past: the edits would move.")
     if mask is not None:
-        raise InputError("A run that begins after a past cannot have padding on the left.")
+        raise InputError("A run that continues from a past cannot have padding on the left.")
     batch = past.layers[0][0].shape[0]
     if len(past.layers) != dims.n_layers or batch != len(tokens):
         raise InputError(
-            f"The past is of {batch} prompts and {len(past.layers)} layers; the run has {len(tokens)} prompts and "
+            f"The past holds {batch} prompts and {len(past.layers)} layers; the run has {len(tokens)} prompts and "
             f"{dims.n_layers} layers."
         )
     if past.n_pos + tokens.shape[1] > dims.n_ctx:
-        raise InputError(f"Past and prompts have {past.n_pos + tokens.shape[1]} tokens; the model takes {dims.n_ctx}.")
+        raise InputError(f"Past and prompts have {past.n_pos + tokens.shape[1]} tokens; the model reads {dims.n_ctx}.")

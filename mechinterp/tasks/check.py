@@ -1,4 +1,4 @@
-"""What the schema cannot see: whether a task's templates, slots, lists and positions fit together."""
+"""Checks beyond the schema: whether a task's templates, slots, lists and positions fit together."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def templates_of(spec: TaskSpec) -> tuple[Template, ...]:
 
 
 def words_of(spec: TaskSpec, template: Template) -> dict[str, str]:
-    """Slot -> list of one template: the task's, with what the template states itself on top."""
+    """Slot -> list of one template: the task's, overridden by the template's own."""
     return {**spec.words, **template.words}
 
 
 def answer_of(spec: TaskSpec, template: Template) -> Answer | None:
-    """The right answer of one template: its own, else the task's."""
+    """The right answer of one template: its own, or else the task's."""
     return template.answer if template.answer is not None else spec.answer
 
 
 def wrong_of(spec: TaskSpec, template: Template) -> Answer | None:
-    """The wrong answer of one template: its own, else the task's."""
+    """The wrong answer of one template: its own, or else the task's."""
     return template.wrong if template.wrong is not None else spec.wrong
 
 
@@ -81,7 +81,7 @@ def _check_list(name: str, words: Sequence[str]) -> None:
         if word in seen:
             raise FormatError(f"The word list {name!r} holds {word!r} twice.")
         if not word or word != word.strip() or "{" in word or "}" in word:
-            raise FormatError(f"The word list {name!r} holds {word!r}; a word has no space around it, no brace.")
+            raise FormatError(f"The word list {name!r} holds {word!r}; a word has no space around it and no braces.")
         seen.add(word)
 
 
@@ -94,7 +94,9 @@ def _check_generator(spec: TaskSpec, lists: Mapping[str, Sequence[str]]) -> None
         if len(lists[name]) < needed:
             raise FormatError(f"The generator needs {needed} words of {name!r}; the list has {len(lists[name])}.")
     if spec.answer is not None or spec.wrong is not None or spec.corruption is not None or spec.words:
-        raise FormatError("A generator writes its own answers and corrupt texts; take answer, wrong, words out.")
+        raise FormatError(
+            "A generator makes its own answers and corrupt texts; remove answer, wrong, corruption and words."
+        )
 
 
 def _check_template(spec: TaskSpec, template: Template, lists: Mapping[str, Sequence[str]]) -> None:

@@ -1,4 +1,4 @@
-"""Random choices that are the same on every machine and in every version of every library."""
+"""Random choices that are the same on every machine and with every version of every library."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 class Draw:
-    """A stream of choices that depends on its key alone.
+    """A stream of random choices that depends only on its key.
 
-    Neither Python's nor torch's generators promise the same stream across versions, and `verify` must make
-    the same pairs again years later; SHA-256 of the key and a counter does promise it.
+    Python and torch do not guarantee the same stream across versions, but `verify` must make the same pairs years
+    later; SHA-256 of the key and a counter guarantees it.
 
     >>> Draw("0/train/7").below(1000) == Draw("0/train/7").below(1000)
     True
@@ -34,7 +34,7 @@ class Draw:
         return items[self.below(len(items))]
 
     def sample(self, items: Sequence[T], k: int) -> list[T]:
-        """`k` of `items`, no place twice, in random order."""
+        """`k` of `items` in random order, without replacement."""
         pool = list(items)
         for place in range(k):
             other = place + self.below(len(pool) - place)

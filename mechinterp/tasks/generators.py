@@ -1,4 +1,4 @@
-"""Tasks that no template can write: functions that draw one example, by name."""
+"""Tasks that templates cannot express: functions that draw one example, by name."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Lists: TypeAlias = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True)
 class Generator:
-    """How a generator's parameters look, how many words of which list it needs, what it draws and marks."""
+    """A generator's parameters, the number of words it needs of each list, its slots, positions and function."""
 
     parameters: type[Strict]
     needs: Callable[[Strict], Mapping[str, int]]
     slots: tuple[str, ...]
     positions: tuple[str, ...]
     write: Callable[[Draw, Lists, Strict], Draft]
-    """One example; every word is written with a space before it and is one token with it."""
+    """Draws one example; every word follows a space and is one token together with it."""
 
 
 GENERATORS: Registry[Generator] = Registry("generator")
@@ -48,14 +48,14 @@ class RepeatedWords(Strict):
 def repeated_words(draw: Draw, lists: Lists, parameters: Strict) -> Draft:
     """n different words, then the first k of them again (1 < k < n); the answer is word k + 1.
 
-    The wrong answer is one of the n that is not repeated. In the corrupt text n other words stand first, so
+    The wrong answer is one of the n words that is not repeated. The corrupt text begins with n other words, so
     nothing is repeated. Positions: `prefix` (the last word's first occurrence), `answer` (the word after it).
     """
     if not isinstance(parameters, RepeatedWords):
         raise TypeError(f"repeated_words takes RepeatedWords; got {type(parameters).__name__}.")
     low, high = parameters.length
     n = low + draw.below(high - low + 1)
-    # k stops at n - 2, so that a wrong answer is left beside the right one.
+    # k is at most n - 2, so that a wrong answer is left besides the right one.
     k = 2 + draw.below(n - 3)
     drawn = draw.sample(lists[parameters.words], 2 * n)
     first, others = drawn[:n], drawn[n:]

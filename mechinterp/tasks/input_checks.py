@@ -1,4 +1,4 @@
-"""The checks at the door of `Pairs`: what a caller gives becomes integer tensors in one canonical form.
+"""The checks of the input of `Pairs`, which becomes integer tensors in one canonical form.
 
 Canonical means right-padded (every row's real tokens start at column 0), no column of padding only,
 id 0 under padding, and -1 where a row of answers or answer positions has no entry.
@@ -62,14 +62,13 @@ def whole_numbers(name: str, given: Ids) -> Int[Tensor, "*shape"]:
     ids = _from_list(name, given) if isinstance(given, Sequence) else torch.as_tensor(given)
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise InputError(
-            f"{name} must hold whole numbers (an integer dtype); got {ids.dtype}. "
-            "Convert token ids with .long() where they are made."
+            f"{name} must hold whole numbers (an integer dtype); got {ids.dtype}. Convert token ids with .long()."
         )
     if ids.numel() == 0:
         raise InputError(f"{name} is empty (shape {tuple(ids.shape)}); give at least two examples.")
     ids = ids.detach().to(torch.int64)
     if int(ids.max()) > LARGEST_ID:
-        raise InputError(f"{name} holds {int(ids.max())}, which is no token id or position.")
+        raise InputError(f"{name} holds {int(ids.max())}, which is not a token id or position.")
     return ids
 
 
@@ -85,14 +84,14 @@ def _from_list(name: str, given: Sequence[Any]) -> Tensor:
         if not isinstance(leaf, int) or isinstance(leaf, bool):
             raise InputError(f"{name} must hold whole numbers; got {leaf!r} ({type(leaf).__name__}).")
         if abs(leaf) > LARGEST_ID:
-            raise InputError(f"{name} holds {leaf}, which is no token id or position.")
+            raise InputError(f"{name} holds {leaf}, which is not a token id or position.")
     if not any(nested):
         return torch.tensor(rows, dtype=torch.int64)
     width = max(len(row) for row in rows)
     if len(rows) * width > MAX_PADDED:
         raise InputError(
-            f"{name} has {len(rows)} rows, the longest of {width} ids: padded, that is more than the {MAX_PADDED} ids "
-            "that are taken. Leave the longest rows out, or give fewer rows."
+            f"{name} has {len(rows)} rows, the longest of {width} ids: padded, that is more than {MAX_PADDED} ids, "
+            "the most that is accepted. Leave out the longest rows, or give fewer rows."
         )
     lengths = torch.tensor([len(row) for row in rows])
     filled = torch.full((len(rows), width), NO_ENTRY, dtype=torch.int64)
@@ -103,9 +102,9 @@ def _from_list(name: str, given: Sequence[Any]) -> Tensor:
 def prompts(
     clean: Ids, corrupt: Ids, mask: Mask | None
 ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"], Shift]:
-    """Clean ids, corrupt ids and mask in canonical form, and how far each row was moved for it.
+    """Clean ids, corrupt ids and mask in canonical form, and how far each row was moved.
 
-    Without a mask, every id of a tensor is a real token, and ragged lists are as long as they are.
+    Without a mask, every id of a tensor and of each list is a real token.
     """
     clean_ids, corrupt_ids = whole_numbers("clean", clean), whole_numbers("corrupt", corrupt)
     for name, ids in (("clean", clean_ids), ("corrupt", corrupt_ids)):
@@ -139,7 +138,7 @@ def _mask(
     mask: Mask | None, clean: Ids, corrupt: Ids, clean_ids: Tensor, corrupt_ids: Tensor
 ) -> Bool[Tensor, "batch pos"]:
     if mask is None:
-        # Only a list can be ragged: there, and only there, -1 was filled in by us.
+        # Only lists can be ragged; only there -1 was filled in by `whole_numbers`.
         valid = torch.ones_like(clean_ids, dtype=torch.bool)
         clean_valid = clean_ids != NO_ENTRY if isinstance(clean, Sequence) else valid
         corrupt_valid = corrupt_ids != NO_ENTRY if isinstance(corrupt, Sequence) else valid

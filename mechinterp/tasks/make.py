@@ -1,4 +1,4 @@
-"""From a task and a tokenizer to `Pairs`: draw examples as text, encode them, keep what is well formed."""
+"""From a task and a tokenizer to `Pairs`: draw examples as text, encode them, keep the well-formed ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from mechinterp.tasks.schema import checked
 from mechinterp.tasks.source import Dropped, Report, TaskSource
 from mechinterp.tasks.spec import Answer, NumberAnswers, TaskSpec, Template
 from mechinterp.tasks.split import split_of
-from mechinterp.tasks.task import Task
 from mechinterp.tasks.template import Draft, fill, prompt, replacements, with_parts
 from mechinterp.tasks.tokenization import Encoder, encoder_of
 from mechinterp.tasks.vocabulary import Vocabulary, usable_words
@@ -26,7 +25,20 @@ MAX_TRIES = 1000
 SPLITS = ("train", "test")
 
 Writer: TypeAlias = Callable[[Draw], Draft | None]
-"""Draws one example; None when the words drawn make none (no year is later than 99)."""
+"""Draws one example; None if the drawn words do not allow one (no year is later than 99)."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which pairs of a task to make: its content with its digest, the split, how many, and the seed."""
+
+    spec: TaskSpec
+    lists: Mapping[str, Sequence[str]]
+    """The word lists that the task draws from, by name."""
+    digest: str
+    split: str
+    n: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -39,34 +51,33 @@ class _Row:
     positions: Mapping[str, int]
 
 
-def make_pairs(
-    task: Task, model_or_tokenizer: Any, *, n: int, split: str, seed: int, prepend_bos: bool | None
-) -> Pairs:
-    """The pairs that `Task.pairs` promises; see there."""
+def make_pairs(wanted: Request, model_or_tokenizer: Any, prepend_bos: bool | None) -> Pairs:
+    """The pairs of a request; `Task.pairs` describes them."""
+    spec, split, n, seed = wanted.spec, wanted.split, wanted.n, wanted.seed
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     if not 2 <= n <= MAX_EXAMPLES:
         raise InputError(f"n must be between 2 and {MAX_EXAMPLES} examples; got {n}.")
     encoder = encoder_of(model_or_tokenizer, prepend_bos)
-    vocabulary = usable_words(task, encoder)
-    writers = _writers(task.spec, split, vocabulary, f"{seed}/{split}")
+    vocabulary = usable_words(spec, wanted.lists, encoder)
+    writers = _writers(spec, split, vocabulary, f"{seed}/{split}")
     dropped: dict[Dropped, None] = dict.fromkeys(vocabulary.dropped)
     rows: list[_Row] = []
     seen: set[tuple[str, str]] = set()
     for index in range(n):
         draw = Draw(f"{seed}/{split}/{index}")
-        row = _first_usable(task, split, writers[index % len(writers)], draw, encoder, seen, dropped)
+        row = _first_usable(spec, split, writers[index % len(writers)], draw, encoder, seen, dropped)
         if row is None:
             raise InputError(
-                f"Task {task.name!r} has too few different {split} examples for n={n} with this tokenizer "
-                f"(found {index}). Ask for fewer." + _last_reason(dropped)
+                f"Task {spec.name!r} has too few different {split} examples for n={n} with this tokenizer "
+                f"(found {index}). Choose a smaller n." + _last_reason(dropped)
             )
         seen.add((row.draft.clean.text, row.draft.corrupt.text))
         rows.append(row)
     source = TaskSource(
-        task=task.name,
-        version=task.version,
-        digest=task.digest(),
+        task=spec.name,
+        version=spec.version,
+        digest=wanted.digest,
         split=split,
         n=n,
         seed=seed,
@@ -78,7 +89,7 @@ def make_pairs(
 
 
 def check_against(pairs: Pairs, model_or_tokenizer: Any) -> None:
-    """Return None when the ids suit the tokenizer, and the model if there is one. Raises InputError."""
+    """Return None when the ids are valid for the tokenizer, and for the model if there is one. Raises InputError."""
     tokenizer: Any = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
     bos: int | None = getattr(tokenizer, "bos_token_id", None)
     if bos is not None:
@@ -109,7 +120,7 @@ def _last_reason(dropped: Mapping[Dropped, None]) -> str:
 
 
 def _first_usable(
-    task: Task,
+    spec: TaskSpec,
     split: str,
     writer: Writer,
     draw: Draw,
@@ -118,35 +129,35 @@ def _first_usable(
     dropped: dict[Dropped, None],
 ) -> _Row | None:
     """The first well-formed example of the split that is new, or None after MAX_TRIES."""
-    rule = task.spec.pair_split
+    rule = spec.pair_split
     for _ in range(MAX_TRIES):
         draft = writer(draw)
         if draft is None or (draft.clean.text, draft.corrupt.text) in seen:
             continue
         if split_of([draft.words[slot] for slot in rule.slots], rule.test_fraction) != split:
             continue
-        row = _encode(task, draft, encoder)
+        row = _encode(spec, draft, encoder)
         if isinstance(row, _Row):
             return row
         dropped[Dropped(f"example {draft.clean.text!r}", row)] = None
     return None
 
 
-def _encode(task: Task, draft: Draft, encoder: Encoder) -> _Row | str:
+def _encode(spec: TaskSpec, draft: Draft, encoder: Encoder) -> _Row | str:
     """The example as token ids, or why it is not well formed."""
     clean, corrupt = encoder.encode([draft.clean.text, draft.corrupt.text])
     if encoder.unknown(clean.ids) or encoder.unknown(corrupt.ids):
         raise InputError(
-            f"Task {task.name!r}: the tokenizer does not know some word of {draft.clean.text!r}. The task's "
+            f"Task {spec.name!r}: the tokenizer does not know some word of {draft.clean.text!r}. The task's "
             "templates need a tokenizer that knows their words."
         )
     if len(clean.ids) != len(corrupt.ids):
         return f"{len(clean.ids)} tokens clean, {len(corrupt.ids)} corrupt"
     positions: dict[str, int] = {}
-    for name in task.positions:
+    for name in spec.positions:
         at = clean.token_at(draft.clean.marks[name])
         if at is None or at != corrupt.token_at(draft.corrupt.marks[name]):
-            return f"the position {name!r} is not the same token in clean and corrupt"
+            return f"the position {name!r} is not at the same token in clean and corrupt"
         positions[name] = at
     right, wrong = (_answer_ids(texts, encoder) for texts in (draft.right, draft.wrong))
     if isinstance(right, str) or isinstance(wrong, str):
@@ -164,7 +175,7 @@ def _answer_ids(texts: Sequence[str], encoder: Encoder) -> tuple[int, ...] | str
 
 
 def _writers(spec: TaskSpec, split: str, vocabulary: Vocabulary, key: str) -> list[Writer]:
-    """One writer per template, in the order of their turns; just one for a generator."""
+    """One writer per template, in the order in which they alternate; one for a generator."""
     if spec.generator is not None:
         generator = GENERATORS.get(spec.generator)
         parameters = checked(generator.parameters, spec.parameters, "parameters")
@@ -184,14 +195,14 @@ def _turns(templates: Sequence[Template], key: str) -> Iterator[Template]:
 
 
 def _template_writer(spec: TaskSpec, template: Template, vocabulary: Vocabulary) -> Writer:
-    # Sorted: the order of keys in the file must not change what is drawn.
+    # Sorted, so that the order of keys in the file does not change the draws.
     slots = {slot: vocabulary.words[slot, name] for slot, name in sorted(words_of(spec, template).items())}
     numbers = {name: {word: int(word) for word in words} for name, words in vocabulary.lists().items()}
 
     def write(draw: Draw) -> Draft | None:
         drawn: dict[str, str] = {}
         for slot, words in slots.items():
-            # No word twice in one example, not even from two lists.
+            # No word occurs twice in an example, not even from two lists.
             used = set(drawn.values())
             left = [word for word in words if word not in used]
             if not left:
@@ -217,7 +228,7 @@ def _template_writer(spec: TaskSpec, template: Template, vocabulary: Vocabulary)
 def _answer_texts(
     answer: Answer | None, words: Mapping[str, str], numbers: Mapping[str, Mapping[str, int]]
 ) -> tuple[str, ...] | None:
-    """The answer's texts, None when the task states none; empty when no number is in the set."""
+    """The answer's texts; None if the task has none; empty if no number is in the set."""
     if answer is None:
         return None
     if isinstance(answer, NumberAnswers):

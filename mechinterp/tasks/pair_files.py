@@ -1,6 +1,6 @@
-"""Reading a JSONL or CSV file of pairs into checked rows; nothing here knows a tokenizer.
+"""`load_pairs`: a user's own pairs from a JSONL or CSV file, as texts or as token ids.
 
-`load_pairs`: a user's own pairs from a JSONL or CSV file, as texts or as token ids.
+`read_rows` reads a file into checked rows without a tokenizer; `load_pairs` encodes them.
 """
 
 from __future__ import annotations
@@ -46,15 +46,18 @@ def load_pairs(
 ) -> Pairs:
     """The pairs of a `.jsonl` or `.csv` file with the columns clean, corrupt, right, wrong, positions.
 
-    `clean` and `corrupt` are texts, or lists of token ids that are taken as they are. `right` and `wrong`
-    (optional) are one answer or a list; an answer as text holds its leading space. `positions` (optional)
-    maps names to token indices, counted in the ids that the model sees, BOS included. In CSV, lists and
-    positions are JSON in a cell. `prepend_bos=None` does what the tokenizer itself does with a text.
+    `clean` and `corrupt` are texts, or lists of token ids that are used as they are. `right` and `wrong` (optional)
+    are one answer or a list; an answer as text includes its leading space. `positions` (optional) maps names to token
+    indices, counted in the ids that the model reads, including BOS. In CSV, lists and positions are JSON in a cell.
 
-    A row that the tokenizer cannot use (other lengths of clean and corrupt, an answer that is not one token)
-    is left out and listed in `Pairs.report`; with `strict=True` it is an error. Raises FormatError.
+    Args:
+        path: The file.
+        model_or_tokenizer: A model with a tokenizer, or a Hugging Face tokenizer; not needed for token ids.
+        strict: Whether a row that the tokenizer cannot use (clean and corrupt of different lengths, an answer that is
+            not one token) is an error; by default it is left out and listed in `Pairs.report`.
+        prepend_bos: Whether texts are encoded with the BOS token first; by default as the tokenizer does it.
 
-    The model or tokenizer may be left out when the file holds token ids only.
+    Raises FormatError, with the line, for a malformed file, InputError for texts without a tokenizer.
     """
     path = Path(path)
     file = read_rows(path)
@@ -152,7 +155,7 @@ def _report(file: PairsFile, kept: Sequence[_Encoded], dropped: Sequence[Dropped
 
 
 def _warn_of_missing_spaces(kept: Sequence[_Encoded], encoder: Encoder | None, where: str) -> None:
-    """Log the answers that are another token with a space before them, where the prompt ends without one."""
+    """Log the answers that would be other tokens with a leading space, if the prompt does not end with one."""
     bare = [
         (entry.row.line, answer)
         for entry in kept
@@ -195,9 +198,9 @@ def _assemble(kept: Sequence[_Encoded], source: FileSource, report: Report) -> P
 MAX_BYTES = 64 * 2**20
 MAX_ROWS = 250_000
 MAX_LETTERS = 1_000_000
-"""Of one prompt; the longest contexts are some 100,000 tokens."""
+"""The most characters of a prompt; the longest contexts are some 100,000 tokens."""
 MAX_NAMED = 1000
-"""Named positions of a row."""
+"""The most named positions of a row."""
 LARGEST_ID = 2**31 - 1
 REQUIRED = ("clean", "corrupt")
 COLUMNS = (*REQUIRED, "right", "wrong", "positions")
@@ -209,7 +212,7 @@ Answers: TypeAlias = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class FileRow:
-    """One example as the file gives it; `line` counts from 1."""
+    """One example as it is in the file; `line` counts from 1."""
 
     line: int
     clean: Text
@@ -244,7 +247,7 @@ def read_rows(path: Path) -> PairsFile:
     rows: list[FileRow] = []
     for line, given in readers[path.suffix.lower()](text, str(path)):
         if len(rows) == MAX_ROWS:
-            raise FormatError(f"{path} has more than {MAX_ROWS} rows; cut it into parts.")
+            raise FormatError(f"{path} has more than {MAX_ROWS} rows; split it.")
         rows.append(_row(given, line, f"{path}, line {line}"))
     if len(rows) < 2:
         raise FormatError(f"{path} holds {len(rows)} examples; pairs need at least two.")
@@ -253,7 +256,7 @@ def read_rows(path: Path) -> PairsFile:
 
 
 def _jsonl(text: str, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    # Not splitlines(): a JSON string may hold U+2028 and its like, which are no line ends here.
+    # Not splitlines(): a JSON string may contain U+2028 and the like, which do not end a line of JSONL.
     line, end = 1, 0
     for found in re.finditer(r"[^\n]+", text):
         line, end, content = line + text.count("\n", end, found.start()), found.end(), found[0]
@@ -332,7 +335,7 @@ def _row(given: Mapping[str, Any], line: int, where: str) -> FileRow:
 def _prompt(given: object, where: str) -> Text:
     if isinstance(given, str) and given:
         if len(given) > MAX_LETTERS:
-            raise FormatError(f"{where}: a text of {len(given)} letters is longer than any model reads.")
+            raise FormatError(f"{where}: a text of {len(given)} characters is longer than any model can read.")
         return given
     if isinstance(given, list) and given:
         return tuple(_token_id(entry, where) for entry in cast(list[object], given))

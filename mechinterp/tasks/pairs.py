@@ -1,4 +1,4 @@
-"""`Pairs`: clean and corrupt prompts with their answers, checked once and then trusted."""
+"""`Pairs`: clean and corrupt prompts with their answers, checked once when they are made."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from mechinterp.tasks.source import FileSource, Report, TaskSource
 logger = logging.getLogger(__name__)
 
 SHIFTED = 0.9
-"""Share of the prompts that hold their own answers from which on they are refused: their answers were not cut off."""
+"""If at least this share of the prompts contain their own answer, they are refused: the answers were not removed."""
 
 
 @dataclass(frozen=True, init=False, eq=False)
 class Pairs:
     """Clean and corrupt token ids of equal length, with answers and positions; one row per example.
 
-    What is stored is canonical: right-padded, id 0 under padding, -1 for no entry. Left-padded input is
-    moved, its positions with it.
+    They are stored in one form: right-padded, id 0 under padding, -1 for no entry. Left-padded input is moved to
+    the left, together with its positions.
 
     >>> pairs = Pairs(clean=[[5, 6, 7], [5, 8]], corrupt=[[5, 9, 7], [5, 9]], right=[6, 8], wrong=[9, 9],
     ...     answer_pos=[2, 0])
@@ -70,8 +70,23 @@ class Pairs:
     ) -> None:
         """Check everything that can be checked without a model.
 
-        `right`, `wrong` and `answer_pos` are [batch] or [batch, n] with -1 for no entry; both masks of a
-        pair are the same. Every tensor goes to the device of `clean`. Raises InputError with the row.
+        Ids can be tensors, arrays or lists; every tensor is moved to the device of `clean`.
+
+        Args:
+            clean: Token ids of the clean prompts `[batch, pos]`; lists may have rows of different lengths.
+            corrupt: Token ids of the corrupt prompts, each as long as its clean prompt.
+            right: Token ids of the right answers, `[batch]` or `[batch, n_right]` with -1 for no entry.
+            wrong: Token ids of the wrong answers, in the same form; they need `right`.
+            mask: True at real tokens, for both prompts of a pair; by default all tokens of a row are real.
+            positions: Named positions, `[batch]` columns of `clean` each.
+            answer_pos: Where the metric reads the logits, `[batch]` or `[batch, n_answer]` with -1 for no entry; by
+                default the last real token.
+            clean_text: The clean prompts as text, for display.
+            corrupt_text: The corrupt prompts as text, for display.
+            source: The task or file that the pairs come from, for circuit files.
+            report: What was left out when the pairs were made.
+
+        Raises InputError, with the row, for anything that does not fit together.
         """
         clean_ids, corrupt_ids, valid, shift = prompts(clean, corrupt, mask)
         n_rows, device = len(clean_ids), clean_ids.device
@@ -103,14 +118,14 @@ class Pairs:
             object.__setattr__(self, name, value)
 
     def _with(self, **changes: Any) -> Pairs:
-        """A copy with parts that are canonical already; skips the checks."""
+        """A copy with some parts replaced, which must be in the stored form; without checks."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)} | changes
         made = object.__new__(Pairs)
         made._fill(**values)
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickle and copy keep; a read-only view of a mapping is neither pickled nor copied."""
+        """The state for pickle and copy, which cannot handle a read-only view of a mapping."""
         return {field.name: getattr(self, field.name) for field in fields(self)} | {"positions": dict(self.positions)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -129,7 +144,7 @@ class Pairs:
 
     @property
     def device(self) -> torch.device:
-        """The device of every tensor in here."""
+        """The device of every tensor of the pairs."""
         return self.clean.device
 
     @property
@@ -138,16 +153,21 @@ class Pairs:
         return self.mask.sum(1)
 
     def __getitem__(self, rows: slice | Tensor | Sequence[int]) -> Pairs:
-        """The chosen examples as Pairs of the same padded width; a single example is allowed here.
+        """The chosen examples as Pairs of the same padded width; one example is enough here.
 
-        A part of a source is not that source, so `source` is None in it unless every row is taken in order.
+        Their `source` is None unless every row is chosen in order, since a part of a source is not that source.
+
+        Args:
+            rows: A slice, a list or tensor of row numbers, or a boolean mask with one value per example.
+
+        Raises InputError for a choice of none and for rows that do not exist.
         """
         every = torch.arange(len(self), device=self.device)
         if isinstance(rows, slice):
-            rows = list(range(len(self))[rows])  # tensors know no negative step, ranges do
+            rows = list(range(len(self))[rows])  # tensors do not support negative steps, ranges do
         chosen = _rows(rows, every)
         if not len(chosen):
-            raise InputError(f"{rows!r} chooses none of the {len(self)} examples.")
+            raise InputError(f"{rows!r} selects none of the {len(self)} examples.")
         numbers = chosen.tolist()
         whole = numbers == list(range(len(self)))
         return self._with(
@@ -159,14 +179,24 @@ class Pairs:
         )
 
     def to(self, device: torch.device | str) -> Pairs:
-        """The same pairs with every tensor on `device`."""
+        """The same pairs with every tensor on a device.
+
+        Args:
+            device: A torch device or its name, such as `cuda`.
+        """
         return self._with(
             **{name: None if ids is None else ids.to(device) for name, ids in self._tables().items()},
             positions={name: at.to(device) for name, at in self.positions.items()},
         )
 
     def chunks(self, batch_size: int) -> Iterator[Pairs]:
-        """The pairs in order, in parts of `batch_size` examples (the last may be smaller)."""
+        """The pairs in order, in parts.
+
+        Args:
+            batch_size: Examples per part; the last part may be smaller.
+
+        Raises InputError for a size below 1.
+        """
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1; got {batch_size}.")
         return (self[start : start + batch_size] for start in range(0, len(self), batch_size))
@@ -182,7 +212,7 @@ class Pairs:
         }
 
     def digest(self) -> str:
-        """SHA-256 (hex) over lengths, real token ids, answers and positions; padding does not count."""
+        """SHA-256 (hex) over lengths, real token ids, answers and positions; padding is not included."""
         made = hashlib.sha256(b"mechinterp.pairs.1\n")
         parts: dict[str, Tensor | None] = {
             "lengths": self.lengths,
@@ -201,7 +231,14 @@ class Pairs:
         return made.hexdigest()
 
     def check_vocabulary(self, d_vocab: int, d_vocab_out: int | None = None) -> None:
-        """Return None when every id is below `d_vocab` (answers: `d_vocab_out`). Raises InputError otherwise."""
+        """Return None when every token id is in the vocabulary.
+
+        Args:
+            d_vocab: The number of token ids that the model reads.
+            d_vocab_out: The number of its logits, which limits the answers; by default `d_vocab`.
+
+        Raises InputError with the first row that has another id.
+        """
         answers = d_vocab if d_vocab_out is None else d_vocab_out
         for name, size in {"clean": d_vocab, "corrupt": d_vocab, "right": answers, "wrong": answers}.items():
             ids = getattr(self, name)
@@ -213,7 +250,13 @@ class Pairs:
                 )
 
     def check_bos(self, bos_token_id: int) -> None:
-        """Return None when no prompt begins with BOS twice. Raises InputError with the first that does."""
+        """Return None when no prompt begins with BOS twice.
+
+        Args:
+            bos_token_id: The tokenizer's BOS token.
+
+        Raises InputError with the first row that does.
+        """
         if self.clean.shape[1] < 2:
             return
         for name in ("clean", "corrupt"):
@@ -230,7 +273,7 @@ def _check_answers(
     right: Tensor | None, wrong: Tensor | None, clean: Tensor, answer_pos: Int[Tensor, "batch n_answer"]
 ) -> None:
     if wrong is not None and right is None:
-        raise InputError("wrong answers are given without right ones; give right too.")
+        raise InputError("wrong answers are given without right ones; give right, too.")
     if right is not None and wrong is not None:
         shared = _have_a_common_entry(right, wrong)
         if bool(shared.any()):
@@ -244,20 +287,20 @@ def _check_answers(
 
 
 def _check_shift(held: Bool[Tensor, " batch"]) -> None:
-    """Raises InputError when the clean prompts hold their right answers at the answer position, row for row.
+    """Raises InputError when (almost) all clean prompts have their right answer at the answer position.
 
-    Then the metric would read one position late. In single rows the token may stand there for its own sake.
+    Then the metric would read one position late. In a few rows the same token may occur there legitimately.
     """
     rows = held.nonzero()[:, 0].tolist()
     if len(rows) >= SHIFTED * len(held):
         raise InputError(
             f"{len(rows)} of {len(held)} clean prompts hold their right answer at the answer position (the first in "
-            f"row {rows[0]}), so the metric would read one position late. Cut the answers off the prompts."
+            f"row {rows[0]}), so the metric would read one position late. Remove the answers from the prompts."
         )
     if rows:
         logger.warning(
             "%d of %d clean prompts hold their right answer at the answer position (the first in row %d); if the "
-            "answer is not meant to be there, cut it off.",
+            "answer is not meant to be there, remove it.",
             *(len(rows), len(held), rows[0]),
         )
 
@@ -275,8 +318,8 @@ def _named(name: str, at: Ids, n_rows: int, device: torch.device) -> Int[Tensor,
         raise InputError(f"positions[{name!r}] must be [batch] with batch = {n_rows}; got shape {tuple(column.shape)}.")
     if int(column.min()) < 0:
         raise InputError(
-            f"positions[{name!r}] is {int(column.min())} in row {int(column.argmin())}; count from the first "
-            "column, every example needs the position."
+            f"positions[{name!r}] is {int(column.min())} in row {int(column.argmin())}; positions are "
+            "counted from the first column, and every example needs one."
         )
     return column[:, None]
 
@@ -300,5 +343,5 @@ def _rows(rows: Tensor | Sequence[int], every: Int[Tensor, " batch"]) -> Int[Ten
             raise InputError(f"A boolean index needs one value per example ({len(every)}); got {len(index)}.")
         return every[index]
     if len(index) and not bool(((index >= -len(every)) & (index < len(every))).all()):
-        raise InputError(f"Row numbers must lie in 0..{len(every) - 1}; got {rows!r}.")
+        raise InputError(f"Row numbers must be in 0..{len(every) - 1}; got {rows!r}.")
     return every[index.long()]

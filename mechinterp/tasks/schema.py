@@ -12,7 +12,7 @@ from mechinterp.base.errors import FormatError, clip
 from mechinterp.base.registry import unknown
 
 MAX_BYTES = 2**18
-"""Of a task or a word list; a YAML parser in Python takes a second for 100 kB."""
+"""The largest file of a task or word lists; a YAML parser in Python needs a second for 100 kB."""
 
 
 class Strict(BaseModel):
@@ -35,9 +35,9 @@ Model = TypeVar("Model", bound=Strict)
 
 
 class _PlainLoader(yaml.BaseLoader):
-    """Strings, lists and mappings only: `No`, `1e3` and `2020-01-01` stay the text that was written.
+    """Strings, lists and mappings only: `No`, `1e3` and `2020-01-01` stay text.
 
-    Aliases are refused (a few of them can stand for gigabytes), and so is a key that is given twice.
+    Aliases are refused (a few of them can expand to gigabytes), and so are duplicate keys.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -62,14 +62,14 @@ class _PlainLoader(yaml.BaseLoader):
 def parse_yaml(content: bytes, where: str) -> dict[str, Any]:
     """The mapping in a YAML text, every scalar as a string.
 
-    Raises FormatError for broken YAML, aliases, duplicate keys, too deep nesting, or what is no mapping.
+    Raises FormatError for broken YAML, aliases, duplicate keys, nesting that is too deep, and anything but a mapping.
     """
     try:
         given = yaml.load(content.decode("utf-8"), Loader=_PlainLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = clip(" ".join(str(error).split()), 300)
         raise FormatError(f"{where} is not valid YAML: {reason}") from error
-    except ValueError as error:  # PyYAML's own, over an escape such as "\\UFFFFFFFF"
+    except ValueError as error:  # from PyYAML, for an escape such as "\\UFFFFFFFF"
         raise FormatError(f"{where} is not valid YAML: {clip(str(error), 300)}") from error
     except RecursionError as error:
         raise FormatError(f"{where} is nested too deeply.") from error
@@ -79,7 +79,7 @@ def parse_yaml(content: bytes, where: str) -> dict[str, Any]:
 
 
 def checked(model: type[Model], given: object, where: str) -> Model:
-    """`given` as a `model`. Raises FormatError with the place and the reason of the first thing wrong."""
+    """`given` as a `model`. Raises FormatError with the place and the reason of the first error."""
     try:
         return model.model_validate(given)
     except ValidationError as error:

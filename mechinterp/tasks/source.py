@@ -1,4 +1,4 @@
-"""Where pairs came from and what was left out on the way: the record that provenance keeps."""
+"""Where pairs came from, and what was left out when they were made; recorded in circuit files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class TaskSource:
-    """Enough to make the same pairs again with the same tokenizer."""
+    """Everything needed to make the same pairs again with the same tokenizer."""
 
     task: str
     version: int
@@ -29,7 +29,7 @@ class FileSource:
 
 @dataclass(frozen=True)
 class Dropped:
-    """One thing that was left out (`what`: a word of a list, a row of a file) and the reason."""
+    """One thing that was left out (`what`, a word of a list or a row of a file), and the reason."""
 
     what: str
     why: str
@@ -37,7 +37,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Report:
-    """What was left out when pairs were made; empty when nothing was."""
+    """What was left out when pairs were made."""
 
     dropped: tuple[Dropped, ...] = ()
 

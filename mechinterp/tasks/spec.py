@@ -1,4 +1,4 @@
-"""What a task file may say: the schema of a task's YAML."""
+"""The schema of a task file (YAML)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Text = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 
 class NumberAnswers(Strict):
-    """The entries of a list of numbers that are above a part's number, or those that are not."""
+    """The entries of a list of numbers above the number of a part, or those that are not above it."""
 
     words: Name = Field(alias="list")
     greater_than: Name | None = None
@@ -32,7 +32,7 @@ class NumberAnswers(Strict):
 
 
 def _kind_of_answer(given: object) -> str:
-    """Which of the three an answer is meant to be, so that an error speaks of that one only."""
+    """Which of the three kinds an answer is meant to be, so that an error is about that kind only."""
     if isinstance(given, (dict, NumberAnswers)):
         return "set"
     return "texts" if isinstance(given, (list, tuple)) else "text"
@@ -44,11 +44,11 @@ Answer = Annotated[
     | Annotated[NumberAnswers, Tag("set")],
     Discriminator(_kind_of_answer),
 ]
-"""A text with slots, several of them, or a set of numbers. Texts hold their leading space."""
+"""A text with slots, several texts, or a set of numbers. Texts include their leading space."""
 
 
 class Part(Strict):
-    """Some characters of a slot's word; each part must be a token of its own."""
+    """Some characters of a slot's word; each part must be one token."""
 
     slot: Name
     characters: tuple[int, int]
@@ -62,10 +62,10 @@ class Part(Strict):
 
 
 class Corruption(Strict):
-    """What stands in the corrupt text: occurrence of a slot -> other slot, or a text made of parts.
+    """The words of the corrupt text: occurrence of a slot -> another slot, or a text made of parts.
 
-    `abc`: the answer's slots are replaced everywhere, so that the corrupt text does not hold the answer
-    (Wang et al. 2022 replace all three names). `replace`: no such promise.
+    `abc`: the answer's slots are replaced everywhere, so that the corrupt text does not contain the answer
+    (Wang et al. 2022 replace all three names). `replace` does not guarantee that.
     """
 
     scheme: Literal["abc", "replace"]
@@ -80,7 +80,7 @@ class PairSplit(Strict):
 
 
 class Template(Strict):
-    """One sentence with slots; what it states itself goes before what the task states."""
+    """One sentence with slots; its own entries override those of the task."""
 
     text: Text
     order: str | None = None
@@ -115,7 +115,7 @@ class TaskSpec(Strict):
     positions: tuple[Text, ...] = ()
     words: dict[Name, Name] = Field(default_factory=dict)
     lists: dict[Name, tuple[Text, ...]] = Field(default_factory=dict)
-    """Word lists of the task's own; other names are looked up in words.yaml."""
+    """The task's own word lists; other names are looked up in words.yaml."""
     parts: dict[Name, Part] = Field(default_factory=dict)
     corruption: Corruption | None = None
     pair_split: PairSplit

@@ -1,4 +1,4 @@
-"""Which split a combination of words belongs to: a property of the words, not of a seed or an order."""
+"""Which split a combination of words belongs to; it depends only on the words, not on a seed or order."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Split = Literal["train", "test"]
 
 
 def split_of(words: Iterable[str], test_fraction: float) -> Split:
-    """Return the split of an unordered combination of words.
+    """The split of an unordered combination of words.
 
-    The first 8 hex digits of the SHA-256 of the sorted words, joined by `|`, as a number in [0, 1); below
-    `test_fraction` it is "test". So a pair of names is in one split in every order, template and process.
+    The first 8 hex digits of the SHA-256 of the sorted words, joined by `|`, as a number in [0, 1); if it is
+    below `test_fraction`, the split is "test". So a pair of names is always in the same split.
 
     >>> split_of(["Mary", "John"], 0.2) == split_of(["John", "Mary"], 0.2)
     True

@@ -1,4 +1,4 @@
-"""`Task`: a checked task file with its word lists; it makes pairs for any tokenizer. Imports no torch."""
+"""`Task`: a checked task file with its word lists, which makes pairs for any tokenizer. Does not import torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,14 @@ _WORDS = _FOLDER / "words.yaml"
 
 @dataclass(frozen=True)
 class Task:
-    """A question to a model, in as many variants as are asked for."""
+    """A task: a kind of question to a model, from which `pairs` draws any number of examples.
+
+    Made by `load_task`.
+
+    Args:
+        spec: The content of the task file.
+        lists: The word lists that the task draws from, by name.
+    """
 
     spec: TaskSpec
     lists: Mapping[str, tuple[str, ...]]
@@ -40,17 +47,17 @@ class Task:
 
     @property
     def version(self) -> int:
-        """Counts changes of the task's content; `digest` tells any change."""
+        """The version of the task's content; `digest` changes with any change of it."""
         return self.spec.version
 
     @property
     def title(self) -> str:
-        """One line for people."""
+        """A one-line description."""
         return self.spec.title
 
     @property
     def source(self) -> str:
-        """The paper that the task is taken from."""
+        """The paper that the task comes from."""
         return self.spec.source
 
     @property
@@ -64,10 +71,10 @@ class Task:
         return self.spec.positions
 
     def digest(self) -> str:
-        """SHA-256 (hex) of everything that decides the pairs: the task and the lists it draws from.
+        """SHA-256 (hex) of everything that determines the pairs: the task and the lists it draws from.
 
-        Comments, line breaks and the order of keys in the file do not count; what is left at its default
-        does not count either, so that the schema can grow.
+        Comments, line breaks and the order of keys in the file do not matter, nor do values equal to their
+        defaults, so that the schema can grow.
         """
         content = {
             "task": self.spec.model_dump(mode="json", by_alias=True, exclude_defaults=True),
@@ -85,19 +92,30 @@ class Task:
         *,
         prepend_bos: bool | None = None,
     ) -> Pairs:
-        """`n` clean and corrupt examples for a model's tokenizer (or a tokenizer itself), on the CPU.
+        """`n` clean and corrupt examples for a model's tokenizer, on the CPU.
 
-        The same for the same task, tokenizer, split and seed, on every machine; a smaller `n` gives the first
-        of the same examples. Templates and orders take turns, so that every one is as frequent as the others.
-        No example of `train` shares its template or its pair of words with one of `test`.
-        `prepend_bos=None` does what the tokenizer itself does. `Pairs.report` says which words the tokenizer
+        The same task, tokenizer, split and seed give the same examples on every machine; a smaller `n` gives the
+        first of them. Templates and word orders alternate, so that all are equally frequent. No example of `train`
+        shares its template or its pair of words with one of `test`. `Pairs.report` lists the words that the tokenizer
         could not use.
 
-        Raises InputError when the tokenizer gives no character offsets, or leaves too few words or examples.
-        """
-        from mechinterp.tasks.make import make_pairs
+        Args:
+            model: A model with a tokenizer, or a Hugging Face tokenizer.
+            n: The number of examples, at least 2.
+            split: `train` or `test`.
+            seed: The seed of the random choices.
+            prepend_bos: Whether prompts begin with the BOS token; by default as the tokenizer does it.
 
-        return make_pairs(self, model, n=n, split=split, seed=seed, prepend_bos=prepend_bos)
+        Raises InputError when the tokenizer has no character offsets, or too few words or examples are left.
+
+        >>> import mechinterp as mi
+        >>> len(mi.load_task("ioi").pairs(mi.load_model("bundled"), n=4))
+        4
+        """
+        from mechinterp.tasks.make import Request, make_pairs
+
+        wanted = Request(self.spec, self.lists, self.digest(), split, n, seed)
+        return make_pairs(wanted, model, prepend_bos)
 
 
 def task_names() -> tuple[str, ...]:
@@ -106,10 +124,12 @@ def task_names() -> tuple[str, ...]:
 
 
 def load_task(name_or_path: str | Path) -> Task:
-    """The task of that name in the package, or the one in a YAML file of yours.
+    """A task of the package, or of a YAML file.
 
-    A text that ends in `.yaml` or `.yml` is a path. Raises InputError for an unknown name, FormatError for a
-    file that is not a task.
+    Args:
+        name_or_path: A name from `task_names()`, or a path; a text that ends in `.yaml` or `.yml` is a path.
+
+    Raises InputError for an unknown name, FormatError for a file that is not a task.
 
     >>> load_task("ioi").metric
     'logit_diff'
@@ -141,7 +161,7 @@ def _lists_for(spec: TaskSpec, where: str) -> dict[str, tuple[str, ...]]:
 
 @lru_cache(maxsize=1)
 def _word_lists(content: bytes) -> Mapping[str, tuple[str, ...]]:
-    """The lists of words.yaml, kept by content: parsing is slow, and an edited file must not give old words."""
+    """The lists of words.yaml, cached by content: parsing is slow, and an edited file must not give old words."""
     lists: dict[str, tuple[str, ...]] = {}
     for name, words in parse_yaml(content, str(_WORDS)).items():
         if not isinstance(words, list):

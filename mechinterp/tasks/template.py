@@ -1,6 +1,6 @@
-"""Templates: a text with `{SLOT}`s, the words put in, and where the named positions lie in the result.
+"""Templates: texts with `{SLOT}`s, filled with words, and where the named positions are in the result.
 
-A slot that is used several times has occurrences: `S1`, `S2` are the first and second `{S}` of the text, `IO`
+A slot that occurs several times has numbered occurrences: `S1`, `S2` are the first and second `{S}` of the text, `IO`
 alone is the only `{IO}`. `S1+1` is the token after the first token of S1, `end` the last token.
 """
 
@@ -37,7 +37,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Draft:
-    """One example as text, before any tokenizer has seen it. `words` are the words drawn, by slot."""
+    """One example as text, before it is tokenized. `words` are the words drawn, by slot."""
 
     clean: Prompt
     corrupt: Prompt
@@ -54,12 +54,12 @@ def slots_in(text: str) -> tuple[str, ...]:
     """
     rest = _SLOT.sub("", text)
     if "{" in rest or "}" in rest:
-        raise FormatError(f"A brace that belongs to no slot in {text!r}; a slot is written {{NAME}}.")
+        raise FormatError(f"A brace in {text!r} does not belong to a slot; a slot is written {{NAME}}.")
     return tuple(_SLOT.findall(text))
 
 
 def occurrence(name: str, text: str) -> tuple[str, int | None]:
-    """The slot and the index of its occurrence that a name means in a text; None means all of them.
+    """The slot, and the index of the occurrence, that a name refers to in a text; index None: all of them.
 
     Raises FormatError when the text has no such occurrence.
 
@@ -76,7 +76,7 @@ def occurrence(name: str, text: str) -> tuple[str, int | None]:
 
 
 def fill(text: str, words: Mapping[str, str]) -> str:
-    """The text with a word for every slot.
+    """The text with every slot replaced by its word.
 
     >>> fill("{A} and {B}", {"A": "x", "B": "y"})
     'x and y'
@@ -85,13 +85,13 @@ def fill(text: str, words: Mapping[str, str]) -> str:
 
 
 def with_parts(words: Mapping[str, str], parts: Mapping[str, Part]) -> dict[str, str]:
-    """The words, and the parts of words under their own names."""
+    """The words, together with the parts of words under the names of the parts."""
     cut = {name: words[part.slot][slice(*part.characters)] for name, part in parts.items()}
     return {**words, **cut}
 
 
 def replacements(spec: TaskSpec, template: Template, words: Mapping[str, str]) -> dict[tuple[str, int | None], str]:
-    """(slot, occurrence) -> the word that stands there in the corrupt text."""
+    """(slot, occurrence) -> its word in the corrupt text."""
     if spec.corruption is None:
         return {}
     made: dict[tuple[str, int | None], str] = {}

@@ -9,20 +9,20 @@ from typing import Any
 from mechinterp.base.errors import InputError
 from mechinterp.tasks.template import Mark
 
-# Answers and words are encoded after a line break: byte-level tokenizers keep a leading space apart from it,
-# and those that put a space before every text put it before the break, not before the word.
+# Answers and words are encoded after a line break: byte-level tokenizers do not merge it with a leading space, and
+# tokenizers that put a space before every text put it before the break, not before the word.
 _ANCHOR = "\n"
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one text (BOS too, where it is prepended) and each token's characters [start, stop)."""
+    """Token ids of one text (including a prepended BOS) and each token's characters [start, stop)."""
 
     ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
 
     def token_at(self, mark: Mark) -> int | None:
-        """The index of the token a mark means, or None when there is no such token."""
+        """The index of the token at a mark, or None if it is outside the text."""
         last = len(self.ids) - 1
         found = last if mark.character is None else self._covering(mark.character)
         if found is None or not 0 <= found + mark.offset <= last:
@@ -38,18 +38,18 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A fast tokenizer and whether BOS stands before every prompt."""
+    """A fast tokenizer, and whether BOS is prepended to every prompt."""
 
     tokenizer: Any
     prepend_bos: bool
 
     @property
     def bos(self) -> int | None:
-        """The id of the tokenizer's BOS token, used or not."""
+        """The id of the tokenizer's BOS token, whether it is used or not."""
         return self.tokenizer.bos_token_id
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """The token ids and spans of each text; no special token is added but BOS, where it is wanted."""
+        """The token ids and spans of each text; no special token is added, except BOS if it is prepended."""
         if not texts:
             return []
         made = self.tokenizer(
@@ -67,7 +67,7 @@ class Encoder:
         ]
 
     def pieces(self, texts: Sequence[str]) -> list[tuple[tuple[int, ...], tuple[str, ...]]]:
-        """For each text the tokens it adds to a prompt: their ids and their characters (spaces off)."""
+        """For each text the tokens that it adds to a prompt: their ids, and their characters without spaces."""
         found: list[tuple[tuple[int, ...], tuple[str, ...]]] = []
         for text, encoded in zip(texts, self.encode([_ANCHOR + text for text in texts]), strict=True):
             own = [
@@ -80,7 +80,7 @@ class Encoder:
 
     def unknown(self, ids: Sequence[int]) -> bool:
         """True when the tokenizer did not know some of the text."""
-        # GPT-2 names its BOS as the unknown token too, and never uses it as that.
+        # GPT-2 declares its BOS as the unknown token, too, but never uses it so.
         unk = self.tokenizer.unk_token_id
         return unk not in (None, self.bos) and unk in ids
 
@@ -88,8 +88,8 @@ class Encoder:
 def encoder_of(model_or_tokenizer: Any, prepend_bos: bool | None) -> Encoder:
     """The encoder of a tokenizer, or of a model that has one.
 
-    `prepend_bos=None` does what the tokenizer itself does. Raises InputError when there is no tokenizer, when
-    it gives no character offsets, or when a BOS is asked for that it does not have.
+    `prepend_bos=None` does what the tokenizer does. Raises InputError without a tokenizer, for one without character
+    offsets, and for `prepend_bos=True` if it has no BOS.
     """
     tokenizer: Any = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
     if tokenizer is None:
@@ -101,12 +101,12 @@ def encoder_of(model_or_tokenizer: Any, prepend_bos: bool | None) -> Encoder:
         )
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
-            f"{type(tokenizer).__name__} gives no character offsets, which the named positions need; load "
+            f"{type(tokenizer).__name__} has no character offsets, which the named positions need; load "
             "the fast version of the tokenizer (PreTrainedTokenizerFast)."
         )
     if prepend_bos is None:
         own: list[int] = list(tokenizer("a")["input_ids"])
         prepend_bos = tokenizer.bos_token_id is not None and own[:1] == [tokenizer.bos_token_id]
     if prepend_bos and tokenizer.bos_token_id is None:
-        raise InputError("prepend_bos is asked for, but the tokenizer has no BOS token.")
+        raise InputError("`prepend_bos` is True, but the tokenizer has no BOS token.")
     return Encoder(tokenizer, prepend_bos)

@@ -1,4 +1,4 @@
-"""Which words of a task's lists a tokenizer can use: each must be one token where the task puts it."""
+"""Which words of a task's lists a tokenizer can use: each must be one token where the task uses it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from mechinterp.tasks.generators import GENERATORS
 from mechinterp.tasks.schema import checked
 from mechinterp.tasks.source import Dropped
 from mechinterp.tasks.spec import NumberAnswers, TaskSpec
-from mechinterp.tasks.task import Task
 from mechinterp.tasks.template import fill, occurrence, slots_in, with_parts
 from mechinterp.tasks.tokenization import Encoder
 
@@ -27,36 +26,36 @@ class Vocabulary:
     dropped: tuple[Dropped, ...]
 
     def lists(self) -> dict[str, tuple[str, ...]]:
-        """The lists that are used without a slot."""
+        """The lists that are used without a slot, by name."""
         return {name: words for (slot, name), words in self.words.items() if not slot}
 
 
-def usable_words(task: Task, encoder: Encoder) -> Vocabulary:
+def usable_words(spec: TaskSpec, lists: Mapping[str, Sequence[str]], encoder: Encoder) -> Vocabulary:
     """The words of each slot that are one token (or one token per part) wherever the task uses them.
 
-    Raises InputError when a slot is left with fewer words than one example draws from its list.
+    Raises InputError when fewer words are left for a slot than one example draws.
     """
-    needed = _needed(task.spec)
+    needed = _needed(spec)
     words: dict[tuple[str, str], tuple[str, ...]] = {}
     dropped: dict[Dropped, None] = {}
-    spaces = _spaces(task.spec)
+    spaces = _spaces(spec)
     for (slot, name), count in needed.items():
-        uses = {word: list(_uses(task.spec, slot, spaces, word)) for word in task.lists[name]}
+        uses = {word: list(_uses(spec, slot, spaces, word)) for word in lists[name]}
         reasons = _reasons(uses, encoder)
-        kept = tuple(word for word in task.lists[name] if word not in reasons)
+        kept = tuple(word for word in lists[name] if word not in reasons)
         dropped |= {Dropped(f"word {word!r} of the list {name!r}", why): None for word, why in reasons.items()}
         if len(kept) < count:
             word, why = next(iter(reasons.items()), ("", ""))
             raise InputError(
-                f"Task {task.name!r}: an example needs {count} words of the list {name!r}; this tokenizer "
-                f"can use {len(kept)} of its {len(task.lists[name])} ({word!r}: {why}). Use another model, "
-                "or a task with words of its own."
+                f"Task {spec.name!r}: an example needs {count} words of the list {name!r}; this tokenizer "
+                f"can use {len(kept)} of its {len(lists[name])} ({word!r}: {why}). Use another model, "
+                "or a task with other words."
             )
         words[slot, name] = kept
     if dropped:
         log.warning(
             "task %s: %d words are not one token for this tokenizer and were dropped: %s",
-            task.name,
+            spec.name,
             len(dropped),
             ", ".join(entry.what for entry in list(dropped)[:10]) + (" ..." if len(dropped) > 10 else ""),
         )
@@ -84,7 +83,7 @@ def _needed(spec: TaskSpec) -> dict[tuple[str, str], int]:
 def _uses(
     spec: TaskSpec, slot: str, spaces: Mapping[str, Sequence[str]], word: str
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Every text that the task makes of a word, with the tokens that it must be."""
+    """Every text in which the task uses a word, with the tokens that it must consist of."""
     if not slot:
         yield (f" {word}" if spec.generator is not None else word), (word,)
         return
@@ -106,7 +105,7 @@ def _cut(word: str, cuts: Sequence[tuple[int, int]]) -> tuple[str, ...]:
 
 
 def _spaces(spec: TaskSpec) -> dict[str, list[str]]:
-    """Slot or part -> what stands before it in the task's texts: a space, nothing, or both in turn."""
+    """Slot or part -> what precedes it in the task's texts: a space, nothing, or both in different texts."""
     found: dict[str, set[str]] = {}
     for template in templates_of(spec):
         answers = texts_of(answer_of(spec, template)) + texts_of(wrong_of(spec, template))
@@ -114,7 +113,7 @@ def _spaces(spec: TaskSpec) -> dict[str, list[str]]:
             for slot in slots_in(text):
                 before = text.split(f"{{{slot}}}")[:-1]
                 found.setdefault(slot, set()).update(" " if part.endswith(" ") else "" for part in before)
-        # A slot that only the corrupt text uses stands where the slot stands that it replaces.
+        # A slot that only the corrupt text uses is where the slot that it replaces is.
         for name, given in (spec.corruption.slots if spec.corruption else {}).items():
             replaced, _ = occurrence(name, template.text)
             if "{" not in given:
@@ -123,7 +122,7 @@ def _spaces(spec: TaskSpec) -> dict[str, list[str]]:
 
 
 def _reasons(uses: Mapping[str, Sequence[tuple[str, tuple[str, ...]]]], encoder: Encoder) -> dict[str, str]:
-    """word -> why it cannot be used, for those that cannot."""
+    """word -> the reason, for words that cannot be used."""
     flat = [(word, text, wanted) for word, texts in uses.items() for text, wanted in texts]
     reasons: dict[str, str] = {}
     for (word, text, wanted), (ids, got) in zip(flat, encoder.pieces([text for _, text, _ in flat]), strict=True):

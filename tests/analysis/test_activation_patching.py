@@ -322,7 +322,7 @@ def test_progress_is_told_and_the_table_is_tidy() -> None:
 
 
 BAD: list[tuple[Any, dict[str, Any], str]] = [
-    ("zz", {}, "is no part of a model"),
+    ("zz", {}, "is not a part of a model"),
     ("a9.h0", {}, "layers 0 to 2"),
     ("a1.h4", {}, "heads 0 to 3"),
     ("a1.kv0<k>", {}, "write 'a5.h1<k>'"),

@@ -338,7 +338,7 @@ def test_bad_requests_get_one_clear_error() -> None:
         ("`steps` must be a whole number from 1", {"steps": 0}),
         ("Unknown quadrature", {"quadrature": "simpson"}),
         ("outside the prompt", {"positions": [9]}),
-        ("Layers are different numbers", {"layers": [7]}),
+        ("`layers` must be distinct", {"layers": [7]}),
         ("batch_size must be", {"batch_size": -1}),
     ):
         with pytest.raises(InputError, match=match):

@@ -329,7 +329,7 @@ def test_own_presets_and_neurons() -> None:
         ("q", {}, "nothing of 'q.0' reaches"),
         ("pattern", {}, "no value that contextual decomposition splits"),
         ("z", {"targets": []}, "No target"),
-        ("z", {"targets": ["answers", "logits"]}, "One direction at a time"),
+        ("z", {"targets": ["answers", "logits"]}, "one direction at a time"),
         ("z", {"targets": "a0.h9"}, "heads 0 to 3"),
         ("z", {"preset": "patch", "forward": False}, "needs preset 'linear'"),
         ([["a0.h1", "m1"]], {"forward": False}, "needs preset 'linear'"),
@@ -355,7 +355,7 @@ def test_an_operation_without_a_rule_is_named() -> None:
 
 def test_encoders_of_other_kinds_are_refused() -> None:
     config = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    with pytest.raises(UnsupportedError, match="BertForTokenClassification has no rules"):
+    with pytest.raises(UnsupportedError, match="BertForTokenClassification is not supported"):
         load_encoder(transformers.BertForTokenClassification(config))
     with pytest.raises(InputError, match="no model directory"):
         load_encoder("./nowhere")

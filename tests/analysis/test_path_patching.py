@@ -312,7 +312,7 @@ BAD: list[tuple[Any, Any, dict[str, Any], str]] = [
     ("heads", "a1.h1", {}, "is not a receiver"),
     ("heads", "a1.kv1<k>", {}, "own keys and values"),
     ("heads", ["logits", "m1"], {}, "cannot be combined with other receivers"),
-    ("heads", "a1.h1<x>", {}, "is no part of a model"),
+    ("heads", "a1.h1<x>", {}, "is not a part of a model"),
     ("heads", "logits", {"via": [["logits"]]}, "cannot be a mediator"),
     ("heads", "logits", {"via": [["resid_pre.1"]]}, "does not write by itself"),
     ("heads", "logits", {"meaning": "wang"}, "Unknown meaning"),

@@ -216,7 +216,7 @@ def test_an_edit_that_gives_something_else_is_refused(edit: Any, message: str) -
 
 
 def test_an_intervention_that_edits_nothing_is_refused() -> None:
-    with pytest.raises(InputError, match="edits nothing"):
+    with pytest.raises(InputError, match="has no edit"):
         Intervention("z.0")
 
 
@@ -333,7 +333,7 @@ def test_the_loss_may_be_of_the_value_at_the_stop_site() -> None:
         ({"grads": ["z.0"]}, "only one of them"),
         ({"grads": ["z.0"], "loss": lambda logits: 1.0}, "must return a tensor; got float"),
         ({"grads": ["z.0"], "loss": lambda logits: torch.zeros(3)}, "does not depend"),
-        ({"grads": "z.0", "loss": lambda logits: logits.sum()}, "several sites"),
+        ({"grads": "z.0", "loss": lambda logits: logits.sum()}, "a list of sites"),
     ],
 )
 def test_gradients_that_make_no_sense_are_refused(keywords: dict[str, Any], message: str) -> None:
@@ -533,7 +533,7 @@ def test_a_filter_that_matches_nothing_is_an_error() -> None:
 
 
 def test_one_string_is_not_a_list_of_sites() -> None:
-    with pytest.raises(InputError, match="write a list"):
+    with pytest.raises(InputError, match="take a list"):
         run(tiny("gpt2"), X, record="z.0")
 
 
@@ -542,13 +542,13 @@ def test_one_string_is_not_a_list_of_sites() -> None:
     [
         ((X + 60,), "Token id .* vocabulary of 50"),
         ((-X,), "Token id -"),
-        ((torch.ones(1, 33, dtype=torch.long),), "33 tokens.*takes 32"),
+        ((torch.ones(1, 33, dtype=torch.long),), "33 tokens.*reads 32"),
         ((X.float(),), "whole numbers"),
         ((X > 3,), "whole numbers"),
         ((X[0],), r"\[batch, pos\]"),
-        (([[1, 2], [1]],), "not a rectangle"),
+        (([[1, 2], [1]],), "do not form a rectangle"),
         ((X[:0],), "whole numbers"),
-        (("hello",), "not a rectangle"),
+        (("hello",), "do not form a rectangle"),
         ((X, torch.ones(3, 6)), "must agree"),
         ((X, torch.tensor([[1] * 7, [0] * 7, [1] * 7])), "no real token"),
     ],

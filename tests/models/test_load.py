@@ -112,7 +112,7 @@ def test_a_bridge_given_in_memory_is_used_and_left_as_it_was(name: str) -> None:
 
 
 def test_a_bridge_is_not_moved_behind_the_callers_back() -> None:
-    with pytest.raises(InputError, match="move it yourself"):
+    with pytest.raises(InputError, match="move it before"):
         load_model(native("no-norm"), dtype="float32")
 
 
@@ -172,7 +172,7 @@ def changed(folder: Path, weight: str, value: torch.Tensor) -> None:
 V = "model.layers.0.self_attn.v_proj.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda folder: without(folder, V), "v_proj.*would be random"),
-    "shape": (lambda folder: changed(folder, V, torch.zeros(4, 16)), "other shapes.*v_proj"),
+    "shape": (lambda folder: changed(folder, V, torch.zeros(4, 16)), "shapes differ.*v_proj"),
     "nan": (lambda folder: changed(folder, V, torch.full((8, 16), torch.nan)), "v_proj.*NaN"),
     "infinity": (lambda folder: changed(folder, V, torch.full((8, 16), torch.inf)), "v_proj.*infinity"),
     "truncated": (
@@ -260,7 +260,7 @@ def test_the_revision_goes_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     ("spec", "keywords", "message"),
     [
         ("org/name@a", {"revision": "b"}, "Two revisions"),
-        ("bundled", {"revision": "b"}, "goes with a hub id"),
+        ("bundled", {"revision": "b"}, "belongs to a hub id"),
         (3, {}, "Cannot load a model from int"),
         (torch.nn.Linear(2, 2), {}, "from Linear"),
         ("gpt2", {"dtype": "float31"}, "Unknown dtype 'float31'"),

@@ -65,7 +65,7 @@ def test_a_past_that_does_not_fit_is_refused() -> None:
     assert past is not None
     with pytest.raises(InputError, match="3 prompts and 3 layers; the run has 2"):
         model.run(X[:2, 4:], past=past.upto(4))
-    with pytest.raises(InputError, match="the model takes 32"):
+    with pytest.raises(InputError, match="the model reads 32"):
         model.run(tokens(3, 28), past=past)
     mask = torch.ones_like(X[:, 4:], dtype=torch.bool)
     mask[0, 0] = False
@@ -88,7 +88,7 @@ def test_an_mlp_by_itself_writes_what_it_writes_in_the_run(name: str) -> None:
         torch.testing.assert_close(alone[:, :, 0], values[Site("mlp_out", layer)][:, 2:5], rtol=0, atol=tolerance(name))
     with (
         model.intervene(Intervention("mlp_out.0", lambda out: out)),
-        pytest.raises(InputError, match="would not be seen"),
+        pytest.raises(InputError, match="would not be applied"),
     ):
         model.mlp(0, values[Site("mlp_in", 0)])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,9 @@ class Known:
         return {_our_name(source, channel) for source, channel in self.truths[name]["edges"]}
 
 
+@functools.cache
 def known(name: str) -> Known:
-    """The model of that name, with its weights set by hand."""
+    """The compiled model of that name, made once per session: tests leave it as it was."""
     folder = FOLDER if name in NAMES else PROGRAMS
     arrays = {key: torch.from_numpy(value) for key, value in np.load(folder / f"{name}.npz").items()}
     description = json.loads((folder / f"{name}.json").read_text())

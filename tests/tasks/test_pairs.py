@@ -103,7 +103,7 @@ def bad(match: str, **changes):
         bad("clean must hold whole numbers; got True", clean=[[True, 6, 7, 8], [5, 9], [4, 4, 4]]),
         bad("clean must hold whole numbers; got '5'", clean=[["5", 6, 7, 8], [5, 9], [4, 4, 4]]),
         bad("whole numbers .*got torch.float32", clean=torch.ones(3, 4), corrupt=torch.ones(3, 4)),
-        bad("no token id or position", clean=[[5, 6, 7, 10**30], [5, 9], [4, 4, 4]]),
+        bad("is not a token id or position", clean=[[5, 6, 7, 10**30], [5, 9], [4, 4, 4]]),
         bad("is empty", clean=[], corrupt=[]),
         bad("mask has a hole in row 0", clean=[[1, 2, 3]] * 3, corrupt=[[1, 2, 4]] * 3, mask=[[1, 0, 1]] * 3),
         bad("Row 1 has no real token", clean=[[1, 2]] * 3, corrupt=[[1, 3]] * 3, mask=[[1, 1], [0, 0], [1, 1]]),

@@ -271,7 +271,7 @@ class Slow:
 
 @pytest.mark.parametrize(
     ("given", "match"),
-    [(Slow(), "gives no character offsets"), (object(), "tokenizer.*is needed"), ("gpt2", "tokenizer.*is needed")],
+    [(Slow(), "has no character offsets"), (object(), "tokenizer.*is needed"), ("gpt2", "tokenizer.*is needed")],
 )
 def test_what_is_no_fast_tokenizer_is_refused(given, match: str) -> None:
     with pytest.raises(InputError, match=match):

@@ -1,1 +1,1 @@
-"""Contextual decomposition: a forward as a tape of operations, and the rules by which a relevant part is carried."""
+"""Contextual decomposition: a forward as a tape of operations, and the rules that carry a relevant part through it."""

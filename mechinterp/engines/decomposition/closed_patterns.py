@@ -1,4 +1,4 @@
-"""Attention patterns that a model shows nowhere, in closed form; and which keys a query sees by design."""
+"""Attention patterns of models that do not expose them, in closed form; and the keys that a query attends to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mechinterp.tasks.pairs import Pairs
 def complete_totals(model: HookManager, pairs: Pairs, tape: Tape, totals: dict[str, Tensor]) -> None:
     """Adds the patterns that a run cannot record (OPT, GPT-Neo), from queries and keys.
 
-    They are not compared with the model's own, which is not there; `Tape.check` compares what they make of the values.
+    They cannot be compared with the model's own; `Tape.check` compares the attention output that they give.
     Raises UnsupportedError, naming the site, for any other value of the tape that a run cannot record.
     """
     for op in tape.operations:
@@ -29,14 +29,14 @@ def complete_totals(model: HookManager, pairs: Pairs, tape: Tape, totals: dict[s
             totals[pattern] = softmax_where(scores, keys_by_design(model, pairs, layer))
         for name in (*op.inputs, op.output):
             if name not in totals and name not in HEAD:
-                model.resolve(Site.parse(name))  # says why it cannot be used
+                model.resolve(Site.parse(name))  # raises with the reason
                 raise UnsupportedError(f"'{name}' of {model.info.architecture} is not recorded, so it cannot be split.")
 
 
 def keys_by_design(model: HookManager, pairs: Pairs, layer: int) -> Bool[Tensor, "batch 1 query key"]:
-    """The keys that each query of a layer sees: real tokens, not later ones, in GPT-Neo's local layers only the last.
+    """The keys that each query of a layer attends to: real tokens, not later ones, a window in GPT-Neo's local layers.
 
-    A sliding window of another kind is not in it: where the model shows its scores, `visible_keys` reads them there.
+    Other sliding windows are not included: for models that expose their scores, `visible_keys` reads them.
     """
     n_pos = pairs.clean.shape[1]
     seen = torch.ones(n_pos, n_pos, dtype=torch.bool, device=model.device)

@@ -25,7 +25,7 @@ def decoder_tape(model: HookManager, columns: Int[Tensor, " n_columns"] | None, 
     """Every operation from the first layer's input to the logits of `columns` (None: of all tokens).
 
     `scores` adds the closed form of attention scores, for prompts of `n_pos` tokens. Raises UnsupportedError, naming
-    the part, for an MLP that is no plain pair of matrices and for an unknown activation function.
+    the part, for an MLP that is not a pair of matrices and for an unknown activation function.
     """
     layout, dims = model.layout, model.dims
     operations: list[Operation] = []
@@ -75,9 +75,8 @@ def _mlp(model: HookManager, layer: int, entry: str) -> list[Operation]:
     assert norm is not None
     if maps.activation is None:
         raise UnsupportedError(
-            f"What the MLP of layer {layer} of {model.info.architecture} does between its matrices is no activation "
-            f"function that is known (its configuration says {model.bridge.cfg.act_fn!r}), so it has no rule in a "
-            "decomposition."
+            f"The MLP of layer {layer} of {model.info.architecture} has an unknown activation function (its "
+            f"configuration says {model.bridge.cfg.act_fn!r}), for which contextual decomposition has no rule."
         )
     f = activation_function(maps.activation)
     d_mlp, d_model = (maps.W_out.shape[0],), (model.dims.d_model,)
@@ -100,7 +99,7 @@ def _mlp(model: HookManager, layer: int, entry: str) -> list[Operation]:
 
 
 def _multiplied(post: Norm, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias with the constant multiplier of what a layer adds; a post-norm is an operation of its own."""
+    """Weight and bias times the constant factor of the layer's output; a post-norm is a separate operation."""
     if post.kind != "none":
         return weight, bias
     return post.project(weight), None if bias is None else post.project(bias)
@@ -141,9 +140,9 @@ def named_totals(values: dict[Site, Tensor], dtype: torch.dtype) -> dict[str, Te
 def visible_keys(
     model: HookManager, pairs: Pairs, tape: Tape, totals: dict[str, Tensor], tolerance: float
 ) -> dict[str, Bool[Tensor, "batch 1 query key"]]:
-    """Which keys each query of each attention sees; the closed form of the scores is compared with the patterns.
+    """The keys that each query of each layer attends to; the closed form of the scores is checked against the patterns.
 
-    Cost: one forward up to the last attention. Raises UnsupportedError where the closed form does not hold.
+    Cost: one forward up to the last attention. Raises UnsupportedError if the closed form does not hold.
     """
     sites = [Site("scores", layer) for layer in range(model.dims.n_layers)]
     sites = [site for site in sites if model.has(site)]

@@ -1,6 +1,6 @@
 """BERT encoders (post-norm, padding mask) with a classification or a masked-language-model head, as a tape.
 
-TransformerLens is not in between: the module itself is read, and every run is compared with the module's own outputs.
+It does not use TransformerLens: the module itself is read, and every run is compared with the module's own outputs.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ SITES = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "m
 
 @dataclass(frozen=True)
 class EncoderLayout:
-    """What reading logits needs: classes or tokens, and the sizes of the MLPs."""
+    """The unembedding (to classes or tokens), and the size of the MLPs."""
 
     W_U: Float[Tensor, "d_model n_logits"]
     b_U: Float[Tensor, " n_logits"] | None
     n_neurons: int
 
     def neurons(self, layer: int) -> Any:
-        """Something with the `W_out` of an MLP; all layers have the same size."""
+        """An object with the `W_out` of an MLP; all layers have the same size."""
         return _Neurons(self.W_U.new_empty(self.n_neurons, 0))
 
 
@@ -58,16 +58,21 @@ class Encoder:
 
     Logits are classes (read at the first token, through the pooler) or tokens (read at the answer positions, or at
     `position=`). Token types are all 0.
+
+    Args:
+        module: The Hugging Face module.
+        info: Where it came from.
+        tokenizer: Its tokenizer; None: prompts are given as token ids.
     """
 
     def __init__(self, module: nn.Module, info: ModelInfo, tokenizer: Any = None) -> None:
         if info.architecture not in HEADS:
-            raise UnsupportedError(f"{info.architecture} has no rules here; encoders are {' and '.join(HEADS)}.")
+            raise UnsupportedError(f"{info.architecture} is not supported; encoders are {' and '.join(HEADS)}.")
         self.module: Any = module
         self.info, self.tokenizer = info, tokenizer
         config: Any = module.config
         if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
-            raise UnsupportedError(f"{info.architecture} is configured as a decoder; only encoders are supported here.")
+            raise UnsupportedError(f"{info.architecture} is configured as a decoder; only encoders are supported.")
         self.classifies = info.architecture == "BertForSequenceClassification"
         body: Any = module
         out = body.classifier if self.classifies else body.cls.predictions.decoder
@@ -107,18 +112,18 @@ class Encoder:
         return (inside and site.kind in (*SITES, "resid_post")) or site.kind == "resid_final"
 
     def resolve(self, site: Site | str) -> str:
-        """The tape's name of a site. Raises InputError when there is none."""
+        """The tape's name of a site. Raises InputError for a site that does not exist."""
         site = Site.parse(site) if isinstance(site, str) else site
         if site.layer is not None and not 0 <= site.layer < self.dims.n_layers:
-            raise InputError(f"Site '{site}' is not there: the model has layers 0 to {self.dims.n_layers - 1}.")
+            raise InputError(f"Site '{site}' does not exist: the model has layers 0 to {self.dims.n_layers - 1}.")
         if not self.has(site):
             raise UnsupportedError(f"{self.info.architecture} has no site '{site}'; it has {', '.join(SITES)}.")
         return self.name(site)
 
     def name(self, site: Site) -> str:
-        """The tape's name of a site: the stream after a layer is that before the next."""
+        """The tape's name of a site: the stream after a layer has the name of that before the next."""
         if site.kind == "pattern" or not self.has(site):
-            raise InputError(f"Site '{site}' is no value that contextual decomposition splits on an encoder.")
+            raise InputError(f"Contextual decomposition of an encoder does not split the site '{site}'.")
         if site.kind == "resid_post":
             last = site.layer is None or site.layer + 1 == self.dims.n_layers
             return "resid_final" if last else f"resid_pre.{(site.layer or 0) + 1}"
@@ -136,7 +141,7 @@ class Encoder:
         record: Iterable[Site] = (),
         stop: Site | None = None,
     ) -> Run:
-        """The values at sites (`stop` changes nothing here): one forward, compared with the module's own outputs."""
+        """The values at sites (`stop` has no effect): one forward, compared with the module's own outputs."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         totals, _ = self._totals(tokens.to(self.device), mask.to(self.device))
         found: dict[SiteLike, Tensor] = {}
@@ -195,8 +200,8 @@ class Encoder:
         worst = max(worst, self._head_gap(totals, own.logits.to(wide), mask))
         if not worst < (TOLERANCE if self.dtype in (torch.float32, torch.float64) else 5e-2):
             raise UnsupportedError(
-                f"{self.info.architecture}: its layers are not what the weights say (off by {worst:.2g} of the size): "
-                "contextual decomposition has no rule for what this encoder does."
+                f"{self.info.architecture}: its layers do not compute what the weights give (off by {worst:.2g} of the "
+                "size): contextual decomposition has no rule for what this encoder does."
             )
         return totals, worst
 
@@ -267,7 +272,7 @@ def _head_operations(module: Any, classifies: bool) -> list[Operation]:
 
 
 def _columns_of(op: Operation, columns: Int[Tensor, " n_columns"]) -> Linear:
-    """The last product, of some of its columns."""
+    """The last product, for some of its columns."""
     assert isinstance(op, Linear) and op.output in HEAD
     bias = None if op.bias is None else op.bias[columns]
     return Linear(op.inputs, op.output, op.weight[:, columns], bias, (len(columns),), op.kind)
@@ -284,8 +289,16 @@ def load_encoder(
 ) -> Encoder:
     """A BERT with a classification or masked-language-model head, for `contextual_decomposition`.
 
-    `spec` is a local directory (of `save_pretrained`), a hub id with an optional `@revision`, or a module in memory
-    (used as it is, and left so). Raises InputError when it cannot be found, UnsupportedError for another architecture.
+    Args:
+        spec: A local directory (from `save_pretrained`), a hub id with an optional `@revision`, or a module in memory,
+            which is used as it is and not changed.
+        revision: The branch, tag or commit of a hub id.
+        dtype: The dtype to compute in; by default float32. Not for a module in memory.
+        device: Where to put the model; by default the CPU. Not for a module in memory.
+        tokenizer: A Hugging Face tokenizer; by default the one that is saved with the model, if any.
+        trust_remote_code: Whether transformers may run code from the hub repository.
+
+    Raises InputError when the model cannot be found, UnsupportedError for another architecture.
     """
     with Gradients(torch.is_grad_enabled()) as as_before, as_before:
         module, info, tokenizer = open_encoder(

@@ -1,7 +1,7 @@
-"""Preset `linear` for every source at once: one backward whose coefficients are those of the rules.
+"""Preset `linear` for every source at once: one backward with the coefficients of the rules.
 
-With norms' scales, patterns and f(t) / t constant, what a source adds to a direction is linear in it: its relevance is
-<activation - replacement, gradient>. These are RelP's coefficients, so the backward is that of `lrp_rules`.
+With norms' scales, patterns and f(t) / t constant, a source's contribution to a direction is linear in it: its
+relevance is <activation - replacement, gradient>. These are RelP's coefficients, so the backward is that of `lrp`.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from mechinterp.tasks.pairs import Pairs
 
 
 def suits(model: object, rules: Preset, targets: Sequence[Target], parts: Sequence[tuple[Part, ...]]) -> bool:
-    """Whether one backward gives these: preset `linear`, one direction, and no part of a source in another's way."""
+    """Whether one backward suffices: preset `linear`, one direction, and sources whose parts do not overlap."""
     one = len(targets) == 1 and targets[0].direction is not None
     apart = all(_apart(several) for several in parts)
     if not (isinstance(model, HookManager) and rules == PRESETS["linear"] and one and apart):
         return False
-    # A backward must pass the patterns by; where they cannot be edited (OPT), the walk gives the same.
+    # The backward must skip the patterns; if they cannot be edited (OPT), the walk gives the same result.
     return all(model.has(Site("pattern", layer)) for layer in range(model.dims.n_layers))
 
 
 def _apart(several: tuple[Part, ...]) -> bool:
-    """Whether the parts of a set are different units of one site: then what is relevant of them adds up."""
+    """Whether the parts of a set are different units of one site: then their relevance adds up."""
     units = [part.unit for part in several]
     return (
         len({part.site for part in several}) == 1
@@ -75,7 +75,7 @@ def linear_scores(
     site_of = {subject.name(site): site for site in sites}
     products: dict[str, Tensor] = {}
     scores: list[Tensor] = []
-    for source in sources:  # a site's replacement is the same for all of them
+    for source in sources:  # all sources at a site have the same replacement
         ((name, _, _, replacement), *_) = source.entries
         if name not in products:
             value = pass_.totals[name]

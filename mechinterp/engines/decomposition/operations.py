@@ -1,7 +1,7 @@
-"""The operations of a forward pass: what each computes, and what it does to a relevant part.
+"""The operations of a forward pass: what each computes, and how it carries a relevant part.
 
-An operation reads named values `[batch, pos, ...]` and gives one. `apply` is the forward itself; `relevant` carries
-the relevant parts `[source, batch, pos, ...]` of its inputs (None: nothing of it is relevant) to its output.
+An operation reads named values `[batch, pos, ...]` and computes one. `apply` is the forward itself; `relevant` carries
+the relevant parts `[source, batch, pos, ...]` of its inputs (None: no part is relevant) to its output.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Parts = Sequence[Tensor | None]
 
 @runtime_checkable
 class Operation(Protocol):
-    """One step of the forward; `kind` says where opposite signs are settled (see `Preset.settle`)."""
+    """One step of the forward; `kind` decides whether opposite signs are settled (see `Preset.settle`)."""
 
     @property
     def inputs(self) -> tuple[str, ...]: ...
@@ -83,7 +83,7 @@ class Normalize:
         return self.norm(totals[0])
 
     def relevant(self, preset: Preset, parts: Parts, totals: Sequence[Tensor], out: Tensor) -> Tensor:
-        """With the total's scale, or what is left of the output when r is removed from the input."""
+        """r with the total's scale, or the change of the output when r is removed from the input."""
         (r,), (x,) = parts, totals
         assert r is not None
         if preset.norm == "remove":
@@ -105,7 +105,7 @@ class Function:
         return self.f(totals[0])
 
     def relevant(self, preset: Preset, parts: Parts, totals: Sequence[Tensor], out: Tensor) -> Tensor:
-        """By the preset's rule for activations; a soft cap goes with products."""
+        """By the preset's rule for activations; a soft cap follows the rule for products."""
         (r,), (x,) = parts, totals
         assert r is not None
         if self.kind == "cap":
@@ -128,7 +128,7 @@ class Gate:
         return self.f(totals[0]) * totals[1]
 
     def relevant(self, preset: Preset, parts: Parts, totals: Sequence[Tensor], out: Tensor) -> Tensor:
-        """Half of what each factor carries, or what removing both from the product leaves out."""
+        """Half of each factor's part, or the change of the product when both parts are removed."""
         x, up = totals
         gate, r_up = self.f(x), parts[1]
         r_gate = None if parts[0] is None else through_function(preset, self.f, parts[0], x, gate)
@@ -158,7 +158,7 @@ class Add:
 
 @dataclass(frozen=True)
 class Attention:
-    """Every head's `pattern @ v`; inputs are q, k, v. Its methods also need the pattern and where the queries are."""
+    """Every head's `pattern @ v`; inputs are q, k, v. Its methods also need the pattern, or the queries' positions."""
 
     inputs: tuple[str, str, str]
     output: str
@@ -184,7 +184,7 @@ class Attention:
         visible: Bool[Tensor, "batch 1 query key"],
         at: Int[Tensor, "batch query"],
     ) -> Tensor:
-        """With a pattern of parts of q and k: `own`, or what `remove` leaves out. Keys and values of all positions."""
+        """With the pattern of parts of q and k, by rule `own` or `remove`; keys and values are of all positions."""
         assert self.scores is not None
         if preset.attention == "own":
             like = next(r for r in parts if r is not None)

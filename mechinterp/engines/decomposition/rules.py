@@ -1,7 +1,7 @@
-"""The rules of contextual decomposition: how a relevant part goes through one operation, by preset.
+"""The rules of contextual decomposition: how a relevant part passes through one operation, by preset.
 
-Every activation t is r + i, relevant and irrelevant. A rule says what the relevant part r' of an operation's output
-is; the irrelevant part is always the rest, t' - r'. Only r is carried, beside the totals t of the run as it is.
+Every activation t is r + i, relevant and irrelevant. A rule gives the relevant part r' of an operation's output; the
+irrelevant part is always the rest, t' - r'. Only r is carried, next to the totals t of the unedited run.
 
 Sources: Hsu et al. 2024 (arXiv 2407.00886), whose published code is the presets `authors-gpt` and `authors-bert`;
 the rules for norms and gates by a fixed coefficient are those of layer-wise relevance propagation (Ali et al. 2022).
@@ -25,7 +25,7 @@ class Preset:
     """Which rule each kind of operation gets."""
 
     bias: str = "irrelevant"
-    """Of a bias: none of it is relevant, or |r W| / (|r W| + |i W|) of it, entry by entry."""
+    """irrelevant: no part of a bias is relevant. shared: |r W| / (|r W| + |i W|) of it, elementwise."""
     norm: str = "frozen"
     """frozen: the scale is the total's. remove: norm(t) - norm(i)."""
     attention: str = "frozen"
@@ -34,11 +34,11 @@ class Preset:
     activation: str = "ratio"
     """ratio: r f(t) / t. remove: f(t) - f(i)."""
     product: str = "half"
-    """Of a gate g and what it multiplies, u: half is (g_r u_t + g_t u_r) / 2; remove is g_t u_t - g_i u_i. A soft cap
-    on the logits goes with it: r cap(t) / t, or cap(t) - cap(i)."""
+    """For a gate g times u: half is (g_r u_t + g_t u_r) / 2; remove is g_t u_t - g_i u_i. A soft cap
+    on the logits has the same rule: r cap(t) / t, or cap(t) - cap(i)."""
     settle: frozenset[str] = frozenset()
-    """Where r and i of opposite sign are settled (the larger in magnitude takes the total, the other 0): kinds of
-    operations, of `linear`, `attention_out`, `mlp_in`, `mlp_out`, `attention_sum`, `mlp_sum`."""
+    """The kinds of operations after which r and i of opposite sign are settled (the larger in magnitude becomes the
+    total, the other 0): `linear`, `attention_out`, `mlp_in`, `mlp_out`, `attention_sum`, `mlp_sum`."""
 
     def __post_init__(self) -> None:
         for name, known in _RULES.items():
@@ -70,9 +70,9 @@ PRESETS = {
     ),
     "patch": Preset(norm="remove", attention="remove", activation="remove", product="remove"),
 }
-"""linear: every operation a fixed coefficient, so r is linear in the source. frozen-remove: the same, activations by
-what removing the irrelevant part leaves out. authors-gpt, authors-bert: the published rules for causal models and for
-encoders. patch: everything by removal, which is ablation itself: t - r is the run with the source ablated."""
+"""linear: every operation is a fixed coefficient, so r is linear in the source. frozen-remove: the same, activations
+by removing the irrelevant part. authors-gpt, authors-bert: the published rules for causal models and for encoders.
+patch: every rule by removal, which is ablation itself: t - r is the run with the source ablated."""
 
 
 def get_preset(preset: str | Preset) -> Preset:
@@ -90,7 +90,7 @@ def with_bias(preset: Preset, relevant: Tensor, total: Tensor, bias: Tensor | No
         return relevant
     size = relevant.abs()
     rest = (total - bias - relevant).abs()
-    # What is left of rounding has no share: near r W = 0 it would take half of the bias.
+    # Rounding errors get no share: near r W = 0 they would get half of the bias.
     rounding = 64 * torch.finfo(rest.dtype).eps * size.amax(-1, keepdim=True)
     both = size + torch.where(rest > rounding, rest, 0)
     return relevant + bias * torch.where(both > 0, size / torch.where(both > 0, both, 1), 0)
@@ -99,7 +99,7 @@ def with_bias(preset: Preset, relevant: Tensor, total: Tensor, bias: Tensor | No
 def through_function(preset: Preset, f: Callable[[Tensor], Tensor], relevant: Tensor, x: Tensor, out: Tensor) -> Tensor:
     """The relevant part of an activation function's output `out` = f(x)."""
     if preset.activation == "remove":
-        return f(x) - f(x - relevant)  # not out less it: nothing relevant is exactly nothing
+        return f(x) - f(x - relevant)  # not `out - ...`, so that r = 0 gives exactly 0
     return relevant * coefficient(f, x, out)
 
 
@@ -116,7 +116,7 @@ def coefficient(f: Callable[[Tensor], Tensor], x: Tensor, out: Tensor) -> Tensor
 
 
 def settled(relevant: Tensor, total: Tensor) -> Tensor:
-    """Where r and i have opposite signs, the larger in magnitude takes the total and the other is 0."""
+    """Where r and i have opposite signs, the larger in magnitude becomes the total and the other 0."""
     irrelevant = total - relevant
     opposite = relevant * irrelevant < 0
     return torch.where(opposite, torch.where(relevant.abs() >= irrelevant.abs(), total, 0), relevant)

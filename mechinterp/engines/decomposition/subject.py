@@ -1,4 +1,4 @@
-"""What is decomposed: a model as a tape with the totals of its runs."""
+"""The model that is decomposed, as a tape with the totals of its runs."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from mechinterp.models.sites import Site
 from mechinterp.tasks.pairs import Pairs
 
 TOLERANCE = 1e-4
-"""How far an operation may be from the run's own value, as a share of its largest entry (half precision: 5e-2)."""
+"""The largest allowed error of an operation, as a share of its largest entry (half precision: 5e-2)."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One run of one batch: its tape, its totals, which keys each query sees, and the check of completeness."""
+    """One run of one batch: its tape, its totals, the keys that queries attend to, and the error of completeness."""
 
     tape: Tape
     totals: Mapping[str, Tensor]
@@ -43,7 +43,7 @@ class Subject(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def name(self, site: Site) -> str:
-        """The tape's name of a site. Raises InputError for a site that is no value of the decomposition."""
+        """The tape's name of a site. Raises InputError for a site that is not a value of the tape."""
         ...
 
     def read_at(self, pairs: Pairs) -> Int[Tensor, "batch n_at"]:
@@ -80,14 +80,14 @@ class Decoder:
         return self.model.dtype
 
     def name(self, site: Site) -> str:
-        """The tape's name of a site: the residual stream after a layer is that before the next."""
+        """The tape's name of a site: the stream after a layer has the name of that before the next."""
         if site.kind == "resid_post":
             last = site.layer is None or site.layer + 1 == self.dims.n_layers
             return "resid_final" if last else f"resid_pre.{(site.layer or 0) + 1}"
         if site.kind in ("embed", "pos_embed", "final_norm", "pattern", "scores"):
             raise InputError(
-                f"Site '{site}' is no value that contextual decomposition splits; take 'input', a head, an MLP, a "
-                "neuron, or a site of the residual stream."
+                f"Contextual decomposition does not split the site '{site}'; use 'input', a head, an MLP, a neuron, or "
+                "a site of the residual stream."
             )
         return str(site)
 

@@ -21,7 +21,7 @@ HEAD = ("final_norm", "head_pre", "head_post", "uncapped", "logits")
 
 @dataclass(frozen=True)
 class Source:
-    """Where one source is set: value name -> what is relevant there, and where the rest of the tensor is untouched.
+    """One source: the values at which its relevant part is set, and the positions where.
 
     `entries` are (value, unit or None, positions, replacement): the relevant part becomes total - replacement.
     """
@@ -39,19 +39,19 @@ class Tape:
     """Output of an attention -> name of its pattern among the totals."""
 
     def order(self, name: str) -> int:
-        """The step after which the value is known; -1 for a value that no operation makes."""
+        """The step after which the value is known; -1 for an input of the tape."""
         return next((i for i, op in enumerate(self.operations) if op.output == name), -1)
 
     def check(self, totals: Totals, real: Bool[Tensor, "batch pos"], tolerance: float) -> float:
-        """Completeness: every rule gives r' + i' = the operation at r + i, so compare that with the run's own value.
+        """The error of completeness: every rule gives r' + i' = the operation at r + i, which must be the run's value.
 
-        Returns the largest difference of any operation as a share of its output's largest entry. Raises
-        UnsupportedError, naming the operation, when it is not rounding: it is another operation than its rule is for.
+        It is the largest difference of any operation, as a share of its output's largest entry. Raises
+        UnsupportedError, naming the operation, when it is not rounding: the model computes another operation.
         """
         worst = 0.0
         for op in self.operations:
             if op.output in HEAD:
-                continue  # the layout's unembedding was compared with the model when it was loaded
+                continue  # the layout's unembedding was checked at load
             pattern = self.visible.get(op.output)
             names = op.inputs if pattern is None else (pattern, op.inputs[-1])
             got, expected = op.apply([totals[name] for name in names]), totals[op.output]
@@ -60,7 +60,7 @@ class Tape:
             gap = float(torch.where(chosen, got - expected, 0).abs().max()) / size
             if not gap < tolerance:
                 raise UnsupportedError(
-                    f"'{op.output}' is not the {op.kind} of {', '.join(op.inputs)} that the weights say (off by "
+                    f"'{op.output}' is not the {op.kind} of {', '.join(op.inputs)} that the weights give (off by "
                     f"{gap:.2g} of its size): an intervention edits it, or contextual decomposition has no rule for "
                     "what this model does there."
                 )
@@ -68,7 +68,7 @@ class Tape:
         return worst
 
     def needed(self, preset: Preset, targets: Sequence[str]) -> frozenset[str]:
-        """The values whose relevant parts the targets depend on."""
+        """The values on whose relevant parts the targets depend."""
         found = set(targets)
         for op in reversed(self.operations):
             if op.output in found:
@@ -79,11 +79,11 @@ class Tape:
 
 @dataclass(frozen=True)
 class Window:
-    """Which positions a walk computes: from `first` on, and for values in `narrow` only those at `at`."""
+    """The positions that a walk computes: from `first` on, and for values in `narrow` only those at `at`."""
 
     first: int
     at: Int[Tensor, "batch n_at"]
-    """-1 is no entry; what stands there means nothing."""
+    """-1: no entry; the values there are meaningless."""
     narrow: frozenset[str]
 
     def total(self, value: Tensor, narrow: bool) -> Tensor:
@@ -91,7 +91,7 @@ class Window:
         return gathered(value, self.at) if narrow else value[:, self.first :]
 
     def part(self, value: Tensor, name: str, narrow: bool) -> Tensor:
-        """A relevant part as it is kept, at the positions that an operation wants."""
+        """A stored relevant part, at the positions that an operation needs."""
         if narrow and name not in self.narrow:
             return gathered(value.flatten(0, 1), (self.at - self.first).repeat(len(value), 1)).unflatten(
                 0, (len(value), -1)
@@ -106,7 +106,7 @@ def gathered(value: Shaped[Tensor, "batch pos ..."], at: Int[Tensor, "batch n_at
 
 
 def narrow_values(tape: Tape, preset: Preset, targets: Sequence[str], wide: Sequence[str]) -> frozenset[str]:
-    """The values that are needed at the answer positions only: all of `targets` are; nothing in `wide` is."""
+    """The values needed at the answer positions only: all of `targets`, none of `wide`."""
     needed = tape.needed(preset, targets)
     everywhere = set(wide)
     for op in reversed(tape.operations):
@@ -130,8 +130,8 @@ def walk(
 ) -> dict[str, Float[Tensor, "source batch pos ..."]]:
     """The relevant part of every target for every source, at the window's positions.
 
-    A source overwrites what reached it: the relevant part there is total - replacement. A target that nothing of a
-    source reaches is exactly 0. Cost: per source the operations from the source on, each once.
+    A source overwrites the relevant part that reaches it by total - replacement. A target that a source does not reach
+    is exactly 0. Cost: for each source, every operation after it once.
     """
     needed = tape.needed(preset, targets)
     last_use = {name: i for i, op in enumerate(tape.operations) for name in op.inputs}
@@ -212,18 +212,18 @@ def _attention_step(
 
 
 def _from_start(part: Tensor, first: int) -> Tensor:
-    """A relevant part at all positions: nothing is relevant before `first`."""
+    """A relevant part at all positions: 0 before `first`."""
     shape = list(part.shape)
     shape[2] = first
     return torch.cat([part.new_zeros(shape), part], 2) if first else part
 
 
 def _inject(parts: dict[str, Tensor], name: str, totals: Totals, sources: Sequence[Source], window: Window) -> None:
-    """Sets the sources that lie at this value."""
+    """Sets the relevant parts of the sources at this value."""
     if not any(value == name for source in sources for value, *_ in source.entries):
         return
     total = totals[name][:, window.first :]
-    # A copy: a sum of one part is that part itself.
+    # A copy, since a sum of one part is that part itself.
     parts[name] = parts[name].clone() if name in parts else total.new_zeros(len(sources), *total.shape)
     for i, source in enumerate(sources):
         for value, unit, mask, replacement in source.entries:

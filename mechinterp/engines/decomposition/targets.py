@@ -1,4 +1,4 @@
-"""What a decomposition is read at: directions of logits, all logits, or parts of any site."""
+"""The targets of a decomposition: directions of logits, all logits, or parts of any site."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ TargetLike: TypeAlias = DirectionLike
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One target: a value of the tape, and what of it is read."""
+    """One target: a value of the tape, and which part of it is read."""
 
     name: str
     value: str
     direction: Direction | None = None
     part: Part | None = None
     where: Int[Tensor, " batch"] | None = None
-    """The position of a part that names one."""
+    """The position of the part, if it has one."""
 
     @property
     def at_answers(self) -> bool:
@@ -44,12 +44,12 @@ class Target:
         return self.value in HEAD
 
     def rows(self, chosen: slice) -> Target:
-        """The same for some of the examples."""
+        """The target for some of the examples."""
         direction = None if self.direction is None else self.direction.rows(chosen)
         return replace(self, direction=direction, where=None if self.where is None else self.where[chosen])
 
     def read_total(self, totals: Mapping[str, Tensor], at: Tensor, mask: Bool[Tensor, "batch pos"]) -> Tensor:
-        """The target of the whole run."""
+        """The value of the target in the whole run."""
         return self.read(totals[self.value][None], 1, totals, at, mask, 0)[0]
 
     def read(
@@ -61,7 +61,7 @@ class Target:
         mask: Bool[Tensor, "batch pos"],
         first: int,
     ) -> Float[Tensor, "source batch ..."]:
-        """What is asked for of a relevant part that is kept from position `first` on; None is 0."""
+        """The target's part of a relevant part that is stored from position `first` on; None is 0."""
         total = totals[self.value]
         if value is None:
             shape = total.shape if self.at_answers else total[:, first:].shape
@@ -87,16 +87,16 @@ class Target:
 
 
 def target_list(model: HookManager | Encoder, pairs: Pairs, targets: TargetLike | list[TargetLike]) -> list[Target]:
-    """The targets that the user means. Raises InputError for one that is not there, none, and doubled ones."""
+    """The targets that the user means. Raises InputError for unknown targets, none, and duplicates."""
     given = list(targets) if isinstance(targets, list) else [targets]
     if not given:
-        raise InputError("No target is given; take 'answers', 'logits', or a part such as 'a9.h9<q>'.")
+        raise InputError("No target is given; use 'answers', 'logits', or a part such as 'a9.h9<q>'.")
     found = [_target(model, pairs, target) for target in given]
     names = [target.name for target in found]
     if len(set(names)) != len(names):
         raise InputError(f"The target {next(n for n in names if names.count(n) > 1)!r} is given twice.")
     if sum(target.at_answers for target in found) > 1:
-        raise InputError("One direction at a time, or 'logits', of which every direction is a sum.")
+        raise InputError("Give one direction at a time, or 'logits', of which every direction is a sum.")
     return found
 
 
@@ -113,7 +113,7 @@ def _target(model: HookManager | Encoder, pairs: Pairs, target: TargetLike) -> T
 
 
 def read_columns(targets: Sequence[Target]) -> Int[Tensor, " n_columns"] | None:
-    """The logits that are needed; None for all."""
+    """The token ids whose logits are needed; None for all."""
     for target in targets:
         if target.direction is not None:
             return target.direction.columns
