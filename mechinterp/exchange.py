@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from mechinterp.base.registry import unknown
-from mechinterp.circuit_file.circuit_file import load_circuit, save_circuit
-from mechinterp.circuit_file.diff import CircuitDiff, diff_circuits
+from mechinterp.circuit_file.circuit_file import circuit_of, save_circuit
+from mechinterp.circuit_file.diff import CircuitDiff, diff_opened
 from mechinterp.circuit_file.formats.bibtex import citation_of
 from mechinterp.circuit_file.formats.exports import EXPORTS, export_circuit, write_export
 from mechinterp.circuit_file.formats.imports import IMPORTS, import_circuit
 from mechinterp.circuit_file.schema import CircuitFile, Origin
-from mechinterp.circuit_file.store import SUFFIX, check_hashes, open_circuit_file
+from mechinterp.circuit_file.store import SUFFIX, open_circuit_file
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.models.hook_manager import load_model
 from mechinterp.views.report.difference import write_difference
@@ -20,8 +20,7 @@ from mechinterp.views.report.difference import write_difference
 def opened(file: str | Path) -> tuple[Circuit, CircuitFile]:
     """The circuit and its document. Raises FormatError for a file that is none or was changed."""
     found = open_circuit_file(file)
-    check_hashes(found)
-    return load_circuit(file), found.document
+    return circuit_of(found), found.document
 
 
 def export_file(file: str | Path, format: str, out: str | Path | None = None) -> tuple[tuple[Path, ...], str]:
@@ -64,9 +63,11 @@ def validate_file(file: str | Path) -> tuple[str, ...]:
 
 def diff_files(a: str | Path, b: str | Path, out: str | Path | None = None) -> CircuitDiff:
     """How the files differ, after `out` (.html or .svg) was drawn, if it is given. See `diff_circuits`."""
-    found = diff_circuits(a, b)
+    files = open_circuit_file(a), open_circuit_file(b)
+    circuits = circuit_of(files[0]), circuit_of(files[1])
+    found = diff_opened(files, circuits)
     if out is not None:
-        write_difference(Path(out), found, load_circuit(a), load_circuit(b))
+        write_difference(Path(out), found, *circuits)
     return found
 
 

@@ -17,11 +17,11 @@ import pandas as pd
 from scipy.stats import pearsonr, rankdata, spearmanr
 
 from mechinterp.base.errors import InputError
-from mechinterp.circuit_file.circuit_file import load_circuit
-from mechinterp.circuit_file.fields import FieldDifference, different_fields
+from mechinterp.circuit_file.circuit_file import circuit_of
+from mechinterp.circuit_file.field_differences import FieldDifference, different_fields
 from mechinterp.circuit_file.records import score_table
 from mechinterp.circuit_file.schema import CircuitFile
-from mechinterp.circuit_file.store import check_hashes, open_circuit_file
+from mechinterp.circuit_file.store import OpenedFile, open_circuit_file
 from mechinterp.circuit_file.summary import ranked_nodes
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import Graph
@@ -195,7 +195,13 @@ def diff_circuits(a: str | Path, b: str | Path) -> CircuitDiff:
 
     Raises FormatError for a file that is no circuit file or was changed after it was written.
     """
-    one, other = _side("A", a), _side("B", b)
+    files = open_circuit_file(a), open_circuit_file(b)
+    return diff_opened(files, (circuit_of(files[0]), circuit_of(files[1])))
+
+
+def diff_opened(files: tuple[OpenedFile, OpenedFile], circuits: tuple[Circuit, Circuit]) -> CircuitDiff:
+    """The same of two opened files and their circuits (`circuit_of`)."""
+    one, other = _side("A", files[0], circuits[0]), _side("B", files[1], circuits[1])
     same_graph = one.circuit.graph.digest() == other.circuit.graph.digest()
     complete = same_graph and one.circuit.scores is not None and other.circuit.scores is not None
     unlike = _made_differently(one.document, other.document)
@@ -205,8 +211,8 @@ def diff_circuits(a: str | Path, b: str | Path) -> CircuitDiff:
     nodes = tuple(_of_nodes(side.document) for side in (one, other))
     used = (set(one.document.nodes), set(other.document.nodes))
     return CircuitDiff(
-        a=Path(a),
-        b=Path(b),
+        a=files[0].path,
+        b=files[1].path,
         circuit_sha256=(one.document.integrity.circuit_sha256, other.document.integrity.circuit_sha256),
         notes=tuple(_notes(one, other, same_graph, complete, unlike)),
         edges=_compared("edge", kept, known),
@@ -220,10 +226,8 @@ def diff_circuits(a: str | Path, b: str | Path) -> CircuitDiff:
     )
 
 
-def _side(letter: str, path: str | Path) -> _Side:
-    opened = open_circuit_file(path)
-    check_hashes(opened)
-    circuit, document = load_circuit(path), opened.document
+def _side(letter: str, opened: OpenedFile, circuit: Circuit) -> _Side:
+    document = opened.document
     stated = {entry.name: entry.score for entry in document.edges}
     graph, own = circuit.graph, dict[str, float]()
     table = None if circuit.scores is None else score_table(circuit.scores)

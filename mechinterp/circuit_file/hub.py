@@ -22,7 +22,7 @@ from mechinterp.base.canonical_json import parse_json
 from mechinterp.base.errors import FormatError, HubNotReached, InputError, clip
 from mechinterp.base.plain_files import exists, is_file, read_bounded
 from mechinterp.base.registry import unknown
-from mechinterp.circuit_file.circuit_file import circuit_of, load_circuit
+from mechinterp.circuit_file.circuit_file import circuit_of
 from mechinterp.circuit_file.limits import MAX_GRAPH_CELLS
 from mechinterp.circuit_file.store import (
     MAX_JSON_BYTES,
@@ -235,7 +235,7 @@ def pull_circuit(
                 pair = (stated.file, _download(api, place, beside, commit, MAX_SIDECAR_BYTES))
             kept.with_name(stated.file).write_bytes(pair[1])
         with _told_as(place, temporary):
-            load_circuit(kept)
+            circuit_of(opened)
     wanted = {target: content} | ({folder / pair[0]: pair[1]} if pair else {})
     new = {path: data for path, data in wanted.items() if not _same(path, data)}
     taken = [str(path) for path in new if exists(path) or path.is_symlink()]

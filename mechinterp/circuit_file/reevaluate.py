@@ -12,10 +12,10 @@ import pandas as pd
 
 from mechinterp.base.errors import InputError, MechInterpError
 from mechinterp.base.progress import StageProgress, no_stages
-from mechinterp.circuit_file.circuit_file import load_circuit
+from mechinterp.circuit_file.circuit_file import circuit_of
 from mechinterp.circuit_file.records import pairs_of, task_of
 from mechinterp.circuit_file.schema import CircuitFile, FileTaskRecord, TaskRecord
-from mechinterp.circuit_file.store import check_hashes, open_circuit_file
+from mechinterp.circuit_file.store import open_circuit_file
 from mechinterp.circuit_file.verify.verification import load_stated_model
 from mechinterp.evaluation.against_random import necessity_test, sufficiency_test
 from mechinterp.evaluation.completeness import completeness
@@ -85,8 +85,7 @@ def reevaluate(
     the same, and noted. Cost: see `evaluate`; the tests take about 300 forwards more.
     """
     opened = open_circuit_file(file)
-    check_hashes(opened)
-    document, circuit = opened.document, load_circuit(file)
+    document, circuit = opened.document, circuit_of(opened)
     progress("model", 0, 1)
     manager = load_stated_model(document, opened.path, model, device)
     progress("model", 1, 1)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from importlib import metadata
 
-from mechinterp.circuit_file.formats.links import printable
+from mechinterp.circuit_file.formats.node_link_graph import printable
 from mechinterp.circuit_file.schema import CircuitFile
 
 DISTRIBUTION = "mechinterp-circuits"

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mechinterp.base.canonical_json import render_json
-from mechinterp.circuit_file.formats.links import links_of, nodes_of
+from mechinterp.circuit_file.formats.node_link_graph import links_of, nodes_of
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.graphs.circuit import Circuit
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from mechinterp.circuit_file.formats.links import Link, link_colour, links_of, nodes_of, printable, score_text
+from mechinterp.circuit_file.formats.node_link_graph import Link, link_colour, links_of, nodes_of, printable, score_text
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.graphs.circuit import Circuit
 

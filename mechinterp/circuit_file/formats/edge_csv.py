@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 
-from mechinterp.circuit_file.formats.links import edge_scores
+from mechinterp.circuit_file.formats.node_link_graph import edge_scores
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.graphs.circuit import Circuit
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from xml.sax.saxutils import escape, quoteattr
 
-from mechinterp.circuit_file.formats.links import links_of, nodes_of, printable
+from mechinterp.circuit_file.formats.node_link_graph import links_of, nodes_of, printable
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.graphs.circuit import Circuit
 

@@ -5,7 +5,7 @@ Text is escaped letter by letter. Letters beyond Latin-1, which pdflatex has no 
 
 from __future__ import annotations
 
-from mechinterp.circuit_file.formats.links import edge_scores, printable, score_text
+from mechinterp.circuit_file.formats.node_link_graph import edge_scores, printable, score_text
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.circuit_file.summary import finding
 from mechinterp.graphs.circuit import Circuit

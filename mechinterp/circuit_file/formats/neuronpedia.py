@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from mechinterp.base.canonical_json import render_json
-from mechinterp.circuit_file.formats.links import CircuitNode, links_of, nodes_of
+from mechinterp.circuit_file.formats.node_link_graph import CircuitNode, links_of, nodes_of
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.graphs.circuit import Circuit
 

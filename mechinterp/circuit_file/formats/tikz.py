@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mechinterp.circuit_file.formats.latex import latex_text
-from mechinterp.circuit_file.formats.links import Link, link_colour, links_of, nodes_of
+from mechinterp.circuit_file.formats.node_link_graph import Link, link_colour, links_of, nodes_of
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.circuit_file.summary import NO_ROLE, coloured
 from mechinterp.graphs.circuit import Circuit, NodeGraph

@@ -14,11 +14,12 @@ from mechinterp.base.errors import InputError, MechInterpError, ModelNotAvailabl
 from mechinterp.base.plain_files import is_file, is_folder, read_bounded
 from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.circuit_file.circuit_file import stated_circuit, stated_graph, stated_scores
-from mechinterp.circuit_file.provenance import versions
+from mechinterp.circuit_file.provenance import model_record, tokenizer_record, versions
 from mechinterp.circuit_file.records import (
     EVALUATION_COUNTS,
     EVALUATION_NUMBERS,
     evaluation_record,
+    metric_record,
     pairs_of,
     score_table,
     task_of,
@@ -28,18 +29,16 @@ from mechinterp.circuit_file.schema import CircuitFile, CurveRecord, TaskPairs, 
 from mechinterp.circuit_file.setting_types import SELECTION, STABLE, check_types
 from mechinterp.circuit_file.store import OpenedFile, inside, open_circuit_file
 from mechinterp.circuit_file.verify.claims import Ledger, UnverifiedModel, Verification
-from mechinterp.circuit_file.verify.coverage import applies_again, extent_of
-from mechinterp.circuit_file.verify.discovery_claims import check_discovery
-from mechinterp.circuit_file.verify.model_claims import check_model
-from mechinterp.circuit_file.verify.predicted import check_stated_predictions
-from mechinterp.circuit_file.verify.published import check_published
+from mechinterp.circuit_file.verify.coverage import RESCORED, applies_again, evaluation_name, extent_of
 from mechinterp.circuit_file.verify.shared_examples import compare_with_discovery, compare_with_task, distinct_prompts
 from mechinterp.circuit_file.verify.warnings import stated_warnings
-from mechinterp.discovery.method import check_settings, score_edges
+from mechinterp.discovery.method import METHODS, check_settings, score_edges
 from mechinterp.discovery.stable import stable_scores
 from mechinterp.evaluation.faithfulness import ablation_of, evaluate
+from mechinterp.evaluation.measurements import Checked, check_predictions
+from mechinterp.evaluation.predictions import Prediction
 from mechinterp.evaluation.sizes import CurvePoint, size_curve, smallest_faithful
-from mechinterp.graphs.circuit import Circuit
+from mechinterp.graphs.circuit import Circuit, on_paths
 from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select import select
 from mechinterp.models.hook_manager import HookManager, load_model
@@ -80,12 +79,12 @@ def verify(
     progress("file", 0, 1)
     _check_hashes(opened, ledger)
     circuit = _check_circuit(opened, ledger)
-    check_discovery(document, ledger)
+    _check_discovery(document, ledger)
     scores = None if circuit is None else circuit.scores
     progress("model", 0, 1)
     loaded = _loaded(opened, model, device, ledger)
     if loaded is not None:
-        check_model(document, loaded, model is not None, ledger)
+        _check_model(document, loaded, model is not None, ledger)
     pairs = _check_pairs(opened, loaded, ledger)
     limit = None if tolerance is None else Tolerance(relative=tolerance, absolute=tolerance / 10)
     if loaded is not None and circuit is not None and loaded.dims == circuit.graph.dims:
@@ -101,7 +100,7 @@ def verify(
         ledger.failed("evaluation", "not run: it needs the model and the circuit that the file states")
     if loaded is not None and document.predictions:
         progress("predictions", 0, 1)
-        check_stated_predictions(document, loaded, pairs, limit, batch_size, ledger)
+        _check_predictions(document, loaded, pairs, limit, batch_size, ledger)
     _note_versions(document, ledger)
     return _found(opened, pairs, rescore, ledger)
 
@@ -139,7 +138,7 @@ def _check_circuit(opened: OpenedFile, ledger: Ledger) -> Circuit | None:
             _check_scores(document, scores, ledger)
         _check_selection(circuit, document, ledger)
         if document.status == "published":
-            check_published(circuit, document, ledger)
+            _check_published(circuit, document, ledger)
     return circuit
 
 
@@ -168,8 +167,43 @@ def _check_selection(circuit: Circuit, document: CircuitFile, ledger: Ledger) ->
         ledger.equal("selection.n_selected", document.selection.n_selected, again.n_selected)
 
 
+def _check_published(circuit: Circuit, document: CircuitFile, ledger: Ledger) -> None:
+    """Record that every edge is on a path and, where nodes were chosen, that no such edge out of one is missing."""
+    graph, kept = circuit.graph, circuit.kept
+    chosen = kept
+    if graph.level == "node":
+        chosen = graph.possible & torch.isin(graph.unit, graph.unit[kept].unique())
+    differ = (on_paths(graph, chosen) != kept).nonzero().tolist()
+    names = sorted(graph.edge_name(r, w) for r, w in differ)
+    ledger.equal("paths", f"{len(names)} edges differ", "0 edges differ", f"first {names[0]}" if names else "")
+    if graph.level == "edge":
+        ledger.equal("selection.n_selected", document.selection.n_selected, int(chosen.sum()))
+
+
 def _n_of(edges: tuple[str, ...], differ: list[str] | tuple[()]) -> str:
     return f"{len(edges)} edges" + (f" ({', '.join(differ[:3])})" if differ else "")
+
+
+def _check_discovery(document: CircuitFile, ledger: Ledger) -> None:
+    """Record whether method, parameters and metric are known ones, and whether what is stated twice is the same."""
+    size, curve = document.selection.size, document.curve
+    if size is not None and curve is not None:
+        ledger.equal("selection.size.pairs", size.pairs, curve.pairs, "the size was chosen on the pairs of the curve")
+    stated = document.discovery
+    if stated is None:
+        return
+    with ledger.claimed("discovery.method"):
+        method = METHODS.get(stated.method)
+        ledger.equal("discovery.method", stated.method, method.name)
+        foreign = sorted(set(stated.parameters) - set(method.defaults) - {f"{BOOTSTRAP}{name}" for name in STABLE})
+        ledger.equal("discovery.parameters", foreign, [], f"method {method.name!r} has no such parameter")
+    with ledger.claimed("discovery.metric"):
+        ledger.equal("discovery.metric", stated.metric, metric_record(stated.metric.name))
+    if "replacement" in stated.parameters:
+        ledger.equal("discovery.replacement", stated.replacement, stated.parameters["replacement"])
+    if stated.pairs is not None:
+        n = document.pairs[stated.pairs].n
+        ledger.equal("discovery.n_examples", stated.n_examples, n, f"there are {n} pairs {stated.pairs!r}")
 
 
 def _loaded(opened: OpenedFile, model: Any, device: torch.device | str | None, ledger: Ledger) -> HookManager | None:
@@ -203,6 +237,30 @@ def load_stated_model(document: CircuitFile, path: Path, model: Any, device: tor
         name = str(path.parent / name)
     revision = stated.revision if stated.origin == "hub" else None
     return load_model(name, revision=revision, dtype=stated.dtype, device=device)
+
+
+def _check_model(document: CircuitFile, model: HookManager, given: bool, ledger: Ledger) -> None:
+    """Record a claim for each part of the model and its tokenizer; where it was loaded from, unless it was given."""
+    stated, got = document.model, model_record(model)
+    for name in ("architecture", "dims", "weights_sha256", "processing", "dtype", "attention", "loader"):
+        if name != "weights_sha256" or stated.weights_sha256 is not None:
+            ledger.equal(f"model.{name}", getattr(got, name), getattr(stated, name))
+    if not given:
+        ledger.equal("model.origin", got.origin, stated.origin)
+        ledger.equal("model.revision", got.revision, stated.revision)
+    tokenizer = document.tokenizer
+    if tokenizer is None:
+        return
+    found = tokenizer_record(model.tokenizer, tokenizer.prepend_bos)
+    if found is None and not any(entry.made_from.kind == "task" for entry in document.pairs.values()):
+        ledger.notes.append("The model has no tokenizer here; the pairs are token ids, so none is needed.")
+        return
+    ledger.equal("tokenizer", found and found.vocabulary_sha256, tokenizer.vocabulary_sha256)
+    ledger.equal("tokenizer.n_tokens", found and found.n_tokens, tokenizer.n_tokens)
+    begins = {entry.made_from.prepend_bos for entry in document.pairs.values() if entry.made_from.kind == "task"}
+    if begins:  # the pairs themselves are made again elsewhere; here the file must not contradict itself
+        got = tokenizer.prepend_bos if tokenizer.prepend_bos in begins else next(iter(begins))
+        ledger.equal("tokenizer.prepend_bos", got, tokenizer.prepend_bos)
 
 
 def _check_pairs(opened: OpenedFile, model: HookManager | None, ledger: Ledger) -> dict[str, Pairs]:
@@ -268,7 +326,7 @@ def _check_evaluation(
     ledger: Ledger,
 ) -> None:
     stated = document.evaluation[number]
-    name = "evaluation" if len(document.evaluation) == 1 else f"evaluation[{number}]"
+    name = evaluation_name(document, number)
     absent = [key for key in (stated.pairs, stated.reference) if key is not None and key not in pairs]
     if absent:
         ledger.failed(name, f"not run: the pairs {absent[0]!r} are not what the file states")
@@ -348,9 +406,9 @@ def _rescore(
 ) -> None:
     stated = document.discovery
     if stated is None or stated.pairs not in pairs:
-        ledger.failed("scores again", "not run: the pairs of the discovery are not known or not what the file states")
+        ledger.failed(RESCORED, "not run: the pairs of the discovery are not known or not what the file states")
         return
-    with ledger.claimed("scores again"):
+    with ledger.claimed(RESCORED):
         settings: dict[str, Any] = dict(stated.parameters)
         stable = {name: settings.pop(f"{BOOTSTRAP}{name}") for name in STABLE if f"{BOOTSTRAP}{name}" in settings}
         check_types(stable, STABLE)
@@ -376,7 +434,53 @@ def _rescore(
         gap = float((score_table(again).double() - expected).abs().max())
         most = limit.absolute + limit.relative * float(expected.abs().max())
         ok = gap <= most
-        ledger.equal("scores again", ok, True, f"the largest difference is {gap:.3g}, allowed is {most:.3g}")
+        ledger.equal(RESCORED, ok, True, f"the largest difference is {gap:.3g}, allowed is {most:.3g}")
+
+
+def _check_predictions(
+    document: CircuitFile,
+    model: HookManager,
+    pairs: dict[str, Pairs],
+    limit: Tolerance | None,
+    batch_size: int,
+    ledger: Ledger,
+) -> None:
+    """Record a claim for every prediction, for every control, and for every number that was measured before."""
+    limit = limit or tolerance_for(document.model.dtype)
+    by_pairs: dict[str | None, list[Prediction]] = {}
+    for prediction in document.predictions or ():
+        by_pairs.setdefault(prediction.pairs, []).append(prediction)
+    for name, several in by_pairs.items():
+        if name is not None and name not in pairs:
+            ledger.failed(f"predictions on {name}", "not run: these pairs are not what the file states")
+            continue
+        own = None if name is None else pairs[name]
+        try:
+            together = check_predictions(model, several, own, batch_size=batch_size)
+        except MechInterpError:  # one by one, so that it is known which
+            together = ()
+            for prediction in several:
+                with ledger.claimed(f"prediction {prediction.name}"):
+                    together = (*together, *check_predictions(model, [prediction], own, batch_size=batch_size))
+        for found in together:
+            _record_prediction(found, limit, ledger)
+
+
+def _record_prediction(found: Checked, limit: Tolerance, ledger: Ledger) -> None:
+    stated = found.prediction
+    claim = f"prediction {stated.name}"
+    ledger.holds(claim, stated.holds(found.value), f"{stated!r}", f"{found.value:.6g}")
+    _agrees(claim, found.value, stated.measured, limit, ledger)
+    for control, value in zip(stated.controls, found.controls, strict=True):
+        claim = f"control of {stated.name}"
+        side = "<" if stated.relation == ">=" else ">"
+        ledger.holds(claim, stated.refuted(value), f"{control.measure} {side} {stated.value:g}", f"{value:.6g}")
+        _agrees(claim, value, control.measured, limit, ledger)
+
+
+def _agrees(claim: str, got: float, stated: float | None, limit: Tolerance, ledger: Ledger) -> None:
+    if stated is not None:
+        ledger.close(f"{claim}, measured", six_digits(got), stated, limit)
 
 
 def _note_versions(document: CircuitFile, ledger: Ledger) -> None:

@@ -18,7 +18,7 @@ from mechinterp.graphs.colours import CHANNEL_COLOURS
 from mechinterp.graphs.layered_layout import POINTS_PER_ROW, Net, draw_layered
 from mechinterp.models.sites import split_position
 from mechinterp.views.plots.circuit import CHANNEL_LABELS, KINDS, kind_of, merged, node_kinds
-from mechinterp.views.report.stops import MAX_EDGES, Stop, stops_of
+from mechinterp.views.report.measured_sizes import MAX_EDGES, MeasuredSize, measured_sizes
 
 Line = tuple[str, str, str]
 """Writer, reader, and the name of the edge; an edge into a shared key or value head is a line to each of its heads."""
@@ -34,7 +34,7 @@ def graph_view(circuit: Circuit, document: CircuitFile) -> dict[str, Any]:
     The circuit is drawn as it is best laid out by itself. Sizes that have other edges too share a second drawing.
     Of more than `MAX_EDGES` lines the strongest are drawn, and `about` says so.
     """
-    stops, about = stops_of(circuit, document)
+    stops, about = measured_sizes(circuit, document)
     own = _net(circuit, circuit.kept)
     shown, total = _strongest(own), own.number_of_edges()
     if shown.number_of_edges() < total:
@@ -146,7 +146,7 @@ def _roles(roles: Mapping[str, Role]) -> list[dict[str, Any]]:
 def _stop(
     net: Net,
     drawing: int,
-    stop: Stop | None,
+    stop: MeasuredSize | None,
     circuit: Circuit,
     document: CircuitFile,
     lines: Mapping[Line, int],

@@ -8,7 +8,7 @@ from typing import Any
 
 from mechinterp.base.errors import MechInterpError, ModelNotAvailable
 from mechinterp.base.progress import StageProgress, no_stages
-from mechinterp.circuit_file.circuit_file import load_circuit
+from mechinterp.circuit_file.circuit_file import circuit_of
 from mechinterp.circuit_file.records import pairs_of, task_of
 from mechinterp.circuit_file.schema import CircuitFile, TaskRecord
 from mechinterp.circuit_file.store import SUFFIX, open_circuit_file
@@ -48,7 +48,8 @@ def write_page(
     and for a `model` that was asked for and cannot be opened.
     """
     path = Path(file)
-    circuit, document = load_circuit(path), open_circuit_file(path).document
+    opened = open_circuit_file(path)
+    circuit, document = circuit_of(opened), opened.document
     target = path.with_name(path.name.removesuffix(SUFFIX) + ".report.html") if out is None else Path(out)
     details = _details(path, circuit, document, model, device, progress)
     progress("report", 0, 1)

@@ -27,7 +27,7 @@ MAX_ILP_EDGES = 2000
 
 
 @dataclass(frozen=True, eq=False)
-class Stop:
+class MeasuredSize:
     """One size: what the rule selected, the edges on paths, and the faithfulness that the file states for it.
 
     `faithfulness` is None for the circuit itself when no point of the curve is it.
@@ -38,7 +38,7 @@ class Stop:
     faithfulness: float | None
 
 
-def stops_of(circuit: Circuit, document: CircuitFile) -> tuple[tuple[Stop, ...], str]:
+def measured_sizes(circuit: Circuit, document: CircuitFile) -> tuple[tuple[MeasuredSize, ...], str]:
     """The stops from the smallest to the largest, the circuit among them, and what the page says about them.
 
     Without scores or a curve, or where the curve is not of the circuits that the rule gives, there are none.
@@ -55,7 +55,7 @@ def stops_of(circuit: Circuit, document: CircuitFile) -> tuple[tuple[Stop, ...],
     drawn = [point for point in points if point[1] <= MAX_EDGES and point[0] <= MAX_SELECTED][:MAX_STOPS]
     if not drawn:
         return (), f"There is no slider: all sizes of the curve have more edges than can be drawn ({MAX_EDGES:,})."
-    found: list[Stop] = []
+    found: list[MeasuredSize] = []
     for n_selected, n_edges, faithfulness in drawn:
         how: dict[str, Any] = {"rule": rule, "by": str(parameters.get("by", "magnitude"))}
         try:
@@ -71,11 +71,11 @@ def stops_of(circuit: Circuit, document: CircuitFile) -> tuple[tuple[Stop, ...],
                 f"There is no slider: the file states {n_edges:,} edges where {n_selected:,} are selected, but its "
                 f"rule gives {int(kept.sum()):,} from its scores."
             )
-        found.append(Stop(n_selected, kept, faithfulness))
+        found.append(MeasuredSize(n_selected, kept, faithfulness))
     left = len(points) - len(drawn)
     more = f" {left} larger sizes are in the curve only: too many edges to be drawn." if left else ""
     if not any(torch.equal(stop.kept, circuit.kept) for stop in found):
-        found.append(Stop(circuit.n_selected, circuit.kept, None))
+        found.append(MeasuredSize(circuit.n_selected, circuit.kept, None))
     found.sort(key=lambda stop: (int(stop.kept.sum()), stop.n_selected))
     about = "Every stop of the slider is a size that was measured, with the edges that the rule selects there."
     return tuple(found), about + more
