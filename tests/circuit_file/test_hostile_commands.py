@@ -13,9 +13,10 @@ import pytest
 
 from mechinterp.base.canonical_json import MAX_VALUES, parse_json
 from mechinterp.base.errors import FormatError, InputError
-from mechinterp.circuit_file import limits, verification
+from mechinterp.circuit_file import limits
 from mechinterp.circuit_file.schema import CircuitFile, json_schema
 from mechinterp.circuit_file.store import open_circuit_file, sidecar_name
+from mechinterp.circuit_file.verify import verification
 from mechinterp.circuit_file.verify.cost_estimate import planned_runs
 from mechinterp.cli import app as cli
 from mechinterp.cli import options
