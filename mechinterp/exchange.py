@@ -1,33 +1,39 @@
-"""Circuit files and the rest of the world: exported, imported, validated, cited, compared. No model runs for it."""
+"""Export, import, validate, cite and compare circuit files. No model is run."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from mechinterp.base.registry import unknown
-from mechinterp.circuit_file.circuit_file import load_circuit, save_circuit
-from mechinterp.circuit_file.diff import CircuitDiff, diff_circuits
+from mechinterp.circuit_file.circuit_file import circuit_of, save_circuit
+from mechinterp.circuit_file.diff import CircuitDiff, diff_opened
 from mechinterp.circuit_file.formats.bibtex import citation_of
 from mechinterp.circuit_file.formats.exports import EXPORTS, export_circuit, write_export
 from mechinterp.circuit_file.formats.imports import IMPORTS, import_circuit
 from mechinterp.circuit_file.schema import CircuitFile, Origin
-from mechinterp.circuit_file.store import SUFFIX, check_hashes, open_circuit_file
+from mechinterp.circuit_file.store import SUFFIX, open_circuit_file
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.models.hook_manager import load_model
 from mechinterp.views.report.difference import write_difference
 
 
 def opened(file: str | Path) -> tuple[Circuit, CircuitFile]:
-    """The circuit and its document. Raises FormatError for a file that is none or was changed."""
+    """The circuit and its document. Raises FormatError if the file is not a circuit file or was changed."""
     found = open_circuit_file(file)
-    check_hashes(found)
-    return load_circuit(file), found.document
+    return circuit_of(found), found.document
 
 
 def export_file(file: str | Path, format: str, out: str | Path | None = None) -> tuple[tuple[Path, ...], str]:
-    """The paths written (by default named after the file, in the working directory), and what the format cannot hold.
+    """The paths that were written, and a sentence on what the format cannot hold.
 
-    Raises InputError for an unknown format, UnsupportedError for a circuit that the format has no way to say.
+    Args:
+        file: the circuit file.
+        format: one of `EXPORTS`.
+        out: where to write. None: named after the file, in the working directory.
+
+    Raises:
+        InputError: for an unknown format.
+        UnsupportedError: if the format cannot represent the circuit.
     """
     if format not in EXPORTS:
         raise unknown("format", format, EXPORTS)
@@ -37,10 +43,20 @@ def export_file(file: str | Path, format: str, out: str | Path | None = None) ->
 
 
 def import_file(path: str | Path, format: str, model: str, out: str | Path) -> CircuitFile:
-    """The circuit file that was written for a circuit in another tool's file; its edges, without scores.
+    """The circuit file written for a circuit in another tool's file: its edges, without scores.
 
-    No file says what sign its scores have, so they are left out; `mechinterp.circuit_file.formats.imports` reads them
-    when told.
+    Other tools' files do not state the sign of their scores, so scores are left out;
+    `mechinterp.circuit_file.formats.imports` reads them if you say how they were made.
+
+    Args:
+        path: the other tool's file.
+        format: one of `IMPORTS`.
+        model: the model that the circuit is of; its dimensions must be those of the file.
+        out: the `NAME.circuit.json` to write.
+
+    Raises:
+        InputError: for an unknown format.
+        FormatError: if the file cannot be read in this format.
     """
     if format not in IMPORTS:
         raise unknown("format", format, IMPORTS)
@@ -51,7 +67,7 @@ def import_file(path: str | Path, format: str, model: str, out: str | Path) -> C
 
 
 def validate_file(file: str | Path) -> tuple[str, ...]:
-    """What a circuit file says of itself, one line each, after schema, hashes, graph and edges were checked."""
+    """A few lines on what a circuit file contains, after its schema, hashes, graph and edges were checked."""
     circuit, document = opened(file)
     graph = document.graph
     return (
@@ -63,16 +79,18 @@ def validate_file(file: str | Path) -> tuple[str, ...]:
 
 
 def diff_files(a: str | Path, b: str | Path, out: str | Path | None = None) -> CircuitDiff:
-    """How the files differ, after `out` (.html or .svg) was drawn, if it is given. See `diff_circuits`."""
-    found = diff_circuits(a, b)
+    """The differences between two circuit files (see `diff_circuits`); `out` (.html or .svg) draws them."""
+    files = open_circuit_file(a), open_circuit_file(b)
+    circuits = circuit_of(files[0]), circuit_of(files[1])
+    found = diff_opened(files, circuits)
     if out is not None:
-        write_difference(Path(out), found, load_circuit(a), load_circuit(b))
+        write_difference(Path(out), found, *circuits)
     return found
 
 
 def cite_file(file: str | Path) -> str:
-    """BibTeX of the paper that the circuit is of, where it names one, of the file with its hash, and of the software.
+    """BibTeX entries for the paper (if the file names one), for the file with its hash, and for the software.
 
-    See `mechinterp.circuit_file.formats.bibtex`: nothing that the file holds is printed as it is.
+    Every text from the file is escaped: see `mechinterp.circuit_file.formats.bibtex`.
     """
     return citation_of(opened(file)[1])

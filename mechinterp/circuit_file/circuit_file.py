@@ -1,4 +1,4 @@
-"""`save_circuit` and `load_circuit`: a circuit to its two files and back."""
+"""`save_circuit` and `load_circuit`: write a circuit to its two files, and read it back."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ ABOUT = (
     *("title", "description", "license", "citation", "status", "roles", "positions", "created_utc", "derived_from"),
     "extensions",
 )
-"""Fields of the file that `save_circuit` takes as they are."""
+"""Fields of the file that `save_circuit` takes as keywords and writes unchanged."""
 TENSOR = "scores"
 MAX_HEADER_BYTES = 2**16
 _DTYPES = {"F32": 4, "F64": 8}
@@ -78,14 +78,35 @@ def save_circuit(
     command: str | None = None,
     **about: Any,
 ) -> CircuitFile:
-    """Write `NAME.circuit.json` and, for a scored circuit, `NAME.scores.safetensors`; return what was written.
+    """Write `NAME.circuit.json` and, for a scored circuit, `NAME.scores.safetensors`; return the document written.
 
-    `task` is what made the pairs (None: their token ids are kept). `result` are evaluations of this very circuit.
-    `predictions` are what `check_predictions` found to hold. `curve` and `command` are recorded. `about` are the fields
-    of `ABOUT`. Either both files are replaced or none.
+    Either both files are replaced or neither is.
 
-    Raises InputError when a result belongs to another circuit, the model to another graph, the pairs to another
-    task; for a prediction that does not hold; and when the files cannot be written.
+    Args:
+        path: where to write; the name must end in `.circuit.json`.
+        circuit: the circuit to save; its scores, if it has any, go into the second file.
+        model: the model that the circuit was found in; its weights are hashed.
+        task: the task that made the pairs. None: the file keeps their token ids instead.
+        result: one evaluation of this circuit, or several.
+        curve: faithfulness at other sizes, with the target that the size was chosen by.
+        predictions: results of `check_predictions`; every one must hold.
+        command: the command line that made the circuit, for the record.
+        **about: any of the fields in `ABOUT`, such as `title`, `description`, `license`, `citation` and `roles`.
+
+    Raises:
+        InputError: if a result is of another circuit, the circuit of another model, or the pairs of another task; if a
+            prediction does not hold; if the files cannot be written.
+
+    Example:
+        >>> import mechinterp as mi
+        >>> model, task = mi.load_model("bundled"), mi.load_task("ioi")
+        >>> pairs = task.pairs(model, n=4)
+        >>> graph = mi.build_graph(model)
+        >>> circuit = mi.select(graph, mi.score_edges(model, graph, pairs, method="eap"), edges=99)
+        >>> path = getfixture("tmp_path") / "ioi.circuit.json"
+        >>> document = mi.save_circuit(path, circuit, model=model, task=task, title="A first try")
+        >>> mi.load_circuit(path).edges == circuit.edges
+        True
     """
     path = Path(path)
     name = sidecar_name(path)
@@ -146,36 +167,40 @@ def save_circuit(
 
 
 def load_circuit(path: str | Path) -> Circuit:
-    """The circuit of a file, with its graph and its scores; no model is needed.
+    """The circuit in a file, with its graph and its scores; no model is needed.
 
-    Raises FormatError, in one line, when the file or its sidecar is not a circuit file, or was changed.
+    Args:
+        path: the `NAME.circuit.json`; `NAME.scores.safetensors` is read from the same folder.
+
+    Raises:
+        FormatError: if either file is missing, is not a circuit file, or was changed after it was written.
     """
     return circuit_of(open_circuit_file(path))
 
 
 def circuit_of(opened: OpenedFile) -> Circuit:
-    """The circuit of an opened file, after its hashes were checked. Raises FormatError as `load_circuit`."""
+    """The circuit in an opened file, whose hashes are checked first. Raises FormatError as `load_circuit` does."""
     check_hashes(opened)
     graph = stated_graph(opened.document, opened.path)
     return stated_circuit(opened.document, graph, stated_scores(opened.document, graph, opened.path), opened.path)
 
 
 def stated_circuit(document: CircuitFile, graph: Graph, scores: Scores | None, path: Path) -> Circuit:
-    """The circuit that a document describes. Raises FormatError for edges and nodes that the graph does not have."""
+    """The circuit that a document describes. Raises FormatError for edges or nodes that the graph does not have."""
     try:
         kept = graph.mask_of([edge.name for edge in document.edges])
         circuit = Circuit(graph, kept, document.selection.n_selected, dict(document.selection.parameters), scores)
     except InputError as error:
         raise FormatError(f"{path}: {error}") from error
     if graph.level == "node" and not torch.equal(circuit.kept, on_paths(graph, circuit.members)):
-        raise FormatError(f"{path}: the circuit is of nodes, but has not all edges between them.")
+        raise FormatError(f"{path}: nodes were chosen, but some of the edges between them are missing.")
     if circuit.nodes != document.nodes:
-        raise FormatError(f"{path}: the nodes are not those that the edges touch.")
+        raise FormatError(f"{path}: the listed nodes are not the ones that the edges connect.")
     return circuit
 
 
 def stated_graph(document: CircuitFile, path: Path) -> Graph:
-    """The graph of the dimensions that a document states. Raises FormatError when its counts are others."""
+    """The graph of a model with the stated dimensions. Raises FormatError if the stated counts do not match it."""
     stated_parts = document.graph
     try:
         graph = graph_of(
@@ -191,16 +216,16 @@ def stated_graph(document: CircuitFile, path: Path) -> Graph:
     got = (len(graph.writers), len(graph.readers), graph.n_edges)
     stated = (document.graph.n_writers, document.graph.n_readers, document.graph.n_edges)
     if got != stated:
-        raise FormatError(f"{path}: a model of these dims has {got} writers, readers and edges; stated are {stated}.")
+        raise FormatError(f"{path}: a model of these dims has {got} writers, readers, edges; the file states {stated}.")
     return graph
 
 
 def stated_scores(document: CircuitFile, graph: Graph, path: Path) -> Scores | None:
-    """The scores in the sidecar that a document states, or None when it states none."""
+    """The scores in the document's sidecar, or None if it has none."""
     sidecar, discovery = document.integrity.sidecar, document.discovery
     if sidecar is None or discovery is None:
         if (sidecar is None) != (discovery is None):
-            raise FormatError(f"{path}: a sidecar and `discovery` go together; one of them is missing.")
+            raise FormatError(f"{path}: `discovery` and the file of scores go together; one of them is missing.")
         return None
     most = 8 + MAX_HEADER_BYTES + graph.possible.numel() * max(_DTYPES.values())
     where = str(path.parent / sidecar.file)
@@ -208,18 +233,18 @@ def stated_scores(document: CircuitFile, graph: Graph, path: Path) -> Scores | N
     if graph.level == "node":
         first = values[tuple(graph.first_of_unit.T)]
         if not torch.equal(values[graph.possible], first[graph.unit[graph.possible]]):
-            raise FormatError(f"{where}: nodes were scored, but the edges out of one of them have different scores.")
+            raise FormatError(f"{where}: nodes were scored, so all edges out of a node must have the same score.")
     n = discovery.n_examples
     if n < 1:
         raise FormatError(f"{path}: discovery.n_examples is {n}; scores are a mean over at least one example.")
-    # In float64, so that the mean that comes out is the number that went in.
+    # In float64, so that dividing by n gives back exactly the number in the file.
     total = values.double() * n
     metric, cost = discovery.metric.name, dict(discovery.cost)
     return Scores(graph, total, n, discovery.method, metric, discovery.replacement, dict(discovery.parameters), cost)
 
 
 def graph_record(graph: Graph) -> GraphRecord:
-    """What a file says about a graph."""
+    """The graph as a file describes it."""
     return GraphRecord(
         granularity="node" if graph.level == "node" else "edge",
         split_input=graph.split_input,
@@ -234,7 +259,7 @@ def graph_record(graph: Graph) -> GraphRecord:
 
 
 def edge_records(circuit: Circuit) -> list[dict[str, Any]]:
-    """Name and score (6 significant digits) of every edge, in order of name."""
+    """The name and score (6 significant digits) of every edge, sorted by name."""
     if circuit.scores is None:
         return [{"name": name} for name in circuit.edges]
     table = score_table(circuit.scores)
@@ -243,16 +268,16 @@ def edge_records(circuit: Circuit) -> list[dict[str, Any]]:
 
 def scores_bytes(scores: Scores) -> bytes:
     """The sidecar: one tensor `scores` [reader, writer], the mean over examples, 0 where there is no edge."""
-    # One key only: safetensors writes several in no fixed order, and the same scores shall give the same bytes.
+    # Only one metadata key: safetensors writes several in no fixed order, and equal scores must give equal bytes.
     note = f"mean score per edge [reader, writer]; positive = the edge helps the task; graph {scores.graph.digest()}"
     return safetensors.torch.save({TENSOR: score_table(scores)}, metadata={"mechinterp": note})
 
 
 def scores_from_bytes(content: bytes, graph: Graph, where: str) -> Tensor:
-    """The tensor `scores` of a sidecar; its header is checked before anything is read by it."""
+    """The tensor `scores` of a sidecar; the header is checked before it is used to read anything."""
     size = int.from_bytes(content[:8], "little")
     if len(content) < 8 or not 2 <= size <= min(MAX_HEADER_BYTES, len(content) - 8):
-        raise FormatError(f"{where} is not a safetensors file, or it was cut off.")
+        raise FormatError(f"{where} is not a safetensors file, or it is incomplete.")
     header = parse_json(content[8 : 8 + size], f"The header of {where}")
     entry = header.get(TENSOR) if isinstance(header, dict) else None
     shape = list(graph.possible.shape)
@@ -264,13 +289,13 @@ def scores_from_bytes(content: bytes, graph: Graph, where: str) -> Tensor:
         raise FormatError(f"{where}: {TENSOR!r} must be F32 or F64 of shape {shape}; got {got}.")
     n_bytes = graph.possible.numel() * _DTYPES[dtype]
     if entry.get("data_offsets") != [0, n_bytes] or len(content) != 8 + size + n_bytes:
-        raise FormatError(f"{where}: {TENSOR!r} must have {n_bytes} bytes; the file was cut off or extended.")
+        raise FormatError(f"{where}: {TENSOR!r} must have {n_bytes} bytes; the file is incomplete or has extra bytes.")
     try:
         values = safetensors.torch.load(content)[TENSOR]
     except (safetensors.SafetensorError, ValueError) as error:
         raise FormatError(f"{where} is not a safetensors file: {error}.") from error
     if not bool(torch.isfinite(values).all()) or bool((values[~graph.possible] != 0).any()):
-        raise FormatError(f"{where} holds a score that is not finite, or one where there is no edge.")
+        raise FormatError(f"{where} has a score that is not finite, or a score where the graph has no edge.")
     return values
 
 
@@ -284,7 +309,7 @@ def _curve_record(curve: Curve, examples: _Examples) -> CurveRecord:
 
 
 def _prediction(found: Checked, model: HookManager, examples: _Examples) -> Prediction:
-    """The prediction with the numbers that were measured, at 6 significant digits."""
+    """The prediction with its measured numbers, at 6 significant digits."""
     if found.model is not model and found.model.info.weights_sha256() != model.info.weights_sha256():
         raise InputError(f"Prediction {found.prediction.name!r} was measured on another model than {model.info.name}.")
     if not found.ok:
@@ -303,18 +328,18 @@ def _size_rule(target: float, curve: Curve, examples: _Examples) -> SizeRule:
 
 
 class _Examples:
-    """The sets of examples of one file, each kept once, under the name of its first use."""
+    """The sets of examples in one file, each kept once, under the name of its first use."""
 
     def __init__(self, task: AnyTaskRecord | None) -> None:
         self.task = task
         self.records: dict[str, PairsRecord] = {}
 
     def name(self, use: str, pairs: Pairs | None) -> str | None:
-        """The name of these examples in the file, None for none."""
+        """The name of these examples in the file; None if `pairs` is None."""
         return None if pairs is None else self.known(use, pairs)
 
     def known(self, use: str, pairs: Pairs) -> str:
-        """The name of these examples in the file; they are added when they are new."""
+        """The name of these examples in the file; new examples are added."""
         record = pairs_record(pairs, self.task)
         for name, known in self.records.items():
             if known.sha256 == record.sha256:
@@ -325,19 +350,19 @@ class _Examples:
 
     @property
     def prepend_bos(self) -> bool | None:
-        """Whether the task's pairs begin with BOS; None when no task made them."""
+        """Whether the task's pairs begin with BOS; None if no task made them."""
         made = [r.made_from.prepend_bos for r in self.records.values() if isinstance(r.made_from, TaskPairs)]
         return made[0] if made else None
 
 
 def _check_belongs(circuit: Circuit, model: HookManager, results: Sequence[Evaluation]) -> None:
     if circuit.graph.dims != model.dims:
-        raise InputError(f"The circuit belongs to a model of other dimensions than {model.info.name}.")
+        raise InputError(f"The circuit belongs to a model whose dimensions differ from those of {model.info.name}.")
     if circuit.n_edges == 0:
-        raise InputError("The circuit has no edges; there is nothing to save.")
+        raise InputError("The circuit has no edges, so there is nothing to save.")
     for result in results:
         if result.circuit_digest != circuit.digest():
             raise InputError(
-                f"The result is of another circuit ({result.n_edges} edges) than the one to be saved "
+                f"The result is of another circuit ({result.n_edges} edges), not of the one to be saved "
                 f"({circuit.n_edges} edges); evaluate this circuit and save that result."
             )

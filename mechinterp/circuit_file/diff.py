@@ -1,9 +1,4 @@
-"""`diff_circuits`: two circuit files compared by what they say; no model runs.
-
-`CircuitDiff`: how two circuit files differ in edges, nodes, roles, scores, and in all else they state.
-
-Imports no torch; `mechinterp.circuit_file.diff` makes it.
-"""
+"""`diff_circuits`: how two circuit files differ in edges, nodes, roles, scores and every other field; no model runs."""
 
 from __future__ import annotations
 
@@ -17,11 +12,11 @@ import pandas as pd
 from scipy.stats import pearsonr, rankdata, spearmanr
 
 from mechinterp.base.errors import InputError
-from mechinterp.circuit_file.circuit_file import load_circuit
-from mechinterp.circuit_file.fields import FieldDifference, different_fields
+from mechinterp.circuit_file.circuit_file import circuit_of
+from mechinterp.circuit_file.field_differences import FieldDifference, different_fields
 from mechinterp.circuit_file.records import score_table
 from mechinterp.circuit_file.schema import CircuitFile
-from mechinterp.circuit_file.store import check_hashes, open_circuit_file
+from mechinterp.circuit_file.store import OpenedFile, open_circuit_file
 from mechinterp.circuit_file.summary import ranked_nodes
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import Graph
@@ -31,10 +26,10 @@ Where = Literal["both", "only A", "only B"]
 
 @dataclass(frozen=True)
 class Compared:
-    """An edge or node of either circuit: which of them has it, its score and its rank in each file.
+    """An edge or node of either circuit: which circuits have it, and its score and rank in each file.
 
-    Positive scores help the task. The score of a node is that of its edges out (of its own, where nodes were chosen).
-    Rank 1 has the largest score of either sign; equal scores share a rank. None: the file does not say.
+    Positive scores help the task. The score of a node is the sum over the edges that leave it (if nodes were chosen,
+    its own score). Rank 1 has the largest absolute score; equal scores share a rank. None: the file does not say.
     """
 
     kind: Literal["edge", "node"]
@@ -47,7 +42,7 @@ class Compared:
 
     @property
     def flipped(self) -> bool | None:
-        """Whether the scores are of opposite signs; None where one of them is not known."""
+        """Whether the scores have opposite signs; None if one of them is unknown."""
         if self.score_a is None or self.score_b is None:
             return None
         return min(self.score_a, self.score_b) < 0 < max(self.score_a, self.score_b)
@@ -55,7 +50,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How many edges or nodes are in both circuits and in one only; `jaccard` is those in both over those in either."""
+    """The numbers of edges or nodes in both circuits and in one only; `jaccard` is both divided by either."""
 
     kind: Literal["edges", "nodes"]
     both: int
@@ -66,9 +61,10 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well scores agree `over` some edges (or nodes): n of them, correlations, and how many changed their sign.
+    """How well the scores of `n` edges (or nodes) agree: correlations, and how many have opposite signs.
 
-    A correlation is None where it is not defined: fewer than 3 scores, or one file has the same score for all.
+    `over` says which edges. A correlation is None if it is undefined: for fewer than 3 scores, or if one file gives all
+    of them the same score.
     """
 
     over: str
@@ -80,25 +76,25 @@ class Agreement:
 
 @dataclass(frozen=True)
 class RoleDifference:
-    """A node whose role differs, by the roles' labels; "" is none."""
+    """A node whose role differs, with the labels of both roles ("": no role)."""
 
     node: str
     a: str
     b: str
     change: Literal["moved", "gained", "lost", "only A", "only B"]
-    """`gained` and `lost`: a node of both circuits that has a role in one file only. `only A`: B lacks the node."""
+    """`gained`, `lost`: the node is in both circuits but has a role in one file only. `only A`: B lacks the node."""
 
 
 @dataclass(frozen=True)
 class CircuitDiff:
-    """What differs between the circuit files `a` and `b`; read `notes` first: they say what cannot be compared."""
+    """The differences between the circuit files `a` and `b`. Read `notes` first: they say what cannot be compared."""
 
     a: Path
     b: Path
     circuit_sha256: tuple[str, str]
     notes: tuple[str, ...]
     edges: tuple[Compared, ...]
-    """All edges of either circuit, those with the best ranks first."""
+    """All edges of either circuit, the best ranks first."""
     nodes: tuple[Compared, ...]
     roles: tuple[RoleDifference, ...]
     roles_removed: tuple[str, ...]
@@ -106,23 +102,23 @@ class CircuitDiff:
     roles_added: tuple[str, ...]
     scores: tuple[Agreement, ...]
     scored_alike: bool
-    """Whether method, parameters, metric and replacement are the same, so that sizes of scores can be compared."""
+    """Whether method, parameters, metric and replacement agree, so that the scores are on one scale."""
     fields: tuple[FieldDifference, ...]
 
     @property
     def same_circuit(self) -> bool:
-        """Whether the hash to cite is the same: model, graph, nodes, edges and positions."""
+        """Whether the hash for citing is the same: that of model, graph, nodes, edges and positions."""
         return self.circuit_sha256[0] == self.circuit_sha256[1]
 
     @property
     def differs(self) -> bool:
-        """Whether an edge or a node is in one of the circuits only."""
+        """Whether any edge or node is in one of the circuits only."""
         return any(entry.where != "both" for entry in (*self.edges, *self.nodes))
 
     def changes(self) -> tuple[Compared, ...]:
-        """The edges in both circuits with two scores, the largest changes first.
+        """The edges that both circuits have and both files score, the largest changes first.
 
-        A change is a difference of scores where they were made alike, a difference of ranks otherwise.
+        A change is the difference of the scores if they are on one scale (`scored_alike`), otherwise of the ranks.
         """
         scored = [entry for entry in self.edges if entry.where == "both" and entry.flipped is not None]
 
@@ -140,24 +136,24 @@ class CircuitDiff:
         return frame.astype(types)
 
     def overlaps(self) -> tuple[Overlap, Overlap]:
-        """How many edges, and how many nodes, the circuits share."""
+        """The overlap of the edges, and of the nodes."""
         return _overlap("edges", self.edges), _overlap("nodes", self.nodes)
 
     def overlap_frame(self) -> pd.DataFrame:
-        """kind, both, only_a, only_b, jaccard: edges or nodes in both over those in either."""
+        """A tidy table of the overlaps: kind, both, only_a, only_b, jaccard."""
         return _frame([asdict(entry) for entry in self.overlaps()], tuple(Overlap.__dataclass_fields__))
 
     def scores_frame(self) -> pd.DataFrame:
-        """over, n, spearman, pearson, n_flipped."""
+        """A tidy table of how well the scores agree: over, n, spearman, pearson, n_flipped."""
         frame = _frame([asdict(entry) for entry in self.scores], tuple(Agreement.__dataclass_fields__))
         return frame.astype({"spearman": "float64", "pearson": "float64"})
 
     def roles_frame(self) -> pd.DataFrame:
-        """node, a, b, change."""
+        """A tidy table of the nodes whose roles differ: node, a, b, change."""
         return _frame([asdict(entry) for entry in self.roles], tuple(RoleDifference.__dataclass_fields__))
 
     def fields_frame(self) -> pd.DataFrame:
-        """field, a, b: what the files state differently."""
+        """A tidy table of the fields that differ: field, a, b."""
         return _frame([asdict(entry) for entry in self.fields], tuple(FieldDifference.__dataclass_fields__))
 
 
@@ -171,31 +167,42 @@ def _frame(rows: Sequence[dict[str, Any]], columns: tuple[str, ...]) -> pd.DataF
 
 
 Scored = Mapping[str, tuple[float, int]]
-"""Score and rank by name."""
+"""Name -> (score, rank)."""
 
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the two files: its letter, what it states, its circuit, and a score per edge or node where it has any."""
+    """One of the two files: its letter, its document, its circuit, and its scores by edge or node."""
 
     letter: str
     document: CircuitFile
     circuit: Circuit
     own: Mapping[str, float]
-    """Scores of the circuit's own edges; of its nodes, where these were chosen."""
+    """The scores of the circuit's edges; of its nodes, if nodes were chosen."""
 
 
 def diff_circuits(a: str | Path, b: str | Path) -> CircuitDiff:
-    """How the circuit files differ: edges, nodes, roles, scores, and every field that they state differently.
+    """The differences between two circuit files: edges, nodes, roles, scores, and every other field.
 
-    Edges are matched by name. Where both files have all scores (sidecars) of one graph, scores and ranks are over all
-    its edges, so that an edge of one circuit has its score and rank in the other file, too; otherwise over each
-    circuit's own edges. Where nodes were chosen, a node counts once. `notes` say which, and everything that makes the
-    files hard to compare: other graphs, other models, scores that were made differently.
+    Edges are matched by name. If both files have all scores (sidecars) of one graph, scores and ranks are over all its
+    edges, so that an edge of one circuit also has a score and rank in the other file; otherwise they are over the edges
+    of each circuit. If nodes were chosen, each node counts once. `notes` say which of these applies, and what makes the
+    files hard to compare: different graphs, different models, scores that were made differently.
 
-    Raises FormatError for a file that is no circuit file or was changed after it was written.
+    Args:
+        a: one circuit file.
+        b: the other one.
+
+    Raises:
+        FormatError: if one of them is not a circuit file or was changed after it was written.
     """
-    one, other = _side("A", a), _side("B", b)
+    files = open_circuit_file(a), open_circuit_file(b)
+    return diff_opened(files, (circuit_of(files[0]), circuit_of(files[1])))
+
+
+def diff_opened(files: tuple[OpenedFile, OpenedFile], circuits: tuple[Circuit, Circuit]) -> CircuitDiff:
+    """As `diff_circuits`, of two opened files and their circuits."""
+    one, other = _side("A", files[0], circuits[0]), _side("B", files[1], circuits[1])
     same_graph = one.circuit.graph.digest() == other.circuit.graph.digest()
     complete = same_graph and one.circuit.scores is not None and other.circuit.scores is not None
     unlike = _made_differently(one.document, other.document)
@@ -205,8 +212,8 @@ def diff_circuits(a: str | Path, b: str | Path) -> CircuitDiff:
     nodes = tuple(_of_nodes(side.document) for side in (one, other))
     used = (set(one.document.nodes), set(other.document.nodes))
     return CircuitDiff(
-        a=Path(a),
-        b=Path(b),
+        a=files[0].path,
+        b=files[1].path,
         circuit_sha256=(one.document.integrity.circuit_sha256, other.document.integrity.circuit_sha256),
         notes=tuple(_notes(one, other, same_graph, complete, unlike)),
         edges=_compared("edge", kept, known),
@@ -220,10 +227,8 @@ def diff_circuits(a: str | Path, b: str | Path) -> CircuitDiff:
     )
 
 
-def _side(letter: str, path: str | Path) -> _Side:
-    opened = open_circuit_file(path)
-    check_hashes(opened)
-    circuit, document = load_circuit(path), opened.document
+def _side(letter: str, opened: OpenedFile, circuit: Circuit) -> _Side:
+    document = opened.document
     stated = {entry.name: entry.score for entry in document.edges}
     graph, own = circuit.graph, dict[str, float]()
     table = None if circuit.scores is None else score_table(circuit.scores)
@@ -236,7 +241,7 @@ def _side(letter: str, path: str | Path) -> _Side:
 
 
 def _unit_name(graph: Graph, edge: str, reader: int, writer: int) -> str:
-    """What was chosen when this edge was: itself, or the node that it leaves."""
+    """What is chosen when this edge is: the edge itself, or the node that it leaves."""
     return edge if graph.level == "edge" else graph.node_name(writer, int(graph.position[reader]))
 
 
@@ -244,13 +249,13 @@ def _all_scores(side: _Side) -> np.ndarray:
     """The score of every edge (or node) of the graph, in order of `graph.unit`."""
     scores = side.circuit.scores
     if scores is None:
-        raise InputError("These scores are of the circuit's own edges only.")
+        raise InputError("The file has scores for the edges of its circuit only.")
     first = side.circuit.graph.first_of_unit
     return score_table(scores)[first[:, 0], first[:, 1]].double().numpy()
 
 
 def _of_edges(side: _Side, names: Iterable[str], complete: bool) -> Scored:
-    """Score and rank of the named edges, as far as this file knows them."""
+    """Score and rank of the named edges that this file has scores for."""
     graph = side.circuit.graph
     if complete:
         values = _all_scores(side)
@@ -293,7 +298,7 @@ def _compared(
 
 
 def _agreements(one: _Side, other: _Side, complete: bool) -> Iterable[Agreement]:
-    """Over what both circuits have, and over everything where all scores are there."""
+    """Over the edges or nodes in both circuits, and over the whole graph if both files have all scores."""
     graph = one.circuit.graph
     what = "nodes" if graph.level == "node" else "edges"
     shared = sorted(one.own.keys() & other.own.keys())
@@ -306,9 +311,9 @@ def _agreements(one: _Side, other: _Side, complete: bool) -> Iterable[Agreement]
 
 def _agreement(over: str, a: np.ndarray, b: np.ndarray) -> Agreement:
     flipped = int((np.sign(a) * np.sign(b) < 0).sum())
-    # Scaled, so that sums of squares stay finite; neither correlation changes.
+    # Scaled so that sums of squares stay finite; the correlations do not change.
     a, b = (scores / (np.abs(scores).max(initial=0) or 1) for scores in (a, b))
-    if len(a) < 3 or min(np.ptp(a), np.ptp(b)) < 1e-9:  # all the same, or rounding would decide
+    if len(a) < 3 or min(np.ptp(a), np.ptp(b)) < 1e-9:  # undefined, or decided by rounding
         return Agreement(over, len(a), None, None, flipped)
     by_rank: Any = spearmanr(a, b)
     by_size: Any = pearsonr(a, b)
@@ -316,7 +321,7 @@ def _agreement(over: str, a: np.ndarray, b: np.ndarray) -> Agreement:
 
 
 def _made_differently(a: CircuitFile, b: CircuitFile) -> str:
-    """Why sizes of scores cannot be compared; "" when the scores were made alike."""
+    """Why the scores are not on one scale; "" if they were made in the same way."""
     if a.discovery is None or b.discovery is None:
         without = [letter for letter, document in (("A", a), ("B", b)) if document.discovery is None]
         return f"{' and '.join(without)} {'do' if len(without) > 1 else 'does'} not say how scores were made"
@@ -345,14 +350,14 @@ def _notes(one: _Side, other: _Side, same_graph: bool, complete: bool, unlike: s
         )
         levels = [side.document.graph.granularity for side in (one, other)]
         if levels[0] != levels[1]:
-            yield f"A chose {levels[0]}s and B chose {levels[1]}s, so their scores are of different things"
+            yield f"A chose {levels[0]}s and B chose {levels[1]}s, so their scores measure different things"
     yield from _about_models(one.document, other.document)
     without = [side.letter for side in (one, other) if not side.own]
     if without:
         yield f"no scores in {' and '.join(without)}: scores are not compared"
         return
     if unlike:
-        yield (f"{unlike}, so they need not be on one scale: order and sign can be compared, sizes cannot")
+        yield (f"{unlike}, so they may be on different scales: compare order and sign, not size")
     yield from _about_examples(one.document, other.document)
     what = "nodes" if one.document.graph.granularity == "node" else "edges"
     if complete:
@@ -385,7 +390,7 @@ def _about_examples(a: CircuitFile, b: CircuitFile) -> Iterable[str]:
 
 
 def _examples(document: CircuitFile) -> str | None:
-    """The sha256 of the pairs that the scores were made on."""
+    """The sha256 of the pairs that the edges were scored on."""
     discovery = document.discovery
     return None if discovery is None or discovery.pairs is None else document.pairs[discovery.pairs].sha256
 
@@ -401,7 +406,7 @@ def _n_edges_in(circuit: Circuit, graph: Graph) -> int:
 
 
 def _labels(document: CircuitFile) -> dict[str, str]:
-    """The roles of every node that has one, by their labels."""
+    """The labels of the roles of every node that has one."""
     found: dict[str, list[str]] = {}
     for role in document.roles.values():
         for node in role.nodes:

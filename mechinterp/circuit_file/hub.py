@@ -1,9 +1,8 @@
-"""Circuit files on the Hugging Face hub: `push_circuit` and `pull_circuit`, always with the commit.
+"""`push_circuit` and `pull_circuit`: circuit files on the Hugging Face hub, always at a known commit.
 
-Names and bytes from a repository are a stranger's: names are checked, sizes bounded before and while they are read, and
-nothing is kept before the whole pair has proved to be a circuit file with the hashes that it states.
-
-What goes wrong when the Hugging Face hub is asked, as this package's errors: one line, nothing secret.
+Names and bytes from a repository are untrusted: names are checked, sizes are bounded before and during reading, and
+nothing is kept until both files are known to be a circuit file with the hashes that it states. Errors of the hub's
+client become errors of this package: one line, without tokens or addresses.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from mechinterp.base.canonical_json import parse_json
 from mechinterp.base.errors import FormatError, HubNotReached, InputError, clip
 from mechinterp.base.plain_files import exists, is_file, read_bounded
 from mechinterp.base.registry import unknown
-from mechinterp.circuit_file.circuit_file import circuit_of, load_circuit
+from mechinterp.circuit_file.circuit_file import circuit_of
 from mechinterp.circuit_file.limits import MAX_GRAPH_CELLS
 from mechinterp.circuit_file.store import (
     MAX_JSON_BYTES,
@@ -35,36 +34,36 @@ from mechinterp.circuit_file.store import (
     sidecar_name,
 )
 
-STRANGE = (ValueError, TypeError, AttributeError, KeyError)
-"""What the client raises over an answer that is none of a hub's."""
+NOT_A_HUB = (ValueError, TypeError, AttributeError, KeyError)
+"""What the client raises if the answer does not come from a hub."""
 
 
 @contextmanager
 def asking(repo: str, kind: str, revision: str) -> Iterator[None]:
-    """Turn what the hub's client raises into one line. No header, token or address is told."""
+    """Turn any error of the hub's client into one of this package: one line, without headers, tokens or addresses."""
     from huggingface_hub.errors import HfHubHTTPError
 
     transport: Any = HfHubHTTPError.__bases__[0]  # of httpx, or of its successor in later versions of huggingface_hub
     try:
         yield
-    except (transport, OSError, RuntimeError, *STRANGE) as error:
-        raise _told(error, repo, kind, revision) from error
+    except (transport, OSError, RuntimeError, *NOT_A_HUB) as error:
+        raise _converted(error, repo, kind, revision) from error
 
 
-def _told(error: BaseException, repo: str, kind: str, revision: str) -> InputError:
+def _converted(error: BaseException, repo: str, kind: str, revision: str) -> InputError:
     from huggingface_hub import errors
 
     cause: BaseException | None = error
-    while isinstance(cause, RuntimeError) and cause.__cause__ is not None:  # an upload wraps what happened
+    while isinstance(cause, RuntimeError) and cause.__cause__ is not None:  # an upload wraps the real error
         cause = cause.__cause__
     where = f"{'data set' if kind == 'dataset' else 'model'} repository {repo!r}"
     if isinstance(cause, errors.OfflineModeIsEnabled):
-        return HubNotReached("The hub cannot be asked: offline mode is on (HF_HUB_OFFLINE).")
+        return HubNotReached("The hub cannot be reached: offline mode is on (HF_HUB_OFFLINE).")
     if isinstance(cause, errors.GatedRepoError):
         return InputError(f"The {where} is gated: ask for access on its page, and log in (HF_TOKEN, `hf auth login`).")
     if isinstance(cause, errors.RepositoryNotFoundError):
         return InputError(
-            f"There is no {where}, or you may not see it: create it (`hf repos create`), or log in (HF_TOKEN, "
+            f"The {where} does not exist, or you may not see it: create it (`hf repos create`), or log in (HF_TOKEN, "
             "`hf auth login`)."
         )
     if isinstance(cause, errors.RevisionNotFoundError):
@@ -72,40 +71,38 @@ def _told(error: BaseException, repo: str, kind: str, revision: str) -> InputErr
     if isinstance(cause, errors.EntryNotFoundError):
         return InputError(f"The {where} does not have the file at {revision!r}.")
     if isinstance(cause, errors.LocalTokenNotFoundError):
-        return InputError("The hub wants to know who you are: set HF_TOKEN, or `hf auth login`.")
+        return InputError("The hub needs a login: set HF_TOKEN, or run `hf auth login`.")
     if isinstance(cause, errors.HfHubHTTPError):
         status = cause.response.status_code
         if status in (401, 403):
-            return InputError(f"The hub does not let you do that in the {where} (HTTP {status}); see HF_TOKEN.")
+            return InputError(f"You have no permission for this in the {where} (HTTP {status}); check HF_TOKEN.")
         if status == 429 or status >= 500:
-            return HubNotReached(f"The hub cannot answer now (HTTP {status}); try again later.")
+            return HubNotReached(f"The hub cannot answer at the moment (HTTP {status}); try again later.")
         said = " ".join((cause.server_message or "").split())[:200]
-        return InputError(f"The hub refused (HTTP {status}){': ' if said else '.'}{said}")
+        return InputError(f"The hub refused the request (HTTP {status}){': ' if said else '.'}{said}")
     if isinstance(cause, errors.HFValidationError):
-        return InputError(f"{repo!r} is no name of a repository.")
-    if isinstance(cause, STRANGE):
-        return HubNotReached(
-            "What answered is no hub, or not as this version knows it; check the network and HF_ENDPOINT."
-        )
+        return InputError(f"{repo!r} is not the name of a repository.")
+    if isinstance(cause, NOT_A_HUB):
+        return HubNotReached("The answer is not that of a Hugging Face hub; check the network and HF_ENDPOINT.")
     return HubNotReached(f"The hub cannot be reached: {type(cause).__name__}. Check the network and HF_ENDPOINT.")
 
 
 MAX_SIDECAR_BYTES = 8 * MAX_GRAPH_CELLS + 2**17
-"""Of the largest graph that a file may describe, in float64, with its header."""
+"""The size of the scores of the largest graph that a file may describe, in float64, with the header."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SECONDS = 30
-"""How long the hub may be silent."""
+"""Timeout for each read from the hub."""
 SECONDS_IN_ALL = 600
-"""How long one answer may take."""
+"""Timeout for a whole answer."""
 MAX_INDEX_BYTES = 16 * 2**20
-"""Of the list of a repository's files: some 100,000 of them."""
+"""The largest list of the files in a repository that is read, about 100,000 files."""
 SHOWN = 10
 _REPO = re.compile(r"(?:(?P<kind>datasets|models)/)?(?P<id>[\w.-]{1,96}/[\w.-]{1,96})(?:/(?P<path>.+))?", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A repository of the hub, and a file in it ("" for none): `org/name`, or `datasets/org/name` for a data set."""
+    """A repository of the hub, `org/name` or (a data set) `datasets/org/name`, and a file in it ("": none)."""
 
     repo: str
     kind: str
@@ -116,7 +113,7 @@ class Place:
         """The place written as `[datasets/]org/name[/path]`. Raises InputError for anything else."""
         found = _REPO.fullmatch(text)
         if found is None:
-            raise InputError(f"{clip(text, 200)!r} is no repository of the hub; give org/name, or datasets/org/name.")
+            raise InputError(f"{clip(text, 200)!r} is not a repository of the hub; give org/name or datasets/org/name.")
         path = found["path"] or ""
         if path:
             check_path(path)
@@ -128,9 +125,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was uploaded, and the commit that holds it: `place` and `commit` are what to pull.
+    """What was uploaded, and the commit that holds it: pull `place` at revision `commit`.
 
-    `new` is False when the repository had the same files already; `commit` is then its latest one.
+    `new` is False if the repository already had these files; `commit` is then its latest one.
     """
 
     place: Place
@@ -141,7 +138,7 @@ class Pushed:
 
 @dataclass(frozen=True)
 class Pulled:
-    """The files that a pull left, the circuit file first; `new` says whether any was written."""
+    """The downloaded files, the circuit file first; `new` says whether any of them was written."""
 
     place: Place
     commit: str
@@ -152,20 +149,29 @@ class Pulled:
 def push_circuit(
     file: str | Path, repo: str, *, revision: str = "main", message: str | None = None, endpoint: str | None = None
 ) -> Pushed:
-    """Upload a circuit file and its sidecar to the top of a repository, in one commit on the branch `revision`.
+    """Upload a circuit file and its sidecar to the top folder of a repository, in one commit; return that commit.
 
-    The file is validated first; afterwards the hub is asked whether the commit holds both files. The repository must
-    exist. Credentials and endpoint are those of `huggingface_hub` (HF_TOKEN, HF_ENDPOINT).
+    The file is validated before the upload, and afterwards the hub is asked whether the commit holds both files.
+    Credentials come from `huggingface_hub` (HF_TOKEN or `hf auth login`).
 
-    Raises FormatError for a file whose hashes do not hold, InputError for an unknown repository or branch and where
-    writing is not allowed, HubNotReached when the hub cannot be asked.
+    Args:
+        file: the circuit file; its sidecar is uploaded with it.
+        repo: `org/name`, or `datasets/org/name`; the repository must exist.
+        revision: the branch to commit to.
+        message: the commit message. None: "Add circuit NAME".
+        endpoint: the address of the hub. None: HF_ENDPOINT, or the public one.
+
+    Raises:
+        FormatError: if the file is not a valid circuit file or its hashes do not match.
+        InputError: if the repository or branch does not exist, or you may not write to it.
+        HubNotReached: if the hub cannot be reached.
     """
     path, place = Path(file), Place.parse(repo)
     if place.path:
-        raise InputError(f"A file is pushed to the top of a repository; give {place.repo!r}, without {place.path!r}.")
+        raise InputError(f"Files go to the top folder of a repository; give {place.repo!r} without {place.path!r}.")
     sidecar_name(path)
     contents = {path.name: read_bounded(path, MAX_JSON_BYTES)}
-    opened = parse_circuit_file(contents[path.name], path)  # what is checked is what is uploaded
+    opened = parse_circuit_file(contents[path.name], path)  # check the bytes that are uploaded
     circuit_of(opened)
     sidecar = opened.document.integrity.sidecar
     if sidecar is not None:
@@ -196,14 +202,22 @@ def push_circuit(
 def pull_circuit(
     repo: str, *, revision: str | None, out: str | Path = ".", force: bool = False, endpoint: str | None = None
 ) -> Pulled:
-    """Download a circuit file and the sidecar that it states into the folder `out`, both or none.
+    """Download a circuit file and its sidecar, both or neither; return where they are and the commit.
 
-    `repo` is `[datasets/]org/name[/path]`. Nothing is kept that is not a circuit file with the hashes that it states. A
-    file that is there already stays unless it is the same or `force` is given. `revision` is a commit; of a branch or
-    tag, the commit that it is now is taken and returned. None is refused, with the commit to give.
+    Files are kept only if they are a circuit file with the hashes that it states.
 
-    Raises InputError for what the hub does not have and for files that would be overwritten, FormatError for a file
-    that is too large or not what it states, HubNotReached when the hub cannot be asked.
+    Args:
+        repo: `[datasets/]org/name[/path]`; without a path, the only circuit file in the repository.
+        revision: a commit, or a branch or tag, whose present commit is returned. None is refused, and the error says
+            which commit to give.
+        out: the folder to write to.
+        force: overwrite other files of the same names.
+        endpoint: the address of the hub. None: HF_ENDPOINT, or the public one.
+
+    Raises:
+        InputError: if the repository, revision or file does not exist, or a file would be overwritten.
+        FormatError: if a file is too large or does not have the hashes that it states.
+        HubNotReached: if the hub cannot be reached.
     """
     place, folder = Place.parse(repo), Path(out)
     with asking(place.repo, place.kind, revision or "main"):
@@ -214,7 +228,7 @@ def pull_circuit(
         raise InputError(f"The hub answered {commit[:60]!r} when asked for {revision or 'main'!r} of {place}.")
     if not revision:
         raise InputError(
-            f"Say which --revision of {place}: a commit is what can be had again. `main` is now {commit}: "
+            f"Give a --revision of {place}, because a branch can change but a commit cannot. `main` is now {commit}: "
             f"discover-circuit pull {place} --revision {commit}"
         )
     name = PurePosixPath(place.path).name
@@ -225,7 +239,7 @@ def pull_circuit(
         with asking(place.repo, place.kind, revision):
             content = _download(api, place, place.path, commit, MAX_JSON_BYTES)
         kept.write_bytes(content)
-        with _told_as(place, temporary):
+        with _errors_about(place, temporary):
             opened = open_circuit_file(kept)
             check_hashes(opened)
         stated, pair = opened.document.integrity.sidecar, None
@@ -234,8 +248,8 @@ def pull_circuit(
             with asking(place.repo, place.kind, revision):
                 pair = (stated.file, _download(api, place, beside, commit, MAX_SIDECAR_BYTES))
             kept.with_name(stated.file).write_bytes(pair[1])
-        with _told_as(place, temporary):
-            load_circuit(kept)
+        with _errors_about(place, temporary):
+            circuit_of(opened)
     wanted = {target: content} | ({folder / pair[0]: pair[1]} if pair else {})
     new = {path: data for path, data in wanted.items() if not _same(path, data)}
     taken = [str(path) for path in new if exists(path) or path.is_symlink()]
@@ -247,10 +261,10 @@ def pull_circuit(
 
 
 def check_path(path: str) -> None:
-    """Return None for the path of a file inside a repository. Raises InputError for one that could lead elsewhere."""
+    """Return None for a path inside a repository. Raises InputError for a path that could lead out of it."""
     parts = path.split("/")
     if not {"", ".", ".."}.isdisjoint(parts) or not path.isprintable() or not set(path).isdisjoint("\\:"):
-        raise InputError(f"{clip(path, 200)!r} is no path of a file in a repository.")
+        raise InputError(f"{clip(path, 200)!r} is not the path of a file in a repository.")
 
 
 def _api(endpoint: str | None) -> Any:
@@ -260,7 +274,7 @@ def _api(endpoint: str | None) -> Any:
 
 
 def _file_of(place: Place, names: Sequence[str]) -> Place:
-    """The place of a circuit file that the repository has: the one that is named, or its only one."""
+    """The place of the circuit file that was asked for: the named one, or the only one in the repository."""
     known = [name for name in names if name.endswith(SUFFIX)]
     for name in (place.path, place.path + SUFFIX):
         if name in known:
@@ -286,15 +300,15 @@ def _index(api: Any, place: Place, revision: str) -> tuple[str, list[str]]:
 
 
 def _sizes(api: Any, place: Place, names: Sequence[str], commit: str) -> dict[str, int]:
-    """The sizes in bytes that the hub states, of those of the files that are there."""
+    """The sizes in bytes, as the hub states them, of those files that exist."""
     url = f"{api.endpoint}/api/{place.kind}s/{place.repo}/paths-info/{quote(commit, safe='')}"
-    asked = {"paths": list(names), "expand": False}
-    found = _json(_read("POST", url, MAX_INDEX_BYTES, f"the sizes of {place.repo}", data=asked))
+    request = {"paths": list(names), "expand": False}
+    found = _json(_read("POST", url, MAX_INDEX_BYTES, f"the sizes of {place.repo}", data=request))
     return {str(entry["path"]): int(entry["size"]) for entry in found if entry.get("type") == "file"}
 
 
 def _json(content: bytes) -> Any:
-    """The value; ValueError, which `asking` tells, for what no hub answers."""
+    """The parsed answer. Raises ValueError, which `asking` converts, if it is not valid JSON."""
     try:
         return parse_json(content, "The answer")
     except FormatError as error:
@@ -302,16 +316,16 @@ def _json(content: bytes) -> Any:
 
 
 def _download(api: Any, place: Place, path: str, commit: str, most: int) -> bytes:
-    """The bytes of one file at a commit; never more than `most` are read, whatever the hub says its size is."""
+    """The bytes of one file at a commit; at most `most` bytes are read, whatever size the hub states."""
     from huggingface_hub import hf_hub_url
 
     size = _sizes(api, place, [path], commit).get(path)
     if size is None:
         raise InputError(f"{place.repo} has no file {path!r} at commit {commit}.")
     if size > most:
-        raise FormatError(f"{path} of {place.repo} has {size:,} bytes; it can have {most:,} at most.")
+        raise FormatError(f"{path} of {place.repo} has {size:,} bytes; at most {most:,} are allowed.")
     url = hf_hub_url(place.repo, path, repo_type=place.kind, revision=commit, endpoint=api.endpoint)
-    wrong = f"{path} of {place.repo} is not the {size:,} bytes that the hub states; nothing was kept."
+    wrong = f"{path} of {place.repo} does not have the {size:,} bytes that the hub states; nothing was kept."
     content = _read("GET", url, size, f"{path} of {place.repo}", wrong)
     if len(content) != size:
         raise FormatError(wrong)
@@ -319,7 +333,7 @@ def _download(api: Any, place: Place, path: str, commit: str, most: int) -> byte
 
 
 def _read(method: Literal["GET", "POST"], url: str, most: int, what: str, wrong: str = "", **sent: Any) -> bytes:
-    """What the hub answers, at most so many bytes, within `SECONDS_IN_ALL`, however slowly they come."""
+    """The answer of the hub: at most `most` bytes, within `SECONDS_IN_ALL`."""
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
     content, end = bytearray(), time.monotonic() + SECONDS_IN_ALL
@@ -330,9 +344,9 @@ def _read(method: Literal["GET", "POST"], url: str, most: int, what: str, wrong:
         for block in response.iter_bytes():
             content += block
             if len(content) > most:
-                raise FormatError(wrong or f"{what} has more than the {most:,} bytes that it can have.")
+                raise FormatError(wrong or f"{what} has more than the {most:,} bytes allowed.")
             if time.monotonic() > end:
-                raise HubNotReached(f"The hub takes more than {SECONDS_IN_ALL} seconds for {what}; try again later.")
+                raise HubNotReached(f"The hub took more than {SECONDS_IN_ALL} seconds for {what}; try again later.")
     return bytes(content)
 
 
@@ -344,10 +358,10 @@ def _same(path: Path, data: bytes) -> bool:
 
 
 @contextmanager
-def _told_as(place: Place, folder: str) -> Iterator[None]:
-    """Name the place instead of the temporary folder in what is wrong with a file."""
+def _errors_about(place: Place, folder: str) -> Iterator[None]:
+    """Name the place on the hub, not the temporary folder, in errors about a file."""
     try:
         yield
     except FormatError as error:
-        told = str(error).replace(f"{folder}/", "").replace(f"{folder}\\", "")
-        raise FormatError(f"{place}: {told} Nothing was kept.") from error
+        message = str(error).replace(f"{folder}/", "").replace(f"{folder}\\", "")
+        raise FormatError(f"{place}: {message} Nothing was kept.") from error

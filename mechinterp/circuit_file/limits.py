@@ -1,24 +1,24 @@
-"""What a circuit file may hold at most, so that a small one takes little memory and time, whoever made it."""
+"""Upper limits on what a circuit file may hold, so that an untrusted file cannot use much memory or time."""
 
 from __future__ import annotations
 
 MAX_GRAPH_CELLS = 2**23
-"""Readers x writers of the largest graph that a file may describe; an 8B model has 1.7 million."""
+"""Readers x writers of the largest graph that a file may describe; those of an 8B model are 1.7 million."""
 MAX_TOKEN_IDS = 2**21
-"""Token ids that a file may hold for pairs that no task makes."""
+"""Token ids in a file, for pairs that are not made by a task."""
 MAX_PADDED = 2**22
-"""Rows x longest row of one table of such ids: what it takes once the rows are padded."""
+"""Rows x longest row of one table of such ids: its size after padding."""
 MAX_EXAMPLES = 20_000
-"""Examples of one set of pairs that a task makes again."""
+"""Examples in one set of pairs that a task makes."""
 MAX_NODES = 2**17
 MAX_PREDICTIONS = 10_000
 MAX_PAIRS = 100
-"""Sets of examples; each is made again."""
+"""Sets of examples; `verify` makes each of them again."""
 MAX_NAMED = 1000
-"""Entries of what is named by people: positions, sets of pairs, authors, parameters."""
+"""Entries of lists that people write: positions, sets of pairs, authors, parameters."""
 MAX_ROLES = 10_000
 MAX_EVALUATIONS = MAX_POINTS = 1000
 MAX_RANDOM = 100
-"""Random circuits of one evaluation; each is run again on every example."""
+"""Random circuits of one evaluation; `verify` runs each again on every example."""
 MAX_WORDS = 100_000
-"""Words of a list that a task draws from."""
+"""Words in a list that a task draws from."""

@@ -1,4 +1,4 @@
-"""What a circuit file says about the model, its tokenizer, the graph and the software that was used."""
+"""Records of the model, its tokenizer and the software that was used."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ LOADER = "transformer_lens TransformerBridge"
 
 
 def versions() -> dict[str, str]:
-    """The versions that numbers can depend on, without a build's local part (`+cpu`)."""
+    """The versions of the packages that results can depend on, without the local part (`+cpu`)."""
     found = {"python": platform.python_version()}
     for name, distribution in DISTRIBUTIONS.items():
         try:
             found[name] = metadata.version(distribution).partition("+")[0]
-        except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        except metadata.PackageNotFoundError:  # running from a source tree that was not installed
             found[name] = "not installed"
     return found
 
 
 def provenance_of(model: HookManager, command: str | None) -> Provenance:
-    """Versions, the kind of device (`cpu`, `cuda`, `mps`), and the command."""
+    """The versions, the type of device (`cpu`, `cuda`, `mps`) and the command."""
     return Provenance(versions=versions(), device=model.device.type, command=command)
 
 
 def model_record(model: HookManager) -> ModelRecord:
-    """Where the model came from and what it is; hashes all weights as they are now."""
+    """The record of a model; hashes all weights as they are now."""
     info = model.info
     return ModelRecord.model_validate(
         {
@@ -57,17 +57,17 @@ def model_record(model: HookManager) -> ModelRecord:
 
 
 def dtype_name(model: HookManager) -> str:
-    """The dtype of the weights as `load_model` takes it, such as `float32`."""
+    """The dtype of the weights in the form that `load_model` accepts, such as `float32`."""
     return str(model.dtype).removeprefix("torch.")
 
 
 def dims_of(record: DimsRecord) -> Dims:
-    """The sizes of the model that a file describes."""
+    """The dimensions of the model that a file describes."""
     return Dims(**record.model_dump())
 
 
 def tokenizer_record(tokenizer: Any, prepend_bos: bool | None) -> TokenizerRecord | None:
-    """The tokenizer's identity, or None when the model has none."""
+    """The record of a tokenizer, or None if the model has none."""
     if tokenizer is None:
         return None
     return TokenizerRecord(
@@ -81,8 +81,8 @@ def tokenizer_record(tokenizer: Any, prepend_bos: bool | None) -> TokenizerRecor
 def vocabulary_sha256(tokenizer: Any) -> str:
     """sha256 over the words with their ids and the special tokens.
 
-    Not over the serialised tokenizer, whose form changes with the version of the library; that the same texts give
-    the same ids is what the digest of the pairs checks.
+    The serialised tokenizer is not hashed, because its form changes with the version of the library. Whether the same
+    texts give the same ids is checked by the digest of the pairs.
     """
     special = {name: str(getattr(tokenizer, f"{name}_token", None)) for name in ("bos", "eos", "unk", "pad")}
     text = json.dumps([sorted(tokenizer.get_vocab().items()), special], ensure_ascii=True)

@@ -1,4 +1,4 @@
-"""Between objects and the records of a circuit file: tasks, pairs, scores and results, in both directions."""
+"""Conversion between objects (tasks, pairs, scores, results) and the records of a circuit file, in both directions."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ from mechinterp.tasks.task import Task, load_task, task_names
 
 AnyTaskRecord = TaskRecord | FileTaskRecord | TokensTaskRecord
 
-# Sums of some hundred float32 terms in another order agree to about 1e-6; ratios of differences lose a digit or two.
-# Half precision keeps 8 (bfloat16) or 11 bits.
+# Sums of a few hundred float32 terms agree to about 1e-6 in any order; ratios of differences lose a digit or two.
+# Half precision has 8 (bfloat16) or 11 significant bits.
 TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
     {
         "float64": Tolerance(relative=1e-4, absolute=1e-5),
@@ -52,21 +52,21 @@ TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
 
 
 def tolerance_for(dtype: str) -> Tolerance:
-    """How closely a re-run of an evaluation must agree, for a model of this dtype."""
+    """How closely a repeated evaluation must agree, for a model of this dtype."""
     if dtype not in TOLERANCES:
-        raise InputError(f"No tolerance is stated for dtype {dtype!r}. Known: {', '.join(sorted(TOLERANCES))}.")
+        raise InputError(f"No tolerance is known for dtype {dtype!r}. Known: {', '.join(sorted(TOLERANCES))}.")
     return TOLERANCES[dtype]
 
 
 def metric_record(name: str) -> MetricRecord:
-    """The metric by name, with its direction and unit. Raises InputError when it is not registered."""
+    """The metric by name, with its direction and unit. Raises InputError if it is not registered."""
     metric = get_metric(name)
     direction = "higher is better" if metric.direction > 0 else "lower is better"
     return MetricRecord(name=name, direction=direction, unit=metric.unit)
 
 
 def task_record(task: Task, path: str | None = None) -> TaskRecord:
-    """The task by name when it is the package's own; otherwise with its whole content."""
+    """The record of a task: its name if it is one of the package, otherwise its whole content."""
     bundled = task.name in task_names() and load_task(task.name).digest() == task.digest()
     content = None
     if not bundled:
@@ -85,9 +85,9 @@ def task_record(task: Task, path: str | None = None) -> TaskRecord:
 
 
 def task_of(record: TaskRecord) -> Task:
-    """The task that a file states: the package's, or the one whose content is in the file.
+    """The task that a file states: one of the package, or the one whose content is in the file.
 
-    Raises FormatError when the content is no task, InputError when the package has no task of that name.
+    Raises FormatError if the content is not a valid task, InputError if the package has no task of that name.
     """
     if record.content is None:
         return load_task(record.name)
@@ -99,15 +99,15 @@ def task_of(record: TaskRecord) -> Task:
 
 
 def pairs_record(pairs: Pairs, task: AnyTaskRecord | None) -> PairsRecord:
-    """How to make the pairs again: by the task that made them, or from their token ids.
+    """The record of a set of pairs: how the task makes them, or their token ids.
 
-    Raises InputError when another task made them, or when they are too many to be kept in a file.
+    Raises InputError if another task made them, or if they are too many to be kept in a file.
     """
     source = pairs.source
     if isinstance(source, TaskSource) and isinstance(task, TaskRecord):
         if source.digest != task.sha256:
             raise InputError(
-                f"The pairs were made by another task ({source.task}, version {source.version}) than the one to be "
+                f"The pairs were made by another task ({source.task}, version {source.version}), not by the one to be "
                 f"saved ({task.name}, version {task.version})."
             )
         made_from = TaskPairs(split=source.split, seed=source.seed, prepend_bos=source.prepend_bos)
@@ -115,16 +115,16 @@ def pairs_record(pairs: Pairs, task: AnyTaskRecord | None) -> PairsRecord:
         made_from = _token_pairs(pairs)
     record = PairsRecord(n=len(pairs), sha256=pairs.digest(), made_from=made_from)
     if isinstance(made_from, TokenPairs) and pairs_of(record, None, None).digest() != record.sha256:
-        raise InputError("These pairs cannot be kept in a file: the same token ids do not give the same pairs again.")
+        raise InputError("These pairs cannot be saved: their token ids alone do not give the same pairs again.")
     return record
 
 
 def pairs_of(record: PairsRecord, task: Task | None, tokenizer: Any) -> Pairs:
-    """The pairs that a file states, made again. Raises InputError when that is not possible."""
+    """The pairs that a file describes, made again. Raises InputError if that is not possible."""
     made = record.made_from
     if isinstance(made, TaskPairs):
         if task is None:
-            raise InputError("The pairs are made by a task, and the task cannot be loaded.")
+            raise InputError("These pairs are made by a task, and the task cannot be loaded.")
         return task.pairs(tokenizer, n=record.n, split=made.split, seed=made.seed, prepend_bos=made.prepend_bos)
     rows = made.model_dump(mode="json", exclude={"kind"})
     if not all(rows["clean"]) or not all(rows["corrupt"]):
@@ -136,7 +136,7 @@ def _token_pairs(pairs: Pairs) -> TokenPairs:
     n_ids = 2 * int(pairs.mask.sum())
     if n_ids > MAX_TOKEN_IDS:
         raise InputError(
-            f"These pairs have {n_ids} token ids, and a circuit file keeps at most {MAX_TOKEN_IDS}. Use fewer "
+            f"These pairs have {n_ids} token ids, and a circuit file can hold at most {MAX_TOKEN_IDS}. Use fewer "
             "examples, or write a task file that makes them."
         )
 
@@ -158,9 +158,9 @@ def _token_pairs(pairs: Pairs) -> TokenPairs:
 
 
 def discovery_record(scores: Scores, pairs: str | None) -> DiscoveryRecord:
-    """How the scores were made; `pairs` is the name of the examples in the file.
+    """The record of how scores were made; `pairs` is the name of the examples in the file.
 
-    Raises InputError for a method or a metric that is not registered: a file that states one does not verify.
+    Raises InputError for a method or metric that is not registered, since `verify` would reject the file.
     """
     METHODS.get(scores.method)
     return DiscoveryRecord(
@@ -186,14 +186,14 @@ EVALUATION_NUMBERS = (
     "accuracy_full",
     "random_faithfulness",
 )
-"""The measured numbers of an evaluation, which a re-run gives again up to its tolerance."""
+"""The measured numbers of an evaluation, which a repeated run must give within the tolerance."""
 
 EVALUATION_COUNTS = ("n_examples", "n_edges", "n_edges_graph", "n_ratio", "ci_level", "seed")
-"""What a re-run gives again exactly."""
+"""The numbers that a repeated run must give exactly."""
 
 
 def evaluation_record(result: Evaluation, pairs: str, reference: str | None, dtype: str) -> EvaluationRecord:
-    """The numbers of an evaluation at 6 significant digits, with the tolerance of a re-run."""
+    """The record of an evaluation: its numbers at 6 significant digits, and the tolerance for a repeated run."""
     return checked(
         EvaluationRecord,
         {
@@ -216,5 +216,5 @@ def _rounded(value: float | tuple[float, ...] | None) -> float | tuple[float, ..
 
 
 def score_table(scores: Scores) -> Tensor:
-    """The mean score of every edge on the CPU, 0 where there is no edge: what the sidecar holds."""
+    """The mean score of every edge on the CPU, 0 where the graph has no edge: the content of the sidecar."""
     return torch.where(scores.graph.possible, scores.values.cpu(), 0).contiguous()

@@ -1,4 +1,4 @@
-"""`discover-circuit eval`: a circuit file on held-out pairs of its own task or of another one."""
+"""`reevaluate`: a circuit file evaluated on held-out pairs of its own task or of another one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pandas as pd
 
 from mechinterp.base.errors import InputError, MechInterpError
 from mechinterp.base.progress import StageProgress, no_stages
-from mechinterp.circuit_file.circuit_file import load_circuit
+from mechinterp.circuit_file.circuit_file import circuit_of
 from mechinterp.circuit_file.records import pairs_of, task_of
 from mechinterp.circuit_file.schema import CircuitFile, FileTaskRecord, TaskRecord
-from mechinterp.circuit_file.store import check_hashes, open_circuit_file
+from mechinterp.circuit_file.store import open_circuit_file
 from mechinterp.circuit_file.verify.verification import load_stated_model
 from mechinterp.evaluation.against_random import necessity_test, sufficiency_test
 from mechinterp.evaluation.completeness import completeness
@@ -32,8 +32,11 @@ from mechinterp.tasks.task import load_task
 
 @dataclass(frozen=True)
 class Reevaluation:
-    """A circuit on some pairs. `tests` has completeness and a row per hypothesis test, `nodes` what the metric is
-    after each node is cut out of the circuit, too; None when not asked for."""
+    """A circuit evaluated on the pairs of `on`.
+
+    `tests` has a row for completeness and one for each hypothesis test, `nodes` the metric after each node is removed
+    from the circuit; both are None unless tests were asked for.
+    """
 
     circuit: Circuit
     evaluation: Evaluation
@@ -77,16 +80,31 @@ def reevaluate(
     batch_size: int = 32,
     progress: StageProgress = no_stages,
 ) -> Reevaluation:
-    """The circuit of a file on held-out pairs of `task` (a task, a task file, a file of pairs; default: its own task).
+    """The evaluation of a circuit file on held-out pairs; its hashes are checked first.
 
-    `metric` and `replacement` are by default the task's and those of the file's evaluation. A file of pairs that the
-    circuit was found on is cut as then: only the pairs that its evaluation was on are taken. The file's hashes are
-    checked first. A model with other weights than the file's is allowed when its dimensions are
-    the same, and noted. Cost: see `evaluate`; the tests take about 300 forwards more.
+    If `task` is the very file of pairs that the circuit was found on, only the pairs of its evaluation are used. Cost:
+    see `evaluate`; the tests take about 300 more forwards per batch.
+
+    Args:
+        file: the circuit file.
+        task: the name of a task, a task file, or a file of pairs (.jsonl, .csv). None: the task of the file.
+        model: anything that `load_model` takes. None: the model that the file names. A model with other weights but
+            the same dimensions is allowed, and noted.
+        metric: by default that of the task, or of the file's evaluation on its own task.
+        replacement: by default that of the file's evaluation.
+        tests: also run completeness, minimality and the hypothesis tests.
+        examples: the number of pairs.
+        seed: seed of the pairs, the bootstrap and the random circuits.
+        device: where to load the model.
+        batch_size: pairs run at once; it does not change the result.
+        progress: called with a stage, the steps done and the total.
+
+    Raises:
+        FormatError: if the file is not a circuit file or was changed after it was written.
+        ModelNotAvailable: if the model cannot be loaded and none is given.
     """
     opened = open_circuit_file(file)
-    check_hashes(opened)
-    document, circuit = opened.document, load_circuit(file)
+    document, circuit = opened.document, circuit_of(opened)
     progress("model", 0, 1)
     manager = load_stated_model(document, opened.path, model, device)
     progress("model", 1, 1)
@@ -122,12 +140,12 @@ def _tests(
         ("independence", partial(independence_test, seed=seed)),
     ]
     kinds.append(("sufficiency", partial(sufficiency_test, seed=seed)))
-    # Against random circuits of other edges: on a small graph almost any random circuit is destructive to cut.
+    # Against random circuits of other edges: on a small graph, cutting almost any random circuit is destructive.
     kinds.append(("partial necessity", partial(necessity_test, seed=seed, drawn_from="complement")))
     for name, test in kinds:
         try:
             result = test(model, circuit, pairs, **shared, progress=partial(progress, name))
-        except MechInterpError as error:  # a test that does not apply here takes none of the others away
+        except MechInterpError as error:  # a test that does not apply must not stop the others
             rows.append((name, "not run", str(error)))
             continue
         rows.append((name, f"p {result.p_value:.2g}", result.verdict))
@@ -136,14 +154,14 @@ def _tests(
 
 
 def _pairs(document: CircuitFile, task: str | None, model: HookManager, n: int, seed: int) -> tuple[str, Pairs, str]:
-    """What the pairs are of, the pairs, and the metric."""
+    """(What the pairs are of, the pairs, the metric)."""
     if task is None:
         metric = document.evaluation[0].metric.name if document.evaluation else "logit_diff"
         if isinstance(document.task, TaskRecord):
             own = task_of(document.task)
             return own.name, own.pairs(model, n=n, split="test", seed=seed), metric
         if not document.evaluation:
-            raise InputError("The file names no task and no evaluation; say on what to evaluate: --task.")
+            raise InputError("The file has no task and no evaluation; say what to evaluate it on: --task.")
         name = document.evaluation[0].pairs
         return f"the file's pairs {name!r}", pairs_of(document.pairs[name], None, model)[:n], metric
     if Path(task).suffix.lower() in (".jsonl", ".csv"):

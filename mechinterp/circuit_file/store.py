@@ -1,9 +1,9 @@
-"""A circuit file and its sidecar on disk: bounded reading, hashes, and writing that never leaves half a pair.
+"""A circuit file and its sidecar on disk: bounded reading, hashes, and writing both files or neither.
 
 `NAME.circuit.json` is checked against the schema; `NAME.scores.safetensors` holds every score. Both are written under
-temporary names and renamed when they are complete, the sidecar first. Between the two renames the old sidecar stays
-beside them as `.NAME.scores.safetensors.previous`, which reading falls back to: so whenever writing is interrupted,
-either the old pair or the new one is there.
+temporary names and renamed once they are complete, the sidecar first. Between the two renames the old sidecar is kept
+as `.NAME.scores.safetensors.previous`, which reading falls back to. So an interrupted write leaves either the old pair
+or the new one.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SUFFIX = ".circuit.json"
 SIDECAR_SUFFIX = ".scores.safetensors"
 MAX_JSON_BYTES = 64 * 2**20
 MAX_STEM = 180
-"""Bytes of a NAME: file systems take 255 for a whole name, and temporary files have longer ones."""
+"""Bytes of a NAME: file systems allow 255 for a whole file name, and the names of temporary files are longer."""
 _NO_HASH = "0" * 64
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class OpenedFile:
-    """A circuit file that obeys the schema. `content` is the JSON as it stands, which the file's hash is over."""
+    """A circuit file that follows the schema. `content` is the JSON as read, which the file's hash is over."""
 
     path: Path
     document: CircuitFile
@@ -44,12 +44,12 @@ class OpenedFile:
 
     @property
     def file_sha256(self) -> str:
-        """The hash of what the file holds now; the one it states is in `document.integrity`."""
+        """The hash of the file as it is now; the hash that it states is in `document.integrity`."""
         return file_sha256(self.content)
 
 
 def file_sha256(content: Mapping[str, Any]) -> str:
-    """sha256 over the content of a circuit file, without this hash itself and whatever the white space."""
+    """sha256 over the content of a circuit file except this hash itself; white space does not count."""
     integrity = {name: value for name, value in content["integrity"].items() if name != "file_sha256"}
     return canonical_sha256({**content, "integrity": integrity})
 
@@ -57,14 +57,14 @@ def file_sha256(content: Mapping[str, Any]) -> str:
 def open_circuit_file(path: str | Path) -> OpenedFile:
     """The circuit file, checked against the schema but not against its hashes (`check_hashes` does that).
 
-    Raises FormatError, in one line, for anything that is not a circuit file of a version that is known.
+    Raises FormatError, in one line, for anything that is not a circuit file of a known version.
     """
     path = Path(path)
     return parse_circuit_file(read_bounded(path, MAX_JSON_BYTES), path)
 
 
 def parse_circuit_file(text: bytes, path: Path) -> OpenedFile:
-    """The circuit file with this text, which is (or will be) at `path`. Raises as `open_circuit_file`."""
+    """The circuit file with this text, which is (or will be) at `path`. Raises as `open_circuit_file` does."""
     content = parse_json(text, str(path))
     if not isinstance(content, dict):
         raise FormatError(f"{path} must hold a JSON object; got {type(content).__name__}.")
@@ -82,7 +82,7 @@ def parse_circuit_file(text: bytes, path: Path) -> OpenedFile:
 
 
 def check_hashes(opened: OpenedFile) -> None:
-    """Return None when the file is as it was written. Raises FormatError with both hashes otherwise."""
+    """Return None if the file is unchanged since it was written. Raises FormatError with both hashes otherwise."""
     stated = opened.document.integrity
     for name, got, expected in (
         ("circuit", circuit_sha256(opened.document), stated.circuit_sha256),
@@ -96,7 +96,7 @@ def check_hashes(opened: OpenedFile) -> None:
 
 
 def seal(content: Mapping[str, Any], sidecar: Sidecar | None) -> CircuitFile:
-    """The circuit file of everything but `integrity`, with its hashes."""
+    """The circuit file with this content (everything but `integrity`) and its hashes."""
     stated: dict[str, Any] = {"circuit_sha256": _NO_HASH, "file_sha256": _NO_HASH}
     if sidecar is not None:
         stated["sidecar"] = sidecar.model_dump(mode="json")
@@ -109,13 +109,13 @@ def seal(content: Mapping[str, Any], sidecar: Sidecar | None) -> CircuitFile:
 
 
 def plain_content(document: CircuitFile) -> dict[str, Any]:
-    """The document as JSON values, without what is not given; `extensions` as they are."""
+    """The document as JSON values, without absent fields; `extensions` are unchanged."""
     plain = document.model_dump(mode="json", exclude_none=True, exclude={"extensions"})
     return {**plain, "extensions": document.extensions}
 
 
 def sidecar_name(path: Path) -> str:
-    """The name of the sidecar of a circuit file. Raises InputError unless the path ends in `.circuit.json`."""
+    """The file name of the sidecar of a circuit file. Raises InputError unless the path ends in `.circuit.json`."""
     stem = path.name.removesuffix(SUFFIX)
     if not stem or stem == path.name or stem[0] in ".-" or not set(stem).isdisjoint("\\:"):
         hint = ", and NAME does not begin with '.' or '-'" if stem[:1] in (".", "-") else ""
@@ -126,9 +126,9 @@ def sidecar_name(path: Path) -> str:
 
 
 def read_sidecar(path: Path, sidecar: Sidecar, max_bytes: int) -> bytes:
-    """The bytes of the sidecar that the circuit file at `path` states, once their sha256 is what is stated there.
+    """The bytes of the sidecar of the circuit file at `path`, after their sha256 was compared with the stated one.
 
-    Raises FormatError when it is missing, too large, a link that leaves the folder, or another file than stated.
+    Raises FormatError if it is missing, too large, a link to another folder, or not the stated file.
     """
     target = path.parent / sidecar.file
     found = inside(path, target)
@@ -142,13 +142,13 @@ def read_sidecar(path: Path, sidecar: Sidecar, max_bytes: int) -> bytes:
         if hashlib.sha256(content).hexdigest() == sidecar.sha256:
             return content
     raise FormatError(
-        f"{target} is not the file of scores that {path.name} states: its sha256 is {got[:12]}..., stated is "
+        f"{target} is not the file of scores that {path.name} states: its sha256 is {got[:12]}..., the file states "
         f"{sidecar.sha256[:12]}.... Take both files from one place."
     )
 
 
 def write_pair(path: Path, document: CircuitFile, sidecar: bytes | None) -> None:
-    """Write the circuit file and its sidecar, or change nothing. Raises InputError when that is not possible."""
+    """Write the circuit file and its sidecar, or change nothing. Raises InputError if they cannot be written."""
     target = path.parent / sidecar_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,20 +167,20 @@ def write_pair(path: Path, document: CircuitFile, sidecar: bytes | None) -> None
 
 
 def _check_readable(text: bytes, path: Path) -> None:
-    """Return None when a file with this text can be read again. Raises InputError, before anything is written."""
+    """Return None if a file with this text could be read again. Raises InputError, before anything is written."""
     try:
         check_size(text, str(path))
         fits = len(text) <= MAX_JSON_BYTES
     except FormatError:
         fits = False
     if not fits:
-        raise InputError(f"{path} would be larger than a circuit file can be; choose fewer edges, or fewer examples.")
+        raise InputError(f"{path} would be larger than a circuit file may be; choose fewer edges or fewer examples.")
 
 
 def place_pair(path: Path, content: bytes, sidecar: tuple[str, bytes] | None) -> None:
-    """Write a circuit file and its sidecar (name, bytes) as they are, or change nothing.
+    """Write a circuit file and its sidecar (name, bytes) byte for byte, or change nothing.
 
-    Other files are left alone. Raises InputError when that is not possible.
+    Other files are left alone. Raises InputError if the files cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def place_pair(path: Path, content: bytes, sidecar: tuple[str, bytes] | None) ->
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write one file completely or not at all. Raises InputError when that is not possible."""
+    """Write one file completely or not at all. Raises InputError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent, (path.name,))
@@ -208,7 +208,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def _swap(path: Path, target: Path, names: Mapping[Path, Path]) -> None:
-    """Rename both; when the second fails, the old sidecar comes back."""
+    """Rename both; if the second rename fails, restore the old sidecar."""
     previous = _previous(target)
     if target.exists():
         _link(target, previous)
@@ -216,7 +216,7 @@ def _swap(path: Path, target: Path, names: Mapping[Path, Path]) -> None:
         _replace(names[target], target)
         _replace(names[path], path)
     except BaseException:
-        if names[path].exists():  # otherwise the new pair is complete, and the interrupt came just after
+        if names[path].exists():  # otherwise the new pair is already complete
             if previous.exists():
                 os.replace(previous, target)
                 previous.unlink(missing_ok=True)  # renaming a hard link to its own file does nothing
@@ -227,7 +227,7 @@ def _swap(path: Path, target: Path, names: Mapping[Path, Path]) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Delete a file that is no longer stated. What had to be written is written, so a failure here is only told."""
+    """Delete a file that is no longer needed. The new files are already written, so a failure is only logged."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -235,7 +235,7 @@ def _discard(path: Path) -> None:
 
 
 def _recover(path: Path, target: Path) -> None:
-    """Finish what an interrupted writer left: the old sidecar comes back when the circuit file still states it."""
+    """Clean up after an interrupted write: restore the old sidecar if the circuit file still states it."""
     previous = _previous(target)
     if not previous.exists():
         return
@@ -251,7 +251,7 @@ def _recover(path: Path, target: Path) -> None:
 
 
 def _with_temporaries(contents: Mapping[Path, bytes], rename: Callable[[Mapping[Path, Path]], None]) -> None:
-    """Call `rename` with the temporary file of each path, complete and on the disk; none of them stays."""
+    """Write each content to a temporary file, pass these files to `rename`, then delete those that are left."""
     names = {path: temporary_name(path) for path in contents}
     try:
         for path, content in contents.items():
@@ -279,7 +279,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the renames last through a power cut, where folders can be synced."""
+    """Flush the renames to disk, where the file system supports it."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -301,11 +301,11 @@ def _sha256_of(path: Path) -> str:
 
 
 def inside(path: Path, target: Path) -> Path:
-    """`target`, once it is known to lie in the folder of `path` with all links followed."""
+    """`target` with all links resolved. Raises FormatError if it then lies outside the folder of `path`."""
     try:
         found, folder = target.resolve(), path.parent.resolve()
     except (OSError, RuntimeError) as error:
         raise FormatError(f"{target} cannot be read: {error}.") from error
     if found.parent != folder:
-        raise FormatError(f"{target} is a link that leaves the folder of {path.name}; put the file itself there.")
+        raise FormatError(f"{target} is a link out of the folder of {path.name}; put the file itself there.")
     return found

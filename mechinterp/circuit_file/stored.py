@@ -1,4 +1,4 @@
-"""The circuit files that can be named without their path: those of the package, and those in ./out."""
+"""The circuit files that can be given by name instead of path: those of the package, and those in ./out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def stored_files() -> dict[str, Path]:
 
 
 def find_file(file: str) -> Path:
-    """The circuit file of that path, or of that name among the stored ones."""
+    """The path of a circuit file that is given by path, or by name if it is a stored one."""
     stored = stored_files()
     if not exists(file) and file in stored:
         return stored[file]
@@ -29,7 +29,7 @@ def find_file(file: str) -> Path:
 
 
 def about_file(path: Path) -> str:
-    """What a circuit file found, in a line; why it cannot be read, where it cannot."""
+    """One line on a circuit file: its finding, or why it cannot be read."""
     from mechinterp.circuit_file.store import open_circuit_file
     from mechinterp.circuit_file.summary import finding
 

@@ -1,4 +1,4 @@
-"""What a circuit file says, for people: the finding in one sentence, edges and nodes ranked. Imports no torch."""
+"""Readable summaries of a circuit file: the finding in one sentence, ranked edges and nodes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ ROLE_COLOURS = (
     *("#3f7f93", "#c23b22", "#5a8f29", "#b07aa1", "#7f4f24", "#4b6cb7"),
 )
 NO_ROLE = "#8b949e"
-"""Nodes without a role, where others have one."""
+"""The colour of nodes without a role, where other nodes have one."""
 
 
 def coloured(roles: Mapping[str, Role]) -> list[tuple[Role, str]]:
-    """Every role with its colour: its own, or the next of a fixed list."""
+    """Every role with its colour: the one it states, or the next in a fixed list."""
     return [(role, role.color or ROLE_COLOURS[i % len(ROLE_COLOURS)]) for i, role in enumerate(roles.values())]
 
 
 @dataclass(frozen=True)
 class NodeSummary:
-    """A node, its role ("" where none is known), its edges in the circuit, and the score of those that leave it.
+    """A node, its role ("" if it has none), the numbers of its edges, and the sum of their scores.
 
-    `score` is None when nothing leaves it or the edges have no scores.
+    `score` is over the edges that leave the node; None if there are none or they have no scores.
     """
 
     name: str
@@ -47,9 +47,9 @@ class NodeSummary:
 
 
 def finding(document: CircuitFile) -> str:
-    """What the file says in one sentence: how many edges recover how much of the metric.
+    """The finding in one sentence: how many edges recover how much of the metric.
 
-    Without an evaluation it is the circuit's title, which may say anything, and that there is none.
+    Without an evaluation, the circuit's title (free text by the author) and "(no evaluation)".
     """
     if not document.evaluation:
         return f"{document.title} (no evaluation)"
@@ -69,15 +69,15 @@ def finding(document: CircuitFile) -> str:
 
 
 def ranked_edges(document: CircuitFile) -> tuple[EdgeRecord, ...]:
-    """The edges, those with the largest scores (either sign) first, then by name."""
+    """The edges by decreasing absolute score, then by name."""
     return tuple(sorted(document.edges, key=lambda edge: (-abs(edge.score or 0.0), edge.name)))
 
 
 def ranked_nodes(document: CircuitFile) -> tuple[NodeSummary, ...]:
-    """The nodes, those with the largest scores (either sign) first, then in the order of the model.
+    """The nodes by decreasing absolute score, then in the order of the model.
 
-    An edge into a shared key or value head counts as one edge into every head of its group. At named positions a key or
-    value counts for its head at the key's own position.
+    An edge into a shared key or value head counts as one edge into every head of its group. At named positions an edge
+    into a key or value counts for the head at the position of that key.
     """
     roles = {name: role.label for role in document.roles.values() for name in role.nodes}
     group = document.model.dims.n_heads // document.model.dims.n_kv_heads
@@ -94,7 +94,7 @@ def ranked_nodes(document: CircuitFile) -> tuple[NodeSummary, ...]:
     for name in sorted(document.nodes, key=_order):
         scores = [score for score in leaving[name] if score is not None]
         if document.graph.granularity == "node":
-            scores = scores[:1]  # the node's own, on each of its edges
+            scores = scores[:1]  # each of its edges carries the score of the node
         found.append(
             NodeSummary(name, roles.get(name, ""), n_in[name], len(leaving[name]), sum(scores) if scores else None)
         )
@@ -102,7 +102,7 @@ def ranked_nodes(document: CircuitFile) -> tuple[NodeSummary, ...]:
 
 
 def verify_command(circuit_path: str) -> str:
-    """What to type to verify a circuit file, quoted for a shell."""
+    """The shell command that verifies a circuit file, with the path quoted."""
     return f"discover-circuit verify {shlex.quote(circuit_path)}"
 
 
@@ -118,7 +118,7 @@ def _order(name: str) -> tuple[bool, int, bool, int]:
 
 
 def stated_predictions(document: CircuitFile) -> list[tuple[str, str, str]]:
-    """Per prediction: what is predicted, what was measured, and what its negative controls measured."""
+    """For each prediction: the statement, the measured value, and its negative controls with theirs."""
     rows: list[tuple[str, str, str]] = []
     for stated in document.predictions or ():
         side = "<" if stated.relation == ">=" else ">"

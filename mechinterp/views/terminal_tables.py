@@ -1,4 +1,4 @@
-"""Tables for the terminal. They are built here and printed by the command line; nothing here imports torch."""
+"""Tables for the terminal, to be printed by the command line. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def plain(text: str) -> str:
-    """The text on one line with nothing in it that could steer a terminal."""
+    """The text on one line, with `?` for control characters, which a terminal could interpret."""
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
 
 
 class _Words(Table):
-    """A table whose cells are words as they are: no markup, no emoji codes, nothing that steers a terminal."""
+    """A table of literal text: no markup, no emoji codes, no control characters."""
 
     def add_row(self, *cells: object, **options: Any) -> None:
         """Add a row of plain cells."""
@@ -53,9 +53,9 @@ def _cell(value: object) -> str:
 
 
 def difference_tables(diff: CircuitDiff, most: int) -> Iterable[tuple[str, Table]]:
-    """A heading and a table for each thing in which two circuit files differ, at most so many rows of edges and nodes.
+    """A heading and a table for each kind of difference, with at most `most` rows of edges and of nodes.
 
-    The counts of nodes and edges are always there.
+    The table of overlaps always comes first.
     """
     table = _table("", "in both", "only A", "only B", "Jaccard")
     for row in diff.overlaps():
@@ -85,7 +85,7 @@ def difference_tables(diff: CircuitDiff, most: int) -> Iterable[tuple[str, Table
         table = _table("field", "A", "B", text=3)
         for row in diff.fields:
             table.add_row(*("-" if cell is None else cell for cell in (row.field, row.a, row.b)))
-        yield "what else the files state differently", table
+        yield "other fields that differ", table
 
 
 def _compared_table(entries: Iterable[Compared]) -> Table:
@@ -107,7 +107,7 @@ def _first(most: int, n: int, words: str) -> str:
 
 
 def result_table(document: CircuitFile) -> Table:
-    """What a circuit does, number by number."""
+    """The numbers of the first evaluation of a circuit, with what to compare them with."""
     table = _table("", "circuit", "compare with")
     if not document.evaluation:
         table.add_row("edges", f"{len(document.edges):,}", f"{document.graph.n_edges:,} in the model")
@@ -141,7 +141,7 @@ def _numbers(entry: EvaluationRecord) -> Iterable[tuple[str, str, str]]:
 
 
 def nodes_table(document: CircuitFile, most: int) -> Table:
-    """The nodes of a circuit with their roles, the most important first."""
+    """The nodes of a circuit with their roles, the largest absolute scores first."""
     nodes = ranked_nodes(document)
     roles = any(node.role for node in nodes)
     score = "score" if document.graph.granularity == "node" else "score of edges out"
@@ -162,7 +162,7 @@ def edges_table(document: CircuitFile, most: int) -> Table:
 
 
 def predictions_table(document: CircuitFile, most: int) -> Table:
-    """The first predictions of a circuit file, what was measured, and their negative controls."""
+    """The first predictions in a circuit file, with the measured values and negative controls."""
     table = _table("prediction", "measured", "negative controls")
     table.columns[2].justify = "left"
     for row in stated_predictions(document)[:most]:
@@ -171,7 +171,7 @@ def predictions_table(document: CircuitFile, most: int) -> Table:
 
 
 def failed_table(verification: Verification) -> Table:
-    """The claims that do not hold, with what was stated and what was found."""
+    """The claims that do not hold, with the stated and the found value."""
     table = _table("claim", "stated", "found", "why", text=4)
     for claim in verification.failed:
         table.add_row(claim.name, claim.expected, claim.got, claim.detail)
@@ -179,7 +179,7 @@ def failed_table(verification: Verification) -> Table:
 
 
 def warnings_table(verification: Verification) -> Table:
-    """What could mislead a reader although the claims hold."""
+    """The warnings of `verify`."""
     table = _table("warning", "", text=2)
     for warning in verification.warnings:
         table.add_row(Text(plain(warning.name)), Text(plain(warning.text)))
@@ -187,7 +187,7 @@ def warnings_table(verification: Verification) -> Table:
 
 
 def extent_table(verification: Verification) -> Table:
-    """What was computed again, what only a hash holds, and what nobody checks."""
+    """Which parts were recomputed, only hash-checked, or not checked."""
     table = _table("how checked", "what", text=2)
     for heading, words in verification.extent.lines():
         table.add_row(Text(heading), Text(plain(words)))
@@ -207,7 +207,7 @@ def _score(score: float | None) -> str:
 
 
 def _table(*columns: str, text: int = 1) -> Table:
-    """An empty table; the first `text` columns are words, the others numbers. Cells are folded, never cut."""
+    """An empty table; the first `text` columns are text, the others numbers. Long cells are wrapped, never cut off."""
     table = _Words(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for i, name in enumerate(columns):
         table.add_column(

@@ -192,7 +192,7 @@ def test_a_result_of_another_circuit_is_refused(
 
 def test_another_model_is_refused(tmp_path: Path, circuit: Circuit) -> None:
     other = tiny.tiny("llama")
-    with pytest.raises(InputError, match="other dimensions"):
+    with pytest.raises(InputError, match="whose dimensions differ"):
         mi.save_circuit(tmp_path / "a.circuit.json", circuit, model=other)
 
 

@@ -340,12 +340,12 @@ def test_a_folder_gpt2_that_is_not_gpt2(place: Path, honest: Honest, holds: Call
 @pytest.mark.parametrize(
     ("name", "origin", "size", "words"),
     [
-        ("gpt2", "directory", (12, 12, 768), "nothing compares it"),
+        ("gpt2", "directory", (12, 12, 768), "is not compared with"),
         ("models/GPT2/", "directory", (2, 2, 16), "2 layers, 2 heads and width 16"),
         ("openai-community/gpt2-xl", "memory", (12, 12, 768), "12 layers"),
         ("somebody/pythia-70m-deduped", "hub", (2, 2, 16), "'pythia-70m' has 6 layers"),
-        ("bundled", "directory", (4, 4, 64), "nothing compares it"),
-        ("org/anything", "memory", (2, 2, 16), "nothing compares it"),
+        ("bundled", "directory", (4, 4, 64), "is not compared with"),
+        ("org/anything", "memory", (2, 2, 16), "is not compared with"),
         ("gpt2", "hub", (12, 12, 768), None),
         ("my-model", "directory", (2, 2, 16), None),
         ("org/anything", "hub", (2, 2, 16), None),

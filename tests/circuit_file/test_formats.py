@@ -71,8 +71,8 @@ def test_mib_problems_are_found(tmp_path: Path, small_mib: None) -> None:
         "ioi_llama3/importances.pt": (to_eap_ig_pt(circuit, document), "those of llama3"),
         "mcqa_llama3/importances.json": (b"{}", "lacks the key"),
         "arc-easy_llama3/readme.txt": (b"", "has 0 .json"),
-        "mcqa_gpt2/importances.json": (good, "that MIB has"),
-        "importances.json": (good, "that MIB has"),
+        "mcqa_gpt2/importances.json": (good, "of a task and model of MIB"),
+        "importances.json": (good, "of a task and model of MIB"),
     }
     write_export(tmp_path, {name: content for name, (content, _) in bad.items()})
     for i in range(9):

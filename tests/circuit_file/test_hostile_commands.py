@@ -13,9 +13,10 @@ import pytest
 
 from mechinterp.base.canonical_json import MAX_VALUES, parse_json
 from mechinterp.base.errors import FormatError, InputError
-from mechinterp.circuit_file import limits, verification
+from mechinterp.circuit_file import limits
 from mechinterp.circuit_file.schema import CircuitFile, json_schema
 from mechinterp.circuit_file.store import open_circuit_file, sidecar_name
+from mechinterp.circuit_file.verify import verification
 from mechinterp.circuit_file.verify.cost_estimate import planned_runs
 from mechinterp.cli import app as cli
 from mechinterp.cli import options
@@ -349,7 +350,7 @@ def test_what_lies_beside_is_a_plain_file_and_its_hash_is_not_told(
     assert "was changed" in " ".join(done.out.split()) and hashlib.sha256(b"other").hexdigest()[:12] not in done.out
     beside.unlink()
     beside.symlink_to("/etc/passwd")
-    assert "leaves the folder" in " ".join(run("verify", path).out.split())
+    assert "is a link out of the folder" in " ".join(run("verify", path).out.split())
     beside.unlink()
     os.mkfifo(beside)
     assert "not beside the circuit file" in " ".join(run("verify", path).out.split())

@@ -171,13 +171,13 @@ def test_the_schema_refuses(place: Path, change: Callable[[dict[str, Any]], None
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (set_in("graph", "n_edges", to=5), "stated are"),
-        (set_in("graph", "split_input", to=True), "stated are"),
+        (set_in("graph", "n_edges", to=5), "the file states"),
+        (set_in("graph", "split_input", to=True), "the file states"),
         (lambda c: c["edges"][0].update(name="a0.h0->a0.h1<q>"), "There is no edge"),
         (lambda c: c["edges"][0].update(name="a0.h0->a9.h1<q>"), "Unknown reader"),
         (lambda c: c["edges"][0].update(name="a0.h0->a1.h1<q>\n"), "Unknown reader"),
         (lambda c: c["edges"].__setitem__(0, c["edges"][1]), "named twice"),
-        (lambda c: c["nodes"].pop(), "the nodes are not those"),
+        (lambda c: c["nodes"].pop(), "the listed nodes are not the ones"),
         (lambda c: c["integrity"].pop("sidecar"), "go together"),
         (lambda c: c.pop("discovery"), "go together"),
         (set_in("discovery", "n_examples", to=0), "n_examples is 0"),
@@ -214,7 +214,7 @@ def test_a_link_out_of_the_folder_is_not_followed(place: Path, tmp_path_factory:
     away.write_bytes(sidecar.read_bytes())
     sidecar.unlink()
     sidecar.symlink_to(away)
-    assert "leaves the folder" in refused(place)
+    assert "is a link out of the folder" in refused(place)
     sidecar.unlink()
     sidecar.symlink_to(SIDECAR)  # to itself
     assert "cannot be read" in refused(place)
@@ -235,14 +235,14 @@ def test_a_changed_score_is_refused(place: Path) -> None:
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        (lambda t: b"", "was cut off"),
-        (lambda t: b"\x00" * 7, "was cut off"),
-        (lambda t: b"\xff" * 8 + b"{}", "was cut off"),
+        (lambda t: b"", "is incomplete"),
+        (lambda t: b"\x00" * 7, "is incomplete"),
+        (lambda t: b"\xff" * 8 + b"{}", "is incomplete"),
         (lambda t: (2).to_bytes(8, "little") + b"{}", "one tensor named 'scores'"),
         (lambda t: (2).to_bytes(8, "little") + b"[]", "one tensor named 'scores'"),
         (lambda t: (10**4).to_bytes(8, "little") + b"[" * 10**4, "nested more than"),
-        (lambda t: safetensors.torch.save({"scores": t})[:-1], "cut off or extended"),
-        (lambda t: safetensors.torch.save({"scores": t}) + b"\x00", "cut off or extended"),
+        (lambda t: safetensors.torch.save({"scores": t})[:-1], "is incomplete or has extra"),
+        (lambda t: safetensors.torch.save({"scores": t}) + b"\x00", "is incomplete or has extra"),
         (lambda t: safetensors.torch.save({"score": t}), "one tensor named 'scores'"),
         (lambda t: safetensors.torch.save({"scores": t, "more": t.clone()}), "one tensor named 'scores'"),
         (lambda t: safetensors.torch.save({"scores": t.half()}), "must be F32 or F64"),
@@ -251,7 +251,7 @@ def test_a_changed_score_is_refused(place: Path) -> None:
         (lambda t: safetensors.torch.save({"scores": t[None]}), "of shape"),
         (lambda t: safetensors.torch.save({"scores": t * torch.nan}), "not finite"),
         (lambda t: safetensors.torch.save({"scores": t + torch.inf}), "not finite"),
-        (lambda t: safetensors.torch.save({"scores": t + 1}), "where there is no edge"),
+        (lambda t: safetensors.torch.save({"scores": t + 1}), "where the graph has no edge"),
     ],
 )
 def test_another_sidecar_is_refused_even_with_its_own_hash(

@@ -30,9 +30,9 @@ import mechinterp as mi
 from mechinterp import exchange, pipeline
 from mechinterp.base.canonical_json import parse_json
 from mechinterp.base.errors import InputError, ModelNotAvailable
-from mechinterp.circuit_file import verification
 from mechinterp.circuit_file.formats.eap_ig_json import to_eap_ig_json
 from mechinterp.circuit_file.formats.eap_ig_pt import to_eap_ig_pt
+from mechinterp.circuit_file.verify import verification
 from mechinterp.cli import app as cli
 from mechinterp.cli.help import EXPORT_FORMATS
 from mechinterp.tasks import task as task_module
@@ -333,7 +333,7 @@ def without_models(place: Place) -> Iterator[None]:
         mock.patch.object(verification, "load_model", unavailable),
         mock.patch.object(exchange, "load_model", lambda *arguments, **keywords: place.models["tiny"]),
         mock.patch.object(pipeline, "load_model", lambda *arguments, **keywords: place.models["words"]),
-        mock.patch.object(pipeline, "_graph", stop),
+        mock.patch.object(pipeline, "graph_of_run", stop),
     ):
         yield
 

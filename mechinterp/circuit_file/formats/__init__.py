@@ -1,1 +1,1 @@
-"""Other tools' files, one file a format: what a circuit can be written as (`exports`), what can be read (`imports`)."""
+"""File formats of other tools, one module each: those to write (`exports`) and those to read (`imports`)."""

@@ -5,11 +5,11 @@ is `(None, None, 4)`, anything else's `(None,)`. Senders are `blocks.3.attn.hook
 `blocks.0.hook_resid_pre` (or `hook_embed` and `hook_pos_embed`); receivers `blocks.3.hook_q_input`,
 `blocks.3.hook_mlp_in` (older files: `hook_resid_mid`) and the last layer's `hook_resid_post`.
 
-Their graph has edges inside a component too (`hook_q_input` to `hook_q` to `hook_result`, `hook_mlp_in` to
-`hook_mlp_out`), which ours has not. ACDC cuts them as well, which replaces that whole input, so the edges into it
-count as cut. An edge that a run has cut is False or, more often, not listed any more.
+Their graph also has edges inside a component (`hook_q_input` to `hook_q` to `hook_result`, `hook_mlp_in` to
+`hook_mlp_out`), which ours does not. ACDC may cut these, too, which replaces that whole input, so the edges into it
+count as cut. An edge that was cut is False or, more often, missing.
 
-There are no scores: `save_edges`, which writes them, writes a pickle, and pickles are never read.
+Scores are not read: `save_edges` writes them as a pickle, and pickles are never read.
 
 Source: github.com/ArthurConmy/Automatic-Circuit-Discovery, `acdc/TLACDCExperiment.py`, `TLACDCCorrespondence.py`.
 """
@@ -35,9 +35,9 @@ _INPUTS = {"hook_embed": "embed", "hook_pos_embed": "pos_embed", "blocks.0.hook_
 
 
 def from_acdc(content: bytes, dims: Dims, where: str = "The file") -> Circuit:
-    """The circuit of a `.pth` file of `save_subgraph`; the file does not say of which model.
+    """The circuit in a `.pth` file of `save_subgraph`; the file does not name its model, so `dims` do.
 
-    Nothing in the file is run. Raises as `circuit_of_acdc` does.
+    Nothing in the file is executed. Raises as `circuit_of_acdc` does.
     """
     edges = load_plain(content, where)
     if not isinstance(edges, Mapping):
@@ -48,8 +48,8 @@ def from_acdc(content: bytes, dims: Dims, where: str = "The file") -> Circuit:
 def circuit_of_acdc(edges: Mapping[object, object], dims: Dims, where: str = "The dictionary") -> Circuit:
     """The circuit of the dictionary that `save_subgraph(return_it=True)` returns.
 
-    Raises FormatError, in one line, for what is no such dictionary, and for edges that the model does not have;
-    UnsupportedError for a model with grouped-query attention or parallel layers, which ACDC's graph is not.
+    Raises FormatError, in one line, for anything else and for edges that the model does not have; UnsupportedError for
+    a model with grouped-query attention or parallel layers, which ACDC's graph does not support.
     """
     check_dims(dims, TOOL, (NO_MLP,))
     present: dict[tuple[str, str], bool] = {}
@@ -67,12 +67,12 @@ def circuit_of_acdc(edges: Mapping[object, object], dims: Dims, where: str = "Th
             continue
         inner = _inside(receiver, sender, dims)
         if not inner:
-            raise FormatError(f"{where}: {clipped(key)} is no edge of ACDC's graph of this model.")
+            raise FormatError(f"{where}: {clipped(key)} is not an edge of ACDC's graph of this model.")
         inside[inner] = inside.get(inner, 0) + value
     if not inside and any(is_there and reader != "logits" for (_, reader), is_there in present.items()):
         raise FormatError(
-            f"{where} lists no edge inside a component (hook_q_input to hook_q, hook_mlp_in to hook_mlp_out)."
-            " ACDC's files do."
+            f"{where} lists no edge inside a component (hook_q_input to hook_q, hook_mlp_in to hook_mlp_out),"
+            " as the files of ACDC do."
         )
     split = {writer for writer, _ in present} & set(_INPUTS.values())
     if len(split) > 1 and "input" in split:
@@ -87,7 +87,7 @@ def circuit_of_acdc(edges: Mapping[object, object], dims: Dims, where: str = "Th
 
 
 Point = tuple[str, int | None]
-"""A hook name and the head in its index (None: no head)."""
+"""A hook name, and the head in its index (None: no head)."""
 
 
 def _ends(key: object, where: str) -> tuple[Point, Point]:
@@ -104,7 +104,7 @@ def _ends(key: object, where: str) -> tuple[Point, Point]:
 
 
 def _parts(name: str) -> tuple[int, str]:
-    """(layer, the rest) of a hook name: `(3, "attn.result")`; (-1, "") for what is none."""
+    """(layer, the rest) of a hook name: `(3, "attn.result")`; (-1, "") for any other text."""
     found = _HOOK.fullmatch(name)
     return (int(found[1]), (found[2] or "") + found[3]) if found else (-1, "")
 
@@ -128,7 +128,7 @@ def _writer(name: str, head: int | None) -> str:
 
 
 def _inside(receiver: Point, sender: Point, dims: Dims) -> str:
-    """The reader that an edge inside a component is about; "" for an edge that is none."""
+    """The reader that an edge inside a component belongs to; "" for any other edge."""
     (layer, to), (from_layer, out_of) = _parts(receiver[0]), _parts(sender[0])
     if layer != from_layer or receiver[1] != sender[1] or not 0 <= layer < dims.n_layers:
         return ""

@@ -1,7 +1,7 @@
-r"""BibTeX for a circuit file: entries built here, field by field, from what the file states.
+r"""BibTeX for a circuit file: entries built field by field from what the file states.
 
-LaTeX would run what stands in a bibliography (`@preamble`, `\write18`, `\input`). So nothing of a file is printed as it
-is: of its own BibTeX only the plain fields of one entry are read, and every text is escaped.
+LaTeX executes commands in a bibliography (`@preamble`, `\write18`, `\input`), so no text from a file is copied: of its
+BibTeX only the plain fields of one entry are read, and every text is escaped.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from importlib import metadata
 
-from mechinterp.circuit_file.formats.links import printable
+from mechinterp.circuit_file.formats.node_link_graph import printable
 from mechinterp.circuit_file.schema import CircuitFile
 
 DISTRIBUTION = "mechinterp-circuits"
@@ -19,16 +19,16 @@ FIELDS = (
     *("title", "author", "booktitle", "journal", "howpublished", "publisher", "school", "institution", "series"),
     *("volume", "number", "pages", "year", "month", "note", "doi", "eprint", "archiveprefix", "url"),
 )
-"""Fields that an entry can have, in the order in which they are printed."""
+"""The fields that an entry can have, in the order of printing."""
 _ENTRY = re.compile(r"\s*@([A-Za-z]{1,30})\s*\{\s*([^\s,{}]{1,200})\s*,(.*)\}\s*", re.DOTALL)
 _FIELD = re.compile(r"\s*([A-Za-z]{1,30})\s*=\s*(?:(\{)|\"([^\"{}]*)\"|([0-9]{1,8}))")
 _SIGNS = {"\\": "/", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", **{sign: f"\\{sign}" for sign in "&%$#_"}}
 
 
 def citation_of(document: CircuitFile) -> str:
-    """BibTeX of the paper that the circuit is of, where the file names one, of the file with its hash, of the software.
+    """BibTeX entries for the paper (if the file names one), for the file with its hash, and for the software.
 
-    The software's version is the one that made the file, or this one where it states none.
+    The version of the software is the one that wrote the file, or the installed one if the file does not state it.
     """
     made = document.provenance.versions.get("mechinterp")
     fields = {
@@ -47,7 +47,7 @@ def citation_of(document: CircuitFile) -> str:
 
 
 def _paper(document: CircuitFile) -> list[str]:
-    """The entry of the paper, from the file's BibTeX where that is one plain entry, else from its fields."""
+    """The entry of the paper: from the BibTeX in the file if that is one plain entry, else from its fields."""
     citation = document.citation
     if citation is None:
         return []
@@ -62,7 +62,7 @@ def _paper(document: CircuitFile) -> list[str]:
 
 
 def read_entry(text: str) -> tuple[str, str, dict[str, str]] | None:
-    """(Kind, key, fields) of a text that is one plain BibTeX entry with a title; None for anything else."""
+    """(Kind, key, fields) of a text that is a single plain BibTeX entry with a title; None for anything else."""
     found = _ENTRY.fullmatch(text)
     if found is None or found[1].lower() not in KINDS:
         return None
@@ -87,7 +87,7 @@ def read_entry(text: str) -> tuple[str, str, dict[str, str]] | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """The place after the brace that closes one opened before `start`; -1 when none does."""
+    """The index after the closing brace that matches one opened before `start`; -1 if there is none."""
     depth = 1
     for place in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[place], 0)
@@ -105,12 +105,12 @@ def _entry(kind: str, key: str, fields: Mapping[str, str]) -> str:
 
 
 def _tex(text: str) -> str:
-    """The text as it may stand between the braces of a field: braces stay where they are balanced, no command does."""
+    """The text escaped for use inside the braces of a field: balanced braces are kept, commands are not."""
     return "".join(_SIGNS.get(letter, letter) for letter in _closed(printable(text)))
 
 
 def _closed(text: str) -> str:
-    """The text, with parentheses for braces where these do not close one another."""
+    """The text, with parentheses instead of braces if these are not balanced."""
     depth = 0
     for letter in text:
         depth += {"{": 1, "}": -1}.get(letter, 0)

@@ -1,4 +1,4 @@
-"""`cytoscape`: the circuit as Cytoscape.js's JSON, which networkx's `cytoscape_graph` reads too."""
+"""`cytoscape`: the circuit as Cytoscape.js's JSON, which `cytoscape_graph` of networkx also reads."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import asdict
 from typing import Any
 
 from mechinterp.base.canonical_json import render_json
-from mechinterp.circuit_file.formats.links import links_of, nodes_of
+from mechinterp.circuit_file.formats.node_link_graph import links_of, nodes_of
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.graphs.circuit import Circuit
 
 
 def to_cytoscape(circuit: Circuit, document: CircuitFile) -> bytes:
-    """The circuit as Cytoscape.js elements; ids of nodes are their names, scores are in full."""
+    """The circuit as Cytoscape.js elements; the ids of nodes are their names, scores are not rounded."""
     nodes = [{"data": {"id": n.name, "value": n.name, **asdict(n)}} for n in nodes_of(circuit, document)]
     edges: list[dict[str, Any]] = []
     for i, link in enumerate(links_of(circuit)):

@@ -1,14 +1,14 @@
 """`dot`: the circuit for Graphviz, input at the bottom and logits at the top, a row per layer and kind.
 
-Nodes are `n0`, `n1`, ... and carry their names as labels, so that no name is ever read as syntax. In labels `\\` and
-`"` are escaped by a backslash, and `&` as `&amp;`, which Graphviz would read as the start of an HTML entity.
+Nodes are `n0`, `n1`, ... with their names as labels, so that a name is never parsed as syntax. In labels `\\` and
+`"` are escaped by a backslash, and `&` as `&amp;`, which Graphviz would otherwise read as the start of an HTML entity.
 """
 
 from __future__ import annotations
 
 from itertools import groupby
 
-from mechinterp.circuit_file.formats.links import Link, link_colour, links_of, nodes_of, printable, score_text
+from mechinterp.circuit_file.formats.node_link_graph import Link, link_colour, links_of, nodes_of, printable, score_text
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.graphs.circuit import Circuit
 
@@ -16,7 +16,7 @@ WIDEST = 5.0
 
 
 def to_dot(circuit: Circuit, document: CircuitFile) -> bytes:
-    """The circuit as a Graphviz digraph; a line is as wide as its score is large, dashed when it is negative."""
+    """The circuit as a Graphviz digraph; wide lines have large scores, dashed lines negative ones."""
     nodes, links = nodes_of(circuit, document), links_of(circuit)
     ids = {node.name: f"n{i}" for i, node in enumerate(nodes)}
     largest = max((abs(link.score or 0.0) for link in links), default=0.0)
@@ -40,7 +40,7 @@ def to_dot(circuit: Circuit, document: CircuitFile) -> bytes:
 
 
 def quoted(text: str) -> str:
-    """The text as a DOT label in quotes, on one line, that shows what it says."""
+    """The text as a quoted DOT label on one line."""
     shown = printable(text).replace("\\", "\\\\").replace('"', '\\"').replace("&", "&amp;")
     return f'"{shown}"'
 

@@ -1,15 +1,17 @@
-"""EAP-IG's graph (MIB uses the same), which its JSON and its `.pt` file both hold.
+"""EAP-IG's graph (MIB uses the same), which both its JSON and its `.pt` files hold.
 
-Their nodes are `input`, `a{L}.h{H}`, `m{L}`, `logits`, their edges `a0.h0->m1` and `a0.h0->a5.h5<q>`, as here; `input`
-is what enters the first layer. Their tables are `[writer, reader]` in the order of our graph, the transpose of ours.
-Every head has its own q, k and v inputs: models with grouped-query attention are run "ungrouped" there, which is
-another graph, so these are refused. `cfg` gives layers, heads, d_model and whether attention and MLP are parallel.
+Nodes (`input`, `a{L}.h{H}`, `m{L}`, `logits`) and edges (`a0.h0->m1`, `a0.h0->a5.h5<q>`) have the same names as in this
+package; `input` is what enters the first layer. Their tables are `[writer, reader]` in the order of our graph, the
+transpose of ours. Every head has its own q, k and v inputs: models with grouped-query attention are run "ungrouped",
+which is another graph, so these are refused. `cfg` gives layers, heads, d_model and whether attention and MLP are
+parallel.
 
-Scores: theirs is the rise, when the edge is replaced, of the metric that was passed to `attribute`, and the file does
-not say which that was. MIB's `run_attribution.py` passes a loss (`loss=True`: minus the logit difference), so positive
-= the edge helps, as here; MIB's evaluation (CPR) takes the largest signed scores first, so that is what is written.
-But the example in MIB's repository, `circuits/ioi-eap-ig.json`, has the other sign: there `a9.h9->logits`, a name mover
-of IOI, has -0.28, and `a10.h7->logits`, a negative one, +0.20. So scores are read only with `Made.rise_of`.
+Scores: a score is the rise, when the edge is replaced, of the metric that was passed to `attribute`, and the file does
+not name that metric. MIB's `run_attribution.py` passes a loss (`loss=True`: minus the logit difference), so positive
+= the edge helps, as in this package; MIB's evaluation (CPR) takes the largest signed scores first, so this is the sign
+that is written. But the example in MIB's repository, `circuits/ioi-eap-ig.json`, has the opposite sign:
+`a9.h9->logits`, a name mover of IOI, has -0.28, and `a10.h7->logits`, a negative name mover, +0.20. So scores are
+read only with `Made.rise_of`.
 
 Source: github.com/hannamw/EAP-IG, `src/eap/graph.py` and `attribute.py`; github.com/hannamw/MIB-circuit-track.
 """
@@ -37,9 +39,9 @@ SIZES = ("n_layers", "n_heads", "d_model")
 
 @dataclass(frozen=True, eq=False)
 class EapIgFile:
-    """What a file of theirs says, on our graph (every head with its own key and value); the sign of scores is theirs.
+    """The content of such a file on our graph (every head with its own key and value); the sign of scores is unchanged.
 
-    Sizes that `cfg` does not say (d_head, d_vocab, d_vocab_out, n_ctx) are 0 in the graph's dims.
+    Sizes that `cfg` does not state (d_head, d_vocab, d_vocab_out, n_ctx) are 0 in the dims of the graph.
     """
 
     graph: Graph
@@ -48,7 +50,7 @@ class EapIgFile:
 
 
 def cfg_of(graph: Graph) -> dict[str, int | bool]:
-    """Their `cfg`. Raises UnsupportedError for a graph that theirs cannot be."""
+    """The `cfg` for a graph. Raises UnsupportedError if EAP-IG does not support such a graph."""
     check_holds(graph, TOOL, TAKES)
     d = graph.dims
     return {
@@ -60,13 +62,13 @@ def cfg_of(graph: Graph) -> dict[str, int | bool]:
 
 
 def nodes_in_graph(circuit: Circuit) -> dict[str, bool]:
-    """Whether each of their nodes is in the circuit, in their order; `logits` always is."""
+    """Whether each node is in the circuit, in the order of EAP-IG; `logits` always is."""
     used = set(circuit.nodes)
     return {**{name: name in used for name in circuit.graph.writers}, "logits": True}
 
 
 def graph_of_cfg(cfg: object, where: str) -> Graph:
-    """The graph that a `cfg` describes. Raises FormatError when a size is missing, makes no sense or is too large."""
+    """The graph that a `cfg` describes. Raises FormatError if a size is missing, invalid or too large."""
     if not isinstance(cfg, Mapping):
         raise FormatError(f"{where}: cfg must be a mapping; got {type(cfg).__name__}.")
     found: dict[str, int] = {}
@@ -81,17 +83,16 @@ def graph_of_cfg(cfg: object, where: str) -> Graph:
     layers, heads, d_model = (found[name] for name in SIZES)
     kv_heads = cfg.get("n_key_value_heads")
     if kv_heads is not None and kv_heads != heads:
-        raise FormatError(f"{where}: cfg names {clipped(kv_heads)} key and value heads for {heads} heads.")
+        raise FormatError(f"{where}: cfg states {clipped(kv_heads)} key and value heads for {heads} heads.")
     dims = Dims(layers, heads, heads, d_model, 0, 0, 0, 0, has_mlp=True, parallel=parallel, causal=True)
     return bounded_graph(dims, where)
 
 
 def circuit_of_file(found: EapIgFile, dims: Dims | None, made: Made | None, name: str, where: str) -> Circuit:
-    """The circuit of their file, on the graph of `dims`.
+    """The circuit in such a file, on the graph of `dims`.
 
-    Without `dims` the circuit is on a graph whose unknown sizes are 0: it can be looked at and compared, but no model
-    fits it. Raises FormatError when `dims` are those of another model, UnsupportedError for dims that their format
-    cannot say.
+    Without `dims` the unknown sizes of the graph are 0: the circuit can be shown and compared, but not run on a model.
+    Raises FormatError if `dims` are those of another model, UnsupportedError if the format does not support them.
     """
     graph = found.graph
     if dims is not None:
@@ -107,7 +108,7 @@ def circuit_of_file(found: EapIgFile, dims: Dims | None, made: Made | None, name
 
 
 def mapping_with(value: object, needed: set[str], allowed: set[str], where: str) -> Mapping[str, Any]:
-    """The mapping, once it has all needed keys and no other than allowed ones. Raises FormatError by name."""
+    """The mapping. Raises FormatError, which names the key, if one is missing or not allowed."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise FormatError(f"{where} must be a mapping of names; got {type(value).__name__}.")
     for key in sorted(needed - set(value)):
@@ -115,8 +116,8 @@ def mapping_with(value: object, needed: set[str], allowed: set[str], where: str)
     for key in value:
         if key in ("neurons", "neurons_scores", "neurons_in_graph", "nodes_scores"):
             raise FormatError(
-                f"{where} has {key}: circuits of neurons and scores of nodes are not read, only of edges."
+                f"{where} has {key}: only circuits and scores of edges are read, not of neurons or nodes."
             )
         if key not in needed | allowed:
-            raise FormatError(f"{where} has a key that is not known: {clipped(key)}.")
+            raise FormatError(f"{where} has an unknown key: {clipped(key)}.")
     return value

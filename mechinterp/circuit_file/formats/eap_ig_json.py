@@ -1,7 +1,7 @@
 """`eap-ig-json`: EAP-IG's graph as JSON (`Graph.to_json`, `Graph.from_json`). Names and signs: see `eap_ig.py`.
 
-Every edge of the model is listed, in or out of the circuit. Without scores `score` is left out, as MIB wants it for
-circuits without scores; EAP-IG's own `from_json` then refuses the file, since it needs a score for every edge.
+Every edge of the model is listed, in or out of the circuit. Without scores, `score` is left out, as MIB
+expects; `from_json` of EAP-IG then refuses the file, since it needs a score for every edge.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ NAME = "eap-ig-json"
 
 
 def to_eap_ig_json(circuit: Circuit, document: CircuitFile) -> bytes:
-    """The circuit as EAP-IG's JSON, scores in full.
+    """The circuit as EAP-IG's JSON, scores not rounded.
 
-    Raises UnsupportedError for a graph that theirs cannot be.
+    Raises UnsupportedError if EAP-IG does not support the graph.
     """
     graph = circuit.graph
     cfg = cfg_of(graph)
@@ -60,16 +60,16 @@ def to_eap_ig_json(circuit: Circuit, document: CircuitFile) -> bytes:
 def from_eap_ig_json(
     content: bytes, dims: Dims | None = None, made: Made | None = None, where: str = "The file"
 ) -> Circuit:
-    """The circuit of EAP-IG's JSON; of `dims`, or of what the file says of its model.
+    """The circuit in EAP-IG's JSON, for a model with `dims`, by default those that the file states.
 
-    Scores are read when `made` is given; every edge then has one, or none has. Raises FormatError, in one line, for
-    anything else than such a file of edges, UnsupportedError for dims that the format cannot say.
+    Scores are read if `made` is given; either every edge has one or none has. Raises FormatError, in one line, for
+    any other file, UnsupportedError if the format does not support `dims`.
     """
     return circuit_of_file(read_eap_ig_json(content, where), dims, made, NAME, where)
 
 
 def read_eap_ig_json(content: bytes, where: str = "The file") -> EapIgFile:
-    """What EAP-IG's JSON says. Raises FormatError for anything else."""
+    """The content of EAP-IG's JSON. Raises FormatError for any other file."""
     top = mapping_with(parse_json(content, where, MAX_VALUES), {"cfg", "nodes", "edges"}, set(), where)
     graph = graph_of_cfg(top["cfg"], where)
     _check_nodes(top["nodes"], graph, where)
@@ -88,7 +88,7 @@ def _check_nodes(nodes: object, graph: Graph, where: str) -> None:
             raise FormatError(f"{where}: the model has no node {clipped(name)}.")
         place = f"{where}: node {name!r}"
         if isinstance(entry, dict) and "score" in entry:
-            raise FormatError(f"{place} has a score: scores of nodes are not read, only of edges.")
+            raise FormatError(f"{place} has a score: only scores of edges are read, not of nodes.")
         if type(mapping_with(entry, {"in_graph"}, set(), place)["in_graph"]) is not bool:
             raise FormatError(f"{place}: in_graph must be true or false.")
 

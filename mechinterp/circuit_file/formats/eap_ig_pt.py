@@ -1,7 +1,7 @@
 """`eap-ig-pt`: EAP-IG's graph as a `.pt` file (`Graph.to_pt`, `Graph.from_pt`). Names and signs: see `eap_ig.py`.
 
-A dictionary of plain values and tensors, which `torch.load(weights_only=True)` reads. Without scores `edges_scores`
-is left out: MIB's evaluation takes that, EAP-IG's own `from_pt` does not.
+A dictionary of plain values and tensors, which `torch.load(weights_only=True)` reads. Without scores, `edges_scores`
+is left out: the evaluation of MIB accepts that, `from_pt` of EAP-IG does not.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def to_eap_ig_pt(circuit: Circuit, document: CircuitFile) -> bytes:
-    """The circuit as EAP-IG's `.pt` file, scores in full.
+    """The circuit as EAP-IG's `.pt` file, scores not rounded.
 
-    Raises UnsupportedError for a graph that theirs cannot be.
+    Raises UnsupportedError if EAP-IG does not support the graph.
     """
     graph = circuit.graph
     content: dict[str, Any] = {
@@ -58,16 +58,16 @@ def to_eap_ig_pt(circuit: Circuit, document: CircuitFile) -> bytes:
 def from_eap_ig_pt(
     content: bytes, dims: Dims | None = None, made: Made | None = None, where: str = "The file"
 ) -> Circuit:
-    """The circuit of EAP-IG's `.pt` file; of `dims`, or of what the file says of its model.
+    """The circuit in EAP-IG's `.pt` file, for a model with `dims`, by default those that the file states.
 
-    Scores are read when `made` is given. Nothing in the file is run. Raises FormatError, in one line, for anything else
-    than such a file of edges, UnsupportedError for dims that the format cannot say.
+    Scores are read if `made` is given. Nothing in the file is executed. Raises FormatError, in one line, for any other
+    file, UnsupportedError if the format does not support `dims`.
     """
     return circuit_of_file(read_eap_ig_pt(content, where), dims, made, NAME, where)
 
 
 def read_eap_ig_pt(content: bytes, where: str = "The file") -> EapIgFile:
-    """What EAP-IG's `.pt` file says. Raises FormatError for anything else."""
+    """The content of EAP-IG's `.pt` file. Raises FormatError for any other file."""
     top = mapping_with(load_plain(content, where), KEYS, {"edges_scores"}, where)
     graph = graph_of_cfg(top["cfg"], where)
     for key, names in (("src_nodes", graph.writers), ("dst_nodes", graph.readers)):
@@ -88,11 +88,11 @@ def _check_names(given: object, names: tuple[str, ...], where: str) -> None:
         raise FormatError(f"{where} must be a list of the {len(names)} names of the model that cfg describes.")
     for got, wanted in zip(given, names, strict=True):
         if got != wanted:
-            raise FormatError(f"{where}: {clipped(got)} stands where EAP-IG has {wanted!r}.")
+            raise FormatError(f"{where}: got {clipped(got)} where EAP-IG has {wanted!r}.")
 
 
 def _check_possible(named: torch.Tensor, graph: Graph, where: str) -> None:
     impossible = named & ~graph.possible
     if bool(impossible.any()):
         r, w = impossible.nonzero()[0].tolist()
-        raise FormatError(f"{where} names {graph.edge_name(r, w)}, which is no edge: it would run backwards.")
+        raise FormatError(f"{where} names {graph.edge_name(r, w)}, which is not an edge: it would run backwards.")

@@ -1,14 +1,14 @@
 """`edge-pruning` (reading only): the `edges.json` of Edge-Pruning, a list of [writer, reader].
 
 Writers are `tok_embeds` and `pos_embeds` (GPT-2) or `embeds` (Llama), `a3.h4`, `m3`; readers `a3.h4.q`, `m3` and
-`resid_post`. Runs without `--with_embedding_nodes`, the default, never cut the embeddings and do not list them: when
-a file names no embedding, every edge out of `input` is in the circuit, and the selection says so.
+`resid_post`. Runs without `--with_embedding_nodes`, the default, never cut the embeddings and do not list them: if a
+file names no embedding, every edge out of `input` is in the circuit, and the selection says so.
 
-What its `acdc_ioi.py` makes of ACDC's result, `{"original": [{"from", "to"}, ...], "extra": [...]}`, is refused: there
-the edges out of the input have lost the head that they enter. Read ACDC's own file (`acdc.py`).
+The output of its `acdc_ioi.py`, `{"original": [{"from", "to"}, ...], "extra": [...]}`, is refused: its edges out of the
+input no longer say which head they enter. Read the file of ACDC itself (`acdc.py`).
 
 Grouped-query models are refused: one dialect numbers keys and values by key and value head, another by query head,
-and the file does not say which. There are no scores.
+and the file does not say which. It has no scores.
 
 Source: github.com/princeton-nlp/Edge-Pruning, `src/modeling/modeling_fpt2.py` (`get_edges`),
 `baselines_examples/acdc_ioi.py`.
@@ -34,7 +34,7 @@ _HEAD_INPUT = re.compile(r"(a[0-9]{1,4}\.h[0-9]{1,5})\.([qkv])")
 
 
 def from_edge_pruning(content: bytes, dims: Dims, where: str = "The file") -> Circuit:
-    """The circuit of an `edges.json`; the file does not say of which model.
+    """The circuit in an `edges.json`; the file does not name its model, so `dims` do.
 
     Raises FormatError, in one line, for anything else and for edges that the model does not have; UnsupportedError for
     a model with grouped-query attention, parallel layers or no MLPs.
@@ -43,11 +43,11 @@ def from_edge_pruning(content: bytes, dims: Dims, where: str = "The file") -> Ci
     rows = parse_json(content, where, MAX_VALUES)
     if isinstance(rows, dict) and "original" in rows:
         raise FormatError(
-            f"{where} is Edge-Pruning's copy of ACDC's graph, in which edges out of the input have lost their heads; "
-            "read the file of ACDC's save_subgraph."
+            f"{where} is Edge-Pruning's copy of ACDC's graph, in which edges out of the input do not name their heads; "
+            "read the file of save_subgraph of ACDC instead."
         )
     if not isinstance(rows, list) or not rows:
-        raise FormatError(f"{where} must be a list of [writer, reader] that is not empty.")
+        raise FormatError(f"{where} must be a non-empty list of [writer, reader].")
     names: dict[tuple[str, str], str] = {}
     for row in rows:
         if not isinstance(row, list) or len(row) != 2 or not all(isinstance(end, str) for end in row):

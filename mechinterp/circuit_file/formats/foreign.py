@@ -1,4 +1,4 @@
-"""What every reader of other tools' files needs: what a format can hold, bounds, and names that strangers wrote."""
+"""Shared parts of the readers of other tools' files: what a format supports, size limits, untrusted names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mechinterp.graphs.graph import Graph, graph_of
 from mechinterp.models.layout import Dims
 
 MAX_BYTES = 128 * 2**20
-"""The largest file that is read; EAP-IG's JSON of an 8B model has 117 MB."""
+"""The largest file that is read; the JSON of EAP-IG for an 8B model has 117 MB."""
 MAX_VALUES = 2**23
 """Values in a JSON file; that file has 7 million."""
 PARALLEL = "parallel attention and MLP"
@@ -22,21 +22,21 @@ GROUPED = "grouped-query attention (a key or value head that several query heads
 
 
 def check_holds(graph: Graph, tool: str, takes: Collection[str] = ()) -> None:
-    """Return None when a format of `tool` can say what this graph is.
+    """Return None if the format of `tool` supports this graph.
 
-    All know heads, MLPs and edges at all positions; `takes` are what this one knows besides. Raises UnsupportedError
-    that names what it does not know.
+    All formats support heads, MLPs and edges at all positions; `takes` lists what this one supports besides. Raises
+    UnsupportedError, which names what is not supported.
     """
     if not graph.plain:
         part = "edges at named positions" if graph.positions else "nodes chosen as one"
-        raise _unsupported(tool, "neurons taken out of their MLPs" if any(graph.neurons) else part)
+        raise _unsupported(tool, "neurons as separate nodes" if any(graph.neurons) else part)
     if graph.split_input and SPLIT_INPUT not in takes:
         raise _unsupported(tool, SPLIT_INPUT)
     check_dims(graph.dims, tool, takes)
 
 
 def check_dims(dims: Dims, tool: str, takes: Collection[str] = ()) -> None:
-    """Return None when a format of `tool` can say what models of these dimensions are. Raises UnsupportedError."""
+    """Return None if the format of `tool` supports models of these dimensions. Raises UnsupportedError otherwise."""
     for part, present in (
         (GROUPED, dims.n_kv_heads != dims.n_heads),
         (PARALLEL, dims.parallel),
@@ -47,7 +47,7 @@ def check_dims(dims: Dims, tool: str, takes: Collection[str] = ()) -> None:
 
 
 def bounded_graph(dims: Dims, where: str, *, split_input: bool = False) -> Graph:
-    """The plain graph of these dimensions. Raises FormatError, before it is made, when it is too large."""
+    """The plain graph of these dimensions. Raises FormatError, before it is built, if it is too large."""
     writers = 2 + dims.n_layers * (dims.n_heads + 1)
     readers = 1 + dims.n_layers * (dims.n_heads + 2 * dims.n_kv_heads + 1)
     if writers * readers > MAX_GRAPH_CELLS:
@@ -56,7 +56,7 @@ def bounded_graph(dims: Dims, where: str, *, split_input: bool = False) -> Graph
 
 
 def edge_place(graph: Graph, writer: str, reader: str, shown: str, where: str) -> tuple[int, int]:
-    """(reader row, writer row) of an edge that the file calls `shown`. Raises FormatError, in one line, by name."""
+    """(Reader row, writer row) of an edge, called `shown` in the file. Raises FormatError for an unknown edge."""
     for name, kind, known in ((writer, "writer", graph.writer_index), (reader, "reader", graph.reader_index)):
         if name not in known:
             near = difflib.get_close_matches(name[:40], list(known), n=1)
@@ -64,7 +64,7 @@ def edge_place(graph: Graph, writer: str, reader: str, shown: str, where: str) -
             raise FormatError(f"{where}: edge {clipped(shown)} has a {kind} that the model does not have.{hint}")
     r, w = graph.reader_index[reader], graph.writer_index[writer]
     if not graph.possible[r, w]:
-        raise FormatError(f"{where}: there is no edge {clipped(shown)}: {writer} is not computed before {reader}.")
+        raise FormatError(f"{where}: {clipped(shown)} is not an edge: {writer} is not computed before {reader}.")
     return r, w
 
 
@@ -79,4 +79,6 @@ def clipped(value: object) -> str:
 
 
 def _unsupported(tool: str, part: str) -> UnsupportedError:
-    return UnsupportedError(f"{tool} has no way to say: {part}. Such a circuit is neither written nor read.")
+    return UnsupportedError(
+        f"The format of {tool} does not support {part}; such a circuit is neither written nor read."
+    )

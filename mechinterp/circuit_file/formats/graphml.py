@@ -1,13 +1,13 @@
-"""`graphml`: the circuit for networkx, Gephi, yEd: nodes and links with all that is known of them.
+"""`graphml`: the circuit for networkx, Gephi, yEd: nodes and links with all their properties.
 
-Text that XML cannot hold (control characters) is written as `?`.
+Characters that XML does not allow (control characters) are written as `?`.
 """
 
 from __future__ import annotations
 
 from xml.sax.saxutils import escape, quoteattr
 
-from mechinterp.circuit_file.formats.links import links_of, nodes_of, printable
+from mechinterp.circuit_file.formats.node_link_graph import links_of, nodes_of, printable
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.graphs.circuit import Circuit
 
@@ -17,7 +17,7 @@ EDGE_KEYS = {"name": "string", "channel": "string", "score": "double"}
 
 
 def to_graphml(circuit: Circuit, document: CircuitFile) -> bytes:
-    """The circuit as GraphML; ids of nodes are their names, scores are in full."""
+    """The circuit as GraphML; the ids of nodes are their names, scores are not rounded."""
     lines = ['<?xml version="1.0" encoding="UTF-8"?>', '<graphml xmlns="http://graphml.graphdrawing.org/xmlns">']
     for owner, keys in (("graph", GRAPH_KEYS), ("node", NODE_KEYS), ("edge", EDGE_KEYS)):
         for name, kind in keys.items():
@@ -37,7 +37,7 @@ def to_graphml(circuit: Circuit, document: CircuitFile) -> bytes:
 
 
 def xml_text(text: str) -> str:
-    """The text on one line without what XML cannot hold."""
+    """The text on one line, with `?` for characters that XML does not allow."""
     return "".join(
         "?" if letter in "\ufffe\uffff" or "\ud800" <= letter <= "\udfff" else letter for letter in printable(text)
     )

@@ -1,11 +1,11 @@
 """`latex`: the strongest edges as a table for a paper (`\\usepackage{booktabs}`).
 
-Text is escaped letter by letter. Letters beyond Latin-1, which pdflatex has no glyphs for, are written as `?`.
+Every character is escaped. Characters beyond Latin-1, for which pdflatex has no glyphs, are written as `?`.
 """
 
 from __future__ import annotations
 
-from mechinterp.circuit_file.formats.links import edge_scores, printable, score_text
+from mechinterp.circuit_file.formats.node_link_graph import edge_scores, printable, score_text
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.circuit_file.summary import finding
 from mechinterp.graphs.circuit import Circuit
@@ -21,7 +21,7 @@ _SPECIAL = {
     '"': r"\textquotedbl{}",
     "`": r"\textasciigrave{}",
     "'": r"\textquotesingle{}",
-    "-": "{-}",  # so that two of them are no dash, and ?` and !` below no Spanish mark
+    "-": "{-}",  # so that two of them are not a dash, and ?` and !` below not Spanish marks
     "?": "{?}",
     "!": "{!}",
     "[": "{[}",
@@ -63,7 +63,7 @@ def to_latex(circuit: Circuit, document: CircuitFile) -> bytes:
 
 
 def latex_text(text: str) -> str:
-    """The text on one line, so that LaTeX prints what it says."""
+    """The text on one line, escaped so that LaTeX prints it literally."""
     latin = (letter if letter <= "\u00ff" else "?" for letter in printable(text))
     return "".join(_SPECIAL.get(letter, letter) for letter in latin)
 
@@ -76,13 +76,13 @@ def _caption(document: CircuitFile, n_edges: int) -> str:
 
 
 def _number(score: float | None) -> str:
-    """The score at 4 significant digits in math mode; a dash for none."""
+    """The score at 4 significant digits in math mode; a dash if there is none."""
     mantissa, e, exponent = score_text(score).partition("e")
     power = rf" \times 10^{{{int(exponent)}}}" if e else ""
     return f"${mantissa}{power}$" if mantissa else "--"
 
 
 def _node(writer: str, reader: str) -> str:
-    """The node that an edge leaves, at the edge's position where it has one."""
+    """The node that an edge leaves, with the position of the edge if it has one."""
     _, at, position = reader.partition("@")
     return f"{writer}{at}{position}"

@@ -1,9 +1,9 @@
-"""`mib`: the folder of a submission to the MIB leaderboard's circuit track, and a check of one that needs no network.
+"""`mib`: the folder of a submission to the MIB leaderboard's circuit track, and an offline check of one.
 
-One folder per task and model, `ioi_gpt2`, with either one file of scores for every edge (`importances.json`) or nine
-files of circuits with at most 0.1, 0.2, 0.5, 1, 2, 5, 10, 20 and 50 % of the edges (a tenth, empty, is allowed). The
-files are EAP-IG's JSON or `.pt` (signs: see `eap_ig.py`). MIB runs its models with every query head having its own keys
-and values, so only GPT-2's graph is ours; the check takes files of all its models.
+One folder per task and model, such as `ioi_gpt2`, with either one file of scores for every edge (`importances.json`)
+or nine files of circuits with at most 0.1, 0.2, 0.5, 1, 2, 5, 10, 20 and 50 % of the edges (a tenth one, empty, is
+allowed). The files are EAP-IG's JSON or `.pt` (signs: see `eap_ig.py`). MIB runs its models with separate keys and
+values for every query head, so only the graph of GPT-2 is the same here; the check accepts files of all its models.
 
 Source: github.com/hannamw/MIB-circuit-track, README ("Submitting to the MIB Leaderboard"), `run_attribution.py`,
 `MIB_circuit_track/utils.py` (the table of tasks and models).
@@ -52,7 +52,7 @@ _SUFFIXES = (".json", ".pt")
 def to_mib(circuit: Circuit, document: CircuitFile) -> dict[str, bytes]:
     """The folder of this task and model, as relative path to content: `{"ioi_gpt2/importances.json": ...}`.
 
-    Raises InputError when MIB has no such task or model, UnsupportedError for a graph that theirs cannot be and for a
+    Raises InputError if MIB has no such task or model, UnsupportedError for a graph that it does not support and for a
     circuit without scores (see `mib_circuits`).
     """
     model = _OUR_MODELS.get(document.model.name)
@@ -60,7 +60,9 @@ def to_mib(circuit: Circuit, document: CircuitFile) -> dict[str, bytes]:
         raise unknown("model of MIB with a graph like ours", document.model.name, _OUR_MODELS)
     task = "none" if document.task is None else document.task.name
     if circuit.scores is None:
-        raise UnsupportedError("MIB takes scores for every edge, or nine circuits (mib_circuits); this has no scores.")
+        raise UnsupportedError(
+            "MIB takes scores for every edge, or nine circuits (mib_circuits); this circuit has no scores."
+        )
     folder = _folder(circuit, task, model)
     return {f"{folder}/{IMPORTANCES}": to_eap_ig_json(circuit, document)}
 
@@ -82,10 +84,10 @@ def mib_circuits(circuits: Sequence[Circuit], document: CircuitFile, task: str, 
 
 
 def from_mib(folder: Path, dims: Dims | None = None, made: Made | None = None) -> Circuit:
-    """The circuit of one task's folder with one file; its scores too, where `made` is given.
+    """The circuit in the folder of one task, if that holds one file; with its scores if `made` is given.
 
-    Raises FormatError for a folder of nine circuits (read the one you want as eap-ig-json or eap-ig-pt) and for files
-    that are not EAP-IG's; UnsupportedError for dims that the format cannot say.
+    Raises FormatError for a folder of nine circuits (read one of them as eap-ig-json or eap-ig-pt) and for files of
+    other formats; UnsupportedError if the format does not support `dims`.
     """
     found = _files(folder)
     if len(found) != 1:
@@ -94,9 +96,9 @@ def from_mib(folder: Path, dims: Dims | None = None, made: Made | None = None) -
 
 
 def mib_problems(folder: Path) -> tuple[str, ...]:
-    """What MIB would refuse in a submission folder, one line each; empty when nothing is wrong.
+    """The problems for which MIB would refuse a submission folder, one line each; empty if there are none.
 
-    All files are read and compared with the model that the folder's name states.
+    All files are read and compared with the model in the name of their folder.
     """
     if not is_folder(folder):
         return (f"{folder} is not a folder.",)
@@ -106,7 +108,7 @@ def mib_problems(folder: Path) -> tuple[str, ...]:
     for entry in sorted(folder.iterdir()):
         task, _, model = entry.name.rpartition("_")
         if not is_folder(entry) or model not in TASKS.get(task, ()):
-            problems.append(f"{clipped(entry.name)} is no folder {{task}}_{{model}} of a task and model that MIB has.")
+            problems.append(f"{clipped(entry.name)} is not a folder {{task}}_{{model}} of a task and model of MIB.")
             continue
         found = _folder_problems(entry, model)
         problems += found

@@ -1,12 +1,12 @@
 """`neuronpedia`: the circuit as an attribution graph of Neuronpedia (schema "Anthropic Attribution Graph", 1.0.0).
 
-Theirs is a graph of features on one prompt, ours one of heads and MLPs over many, so this is for looking at:
+Their graph has features on one prompt, ours has heads and MLPs over many prompts, so the export is for viewing only:
 
 - `feature_type` is `embedding` for the input and `logit` for the logits; `attention head`, `mlp` and `neuron` are not
-  among theirs, and `feature` is null: there is nothing to look up.
-- `ctx_idx` counts the named positions, which stand where the tokens of the prompt would; 0 where there are none.
-- One link joins two nodes: its weight is the sum of the scores of the edges into q, k and v. A weight is positive when
-  the edges help the task; without scores it is 1.
+  types of theirs, and `feature` is null, since there is no feature to look up.
+- `ctx_idx` counts the named positions, which take the place of the tokens of the prompt; 0 without named positions.
+- One link joins two nodes: its weight is the sum of the scores of the edges into q, k and v, positive if the edges
+  help the task; without scores it is 1.
 
 Source: github.com/hijohnnylin/neuronpedia, `apps/webapp/app/api/graph/graph-schema.json`.
 """
@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from mechinterp.base.canonical_json import render_json
-from mechinterp.circuit_file.formats.links import CircuitNode, links_of, nodes_of
+from mechinterp.circuit_file.formats.node_link_graph import CircuitNode, links_of, nodes_of
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.graphs.circuit import Circuit
 

@@ -1,8 +1,8 @@
-"""Files of `torch.save`, read without running anything that they say.
+"""Files of `torch.save`, read without executing anything in them.
 
-`torch.load(weights_only=True)` does the reading. Before it, the archive is looked through: it may hold plain values
-and whole tensors only, uncompressed and no longer than the file, and every tensor's storage must be as long as it
-says. What is then loaded is a copy of the archive made here, so that no two readers of zip files can disagree.
+`torch.load(weights_only=True)` reads the file. Before that, the archive is checked: it may hold only plain values and
+whole tensors, uncompressed and no longer than the file, and the storage of every tensor must have its stated length.
+What is loaded is a fresh copy of the archive, so that two zip readers cannot interpret it differently.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ from mechinterp.circuit_file.formats.foreign import clipped
 
 MAX_ENTRIES = 64
 MAX_TUPLE = 64
-"""Entries of a tuple, those of tuples in it counted too; ACDC's keys have 10. Hashing a deep one would crash Python."""
+"""Entries of a tuple, with those of nested tuples; ACDC's keys have 10. Hashing a deep tuple crashes Python."""
 _BUILDS = """
 PROTO STOP MARK GLOBAL REDUCE BINPERSID BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1
 BININT2 LONG1 BINFLOAT BINUNICODE EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 SETITEM SETITEMS APPEND
 APPENDS
 """
 _OPCODES = frozenset(_BUILDS.split())
-"""What `torch.save` writes for dictionaries, lists, tuples, texts, numbers and tensors."""
+"""The opcodes that `torch.save` writes for dictionaries, lists, tuples, strings, numbers and tensors."""
 _TAKES = {
     **dict.fromkeys(("TUPLE", "SETITEMS", "APPENDS")),
     **{"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "REDUCE": 2, "BINPERSID": 1, "SETITEM": 2, "APPEND": 1},
 }
-"""How many values an opcode takes off the stack; None: all down to the last mark."""
+"""How many values an opcode pops from the stack; None: all above the last mark."""
 _ITEM_BYTES = {"Bool": 1, "Half": 2, "BFloat16": 2, "Float": 4, "Double": 8}
 _GLOBALS = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict", *(f"torch {n}Storage" for n in _ITEM_BYTES)}
 
 
 @dataclass(frozen=True)
 class _Tuple:
-    """A tuple on the stack: what is in it, and how many entries that is in all."""
+    """A tuple on the stack: its entries, and their number including nested ones."""
 
     parts: list[Any]
     size: int
 
 
 def load_plain(content: bytes, where: str) -> Any:
-    """The plain values and tensors (of floats or truth values, on the CPU) in a file that `torch.save` wrote.
+    """The plain values and tensors (of floats or booleans, on the CPU) in a file written by `torch.save`.
 
     Raises FormatError, in one line, for anything else: pickles, other objects, compressed or damaged archives.
     """
     if not content.startswith(b"PK\x03\x04"):
         raise FormatError(
-            f"{where} is not a file of torch.save (since torch 1.6). Pickles are never read, as they run code; load it "
-            "where you trust it and write it again with torch.save."
+            f"{where} is not a file of torch.save (since torch 1.6). Pickles are never read, as they can run code; "
+            "load it where you trust it and write it again with torch.save."
         )
     entries = _entries(content, where)
     folder, pickled = _pickle(entries, where)
@@ -69,12 +69,12 @@ def load_plain(content: bytes, where: str) -> Any:
         return torch.load(copy, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, ValueError, TypeError, KeyError, EOFError, IndexError) as error:
         raise _broken(where, error) from error
-    except (AttributeError, AssertionError, OverflowError) as error:  # from a tensor that is described wrongly
+    except (AttributeError, AssertionError, OverflowError) as error:  # from a tensor with a wrong description
         raise _broken(where, error) from error
 
 
 def check_tensor(value: object, shape: tuple[int, ...], dtypes: set[torch.dtype], where: str) -> Tensor:
-    """The value, once it is a plain tensor of that shape and one of these dtypes. Raises FormatError otherwise."""
+    """The value as a plain tensor of that shape and one of these dtypes. Raises FormatError if it is not one."""
     names = " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
     wanted = f"a dense {names} tensor of shape {list(shape)}"
     if (
@@ -97,10 +97,10 @@ def _entries(content: bytes, where: str) -> dict[str, bytes]:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             listed = archive.infolist()
             if len(listed) > MAX_ENTRIES or sum(entry.file_size for entry in listed) > len(content):
-                raise FormatError(f"{where} holds more than it can.")
+                raise FormatError(f"{where} has too many entries, or entries larger than the file.")
             for entry in listed:
                 if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.filename in found:
-                    raise FormatError(f"{where}: {clipped(entry.filename)} is compressed, encrypted or there twice.")
+                    raise FormatError(f"{where}: {clipped(entry.filename)} is compressed, encrypted or duplicated.")
                 found[entry.filename] = archive.read(entry)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, OSError, EOFError) as error:
         raise _broken(where, error) from error
@@ -116,9 +116,9 @@ def _pickle(entries: dict[str, bytes], where: str) -> tuple[str, bytes]:
 
 
 def _check_pickle(pickled: bytes, sizes: dict[str, int], where: str) -> None:
-    """Return None when the pickle builds plain values and whole storages only, and no tuple that takes long to hash.
+    """Return None if the pickle builds only plain values, whole storages and short tuples.
 
-    The stack is walked as an unpickler does, with what is no atom or tuple as None, and nothing is built.
+    The opcodes are followed as by an unpickler, but nothing is built: other objects are None on the stack.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -155,13 +155,13 @@ def _check_pickle(pickled: bytes, sizes: dict[str, int], where: str) -> None:
 
 
 def _check_storage(described: Any, sizes: dict[str, int], where: str) -> None:
-    """Return None when the storage that is described is as long as its entry in the archive."""
+    """Return None if the described storage is as long as its entry in the archive."""
     five = isinstance(described, _Tuple) and len(described.parts) == 5
     tag, kind, key, device, count = described.parts if five else [None] * 5
     item = _ITEM_BYTES.get(str(kind).removeprefix("torch ").removesuffix("Storage"))
     whole = item is not None and type(count) is int and sizes.get(f"data/{key}") == count * item
     if tag != "storage" or type(device) is not str or not whole:
-        raise FormatError(f"{where} holds a tensor whose values were cut off, or are of a kind that is not read.")
+        raise FormatError(f"{where} holds a tensor with missing values or of an unsupported kind.")
 
 
 def _broken(where: str, error: Exception) -> FormatError:

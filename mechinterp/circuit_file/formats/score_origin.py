@@ -1,4 +1,4 @@
-"""How scores that another tool wrote were made, which its file does not say; and the circuit that comes of a file."""
+"""How the scores in another tool's file were made (the file does not say), and the circuit made from such a file."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ from mechinterp.graphs.scores import Parameter, Scores
 
 @dataclass(frozen=True)
 class Made:
-    """How the scores of a file were made: all that a circuit file says of scores; it must be known from elsewhere.
+    """How the scores in a file were made, which you must know from elsewhere.
 
-    `rise_of` says what a score is the rise of when the edge is replaced: a `loss` (positive = the edge helps, as here)
-    or a `performance` such as the logit difference itself (negative = the edge helps; turned round on reading). No
-    file says which, and MIB's own repository has both: see `eap_ig.py`.
+    Args:
+        method: the method of discovery.
+        metric: the metric of the task.
+        replacement: what a replaced edge carries.
+        examples: how many examples the scores are a mean over.
+        rise_of: what a score is the rise of when the edge is replaced: a `loss` (positive = the edge helps, as in this
+            package) or a `performance` such as the logit difference (negative = the edge helps; the sign is reversed).
+            The files do not say which, and MIB's own repository has both: see `eap_ig.py`.
     """
 
     method: str
@@ -31,7 +36,9 @@ class Made:
 
     def __post_init__(self) -> None:
         if type(self.examples) is not int or self.examples < 1:
-            raise InputError(f"examples is how many the scores are a mean over, at least 1; got {self.examples!r}.")
+            raise InputError(
+                f"examples is how many examples the scores are a mean over, at least 1; got {self.examples!r}."
+            )
         if self.rise_of not in ("loss", "performance"):
             raise InputError(f"rise_of is 'loss' or 'performance'; got {self.rise_of!r}.")
 
@@ -44,17 +51,17 @@ def circuit_from(
     where: str,
     **selection: Parameter,
 ) -> Circuit:
-    """The circuit of the edges that a file states, less those on no path; with its scores where `made` is given.
+    """The circuit of the edges that a file states, without those on no path; with its scores if `made` is given.
 
-    `n_selected` of the circuit is how many the file states. A file of scores alone gives a circuit without edges, from
-    whose `graph` and `scores` `select` makes one. Raises FormatError when nothing is stated, or nothing of use.
+    `n_selected` of the circuit is the number of stated edges. A file of scores only gives a circuit without edges;
+    `select` makes one from its `graph` and `scores`. Raises FormatError if the file states nothing that can be used.
     """
     kept = on_paths(graph, stated)
     n_stated = int(stated.sum())
     if n_stated and not bool(kept.any()):
         raise FormatError(f"{where}: none of the {n_stated} edges lies on a path from the input to the logits.")
     if not n_stated and (table is None or made is None):
-        hint = "" if table is None else " Its scores are read when made= says how they were made."
+        hint = "" if table is None else " Its scores are read if made= says how they were made."
         raise FormatError(f"{where} states no edge that is in the circuit.{hint}")
     scores = None
     if table is not None and made is not None:

@@ -1,6 +1,7 @@
 """`tikz`: the circuit as a figure for a paper, input at the bottom and logits at the top (`\\usepackage{tikz}`).
 
-The places are those of the package's own figure. Nodes are called `n0`, `n1`, ... so that no name is read as syntax.
+The layout is that of the figures of this package. Nodes are called `n0`, `n1`, ... so that a name is never parsed as
+syntax.
 """
 
 from __future__ import annotations
@@ -8,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mechinterp.circuit_file.formats.latex import latex_text
-from mechinterp.circuit_file.formats.links import Link, link_colour, links_of, nodes_of
+from mechinterp.circuit_file.formats.node_link_graph import Link, link_colour, links_of, nodes_of
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.circuit_file.summary import NO_ROLE, coloured
 from mechinterp.graphs.circuit import Circuit, NodeGraph
 
 MOST_EDGES = 400
-"""Of more edges only the strongest are drawn, as in the package's own figure."""
+"""If there are more edges, only the strongest are drawn, as in the figures of this package."""
 WIDTHS = (0.3, 2.4)
 """Width of a line in points, from score 0 to the largest absolute score, linear."""
 FILLS = {"head": "2f5f8f", "mlp": "7b4fa3", "neuron": "a3568c"}
@@ -24,8 +25,8 @@ X, Y = 1.9, 1.3
 
 
 def to_tikz(circuit: Circuit, document: CircuitFile) -> bytes:
-    """The circuit as a `tikzpicture`; a line is as wide as its score is large, dashed when it is negative."""
-    from mechinterp.graphs.layered_layout import POINTS_PER_ROW, draw_layered  # plotly comes with it
+    """The circuit as a `tikzpicture`; wide lines have large scores, dashed lines negative ones."""
+    from mechinterp.graphs.layered_layout import POINTS_PER_ROW, draw_layered  # imports plotly
 
     net, links = _strongest(circuit)
     drawing = draw_layered(net)
@@ -33,7 +34,7 @@ def to_tikz(circuit: Circuit, document: CircuitFile) -> bytes:
     low, _ = drawing.x_range
     nodes = [node for node in nodes_of(circuit, document) if node.name in drawing.places]
     ids = {node.name: f"n{i}" for i, node in enumerate(nodes)}
-    fills = dict.fromkeys(FILLS, NO_ROLE[1:]) if document.roles else FILLS  # a colour always is a role then
+    fills = dict.fromkeys(FILLS, NO_ROLE[1:]) if document.roles else FILLS  # then every colour stands for a role
     of_role = {name: colour[1:] for role, colour in coloured(document.roles) for name in role.nodes}
     colours = {node.name: of_role.get(node.name, fills.get(node.kind, OTHER_FILL)) for node in nodes}
     lines = [
@@ -57,7 +58,7 @@ def to_tikz(circuit: Circuit, document: CircuitFile) -> bytes:
 
 
 def _strongest(circuit: Circuit) -> tuple[NodeGraph, Mapping[tuple[str, str], Link]]:
-    """(The graph to draw, its links by edge and target), nodes and links in a fixed order."""
+    """(The graph to draw, its links by edge and target); nodes and links are in a fixed order."""
     chosen = sorted(links_of(circuit), key=lambda link: (-abs(link.score or 0.0), link.edge, link.target))
     net: NodeGraph = type(circuit.to_networkx())()
     for link in sorted(chosen[:MOST_EDGES], key=lambda link: (link.edge, link.target)):

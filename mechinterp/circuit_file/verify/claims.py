@@ -1,4 +1,4 @@
-"""What `verify` found: claims that hold or fail, one by one."""
+"""The result of `verify`: claims that hold or fail, notes and warnings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Claim:
-    """One thing that a circuit file states, what was found instead when it does not hold, and why."""
+    """One statement of a circuit file; if it does not hold, what was found instead and why."""
 
     name: str
     ok: bool
@@ -34,7 +34,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class FileWarning:
-    """What could mislead a reader of a file whose claims hold: a short name, and a sentence for people."""
+    """Something that could mislead a reader although all claims hold: a short name and a sentence."""
 
     name: str
     text: str
@@ -45,10 +45,10 @@ class FileWarning:
 
 @dataclass(frozen=True)
 class Verification:
-    """All claims of one circuit file, what could mislead though they hold, and how far the check reached.
+    """All claims of one circuit file, warnings, and how much of the file was checked (`extent`).
 
-    `notes` are differences that are no failure, such as other versions. A file without a failed claim and without
-    `warnings` is what `verify --strict` lets pass.
+    `notes` are differences that are not failures, such as other versions. `verify --strict` passes a file only if it
+    has no failed claim and no warning.
     """
 
     path: Path
@@ -76,7 +76,7 @@ class Verification:
 
 
 class UnverifiedModel(ModelNotAvailable):
-    """All claims hold that need no model, and the model is not available; `verification` is what was found so far."""
+    """The model is not available, but all claims that need no model hold; `verification` is the result so far."""
 
     def __init__(self, message: str, verification: Verification) -> None:
         super().__init__(message)
@@ -85,34 +85,34 @@ class UnverifiedModel(ModelNotAvailable):
 
 @dataclass(frozen=True)
 class Ledger:
-    """Collects claims and notes while a file is being checked."""
+    """The claims and notes collected while a file is checked."""
 
     claims: list[Claim] = field(default_factory=list[Claim])
     notes: list[str] = field(default_factory=list[str])
 
     def equal(self, name: str, got: object, expected: object, detail: str = "") -> bool:
-        """Whether both are equal; recorded as a claim."""
+        """Whether both are equal; the result is recorded as a claim."""
         ok = got == expected
         self.claims.append(Claim(name, ok, _short(expected), _short(got), "" if ok else detail))
         return ok
 
     def close(self, name: str, got: object, expected: object, tolerance: Tolerance) -> bool:
-        """Whether a number (or each of several) is within the tolerance of the stated one; recorded as a claim."""
+        """Whether one number, or each of several, is within the tolerance; the result is recorded as a claim."""
         ok = _close(got, expected, tolerance)
         limit = f"tolerance {tolerance.absolute:g} + {tolerance.relative:g} of the stated value"
         self.claims.append(Claim(name, ok, _short(expected), _short(got), "" if ok else limit))
         return ok
 
     def holds(self, name: str, ok: bool, expected: str, got: str) -> None:
-        """Record whether what was measured is what was expected of it."""
+        """Record a claim with its result."""
         self.claims.append(Claim(name, ok, expected, got))
 
     def failed(self, name: str, detail: str) -> None:
-        """Record a claim that could not be shown to hold, with the reason."""
+        """Record a claim that failed or could not be checked, with the reason."""
         self.claims.append(Claim(name, False, detail=detail))
 
     def attempt(self, name: str, make: Callable[[], T]) -> T | None:
-        """What `make` gives, or None when it raises an error of this package, which is the failure of claim `name`."""
+        """The result of `make`; None after an error of this package, which is recorded as the failure of the claim."""
         try:
             return make()
         except MechInterpError as error:
@@ -121,7 +121,7 @@ class Ledger:
 
     @contextmanager
     def claimed(self, name: str) -> Iterator[None]:
-        """An error of this package inside the block is the failure of claim `name`."""
+        """Record an error of this package inside the block as the failure of claim `name`."""
         try:
             yield
         except MechInterpError as error:

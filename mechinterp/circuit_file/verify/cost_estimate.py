@@ -1,4 +1,4 @@
-"""How much a `verify` of a file will run, said before it starts: a small file can ask for a great deal."""
+"""How much `verify` will run for a file, estimated before it starts: even a small file can require hours."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.circuit_file.store import open_circuit_file
 
 OWN_RUNS = 3
-"""Of an evaluation besides its random circuits: the model, the circuit, the empty circuit."""
+"""Runs of an evaluation besides its random circuits: the model, the circuit, the empty circuit."""
 
 
 def planned_runs(document: CircuitFile, rescore: bool = False) -> str:
-    """One line: what the file asks to be run again, and about how many forward passes of one example that takes.
+    """One line: what will be run again, and about how many forward passes of one example that takes.
 
-    Empty when there is nothing to run.
+    Empty if there is nothing to run.
     """
     parts: list[str] = []
     runs = 0
@@ -32,15 +32,15 @@ def planned_runs(document: CircuitFile, rescore: bool = False) -> str:
     stated = document.discovery
     if rescore and stated is not None:
         n = _n_of(document, stated.pairs)
-        asked = ", ".join(f"{name}={value}" for name, value in stated.parameters.items())
-        again = f"; and all scores again: {stated.method} on {n:,} examples ({asked or 'no parameters'})"
+        settings = ", ".join(f"{name}={value}" for name, value in stated.parameters.items())
+        again = f"; and all scores again: {stated.method} on {n:,} examples ({settings or 'no parameters'})"
     if not parts:
         return f"to run: {again.removeprefix('; and ')}" if again else ""
     return f"to run: {', '.join(parts)}; about {runs:,} forward passes of one example{again}"
 
 
 def plan_of_file(path: Path, rescore: bool) -> str:
-    """The same of a file. Raises FormatError when it is no circuit file."""
+    """As `planned_runs`, of the file at this path. Raises FormatError if it is not a circuit file."""
     return planned_runs(open_circuit_file(path).document, rescore)
 
 

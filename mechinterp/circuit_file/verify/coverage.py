@@ -1,4 +1,4 @@
-"""How far `verify` reaches: what of a circuit file it computes again, what only a hash holds, what nobody checks."""
+"""What `verify` covers: which parts of a circuit file are recomputed, only hash-checked, or not checked at all."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mechinterp.circuit_file.verify.role_support import support_of_roles
 RESCORED = "scores again"
 """The claim that needs `rescore=True`."""
 OF_THE_TASK = "of the task"
-"""What is added to the claim of pairs that are given as token ids, all of which the task was found to make."""
+"""Suffix of the claim that the task makes all the pairs that are given as token ids."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a circuit file in words, and the field it is in."""
+    """A part of a circuit file: its field, and a description."""
 
     field: str
     words: str
@@ -28,7 +28,8 @@ class Part:
 class Extent:
     """Every part of a circuit file in one of three lists.
 
-    What is only hashed is as it was written, and nothing shows that it was true then. Free text is the author's own.
+    A part that is only hashed is unchanged since it was written, which does not show that it was ever true. Free text
+    is the author's own.
     """
 
     recomputed: tuple[Part, ...]
@@ -44,7 +45,7 @@ class Extent:
         )
 
     def lines(self) -> tuple[tuple[str, str], ...]:
-        """The three lists as text: a heading, and its parts with semicolons between, as many as people will read."""
+        """The three lists as text: a heading, and its parts separated by semicolons, shortened if they are many."""
         return tuple((heading, _listed(parts)) for heading, parts in self.lists())
 
 
@@ -59,9 +60,9 @@ def _listed(parts: tuple[Part, ...]) -> str:
 
 
 def extent_of(document: CircuitFile, compared: Collection[str] | None = None) -> Extent:
-    """The three lists, by the names of the claims that were compared.
+    """The three lists, given the names of the claims that were compared.
 
-    `compared=None` is what `verify` compares with the model and without `rescore`: what can be said before it runs.
+    `compared=None` stands for all claims that `verify` compares if the model is available, without `rescore`.
     """
     parts = list(_parts(document))
     if compared is None:
@@ -75,7 +76,7 @@ def extent_of(document: CircuitFile, compared: Collection[str] | None = None) ->
 
 
 def evaluation_name(document: CircuitFile, number: int) -> str:
-    """What the claims about an evaluation begin with."""
+    """The first part of the names of all claims about an evaluation."""
     return "evaluation" if len(document.evaluation) == 1 else f"evaluation[{number}]"
 
 
@@ -86,7 +87,7 @@ def applies_again(document: CircuitFile) -> bool:
 
 
 def _parts(document: CircuitFile) -> Iterable[tuple[Part, tuple[str, ...]]]:
-    """Every part that is more than text, with the claims that compute it again; none where nothing does."""
+    """Every part that is not free text, with the claims that recompute it (empty: none do)."""
     model, selection, discovery = document.model, document.selection, document.discovery
     yield Part("integrity", "hashes"), ("file hash", "circuit hash")
     yield Part("graph", "graph"), ("graph",)
@@ -118,7 +119,7 @@ def _parts(document: CircuitFile) -> Iterable[tuple[Part, tuple[str, ...]]]:
 
 
 def _roles(document: CircuitFile) -> Iterable[tuple[Part, tuple[str, ...]]]:
-    """Roles as far as predictions carry them."""
+    """The roles, divided into those that predictions support and the others."""
     support = support_of_roles(document)
     n, without = sum(len(entry.role.nodes) for entry in support), sum(len(entry.without) for entry in support)
     if n > without:
@@ -129,7 +130,7 @@ def _roles(document: CircuitFile) -> Iterable[tuple[Part, tuple[str, ...]]]:
 
 
 def _examples(document: CircuitFile) -> Iterable[tuple[Part, tuple[str, ...]]]:
-    """The task and the pairs; what a file holds itself is no more than what it holds."""
+    """The task and the pairs. Content that is in the file itself cannot be compared with anything."""
     task = document.task
     if isinstance(task, TaskRecord):
         whose = "of the package" if task.bundled else "of the file's own"
@@ -145,7 +146,7 @@ def _examples(document: CircuitFile) -> Iterable[tuple[Part, tuple[str, ...]]]:
 
 
 def _free_text(document: CircuitFile) -> Iterable[Part]:
-    """What the author wrote, and nothing compares with anything."""
+    """Texts by the author, which are not compared with anything."""
     for name in ("id", "title", "description", "license", "citation"):
         if getattr(document, name):
             yield Part(name, name)

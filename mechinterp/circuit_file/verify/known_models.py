@@ -1,4 +1,4 @@
-"""Models that people know by name: whether a local one under such a name can be that model."""
+"""Well-known models by name: whether a model under such a name can be that model."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _SUFFIX = re.compile(r"(-deduped|-instruct|-it|-hf|-v\d+)$")
 
 
 def known_model(name: str) -> str | None:
-    """The model that a path or label ends with the name of, as it is in `SIZES`; None for any other name."""
+    """The known model (a key of `SIZES`) whose name a path or label ends with; None for any other name."""
     last = re.split(r"[/\\]", name.partition("@")[0].rstrip("/\\").lower())[-1]
     return next((each for each in (last, _SUFFIX.sub("", last)) if each in SIZES), None)
 
 
 def name_misleads(model: ModelRecord) -> str | None:
-    """Why the name of a model may say another model than it is; None where nothing points to that."""
+    """Why the name of a model may be misleading; None if nothing indicates that."""
     if model.origin == "bundled":
         return None
     known, dims = known_model(model.name), model.dims
@@ -48,4 +48,4 @@ def name_misleads(model: ModelRecord) -> str | None:
         return f"{name!r} is {where} with {words[0]}; the model known as {known!r} has {words[1]}"
     if model.origin == "hub" or (known is None and not (model.origin == "memory" and "/" in model.name)):
         return None
-    return f"{name!r} is {where} under a name that people know; nothing compares it with the model of that name"
+    return f"{name!r} is {where} with a well-known name; it is not compared with the model of that name"

@@ -1,4 +1,4 @@
-"""What supports a role: the predictions about its nodes that something could refute."""
+"""Support for roles: the predictions about their nodes that could be refuted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mechinterp.models.sites import Edge
 
 @dataclass(frozen=True)
 class RoleSupport:
-    """A role of a file, the predictions that its nodes rest on, and the nodes that rest on none."""
+    """A role in a file, the predictions that support it, and those of its nodes without any."""
 
     role: Role
     predictions: tuple[Prediction, ...]
@@ -29,17 +29,17 @@ class RoleSupport:
 
 
 def support_of_roles(document: CircuitFile) -> tuple[RoleSupport, ...]:
-    """Per role the predictions that support it, and its nodes without one.
+    """For each role, the predictions that support it and its nodes without one.
 
-    A prediction supports a role when it measures nodes of that role only, has a negative control, and is not vacuous.
-    What the role is called and said to do is not compared with anything.
+    A prediction supports a role if it measures only nodes of that role, has a negative control, and is not vacuous. The
+    name and description of a role are not compared with anything.
     """
     about: dict[str, list[tuple[frozenset[str], Prediction]]] = {}
     for prediction in document.predictions or ():
         nodes = _measured_nodes(prediction.measure)
         if prediction.controls and not vacuous(prediction):
             about.setdefault(min(nodes), []).append((nodes, prediction))
-    known: dict[frozenset[str], tuple[tuple[Prediction, ...], frozenset[str]]] = {}  # many roles may be of one node
+    known: dict[frozenset[str], tuple[tuple[Prediction, ...], frozenset[str]]] = {}  # many roles may share their nodes
     found: list[RoleSupport] = []
     for role in document.roles.values():
         own = frozenset(map(_node, role.nodes))
@@ -52,10 +52,10 @@ def support_of_roles(document: CircuitFile) -> tuple[RoleSupport, ...]:
 
 
 def vacuous(prediction: Prediction) -> bool:
-    """Whether a prediction says nothing: every value that can be measured satisfies it, or nothing can refute it.
+    """Whether no measurement could refute the prediction.
 
-    Attention and detectors measure from 0 to 1, copying from -1 to 1. Effects have no such range: there a prediction
-    is vacuous when a node without any effect satisfies it and no control must be on the other side.
+    Attention and detectors range from 0 to 1, copying from -1 to 1: a prediction is vacuous if the whole range
+    satisfies it. Effects have no range: a prediction is vacuous if it has no control and an effect of 0 satisfies it.
     """
     lowest, highest = _range(prediction.measure)
     if lowest is None or highest is None:
@@ -70,7 +70,7 @@ def _range(measure: Measure) -> tuple[float | None, float | None]:
 
 
 def _measured_nodes(measure: Measure) -> frozenset[str]:
-    """The heads, MLPs and neurons that a measurement is about; of edges, the nodes that they leave."""
+    """The heads, MLPs and neurons that a measurement is about; for edges, the nodes that they leave."""
     names: Iterable[str]
     if isinstance(measure, PartsReplaced):
         names = measure.parts

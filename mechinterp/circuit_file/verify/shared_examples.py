@@ -1,4 +1,4 @@
-"""Whether sets of examples are apart: compared by their token ids, whatever the file calls them."""
+"""Whether sets of examples overlap, compared by token ids, whatever they are called in the file."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Prompt = tuple[int, ...]
 
 
 def distinct_prompts(pairs: Mapping[str, Pairs]) -> dict[str, int]:
-    """How many different clean prompts each set of examples has."""
+    """The number of different clean prompts in each set of examples."""
     return {name: len(set(clean_prompts(some))) for name, some in pairs.items()}
 
 
 def clean_prompts(pairs: Pairs) -> list[Prompt]:
-    """The real token ids of every clean prompt."""
+    """The token ids of every clean prompt, without padding."""
     lengths = pairs.lengths.tolist()
     return [tuple(row[:length]) for row, length in zip(pairs.clean.tolist(), lengths, strict=True)]
 
@@ -31,9 +31,9 @@ def clean_prompts(pairs: Pairs) -> list[Prompt]:
 def compare_with_discovery(
     document: CircuitFile, pairs: Mapping[str, Pairs]
 ) -> tuple[tuple[str, ...], tuple[FileWarning, ...]]:
-    """For every set that results are measured on: a note that no prompt of it was scored on, or a warning how many.
+    """For every set that results are measured on: a note that none of its prompts were scored on, or a warning.
 
-    Clean prompts are compared: with another corrupt prompt an example is not a new one.
+    Only clean prompts are compared: another corrupt prompt does not make an example a new one.
     """
     own = document.discovery and document.discovery.pairs
     if own is None or own not in pairs:
@@ -54,7 +54,7 @@ def compare_with_discovery(
 
 
 def _uses(document: CircuitFile) -> dict[str, str]:
-    """What is measured on each set of pairs, by the set's name."""
+    """What is measured on each set of pairs, by the name of the set."""
     found = {entry.pairs: evaluation_name(document, i) for i, entry in enumerate(document.evaluation)}
     for prediction in document.predictions or ():
         if prediction.pairs is not None:
@@ -63,9 +63,9 @@ def _uses(document: CircuitFile) -> dict[str, str]:
 
 
 def compare_with_task(document: CircuitFile, pairs: Mapping[str, Pairs]) -> tuple[set[str], tuple[FileWarning, ...]]:
-    """Which sets that are given as token ids the task makes too, and a warning for every other one.
+    """The claims for those sets of token ids that the task makes too, and a warning for every other such set.
 
-    The task is only asked for the sets that the file has it make: those of token ids must be among them, row by row.
+    Rows of token ids are looked up among the sets that the file states as made by the task; no others are made.
     """
     if not isinstance(document.task, TaskRecord):
         return set(), ()
@@ -80,7 +80,7 @@ def compare_with_task(document: CircuitFile, pairs: Mapping[str, Pairs]) -> tupl
 
 
 def _rows(pairs: Pairs) -> Iterable[tuple[object, ...]]:
-    """Everything that an example consists of."""
+    """The full content of every example."""
     lengths = pairs.lengths.tolist()
     tables = [_entries(table, len(pairs)) for table in (pairs.right, pairs.wrong, pairs.answer_pos)]
     names = tuple(sorted(pairs.positions))

@@ -1,4 +1,4 @@
-"""`verify`: a circuit file against its hashes, its model, its pairs, its scores and a new evaluation."""
+"""`verify`: check a circuit file against its hashes, its model, its pairs, its scores and a new evaluation."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from mechinterp.base.errors import InputError, MechInterpError, ModelNotAvailabl
 from mechinterp.base.plain_files import is_file, is_folder, read_bounded
 from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.circuit_file.circuit_file import stated_circuit, stated_graph, stated_scores
-from mechinterp.circuit_file.provenance import versions
+from mechinterp.circuit_file.provenance import model_record, tokenizer_record, versions
 from mechinterp.circuit_file.records import (
     EVALUATION_COUNTS,
     EVALUATION_NUMBERS,
     evaluation_record,
+    metric_record,
     pairs_of,
     score_table,
     task_of,
@@ -28,18 +29,16 @@ from mechinterp.circuit_file.schema import CircuitFile, CurveRecord, TaskPairs, 
 from mechinterp.circuit_file.setting_types import SELECTION, STABLE, check_types
 from mechinterp.circuit_file.store import OpenedFile, inside, open_circuit_file
 from mechinterp.circuit_file.verify.claims import Ledger, UnverifiedModel, Verification
-from mechinterp.circuit_file.verify.coverage import applies_again, extent_of
-from mechinterp.circuit_file.verify.discovery_claims import check_discovery
-from mechinterp.circuit_file.verify.model_claims import check_model
-from mechinterp.circuit_file.verify.predicted import check_stated_predictions
-from mechinterp.circuit_file.verify.published import check_published
+from mechinterp.circuit_file.verify.coverage import RESCORED, applies_again, evaluation_name, extent_of
 from mechinterp.circuit_file.verify.shared_examples import compare_with_discovery, compare_with_task, distinct_prompts
 from mechinterp.circuit_file.verify.warnings import stated_warnings
-from mechinterp.discovery.method import check_settings, score_edges
+from mechinterp.discovery.method import METHODS, check_settings, score_edges
 from mechinterp.discovery.stable import stable_scores
 from mechinterp.evaluation.faithfulness import ablation_of, evaluate
+from mechinterp.evaluation.measurements import Checked, check_predictions
+from mechinterp.evaluation.predictions import Prediction
 from mechinterp.evaluation.sizes import CurvePoint, size_curve, smallest_faithful
-from mechinterp.graphs.circuit import Circuit
+from mechinterp.graphs.circuit import Circuit, on_paths
 from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select import select
 from mechinterp.models.hook_manager import HookManager, load_model
@@ -48,7 +47,7 @@ from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.task import Task, load_task
 
 BOOTSTRAP = "bootstrap_"
-"""How `stable_scores` records its own settings among those of the method."""
+"""Prefix of the settings of `stable_scores` among those of the method."""
 
 
 def verify(
@@ -63,15 +62,23 @@ def verify(
 ) -> Verification:
     """Which claims of a circuit file hold: hashes, model, tokenizer, task, pairs, scores, selection, every number.
 
-    The model is loaded as the file states, or is `model` (needed when it was in memory then: anything that
-    `load_model` takes). The evaluation is run again on the circuit in the file; a number holds when it is within the
-    file's tolerance, or within `tolerance` (relative, a tenth of it absolute). Predictions are measured again: each
-    must hold, and no negative control may show it. `rescore=True` runs the discovery again too and compares all scores.
-    Other library versions are notes, not failures; `warnings` are what could mislead though every claim holds, `extent`
-    what was recomputed, what only a hash holds and what is free text.
+    The evaluation is run again with the circuit in the file. Predictions are measured again: each must hold, and none
+    of its negative controls may satisfy it. Other library versions are notes, not failures. `warnings` say what could
+    mislead although every claim holds, and `extent` what was recomputed, only hash-checked, or is free text.
 
-    Raises FormatError when the file is not a circuit file at all; UnverifiedModel (a ModelNotAvailable) when all claims
-    hold that need no model and the model cannot be had: the hub is out of reach, or it must be given.
+    Args:
+        path: the circuit file.
+        model: anything that `load_model` takes. None: loaded as the file states. Required if the file's model was in
+            memory only.
+        tolerance: relative tolerance for numbers (a tenth of it is absolute). None: the tolerance in the file.
+        rescore: also run the discovery again and compare all scores.
+        device: where to load the model.
+        batch_size: pairs run at once; it does not change the result.
+        progress: called with a stage, the steps done and the total.
+
+    Raises:
+        FormatError: if the file is not a circuit file at all.
+        UnverifiedModel: (a ModelNotAvailable) if all claims that need no model hold, but the model cannot be loaded.
     """
     opened = open_circuit_file(path)
     document, ledger = opened.document, Ledger()
@@ -80,12 +87,12 @@ def verify(
     progress("file", 0, 1)
     _check_hashes(opened, ledger)
     circuit = _check_circuit(opened, ledger)
-    check_discovery(document, ledger)
+    _check_discovery(document, ledger)
     scores = None if circuit is None else circuit.scores
     progress("model", 0, 1)
     loaded = _loaded(opened, model, device, ledger)
     if loaded is not None:
-        check_model(document, loaded, model is not None, ledger)
+        _check_model(document, loaded, model is not None, ledger)
     pairs = _check_pairs(opened, loaded, ledger)
     limit = None if tolerance is None else Tolerance(relative=tolerance, absolute=tolerance / 10)
     if loaded is not None and circuit is not None and loaded.dims == circuit.graph.dims:
@@ -101,13 +108,13 @@ def verify(
         ledger.failed("evaluation", "not run: it needs the model and the circuit that the file states")
     if loaded is not None and document.predictions:
         progress("predictions", 0, 1)
-        check_stated_predictions(document, loaded, pairs, limit, batch_size, ledger)
+        _check_predictions(document, loaded, pairs, limit, batch_size, ledger)
     _note_versions(document, ledger)
     return _found(opened, pairs, rescore, ledger)
 
 
 def _found(opened: OpenedFile, pairs: dict[str, Pairs], rescored: bool, ledger: Ledger) -> Verification:
-    """All that was found: claims and notes, with what to warn of and how far the check reached."""
+    """The result: claims, notes, warnings, and how much of the file was checked."""
     document = opened.document
     notes, shared = compare_with_discovery(document, pairs)
     of_task, foreign = compare_with_task(document, pairs)
@@ -126,7 +133,7 @@ def _check_hashes(opened: OpenedFile, ledger: Ledger) -> None:
 
 
 def _check_circuit(opened: OpenedFile, ledger: Ledger) -> Circuit | None:
-    """The circuit in the file, when there is one, with its scores, when they are what the file states."""
+    """The circuit in the file with its scores, or None with a failed claim. Scores that fail a check are left out."""
     document, path = opened.document, opened.path
     graph = ledger.attempt("graph", lambda: stated_graph(document, path))
     if graph is None:
@@ -139,7 +146,7 @@ def _check_circuit(opened: OpenedFile, ledger: Ledger) -> Circuit | None:
             _check_scores(document, scores, ledger)
         _check_selection(circuit, document, ledger)
         if document.status == "published":
-            check_published(circuit, document, ledger)
+            _check_published(circuit, document, ledger)
     return circuit
 
 
@@ -154,10 +161,10 @@ def _check_scores(document: CircuitFile, scores: Scores, ledger: Ledger) -> None
 
 
 def _check_selection(circuit: Circuit, document: CircuitFile, ledger: Ledger) -> None:
-    """The rule, applied to the scores in the sidecar, must give exactly these edges."""
+    """Record whether the rule, applied to the scores in the sidecar, gives exactly these edges."""
     ledger.equal("nodes", document.nodes, circuit.nodes)
     parameters: dict[str, Any] = dict(circuit.selection)
-    if circuit.scores is None or not applies_again(document):  # which `verify` warns of
+    if circuit.scores is None or not applies_again(document):  # a warning says so
         return
     with ledger.claimed("selection"):
         check_types(parameters, SELECTION)
@@ -168,12 +175,47 @@ def _check_selection(circuit: Circuit, document: CircuitFile, ledger: Ledger) ->
         ledger.equal("selection.n_selected", document.selection.n_selected, again.n_selected)
 
 
+def _check_published(circuit: Circuit, document: CircuitFile, ledger: Ledger) -> None:
+    """Record whether every edge is on a path and, if nodes were chosen, whether no edge out of one is missing."""
+    graph, kept = circuit.graph, circuit.kept
+    chosen = kept
+    if graph.level == "node":
+        chosen = graph.possible & torch.isin(graph.unit, graph.unit[kept].unique())
+    differ = (on_paths(graph, chosen) != kept).nonzero().tolist()
+    names = sorted(graph.edge_name(r, w) for r, w in differ)
+    ledger.equal("paths", f"{len(names)} edges differ", "0 edges differ", f"first {names[0]}" if names else "")
+    if graph.level == "edge":
+        ledger.equal("selection.n_selected", document.selection.n_selected, int(chosen.sum()))
+
+
 def _n_of(edges: tuple[str, ...], differ: list[str] | tuple[()]) -> str:
     return f"{len(edges)} edges" + (f" ({', '.join(differ[:3])})" if differ else "")
 
 
+def _check_discovery(document: CircuitFile, ledger: Ledger) -> None:
+    """Record whether method, parameters and metric are known, and whether repeated statements agree."""
+    size, curve = document.selection.size, document.curve
+    if size is not None and curve is not None:
+        ledger.equal("selection.size.pairs", size.pairs, curve.pairs, "the size was chosen on the pairs of the curve")
+    stated = document.discovery
+    if stated is None:
+        return
+    with ledger.claimed("discovery.method"):
+        method = METHODS.get(stated.method)
+        ledger.equal("discovery.method", stated.method, method.name)
+        foreign = sorted(set(stated.parameters) - set(method.defaults) - {f"{BOOTSTRAP}{name}" for name in STABLE})
+        ledger.equal("discovery.parameters", foreign, [], f"method {method.name!r} has no such parameter")
+    with ledger.claimed("discovery.metric"):
+        ledger.equal("discovery.metric", stated.metric, metric_record(stated.metric.name))
+    if "replacement" in stated.parameters:
+        ledger.equal("discovery.replacement", stated.replacement, stated.parameters["replacement"])
+    if stated.pairs is not None:
+        n = document.pairs[stated.pairs].n
+        ledger.equal("discovery.n_examples", stated.n_examples, n, f"there are {n} pairs {stated.pairs!r}")
+
+
 def _loaded(opened: OpenedFile, model: Any, device: torch.device | str | None, ledger: Ledger) -> HookManager | None:
-    """The model, or None with a failed claim; what nobody could open here is no failure of a file that holds so far."""
+    """The model, or None with a failed claim. Raises UnverifiedModel if it is unavailable and no claim failed."""
     document = opened.document
     try:
         return load_stated_model(document, opened.path, model, device)
@@ -189,14 +231,14 @@ def _loaded(opened: OpenedFile, model: Any, device: torch.device | str | None, l
 
 
 def load_stated_model(document: CircuitFile, path: Path, model: Any, device: torch.device | str | None) -> HookManager:
-    """The model that a file names, or the one that is given instead, in the file's dtype when it is given by name."""
+    """The model that a file names, or `model` instead of it (in the dtype of the file, if given by name)."""
     stated = document.model
     if model is not None:
         named = isinstance(model, (str, Path))
         return load_model(model, dtype=stated.dtype if named else None, device=device if named else None)
     if stated.origin == "memory":
         raise ModelNotAvailable(
-            f"The model ({stated.name}) was in memory, no name opens it; give it: verify(model=...)."
+            f"The model ({stated.name}) was in memory only and cannot be loaded by name; give it: verify(model=...)."
         )
     name = stated.name
     if stated.origin == "directory" and not is_folder(name) and is_folder(path.parent / name):
@@ -205,8 +247,32 @@ def load_stated_model(document: CircuitFile, path: Path, model: Any, device: tor
     return load_model(name, revision=revision, dtype=stated.dtype, device=device)
 
 
+def _check_model(document: CircuitFile, model: HookManager, given: bool, ledger: Ledger) -> None:
+    """Record a claim for each part of the model and its tokenizer, and (unless it was given) for its origin."""
+    stated, got = document.model, model_record(model)
+    for name in ("architecture", "dims", "weights_sha256", "processing", "dtype", "attention", "loader"):
+        if name != "weights_sha256" or stated.weights_sha256 is not None:
+            ledger.equal(f"model.{name}", getattr(got, name), getattr(stated, name))
+    if not given:
+        ledger.equal("model.origin", got.origin, stated.origin)
+        ledger.equal("model.revision", got.revision, stated.revision)
+    tokenizer = document.tokenizer
+    if tokenizer is None:
+        return
+    found = tokenizer_record(model.tokenizer, tokenizer.prepend_bos)
+    if found is None and not any(entry.made_from.kind == "task" for entry in document.pairs.values()):
+        ledger.notes.append("The model has no tokenizer; the pairs are token ids, so none is needed.")
+        return
+    ledger.equal("tokenizer", found and found.vocabulary_sha256, tokenizer.vocabulary_sha256)
+    ledger.equal("tokenizer.n_tokens", found and found.n_tokens, tokenizer.n_tokens)
+    begins = {entry.made_from.prepend_bos for entry in document.pairs.values() if entry.made_from.kind == "task"}
+    if begins:  # the pairs are made again in `_check_pairs`; here the file must agree with itself
+        got = tokenizer.prepend_bos if tokenizer.prepend_bos in begins else next(iter(begins))
+        ledger.equal("tokenizer.prepend_bos", got, tokenizer.prepend_bos)
+
+
 def _check_pairs(opened: OpenedFile, model: HookManager | None, ledger: Ledger) -> dict[str, Pairs]:
-    """The pairs that the file states, made again; a set that is not what is stated is left out."""
+    """The pairs that the file states, made again; a set that differs from what is stated is left out."""
     task = _check_task(opened, ledger)
     made: dict[str, Pairs] = {}
     for name, record in opened.document.pairs.items():
@@ -233,9 +299,9 @@ def _check_task(opened: OpenedFile, ledger: Ledger) -> Task | None:
     if record is None or record.kind == "tokens" or record.path is None:
         return task
     name = Path(record.path).name
-    beside = opened.path.parent / name  # nowhere else: a file must not make us open what it names
+    beside = opened.path.parent / name  # only there: an untrusted file must not choose which files are opened
     if name in ("", "..") or not is_file(beside):
-        ledger.notes.append(f"{clip(name, 100)} is not beside the circuit file; what that holds of it was used.")
+        ledger.notes.append(f"{clip(name, 100)} is not beside the circuit file; the copy in that file was used.")
         return task
     with ledger.claimed("task file"):
         found = inside(opened.path, beside)
@@ -248,11 +314,11 @@ def _check_task(opened: OpenedFile, ledger: Ledger) -> Task | None:
 
 
 def _limit(stated: Tolerance, dtype: str, own: Tolerance | None, name: str, ledger: Ledger) -> Tolerance:
-    """The tolerance to use; a file may not state a looser one than its dtype needs."""
+    """The tolerance to use. A file that states a looser one than its dtype needs fails a claim."""
     usual = tolerance_for(dtype)
     strict = stated.relative <= usual.relative and stated.absolute <= usual.absolute
     if not strict:
-        detail = f"looser than what {dtype} needs (relative {usual.relative:g}, absolute {usual.absolute:g})"
+        detail = f"looser than {dtype} needs (relative {usual.relative:g}, absolute {usual.absolute:g})"
         ledger.failed(f"{name}.tolerance", detail)
     return own or (stated if strict else usual)
 
@@ -268,7 +334,7 @@ def _check_evaluation(
     ledger: Ledger,
 ) -> None:
     stated = document.evaluation[number]
-    name = "evaluation" if len(document.evaluation) == 1 else f"evaluation[{number}]"
+    name = evaluation_name(document, number)
     absent = [key for key in (stated.pairs, stated.reference) if key is not None and key not in pairs]
     if absent:
         ledger.failed(name, f"not run: the pairs {absent[0]!r} are not what the file states")
@@ -348,13 +414,13 @@ def _rescore(
 ) -> None:
     stated = document.discovery
     if stated is None or stated.pairs not in pairs:
-        ledger.failed("scores again", "not run: the pairs of the discovery are not known or not what the file states")
+        ledger.failed(RESCORED, "not run: the pairs of the discovery are not known or not what the file states")
         return
-    with ledger.claimed("scores again"):
+    with ledger.claimed(RESCORED):
         settings: dict[str, Any] = dict(stated.parameters)
         stable = {name: settings.pop(f"{BOOTSTRAP}{name}") for name in STABLE if f"{BOOTSTRAP}{name}" in settings}
         check_types(stable, STABLE)
-        check_settings(stated.method, settings)  # a file must not reach the other arguments, such as `resume`
+        check_settings(stated.method, settings)  # a file must not set other arguments, such as `resume`
         score = score_edges
         if stable:
 
@@ -376,11 +442,57 @@ def _rescore(
         gap = float((score_table(again).double() - expected).abs().max())
         most = limit.absolute + limit.relative * float(expected.abs().max())
         ok = gap <= most
-        ledger.equal("scores again", ok, True, f"the largest difference is {gap:.3g}, allowed is {most:.3g}")
+        ledger.equal(RESCORED, ok, True, f"the largest difference is {gap:.3g}, allowed is {most:.3g}")
+
+
+def _check_predictions(
+    document: CircuitFile,
+    model: HookManager,
+    pairs: dict[str, Pairs],
+    limit: Tolerance | None,
+    batch_size: int,
+    ledger: Ledger,
+) -> None:
+    """Record a claim for every prediction, every control, and every stated measurement."""
+    limit = limit or tolerance_for(document.model.dtype)
+    by_pairs: dict[str | None, list[Prediction]] = {}
+    for prediction in document.predictions or ():
+        by_pairs.setdefault(prediction.pairs, []).append(prediction)
+    for name, several in by_pairs.items():
+        if name is not None and name not in pairs:
+            ledger.failed(f"predictions on {name}", "not run: these pairs are not what the file states")
+            continue
+        own = None if name is None else pairs[name]
+        try:
+            together = check_predictions(model, several, own, batch_size=batch_size)
+        except MechInterpError:  # one by one, to find out which of them fails
+            together = ()
+            for prediction in several:
+                with ledger.claimed(f"prediction {prediction.name}"):
+                    together = (*together, *check_predictions(model, [prediction], own, batch_size=batch_size))
+        for found in together:
+            _record_prediction(found, limit, ledger)
+
+
+def _record_prediction(found: Checked, limit: Tolerance, ledger: Ledger) -> None:
+    stated = found.prediction
+    claim = f"prediction {stated.name}"
+    ledger.holds(claim, stated.holds(found.value), f"{stated!r}", f"{found.value:.6g}")
+    _agrees(claim, found.value, stated.measured, limit, ledger)
+    for control, value in zip(stated.controls, found.controls, strict=True):
+        claim = f"control of {stated.name}"
+        side = "<" if stated.relation == ">=" else ">"
+        ledger.holds(claim, stated.refuted(value), f"{control.measure} {side} {stated.value:g}", f"{value:.6g}")
+        _agrees(claim, value, control.measured, limit, ledger)
+
+
+def _agrees(claim: str, got: float, stated: float | None, limit: Tolerance, ledger: Ledger) -> None:
+    if stated is not None:
+        ledger.close(f"{claim}, measured", six_digits(got), stated, limit)
 
 
 def _note_versions(document: CircuitFile, ledger: Ledger) -> None:
     stated, here = document.provenance.versions, versions()
-    for name in sorted(set(stated) | set(here)) if stated else ():  # none are stated where nothing was run
+    for name in sorted(set(stated) | set(here)) if stated else ():  # no versions are stated if nothing was run
         if stated.get(name) != here.get(name):
             ledger.notes.append(f"{name} is {here.get(name, 'absent')} here, was {stated.get(name, 'absent')}.")

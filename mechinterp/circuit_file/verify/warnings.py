@@ -1,4 +1,4 @@
-"""What `verify` warns of though every claim holds: what a file leaves out, or says where nothing can check it.
+"""The warnings of `verify`: what a file leaves out, or states where it cannot be checked, although all claims hold.
 
 Each function gives the warnings of one kind; none of them runs a model.
 """
@@ -17,7 +17,7 @@ from mechinterp.circuit_file.verify.role_support import support_of_roles, vacuou
 from mechinterp.tasks.task import task_names
 
 FEW = 20
-"""Fewer examples than this say little about others."""
+"""Fewer different examples than this are warned about."""
 _SHOWN, _LETTERS = 5, 80
 _PERCENT = re.compile(r"\d\s*(%|percent|per cent)")
 
@@ -25,10 +25,10 @@ _PERCENT = re.compile(r"\d\s*(%|percent|per cent)")
 def stated_warnings(
     document: CircuitFile, distinct: Mapping[str, int] | None = None, *, rescored: bool = False
 ) -> tuple[FileWarning, ...]:
-    """All warnings that the file itself gives reason for; they are known before anything is run.
+    """All warnings that follow from the file alone, before anything is run.
 
-    `distinct` says how many different prompts each set of pairs has, where the pairs were made; by default it is
-    counted where the file lists the token ids, and what the file states elsewhere.
+    `distinct` is the number of different prompts in each set of pairs that was made. For other sets it is counted if
+    the file lists their token ids; otherwise it is the number of examples that the file states.
     """
     counts = {**_distinct(document), **(distinct or {})}
     return (
@@ -50,21 +50,21 @@ def _of_scores(document: CircuitFile, rescored: bool) -> Iterable[FileWarning]:
             yield FileWarning("scores without a source", "edges have scores, but the file of all scores is left out")
     else:
         if not rescored:
-            text = "use --rescore; until then only a hash holds them, and forged ones look the same"
+            text = "use --rescore; until then only a hash covers them, and forged ones look the same"
             yield FileWarning("scores not recomputed", text)
         if discovery.pairs is None:
-            yield FileWarning("scores without pairs", "the pairs that the scores were made on are left out")
+            yield FileWarning("scores without pairs", "the pairs that the edges were scored on are left out")
         if not applies_again(document):
             text = "the selection states no rule that can be applied to the scores again"
             yield FileWarning("selection not applied", text)
     if selection.size is not None and document.curve is None:
-        text = "the size is said to be the smallest that reaches a target, but the curve that shows it is left out"
+        text = "the size is stated to be the smallest that reaches a target, but the curve that shows it is left out"
         yield FileWarning("size without a curve", text)
 
 
 def _of_results(document: CircuitFile, counts: Mapping[str, int]) -> Iterable[FileWarning]:
     if not document.evaluation:
-        yield FileWarning("no evaluation", "the file states nothing of what the circuit does")
+        yield FileWarning("no evaluation", "the file does not state what the circuit does")
     if document.evaluation and not document.provenance.versions:
         yield FileWarning("no versions", "the versions that the numbers were made with are left out")
     uses = {"scores": document.discovery and document.discovery.pairs, "curve": document.curve and document.curve.pairs}
@@ -72,7 +72,7 @@ def _of_results(document: CircuitFile, counts: Mapping[str, int]) -> Iterable[Fi
         name = evaluation_name(document, number)
         uses[name] = entry.pairs
         if not entry.random_faithfulness:
-            yield FileWarning("no random circuits", f"{name}: nothing of the same size to compare with")
+            yield FileWarning("no random circuits", f"{name}: no circuits of the same size to compare with")
         elif max(entry.random_faithfulness) >= entry.faithfulness:
             text = f"{name}: a random circuit of this size does as well ({max(entry.random_faithfulness):.3g})"
             yield FileWarning("no better than random", text)
@@ -80,14 +80,14 @@ def _of_results(document: CircuitFile, counts: Mapping[str, int]) -> Iterable[Fi
     few = {use: name for use, name in uses.items() if name and counts[name] < FEW}
     if few:
         sizes = _some([f"{use} on {counts[name]}" for use, name in few.items()])
-        yield FileWarning("few examples", f"fewer than {FEW} different ones say little about others: {sizes}")
+        yield FileWarning("few examples", f"fewer than {FEW} different examples say little about others: {sizes}")
     if any(use.startswith("evaluation") for use in few):
-        text = "with so few, a seed or a choice that flatters the circuit cannot be excluded"
+        text = "with so few, the seed or the examples may have been chosen to flatter the circuit"
         yield FileWarning("chosen examples", f"{text}; try others: discover-circuit eval FILE --seed 1")
 
 
 def _of_pairs(document: CircuitFile) -> Iterable[FileWarning]:
-    """Evaluations on the very pairs of the discovery; `apart.py` compares the token ids of different ones."""
+    """Evaluations on the pairs of the discovery; `shared_examples.py` compares different sets by token ids."""
     discovery = document.discovery
     if discovery is None or discovery.pairs is None:
         return
@@ -96,7 +96,7 @@ def _of_pairs(document: CircuitFile) -> Iterable[FileWarning]:
     uses |= _of_predicted(document)
     for use, name in uses.items():
         if document.pairs[name].sha256 == scored_on:
-            yield on_discovery_pairs(f"{use} on the very pairs that the scores were made on, not on held-out ones")
+            yield on_discovery_pairs(f"{use} on the same pairs that the edges were scored on, not on held-out ones")
 
 
 def _of_predicted(document: CircuitFile) -> dict[str, str]:
@@ -114,10 +114,10 @@ def _of_task(document: CircuitFile) -> Iterable[FileWarning]:
     if task is None or (isinstance(task, TaskRecord) and task.bundled):
         return
     name = clip(task.name, _LETTERS)
-    what = {"task": "its own task", "file": "a file of the author's", "tokens": "token ids of the author's"}[task.kind]
+    what = {"task": "its own task", "file": "a file by the author", "tokens": "token ids by the author"}[task.kind]
     yield FileWarning("own task", f"the pairs come from {what} ({name!r}): read what it asks before the numbers")
     if task.name in task_names():
-        text = f"{task.name!r} is a task of this package, and the file's pairs are not made by that one"
+        text = f"{task.name!r} is a task of this package, and the pairs of the file are not made by it"
         yield FileWarning("task under a known name", text)
 
 
@@ -126,7 +126,7 @@ def _of_model(document: CircuitFile) -> Iterable[FileWarning]:
     if misleads:
         yield FileWarning("model under a known name", misleads)
     if document.model.weights_sha256 is None:
-        yield FileWarning("weights not stated", "whether this is the model that the file is about cannot be compared")
+        yield FileWarning("weights not stated", "so the model cannot be compared with the one that the file is about")
     made = any(entry.made_from.kind == "task" for entry in document.pairs.values())
     if document.tokenizer is None and made:
         yield FileWarning("tokenizer not stated", "the tokenizer that the task's pairs were made with is left out")
@@ -134,14 +134,14 @@ def _of_model(document: CircuitFile) -> Iterable[FileWarning]:
 
 def _of_words(document: CircuitFile) -> Iterable[FileWarning]:
     if document.status in ("published", "ground-truth"):
-        text = f"status {document.status!r} is what the file says of itself"
+        text = f"status {document.status!r} is the author's own statement"
         yield FileWarning("self-declared status", text)
     if document.citation is not None or document.derived_from:
-        text = "citation and source are what the file says of itself; compare the circuit with what is cited"
+        text = "citation and source are the author's own statements; compare the circuit with what is cited"
         yield FileWarning("self-declared citation", text)
     said = [name for name in ("title", "description") if _PERCENT.search(getattr(document, name))]
     if said:
-        yield FileWarning("numbers in words", f"{' and '.join(said)}: free text with a percentage that nothing checks")
+        yield FileWarning("numbers in words", f"{' and '.join(said)}: free text with a percentage that is not checked")
 
 
 def _of_predictions(document: CircuitFile) -> Iterable[FileWarning]:
@@ -162,7 +162,7 @@ def _of_predictions(document: CircuitFile) -> Iterable[FileWarning]:
 
 
 def _distinct(document: CircuitFile) -> dict[str, int]:
-    """How many different prompts each set of pairs has, as far as the file tells."""
+    """The number of different prompts in each set of pairs, as far as the file shows it."""
     return {
         name: len(set(record.made_from.clean)) if record.made_from.kind == "tokens" else record.n
         for name, record in document.pairs.items()

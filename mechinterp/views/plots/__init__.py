@@ -1,4 +1,4 @@
-"""Figures: plain functions that return a plotly `Figure`. Only these files and the report know plotly."""
+"""Figures: plain functions that return a plotly `Figure`. Only these files and the report import plotly."""
 
 from mechinterp.views.plots.circuit import MAX_EDGES_DRAWN, circuit_figure
 from mechinterp.views.plots.grids import attention_figure, heatmap, lens_figure, token_labels, waterfall

@@ -24,16 +24,16 @@ WIDTHS = (0.7, 6.0)
 ROW_PIXELS = 78
 NODE_PIXELS = 116
 NARROW_PIXELS = 58
-"""The same where positions have columns: edges pass over nodes there, and there are more of them."""
+"""The same if positions have columns: there are more nodes, and edges may pass over them."""
 MIN_WIDTH = 5.0
-"""A drawing is at least so many node spacings wide, or the legend would not fit."""
+"""The minimum width of a drawing in node spacings, so that the legend fits."""
 HOVER_STEP = 5
-"""Every so many points of an edge's curve, one answers to the mouse."""
+"""One in so many points of an edge's curve shows its text on hover."""
 
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """Nodes that look alike: what they have in common, how they look, and whether the legend names them."""
+    """Nodes that look alike: their label, colour and symbol, and whether the legend names them."""
 
     label: str
     colour: str
@@ -49,11 +49,11 @@ KINDS = {
     "logits": NodeGroup("logits", "#5c6773", "square", named=False),
 }
 MAX_EDGES_DRAWN = 400
-"""More than these nobody can tell apart, and a browser grows slow."""
+"""More edges cannot be told apart, and slow down a browser."""
 
 
 def node_kinds(roles: Mapping[str, Role]) -> dict[str, NodeGroup]:
-    """How nodes without a role look, by kind: grey where others have one, so that a colour always is a role."""
+    """The look of nodes without a role, by kind: grey if other nodes have roles, so that every colour is a role."""
     if not roles:
         return KINDS
     without = {
@@ -65,13 +65,17 @@ def node_kinds(roles: Mapping[str, Role]) -> dict[str, NodeGroup]:
 
 
 def circuit_figure(circuit: Circuit, roles: Mapping[str, Role] | None = None) -> go.Figure:
-    """The circuit as a graph, input at the bottom and logits at the top; only nodes that an edge touches.
+    """The circuit as a graph, input at the bottom and logits at the top; nodes without an edge are not drawn.
 
-    An edge is coloured by the channel that it enters, as wide as its score is large, dashed when its score is
-    negative (it works against the task). Without scores all edges are equally wide. Each trace of an edge carries
-    its name and its two nodes in `meta`. Nodes that have a role are coloured by it, the others by their kind. Of more
-    than `MAX_EDGES_DRAWN` edges only the strongest are drawn. Where nodes were chosen, one line stands for all edges
-    between two of them, as wide as the writer's score; at named positions each has columns of its own.
+    The colour of an edge is the channel that it enters, its width the size of its score; it is dashed if the score is
+    negative (it works against the task). Without scores all edges are equally wide. Of more than `MAX_EDGES_DRAWN`
+    edges only the strongest are drawn. If nodes were chosen, one line stands for all edges between two of them, with
+    the score of the writer. Every named position has its own columns. The trace of an edge has its name and its two
+    nodes in `meta`.
+
+    Args:
+        circuit: the circuit to draw.
+        roles: roles of nodes, as in a circuit file; nodes are coloured by role, those without one by kind.
     """
     net = circuit.to_networkx()
     drawing = draw_layered(_strongest(merged(net) if circuit.graph.level == "node" else net))
@@ -110,7 +114,7 @@ def circuit_figure(circuit: Circuit, roles: Mapping[str, Role] | None = None) ->
 
 
 def merged(net: Net) -> Net:
-    """One edge between each two nodes: where nodes are chosen, the edges between them say nothing one by one."""
+    """One edge between any two nodes, for circuits in which nodes were chosen and single edges mean nothing."""
     out: Net = nx.MultiDiGraph(**net.graph)
     for writer, reader in dict.fromkeys(net.edges()):
         several = [data for data in net.get_edge_data(writer, reader).values()]
@@ -166,7 +170,7 @@ def _legend_line(key: str) -> go.Scatter:
 
 
 def _hover_trace(strands: Sequence[Strand]) -> go.Scatter:
-    """Invisible points on the edges, so that the mouse finds them."""
+    """Invisible points on the edges, which show their text on hover."""
     points = [(point, strand) for strand in strands for point in strand.curve[HOVER_STEP - 1 :: HOVER_STEP]]
     return go.Scatter(
         x=[round(x, 3) for (x, _), _ in points],
@@ -187,7 +191,7 @@ def _edge_text(strand: Strand) -> str:
 
 
 def _node_groups(drawing: Drawing, roles: Mapping[str, Role]) -> dict[NodeGroup, list[str]]:
-    """The nodes by what their colour stands for: their role, or their kind where they have none."""
+    """The nodes grouped by role, those without one by kind."""
     of_node: dict[str, NodeGroup] = {}
     for role, colour in coloured(roles):
         of_node.update({name: NodeGroup(role.label, colour, "circle", named=True) for name in role.nodes})
@@ -220,12 +224,12 @@ def _node_trace(circuit: Circuit, drawing: Drawing, group: NodeGroup, names: Seq
 
 
 def _label(drawing: Drawing, name: str) -> str:
-    """The name; without its position where the column says that."""
+    """The name, without its position if the columns show that."""
     return split_position(name)[0] if drawing.columns else name
 
 
 def kind_of(name: str) -> str:
-    """Which of `KINDS` a node is of; its name may say a position."""
+    """The key of `KINDS` for a node; its name may include a position."""
     kind = node_of(name).kind
     return "input" if kind in ("embed", "pos_embed") else kind
 

@@ -1,4 +1,4 @@
-"""Figures of a comparison of methods."""
+"""Figures for a comparison of methods."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DASHES = ("solid", "dash", "dot")
 
 
 def comparison_curves(found: Comparison) -> go.Figure:
-    """Faithfulness against the number of edges (log axis), a line for each method, circuits by magnitude."""
+    """Faithfulness against the number of edges (log axis), one line per method, circuits by magnitude."""
     units = str(found.about["units"])
     figure = go.Figure()
     colours = qualitative.Safe
@@ -35,7 +35,7 @@ def comparison_curves(found: Comparison) -> go.Figure:
 
 
 def overlap_matrix(found: Comparison, edges: int) -> go.Figure:
-    """The Jaccard index of the edges that each two methods select first."""
+    """The Jaccard index of the edges that any two methods select first."""
     table = found.overlap(edges)
     figure = go.Figure(
         go.Heatmap(

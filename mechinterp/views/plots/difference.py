@@ -1,6 +1,6 @@
-"""The picture of two circuits laid over each other, as SVG: what only one of them has, and what both have.
+"""An SVG of two circuits on top of each other: what only one of them has, and what both have.
 
-Drawn without plotly, so that it is small and needs no script. Texts from files are escaped.
+It is drawn without plotly, so that it is small and needs no script. Texts from files are escaped.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ COLOURS = {"both": "#7d8790", "only A": "#2b6fd0", "only B": "#d9730d"}
 FLIP_COLOUR = "#c2185b"
 CLASSES = {"both": "both", "only A": "a", "only B": "b"}
 ORDER = ("both", "only A", "only B")
-"""What only one circuit has is drawn on top."""
+"""Drawn in this order, so that what only one circuit has is on top."""
 ROW_PIXELS, NODE_PIXELS = 74, 92
 LEFT, TOP, BELOW = 92, 66, 34
 MIN_PIXELS = 860
-"""A picture is at least so wide, or the legend would not fit."""
+"""The minimum width, so that the legend fits."""
 LONGEST_NAME = 44
 WIDTHS = (0.8, 5.0)
 """Width of an edge in pixels, from score 0 to the largest absolute score of its file, linear."""
 UNSCORED = 0.15
 """The size of an edge without a score, from 0 to 1."""
 CROWDED = 250
-"""With more lines than these, they are thinner and go behind the nodes, not around them."""
+"""With more lines than this, they are thinner and pass behind the nodes instead of around them."""
 BOW = 0.11
-"""How far such a line swings out, in node spacings per row that it passes."""
+"""How far such a line bends outwards, in node spacings per row that it passes."""
 STEP = 2
-"""Every so many points of an edge's curve are drawn."""
+"""One in so many points of an edge's curve is drawn."""
 STYLE = f"""
 .difference{{font:12px system-ui,sans-serif}} .difference .ground{{fill:#fff}} .difference text{{fill:#1c2126}}
 .difference path{{fill:none;stroke-linecap:round}} .difference .both path{{stroke:{COLOURS["both"]}}}
@@ -53,7 +53,7 @@ STYLE = f"""
 
 @dataclass(frozen=True)
 class _Canvas:
-    """From places of the layout, `low` to `high`, to pixels."""
+    """Converts positions of the layout, `low` to `high`, to pixels."""
 
     low: float
     high: float
@@ -83,9 +83,9 @@ class _Line:
 def difference_svg(diff: CircuitDiff, a: Circuit, b: Circuit) -> str:
     """One `<svg>` of both circuits, input at the bottom: edges and nodes only in A, only in B, and in both.
 
-    An edge is as wide as its score is large in its own file (the larger of the two); it is dashed, with a mark, where
-    the signs differ. Where both files chose nodes, one line stands for all edges between two of them. Every edge and
-    node tells its scores and ranks when the mouse rests on it.
+    The width of an edge is the size of its score relative to its own file (the larger of the two); it is dashed, with a
+    mark, if the signs differ. If nodes were chosen in both files, one line stands for all edges between two of them.
+    Scores and ranks are shown on hover.
     """
     known = {entry.name: entry for entry in diff.edges}
     net = _union(diff, known, (a, b))
@@ -124,7 +124,7 @@ def difference_svg(diff: CircuitDiff, a: Circuit, b: Circuit) -> str:
 
 
 def _union(diff: CircuitDiff, known: Mapping[str, Compared], circuits: Sequence[Circuit]) -> Net:
-    """The edges of both circuits once, with `where` they are and as `score` their size, from 0 to 1."""
+    """The edges of both circuits, each once, with `where` they are and their size (0 to 1) as `score`."""
     largest = [max((abs(score) for score in scores if score is not None), default=0.0) for scores in _scores(diff)]
     merged = all(circuit.graph.level == "node" for circuit in circuits)
     positions = dict.fromkeys(name for circuit in circuits for name in circuit.graph.positions)
@@ -147,7 +147,7 @@ def _scores(diff: CircuitDiff) -> tuple[list[float | None], list[float | None]]:
 
 
 def _size(entry: Compared, largest: Sequence[float]) -> float:
-    """How large the score is beside the largest of its file, of the files whose circuit has the edge."""
+    """The absolute score relative to the largest in its file; the larger value if both circuits have the edge."""
     used = {"only A": (0,), "only B": (1,), "both": (0, 1)}[entry.where]
     scores = (entry.score_a, entry.score_b)
     found = [abs(scores[i] or 0.0) / largest[i] for i in used if scores[i] is not None and largest[i]]
@@ -155,13 +155,13 @@ def _size(entry: Compared, largest: Sequence[float]) -> float:
 
 
 def _around(strand: Strand, canvas: _Canvas) -> _Line:
-    """The edge as the layout leads it, past the nodes between its ends."""
+    """The edge as in the layout, around the nodes between its ends."""
     points = [(canvas.x(x), canvas.y(y)) for x, y in (*strand.curve[:-1:STEP], strand.curve[-1])]
     return _Line("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points), points[len(points) // 2])
 
 
 def _across(strand: Strand, canvas: _Canvas) -> _Line:
-    """The edge as one bow, behind the nodes; many edges take less room so. The longer, the further it swings out."""
+    """The edge as one curve behind the nodes, which saves space; longer edges bend further outwards."""
     (x0, y0), (x3, y3) = ((canvas.x(x), canvas.y(y)) for x, y in (strand.curve[0], strand.curve[-1]))
     rows = strand.curve[-1][1] - strand.curve[0][1]
     out = BOW * NODE_PIXELS * (rows - 1) * (1 if x3 >= x0 else -1)
@@ -194,7 +194,7 @@ def _node(entry: Compared, drawing: Drawing, canvas: _Canvas) -> str:
 
 
 def _numbers(entry: Compared) -> str:
-    """Scores and ranks as the tooltip has them."""
+    """The scores and ranks for the tooltip."""
     parts = [
         f"; score in {letter} {score:.4g} (rank {rank:,})"
         for letter, score, rank in (("A", entry.score_a, entry.rank_a), ("B", entry.score_b, entry.rank_b))
@@ -221,7 +221,7 @@ def _legend(diff: CircuitDiff) -> Iterable[str]:
 
 
 def short(path: Path) -> str:
-    """The name of a circuit file without its ending, cut where it is long."""
+    """The name of a circuit file without its ending, shortened if it is long."""
     name = path.name.removesuffix(SUFFIX)
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
 

@@ -1,4 +1,4 @@
-"""Figures of what analyses return: heatmaps of grids, the logit lens, attention patterns, parts of a logit."""
+"""Figures for the results of analyses: heatmaps of grids, the logit lens, attention patterns, parts of a logit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mechinterp.tasks.pairs import Pairs
 MAX_CELLS_WITH_NUMBERS = 200
 MAX_LETTERS = 14
 CELL_LETTERS = 120
-"""Letters that stand side by side across a figure."""
+"""How many letters fit side by side into a figure."""
 GAIN_COLOUR, LOSS_COLOUR = "#2166ac", "#b2182b"
 """The ends of RdBu: blue = positive = helps, red = negative."""
 
@@ -28,7 +28,16 @@ GAIN_COLOUR, LOSS_COLOUR = "#2166ac", "#b2182b"
 def token_labels(model: HookManager, pairs: Pairs, row: int = 0, prompt: str = "clean") -> tuple[str, ...]:
     """The tokens of one prompt with their positions (`3 Mary`), one label per position, as plain text.
 
-    Positions that only longer prompts have are labelled by their number. Raises InputError without a tokenizer.
+    Positions beyond the end of this prompt are labelled by their number.
+
+    Args:
+        model: the model with its tokenizer.
+        pairs: the examples.
+        row: which example.
+        prompt: "clean" or "corrupt".
+
+    Raises:
+        InputError: if the model has no tokenizer, or for another row or prompt.
     """
     if model.tokenizer is None:
         raise InputError("The model has no tokenizer to write tokens with; give labels of your own as `tokens`.")
@@ -50,12 +59,17 @@ def heatmap(
     tokens: Sequence[str] | None = None,
     title: str = "",
 ) -> go.Figure:
-    """A heatmap of two axes of a grid, the mean over examples; blue is positive, red negative, white 0, grey nothing.
+    """A heatmap of two axes of a grid, the mean over examples; blue is positive, red negative, white 0, empty missing.
 
-    `x` and `y` are axes; by default the last two, `pos` always across. Any further axis must have been chosen with
-    `.at(...)`, or have one entry. `tokens` are labels for the axis `pos` (see `token_labels`).
+    Args:
+        grid: the result of an analysis; select from further axes with `.at(...)` unless they have one entry.
+        x: the horizontal axis. None: the last axis.
+        y: the vertical axis. None: the remaining axis.
+        tokens: labels for the axis `pos`, from `token_labels`.
+        title: a title above the figure.
 
-    Raises InputError for axes that are not there or not chosen, and labels that do not fit.
+    Raises:
+        InputError: for an unknown axis, a grid with more than two axes, or labels that do not fit.
     """
     mean = grid.mean("example") if "example" in grid.labels else grid
     for axis, labels in list(mean.labels.items()):
@@ -122,7 +136,15 @@ def lens_figure(
 ) -> go.Figure:
     """The most probable token at every site and position of one example, coloured by `probability`, `kl` or `entropy`.
 
-    Dark = probable (or far from the model's own distribution). Raises InputError for another colour.
+    Args:
+        lens: the result of `logit_lens`.
+        model: the model, whose tokenizer writes the tokens.
+        example: which example.
+        tokens: labels for the positions, from `token_labels`.
+        colour: "probability" (of the token; dark is probable), "kl" (to the output of the model) or "entropy".
+
+    Raises:
+        InputError: for another colour.
     """
     choices = {"probability": lens.probabilities, "kl": lens.kl, "entropy": lens.entropy}
     if colour not in choices:
@@ -135,7 +157,7 @@ def lens_figure(
     ids = lens.top_tokens[:, there, list(lens.kl.labels["example"]).index(str(example)), 0].tolist()
     decode = str if model.tokenizer is None else lambda token: model.tokenizer.decode([token])
     words = [["" if token < 0 else decode(token).strip() or "␣" for token in row] for row in ids]
-    # What fits into a cell of a page's usual width; the whole token is on hover.
+    # As much as fits into a cell; hovering shows more of the token.
     letters = max(4, min(MAX_LETTERS, CELL_LETTERS // max(1, len(across))))
     texts = [[html.escape(_short(word, letters)) for word in row] for row in words]
     values = grid.values[:, there].detach().float().cpu().tolist()
@@ -175,9 +197,16 @@ def lens_figure(
 def attention_figure(
     patterns: Sequence[Any], names: Sequence[str], tokens: Sequence[str], *, columns: int = 4
 ) -> go.Figure:
-    """Attention patterns `[query, key]` of several heads of one prompt side by side, dark = 1, the tokens on hover.
+    """Attention patterns of several heads on one prompt, side by side; dark is 1, hovering shows the tokens.
 
-    Raises InputError where patterns, names and tokens do not fit each other.
+    Args:
+        patterns: one pattern `[query, key]` per head.
+        names: one name per pattern.
+        tokens: one label per position, from `token_labels`.
+        columns: how many patterns are in one row.
+
+    Raises:
+        InputError: if patterns, names and tokens do not fit each other.
     """
     if not len(names) or len(patterns) != len(names):
         raise InputError(f"There are {len(patterns)} patterns and {len(names)} names; give one name per pattern.")
@@ -218,17 +247,21 @@ def attention_figure(
     figure.update_xaxes(**_ticks(safe, -90), tickfont={"size": 10})
     figure.update_yaxes(**_ticks(safe), tickfont={"size": 10}, automargin=True)
     figure.update_yaxes(range=[n - 0.5, -0.5])
-    for column in range(len(names) - (rows - 1) * columns, columns):  # nothing stands below these
+    for column in range(len(names) - (rows - 1) * columns, columns):  # the last row is empty below these
         figure.update_xaxes(showticklabels=True, row=rows - 1, col=column + 1)
     figure.update_annotations(font={"size": 12})
     return figure
 
 
 def waterfall(parts: Grid, *, top: int = 20) -> go.Figure:
-    """The largest parts of a logit by magnitude, the others as one bar, and their sum: blue raises, red lowers it.
+    """The largest parts of a logit by magnitude, the others as one bar, and their sum; blue raises it, red lowers it.
 
-    `parts` is what `direct_logit_attribution` returns (the mean over examples is drawn). Raises InputError for a grid
-    with other axes.
+    Args:
+        parts: the result of `direct_logit_attribution`; the mean over examples is drawn.
+        top: how many parts have their own bar.
+
+    Raises:
+        InputError: for a grid with other axes.
     """
     mean = parts.mean("example") if "example" in parts.labels else parts
     if list(mean.labels) != ["node"] or top < 1:
@@ -284,7 +317,7 @@ def _short(text: str, letters: int = MAX_LETTERS) -> str:
 
 
 def _ticks(labels: Sequence[str], angle: int = 0) -> dict[str, Any]:
-    # Where there are many, numbers are thinned out; words never are, they would be unreadable guesses.
+    # Of many numbers only some are shown; of words all are, since the missing ones could not be guessed.
     step = max(1, len(labels) // 24) if all(label.isdecimal() for label in labels) else 1
     places = list(range(0, len(labels), step))
     return {

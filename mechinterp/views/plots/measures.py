@@ -1,4 +1,4 @@
-"""Figures of measured numbers: scores by layer and head, faithfulness against size."""
+"""Figures of measurements: scores by layer and head, faithfulness against size."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ MAX_CELLS_WITH_NUMBERS = 80
 
 
 def head_heatmap(scores: Scores, circuit: Circuit | None = None) -> go.Figure:
-    """Layer x head, and the MLPs beside them: the score of a node, the sum over all edges that leave it.
+    """A heatmap, layer x head with a column for the MLPs, of the scores of nodes: sums over the edges that leave them.
 
-    Red hurts, blue helps, white is 0. Nodes of `circuit` carry a dot. Edges outside the circuit count too, so that
-    the picture shows what was left out.
+    Blue helps the task, red works against it, white is 0. All edges of the graph count, so that the figure also shows
+    what the circuit leaves out.
+
+    Args:
+        scores: the scores of all edges.
+        circuit: its nodes are marked with a dot.
     """
     graph = scores.graph
     dims = graph.dims
@@ -72,13 +76,22 @@ def faithfulness_figure(
 ) -> go.Figure:
     """Faithfulness against the number of edges (log axis), with the chosen circuit and random ones of its size.
 
-    `sizes` and `values` are the curve; `curve_label` says on which examples it was measured, and `label` on which
-    the circuit was. The circuit has its bootstrap interval; 1 is the full model, 0 the one with every edge replaced.
+    1 is the full model, 0 the model with every edge replaced. The circuit is drawn with its bootstrap interval.
+
+    Args:
+        sizes: the numbers of edges of the curve.
+        values: the faithfulness at each size.
+        evaluation: the evaluation of the chosen circuit.
+        curve_label: the examples that the curve was measured on.
+        label: the examples that the circuit was evaluated on.
+
+    Raises:
+        InputError: if `sizes` and `values` differ in length.
     """
     if len(sizes) != len(values):
         raise InputError(f"The curve has {len(sizes)} sizes and {len(values)} values; give as many of both.")
     figure = go.Figure()
-    # Each text where the curve is far from it: the curve rises from 0 on the left to 1 on the right.
+    # Each label is far from the curve, which rises from 0 on the left to 1 on the right.
     for height, text, side in ((1.0, "full model", 0), (0.0, "every edge replaced", 1)):
         figure.add_hline(y=height, line={"dash": "dot", "width": 1, "color": GUIDE_COLOUR})
         figure.add_annotation(
@@ -91,7 +104,9 @@ def faithfulness_figure(
             yanchor="bottom",
             font={"size": 11},
         )
-    curve = sorted((size, value) for size, value in zip(sizes, values, strict=True) if size > 0)  # the axis is a log
+    curve = sorted(
+        (size, value) for size, value in zip(sizes, values, strict=True) if size > 0
+    )  # the axis is logarithmic
     if curve:
         figure.add_trace(
             go.Scatter(

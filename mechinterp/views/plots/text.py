@@ -1,4 +1,4 @@
-"""Coloured text: the relevance of words and phrases as one HTML page without scripts."""
+"""`text_page`: the relevance of words and phrases as coloured text, on one HTML page without scripts."""
 
 from __future__ import annotations
 
@@ -25,8 +25,15 @@ table.rows th{text-align:left}
 
 
 def text_page(found: PhraseRelevance, title: str = "") -> str:
-    """One HTML page: the words of the text and its phrases, coloured by relevance (blue raises the target, red lowers
-    it, white is 0), and the table of them. No network, no script. Save it with `save_html`."""
+    """One HTML page of the words and phrases of a text, coloured by relevance, with a table of the values.
+
+    Blue raises the target, red lowers it, white is 0. The page needs no network and no scripts; write it with
+    `save_html`.
+
+    Args:
+        found: the result of `phrase_relevance`.
+        title: the heading. "": "Relevance for" and the target.
+    """
     most = max((abs(float(value)) for value in found.values), default=0.0) or 1.0
     heading = escape(title or f"Relevance for {found.target}")
     stops = ",".join(_colour(x / 10 - 1) for x in range(21))
@@ -53,7 +60,7 @@ def _row(found: PhraseRelevance, span: Span) -> str:
 
 
 def _lines(found: PhraseRelevance, most: float) -> list[str]:
-    """The words in one line, then as many lines as it takes for the longer spans, shorter ones first."""
+    """The words in one line, then the longer spans, shorter ones first, in as few lines as possible."""
     words = [span for span in found.spans if span in found.words]
     longer = sorted((span for span in found.spans if span not in found.words), key=lambda s: (s[1] - s[0], s[0]))
     lines: list[list[Span]] = [words] if words else []
@@ -84,5 +91,5 @@ def _line(found: PhraseRelevance, spans: list[Span], most: float) -> str:
 
 
 def _colour(share: float) -> str:
-    """Of -1 (red) to 1 (blue)."""
+    """The colour of a share from -1 (red) to 1 (blue)."""
     return str(sample_colorscale("RdBu", [(max(-1.0, min(1.0, share)) + 1) / 2])[0])

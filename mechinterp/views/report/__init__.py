@@ -1,1 +1,1 @@
-"""The report: a finding in words, and one self-contained page."""
+"""The report: one self-contained page about a circuit file."""

@@ -1,4 +1,4 @@
-"""The data of the page's two small pictures: faithfulness against size, scores by layer and head."""
+"""Data for the two charts of the page: faithfulness against size, scores by layer and head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_POINTS = 1000
 
 
 def curve_view(document: CircuitFile) -> dict[str, Any] | None:
-    """The measured points, the circuit with its interval and the random circuits; None without an evaluation."""
+    """The points of the curve, the circuit with its interval, and random circuits; None without an evaluation."""
     if not document.evaluation:
         return None
     entry, curve = document.evaluation[0], document.curve
@@ -34,7 +34,7 @@ def curve_view(document: CircuitFile) -> dict[str, Any] | None:
 
 
 def heat_view(circuit: Circuit) -> dict[str, Any] | None:
-    """Per layer the name and the score of every head and the MLP, in the circuit or not; None without scores."""
+    """For each layer the name and score of every head and the MLP, in the circuit or not; None without scores."""
     if circuit.scores is None:
         return None
     graph = circuit.graph

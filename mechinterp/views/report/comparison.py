@@ -1,4 +1,4 @@
-"""The page of a comparison: table, curves, overlap. One file, no network."""
+"""The page of a comparison of methods: table, curves, overlap. One file that needs no network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ th:first-child,td:first-child{text-align:left}
 
 
 def write_comparison(path: str | os.PathLike[str], found: Comparison, title: str, command: str) -> None:
-    """Return None after writing the page, whole or not at all."""
+    """Return None after writing the page, completely or not at all."""
     about = found.about
     middle = found.sizes[len(found.sizes) * 7 // 10]
     table = found.to_frame().to_html(index=False, float_format=lambda x: f"{x:.3f}", na_rep="not reached", border=0)
@@ -29,13 +29,14 @@ def write_comparison(path: str | os.PathLike[str], found: Comparison, title: str
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>"
         f"<p>Scored on {about['train']} pairs, evaluated on {about['test']} others; metric "
-        f"{escape(str(about['metric']))}, cut edges carry: {escape(str(about['replacement']))}. Forwards and backwards "
+        f"{escape(str(about['metric']))}, cut edges carry {escape(str(about['replacement']))}. Forwards and backwards "
         f"are per example.</p>{table}"
-        "<p>CPR: area under faithfulness, circuits by signed score. CMD: area between faithfulness and 1, circuits by "
-        "magnitude (0 is best). Both over the share of "
-        f"{about['units']}, as MIB has them; a circuit that does nothing until every "
-        "edge is in has CPR 0.25 and CMD 0.75.</p>"
-        f"<h2>Faithfulness against size, by magnitude</h2>{parts[0]}<h2>Which edges they share first</h2>{parts[1]}"
+        "<p>CPR: area under the faithfulness curve, circuits by signed score. CMD: area between this curve and 1, "
+        "circuits by magnitude (0 is best). Both are over the share of "
+        f"{about['units']}, as in MIB; a circuit that does nothing until it has every "
+        "edge has CPR 0.25 and CMD 0.75.</p>"
+        f"<h2>Faithfulness against size, by magnitude</h2>{parts[0]}"
+        f"<h2>Overlap of the edges selected first</h2>{parts[1]}"
         f"<p><code>{escape(command)}</code></p></body></html>"
     )
     write_whole(path, page.encode("utf-8"))

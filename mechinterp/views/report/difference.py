@@ -1,4 +1,4 @@
-"""The page or picture of two circuit files compared: one file, no network, no script."""
+"""The page or picture of the differences between two circuit files: one file, without network or scripts."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _HIDE = (
 
 
 def write_difference(path: Path, diff: CircuitDiff, a: Circuit, b: Circuit) -> None:
-    """Write the page (.html) or the picture alone (.svg), whole or not at all. Raises InputError for other endings."""
+    """Write the page (.html) or only the picture (.svg), or nothing at all. Raises InputError for other endings."""
     if path.suffix.lower() not in ENDINGS:
-        raise InputError(f"A difference is written as NAME.html or NAME.svg; got {path.name!r}.")
+        raise InputError(f"Differences are written to NAME.html or NAME.svg; got {path.name!r}.")
     picture = difference_svg(diff, a, b)
     write_file(path, (picture if path.suffix.lower() == ".svg" else _page(diff, picture)).encode("utf-8"))
 
@@ -52,7 +52,7 @@ def _page(diff: CircuitDiff, picture: str) -> str:
         f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in diff.notes)}</ul>{_overlap(diff)}{_scores(diff)}"
         f'<h2>The circuits</h2>{switches}<div class="scroll">{picture}</div>'
         f"{_parts('Edges', diff.edges)}{_parts('Nodes', diff.nodes)}{_roles(diff)}"
-        f"<h2>What else the files state differently</h2>"
+        f"<h2>Other fields that differ</h2>"
         f"{_table(('field', 'A', 'B'), ((row.field, row.a or '-', row.b or '-') for row in diff.fields), 3)}"
         f"{hashes}</body></html>\n"
     )
@@ -81,10 +81,10 @@ def _scores(diff: CircuitDiff) -> str:
 
 
 def _parts(title: str, entries: Sequence[Compared]) -> str:
-    """The edges or nodes that only one circuit has, the best ranks first."""
+    """The edges or nodes in one circuit only, the best ranks first."""
     differing = [entry for entry in entries if entry.where != "both"]
     if not differing:
-        return f"<h2>{title}</h2><p>Both circuits have the same ones.</p>"
+        return f"<h2>{title}</h2><p>They are the same in both circuits.</p>"
     rows = (
         (
             entry.name,
@@ -109,7 +109,7 @@ def _roles(diff: CircuitDiff) -> str:
 
 
 def number(value: float | None) -> str:
-    """The number at 4 significant digits; `-` for none."""
+    """The number at 4 significant digits; `-` if there is none."""
     return "-" if value is None else f"{value:.4g}"
 
 
@@ -118,7 +118,7 @@ def _rank(value: int | None) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> str:
-    """A table whose first `text` columns are words."""
+    """A table whose first `text` columns are text, the others numbers."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
         return "".join(

@@ -1,4 +1,4 @@
-"""The data that the page draws a circuit from: nodes, lines, where they are, and which of them each size has."""
+"""Data for the graph on the page: nodes, lines, their places, and which of them belong to each size."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from mechinterp.graphs.colours import CHANNEL_COLOURS
 from mechinterp.graphs.layered_layout import POINTS_PER_ROW, Net, draw_layered
 from mechinterp.models.sites import split_position
 from mechinterp.views.plots.circuit import CHANNEL_LABELS, KINDS, kind_of, merged, node_kinds
-from mechinterp.views.report.stops import MAX_EDGES, Stop, stops_of
+from mechinterp.views.report.measured_sizes import MAX_EDGES, MeasuredSize, measured_sizes
 
 Line = tuple[str, str, str]
-"""Writer, reader, and the name of the edge; an edge into a shared key or value head is a line to each of its heads."""
+"""Writer, reader, name of the edge. An edge into a shared key or value head is one line to each of its heads."""
 
 
 def graph_view(circuit: Circuit, document: CircuitFile) -> dict[str, Any]:
     """Everything that the script draws, as JSON values.
 
-    `nodes` and `edges` (writer, reader, channel, name, score) are numbered; `stops` name their edges by ranges of
-    these numbers, and the drawing that has them; a drawing has the place of every node and, per edge, the x at each
-    row that it passes. Where nodes were chosen, one line stands for all edges between two of them.
+    `nodes` and `edges` (writer, reader, channel, name, score) are numbered. Each of the `stops` of the slider (one per
+    measured size) gives its edges as ranges of these numbers, and its drawing. A drawing has the place of every node
+    and, for each edge, its x in every row that it passes. If nodes were chosen, one line stands for all edges between
+    two of them.
 
-    The circuit is drawn as it is best laid out by itself. Sizes that have other edges too share a second drawing.
-    Of more than `MAX_EDGES` lines the strongest are drawn, and `about` says so.
+    The circuit has a layout of its own; sizes with other edges share a second drawing. If there are more than
+    `MAX_EDGES` lines, the strongest are drawn, and `about` says so.
     """
-    stops, about = stops_of(circuit, document)
+    stops, about = measured_sizes(circuit, document)
     own = _net(circuit, circuit.kept)
     shown, total = _strongest(own), own.number_of_edges()
     if shown.number_of_edges() < total:
@@ -83,13 +84,13 @@ def _lines(net: Net) -> dict[Line, Mapping[str, Any]]:
 
 
 def _numbered(nets: Sequence[Net]) -> dict[Line, int]:
-    """All lines: those of the smallest size first, so that a size is a few ranges of numbers."""
+    """All lines, those of the smallest size first, so that each size is a few ranges of numbers."""
     every = dict.fromkeys(line for net in nets for line in sorted(_lines(net)))
     return {line: i for i, line in enumerate(every)}
 
 
 def _drawings(own: Net, nets: Sequence[Net]) -> tuple[list[Net], list[int]]:
-    """The graphs to lay out, and which of them each size is drawn in."""
+    """The graphs to lay out, and the index of the one that each size is drawn in."""
     mine = _lines(own).keys()
     which = [0 if _lines(net).keys() <= mine else 1 for net in nets]
     if not any(which):
@@ -146,7 +147,7 @@ def _roles(roles: Mapping[str, Role]) -> list[dict[str, Any]]:
 def _stop(
     net: Net,
     drawing: int,
-    stop: Stop | None,
+    stop: MeasuredSize | None,
     circuit: Circuit,
     document: CircuitFile,
     lines: Mapping[Line, int],

@@ -1,6 +1,6 @@
-"""What the nodes of a circuit do on a few prompts: attention patterns, and the tokens that each one writes.
+"""What the nodes of a circuit do on a few prompts: attention patterns, and the tokens that each node writes.
 
-The only part of the page that needs the model. Everything here says on which prompts it was measured.
+This is the only part of the page that needs the model. All results state the prompts that they were measured on.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from mechinterp.models.sites import Node, Site, node_of, split_position
 from mechinterp.tasks.pairs import Pairs
 
 MAX_NODES = 200
-"""Heads, MLPs and neurons with details; GPT-2 small has 156."""
+"""The most heads, MLPs and neurons with details; GPT-2 small has 156 heads and MLPs."""
 MAX_TOKENS = 48
-"""A longer prompt is not shown: its pattern could not be read, and the page would be large."""
+"""Longer prompts are not shown: their patterns would be unreadable and the page large."""
 EXAMPLES, SEARCHED = 3, 32
-"""Prompts shown, the first that are short enough among so many."""
+"""The number of prompts shown, and among how many the first short enough ones are looked for."""
 MEAN_OVER = 50
-"""Examples in the mean of the direct effect."""
+"""The number of examples for the mean direct effect."""
 TOP_TOKENS = 6
 
 TokenLogits = tuple[tuple[str, float], ...]
@@ -37,7 +37,7 @@ TokenLogits = tuple[tuple[str, float], ...]
 
 @dataclass(frozen=True)
 class Written:
-    """The tokens whose logits a node's write raises and lowers most, at the answer position, in logits."""
+    """The tokens whose logits a node raises and lowers most at the answer position, in logits."""
 
     raised: TokenLogits
     lowered: TokenLogits
@@ -45,10 +45,10 @@ class Written:
 
 @dataclass(frozen=True)
 class PromptDetails:
-    """One clean prompt: its tokens, and what heads (patterns `[query][key]`, 0 to 1) and nodes do on it."""
+    """One clean prompt: its tokens, the attention patterns of heads (0 to 1), and the tokens that nodes write."""
 
     row: int
-    """Which of the examples it is, from 0."""
+    """The index of the example."""
     tokens: tuple[str, ...]
     answer_pos: int
     right: tuple[str, ...]
@@ -59,10 +59,10 @@ class PromptDetails:
 
 @dataclass(frozen=True)
 class NodeDetails:
-    """What was measured with the model, by the nodes' names without positions; `notes` say what was left out and why.
+    """Measurements with the model, by the names of nodes without positions; `notes` say what was left out and why.
 
-    `direct` is the mean direct effect of a node on what `direction` says, in logits, over the first `n_direct` of the
-    `n_examples` examples `pairs`.
+    `direct` is the mean direct effect of each node on `direction`, in logits, over the first `n_direct` of the
+    `n_examples` examples of `pairs`.
     """
 
     pairs: str = ""
@@ -79,10 +79,16 @@ def node_details(
 ) -> NodeDetails:
     """Patterns, written tokens and direct effects of the circuit's nodes on the clean prompts of `pairs`.
 
-    Of more than `max_nodes` heads, MLPs and neurons those with the largest summed scores are taken (without scores
-    the first of the model). What the model cannot be asked is left out and told in `notes`; nothing is raised for it.
+    Whatever cannot be measured is left out and listed in `notes`; it does not raise. Cost: two forwards per prompt
+    shown, one per example of the mean, one unembedding per node and prompt.
 
-    Cost: two forwards per prompt shown, one per example of the mean, one unembedding per node and prompt.
+    Args:
+        model: the model of the circuit.
+        circuit: the circuit whose nodes are measured.
+        pairs: the examples.
+        pairs_name: their name in the circuit file.
+        max_nodes: of more heads, MLPs and neurons, those with the largest summed scores are taken; without scores, the
+            first of the model.
     """
     names, notes = _chosen(circuit, max_nodes)
     rows = [row for row in range(min(SEARCHED, len(pairs))) if int(pairs.lengths[row]) <= MAX_TOKENS][:EXAMPLES]
@@ -103,11 +109,11 @@ def node_details(
 
 
 def _chosen(circuit: Circuit, most: int) -> tuple[list[str], list[str]]:
-    """The nodes to look at, in the model's order, and what to say of the others."""
+    """The nodes to measure, in the order of the model, and notes on the others."""
     own = list(dict.fromkeys(split_position(name)[0] for name in circuit.nodes))
-    split = set(circuit.graph.split_mlps)  # the rest of an MLP cannot be read off as one thing
+    split = set(circuit.graph.split_mlps)  # the remainder of a split MLP has no single output
     found = [name for name in own if node_of(name).kind in ("head", "mlp", "neuron") and name not in split]
-    notes = [f"No details for {', '.join(sorted(split & set(own)))}: some of their neurons are nodes of their own."]
+    notes = [f"No details for {', '.join(sorted(split & set(own)))}: some of their neurons are separate nodes."]
     notes = notes if split & set(own) else []
     if len(found) <= most:
         return found, notes
@@ -175,7 +181,7 @@ def _answers(model: HookManager, table: Tensor | None) -> tuple[str, ...]:
 
 
 def _token(model: HookManager, token: int) -> str:
-    """The token as it is written, spaces and line ends made visible; its number where there is no tokenizer."""
+    """The token as text, with visible spaces and line ends; its number if there is no tokenizer."""
     if model.tokenizer is None:
         return f"#{token}"
     text = str(model.tokenizer.decode([token]))

@@ -1,7 +1,7 @@
-"""`render_report`: a circuit file as one HTML page that needs nothing but a browser, not even a network.
+"""`render_report`: a circuit file as one HTML page that needs only a browser and no network.
 
-Every text that comes from the file is escaped; the page's own policy forbids it to load anything, and to run or obey
-any script or style but the ones written here.
+Every text from the file is escaped. The security policy of the page forbids it to load anything, and allows only the
+scripts and styles in this folder.
 """
 
 from __future__ import annotations
@@ -34,20 +34,24 @@ from mechinterp.views.report.tables import (
 )
 
 SCRIPTS = ("draw.js", "panel.js", "charts.js", "page.js")
-NO_MODEL = NodeDetails(notes=("Attention patterns and written tokens are left out: no model was at hand.",))
+NO_MODEL = NodeDetails(notes=("Attention patterns and written tokens are left out: no model was available.",))
 
 
 def write_report(
     path: Path, circuit: Circuit, document: CircuitFile, circuit_path: str, details: NodeDetails = NO_MODEL
 ) -> None:
-    """Write the page of `render_report`, completely or not at all. Raises InputError when that is not possible."""
+    """Write the page of `render_report`, completely or not at all. Raises InputError if it cannot be written."""
     write_file(path, render_report(circuit, document, circuit_path, details).encode("utf-8"))
 
 
 def render_report(circuit: Circuit, document: CircuitFile, circuit_path: str, details: NodeDetails = NO_MODEL) -> str:
-    """The page about a circuit and the file that describes it; `circuit_path` is what one gives `verify`.
+    """The page about a circuit and its file, 0.1 to 1 MB depending on the number of edges and patterns.
 
-    `details` is what `node_details` found with the model. About 0.1 to 1 MB, by the number of edges and patterns.
+    Args:
+        circuit: the circuit.
+        document: the circuit file that describes it.
+        circuit_path: the path of the file in the `verify` command that the page shows.
+        details: measurements with the model, from `node_details`.
     """
     evaluation = document.evaluation[0] if document.evaluation else None
     title = finding(document)
@@ -101,7 +105,7 @@ def _task_words(document: CircuitFile) -> str:
 
 def _graph_section(graph: dict[str, Any], details: NodeDetails) -> str:
     scored = (
-        "An edge is as wide as its score is large, and dashed where the score is negative (it works against the task)."
+        "The wider an edge, the larger its score; a dashed edge has a negative score (it works against the task)."
         if graph["scored"]
         else "The edges have no scores, so all are equally wide."
     )
@@ -135,8 +139,8 @@ def _measures_section(entry: EvaluationRecord | None, scored: bool, nodes: bool)
     parts: list[str] = []
     if entry is not None:
         caption = (
-            "The part of the performance between every edge replaced (0) and the full model (1) that the best edges "
-            "give back. Above 1 the circuit does better than the full model. Edges on no path from input to logits "
+            "How much of the performance the best edges recover: 0 with every edge replaced, 1 for the full model. "
+            "Above 1 the circuit does better than the full model. Edges on no path from input to logits "
             "are dropped before counting."
         )
         parts.append(_figure("sizes", "Faithfulness against size", caption))
@@ -174,7 +178,7 @@ def _prompt(prompt: PromptDetails) -> dict[str, Any]:
         "answer_pos": prompt.answer_pos,
         "right": prompt.right,
         "wrong": prompt.wrong,
-        # To a thousandth, and without the zeros behind each row: a causal head does not attend forward.
+        # In thousandths, without the zeros at the end of each row: a causal head does not attend forward.
         "patterns": {
             name: [_without_zeros([round(1000 * value) for value in row]) for row in pattern.tolist()]
             for name, pattern in prompt.patterns.items()
@@ -197,7 +201,7 @@ def _digits(value: float) -> float:
 
 
 def _json(data: object) -> str:
-    """JSON that is safe inside a script element: nothing in it can end the element or begin a comment."""
+    """JSON that is safe inside a script element: it cannot end the element or begin a comment."""
     packed = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return packed.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 

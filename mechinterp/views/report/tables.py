@@ -1,4 +1,4 @@
-"""The parts of the page that are tables: every text that comes from the file is escaped here."""
+"""The tables of the page. Every text from the file is escaped here."""
 
 from __future__ import annotations
 
@@ -57,18 +57,18 @@ def nodes_part(document: CircuitFile) -> str:
         score = ("" if node.score is None else f"{node.score:.4g}",) if scored else ()
         rows.append((node.name, *((node.role,) if role else ()), str(node.n_in), str(node.n_out), *score))
     first = 1 + len(role)
-    note = "Only edges of the circuit count here."
+    note = "Only edges of the circuit are counted."
     if document.graph.positions:
         note += (
-            " A key or value counts for its head at the key's own position; the graph draws it to wherever the head "
-            "writes."
+            " An edge into a key or value counts for the head at the position of the key; in the graph it is drawn to "
+            "the position where the head writes."
         )
     table = _folded(head, rows, range(first, len(head)), "nodes")
     return f'<h2>Nodes</h2>{table}<p class="note">{note}</p>'
 
 
 def _folded(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int], things: str) -> str:
-    """The first rows as a table, the others behind a fold."""
+    """The first rows as a table, the others in a part that can be unfolded."""
     top = _table(head, rows[:ROWS_SHOWN], numbers)
     rest = rows[ROWS_SHOWN:MAX_ROWS]
     if not rest:
@@ -106,19 +106,19 @@ def evaluation_section(document: CircuitFile, entry: EvaluationRecord) -> str:
     return (
         '<div class="pair"><section><h2>Evaluation</h2>'
         f"{_table(None, numbers)}</section><section><h2>Ablation</h2>{_table(None, axes)}"
-        '<p class="note">The six axes of Miller et al. 2024, arXiv 2407.08734; a number of faithfulness means nothing '
-        "without them.</p></section></div>"
+        '<p class="note">The six axes of Miller et al. 2024, arXiv 2407.08734; faithfulness means nothing without '
+        "them.</p></section></div>"
     )
 
 
 def predictions_section(document: CircuitFile) -> str:
-    """What the file predicts, with what was measured, also where it must not hold."""
+    """The predictions of the file with the measured values, including those of the negative controls."""
     rows = stated_predictions(document)
     if not rows:
         return ""
     return (
         f"<h2>Predictions</h2>{_folded(('prediction', 'measured', 'negative controls'), rows, (1,), 'predictions')}"
-        '<p class="note"><code>verify</code> measures each again, and what must not show it.</p>'
+        '<p class="note"><code>verify</code> measures each prediction and its negative controls again.</p>'
     )
 
 
@@ -169,7 +169,7 @@ def _parameters(parameters: object) -> str:
 
 
 def warnings_section(document: CircuitFile) -> str:
-    """What could mislead a reader, as far as the file itself tells; nothing when there is nothing."""
+    """The warnings that follow from the file itself; empty if there are none."""
     found = stated_warnings(document, rescored=True)  # that nothing was scored again is said under "How to verify"
     if not found:
         return ""
@@ -178,7 +178,7 @@ def warnings_section(document: CircuitFile) -> str:
 
 
 def roles_section(document: CircuitFile) -> str:
-    """Every role with what supports it; the name of a role is free text, what its predictions measure is not."""
+    """Every role with the predictions that support it; the name of a role is free text, its predictions are not."""
     rows: list[tuple[str, ...]] = []
     for entry in support_of_roles(document):
         predicted = [repr(prediction) for prediction in entry.predictions]
@@ -187,7 +187,7 @@ def roles_section(document: CircuitFile) -> str:
         return ""
     head = ("role", "nodes", "predictions that support it", "nodes without one")
     note = (
-        "The name of a role is the author's. A prediction supports it when it measures nodes of this role only, has a "
+        "The name of a role is the author's. A prediction supports it if it measures only nodes of this role, has a "
         "negative control and could fail."
     )
     return f'<h2>Roles</h2>{_folded(head, rows, (), "roles")}<p class="note">{note}</p>'
@@ -199,15 +199,15 @@ def _few(names: Sequence[str], between: str = ", ", most: int = 12) -> str:
 
 
 def verify_section(document: CircuitFile, circuit_path: str) -> str:
-    """The command, and how far it reaches: nothing of it has been run for the page."""
+    """The `verify` command and what it covers; nothing is run for the page itself."""
     reach = extent_of(document).lines()
     rows = [(f"{heading} by verify" if heading == "recomputed" else heading, words) for heading, words in reach]
     scored = "" if document.discovery is None else " With <code>--rescore</code> the scores are made again, too."
     return (
-        "<h2>How to verify this</h2><p>This page says what the file states; nothing was run again for it. The command "
-        "makes the examples again, checks every hash, runs the evaluation once more and says which "
-        f"claim does not hold (exit code 1), if any, and what could mislead; with <code>--strict</code> that is exit "
-        f"code 1, too.{scored}</p>"
+        "<h2>How to verify this</h2><p>This page shows what the file states; nothing was run again for it. The command "
+        "makes the examples again, checks every hash, repeats the evaluation, and reports claims that do not "
+        f"hold (exit code 1) and what could mislead (exit code 1, too, with <code>--strict</code>)."
+        f"{scored}</p>"
         f"<pre><code>pip install mechinterp-circuits\n{text(verify_command(circuit_path))}</code></pre>"
         f"{_table(None, rows)}"
     )

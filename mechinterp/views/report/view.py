@@ -1,4 +1,4 @@
-"""`write_page`: the page of a circuit file, with what its model does on its prompts where the model can be had."""
+"""`write_page`: the page of a circuit file, with measurements on its prompts if the model is available."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from mechinterp.base.errors import MechInterpError, ModelNotAvailable
 from mechinterp.base.progress import StageProgress, no_stages
-from mechinterp.circuit_file.circuit_file import load_circuit
+from mechinterp.circuit_file.circuit_file import circuit_of
 from mechinterp.circuit_file.records import pairs_of, task_of
 from mechinterp.circuit_file.schema import CircuitFile, TaskRecord
 from mechinterp.circuit_file.store import SUFFIX, open_circuit_file
@@ -22,7 +22,7 @@ LEFT_OUT = "Attention patterns and written tokens are left out"
 
 @dataclass(frozen=True)
 class WrittenPage:
-    """Where the page is, and what it leaves out and why."""
+    """The path of the page; `notes` say what it leaves out and why."""
 
     path: Path
     notes: tuple[str, ...]
@@ -37,18 +37,26 @@ def write_page(
     called: str | None = None,
     progress: StageProgress = no_stages,
 ) -> WrittenPage:
-    """Write the page of a circuit file, by default `NAME.report.html` beside it; what was there is replaced.
+    """Write the page of a circuit file, after checking its hashes; an existing page is replaced.
 
-    The file's hashes are checked first. Attention patterns and written tokens come from the model that the file names
-    (or `model`: anything that `load_model` takes) on the file's own pairs; where the model or the pairs cannot be had,
-    or are not those that the file states, they are left out, and the page and `notes` say so. `called` is
-    the name by which the page tells to `verify` the file (default: its path).
+    Attention patterns and written tokens are measured with the model on the pairs in the file. If either is not
+    available, or is not what the file states, they are left out, and the page and `notes` say so.
 
-    Raises FormatError when the file is not a circuit file or was changed, InputError when the page cannot be written
-    and for a `model` that was asked for and cannot be opened.
+    Args:
+        file: the circuit file.
+        out: where to write. None: `NAME.report.html` in the folder of the file.
+        model: anything that `load_model` takes. None: the model that the file names.
+        device: where to load the model.
+        called: the name of the file in the `verify` command on the page. None: its path.
+        progress: called with a stage, the steps done and the total.
+
+    Raises:
+        FormatError: if the file is not a circuit file or was changed after it was written.
+        InputError: if the page cannot be written, or a given `model` cannot be loaded.
     """
     path = Path(file)
-    circuit, document = load_circuit(path), open_circuit_file(path).document
+    opened = open_circuit_file(path)
+    circuit, document = circuit_of(opened), opened.document
     target = path.with_name(path.name.removesuffix(SUFFIX) + ".report.html") if out is None else Path(out)
     details = _details(path, circuit, document, model, device, progress)
     progress("report", 0, 1)
@@ -68,11 +76,11 @@ def _details(
     except MechInterpError as error:
         if model is not None or (device is not None and not isinstance(error, ModelNotAvailable)):
             raise
-        why = "is not available here" if isinstance(error, ModelNotAvailable) else f"cannot be opened: {error}"
+        why = "is not available" if isinstance(error, ModelNotAvailable) else f"cannot be opened: {error}"
         return NodeDetails(notes=(f"{LEFT_OUT}: the model {document.model.name} {why.rstrip('.')}.",))
     stated = document.model.weights_sha256
     if manager.dims != circuit.graph.dims or (stated is not None and manager.info.weights_sha256() != stated):
-        return NodeDetails(notes=(f"{LEFT_OUT}: {manager.info.name} has not the weights that the file states.",))
+        return NodeDetails(notes=(f"{LEFT_OUT}: {manager.info.name} does not have the weights that the file states.",))
     progress("details", 0, 1)
     try:
         task = task_of(document.task) if isinstance(document.task, TaskRecord) else None

@@ -1,4 +1,4 @@
-"""The nodes and links of a circuit with what the circuit file says of them: what the drawn formats are made from."""
+"""A circuit as nodes and links, with the roles and scores from its file: the basis of the formats for drawing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mechinterp.models.sites import Node, node_of, split_position
 
 @dataclass(frozen=True)
 class CircuitNode:
-    """A node by name (`a9.h9`, `a9.h9@end`), with its kind, position ("": all) and role ("": none).
+    """A node: its name (`a9.h9`, `a9.h9@end`), kind, layer, position ("": all) and role ("": none).
 
-    The layer of inputs is -1, that of `logits` the number of layers.
+    The layer of the inputs is -1, that of `logits` is the number of layers.
     """
 
     name: str
@@ -26,7 +26,7 @@ class CircuitNode:
 
 @dataclass(frozen=True)
 class Link:
-    """A line between two nodes: the edge that it stands for, the channel it enters (q, k, v or ""), and the score.
+    """A line between two nodes: the edge that it stands for, the channel that it enters (q, k, v or ""), and its score.
 
     An edge into a shared key or value head is one link to every head of its group, with the same name.
     """
@@ -39,7 +39,7 @@ class Link:
 
 
 def nodes_of(circuit: Circuit, document: CircuitFile) -> tuple[CircuitNode, ...]:
-    """The nodes that a link touches, in the order of the model; `logits` comes last."""
+    """The nodes with at least one link, in the order of the model; `logits` comes last."""
     net = circuit.to_networkx()
     roles: dict[str, list[str]] = defaultdict(list)
     for role in document.roles.values():
@@ -57,7 +57,7 @@ def nodes_of(circuit: Circuit, document: CircuitFile) -> tuple[CircuitNode, ...]
 
 
 def links_of(circuit: Circuit) -> tuple[Link, ...]:
-    """The links, by the name of the edge, then of the node that they lead to."""
+    """The links, sorted by the name of the edge, then by the target."""
     net: NodeGraph = circuit.to_networkx()
     found = [
         Link(data["name"], source, target, data["channel"], data.get("score"))
@@ -67,14 +67,14 @@ def links_of(circuit: Circuit) -> tuple[Link, ...]:
 
 
 def link_colour(link: Link) -> str:
-    """The colour of a link (#rrggbb), that of the package's figures."""
-    from mechinterp.graphs.colours import CHANNEL_COLOURS  # plotly comes with it, which only drawings need
+    """The colour of a link (#rrggbb), the same as in the figures of this package."""
+    from mechinterp.graphs.colours import CHANNEL_COLOURS  # imports plotly, which only drawings need
 
     return CHANNEL_COLOURS[link.channel or ("logits" if link.target == "logits" else "mlp")]
 
 
 def edge_scores(circuit: Circuit) -> dict[str, float | None]:
-    """The name of every edge of the circuit, sorted, with its score in full (None: it has none)."""
+    """The name of every edge of the circuit, sorted, with its unrounded score (None: no score)."""
     if circuit.scores is None:
         return dict.fromkeys(circuit.edges)
     values, graph = circuit.scores.values, circuit.graph
@@ -82,12 +82,12 @@ def edge_scores(circuit: Circuit) -> dict[str, float | None]:
 
 
 def score_text(score: float | None) -> str:
-    """The score at 4 significant digits; "" for none."""
+    """The score at 4 significant digits; "" if there is none."""
     return "" if score is None else f"{score:.4g}"
 
 
 def printable(text: str) -> str:
-    """The text on one line, what cannot be printed as `?`."""
+    """The text on one line, with `?` for characters that cannot be printed."""
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
 
 

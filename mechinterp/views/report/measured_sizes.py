@@ -1,7 +1,7 @@
-"""The sizes that the page's slider stops at: the points of the file's curve, each with the circuit it was measured on.
+"""The sizes on the slider of the page: the points of the file's curve, each with the circuit that was measured.
 
-A point's circuit is made again from the scores by the file's own rule; a point where that is another circuit than the
-file states is an error of the file, and then there is no slider.
+The circuit of a point is selected again from the scores by the rule in the file. If this gives another number of edges
+than the file states, the file is wrong, and the page has no slider.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.select import EmptyCircuit, select, sized
 
 MAX_EDGES = 2000
-"""A circuit of more edges is not drawn for the slider."""
+"""Circuits with more edges are not on the slider."""
 MAX_STOPS = 100
 MAX_SELECTED = 100_000
 MAX_ILP_EDGES = 2000
-"""On a larger graph an integer program for every size would take minutes."""
+"""On a larger graph, an integer program for every size would take minutes."""
 
 
 @dataclass(frozen=True, eq=False)
-class Stop:
-    """One size: what the rule selected, the edges on paths, and the faithfulness that the file states for it.
+class MeasuredSize:
+    """One size: the number selected, the edges on paths, and the stated faithfulness.
 
-    `faithfulness` is None for the circuit itself when no point of the curve is it.
+    `faithfulness` is None for the circuit itself if it is not a point of the curve.
     """
 
     n_selected: int
@@ -38,10 +38,10 @@ class Stop:
     faithfulness: float | None
 
 
-def stops_of(circuit: Circuit, document: CircuitFile) -> tuple[tuple[Stop, ...], str]:
-    """The stops from the smallest to the largest, the circuit among them, and what the page says about them.
+def measured_sizes(circuit: Circuit, document: CircuitFile) -> tuple[tuple[MeasuredSize, ...], str]:
+    """The sizes from the smallest to the largest, including that of the circuit, and a sentence about them.
 
-    Without scores or a curve, or where the curve is not of the circuits that the rule gives, there are none.
+    Empty without scores or a curve, or if the rule does not give the circuits of the curve.
     """
     curve, scores = document.curve, circuit.scores
     if scores is None or curve is None or not curve.points:
@@ -50,12 +50,12 @@ def stops_of(circuit: Circuit, document: CircuitFile) -> tuple[tuple[Stop, ...],
     graph, parameters = circuit.graph, circuit.selection
     rule, ratio = str(parameters.get("rule", "top")), parameters.get("ratio")
     if rule == "ilp" and graph.n_edges > MAX_ILP_EDGES:
-        return (), "There is no slider: each size would be an integer program of its own."
+        return (), "There is no slider: every size would need its own integer program."
     points = sorted({(p.n_selected, p.n_edges, p.faithfulness) for p in curve.points})
     drawn = [point for point in points if point[1] <= MAX_EDGES and point[0] <= MAX_SELECTED][:MAX_STOPS]
     if not drawn:
-        return (), f"There is no slider: all sizes of the curve have more edges than can be drawn ({MAX_EDGES:,})."
-    found: list[Stop] = []
+        return (), f"There is no slider: all sizes of the curve have more edges than are drawn ({MAX_EDGES:,})."
+    found: list[MeasuredSize] = []
     for n_selected, n_edges, faithfulness in drawn:
         how: dict[str, Any] = {"rule": rule, "by": str(parameters.get("by", "magnitude"))}
         try:
@@ -64,18 +64,18 @@ def stops_of(circuit: Circuit, document: CircuitFile) -> tuple[tuple[Stop, ...],
             ).kept
         except EmptyCircuit:
             kept = torch.zeros_like(graph.possible)
-        except (InputError, ValueError) as error:  # ValueError: a ratio that is no number
+        except (InputError, ValueError) as error:  # ValueError: a ratio that is not a number
             return (), f"There is no slider: the rule of the file gives no circuit of size {n_selected} ({error})"
         if int(kept.sum()) != n_edges:
             return (), (
                 f"There is no slider: the file states {n_edges:,} edges where {n_selected:,} are selected, but its "
                 f"rule gives {int(kept.sum()):,} from its scores."
             )
-        found.append(Stop(n_selected, kept, faithfulness))
+        found.append(MeasuredSize(n_selected, kept, faithfulness))
     left = len(points) - len(drawn)
-    more = f" {left} larger sizes are in the curve only: too many edges to be drawn." if left else ""
+    more = f" {left} larger sizes are only in the curve, as they have too many edges to be drawn." if left else ""
     if not any(torch.equal(stop.kept, circuit.kept) for stop in found):
-        found.append(Stop(circuit.n_selected, circuit.kept, None))
+        found.append(MeasuredSize(circuit.n_selected, circuit.kept, None))
     found.sort(key=lambda stop: (int(stop.kept.sum()), stop.n_selected))
-    about = "Every stop of the slider is a size that was measured, with the edges that the rule selects there."
+    about = "Every stop of the slider is a measured size, with the edges that the rule selects for it."
     return tuple(found), about + more

@@ -1,4 +1,4 @@
-"""What two circuit files state differently, field by field, under the file's own names. Imports no torch."""
+"""The fields in which two circuit files differ, under the names that the file uses. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ FIRST = (
     *("model", "tokenizer", "graph", "positions", "task", "pairs", "discovery", "selection", "evaluation", "curve"),
     *("provenance", "status", "license", "citation", "derived_from"),
 )
-"""The order in which parts of the file are listed; the others follow."""
+"""The order in which the parts of the file are listed; all other parts follow."""
 NOT_FIELDS = ("nodes", "edges", "roles", "evaluation", "schema_version", "kind", "integrity")
-"""What is compared in another way."""
+"""Parts that are not compared field by field."""
 OF_A_HASH = ("clean", "corrupt", "right", "wrong", "answer_pos", "content")
-"""Long entries whose sha256 is a field of its own beside them."""
+"""Long entries whose sha256 is a separate field."""
 MOST_ENTRIES = 6
 MOST_LETTERS = 160
 
 
 @dataclass(frozen=True)
 class FieldDifference:
-    """One field that two files state differently; None where a file does not state it."""
+    """One field that differs between two files; None if a file does not state it."""
 
     field: str
     a: str | None
@@ -34,10 +34,10 @@ class FieldDifference:
 
 
 def different_fields(a: CircuitFile, b: CircuitFile) -> tuple[FieldDifference, ...]:
-    """All fields but nodes, edges, roles and hashes that differ, in the order of `FIRST`, then as the file has them.
+    """All fields that differ, except nodes, edges, roles and hashes: first those in `FIRST`, then in the file's order.
 
-    Evaluations are matched by metric and what a cut edge carries; one that only one file has is one row. Long lists and
-    texts are told apart by their sha256. The hash of the sidecar says whether all scores are the same.
+    Evaluations are matched by metric and replacement; one that only one of the files has takes one row. Long lists and
+    texts are shown by their sha256. The hash of the sidecar shows whether all scores are equal.
     """
     results = (_evaluations(a), _evaluations(b))
     stated = (_fields(a, *results), _fields(b, *results[::-1]))
@@ -49,7 +49,7 @@ def different_fields(a: CircuitFile, b: CircuitFile) -> tuple[FieldDifference, .
 def _fields(
     document: CircuitFile, results: Mapping[str, EvaluationRecord], others: Mapping[str, EvaluationRecord]
 ) -> dict[str, str]:
-    """Every field with its value as a text; of `results` only those in full that the other file has, too."""
+    """Every field with its value as text; an evaluation is listed in full only if the other file has it, too."""
     found: dict[str, str] = {}
     for name, value in plain_content(document).items():
         if name == "extensions":
@@ -68,7 +68,7 @@ def _fields(
 
 
 def _evaluations(document: CircuitFile) -> dict[str, EvaluationRecord]:
-    """The evaluations by metric and replacement; numbered where these are the same."""
+    """The evaluations by metric and replacement, numbered if these are the same."""
     found: dict[str, EvaluationRecord] = {}
     for entry in document.evaluation:
         name = label = f"{entry.metric.name}, {entry.ablation.value}"
@@ -88,7 +88,7 @@ def _flat(name: str, value: Any) -> Iterable[tuple[str, str]]:
 
 
 def _text(value: Any) -> str:
-    """The value on one line; what is long by its size and sha256, so that two that differ look different."""
+    """The value on one line; a long value as its size and sha256, so that different values look different."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if isinstance(value, list) and (
         len(value) > MOST_ENTRIES or any(isinstance(entry, (list, dict)) for entry in value)
