@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -18,7 +17,8 @@ from mechinterp.graphs.circuit import on_paths
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.scores import Parameter
 from mechinterp.models.hook_manager import HookManager, load_model
-from mechinterp.pipeline import RunSpec, examples_of, graph_of_run, parsed_setting, stem
+from mechinterp.pipeline import examples_of, graph_of_run, parsed_setting, stem
+from mechinterp.run_spec import RunSpec, compare_command
 from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.views.report.comparison import write_comparison
@@ -126,26 +126,8 @@ def compare(
         progress=progress,
     )
     path = spec.out / f"{stem(spec.task)}-comparison.html"
-    words = ["discover-circuit", "compare", spec.task, "--methods", ",".join(methods), "--sizes", sizes]
-    words += [word for setting in spec.settings for word in ("--set", setting)]
-    shown = (
-        "model",
-        "revision",
-        "metric",
-        "level",
-        "positions",
-        "neurons",
-        "replacement",
-        "seed",
-        "dtype",
-        "batch_size",
-    )
-    for name in shown:
-        value = getattr(spec, name)
-        if value != RunSpec.__dataclass_fields__[name].default:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    words += ["--examples", str(spec.examples)]
-    write_comparison(path, found, f"Methods compared on {task.name} in {spec.model}", shlex.join(words))
+    command = compare_command(spec, methods, sizes)
+    write_comparison(path, found, f"Methods compared on {task.name} in {spec.model}", command)
     return found, path
 
 

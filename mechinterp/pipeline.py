@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from mechinterp.graphs.graph import Graph, build_graph
 from mechinterp.graphs.scores import Parameter
 from mechinterp.graphs.select import check_selection, select, sized, unit_count
 from mechinterp.models.hook_manager import HookManager, load_model
+from mechinterp.run_spec import NEURONS, RunSpec, command_of
 from mechinterp.tasks.metrics import get_metric
 from mechinterp.tasks.pair_files import load_pairs
 from mechinterp.tasks.pairs import Pairs
@@ -40,48 +40,6 @@ OWN_OPTIONS = ("replacement", "steps")
 """Parameters of methods that have an option of their own."""
 ROLE_EXAMPLES = 100
 """Train and test pairs on which roles are measured."""
-NEURONS = 50
-"""Neurons that become nodes when nobody says how many."""
-
-
-@dataclass(frozen=True)
-class RunSpec:
-    """What to discover. `task` is a task's name, a task YAML, or a file of pairs (.jsonl, .csv).
-
-    Without `edges`, `nodes` and `threshold` the circuit has the smallest size on a log grid whose faithfulness on the
-    train pairs reaches 0.9, or is the one that the method chose itself (`cd`). `settings` are further parameters of the
-    method, as `name=value`. `level` is `edge`, `node`, or `neuron` (nodes, the `neurons` strongest neurons among them);
-    `positions` are names with commas between, or `all`. A file of pairs is cut in two: `examples` for the discovery,
-    the next `test_examples` to test. A killed run is taken up again unless `restart`, which deletes the states of all
-    unfinished runs that write the same file. `roles` are measured (see `measured_roles`) on `ROLE_EXAMPLES` of either.
-    """
-
-    task: str
-    model: str = "bundled"
-    revision: str | None = None
-    method: str = "eap-ig"
-    metric: str | None = None
-    steps: int | None = None
-    level: str = "edge"
-    positions: str | None = None
-    neurons: int | None = None
-    edges: int | str | None = None
-    nodes: int | str | None = None
-    threshold: float | None = None
-    rule: str = "top"
-    by: str = "magnitude"
-    ratio: float | None = None
-    examples: int = 200
-    test_examples: int = 200
-    seed: int = 0
-    dtype: str | None = None
-    device: str | None = None
-    batch_size: int = 32
-    replacement: str = "corrupt"
-    settings: tuple[str, ...] = ()
-    roles: bool = True
-    restart: bool = False
-    out: Path = Path("out")
 
 
 @dataclass(frozen=True)
@@ -219,22 +177,6 @@ def output_path(spec: RunSpec) -> Path:
     except OSError as error:
         raise InputError(f"Cannot write to {spec.out}: {error.strerror or error}.") from error
     return path
-
-
-def command_of(spec: RunSpec) -> str:
-    """The command line that does the same run, without where its files go."""
-    words = ["discover-circuit", "run", spec.task]
-    for field in fields(RunSpec):
-        value = getattr(spec, field.name)
-        if field.name == "settings":
-            words += [word for setting in spec.settings for word in ("--set", setting)]
-        elif field.name == "test_examples" and value == spec.examples:
-            continue  # what the command line takes by default
-        elif field.name == "roles":
-            words += [] if spec.roles else ["--no-roles"]
-        elif field.name not in ("task", "out", "device", "restart") and value != field.default:
-            words += [f"--{field.name.replace('_', '-')}", str(value)]
-    return shlex.join(words)
 
 
 def stem(task: str) -> str:

@@ -35,6 +35,7 @@ from mechinterp.cli.help import (
     RUN_HELP,
 )
 from mechinterp.cli.terminal import Terminal, print_what_the_terminal_can, quiet_libraries, say
+from mechinterp.run_spec import COMPARE, RunSpec, shown_order
 
 OK, CLAIM_FAILED, BAD_INPUT, NO_MODEL, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 70, 130, 141
 TRACEBACK = "--traceback"
@@ -102,94 +103,53 @@ def _top(
 
 
 @app.command("run", help=RUN_HELP, short_help="Discover the circuit of a task and report on it.")
+@options.takes(*shown_order(), "open_report")
 def _run(
-    task: options.Task,
-    model: options.Model = "bundled",
-    revision: options.Revision = None,
-    method: options.Method = "eap-ig",
-    metric: options.Metric = None,
-    steps: options.Steps = None,
-    setting: options.Settings = None,
-    level: options.Level = "edge",
-    positions: options.Positions = None,
-    neurons: options.Neurons = None,
-    edges: options.Edges = None,
-    nodes: options.Nodes = None,
-    threshold: options.Threshold = None,
-    by: options.By = "magnitude",
-    rule: options.Rule = "top",
-    ratio: options.Ratio = None,
-    replacement: options.Replacement = "corrupt",
-    examples: options.Examples = 200,
-    test_examples: options.TestExamples = None,
-    seed: options.Seed = 0,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    batch_size: options.BatchSize = 32,
-    out: options.Out = Path("out"),
-    roles: options.Roles = True,
-    restart: options.Restart = False,
     open_report: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser.")] = False,
+    **asked: Any,
 ) -> Action:
-    asked = {name: value for name, value in locals().items() if name not in ("setting", "open_report")}
-    options.check(asked)
-    asked |= dict(settings=tuple(setting or ()), test_examples=test_examples or examples)
     return partial(_do_run, asked, open_report)
 
 
 @app.command("compare", help=COMPARE_HELP, short_help="Compare methods on one task.")
+@options.takes(*COMPARE)
 def _compare(
-    task: options.Task,
+    examples: Annotated[int, typer.Option(min=2, help="Pairs to score with, and as many held-out ones.")] = 100,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="METHOD.NAME=VALUE", help="A parameter of one of the methods; repeatable."),
+    ] = None,
     methods: Annotated[
         str | None, typer.Option(help=f"With commas between.  [default: {options.COMPARED['edge']}]")
     ] = None,
-    model: options.Model = "bundled",
-    revision: options.Revision = None,
-    metric: options.Metric = None,
-    setting: options.MethodSettings = None,
-    level: options.Level = "edge",
-    positions: options.Positions = None,
-    neurons: options.Neurons = None,
-    replacement: options.Replacement = "corrupt",
     sizes: Annotated[str, typer.Option(help="'mib', or shares of edges with commas between, ending in 1.")] = "mib",
-    examples: Annotated[int, typer.Option(min=2, help="Pairs to score with, and as many held-out ones.")] = 100,
-    seed: options.Seed = 0,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    batch_size: options.BatchSize = 32,
-    out: options.Out = Path("out"),
+    **asked: Any,
 ) -> Action:
-    names = [name.strip() for name in (methods or options.compared(level, positions)).split(",") if name.strip()]
+    methods = methods or options.compared(asked["level"], asked["positions"])
+    names = [name.strip() for name in methods.split(",") if name.strip()]
     for name in names:
         options.check_name("method", name, METHODS)
-    asked = {
-        name: value for name, value in locals().items() if name not in ("methods", "names", "name", "sizes", "setting")
-    }
-    options.check(asked)
-    asked |= dict(settings=tuple(setting or ()), test_examples=examples)
+    asked |= dict(examples=examples, test_examples=examples, settings=tuple(settings or ()))
     return partial(_do_compare, asked, names, sizes)
 
 
 @app.command("eval", help=EVAL_HELP, short_help="Evaluate a circuit file on a task.")
+@options.takes("file", "task", "model", "metric", "replacement", "tests", "examples", "seed", "device", "batch_size")
 def _eval(
     file: options.File,
     task: Annotated[
         str | None, typer.Option(help="Another task, or a file of pairs.  [default: the file's own]")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Use this model.  [default: the one that the file names]")] = None,
-    metric: options.Metric = None,
+    model: options.OtherModel = None,
     replacement: Annotated[
         str | None, typer.Option(help="What a cut edge carries.  [default: as in the file's own evaluation]")
     ] = None,
     tests: Annotated[bool, typer.Option("--tests", help="Completeness, minimality and hypothesis tests, too.")] = False,
     examples: Annotated[int, typer.Option(min=2, help="Held-out pairs.")] = 200,
-    seed: options.Seed = 0,
-    device: options.Device = None,
-    batch_size: options.BatchSize = 32,
+    **asked: Any,
 ) -> Action:
-    asked = dict(locals())
-    options.check(asked)
-    return partial(_do_eval, asked)
+    own = dict(task=task, model=model, replacement=replacement, tests=tests, examples=examples)
+    return partial(_do_eval, file, own | asked)
 
 
 @app.command(
@@ -218,7 +178,7 @@ def _do_run(asked: dict[str, Any], open_report: bool) -> int:
     _check_task(asked["task"])
     console = Terminal()
     with stages(Console(stderr=True)) as progress:
-        from mechinterp.pipeline import RunSpec, discover
+        from mechinterp.pipeline import discover
         from mechinterp.views.report.node_details import node_details
         from mechinterp.views.report.page import write_report
 
@@ -249,7 +209,6 @@ def _do_compare(asked: dict[str, Any], methods: list[str], sizes: str) -> int:
     console = Terminal()
     with stages(Console(stderr=True)) as progress:
         from mechinterp.compare import compare
-        from mechinterp.pipeline import RunSpec
         from mechinterp.views.terminal_tables import frame_table
 
         quiet_libraries()
@@ -260,12 +219,12 @@ def _do_compare(asked: dict[str, Any], methods: list[str], sizes: str) -> int:
     return OK
 
 
-def _do_eval(asked: dict[str, Any]) -> int:
+def _do_eval(file: str, asked: dict[str, Any]) -> int:
     from mechinterp.cli.progress_bars import stages
 
     if asked["task"] is not None:
         _check_task(asked["task"])
-    path, console = find_file(asked.pop("file")), Terminal()
+    path, console = find_file(file), Terminal()
     with stages(Console(stderr=True)) as progress:
         from mechinterp.circuit_file.reevaluate import reevaluate
         from mechinterp.views.terminal_tables import frame_table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,14 +39,15 @@ def _export(
 
 
 @commands.command("import", help=IMPORT_HELP, short_help="Make a circuit file of another tool's file.")
+@options.takes("path", "format", "out", "model")
 def _import(
     path: Annotated[str, typer.Argument(help="The other tool's file, or folder.")],
     format: Annotated[str, typer.Option(help=f"{', '.join(IMPORT_FORMATS)}.")],
     out: Annotated[Path, typer.Option(help="The circuit file to write: NAME.circuit.json.")],
-    model: options.Model = "bundled",
+    **asked: Any,
 ) -> Action:
     options.check_name("format", format, IMPORT_FORMATS)
-    return partial(_do_import, path, format, model, out)
+    return partial(_do_import, path, format, asked["model"], out)
 
 
 @commands.command(

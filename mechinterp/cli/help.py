@@ -27,11 +27,6 @@ METRICS = {
     "kl_to_clean": "KL(full model || circuit), needs no answers",
     "l2_to_clean": "distance of the logits, needs no answers",
 }
-LEVELS = ("edge", "node", "neuron")
-RULES = ("top", "greedy", "ilp")
-"""The same as `mechinterp.graphs.select.RULES`."""
-REPLACEMENTS = ("corrupt", "mean", "mean-positional", "zero")
-"""The same as `mechinterp.engines.replacement.KINDS`."""
 EXPORT_FORMATS = {
     "eap-ig-json": "EAP-IG's and MIB's graph as JSON",
     "eap-ig-pt": "the same as tensors (.pt)",

@@ -22,19 +22,20 @@ Action = Callable[[], int]
 
 
 @commands.command("verify", help=VERIFY_HELP, short_help="Check every claim of a circuit file again.")
+@options.takes("file", "model", "tolerance", "rescore", "strict", "device", "batch_size")
 def _verify(
     file: options.File,
-    model: Annotated[str | None, typer.Option(help="Use this model.  [default: the one that the file names]")] = None,
+    model: options.OtherModel = None,
     tolerance: Annotated[
         float | None, typer.Option(min=0, max=1, help="Relative tolerance.  [default: the file's own]")
     ] = None,
     rescore: Annotated[bool, typer.Option("--rescore", help="Score all edges again, too.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail on any warning, too (exit code 1).")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: cpu]")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs at a time.")] = 32,
+    **asked: Any,
 ) -> Action:
-    asked = dict(model=model, tolerance=tolerance, rescore=rescore, device=device, batch_size=batch_size)
-    return partial(_do_verify, file, strict, asked)
+    own = dict(model=model, tolerance=tolerance, rescore=rescore, batch_size=batch_size)
+    return partial(_do_verify, file, strict, own | asked)
 
 
 def _do_verify(file: str, strict: bool, asked: dict[str, Any]) -> int:

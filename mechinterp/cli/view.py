@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,17 +22,18 @@ Action = Callable[[], int]
 
 
 @commands.command("view", help=VIEW_HELP, short_help="Write and open the page of a circuit file.")
+@options.takes("file", "out", "model", "device", "open_page")
 def _view(
     file: options.File,
     out: Annotated[
         Path | None,
         typer.Option(help="The page to write.  [default: NAME.report.html beside the file, here for a stored circuit]"),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Use this model.  [default: the one that the file names]")] = None,
-    device: options.Device = None,
+    model: options.OtherModel = None,
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
+    **asked: Any,
 ) -> Action:
-    return partial(_do_view, file, out, model, device, open_page)
+    return partial(_do_view, file, out, model, asked["device"], open_page)
 
 
 def _do_view(file: str, out: Path | None, model: str | None, device: str | None, open_page: bool) -> int:
