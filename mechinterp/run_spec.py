@@ -207,7 +207,7 @@ def words_of(spec: RunSpec, names: Iterable[str]) -> list[str]:
     for name in names:
         flag, option, default, value = known[name].flag, known[name].option, known[name].default, getattr(spec, name)
         same = getattr(spec, option.default_of) if option.default_of else default
-        if not option.recorded or value in (same, default):
+        if not option.recorded or value == same:
             continue
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag.removeprefix('--')}")

@@ -43,7 +43,9 @@ OTHER = RunSpec(
     out=Path("my files"),
 )
 EXCLUSIVE = (RunSpec("ioi", edges="12"), RunSpec("ioi", threshold=0.5))
-SPECS = [RunSpec("ioi"), OTHER, *EXCLUSIVE]
+# On the command line as many test pairs as train pairs are the default; in Python 200 are.
+PAIRS = (RunSpec("ioi", examples=50), RunSpec("ioi", examples=50, test_examples=50), RunSpec("ioi", test_examples=50))
+SPECS = [RunSpec("ioi"), OTHER, *EXCLUSIVE, *PAIRS]
 
 
 def parsed(command: str) -> tuple[Any, ...]:
