@@ -86,7 +86,7 @@ class RunSpec:
         seed: Seed of the pairs, the random circuits and the intervals.
         dtype: The model's dtype; by default float32.
         device: The model's device; by default the CPU.
-        batch_size: Pairs per forward; the result does not depend on it.
+        batch_size: Pairs per forward; does not change the result.
         replacement: What a cut edge carries: `corrupt`, `mean`, `mean-positional` or `zero`.
         settings: Further parameters of the method, each as `name=value`.
         roles: Whether to measure roles of heads and MLPs (see `measured_roles`), on at most 100 train and test pairs.
@@ -95,12 +95,12 @@ class RunSpec:
         out: Folder for the files.
     """
 
-    task: str = field(metadata=option("A task's name, or a file.", metavar="TASK|PAIRS_FILE", recorded=False))
+    task: str = field(metadata=option("The name of a task, or a file.", metavar="TASK|PAIRS_FILE", recorded=False))
     model: str = field(default="bundled", metadata=option("'bundled', a directory, or a hub id (also id@revision)."))
     revision: str | None = field(default=None, metadata=option("Branch, tag or commit of a hub model."))
     method: str = field(default="eap-ig", metadata=option("How edges are scored: {names}.", kind="method"))
     metric: str | None = field(
-        default=None, metadata=option("What counts as doing the task.  [default: the task's]", kind="metric")
+        default=None, metadata=option("The measure of task performance.  [default: the task's]", kind="metric")
     )
     steps: int | None = field(
         default=None, metadata=option("Integration steps of eap-ig.  [default: 5]", least=1, most=1000)
@@ -110,43 +110,46 @@ class RunSpec:
         metadata=option("What is chosen: {names} (heads, MLPs and single neurons).", kind="level", names=LEVELS),
     )
     positions: str | None = field(
-        default=None, metadata=option("Tell edges at these named positions apart: names with commas between, or 'all'.")
+        default=None,
+        metadata=option("Separate edges by these named positions: names separated by commas, or 'all'."),
     )
     neurons: int | None = field(
         default=None,
         metadata=option(f"The strongest neurons that become nodes, for --level neuron.  [default: {NEURONS}]", least=1),
     )
-    edges: int | str | None = field(default=None, metadata=option("Select so many edges, or a share such as 5%."))
+    edges: int | str | None = field(default=None, metadata=option("Select this many edges, or a share such as 5%."))
     nodes: int | str | None = field(default=None, metadata=option("The same for nodes, with --level node or neuron."))
     threshold: float | None = field(
-        default=None, metadata=option("Select every edge whose score (as --by has it) is above this.")
+        default=None, metadata=option("Select every edge whose score (or its magnitude, see --by) is above this.")
     )
     rule: str = field(
         default="top",
         metadata=option(
-            "top, greedy (grown from the logits back), or ilp (the best of its size).", kind="rule", names=RULES
+            "top, greedy (grown back from the logits), or ilp (the best circuit of its size).", kind="rule", names=RULES
         ),
     )
     by: str = field(
         default="magnitude",
         metadata=option(
-            "Order edges by score: value (helping ones first) or magnitude.",
+            "Order edges by score: value (the most helpful first) or magnitude.",
             kind="order",
             names=ORDERS,
             after="threshold",
         ),
     )
     ratio: float | None = field(
-        default=None, metadata=option("Take this share of the edges from the best helping ones first.", least=0, most=1)
+        default=None, metadata=option("Take this share of the edges from the most helpful ones first.", least=0, most=1)
     )
-    examples: int = field(default=200, metadata=option("Pairs to find it with.", least=2, most=MAX_EXAMPLES))
+    examples: int = field(
+        default=200, metadata=option("Train pairs, to find the circuit with.", least=2, most=MAX_EXAMPLES)
+    )
     test_examples: int = field(
         default=200, metadata=option("Held-out pairs.", least=2, most=MAX_EXAMPLES, default_of="examples")
     )
-    seed: int = field(default=0, metadata=option("Of the pairs, random circuits and intervals.", least=0))
+    seed: int = field(default=0, metadata=option("Seed of the pairs, the random circuits and the intervals.", least=0))
     dtype: str | None = field(default=None, metadata=option("float32, bfloat16, ...  [default: float32]"))
     device: str | None = field(default=None, metadata=option("cpu, cuda, cuda:1, mps.  [default: cpu]", recorded=False))
-    batch_size: int = field(default=32, metadata=option("Pairs at a time; the result does not depend on it.", least=1))
+    batch_size: int = field(default=32, metadata=option("Pairs per forward; does not change the result.", least=1))
     replacement: str = field(
         default="corrupt",
         metadata=option("What a cut edge carries: {names}.", kind="replacement", names=REPLACEMENTS, after="ratio"),
@@ -158,7 +161,7 @@ class RunSpec:
     roles: bool = field(default=True, metadata=option("Measure roles of heads and MLPs, as predictions."))
     restart: bool = field(
         default=False,
-        metadata=option("Begin again, and delete the states of unfinished runs that write this file.", recorded=False),
+        metadata=option("Start again, and delete the states of unfinished runs that write this file.", recorded=False),
     )
     out: Path = field(default=Path("out"), metadata=option("Folder for the files.", after="batch_size", recorded=False))
 

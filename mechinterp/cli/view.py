@@ -27,20 +27,20 @@ def _view(
     file: options.File,
     out: Annotated[
         Path | None,
-        typer.Option(help="The page to write.  [default: NAME.report.html beside the file, here for a stored circuit]"),
+        typer.Option(help="The page to write.  [default: NAME.report.html beside the file; here for a stored circuit]"),
     ] = None,
     model: options.OtherModel = None,
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
-    **asked: Any,
+    **values: Any,
 ) -> Action:
-    return partial(_do_view, file, out, model, asked["device"], open_page)
+    return partial(_do_view, file, out, model, values["device"], open_page)
 
 
 def _do_view(file: str, out: Path | None, model: str | None, device: str | None, open_page: bool) -> int:
     from mechinterp.cli.progress_bars import stages
 
     path, console = find_file(file), Terminal()
-    if out is None and path != Path(file):  # a stored circuit lies among the package's files
+    if out is None and path != Path(file):  # a stored circuit is inside the package
         out = Path(f"{file}.report.html")
     with stages(Console(stderr=True)) as progress:
         from mechinterp.views.report.view import write_page
@@ -56,6 +56,6 @@ def _do_view(file: str, out: Path | None, model: str | None, device: str | None,
 
 
 def open_in_browser(page: Path) -> None:
-    """Ask the desktop to open a page; where it cannot, the page is still there, and its path was printed."""
+    """Ask the desktop to open a page. If it cannot, nothing is lost: the path of the page was printed."""
     with suppress(webbrowser.Error, OSError):
         webbrowser.open(page.resolve().as_uri())
