@@ -2,7 +2,7 @@
 
 Every family is made tiny and random (two layers, four heads, float64), loaded, and compared with the same model under
 plain Hugging Face hooks (`plain_hooks.py`). Without options the table is printed; `--write` puts it into the page,
-`--check` says whether the page still tells the truth. About two minutes on one core.
+`--check` says whether the page is still correct. About two minutes on one core.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ EXACT = 5e-6
 
 @dataclass(frozen=True)
 class Row:
-    """What was found for one family; the numbers are largest differences, as shares of the largest value."""
+    """The results for one family; the numbers are largest differences, relative to the largest value."""
 
     label: str
     architecture: str
     refused: str = ""
-    """Why the model does not load; then there is nothing else."""
+    """Why the model does not load; then all other fields are empty."""
     edges: float = float("nan")
     patching: float = float("nan")
     eap: float = float("nan")
@@ -101,7 +101,7 @@ def share_of(graph: Graph, cut: Tensor) -> dict[str, dict[str, Tensor]]:
 
 
 def _gap(got: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest value; infinite where something is no number."""
+    """The largest difference over the largest value; infinite if a value is not a number."""
     gap = float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
     return gap if gap == gap else float("inf")
 
@@ -169,13 +169,13 @@ def eap_gap(model: HookManager, plain: PlainModel, graph: Graph, pairs: Pairs, c
 
 
 def batches_gap(model: HookManager, graph: Graph, pairs: Pairs) -> float:
-    """One by one and without padding, in batches of 3, and all at once, under the same masks."""
+    """The largest difference between unpadded single prompts, batches of 3 and one batch, under the same masks."""
     cuts = random_cuts(graph)[[1, -1]]
     together = run_edges(model, graph, pairs, cuts)
     alone: list[Tensor] = []
     right, wrong = answers(pairs)
     for row, length in enumerate(pairs.mask.sum(1).tolist()):
-        twice = [row, (row + 1) % len(pairs)]  # pairs are two at least; the second is not looked at
+        twice = [row, (row + 1) % len(pairs)]  # at least two pairs are needed; the second is ignored
         clean, corrupt = pairs.clean[twice, :length], pairs.corrupt[twice, :length]
         bare = Pairs(clean=clean, corrupt=corrupt, right=right[twice], wrong=wrong[twice])
         alone.append(run_edges(model, graph, bare, cuts, batch_size=1)[:, :1])
@@ -184,7 +184,7 @@ def batches_gap(model: HookManager, graph: Graph, pairs: Pairs) -> float:
 
 
 def refused_parts(model: HookManager, graph: Graph, pairs: Pairs) -> tuple[tuple[str, str], ...]:
-    """(parts, reason) of all that the model does not give; sites by kind."""
+    """(parts, reason) of everything that the model does not have; sites by kind."""
     reasons: dict[str, str] = {}
     for site, reason in model.refused.items():
         if site.kind != "pos_embed":  # rotary models have none
@@ -208,7 +208,7 @@ def refused_parts(model: HookManager, graph: Graph, pairs: Pairs) -> tuple[tuple
 
 
 def _general(reason: str, architecture: str) -> str:
-    """The reason without what is of this one model: its class, a layer's number, a size."""
+    """The reason without the details of this one model: its class, a layer's number, a size."""
     reason = re.sub(r" \(off by [^)]*\)", "", reason.replace(architecture, "the model"))
     reason = re.sub(
         r"\b([Ll]ayer|m|pattern\.|scores\.|mlp_\w+\.|resid_\w+\.|z\.|q\.|k\.|v\.) ?\d+", r"\1 L", reason
@@ -225,12 +225,12 @@ def measure(family: Family) -> Row:
         model = load_model(family.build())
     except MechInterpError as error:
         return Row(family.label, architecture, one_line(error))
-    except Exception as error:  # a part of TransformerLens or transformers: the table says so, and goes on
+    except Exception as error:  # raised by TransformerLens or transformers: it goes into the table
         return Row(family.label, architecture, f"{type(error).__name__}: {one_line(error)}")
     without = refused_parts(model, build_graph(model), pairs)
     try:
         return Row(family.label, architecture, "", *gaps(family, model, pairs), without)
-    except Exception as error:  # another structure than family_models.py says
+    except Exception as error:  # the structure differs from family_models.py
         not_compared = ("**not compared**", f"{type(error).__name__}: {one_line(error)}")
         return Row(family.label, architecture, without=(*without, not_compared))
 
@@ -252,7 +252,7 @@ def one_line(error: BaseException) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as Markdown: what loads, notes with the reasons for what is refused of it, and what does not load."""
+    """The rows as Markdown: what loads, notes with the reasons for refused parts, and what does not load."""
     loads, refused = [row for row in rows if not row.refused], [row for row in rows if row.refused]
     notes = list(dict.fromkeys(reason for row in loads for _, reason in row.without))
     lines = [
@@ -289,17 +289,17 @@ def stored_notes() -> list[str]:
 
 
 def _number(value: float) -> str:
-    """Two digits; a leading mark where it is no rounding."""
+    """Two digits; a leading mark if it is more than rounding."""
     return f"{value:.0e}" if value < EXACT else f"**{value:.2g}**"
 
 
 def comparable(text: str) -> str:
-    """The table without the size of its rounding errors, which another machine has otherwise."""
+    """The table without the sizes of its rounding errors, which differ between machines."""
     return re.sub(r"\| \d+e[-+]\d+ ", "| small ", text)
 
 
 def stored_table() -> str:
-    """The table that stands in the page."""
+    """The table in the page."""
     return PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip()
 
 
@@ -335,7 +335,7 @@ def main() -> int:
         PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     elif arguments.check:
         same = comparable(stored_table()) == comparable(text)
-        print("The page says the same." if same else "docs/families.md says something else: run with --write.")
+        print("The page is up to date." if same else "docs/families.md differs: run with --write.")
         return 0 if same and not wrong else 1
     else:
         print(text)
