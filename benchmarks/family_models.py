@@ -27,8 +27,8 @@ class Modules:
     v: str = "self_attn.v_proj"
     o: str = "self_attn.o_proj"
     fused: str = ""
-    """The layout of q, k and v in one projection (then all three names are the same): `blocks` (all of q, then k, then v),
-    or head by head in an order such as `qkv`."""
+    """The layout of q, k and v in one projection (then all three names are the same): `blocks` (all of q, all of k,
+    all of v), or head by head in an order such as `qkv`."""
     attention_post: str = ""
     mlp: str = "mlp"
     """The modules that read the residual stream."""
