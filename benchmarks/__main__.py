@@ -22,7 +22,7 @@ PARTS = {
     "acdc": ("acdc", "acdc"),
     "information-flow": ("information_flow", "information_flow"),
 }
-"""Per part the module and the function in it that measures."""
+"""For each part, its module and the function that measures it."""
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from benchmarks.engines import Row, measure
 def acdc(device: torch.device, repeats: int) -> list[Row]:
     """The bundled model on 50 IOI prompts, and random weights with GPT-2's vocabulary (d_model 256, batch 10 x 15).
 
-    The floor is half of the layers for each edge (its reader's layer and those after it), logits at the answer only.
+    The floor is half of the layers for each edge (its reader's layer and the later ones), logits at the answer only.
     """
     bundled = mi.load_model("bundled", device=device)
     pairs = mi.load_task("ioi").pairs(bundled, n=50, split="train", seed=0).to(device)

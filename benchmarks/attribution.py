@@ -75,7 +75,7 @@ def attribution(device: torch.device, repeats: int) -> list[Row]:
 def ranks(n: int = 100, steps: int = 5) -> pd.DataFrame:
     """Per method the rank correlation with exact node patching on the bundled model's IOI.
 
-    The nodes are the 16 heads and 4 MLPs, the 16 queries, and the 16 keys. Exact patching is by plain runs, one for
+    The nodes are the 16 heads and 4 MLPs, the 16 queries, and the 16 keys. Exact patching uses plain runs, one for
     each node, with its corrupt value at all positions, on `n` pairs of the training split. `mean` ranks the means over
     the examples; `magnitude` the means of |effect| (Kramar et al. 2024; all that AtP* has). `size` is the mean of
     |estimate| over that of |exact effect|.

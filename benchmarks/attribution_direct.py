@@ -2,7 +2,7 @@
 
 F = one forward of the bare Hugging Face model with logits at every position, same process. The floor of an
 attribution is that forward without the unembedding (0.68 of the multiplications of F at 15 tokens: 85.1 of 123.7
-million weights per token); reading the parts adds under 1 % of it, for they are read at one position.
+million weights per token); reading the parts adds under 1 % of it, because they are read at one position.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def direct(device: torch.device, repeats: int) -> list[Row]:
     bare = GPT2LMHeadModel(config).eval().requires_grad_(False)
     for name, parameter in bare.named_parameters():
         if name.endswith("bias"):
-            parameter.normal_(std=0.02)  # fresh weights have none, and a bias of 0 is no part
+            parameter.normal_(std=0.02)  # new weights have none, and a bias of 0 is not a part
     bare = bare.to(device)
     model = mi.load_model(bare)
     tokens = torch.randint(config.vocab_size, (2, BATCH, LENGTH))

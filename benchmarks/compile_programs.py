@@ -1,15 +1,15 @@
 """Compiles RASP programs to transformers and derives their circuits by brute force.
 
-Run once, with Tracr (Lindner et al. 2023, arXiv 2301.05062) in an environment of its own, as it needs JAX:
+Run once, with Tracr (Lindner et al. 2023, arXiv 2301.05062) in its own environment, because it needs JAX:
 
     python -m venv /tmp/tracr && /tmp/tracr/bin/pip install tracr-pypi==1.0.0
     /tmp/tracr/bin/python -m benchmarks.compile_programs benchmarks/programs
 
-One `NAME.npz` (weights, 64 pairs of random prompts) and one `NAME.json` (its source and its truths) a program;
-`python -m benchmarks.ground_truth --more` reads them. Nothing of `mechinterp` is used here: the forward that the truths
-come from is the NumPy one below. An edge is in a truth when replacing it alone, by what the other prompt writes or by
+One `NAME.npz` (weights, 64 pairs of random prompts) and one `NAME.json` (its source and its truths) per program;
+`python -m benchmarks.ground_truth --more` reads them. `mechinterp` is not used: the truths come from the
+NumPy forward below. An edge is in a truth when replacing it alone, by what the other prompt writes or by
 zero, changes an output at some position of some prompt by more than 1e-3. Position 0 (BOS) is left out. A program is
-kept when the compiled model agrees with Tracr's own and when fresh pairs give the same truths.
+kept if the compiled model agrees with Tracr's own and new pairs give the same truths.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Program:
     length: int
     causal: bool = False
     unique: bool = False
-    """Whether a prompt holds no token twice, as `sort_unique` asks for."""
+    """Whether a prompt has no token twice, as `sort_unique` requires."""
 
 
 def programs() -> dict[str, Program]:
@@ -230,7 +230,7 @@ class Compiled:
         return np.array([[ids[token] for token in row] for row in rows], np.int16)
 
     def check(self, tokens: Array) -> float:
-        """The largest difference from Tracr's own run. Raises ValueError when it is more than rounding."""
+        """The largest difference from Tracr's own run. Raises ValueError if it is more than rounding."""
         worst, ours = 0.0, self.run(tokens)
         for row, x in enumerate(tokens):
             theirs = np.asarray(self.assembled.forward(self.assembled.params, x[None]).transformer_output.output)[0]

@@ -41,7 +41,7 @@ class Row:
 def measure(
     work: dict[str, Callable[[], object]], device: torch.device, repeats: int, *, warm: bool = True
 ) -> dict[str, float]:
-    """Median seconds of each piece of work, taken in turns so that drift hits all alike (CPU time on the CPU)."""
+    """Median seconds of each piece of work, in turns, so that drift affects all equally (CPU time on the CPU)."""
     for function in work.values() if warm else ():
         function()
     times: dict[str, list[float]] = {name: [] for name in work}
@@ -61,7 +61,7 @@ def measure(
 
 
 def small_gpt2(device: torch.device) -> tuple[Any, mi.HookManager, mi.Pairs]:
-    """(the bare Hugging Face model with random weights, the same wrapped, random pairs of 10 x 15 tokens)."""
+    """(the bare Hugging Face model with random weights, the same model wrapped, random pairs of 10 x 15 tokens)."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -124,7 +124,7 @@ def engines(device: torch.device, repeats: int) -> list[Row]:
 
 
 def _extra_memory(work: Callable[[], object], device: torch.device) -> float:
-    """Bytes that the work needs beyond what is held before it."""
+    """Bytes that the work allocates beyond what was allocated before it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

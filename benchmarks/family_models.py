@@ -21,19 +21,19 @@ class Modules:
 
     layers: str = "model.layers"
     norm: str = "input_layernorm"
-    """The norm before the attention; "" where there is none."""
+    """The norm before the attention; "" if there is none."""
     q: str = "self_attn.q_proj"
     k: str = "self_attn.k_proj"
     v: str = "self_attn.v_proj"
     o: str = "self_attn.o_proj"
     fused: str = ""
-    """How q, k and v lie in one projection (then all three names are the same): `blocks` (all of q, then k, then v), or
-    head by head in an order such as `qkv`."""
+    """The layout of q, k and v in one projection (then all three names are the same): `blocks` (all of q, all of k,
+    all of v), or head by head in an order such as `qkv`."""
     attention_post: str = ""
     mlp: str = "mlp"
-    """What reads the residual stream."""
+    """The modules that read the residual stream."""
     mlp_out: str = ""
-    """The module whose output is added to the residual stream, where that is not the MLP's own."""
+    """The module whose output is added to the residual stream, if it is not the MLP itself."""
     mlp_norm: str = "post_attention_layernorm"
     """The norm before the MLP; in a parallel layer it may be the attention's own."""
     mlp_post: str = ""
@@ -74,7 +74,7 @@ class Family:
 
 
 def randomized(module: nn.Module, seed: int, dtype: torch.dtype) -> nn.Module:
-    """The module with normal weights of size 0.3, those of norms around 1, so that no bias and no norm is trivial."""
+    """The module with normal weights of size 0.3, those of norms around 1, so that every bias and norm matters."""
     generator = torch.Generator().manual_seed(seed)
     module = module.to(dtype).eval()
     with torch.no_grad():
@@ -265,7 +265,7 @@ FAMILIES: tuple[Family, ...] = (
             **_ENDS,
         },
         replace(_OPT_MODULES, layers="model.layers", final_norm="model.layer_norm"),
-        dtype=torch.float32,  # its mask of padding is out of range in float64
+        dtype=torch.float32,  # its padding mask is out of range in float64
     ),
     Family("Llama", "Llama", _G),
     Family("Llama 3.1 (scaled rotation)", "Llama", {**_G, "rope_parameters": _LLAMA3}),

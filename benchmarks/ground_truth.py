@@ -1,15 +1,15 @@
 """Every method on models with a known circuit. Run as `python -m benchmarks.ground_truth`, or with `--more`.
 
-Two tables. Of the eight compiled models the outputs live at every position, so the metric is `l2_to_clean` at all of
-them; methods of gradients at the clean run alone have none there, and `cd` and `path-patching` are about answers and
-one input. The two whose weights are set by hand have answers, so the metric is `logit_diff` and every method takes
-part. Scores below 1e-5 of the strongest count as 0. Precision and recall are at the truth's own threshold, 1e-3 of the
-metric; for scores that are in no unit of the metric (information flow, weights, random) look at AUC and at the share
-of true edges among as many of the strongest as the truth has.
+Two tables. The eight compiled models have outputs at every position, so the metric is `l2_to_clean` at all of them. It
+has no gradient at the clean run, so methods that only use the gradient there are left out, and so are `cd` and
+`path-patching`, which need answers or one input. The two models with constructed weights have answers, so the metric is
+`logit_diff` and every method takes part. Scores below 1e-5 of the strongest count as 0. Precision and recall are at the
+truth's own threshold, 1e-3 of the metric; for scores that are not in the unit of the metric (information flow, weights,
+random) look at AUC and at the share of true edges among the strongest ones, as many as the truth has.
 
 `--more` runs the further programs of `benchmarks/programs` (made by `benchmarks.compile_programs`) instead, under
-resampling and under zero ablation, each against its own truth. The range is the 95 % interval of Wilson (1927): the
-programs are taken for a sample of those that people would write.
+resampling and under zero ablation, each against its own truth. The range is the 95 % interval of Wilson (1927), which
+treats the programs as a sample of those that people would write.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.support.truth_table import ANSWERS, ANY_METRIC, Outcome, run
 
 def ground_truth(labels: Iterable[str], names: Iterable[str]) -> pd.DataFrame:
     """Per method the circuits recovered exactly, the mean AUC, precision, recall and share of true edges at the
-    truth's size; and what was missed, by name, or is too much, where."""
+    truth's size; and the edges that were missed or are too many, by program."""
     names = tuple(names)
     rows: list[dict[str, object]] = []
     for label in labels:
@@ -49,7 +49,7 @@ def ground_truth(labels: Iterable[str], names: Iterable[str]) -> pd.DataFrame:
 
 
 UNDER_ZERO = ("exact", "acdc", "eap-ig", "edge-pruning", "subnetwork-probing")
-"""The methods that know about ablation by zero."""
+"""The methods that support zero ablation."""
 
 
 def further_programs(label: str, names: Iterable[str] = MORE) -> pd.DataFrame:
@@ -77,7 +77,7 @@ def further_programs(label: str, names: Iterable[str] = MORE) -> pd.DataFrame:
 
 
 def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of Wilson for a share; inside [0, 1] also where all or none are hits."""
+    """The interval of Wilson for a share; within [0, 1] even if all or none are hits."""
     share, more = hits / n, z**2 / n
     middle, half = share + more / 2, z * sqrt(share * (1 - share) / n + more / (4 * n))
     return (middle - half) / (1 + more), (middle + half) / (1 + more)

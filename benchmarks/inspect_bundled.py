@@ -182,7 +182,7 @@ def direct_effects(model, zs: list[Tensor], output, batch: IoiBatch) -> Tensor:
 
 
 def preference_fall(output, cut, direct: Tensor, batch: IoiBatch) -> float:
-    """Return how much less the strongest name mover prefers IO to S1 after a cut."""
+    """Return how much less the strongest name mover prefers IO to S1 after an ablation."""
     layer, head = divmod(int(direct.argmax()), direct.shape[1])
     rows, end = torch.arange(len(batch.clean)), batch.positions["end"]
 

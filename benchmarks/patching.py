@@ -39,7 +39,7 @@ def patching(device: torch.device, repeats: int) -> list[Row]:
 
 
 def _difference(model: mi.HookManager, pairs: mi.Pairs) -> float:
-    """Between the sweep and patched runs of all layers and positions, for a few heads and positions."""
+    """The largest difference between the sweep and whole patched runs, for a few heads and positions."""
     corrupt = model.run(pairs.corrupt, record=[f"z.{layer}" for layer in range(12)]).values
     clean = model.run(pairs.clean).logits
     assert clean is not None and pairs.right is not None and pairs.wrong is not None

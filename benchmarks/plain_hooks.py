@@ -1,8 +1,8 @@
-"""Edges and patching by forward hooks on a Hugging Face model: slow, and without TransformerLens or our engines.
+"""Edges and patching by forward hooks on a Hugging Face model: slow, independent of TransformerLens and our engines.
 
 A hook knows the names of modules (`family_models.Modules`) and nothing else about the model: what a node reads is
 computed by the model's own norm and projection on another residual stream, what it writes is the model's own output.
-With `share` a tensor that wants a gradient, `logits` is differentiable in it, which is the derivative that EAP is.
+If `share` requires a gradient, `logits` is differentiable in it; EAP is that derivative.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PlainModel:
         return found + [(f"a{layer}.{shared}{head}<{c}>", c, head) for c in "kv" for head in range(self.n_kv)]
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """The model itself. Padding is on the right, where no real token sees it; so no mask is needed."""
+        """The model's own logits. No mask is needed: padding is on the right, where no real token attends to it."""
         return self.module(tokens).logits
 
     def columns(self, channel: str, head: int, width: int) -> slice:

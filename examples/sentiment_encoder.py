@@ -2,8 +2,8 @@
 
     python -m examples.sentiment_encoder            # about a minute on one thread; writes out/sentiment/
 
-A sentence has one or two clauses; "not" and "never" turn a clause round, and after "but" the second clause decides.
-So the class of "not bad" is no sum of words, which is what contextual decomposition of phrases is for.
+A sentence has one or two clauses; "not" and "never" negate a clause, and after "but" the second clause decides.
+So the class of "not bad" is not a sum over its words; contextual decomposition of phrases is made for that.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def clause(rng: random.Random) -> tuple[str, bool]:
 
 
 def build_tokenizer() -> Any:
-    """One token a word; [CLS] before a sentence and [SEP] behind it."""
+    """One token per word; [CLS] before a sentence and [SEP] after it."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = [*special, *OTHERS, *NOUNS, *VERBS, *GOOD, *BAD, *ADVERBS, *NEGATIONS]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))

@@ -127,8 +127,8 @@ if TYPE_CHECKING:
     from mechinterp.models.sites import Node as Node
     from mechinterp.models.sites import Site as Site
     from mechinterp.pipeline import Discovery as Discovery
-    from mechinterp.pipeline import RunSpec as RunSpec
     from mechinterp.pipeline import discover as discover
+    from mechinterp.run_spec import RunSpec as RunSpec
     from mechinterp.tasks.metrics import METRICS as METRICS
     from mechinterp.tasks.metrics import Metric as Metric
     from mechinterp.tasks.metrics import get_metric as get_metric
@@ -214,7 +214,8 @@ _HOMES = {
     "graphs.select": ("select",),
     "models.hook_manager": ("HookManager", "Intervention", "Run", "load_model"),
     "models.sites": ("Edge", "Node", "Site"),
-    "pipeline": ("Discovery", "RunSpec", "discover"),
+    "pipeline": ("Discovery", "discover"),
+    "run_spec": ("RunSpec",),
     "tasks.metrics": ("METRICS", "Metric", "get_metric", "metric_names", "register_metric"),
     "tasks.pair_files": ("load_pairs",),
     "tasks.pairs": ("Pairs",),

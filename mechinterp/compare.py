@@ -1,8 +1,7 @@
-"""Several methods on one task, judged alike: `compare_methods`, and the command `compare` with its page."""
+"""Several methods compared on the same pairs of a task: `compare_methods`, and the command `compare` with its page."""
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -18,7 +17,8 @@ from mechinterp.graphs.circuit import on_paths
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.scores import Parameter
 from mechinterp.models.hook_manager import HookManager, load_model
-from mechinterp.pipeline import RunSpec, examples_of, graph_of_run, parsed_setting, stem
+from mechinterp.pipeline import examples_of, graph_of_run, parsed_setting, stem
+from mechinterp.run_spec import RunSpec, compare_command
 from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.views.report.comparison import write_comparison
@@ -40,25 +40,40 @@ def compare_methods(
 ) -> Comparison:
     """Every method's scores on `train`, and how faithful its circuits of each size are on `test`.
 
-    `settings` has parameters by method. Edges that a method leaves at score 0 are never selected, but in the whole
-    graph. Circuits are pruned to what lies on a path from the input to the logits.
+    Edges with score 0 are never selected, except at share 1, the whole graph. Circuits are pruned to the edges on a
+    path from the input to the logits. Positive scores help.
 
-    Cost: the methods' own, and two forwards of `test` for every size and order. Raises InputError for unknown or
-    doubled methods and for shares that are not rising from above 0 to 1.
+    Args:
+        model: The model.
+        graph: The graph whose edges (or nodes, see `Graph.level`) are ranked.
+        train: Pairs on which every method scores.
+        test: Held-out pairs on which every circuit is evaluated.
+        methods: Names in `METHODS`, each only once.
+        metric: Task performance, or its name.
+        replacement: What a cut edge carries: `corrupt`, `mean`, `mean-positional` or `zero`.
+        shares: Sizes as shares of the graph's edges (or nodes), increasing, the last one 1.
+        settings: Further parameters, by method.
+        batch_size: Pairs per forward; the result does not depend on it.
+        progress: Called as `progress(stage, done, total)`.
+
+    Cost: that of the methods, and two forwards of `test` for every size and order (value, magnitude).
+
+    Raises:
+        InputError: If a method is unknown or given twice, or the shares do not increase from above 0 to 1.
     """
     if not methods or len(set(methods)) != len(methods):
-        raise InputError("Name at least one method, and each once.")
+        raise InputError("Give at least one method, and each only once.")
     shares = tuple(float(share) for share in shares)
     rising = all(a < b for a, b in pairwise(shares))
     if len(shares) < 2 or not rising or not shares[0] > 0 or shares[-1] != 1:
-        raise InputError(f"Shares rise from above 0 to 1; got {list(shares)}.")
+        raise InputError(f"Shares must increase, from above 0 to 1; got {list(shares)}.")
     for name in methods:
         check_graph(name, graph)
     sizes = tuple(int(share * graph.n_units) for share in shares)
     results: dict[str, MethodResult] = {}
     for name in methods:
         start = time.perf_counter()
-        asked: dict[str, Any] = {"replacement": replacement, **(settings or {}).get(name, {})}
+        parameters: dict[str, Any] = {"replacement": replacement, **(settings or {}).get(name, {})}
         scores = score_edges(
             model,
             graph,
@@ -67,7 +82,7 @@ def compare_methods(
             metric=metric,
             batch_size=batch_size,
             progress=lambda done, total, name=name: progress(name, done, total),
-            **asked,
+            **parameters,
         )
         seconds = time.perf_counter() - start
         orders = ("value", "magnitude")
@@ -97,9 +112,16 @@ def compare_methods(
 def compare(
     spec: RunSpec, methods: Sequence[str], sizes: str = "mib", progress: StageProgress = no_stages
 ) -> tuple[Comparison, Path]:
-    """Several methods on one task, judged alike, and the page that was written.
+    """A comparison of several methods on one task, and the path of its page.
 
-    `sizes` is `mib` or shares of edges with commas between. Raises InputError for what cannot be had.
+    Args:
+        spec: The task, the model, the pairs and the graph; `settings` are `METHOD.NAME=VALUE`.
+        methods: Names in `METHODS`.
+        sizes: `mib`, or shares of all edges, separated by commas.
+        progress: Called as `progress(stage, done, total)`.
+
+    Raises:
+        InputError: If the request is invalid; nothing is written then.
     """
     shares = MIB_SHARES if sizes == "mib" else _shares(sizes)
     settings = _settings_by_method(spec, methods)
@@ -112,7 +134,7 @@ def compare(
     progress("model", 1, 1)
     task, train, test, default_metric = examples_of(spec, model)
     metric = spec.metric or default_metric
-    found = compare_methods(
+    comparison = compare_methods(
         model,
         graph_of_run(spec, model, train, metric),
         train,
@@ -126,43 +148,25 @@ def compare(
         progress=progress,
     )
     path = spec.out / f"{stem(spec.task)}-comparison.html"
-    words = ["discover-circuit", "compare", spec.task, "--methods", ",".join(methods), "--sizes", sizes]
-    words += [word for setting in spec.settings for word in ("--set", setting)]
-    shown = (
-        "model",
-        "revision",
-        "metric",
-        "level",
-        "positions",
-        "neurons",
-        "replacement",
-        "seed",
-        "dtype",
-        "batch_size",
-    )
-    for name in shown:
-        value = getattr(spec, name)
-        if value != RunSpec.__dataclass_fields__[name].default:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    words += ["--examples", str(spec.examples)]
-    write_comparison(path, found, f"Methods compared on {task.name} in {spec.model}", shlex.join(words))
-    return found, path
+    command = compare_command(spec, methods, sizes)
+    write_comparison(path, comparison, f"Methods compared on {task.name} in {spec.model}", command)
+    return comparison, path
 
 
 def _settings_by_method(spec: RunSpec, methods: Sequence[str]) -> dict[str, dict[str, Parameter]]:
-    """`METHOD.NAME=VALUE` of every setting, by method."""
-    found: dict[str, dict[str, Parameter]] = {}
+    """The settings `METHOD.NAME=VALUE`, parsed, by method."""
+    settings: dict[str, dict[str, Parameter]] = {}
     for setting in spec.settings:
         name, dot, rest = setting.partition(".")
         if not dot or name not in methods:
-            raise InputError(f"A setting is METHOD.NAME=VALUE with one of the methods compared; got {setting!r}.")
+            raise InputError(f"A setting is METHOD.NAME=VALUE, for one of the methods compared; got {setting!r}.")
         parameter, value = parsed_setting(rest, METHODS.get(name), own_options=())
-        found.setdefault(name, {})[parameter] = value
-    return found
+        settings.setdefault(name, {})[parameter] = value
+    return settings
 
 
 def _shares(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise InputError(f"Sizes are 'mib' or numbers with commas between, such as 0.01,0.1,1; got {text!r}.") from None
+        raise InputError(f"Sizes are 'mib' or numbers separated by commas, such as 0.01,0.1,1; got {text!r}.") from None

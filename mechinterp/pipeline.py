@@ -1,12 +1,11 @@
-"""The main job in one straight line: task, model, pairs, graph, scores, circuit, evaluation, file."""
+"""The main job as one straight line: task, model, pairs, graph, scores, circuit, evaluation, file."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from mechinterp.graphs.graph import Graph, build_graph
 from mechinterp.graphs.scores import Parameter
 from mechinterp.graphs.select import check_selection, select, sized, unit_count
 from mechinterp.models.hook_manager import HookManager, load_model
+from mechinterp.run_spec import NEURONS, RunSpec, command_of
 from mechinterp.tasks.metrics import get_metric
 from mechinterp.tasks.pair_files import load_pairs
 from mechinterp.tasks.pairs import Pairs
@@ -37,56 +37,14 @@ from mechinterp.tasks.source import FileSource
 from mechinterp.tasks.task import Task, load_task
 
 OWN_OPTIONS = ("replacement", "steps")
-"""Parameters of methods that have an option of their own."""
+"""Parameters of methods that have their own option."""
 ROLE_EXAMPLES = 100
 """Train and test pairs on which roles are measured."""
-NEURONS = 50
-"""Neurons that become nodes when nobody says how many."""
-
-
-@dataclass(frozen=True)
-class RunSpec:
-    """What to discover. `task` is a task's name, a task YAML, or a file of pairs (.jsonl, .csv).
-
-    Without `edges`, `nodes` and `threshold` the circuit has the smallest size on a log grid whose faithfulness on the
-    train pairs reaches 0.9, or is the one that the method chose itself (`cd`). `settings` are further parameters of the
-    method, as `name=value`. `level` is `edge`, `node`, or `neuron` (nodes, the `neurons` strongest neurons among them);
-    `positions` are names with commas between, or `all`. A file of pairs is cut in two: `examples` for the discovery,
-    the next `test_examples` to test. A killed run is taken up again unless `restart`, which deletes the states of all
-    unfinished runs that write the same file. `roles` are measured (see `measured_roles`) on `ROLE_EXAMPLES` of either.
-    """
-
-    task: str
-    model: str = "bundled"
-    revision: str | None = None
-    method: str = "eap-ig"
-    metric: str | None = None
-    steps: int | None = None
-    level: str = "edge"
-    positions: str | None = None
-    neurons: int | None = None
-    edges: int | str | None = None
-    nodes: int | str | None = None
-    threshold: float | None = None
-    rule: str = "top"
-    by: str = "magnitude"
-    ratio: float | None = None
-    examples: int = 200
-    test_examples: int = 200
-    seed: int = 0
-    dtype: str | None = None
-    device: str | None = None
-    batch_size: int = 32
-    replacement: str = "corrupt"
-    settings: tuple[str, ...] = ()
-    roles: bool = True
-    restart: bool = False
-    out: Path = Path("out")
 
 
 @dataclass(frozen=True)
 class Discovery:
-    """All that a run made. `curve` is the faithfulness against size on the train pairs."""
+    """The result of a run. `curve` is faithfulness against size on the train pairs."""
 
     circuit: Circuit
     evaluation: Evaluation
@@ -99,13 +57,21 @@ class Discovery:
     document: CircuitFile
     roles: MeasuredRoles | None = None
     notes: tuple[str, ...] = ()
-    """What could not be done, and why."""
+    """What could not be measured, and why."""
 
 
 def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
-    """Find the circuit of a task in a model, evaluate it on held-out pairs and write its file.
+    """The circuit of a task in a model, evaluated on held-out pairs, and its file, which is written.
 
-    Raises InputError for what `spec` asks for and cannot be had; nothing is written then.
+    Args:
+        spec: The task, the model, the method and all other options of the run.
+        progress: Called as `progress(stage, done, total)`.
+
+    Cost: that of the method, the curve over sizes on the train pairs, the evaluation and, by default, the
+    roles. A killed run resumes from its last saved scores.
+
+    Raises:
+        InputError: If the spec is invalid; nothing is written then.
     """
     settings = _settings(spec)
     path = output_path(spec)
@@ -135,10 +101,10 @@ def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
     )
     how: dict[str, Any] = {"rule": spec.rule, "by": spec.by, "ratio": spec.ratio}
     measured: dict[str, Any] = {"metric": metric, "replacement": spec.replacement, "batch_size": spec.batch_size}
-    given = size is not None or threshold is not None
+    size_given = size is not None or threshold is not None
     scored = max(1, len(graph.unit[scores.values.cpu() != 0].unique()))
     curve = size_curve(model, scores, train, size_grid(scored), **how, **measured, progress=partial(progress, "curve"))
-    if not given:
+    if not size_given:
         size = smallest_faithful(curve)
     circuit = select(graph, scores, **({} if size is None else sized(graph, size)), threshold=threshold, **how)
     evaluation = evaluate(model, circuit, test, seed=spec.seed, **measured, progress=partial(progress, "evaluation"))
@@ -147,7 +113,7 @@ def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
         examples = train[:ROLE_EXAMPLES], test[:ROLE_EXAMPLES]
         try:
             roles = measured_roles(model, circuit, *examples, **measured, progress=partial(progress, "roles"))
-        except (MechInterpError, ValueError, ArithmeticError, RuntimeError) as error:  # what was found is kept
+        except (MechInterpError, ValueError, ArithmeticError, RuntimeError) as error:  # the circuit is kept
             unmeasured = f"Roles were not measured: {error}"
     document = save_circuit(
         path,
@@ -157,7 +123,7 @@ def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
         result=evaluation,
         predictions=roles.predictions if roles else (),
         roles=roles.roles if roles else {},
-        curve=Curve(curve, train, metric, spec.replacement, None if given else TARGET),
+        curve=Curve(curve, train, metric, spec.replacement, None if size_given else TARGET),
         command=command_of(spec),
     )
     notes = (unmeasured,) if unmeasured else ()
@@ -165,12 +131,12 @@ def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
 
 
 def graph_of_run(spec: RunSpec, model: HookManager, train: Pairs, metric: str) -> Graph:
-    """The graph of what is to be chosen; the neurons are the strongest on the train pairs."""
+    """The graph to choose from; at level `neuron` with the strongest neurons on the train pairs."""
     named = [] if spec.positions is None else spec.positions.split(",")
     positions = list(train.positions) if named == ["all"] else [name.strip() for name in named]
     if spec.positions is not None and not positions:
         raise InputError(
-            "The pairs name no positions; give them as `positions` in a task file, or leave --positions out."
+            "The pairs have no named positions; add `positions` to the task file, or leave --positions out."
         )
     if spec.level != "neuron":
         return build_graph(model, level=spec.level, positions=positions)
@@ -179,7 +145,7 @@ def graph_of_run(spec: RunSpec, model: HookManager, train: Pairs, metric: str) -
 
 
 def _size(spec: RunSpec, graph: Graph) -> int | None:
-    """The number of edges or nodes that was asked for, checked before anything slow begins."""
+    """The number of edges or nodes to select if one is given, checked before anything slow begins."""
     size = spec.edges if spec.nodes is None else spec.nodes
     if size is None:
         return None
@@ -189,13 +155,13 @@ def _size(spec: RunSpec, graph: Graph) -> int | None:
 
 
 def _state_path(path: Path, spec: RunSpec) -> Path:
-    """Where a long run keeps its state: another file for every other run."""
+    """The file with the state of a long run; every command has its own."""
     key = hashlib.sha256(command_of(spec).encode()).hexdigest()[:8]
     return path.with_name(f".{path.name.removesuffix(SUFFIX)}.{key}.unfinished")
 
 
 def _forget_unfinished(path: Path) -> None:
-    """Return None after deleting the states of all unfinished runs that write this file."""
+    """Delete the states of all unfinished runs that write this file. Raises InputError if one cannot be deleted."""
     name = re.compile(rf"\.{re.escape(path.name.removesuffix(SUFFIX))}\.[0-9a-f]{{8}}\.unfinished")
     for entry in list(path.parent.iterdir()):
         if name.fullmatch(entry.name):
@@ -208,7 +174,7 @@ def _forget_unfinished(path: Path) -> None:
 def output_path(spec: RunSpec) -> Path:
     """Where the circuit file of a run goes: `OUT/{task}-{model}-{method}.circuit.json`.
 
-    Raises InputError when there can be no such folder, before anything slow is done for it.
+    Raises InputError if the folder cannot be made, before anything slow begins.
     """
     folder = Path(spec.model)
     model = folder.resolve().name if is_folder(folder) else spec.model.rpartition("/")[2].replace("@", "-")
@@ -221,37 +187,21 @@ def output_path(spec: RunSpec) -> Path:
     return path
 
 
-def command_of(spec: RunSpec) -> str:
-    """The command line that does the same run, without where its files go."""
-    words = ["discover-circuit", "run", spec.task]
-    for field in fields(RunSpec):
-        value = getattr(spec, field.name)
-        if field.name == "settings":
-            words += [word for setting in spec.settings for word in ("--set", setting)]
-        elif field.name == "test_examples" and value == spec.examples:
-            continue  # what the command line takes by default
-        elif field.name == "roles":
-            words += [] if spec.roles else ["--no-roles"]
-        elif field.name not in ("task", "out", "device", "restart") and value != field.default:
-            words += [f"--{field.name.replace('_', '-')}", str(value)]
-    return shlex.join(words)
-
-
 def stem(task: str) -> str:
     return Path(task).stem if Path(task).suffix else task
 
 
 def _settings(spec: RunSpec) -> dict[str, Any]:
-    """The parameters of the method that were asked for; checked before anything slow begins."""
+    """The parameters for the method, checked before anything slow begins."""
     method = METHODS.get(spec.method)
-    wanted: dict[str, Any] = {"replacement": spec.replacement, "steps": spec.steps}
-    settings = {name: value for name, value in wanted.items() if value is not None}
+    options: dict[str, Any] = {"replacement": spec.replacement, "steps": spec.steps}
+    settings = {name: value for name, value in options.items() if value is not None}
     settings |= dict(parsed_setting(setting, method) for setting in spec.settings)
     for name in settings:
         if name not in method.defaults:
             raise InputError(f"Method {spec.method!r} has no parameter {name!r}.")
     if (spec.edges is not None) + (spec.nodes is not None) + (spec.threshold is not None) > 1:
-        raise InputError("Give edges, nodes or threshold, and only one of them.")
+        raise InputError("Give edges, nodes or threshold, but only one of them.")
     if spec.metric is not None:
         get_metric(spec.metric)
     return settings
@@ -294,7 +244,7 @@ def _file_examples(spec: RunSpec, model: HookManager) -> tuple[FileTaskRecord, P
     source = pairs.source
     assert isinstance(source, FileSource)
     if len(pairs) < 4:
-        raise InputError(f"{spec.task} has {len(pairs)} usable pairs; at least 4 are needed, half of them to test.")
+        raise InputError(f"{spec.task} has {len(pairs)} usable pairs; at least 4 are needed, half of them held out.")
     n_train = min(spec.examples, len(pairs) // 2)
     n_test = min(spec.test_examples, len(pairs) - n_train)
     record = FileTaskRecord(name=stem(spec.task), path=spec.task, sha256=source.sha256)

@@ -22,6 +22,7 @@ LAYERS = (
     ("discovery", "evaluation"),
     ("circuit_file",),
     ("views",),
+    ("run_spec",),
     ("pipeline", "exchange"),
     ("compare",),
     ("cli",),

@@ -91,8 +91,8 @@ def test_the_command_writes_a_table_and_a_page(tmp_path: Path, capsys: pytest.Ca
         (["--methods", "eap,eaap"], "eaap"),
         (["--methods", ","], "at least one method"),
         (["--sizes", "many"], "Sizes are"),
-        (["--sizes", "0.5,0.1,1"], "Shares rise"),
-        (["--sizes", "0.1,0.5"], "Shares rise"),
+        (["--sizes", "0.5,0.1,1"], "Shares must increase"),
+        (["--sizes", "0.1,0.5"], "Shares must increase"),
         (["--replacement", "noise"], "noise"),
     ],
 )

@@ -1,7 +1,7 @@
-"""`discover-circuit`: arguments in, tables out. What it does is in pipeline.py; torch is imported when that starts.
+"""`discover-circuit`: arguments in, tables out. The work is done by pipeline.py; torch is imported when it starts.
 
-Parsing and doing are two steps: a command returns what is to be done, and `main` does it. So one place turns errors
-into one line and an exit code.
+Parsing and running are two steps: a command returns an action, and `main` runs it. So errors become one line and an
+exit code in one place.
 """
 
 from __future__ import annotations
@@ -35,30 +35,31 @@ from mechinterp.cli.help import (
     RUN_HELP,
 )
 from mechinterp.cli.terminal import Terminal, print_what_the_terminal_can, quiet_libraries, say
+from mechinterp.run_spec import COMPARE, RunSpec, shown_order
 
 OK, CLAIM_FAILED, BAD_INPUT, NO_MODEL, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 70, 130, 141
 TRACEBACK = "--traceback"
-MOST_LETTERS = 1000  # of a message; a file can hold longer words
+MOST_LETTERS = 1000  # of a message; words in a file can be longer
 
 app = typer.Typer(
     name="discover-circuit", help=HELP, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False
 )
 Action = Callable[[], int]
-# Click's base of every usage error, by way of typer, which brings its own click from some version on.
+# Click's base class of usage errors, reached through typer, because recent versions of typer bundle their own click.
 UsageProblem: Any = typer.BadParameter.__mro__[2]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0 done, 1 a claim failed, 2 bad input, 3 no model here, 70 an unexpected error, 130 interrupted.
+    """The exit code: 0 done, 1 a claim failed, 2 bad input, 3 no model, 70 an unexpected error, 130 interrupted.
 
     With `--traceback` anywhere among the arguments, an unexpected error is raised instead.
     """
     print_what_the_terminal_can()
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    raised = TRACEBACK in given
-    given = [word for word in given if word != TRACEBACK] or ["--help"]
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    raised = TRACEBACK in words
+    words = [word for word in words if word != TRACEBACK] or ["--help"]
     try:
-        action: Action | int | None = app(given, prog_name="discover-circuit", standalone_mode=False)
+        action: Action | int | None = app(words, prog_name="discover-circuit", standalone_mode=False)
         code = action() if callable(action) else action or OK
         sys.stdout.flush()
         return code
@@ -71,15 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted; no file was left half-written.", INTERRUPTED)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python prints an error at exit
         return PIPE_CLOSED
     except Exception as error:
         if raised:
             raise
         said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        hint = "This is a mistake in mechinterp; --traceback shows where, for a report."
+        hint = "This is a bug in mechinterp; --traceback shows where, for a report."
         if isinstance(error, MemoryError):
-            hint = "There is not enough memory for this; --traceback shows where."
+            hint = "Not enough memory; --traceback shows where."
         return _complain(f"unexpected error, {clip(said, MOST_LETTERS - 200)}. {hint}", UNEXPECTED)
 
 
@@ -102,99 +103,58 @@ def _top(
 
 
 @app.command("run", help=RUN_HELP, short_help="Discover the circuit of a task and report on it.")
+@options.takes(*shown_order(), "open_report")
 def _run(
-    task: options.Task,
-    model: options.Model = "bundled",
-    revision: options.Revision = None,
-    method: options.Method = "eap-ig",
-    metric: options.Metric = None,
-    steps: options.Steps = None,
-    setting: options.Settings = None,
-    level: options.Level = "edge",
-    positions: options.Positions = None,
-    neurons: options.Neurons = None,
-    edges: options.Edges = None,
-    nodes: options.Nodes = None,
-    threshold: options.Threshold = None,
-    by: options.By = "magnitude",
-    rule: options.Rule = "top",
-    ratio: options.Ratio = None,
-    replacement: options.Replacement = "corrupt",
-    examples: options.Examples = 200,
-    test_examples: options.TestExamples = None,
-    seed: options.Seed = 0,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    batch_size: options.BatchSize = 32,
-    out: options.Out = Path("out"),
-    roles: options.Roles = True,
-    restart: options.Restart = False,
     open_report: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser.")] = False,
+    **values: Any,
 ) -> Action:
-    asked = {name: value for name, value in locals().items() if name not in ("setting", "open_report")}
-    options.check(asked)
-    asked |= dict(settings=tuple(setting or ()), test_examples=test_examples or examples)
-    return partial(_do_run, asked, open_report)
+    return partial(_do_run, values, open_report)
 
 
 @app.command("compare", help=COMPARE_HELP, short_help="Compare methods on one task.")
+@options.takes(*COMPARE)
 def _compare(
-    task: options.Task,
-    methods: Annotated[
-        str | None, typer.Option(help=f"With commas between.  [default: {options.COMPARED['edge']}]")
+    examples: Annotated[
+        int, typer.Option(min=2, help="Train pairs, to score edges with, and as many held-out pairs.")
+    ] = 100,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="METHOD.NAME=VALUE", help="A parameter of one of the methods; repeatable."),
     ] = None,
-    model: options.Model = "bundled",
-    revision: options.Revision = None,
-    metric: options.Metric = None,
-    setting: options.MethodSettings = None,
-    level: options.Level = "edge",
-    positions: options.Positions = None,
-    neurons: options.Neurons = None,
-    replacement: options.Replacement = "corrupt",
-    sizes: Annotated[str, typer.Option(help="'mib', or shares of edges with commas between, ending in 1.")] = "mib",
-    examples: Annotated[int, typer.Option(min=2, help="Pairs to score with, and as many held-out ones.")] = 100,
-    seed: options.Seed = 0,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    batch_size: options.BatchSize = 32,
-    out: options.Out = Path("out"),
+    methods: Annotated[
+        str | None, typer.Option(help=f"Separated by commas.  [default: {options.COMPARED['edge']}]")
+    ] = None,
+    sizes: Annotated[str, typer.Option(help="'mib', or shares of edges separated by commas, ending in 1.")] = "mib",
+    **values: Any,
 ) -> Action:
-    names = [name.strip() for name in (methods or options.compared(level, positions)).split(",") if name.strip()]
+    methods = methods or options.compared(values["level"], values["positions"])
+    names = [name.strip() for name in methods.split(",") if name.strip()]
     for name in names:
         options.check_name("method", name, METHODS)
-    asked = {
-        name: value for name, value in locals().items() if name not in ("methods", "names", "name", "sizes", "setting")
-    }
-    options.check(asked)
-    asked |= dict(settings=tuple(setting or ()), test_examples=examples)
-    return partial(_do_compare, asked, names, sizes)
+    values |= dict(examples=examples, test_examples=examples, settings=tuple(settings or ()))
+    return partial(_do_compare, values, names, sizes)
 
 
 @app.command("eval", help=EVAL_HELP, short_help="Evaluate a circuit file on a task.")
+@options.takes("file", "task", "model", "metric", "replacement", "tests", "examples", "seed", "device", "batch_size")
 def _eval(
     file: options.File,
     task: Annotated[
         str | None, typer.Option(help="Another task, or a file of pairs.  [default: the file's own]")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Use this model.  [default: the one that the file names]")] = None,
-    metric: options.Metric = None,
+    model: options.OtherModel = None,
     replacement: Annotated[
         str | None, typer.Option(help="What a cut edge carries.  [default: as in the file's own evaluation]")
     ] = None,
-    tests: Annotated[bool, typer.Option("--tests", help="Completeness, minimality and hypothesis tests, too.")] = False,
+    tests: Annotated[bool, typer.Option("--tests", help="Also completeness, minimality and hypothesis tests.")] = False,
     examples: Annotated[int, typer.Option(min=2, help="Held-out pairs.")] = 200,
-    seed: options.Seed = 0,
-    device: options.Device = None,
-    batch_size: options.BatchSize = 32,
+    **values: Any,
 ) -> Action:
-    asked = dict(locals())
-    options.check(asked)
-    return partial(_do_eval, asked)
+    own = dict(task=task, model=model, replacement=replacement, tests=tests, examples=examples)
+    return partial(_do_eval, file, own | values)
 
 
-@app.command(
-    "show", help=f"Show the heads and edges of a circuit file, with roles where they are known.\n\n{EXIT_CODES}"
-)
+@app.command("show", help=f"Show the heads and edges of a circuit file, with roles if they are known.\n\n{EXIT_CODES}")
 def _show(
     file: options.File,
     top: Annotated[int, typer.Option(min=1, help="Rows of each table.")] = 20,
@@ -211,71 +171,72 @@ for others in (cli_verify, cli_exchange, cli_view, cli_hub):
     app.registered_commands += others.commands.registered_commands
 
 
-def _do_run(asked: dict[str, Any], open_report: bool) -> int:
+def _do_run(values: dict[str, Any], open_report: bool) -> int:
     from mechinterp.circuit_file.summary import verify_command
     from mechinterp.cli.progress_bars import stages
 
-    _check_task(asked["task"])
+    _check_task(values["task"])
     console = Terminal()
     with stages(Console(stderr=True)) as progress:
-        from mechinterp.pipeline import RunSpec, discover
+        from mechinterp.pipeline import discover
         from mechinterp.views.report.node_details import node_details
         from mechinterp.views.report.page import write_report
 
         quiet_libraries()
-        found = discover(RunSpec(**asked), progress)
+        discovery = discover(RunSpec(**values), progress)
         progress("report", 0, 1)
-        report = found.path.with_name(found.path.name.replace(".circuit.json", ".report.html"))
-        details = node_details(found.model, found.circuit, found.test, found.document.evaluation[0].pairs)
-        write_report(report, found.circuit, found.document, str(found.path), details)
-    _print_result(console, found.document)
-    if found.roles is not None:
-        _print_roles(console, found.roles)
-    for note in (*found.notes, *details.notes):
+        report = discovery.path.with_name(discovery.path.name.replace(".circuit.json", ".report.html"))
+        details = node_details(
+            discovery.model, discovery.circuit, discovery.test, discovery.document.evaluation[0].pairs
+        )
+        write_report(report, discovery.circuit, discovery.document, str(discovery.path), details)
+    _print_result(console, discovery.document)
+    if discovery.roles is not None:
+        _print_roles(console, discovery.roles)
+    for note in (*discovery.notes, *details.notes):
         say(console, f"note: {note}")
-    sidecar = found.document.integrity.sidecar
-    for path in [found.path, *([found.path.with_name(sidecar.file)] if sidecar else []), report]:
+    sidecar = discovery.document.integrity.sidecar
+    for path in [discovery.path, *([discovery.path.with_name(sidecar.file)] if sidecar else []), report]:
         say(console, f"wrote {path}")
-    say(console, f"next: {verify_command(str(found.path))}")
+    say(console, f"next: {verify_command(str(discovery.path))}")
     if open_report:
         cli_view.open_in_browser(report)
     return OK
 
 
-def _do_compare(asked: dict[str, Any], methods: list[str], sizes: str) -> int:
+def _do_compare(values: dict[str, Any], methods: list[str], sizes: str) -> int:
     from mechinterp.cli.progress_bars import stages
 
-    _check_task(asked["task"])
+    _check_task(values["task"])
     console = Terminal()
     with stages(Console(stderr=True)) as progress:
         from mechinterp.compare import compare
-        from mechinterp.pipeline import RunSpec
         from mechinterp.views.terminal_tables import frame_table
 
         quiet_libraries()
-        found, page = compare(RunSpec(**asked), methods, sizes, progress)
+        comparison, page = compare(RunSpec(**values), methods, sizes, progress)
     short = {"log area": "log", "forwards": "fwd", "backwards": "bwd", "seconds": "s"}
-    console.print(frame_table(found.to_frame().rename(columns=short)))
+    console.print(frame_table(comparison.to_frame().rename(columns=short)))
     say(console, f"wrote {page}")
     return OK
 
 
-def _do_eval(asked: dict[str, Any]) -> int:
+def _do_eval(file: str, values: dict[str, Any]) -> int:
     from mechinterp.cli.progress_bars import stages
 
-    if asked["task"] is not None:
-        _check_task(asked["task"])
-    path, console = find_file(asked.pop("file")), Terminal()
+    if values["task"] is not None:
+        _check_task(values["task"])
+    path, console = find_file(file), Terminal()
     with stages(Console(stderr=True)) as progress:
         from mechinterp.circuit_file.reevaluate import reevaluate
         from mechinterp.views.terminal_tables import frame_table
 
         quiet_libraries()
-        found = reevaluate(path, progress=progress, **asked)
-    say(console, f"{path}: {found.circuit.n_edges} edges on {found.on}")
-    for note in found.notes:
+        result = reevaluate(path, progress=progress, **values)
+    say(console, f"{path}: {result.circuit.n_edges} edges on {result.on}")
+    for note in result.notes:
         say(console, f"note: {note}")
-    for frame in (found.to_frame(), found.tests, found.nodes):
+    for frame in (result.to_frame(), result.tests, result.nodes):
         if frame is not None:
             console.print(frame_table(frame))
     return OK
@@ -311,7 +272,7 @@ def _do_list() -> int:
     console = Terminal()
     models = {
         "bundled": "a small GPT-2 that comes with the package; no network needed",
-        "./directory": "a folder made by save_pretrained",
+        "./directory": "a folder written by save_pretrained",
         "org/name@revision": "a model of the Hugging Face hub, such as gpt2",
     }
     for kind, about in (
@@ -327,10 +288,10 @@ def _do_list() -> int:
 
 
 def _check_task(task: str) -> None:
-    """Refuse a wrong task before torch is imported."""
+    """Return None if the task can be loaded, before torch is imported. Raises InputError otherwise."""
     if Path(task).suffix.lower() in (".jsonl", ".csv"):
         if not is_file(task):
-            raise InputError(f"There is no file {clip(task, 200)!r}.")
+            raise InputError(f"File {clip(task, 200)!r} does not exist.")
         return
     from mechinterp.tasks.task import load_task
 
@@ -347,15 +308,17 @@ def _print_result(console: Console, document: Any) -> None:
     console.print()
 
 
-def _print_roles(console: Console, found: Any) -> None:
+def _print_roles(console: Console, measured: Any) -> None:
     from mechinterp.views.terminal_tables import names_table
 
-    if found.roles:
-        console.print(names_table("role", {role["label"]: ", ".join(role["nodes"]) for role in found.roles.values()}))
-    say(console, f"{len(found.predictions)} predictions hold on held-out pairs")
-    for entry in found.failed:
-        say(console, f"left out, for it does not hold there: {entry.prediction!r} (got {entry.value:.4g})")
-    for note in found.notes:
+    if measured.roles:
+        console.print(
+            names_table("role", {role["label"]: ", ".join(role["nodes"]) for role in measured.roles.values()})
+        )
+    say(console, f"{len(measured.predictions)} predictions hold on held-out pairs")
+    for entry in measured.failed:
+        say(console, f"left out, because it does not hold there: {entry.prediction!r} (got {entry.value:.4g})")
+    for note in measured.notes:
         say(console, f"note: {note}")
     console.print()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,15 +38,16 @@ def _export(
     return partial(_do_export, file, format, out)
 
 
-@commands.command("import", help=IMPORT_HELP, short_help="Make a circuit file of another tool's file.")
+@commands.command("import", help=IMPORT_HELP, short_help="Make a circuit file from another tool's file.")
+@options.takes("path", "format", "out", "model")
 def _import(
     path: Annotated[str, typer.Argument(help="The other tool's file, or folder.")],
     format: Annotated[str, typer.Option(help=f"{', '.join(IMPORT_FORMATS)}.")],
     out: Annotated[Path, typer.Option(help="The circuit file to write: NAME.circuit.json.")],
-    model: options.Model = "bundled",
+    **values: Any,
 ) -> Action:
     options.check_name("format", format, IMPORT_FORMATS)
-    return partial(_do_import, path, format, model, out)
+    return partial(_do_import, path, format, values["model"], out)
 
 
 @commands.command(
@@ -64,7 +65,7 @@ def _cite(file: options.File) -> Action:
 @commands.command("diff", help=DIFF_HELP, short_help="Compare two circuit files.")
 def _diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A circuit file, or the name of a stored circuit.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another circuit file or name.")],
     top: Annotated[int, typer.Option(min=1, help="Rows of each table of edges and nodes.")] = 20,
     out: Annotated[Path | None, typer.Option(help="Draw the difference as a page (.html) or picture (.svg).")] = None,
 ) -> Action:
@@ -108,7 +109,7 @@ def _validate_submission(folder: Path) -> int:
     for line in problems:
         say(Terminal(), line)
     if problems:
-        raise FormatError(f"{folder} is no submission that MIB takes: {len(problems)} problems.")
+        raise FormatError(f"{folder} is not a submission that MIB accepts: {len(problems)} problems.")
     say(Terminal(), f"valid: {folder}, as a submission to MIB's circuit track")
     return 0
 

@@ -1,4 +1,4 @@
-"""What the command line says: methods and metrics with one line each, help texts. No torch is needed to read it."""
+"""Texts of the command line: methods and metrics in one line each, and the help of every command. Imports no torch."""
 
 METHODS = {
     "eap": "edge attribution patching, the gradient at the clean run (Syed et al. 2023)",
@@ -27,11 +27,6 @@ METRICS = {
     "kl_to_clean": "KL(full model || circuit), needs no answers",
     "l2_to_clean": "distance of the logits, needs no answers",
 }
-LEVELS = ("edge", "node", "neuron")
-RULES = ("top", "greedy", "ilp")
-"""The same as `mechinterp.graphs.select.RULES`."""
-REPLACEMENTS = ("corrupt", "mean", "mean-positional", "zero")
-"""The same as `mechinterp.engines.replacement.KINDS`."""
 EXPORT_FORMATS = {
     "eap-ig-json": "EAP-IG's and MIB's graph as JSON",
     "eap-ig-pt": "the same as tensors (.pt)",
@@ -54,11 +49,11 @@ HELP = f"""Find the circuit of a task in a transformer, write it to a file, and 
 \b
   discover-circuit run ioi                  a circuit of the bundled model, no network needed
   discover-circuit compare ioi              several methods on one task, as a table and a page
-  discover-circuit eval FILE --task other   how well does it do on that task?
+  discover-circuit eval FILE --task other   how faithful is it on that task?
   discover-circuit verify FILE              run the file again: does every claim hold?
   discover-circuit show FILE                its heads and edges
   discover-circuit view FILE                its page in the browser
-  discover-circuit validate|cite FILE       its form and hashes; BibTeX
+  discover-circuit validate|cite FILE       check its form and hashes; print BibTeX
   discover-circuit export|import FILE       other tools' formats
   discover-circuit diff A B                 how two circuit files differ
   discover-circuit push|pull                share files through the Hugging Face hub
@@ -72,8 +67,8 @@ TASK is a task of the package (see `discover-circuit list`), your own task file 
 .csv with the columns clean, corrupt, right, wrong as texts or token ids).
 
 Without --edges and --threshold the circuit is the smallest on a log grid that recovers 90 % of the metric on the
-pairs it was found with; methods cd, acdc, path-patching and learned masks choose their own. A run
-that was killed goes on where it was when the same command is given again.
+train pairs; methods cd, acdc, path-patching and learned masks choose their own. A run that was
+killed resumes when the same command is given again.
 
 \b
   discover-circuit run ioi
@@ -101,9 +96,9 @@ EXPORT_HELP = f"""Write a circuit file in another tool's format, and say what th
 
 {EXIT_CODES}
 """
-IMPORT_HELP = f"""Make a circuit file of another tool's file: its edges, on the graph of a model.
+IMPORT_HELP = f"""Make a circuit file from another tool's file: its edges, on the graph of a model.
 
-Scores are left out, because no file says which sign they have; from Python they can be read when told.
+Scores are left out, because these files do not state their sign; from Python they can be read if you state it.
 
 \b
   discover-circuit import graph.json --format eap-ig-json --model gpt2 --out mine.circuit.json
@@ -124,8 +119,8 @@ no network. Attention patterns need the model; where it is not available they ar
 VERIFY_HELP = f"""Check a circuit file: every hash, the model, the pairs, and the evaluation run again.
 
 FILE is a .circuit.json, or the name of a stored circuit (see `discover-circuit list`). Three lists say what was
-recomputed, what only a hash holds, and what is free text. Warnings name what could mislead though every claim holds:
-parts that were left out, few examples, names that are not what they seem.
+recomputed, what is only protected by a hash, and what is free text. Warnings say what could mislead even if every claim
+holds: parts that were left out, few examples, names that do not mean what they say.
 
 \b
   discover-circuit verify out/ioi-bundled-eap-ig.circuit.json
@@ -135,7 +130,8 @@ parts that were left out, few examples, names that are not what they seem.
 """
 COMPARE_HELP = f"""Compare methods on one task: faithfulness of their circuits at ten sizes, areas, overlap, cost.
 
-Sizes and areas (CPR, CMD) are those of MIB. All methods are scored on the same pairs and evaluated on the same others.
+Sizes and areas (CPR, CMD) are those of MIB. All methods score the same train pairs
+and are evaluated on the same held-out pairs.
 
 \b
   discover-circuit compare ioi
@@ -144,7 +140,7 @@ Sizes and areas (CPR, CMD) are those of MIB. All methods are scored on the same 
 
 {EXIT_CODES}
 """
-DIFF_HELP = """Compare what two circuit files say: edges, nodes, roles, scores, and how they were made. No model runs.
+DIFF_HELP = """Compare two circuit files: edges, nodes, roles, scores, and how they were made. No model runs.
 
 A and B are circuit files, or names of stored circuits. Read the notes that come first: they say what cannot be
 compared. --out draws both circuits over each other.
@@ -157,14 +153,14 @@ Exit codes, as those of diff: 0 the same nodes and edges (whatever else differs)
 """
 VALIDATE_HELP = f"""Check form and hashes of a circuit file; no model is needed.
 
-Of a folder: whether MIB's circuit track would take it as a submission; every problem is named.
+For a folder: whether MIB's circuit track would accept it as a submission; every problem is listed.
 
 {EXIT_CODES}
 """
 PUSH_HELP = f"""Upload a circuit file, with its file of scores, to a repository of the Hugging Face hub, as one commit.
 
-The file is checked first. REPO is org/name, or datasets/org/name; it must exist. Who you are is taken from HF_TOKEN or
-`hf auth login`, the hub from HF_ENDPOINT.
+The file is checked first. REPO is org/name, or datasets/org/name; it must exist. Your identity is taken from HF_TOKEN
+or `hf auth login`, the address of the hub from HF_ENDPOINT.
 
 \b
   discover-circuit push out/ioi-gpt2-eap-ig.circuit.json me/circuits
@@ -173,8 +169,8 @@ The file is checked first. REPO is org/name, or datasets/org/name; it must exist
 """
 PULL_HELP = f"""Download a circuit file, with its file of scores, from the Hugging Face hub; check it, then keep it.
 
-Name the --revision: a commit (40 hex digits) is what can be had again; of a branch or tag the commit is printed. PATH
-may be left out where the repository has one circuit file.
+Give the --revision: only a commit (40 hex digits) is reproducible; for a branch or tag its commit is printed. PATH may
+be left out if the repository has one circuit file only.
 
 \b
   discover-circuit pull me/circuits/ioi-gpt2-eap-ig.circuit.json --revision COMMIT

@@ -25,8 +25,8 @@ Action = Callable[[], int]
 def _push(
     file: options.File,
     repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name, or datasets/org/name.")],
-    revision: Annotated[str, typer.Option(help="The branch that gets the commit.")] = "main",
-    message: Annotated[str | None, typer.Option(help="Of the commit.  [default: Add circuit NAME]")] = None,
+    revision: Annotated[str, typer.Option(help="Branch to commit to.")] = "main",
+    message: Annotated[str | None, typer.Option(help="Message of the commit.  [default: Add circuit NAME]")] = None,
 ) -> Action:
     return partial(_do_push, file, repo, revision, message)
 
@@ -34,9 +34,9 @@ def _push(
 @commands.command("pull", help=PULL_HELP, short_help="Download a circuit file from the Hugging Face hub.")
 def _pull(
     place: Annotated[str, typer.Argument(metavar="REPO[/PATH]", help="org/name or datasets/org/name, and the file.")],
-    revision: Annotated[str | None, typer.Option(help="A commit; also a branch or tag, whose commit is told.")] = None,
+    revision: Annotated[str | None, typer.Option(help="A commit; or a branch or tag, whose commit is printed.")] = None,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the files.")] = Path("."),
-    force: Annotated[bool, typer.Option("--force", help="Overwrite other files of these names.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite other files with these names.")] = False,
 ) -> Action:
     return partial(_do_pull, place, revision, out, force)
 
@@ -48,10 +48,10 @@ def _do_push(file: str, repo: str, revision: str, message: str | None) -> int:
     _quiet_hub()
     done = push_circuit(find_file(file), repo, revision=revision, message=message)
     console = Terminal()
-    word = "pushed" if done.new else "there already, unchanged:"
+    word = "pushed" if done.new else "already there, unchanged:"
     say(console, f"{word} {', '.join(done.files)}")
     say(console, f"commit {done.commit}")
-    say(console, f"to have it: discover-circuit pull {done.place} --revision {done.commit}")
+    say(console, f"to download it: discover-circuit pull {done.place} --revision {done.commit}")
     return 0
 
 
@@ -65,22 +65,22 @@ def _do_pull(place: str, revision: str | None, out: Path, force: bool) -> int:
     console = Terminal()
     say(console, f"pulled {done.place} at commit {done.commit}")
     for path in done.files:
-        say(console, f"{'wrote' if done.new else 'there already, the same:'} {path}")
+        say(console, f"{'wrote' if done.new else 'already there, the same:'} {path}")
     say(console, f"next: {verify_command(str(done.files[0]))}")
     return 0
 
 
 def _check_endpoint() -> None:
-    """Return None when HF_ENDPOINT can be an address. The hub's client would break when it is imported."""
+    """Return None if HF_ENDPOINT can be an address. Raises InputError otherwise: the hub's client would not import."""
     given = os.environ.get("HF_ENDPOINT", "")
     try:
         _ = urlsplit(given).port
     except ValueError as error:
-        raise InputError(f"HF_ENDPOINT is no address: {given[:100]!r} ({error}).") from error
+        raise InputError(f"HF_ENDPOINT is not an address: {given[:100]!r} ({error}).") from error
 
 
 def _quiet_hub() -> None:
-    """Stop the hub client's own lines and bars; what goes wrong is told in one line."""
+    """Turn off the hub client's own messages and bars; an error is one line of ours."""
     from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils.logging import set_verbosity_error
 

@@ -1,4 +1,4 @@
-"""Progress of long work on a terminal: one bar per stage, with the time that is left."""
+"""Progress bars on a terminal: one per stage, with the time that is left."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ STAGES = {
 
 @contextmanager
 def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A callback (stage, done, total) that shows each stage as a bar, where the console is a terminal.
+    """A callback (stage, done, total) that shows each stage as a bar if the console is a terminal.
 
-    The bars go away at the end. Meanwhile the package's warnings are printed above them, one line each.
+    The bars disappear at the end. The package's warnings are printed above them, one line each.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -52,7 +52,7 @@ def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
         if stage not in started:
             _finish(bars)
             started[stage] = bars.add_task(STAGES.get(stage, stage), total=None, count="")
-        # A stage that counts to 1 has no steps to tell: its bar pulses until it is done or the next one begins.
+        # A stage with one step has no progress to show: its bar pulses until it is done or the next stage begins.
         if done >= total:
             bars.update(started[stage], completed=total, total=total, count=f"{done:,}/{total:,}" if total > 1 else "")
         elif total > 1:
@@ -75,7 +75,7 @@ def _finish(bars: Progress) -> None:
 
 
 class _Lines(logging.Handler):
-    """Prints the records from warnings on, one line each."""
+    """Prints warnings and errors, one line each."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(logging.WARNING)

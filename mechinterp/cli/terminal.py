@@ -1,4 +1,4 @@
-"""What the command line prints on: a console, lines as they are, letters that the terminal knows."""
+"""Where the command line prints: a console, plain lines, and only letters that the terminal can show."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.console import Console
 
 
 class Terminal(Console):
-    """Standard output. When the reader stops reading, `main` answers; rich would end with 1, our "claim failed"."""
+    """Standard output. `main` handles a closed pipe; rich would exit with 1, which means "a claim failed" here."""
 
     def on_broken_pipe(self) -> None:
         """Pass the error on."""
@@ -16,7 +16,7 @@ class Terminal(Console):
 
 
 def say(console: Console, text: str) -> None:
-    """Print a line as it is: no markup, no wrapping (paths are to be copied), nothing that steers the terminal."""
+    """Print a line as it is: no markup, no wrapping (so that paths can be copied), no control codes."""
     from mechinterp.views.terminal_tables import plain
 
     indent = " " * (len(text) - len(text.lstrip(" ")))
@@ -24,14 +24,14 @@ def say(console: Console, text: str) -> None:
 
 
 def print_what_the_terminal_can() -> None:
-    """A letter that the terminal's encoding lacks becomes '?' instead of an error."""
+    """Print '?' for letters that the terminal's encoding lacks, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
 def quiet_libraries() -> None:
-    """Stop the libraries' own progress bars, which would run into ours."""
+    """Turn off the libraries' own progress bars, which would mix with ours."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

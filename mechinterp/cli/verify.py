@@ -1,4 +1,4 @@
-"""`discover-circuit verify`: which claims of a circuit file hold, how far that reaches, and what could mislead."""
+"""`discover-circuit verify`: which claims of a circuit file hold, how much was checked, and what could mislead."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ Action = Callable[[], int]
 
 
 @commands.command("verify", help=VERIFY_HELP, short_help="Check every claim of a circuit file again.")
+@options.takes("file", "model", "tolerance", "rescore", "strict", "device", "batch_size")
 def _verify(
     file: options.File,
-    model: Annotated[str | None, typer.Option(help="Use this model.  [default: the one that the file names]")] = None,
+    model: options.OtherModel = None,
     tolerance: Annotated[
         float | None, typer.Option(min=0, max=1, help="Relative tolerance.  [default: the file's own]")
     ] = None,
-    rescore: Annotated[bool, typer.Option("--rescore", help="Score all edges again, too.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail on any warning, too (exit code 1).")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: cpu]")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pairs at a time.")] = 32,
+    rescore: Annotated[bool, typer.Option("--rescore", help="Also score all edges again.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Also fail on any warning (exit code 1).")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs per forward.")] = 32,
+    **values: Any,
 ) -> Action:
-    asked = dict(model=model, tolerance=tolerance, rescore=rescore, device=device, batch_size=batch_size)
-    return partial(_do_verify, file, strict, asked)
+    own = dict(model=model, tolerance=tolerance, rescore=rescore, batch_size=batch_size)
+    return partial(_do_verify, file, strict, own | values)
 
 
-def _do_verify(file: str, strict: bool, asked: dict[str, Any]) -> int:
+def _do_verify(file: str, strict: bool, values: dict[str, Any]) -> int:
     from mechinterp.cli.progress_bars import stages
 
     path, console = find_file(file), Terminal()
@@ -48,10 +49,10 @@ def _do_verify(file: str, strict: bool, asked: dict[str, Any]) -> int:
         from mechinterp.pipeline import verify
 
         quiet_libraries()
-        if plan := plan_of_file(path, asked["rescore"]):
+        if plan := plan_of_file(path, values["rescore"]):
             say(console, plan)
         try:
-            result = verify(path, progress=progress, **asked)
+            result = verify(path, progress=progress, **values)
         except UnverifiedModel as error:
             result, absent = error.verification, error
     _print_found(console, result)

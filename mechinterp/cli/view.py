@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,24 +22,25 @@ Action = Callable[[], int]
 
 
 @commands.command("view", help=VIEW_HELP, short_help="Write and open the page of a circuit file.")
+@options.takes("file", "out", "model", "device", "open_page")
 def _view(
     file: options.File,
     out: Annotated[
         Path | None,
-        typer.Option(help="The page to write.  [default: NAME.report.html beside the file, here for a stored circuit]"),
+        typer.Option(help="The page to write.  [default: NAME.report.html beside the file; here for a stored circuit]"),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Use this model.  [default: the one that the file names]")] = None,
-    device: options.Device = None,
+    model: options.OtherModel = None,
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
+    **values: Any,
 ) -> Action:
-    return partial(_do_view, file, out, model, device, open_page)
+    return partial(_do_view, file, out, model, values["device"], open_page)
 
 
 def _do_view(file: str, out: Path | None, model: str | None, device: str | None, open_page: bool) -> int:
     from mechinterp.cli.progress_bars import stages
 
     path, console = find_file(file), Terminal()
-    if out is None and path != Path(file):  # a stored circuit lies among the package's files
+    if out is None and path != Path(file):  # a stored circuit is inside the package
         out = Path(f"{file}.report.html")
     with stages(Console(stderr=True)) as progress:
         from mechinterp.views.report.view import write_page
@@ -55,6 +56,6 @@ def _do_view(file: str, out: Path | None, model: str | None, device: str | None,
 
 
 def open_in_browser(page: Path) -> None:
-    """Ask the desktop to open a page; where it cannot, the page is still there, and its path was printed."""
+    """Ask the desktop to open a page. If it cannot, nothing is lost: the path of the page was printed."""
     with suppress(webbrowser.Error, OSError):
         webbrowser.open(page.resolve().as_uri())

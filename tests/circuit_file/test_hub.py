@@ -234,7 +234,7 @@ def test_other_files_are_overwritten_only_by_force(
     assert cli.main([*arguments, "--force"]) == 0
     assert (tmp_path / SIDECAR.name).read_bytes() == SIDECAR.read_bytes()
     times = [path.stat().st_mtime_ns for path in tmp_path.iterdir()]
-    assert cli.main(arguments) == 0 and "there already, the same" in capsys.readouterr().out
+    assert cli.main(arguments) == 0 and "already there, the same" in capsys.readouterr().out
     assert [path.stat().st_mtime_ns for path in tmp_path.iterdir()] == times
 
 

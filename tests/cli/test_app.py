@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-from mechinterp import pipeline
+from mechinterp import pipeline, run_spec
 from mechinterp.circuit_file import stored
 from mechinterp.cli import app as cli
-from mechinterp.cli import options
 from mechinterp.discovery import checkpoint
 from mechinterp.discovery.method import METHODS
 from mechinterp.engines.replacement import KINDS
@@ -115,8 +114,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_names_that_are_listed_are_those_that_are_registered() -> None:
     assert tuple(sorted(cli.METHODS)) == METHODS.names()
     assert set(cli.METRICS) <= set(METRICS.names())
-    assert options.REPLACEMENTS == KINDS and options.RULES == RULES
-    assert options.LEVELS[:2] == LEVELS
+    assert run_spec.REPLACEMENTS == KINDS and run_spec.RULES == RULES
+    assert run_spec.LEVELS[:2] == LEVELS
     assert {"logit_diff", "prob", "log_prob", "prob_diff", "kl_to_clean", "l2_to_clean", "accuracy"} == set(cli.METRICS)
 
 

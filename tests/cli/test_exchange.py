@@ -68,7 +68,7 @@ def test_validate_a_submission(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["export", "STORED", "--format", "mib"], "mib"),
         (["import", "STORED", "--format", "eap-ig-json", "--out", "x.circuit.json"], "circuit.json"),
         (["import", "STORED", "--format", "eap-ig-json", "--out", "x.json"], "circuit.json"),
-        (["validate", "MODEL"], "no submission that MIB takes: 2 problems"),
+        (["validate", "MODEL"], "not a submission that MIB accepts: 2 problems"),
         (["cite", "nothing"], "nothing"),
     ],
 )

@@ -1,0 +1,234 @@
+"""What a run does: each option once, with type, default, bounds and help. Imports no torch.
+
+The command line makes its parameters and checks from these fields (`cli/options.py`), and `command_of` writes the
+command that repeats a run, so a new option is one field here.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from mechinterp.circuit_file.limits import MAX_EXAMPLES
+
+LEVELS = ("edge", "node", "neuron")
+ORDERS = ("value", "magnitude")
+RULES = ("top", "greedy", "ilp")
+"""The same as `mechinterp.graphs.select.RULES`."""
+REPLACEMENTS = ("corrupt", "mean", "mean-positional", "zero")
+"""The same as `mechinterp.engines.replacement.KINDS`."""
+NEURONS = 50
+"""Neurons that become nodes by default."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a field of `RunSpec` is written on the command line.
+
+    Args:
+        help: Its line of `--help`; `{names}` stands for the known names.
+        flag: By default the field's name with dashes.
+        metavar: What `--help` calls its value; by default the type.
+        least: Smallest number allowed.
+        most: Largest number allowed.
+        kind: What the value names, for the message about an unknown name: a method, a level.
+        names: The known names of that kind; empty if a registry has them.
+        default_of: The option whose value this one takes on the command line if it is not given.
+        after: The option below which `--help` shows this one; by default the field before it.
+        recorded: Whether a circuit file records it; what cannot change the circuit is not recorded.
+    """
+
+    help: str
+    flag: str = ""
+    metavar: str | None = None
+    least: int | float | None = None
+    most: int | float | None = None
+    kind: str = ""
+    names: tuple[str, ...] = ()
+    default_of: str = ""
+    after: str = ""
+    recorded: bool = True
+
+
+def option(help: str, **how: Any) -> dict[str, Option]:
+    """The metadata of a field: its `Option`."""
+    return {"option": Option(help, **how)}
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What to discover, and how.
+
+    Without `edges`, `nodes` and `threshold` the circuit is the smallest on a log grid of sizes whose faithfulness on
+    the train pairs reaches 0.9, or the one that the method itself chooses (`cd`).
+
+    Args:
+        task: The name of a task, a task file (.yaml), or a file of pairs (.jsonl, .csv).
+        model: `bundled`, a directory, or a hub id (also `id@revision`).
+        revision: Branch, tag or commit of a hub model.
+        method: How edges are scored: a name in `METHODS`.
+        metric: Task performance: a name in `METRICS`; by default the task's own.
+        steps: Integration steps of `eap-ig`; by default 5.
+        level: What is chosen: `edge`, `node`, or `neuron` (nodes, with the strongest neurons among them).
+        positions: Named positions at which edges are told apart, separated by commas, or `all`.
+        neurons: Number of neurons that become nodes at level `neuron`; by default 50.
+        edges: Edges to select: a number, or a share such as `5%`.
+        nodes: The same for nodes, at level `node` or `neuron`.
+        threshold: Selects every edge whose score (or its magnitude, see `by`) is above this, in the metric's unit.
+        rule: How edges are selected: `top`, `greedy` or `ilp` (see `select`).
+        by: The order of edges: `value` (the most helpful first) or `magnitude`.
+        ratio: Share of the edges, from 0 to 1, that are taken from the most helpful ones first.
+        examples: Train pairs, with which the circuit is discovered. Of a file of pairs these are the first.
+        test_examples: Held-out pairs, on which it is evaluated. Of a file of pairs these are the next.
+        seed: Seed of the pairs, the random circuits and the intervals.
+        dtype: The model's dtype; by default float32.
+        device: The model's device; by default the CPU.
+        batch_size: Pairs per forward; does not change the result.
+        replacement: What a cut edge carries: `corrupt`, `mean`, `mean-positional` or `zero`.
+        settings: Further parameters of the method, each as `name=value`.
+        roles: Whether to measure roles of heads and MLPs (see `measured_roles`), on at most 100 train and test pairs.
+        restart: Start again instead of resuming a killed run, and delete the states of all unfinished runs that write
+            the same file.
+        out: Folder for the files.
+    """
+
+    task: str = field(metadata=option("The name of a task, or a file.", metavar="TASK|PAIRS_FILE", recorded=False))
+    model: str = field(default="bundled", metadata=option("'bundled', a directory, or a hub id (also id@revision)."))
+    revision: str | None = field(default=None, metadata=option("Branch, tag or commit of a hub model."))
+    method: str = field(default="eap-ig", metadata=option("How edges are scored: {names}.", kind="method"))
+    metric: str | None = field(
+        default=None, metadata=option("The measure of task performance.  [default: the task's]", kind="metric")
+    )
+    steps: int | None = field(
+        default=None, metadata=option("Integration steps of eap-ig.  [default: 5]", least=1, most=1000)
+    )
+    level: str = field(
+        default="edge",
+        metadata=option("What is chosen: {names} (heads, MLPs and single neurons).", kind="level", names=LEVELS),
+    )
+    positions: str | None = field(
+        default=None,
+        metadata=option("Separate edges by these named positions: names separated by commas, or 'all'."),
+    )
+    neurons: int | None = field(
+        default=None,
+        metadata=option(f"The strongest neurons that become nodes, for --level neuron.  [default: {NEURONS}]", least=1),
+    )
+    edges: int | str | None = field(default=None, metadata=option("Select this many edges, or a share such as 5%."))
+    nodes: int | str | None = field(default=None, metadata=option("The same for nodes, with --level node or neuron."))
+    threshold: float | None = field(
+        default=None, metadata=option("Select every edge whose score (or its magnitude, see --by) is above this.")
+    )
+    rule: str = field(
+        default="top",
+        metadata=option(
+            "top, greedy (grown back from the logits), or ilp (the best circuit of its size).", kind="rule", names=RULES
+        ),
+    )
+    by: str = field(
+        default="magnitude",
+        metadata=option(
+            "Order edges by score: value (the most helpful first) or magnitude.",
+            kind="order",
+            names=ORDERS,
+            after="threshold",
+        ),
+    )
+    ratio: float | None = field(
+        default=None, metadata=option("Take this share of the edges from the most helpful ones first.", least=0, most=1)
+    )
+    examples: int = field(
+        default=200, metadata=option("Train pairs, to find the circuit with.", least=2, most=MAX_EXAMPLES)
+    )
+    test_examples: int = field(
+        default=200, metadata=option("Held-out pairs.", least=2, most=MAX_EXAMPLES, default_of="examples")
+    )
+    seed: int = field(default=0, metadata=option("Seed of the pairs, the random circuits and the intervals.", least=0))
+    dtype: str | None = field(default=None, metadata=option("float32, bfloat16, ...  [default: float32]"))
+    device: str | None = field(default=None, metadata=option("cpu, cuda, cuda:1, mps.  [default: cpu]", recorded=False))
+    batch_size: int = field(default=32, metadata=option("Pairs per forward; does not change the result.", least=1))
+    replacement: str = field(
+        default="corrupt",
+        metadata=option("What a cut edge carries: {names}.", kind="replacement", names=REPLACEMENTS, after="ratio"),
+    )
+    settings: tuple[str, ...] = field(
+        default=(),
+        metadata=option("A parameter of the method; repeatable.", flag="--set", metavar="NAME=VALUE", after="steps"),
+    )
+    roles: bool = field(default=True, metadata=option("Measure roles of heads and MLPs, as predictions."))
+    restart: bool = field(
+        default=False,
+        metadata=option("Start again, and delete the states of unfinished runs that write this file.", recorded=False),
+    )
+    out: Path = field(default=Path("out"), metadata=option("Folder for the files.", after="batch_size", recorded=False))
+
+
+COMPARE = (
+    *("task", "methods", "model", "revision", "metric", "settings", "level", "positions", "neurons", "replacement"),
+    *("sizes", "examples", "seed", "dtype", "device", "batch_size", "out"),
+)
+"""The options of `discover-circuit compare` as `--help` shows them; all but `methods` and `sizes` are fields."""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A field of `RunSpec`: its name, type and default (`dataclasses.MISSING` for the task), and its option."""
+
+    name: str
+    hint: Any
+    default: Any
+    option: Option
+
+    @property
+    def flag(self) -> str:
+        """The option as it is typed: `--batch-size`."""
+        return self.option.flag or f"--{self.name.replace('_', '-')}"
+
+
+def declared() -> dict[str, Declared]:
+    """The fields of `RunSpec` by name, in their order."""
+    hints = get_type_hints(RunSpec)
+    return {f.name: Declared(f.name, hints[f.name], f.default, f.metadata["option"]) for f in fields(RunSpec)}
+
+
+def shown_order() -> tuple[str, ...]:
+    """The names of all fields in the order in which `discover-circuit run --help` shows them."""
+    known = declared()
+    order = [name for name in known if not known[name].option.after]
+    for name in known:
+        if after := known[name].option.after:
+            order.insert(order.index(after) + 1, name)
+    return tuple(order)
+
+
+def words_of(spec: RunSpec, names: Iterable[str]) -> list[str]:
+    """The words of a command line that set these fields of `spec`: those that are recorded and not the default."""
+    known, words = declared(), list[str]()
+    for name in names:
+        flag, option, default, value = known[name].flag, known[name].option, known[name].default, getattr(spec, name)
+        same = getattr(spec, option.default_of) if option.default_of else default
+        if not option.recorded or value == same:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag.removeprefix('--')}")
+        elif isinstance(value, tuple):
+            words += [word for entry in value for word in (flag, str(entry))]
+        else:
+            words += [flag, str(value)]
+    return words
+
+
+def command_of(spec: RunSpec) -> str:
+    """The command line that repeats a run, without the folder of its files."""
+    return shlex.join(["discover-circuit", "run", spec.task, *words_of(spec, declared())])
+
+
+def compare_command(spec: RunSpec, methods: Sequence[str], sizes: str) -> str:
+    """The command line that repeats a comparison, without the folder of its page."""
+    words = ["discover-circuit", "compare", spec.task, "--methods", ",".join(methods), "--sizes", sizes]
+    others = [name for name in COMPARE if name in declared() and name not in ("settings", "examples")]
+    words += [*words_of(spec, ("settings", *others)), "--examples", str(spec.examples)]
+    return shlex.join(words)
