@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mechinterp.base.registry import unknown
 from mechinterp.circuit_file.circuit_file import load_circuit, save_circuit
 from mechinterp.circuit_file.diff import CircuitDiff, diff_circuits
 from mechinterp.circuit_file.formats.bibtex import citation_of
-from mechinterp.circuit_file.formats.exports import EXPORTS, export_circuit, write_export
-from mechinterp.circuit_file.formats.imports import IMPORTS, import_circuit
+from mechinterp.circuit_file.formats.exports import export_circuit, write_export
+from mechinterp.circuit_file.formats.imports import import_circuit
+from mechinterp.circuit_file.formats.names import EXPORTS, IMPORTS
 from mechinterp.circuit_file.schema import CircuitFile, Origin
 from mechinterp.circuit_file.store import SUFFIX, check_hashes, open_circuit_file
 from mechinterp.graphs.circuit import Circuit
@@ -29,11 +29,10 @@ def export_file(file: str | Path, format: str, out: str | Path | None = None) ->
 
     Raises InputError for an unknown format, UnsupportedError for a circuit that the format has no way to say.
     """
-    if format not in EXPORTS:
-        raise unknown("format", format, EXPORTS)
+    chosen = EXPORTS.get(format)
     circuit, document = opened(file)
-    target = Path(Path(file).name.removesuffix(SUFFIX) + EXPORTS[format].suffix) if out is None else Path(out)
-    return write_export(target, export_circuit(circuit, document, format)), EXPORTS[format].lost
+    target = Path(Path(file).name.removesuffix(SUFFIX) + chosen.suffix) if out is None else Path(out)
+    return write_export(target, export_circuit(circuit, document, format)), chosen.lost
 
 
 def import_file(path: str | Path, format: str, model: str, out: str | Path) -> CircuitFile:
@@ -42,11 +41,10 @@ def import_file(path: str | Path, format: str, model: str, out: str | Path) -> C
     No file says what sign its scores have, so they are left out; `mechinterp.circuit_file.formats.imports` reads them
     when told.
     """
-    if format not in IMPORTS:
-        raise unknown("format", format, IMPORTS)
+    IMPORTS.get(format)
     manager = load_model(model)
     circuit = import_circuit(path, format, dims=manager.dims)
-    origin = Origin(source=IMPORTS[format].title, path=Path(path).name)
+    origin = Origin(source=IMPORTS.about()[format], path=Path(path).name)
     return save_circuit(out, circuit, model=manager, status="imported", derived_from=(origin,))
 
 

@@ -11,7 +11,9 @@ import typer
 
 from mechinterp.base.errors import InputError
 from mechinterp.base.registry import unknown
-from mechinterp.cli.help import LEVELS, METHODS, METRICS, REPLACEMENTS, RULES
+from mechinterp.cli.help import LEVELS, REPLACEMENTS, RULES
+from mechinterp.discovery.methods import METHODS
+from mechinterp.tasks.metric_names import METRICS
 
 SIZE = re.compile(r"[1-9][0-9]{0,8}|[0-9]{1,3}(\.[0-9]{1,9})? ?%")
 COMPARED = {"edge": "eap,eap-ig,cd,cd-edges,random", "node": "eap,eap-ig,relp,cd-edges,random"}

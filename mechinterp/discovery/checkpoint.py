@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mechinterp.base.atomic_write import write_whole
 from mechinterp.base.errors import InputError
+from mechinterp.base.settings import Parameter
 from mechinterp.graphs.graph import Graph
-from mechinterp.graphs.scores import Parameter
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.pairs import Pairs
 

@@ -8,25 +8,20 @@ edges are patched (`meaning=direct`), so that a score is exactly that of `exact`
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, cast
 
 from mechinterp.analysis.path_patching import MEANINGS, path_patching
 from mechinterp.base.errors import InputError
-from mechinterp.base.registry import unknown
+from mechinterp.base.settings import Setting
 from mechinterp.discovery.cd import between
-from mechinterp.discovery.method import METHODS, Job, Method
+from mechinterp.discovery.method import REPLACEMENT, Job, Method
 from mechinterp.graphs.circuit import on_paths
 from mechinterp.graphs.scores import Scores
 
 
 def _path_patching(job: Job) -> Scores:
-    model, graph, top, meaning = job.model, job.graph, job.settings["top"], str(job.settings["meaning"])
-    if type(top) is not int or top < 1:
-        raise InputError(f"top must be a whole number of nodes, at least 1; got {top!r}.")
-    if meaning not in MEANINGS:
-        raise unknown("meaning", meaning, MEANINGS)
-    if job.replacement != "corrupt":
-        raise InputError("'path-patching' sends the corrupt run's values: replacement 'corrupt'.")
+    model, graph, top, meaning = job.model, job.graph, int(job.settings["top"]), str(job.settings["meaning"])
     if graph.split_input:
         raise InputError("'path-patching' takes the input as one node; build the graph without split_input.")
     table, forwards = job.zeros(), 0.0
@@ -63,14 +58,15 @@ def _path_patching(job: Job) -> Scores:
     return job.scores("path-patching", table * mask * len(job.pairs), cost, additive=False)
 
 
-METHODS.register(
+PATH_PATCHING = Method(
     "path-patching",
-    Method(
-        "path-patching",
-        "Path patching from the logits back, the strongest senders being the next receivers",
-        "Wang et al. 2022, arXiv 2211.00593",
-        _path_patching,
-        {"replacement": "corrupt", "top": 6, "meaning": "direct"},
-        threshold=0.0,
-    ),
+    "Path patching from the logits back, the strongest senders being the next receivers",
+    "Wang et al. 2022, arXiv 2211.00593",
+    _path_patching,
+    {
+        "replacement": replace(REPLACEMENT, choices=("corrupt",)),
+        "top": Setting(6, "senders of a round that become receivers", least=1),
+        "meaning": Setting("direct", "which paths are patched", choices=tuple(MEANINGS)),
+    },
+    threshold=0.0,
 )

@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechinterp.base.errors import InputError, clip
+from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress, no_progress
+from mechinterp.base.settings import Setting, check_settings
 from mechinterp.discovery.method import score_edges
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import Graph
@@ -27,7 +28,12 @@ from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 
-MOST_RESAMPLES = 10_000
+STABLE = {
+    "resamples": Setting(100, "how often the examples are drawn again", least=2, most=10_000),
+    "agreement": Setting(0.975, "the share of resamples that must have the sign", above=0.5, most=1),
+    "seed": Setting(0, "the seed of the resamples"),
+}
+"""The settings of `stable_scores`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,12 +123,7 @@ def stable_scores(
     Raises InputError for fewer than 2 examples or resamples, an agreement that is not above 0.5 and up to 1, and what
     `score_edges` refuses.
     """
-    if type(resamples) is not int or not 2 <= resamples <= MOST_RESAMPLES:
-        raise InputError(f"resamples must be a whole number from 2 to {MOST_RESAMPLES}; got {resamples!r}.")
-    if isinstance(agreement, (bool, str)) or not 0.5 < agreement <= 1:
-        raise InputError(f"agreement is a share of the resamples, above 0.5 and up to 1; got {agreement!r}.")
-    if type(seed) is not int or not -(2**63) <= seed < 2**63:
-        raise InputError(f"seed must be a whole number of 64 bits; got {clip(repr(seed), 60)}.")
+    check_settings("stable_scores", STABLE, {"resamples": resamples, "agreement": agreement, "seed": seed})
     if len(pairs) < 2:
         raise InputError("One example drawn again is always itself; give at least 2 pairs.")
     rows = torch.randint(len(pairs), (resamples, len(pairs)), generator=torch.Generator().manual_seed(seed))

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from mechinterp.base.errors import InputError, clip
 from mechinterp.base.registry import unknown
+from mechinterp.base.settings import Parameter
 from mechinterp.graphs.circuit import Circuit, on_paths
 from mechinterp.graphs.graph import Graph
-from mechinterp.graphs.scores import Parameter, Scores
+from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select_ilp import TIME_LIMIT, best_edges
 
 RULES = ("top", "greedy", "ilp")

@@ -5,6 +5,7 @@ Text is escaped letter by letter. Letters beyond Latin-1, which pdflatex has no 
 
 from __future__ import annotations
 
+from mechinterp.circuit_file.formats.format import Export
 from mechinterp.circuit_file.formats.links import edge_scores, printable, score_text
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.circuit_file.summary import finding
@@ -86,3 +87,6 @@ def _node(writer: str, reader: str) -> str:
     """The node that an edge leaves, at the edge's position where it has one."""
     _, at, position = reader.partition("@")
     return f"{writer}{at}{position}"
+
+
+EXPORT = Export(".tex", to_latex, "Lost: all but the 40 strongest edges; scores have 4 digits.")

@@ -22,7 +22,7 @@ def check_discovery(document: CircuitFile, ledger: Ledger) -> None:
     with ledger.claimed("discovery.method"):
         method = METHODS.get(stated.method)
         ledger.equal("discovery.method", stated.method, method.name)
-        foreign = sorted(set(stated.parameters) - set(method.defaults) - set(BOOTSTRAP))
+        foreign = sorted(set(stated.parameters) - set(method.settings) - set(BOOTSTRAP))
         ledger.equal("discovery.parameters", foreign, [], f"method {method.name!r} has no such parameter")
     with ledger.claimed("discovery.metric"):
         ledger.equal("discovery.metric", stated.metric, metric_record(stated.metric.name))

@@ -13,6 +13,7 @@ from mechinterp.base.canonical_json import six_digits
 from mechinterp.base.errors import InputError, MechInterpError, ModelNotAvailable, clip
 from mechinterp.base.plain_files import is_file, is_folder, read_bounded
 from mechinterp.base.progress import StageProgress, no_stages
+from mechinterp.base.settings import check_settings
 from mechinterp.circuit_file.circuit_file import stated_circuit, stated_graph, stated_scores
 from mechinterp.circuit_file.provenance import versions
 from mechinterp.circuit_file.records import (
@@ -25,7 +26,7 @@ from mechinterp.circuit_file.records import (
     tolerance_for,
 )
 from mechinterp.circuit_file.schema import CircuitFile, CurveRecord, TaskPairs, TaskRecord, Tolerance, circuit_sha256
-from mechinterp.circuit_file.setting_types import SELECTION, STABLE, check_types
+from mechinterp.circuit_file.setting_types import SELECTION
 from mechinterp.circuit_file.store import OpenedFile, inside, open_circuit_file
 from mechinterp.circuit_file.verify.claims import Ledger, UnverifiedModel, Verification
 from mechinterp.circuit_file.verify.coverage import applies_again, extent_of
@@ -35,8 +36,8 @@ from mechinterp.circuit_file.verify.predicted import check_stated_predictions
 from mechinterp.circuit_file.verify.published import check_published
 from mechinterp.circuit_file.verify.shared_examples import compare_with_discovery, compare_with_task, distinct_prompts
 from mechinterp.circuit_file.verify.warnings import stated_warnings
-from mechinterp.discovery.method import check_settings, score_edges
-from mechinterp.discovery.stable import stable_scores
+from mechinterp.discovery.method import METHODS, score_edges
+from mechinterp.discovery.stable import STABLE, stable_scores
 from mechinterp.evaluation.faithfulness import ablation_of, evaluate
 from mechinterp.evaluation.sizes import CurvePoint, size_curve, smallest_faithful
 from mechinterp.graphs.circuit import Circuit
@@ -160,7 +161,7 @@ def _check_selection(circuit: Circuit, document: CircuitFile, ledger: Ledger) ->
     if circuit.scores is None or not applies_again(document):  # which `verify` warns of
         return
     with ledger.claimed("selection"):
-        check_types(parameters, SELECTION)
+        check_settings("select", SELECTION, parameters)
         again = select(circuit.graph, circuit.scores, **parameters)
         differ = sorted(set(again.edges) ^ set(circuit.edges))
         detail = f"{len(differ)} edges differ, first {differ[0]}" if differ else ""
@@ -317,7 +318,7 @@ def _check_curve(
         ledger.failed("curve", f"not run: the pairs {curve.pairs!r} are not what the file states")
         return
     with ledger.claimed("curve"):
-        check_types({name: parameters[name] for name in ("rule", "by", "ratio") if name in parameters}, SELECTION)
+        check_settings("select", SELECTION, {k: v for k, v in parameters.items() if k in ("rule", "by", "ratio")})
         again = size_curve(
             model,
             scores,
@@ -353,8 +354,9 @@ def _rescore(
     with ledger.claimed("scores again"):
         settings: dict[str, Any] = dict(stated.parameters)
         stable = {name: settings.pop(f"{BOOTSTRAP}{name}") for name in STABLE if f"{BOOTSTRAP}{name}" in settings}
-        check_types(stable, STABLE)
-        check_settings(stated.method, settings)  # a file must not reach the other arguments, such as `resume`
+        check_settings("stable_scores", STABLE, stable)
+        known = METHODS.get(stated.method).settings
+        check_settings(f"method {stated.method!r}", known, settings)  # other arguments, such as `resume`, are refused
         score = score_edges
         if stable:
 
