@@ -179,7 +179,7 @@ def imports() -> str:
 
 def fields() -> str:
     """Every field of a circuit file: one table for each of the schema's classes, in the order of use."""
-    texts = _field_texts(schema) | _field_texts(schema_parts) | _field_texts(predictions)
+    texts = _field_texts(schema) | _field_texts(predictions)
     definitions: dict[str, Any] = schema.json_schema()
     known: dict[str, Any] = definitions["$defs"]
     out: list[str] = []

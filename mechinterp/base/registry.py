@@ -6,7 +6,6 @@ import difflib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module, metadata
 from typing import Any, Generic, TypeVar
 
@@ -128,7 +127,7 @@ class Registry(Generic[T]):
         if self._plugins is None:
             return
         group, self._plugins = self._plugins, None
-        for point in _installed().select(group=group):
+        for point in _installed(group):
             package = point.dist.name if point.dist is not None else point.value
             if point.name in self._about:
                 other = self._plugin_of.get(point.name, "mechinterp")
@@ -170,11 +169,11 @@ def _attribute(where: str) -> Any:
     return value
 
 
-@cache
-def _installed() -> metadata.EntryPoints:
-    """The entry points of all installed packages; none, with a warning, if a package's list cannot be read."""
+def _installed(group: str) -> Iterable[metadata.EntryPoint]:
+    """The entry points of a group in all installed packages; none, with a warning, if a package's list is broken."""
     try:
-        return metadata.entry_points()
+        return metadata.entry_points(group=group)
     except Exception as error:  # it parses files of other packages, and says little about what is wrong with them
-        logger.warning("No plug-in is available: an installed package has a bad entry_points.txt (%s).", error)
-        return metadata.EntryPoints()
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        logger.warning("Plug-ins are left out: the entry_points.txt of an installed package is broken (%s).", said)
+        return ()

@@ -41,7 +41,9 @@ class Setting:
     def check(self, name: str, value: object) -> Parameter:
         """The value, as it was given. Raises InputError for another type, and for a number outside the bounds."""
         kind = type(self.default)
-        if isinstance(value, bool) if kind is bool else isinstance(value, str) and (kind is str or self.share):
+        if isinstance(value, bool) and kind is bool:
+            return value
+        if isinstance(value, str) and (kind is str or self.share):
             if self.choices and value not in self.choices:
                 raise unknown(name, value, self.choices)
             return value
