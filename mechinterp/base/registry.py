@@ -127,7 +127,7 @@ class Registry(Generic[T]):
         if self._plugins is None:
             return
         group, self._plugins = self._plugins, None
-        for point in _installed(group):
+        for point in metadata.entry_points(group=group):
             package = point.dist.name if point.dist is not None else point.value
             if point.name in self._about:
                 other = self._plugin_of.get(point.name, "mechinterp")
@@ -156,8 +156,8 @@ class Registry(Generic[T]):
 
 
 def _one_line(point: metadata.EntryPoint, package: str) -> str:
-    summary = (point.dist.metadata["Summary"] or "") if point.dist is not None else ""
-    words = " ".join(summary.split())
+    metadata_of = point.dist.metadata if point.dist is not None else {}
+    words = " ".join((metadata_of["Summary"] or "").split()) if "Summary" in metadata_of else ""
     return f"{clip(words, 100)} (package {package})" if words else f"from the package {package}"
 
 
@@ -167,13 +167,3 @@ def _attribute(where: str) -> Any:
     for name in path.split("."):
         value = getattr(value, name)
     return value
-
-
-def _installed(group: str) -> Iterable[metadata.EntryPoint]:
-    """The entry points of a group in all installed packages; none, with a warning, if a package's list is broken."""
-    try:
-        return metadata.entry_points(group=group)
-    except Exception as error:  # it parses files of other packages, and says little about what is wrong with them
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        logger.warning("Plug-ins are left out: the entry_points.txt of an installed package is broken (%s).", said)
-        return ()

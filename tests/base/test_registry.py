@@ -11,7 +11,9 @@ from mechinterp.circuit_file.formats.names import EXPORTS, IMPORTS
 
 
 def registry() -> Registry[object]:
-    return Registry("colour", {"red": Entry("colorsys:ONE_THIRD", "a third"), "absent": Entry("no_such:x", "not there")})
+    return Registry(
+        "colour", {"red": Entry("colorsys:ONE_THIRD", "a third"), "absent": Entry("no_such:x", "not there")}
+    )
 
 
 @pytest.mark.parametrize("known", [mi.METHODS, mi.METRICS, EXPORTS, IMPORTS], ids=lambda known: known.kind)

@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.support.words_model import save_words_model
 
 ROOT = Path(__file__).parents[2]
@@ -115,11 +113,3 @@ def test_a_broken_plug_in_gets_one_line_and_spoils_nothing_else(tmp_path: Path) 
     assert listed[0] == 0 and not listed[3] and all(name in listed[1] for name in BROKEN)
     for (code, _, errors, _), message in zip(refused, BROKEN.values(), strict=True):
         assert code == 2 and message in errors and errors.count("\n") == 1
-
-
-@pytest.mark.parametrize("text", ["[mechinterp.methods]\nno equals sign\n", "\x00[[["])
-def test_a_broken_list_of_entry_points_is_warned_of(tmp_path: Path, text: str) -> None:
-    install(tmp_path, "bad_plugin", "", {})
-    (tmp_path / "bad_plugin-1.0.dist-info" / "entry_points.txt").write_text(text, "utf-8")
-    (listed,) = run(tmp_path, ["list"])
-    assert listed[0] == 0 and "eap-ig" in listed[1] and not listed[3]
