@@ -59,7 +59,7 @@ _SHARED = {
 
 @dataclass
 class _Search:
-    """The batches with what their patched runs share, and what was decided so far."""
+    """The batches, and what their patched runs share."""
 
     job: Job
     chunks: list[Pairs]
@@ -140,9 +140,23 @@ def acdc_thresholds(
     batch_size: int = 32,
     progress: Progress = no_progress,
 ) -> dict[float, Scores]:
-    """What method `acdc` gives for each of several thresholds. Runs are shared as long as thresholds decide alike.
+    """The scores of method `acdc` for each of several thresholds. Runs are shared as long as thresholds decide alike.
 
-    `cost` is what all of them took together.
+    `cost` is that of all thresholds together. Raises InputError as `score_edges` does, and for taus that are not
+    different numbers above 0.
+
+    Args:
+        model: The model.
+        graph: Its graph, of edges or nodes.
+        pairs: The examples to score with.
+        taus: The thresholds, in the metric's unit.
+        metric: The loss, turned so that lower is better.
+        replacement: What a cut edge carries.
+        order: The order in which edges are tried: reverse, score or random.
+        order_seed: The seed of the random order.
+        at_once: How many edges are tried side by side; the result is the same.
+        batch_size: How many examples are run at once.
+        progress: Called with the number of edges that all thresholds have decided, and of all.
     """
     if not taus or len(set(taus)) != len(taus):
         raise InputError(f"taus must be different numbers, at least one; got {list(taus)}.")
@@ -181,7 +195,7 @@ def _begin(job: Job, taus: tuple[float, ...]) -> tuple[_Search, _State]:
 
 
 def _order(job: Job) -> tuple[int, ...]:
-    """All units in the order that is asked for."""
+    """All units, in the order of setting `order`."""
     order, seed, n = job.settings["order"], int(job.settings["order_seed"]), job.graph.n_units
     if order == "random":
         return tuple(torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist())
@@ -255,7 +269,7 @@ def _layer_of(job: Job, reader: int) -> int:
 
 
 def _one_upon_the_other(cut: Bool[Tensor, "reader writer"], units: list[Tensor]) -> Float[Tensor, "unit reader writer"]:
-    """What is cut, with the first unit, with the first two, and so on."""
+    """The mask with the first unit cut, too, with the first two, and so on."""
     masks: list[Tensor] = []
     for unit in units:
         cut = cut | unit

@@ -2,8 +2,8 @@
 
 Source: Hsu et al. 2024 (arXiv 2407.00886; ICLR 2025) and its public code. Every node is decomposed to the logits; the
 strongest become targets; every node is decomposed to the targets' inputs; the strongest of these are the next targets;
-and so on until no new node is found. As in the paper, what is scored is all that a node gives to a target, on whatever
-way, so the score of an edge is not that of the direct edge alone. Deviations: MLPs are nodes too (`mlps`); a target's
+and so on until no new node is found. As in the paper, a score counts all that a node gives to a target, on any path,
+so the score of an edge is not that of the direct edge alone. Deviations: MLPs are nodes too (`mlps`); a target's
 inputs are scored by channel, so that the result has edges; an edge is weighed by the strength with which its target
 was found, so that edges of all rounds are on one scale, that of the logits; and presets other than the authors' own
 can be chosen.
@@ -208,7 +208,7 @@ def _score_inputs(search: Search, nodes: list[str], batch_size: int) -> dict[str
 
 
 def _shares(search: Search, targets: list[str], rows: int) -> dict[str, Float[Tensor, " source"]]:
-    """Every source's share of every target, by the score that was asked for."""
+    """Every source's share of every target, by setting `score`."""
     parts = {target: parse_part(search.model, target) for target in targets}
     kind = REPLACEMENTS[str(search.settings["replacement"])]
     sites = list(dict.fromkeys(part.site for part in parts.values()))

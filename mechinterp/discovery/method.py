@@ -27,7 +27,7 @@ from mechinterp.tasks.pairs import Pairs
 
 @dataclass(frozen=True)
 class Job:
-    """All that a method is given. `settings` are its defaults with what was asked for."""
+    """All that a method is given. `settings` has every parameter of the method, already checked."""
 
     model: HookManager
     graph: Graph
@@ -40,7 +40,7 @@ class Job:
 
     @property
     def replacement(self) -> str:
-        """The kind of replacement that was asked for."""
+        """The kind of replacement: what a cut edge carries."""
         return str(self.settings["replacement"])
 
     def zeros(self) -> Float[Tensor, "reader writer"]:
@@ -49,7 +49,14 @@ class Job:
         return torch.zeros(self.graph.possible.shape, dtype=dtype)
 
     def scores(self, method: str, total: Tensor, cost: Mapping[str, int], **more: Any) -> Scores:
-        """The result, with all that was asked for."""
+        """The result, with the settings that it was computed with.
+
+        Args:
+            method: The name of the method.
+            total: The sum over examples of every edge's score, `[reader, writer]`.
+            cost: How many forwards and backwards of one prompt it took.
+            more: Other fields of `Scores`, such as `additive=False`.
+        """
         return Scores(
             self.graph,
             total,
@@ -63,7 +70,7 @@ class Job:
         )
 
     def sum_over_batches(self, of: Callable[[Pairs], Tensor]) -> Float[Tensor, "reader writer"]:
-        """The sum over all batches of a table of edges; taken up again where a killed run had come to."""
+        """The sum over all batches of a table of edges; a killed run resumes at the batch that it had reached."""
         total, done = self.zeros(), 0
         saved = self.checkpoint.load({"total": total, "done": torch.tensor(done)}, {"done": len(self.pairs)})
         if saved is not None:
@@ -132,12 +139,20 @@ def score_edges(
 ) -> Scores:
     """The score of every edge by a registered method; positive = the edge helps the task.
 
-    Parameters of the method go by name (`steps=5` for `eap-ig`). The result does not depend on `batch_size`. With
-    `resume`, a file, the state of a long run is kept there every half minute and taken up by the next call that asks
-    for the same; the file is gone when the scores are there.
+    Raises InputError for an unknown method, parameter or metric, a parameter out of bounds, token ids that the model
+    does not have, and a `resume` file of another run.
 
-    Raises InputError for an unknown method, parameter or metric, for token ids that the model does not have, and for
-    a `resume` file of another run.
+    Args:
+        model: The model.
+        graph: Its graph, of edges or nodes.
+        pairs: The examples to score with.
+        method: A name of `METHODS`.
+        metric: A metric or its name.
+        batch_size: How many examples are run at once; the result does not depend on it.
+        progress: Called with the number of steps done, and of all.
+        resume: A file that keeps the state of a long run, written every half minute. The next call with the same
+            arguments resumes from it; the file is deleted when the scores are done.
+        parameters: Parameters of the method by name: `steps=5` for `eap-ig`.
     """
     chosen = METHODS.get(method)
     settings = check_settings(f"method {method!r}", chosen.settings, parameters)

@@ -1,9 +1,9 @@
 """`path-patching`: from the logits back, the receivers of one round being the strongest senders of the round before.
 
-Source: Wang et al. 2022 (arXiv 2211.00593), who found the IOI circuit so by hand. Every node sends to the logits; the
-`top` strongest become receivers, each of their inputs by itself; and so on until no new node is found. Deviations: the
-choice of receivers is a number and not a look at the pictures; MLPs are nodes too; and by default only the direct
-edges are patched (`meaning=direct`), so that a score is exactly that of `exact`, without the edges into other nodes.
+Source: Wang et al. 2022 (arXiv 2211.00593), who found the IOI circuit this way. Every node sends to the logits; the
+`top` strongest become receivers, each of their inputs separately; and so on until no new node is found. Deviations:
+receivers are chosen by number and not by looking at plots; MLPs are nodes too; and by default only the direct edges
+are patched (`meaning=direct`), so that a score is exactly that of `exact`, without the edges into other nodes.
 """
 
 from __future__ import annotations

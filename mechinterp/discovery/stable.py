@@ -111,17 +111,30 @@ def stable_scores(
     """The scores of `score_edges`, and 0 for every edge whose sign is not stable when the examples are drawn again.
 
     A resample is as many examples, drawn with replacement. Its scores are exactly those that `score_edges` gives for
-    the drawn examples. The result can neither be added to others nor does `score_edges` alone give it again, so its
+    the drawn examples. The result cannot be added to others, and `score_edges` alone does not reproduce it, so its
     parameters name the bootstrap.
 
     Cost: where scores of examples add up, every example is scored once, by itself (`batch_size` plays no part), and
     the resamples are weighted sums. Where they do not (`acdc`, `cd`, `path-patching`, and every method under a mean
     replacement, as each resample has its own mean): one run of the method per resample, one over all examples, and one
-    of the first example, which tells.
+    of the first example, which shows that they do not.
     Memory: resamples x edges x 8 bytes (26 MB for 100 resamples of GPT-2 small).
 
     Raises InputError for fewer than 2 examples or resamples, an agreement that is not above 0.5 and up to 1, and what
     `score_edges` refuses.
+
+    Args:
+        model: The model.
+        graph: Its graph, of edges or nodes.
+        pairs: The examples to score with.
+        method: A name of `METHODS`.
+        metric: A metric or its name.
+        resamples: How often the examples are drawn again.
+        agreement: The share of resamples in which a stable edge has the same sign.
+        seed: The seed of the resamples.
+        batch_size: How many examples are run at once, where all are run together.
+        progress: Called with the number of runs done, and of all.
+        parameters: Parameters of the method by name.
     """
     check_settings("stable_scores", STABLE, {"resamples": resamples, "agreement": agreement, "seed": seed})
     if len(pairs) < 2:
@@ -181,6 +194,13 @@ def circuit_stability(
     `edges` counts nodes where those are chosen. The circuits are those of all edges' scores, stable or not. Cost: one
     `select` per resample, no run of the model.
     Raises EmptyCircuit when a resample has no circuit of that size, and what `select` refuses.
+
+    Args:
+        stable: What `stable_scores` returned.
+        edges: How many edges (or nodes) to select, or a share such as "5%".
+        rule: As in `select`.
+        by: As in `select`.
+        ratio: As in `select`.
     """
     graph = stable.every.graph
     n = sized(graph, unit_count(graph, edges))

@@ -42,5 +42,5 @@ def test_names_can_be_added_once() -> None:
 
 
 def test_an_unknown_name_gets_the_nearest_one() -> None:
-    with pytest.raises(InputError, match="Unknown colour 'rd'. Did you mean 'red'. Known: absent, red."):
+    with pytest.raises(InputError, match=r"Unknown colour 'rd'. Did you mean 'red'. Known: absent, red."):
         registry().get("rd")

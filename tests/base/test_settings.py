@@ -71,7 +71,7 @@ def test_a_text_that_means_nothing_is_refused(setting: Setting, text: str) -> No
 def test_settings_have_defaults_and_unknown_ones_are_refused() -> None:
     known = {"steps": COUNT, "share": SHARE}
     assert check_settings("method 'm'", known, {"share": 0.1}) == {"steps": 5, "share": 0.1}
-    with pytest.raises(InputError, match="Method 'm' has no parameter 'step'. Did you mean 'steps'. Known: share, st"):
+    with pytest.raises(InputError, match=r"Method 'm' has no parameter 'step'. Did you mean 'steps'. Known: share, st"):
         check_settings("method 'm'", known, {"step": 3})
     with pytest.raises(InputError, match="steps must be"):
         check_settings("method 'm'", known, {"steps": 0})

@@ -38,7 +38,8 @@ def scored(job):
     return job.scores("mine", eap.total * job.settings["times"], {})
 
 
-METHOD = Method("mine", "EAP, scaled", "this test", scored, {"replacement": REPLACEMENT, "times": Setting(2.0, above=0)})
+SETTINGS = {"replacement": REPLACEMENT, "times": Setting(2.0, above=0)}
+METHOD = Method("mine", "EAP, scaled", "this test", scored, SETTINGS)
 EXPORT = Export(".txt", lambda circuit, document: "\\n".join(circuit.edges).encode(), "Lost: all but the names.")
 IMPORT = Import(has_scores=True, has_sizes=True, read=IMPORTS.get("eap-ig-json").read)
 """
@@ -95,7 +96,7 @@ BROKEN = {
     "gone": "The method 'gone' (from the package bad_plugin) cannot be imported: AttributeError",
     "raises": "The method 'raises' (from the package bad_plugin) cannot be imported: ModuleNotFoundError",
     "exits": "The method 'exits' (from the package bad_plugin) cannot be imported: SystemExit",
-    "wrong": "The method 'wrong' (from the package bad_plugin) is not usable: bad_plugin:NUMBER is of type int, not Method",
+    "wrong": "(from the package bad_plugin) is not usable: bad_plugin:NUMBER is of type int, not Method",
     "other": "calls itself 'eap-ig'; both must be the same",
     "eap": "The packages mechinterp and bad_plugin both have a method named 'eap'",
 }

@@ -30,10 +30,10 @@ import mechinterp as mi
 from mechinterp import exchange, pipeline
 from mechinterp.base.canonical_json import parse_json
 from mechinterp.base.errors import InputError, ModelNotAvailable
-from mechinterp.circuit_file import verification
 from mechinterp.circuit_file.formats.eap_ig_json import to_eap_ig_json
 from mechinterp.circuit_file.formats.eap_ig_pt import to_eap_ig_pt
 from mechinterp.circuit_file.formats.names import EXPORTS
+from mechinterp.circuit_file.verify import verification
 from mechinterp.cli import app as cli
 from mechinterp.tasks import task as task_module
 from tests.support import models_tiny as tiny
