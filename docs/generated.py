@@ -14,13 +14,11 @@ from docstrings import as_markdown
 
 import mechinterp
 from mechinterp.circuit_file import schema
-from mechinterp.circuit_file.formats.exports import EXPORTS
-from mechinterp.circuit_file.formats.imports import IMPORTS
-from mechinterp.cli import help as listing
+from mechinterp.circuit_file.formats.names import EXPORTS, IMPORTS
 from mechinterp.cli.app import app
-from mechinterp.discovery.method import METHODS
+from mechinterp.discovery.methods import METHODS
 from mechinterp.evaluation import predictions
-from mechinterp.tasks.metrics import METRICS
+from mechinterp.tasks.metric_names import METRICS
 from mechinterp.tasks.task import load_task, task_names
 
 GRAPHS = {
@@ -127,7 +125,7 @@ def methods() -> str:
             {"plain": "edges", "summed": "all", "own": "all"}[METHODS.get(name).graphs],
             "itself" if METHODS.get(name).threshold is not None else "`select`",
         )
-        for name in listing.METHODS
+        for name in METHODS
     ]
     return _table(("method", "what it is", "levels", "the circuit is chosen by"), rows)
 
@@ -151,7 +149,7 @@ def metrics() -> str:
             "higher" if METRICS.get(name).direction > 0 else "lower",
             "yes" if METRICS.get(name).differentiable else "no",
         )
-        for name, about in listing.METRICS.items()
+        for name, about in METRICS.about().items()
     ]
     return _table(("metric", "what it is", "unit", "better", "gradient"), rows)
 
@@ -159,8 +157,8 @@ def metrics() -> str:
 def exports() -> str:
     """What a circuit can be written as, and what each format loses."""
     rows = [
-        (f"`{name}`", about, EXPORTS[name].suffix or "a folder", EXPORTS[name].lost.removeprefix("Lost: "))
-        for name, about in listing.EXPORT_FORMATS.items()
+        (f"`{name}`", about, EXPORTS.get(name).suffix or "a folder", EXPORTS.get(name).lost.removeprefix("Lost: "))
+        for name, about in EXPORTS.about().items()
     ]
     return _table(("format", "what it is", "file", "lost"), rows)
 
@@ -168,15 +166,20 @@ def exports() -> str:
 def imports() -> str:
     """What can be read as a circuit."""
     rows = [
-        (f"`{name}`", entry.title, "yes" if entry.has_scores else "no", "yes" if entry.has_sizes else "no")
-        for name, entry in IMPORTS.items()
+        (
+            f"`{name}`",
+            about,
+            "yes" if IMPORTS.get(name).has_scores else "no",
+            "yes" if IMPORTS.get(name).has_sizes else "no",
+        )
+        for name, about in IMPORTS.about().items()
     ]
     return _table(("format", "what it is", "can hold scores", "says the model's sizes"), rows)
 
 
 def fields() -> str:
     """Every field of a circuit file: one table for each of the schema's classes, in the order of use."""
-    texts = _field_texts(schema) | _field_texts(schema_parts) | _field_texts(predictions)
+    texts = _field_texts(schema) | _field_texts(predictions)
     definitions: dict[str, Any] = schema.json_schema()
     known: dict[str, Any] = definitions["$defs"]
     out: list[str] = []

@@ -68,8 +68,8 @@ if TYPE_CHECKING:
     from mechinterp.discovery.acdc import acdc_thresholds as acdc_thresholds
     from mechinterp.discovery.acdc_orders import AcdcOrders as AcdcOrders
     from mechinterp.discovery.acdc_orders import acdc_orders as acdc_orders
-    from mechinterp.discovery.method import METHODS as METHODS
     from mechinterp.discovery.method import score_edges as score_edges
+    from mechinterp.discovery.methods import METHODS as METHODS
     from mechinterp.discovery.neurons import top_neurons as top_neurons
     from mechinterp.discovery.stable import CircuitStability as CircuitStability
     from mechinterp.discovery.stable import StableScores as StableScores
@@ -129,7 +129,7 @@ if TYPE_CHECKING:
     from mechinterp.pipeline import Discovery as Discovery
     from mechinterp.pipeline import discover as discover
     from mechinterp.run_spec import RunSpec as RunSpec
-    from mechinterp.tasks.metrics import METRICS as METRICS
+    from mechinterp.tasks.metric_names import METRICS as METRICS
     from mechinterp.tasks.metrics import Metric as Metric
     from mechinterp.tasks.metrics import get_metric as get_metric
     from mechinterp.tasks.metrics import metric_names as metric_names
@@ -179,7 +179,8 @@ _HOMES = {
     "circuit_file.verify.verification": ("verify",),
     "discovery.acdc": ("acdc_thresholds",),
     "discovery.acdc_orders": ("AcdcOrders", "acdc_orders"),
-    "discovery.method": ("METHODS", "score_edges"),
+    "discovery.method": ("score_edges",),
+    "discovery.methods": ("METHODS",),
     "discovery.neurons": ("top_neurons",),
     "discovery.stable": ("CircuitStability", "StableScores", "circuit_stability", "stable_scores"),
     "engines.decomposition.encoder": ("Encoder", "load_encoder"),
@@ -216,7 +217,8 @@ _HOMES = {
     "models.sites": ("Edge", "Node", "Site"),
     "pipeline": ("Discovery", "discover"),
     "run_spec": ("RunSpec",),
-    "tasks.metrics": ("METRICS", "Metric", "get_metric", "metric_names", "register_metric"),
+    "tasks.metric_names": ("METRICS",),
+    "tasks.metrics": ("Metric", "get_metric", "metric_names", "register_metric"),
     "tasks.pair_files": ("load_pairs",),
     "tasks.pairs": ("Pairs",),
     "tasks.task": ("Task", "load_task", "task_names"),

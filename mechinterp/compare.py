@@ -10,12 +10,12 @@ from typing import Any
 
 from mechinterp.base.errors import InputError
 from mechinterp.base.progress import StageProgress, no_stages
+from mechinterp.base.settings import Parameter
 from mechinterp.discovery.method import METHODS, check_graph, score_edges
 from mechinterp.evaluation.comparison import MIB_SHARES, Comparison, MethodResult, top_edges
 from mechinterp.evaluation.faithfulness import faithfulness_curve
 from mechinterp.graphs.circuit import on_paths
 from mechinterp.graphs.graph import Graph
-from mechinterp.graphs.scores import Parameter
 from mechinterp.models.hook_manager import HookManager, load_model
 from mechinterp.pipeline import examples_of, graph_of_run, parsed_setting, stem
 from mechinterp.run_spec import RunSpec, compare_command

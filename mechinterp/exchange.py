@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mechinterp.base.registry import unknown
 from mechinterp.circuit_file.circuit_file import circuit_of, save_circuit
 from mechinterp.circuit_file.diff import CircuitDiff, diff_opened
 from mechinterp.circuit_file.formats.bibtex import citation_of
-from mechinterp.circuit_file.formats.exports import EXPORTS, export_circuit, write_export
-from mechinterp.circuit_file.formats.imports import IMPORTS, import_circuit
+from mechinterp.circuit_file.formats.exports import export_circuit, write_export
+from mechinterp.circuit_file.formats.imports import import_circuit
+from mechinterp.circuit_file.formats.names import EXPORTS, IMPORTS
 from mechinterp.circuit_file.schema import CircuitFile, Origin
 from mechinterp.circuit_file.store import SUFFIX, open_circuit_file
 from mechinterp.graphs.circuit import Circuit
@@ -35,11 +35,10 @@ def export_file(file: str | Path, format: str, out: str | Path | None = None) ->
         InputError: for an unknown format.
         UnsupportedError: if the format cannot represent the circuit.
     """
-    if format not in EXPORTS:
-        raise unknown("format", format, EXPORTS)
+    chosen = EXPORTS.get(format)
     circuit, document = opened(file)
-    target = Path(Path(file).name.removesuffix(SUFFIX) + EXPORTS[format].suffix) if out is None else Path(out)
-    return write_export(target, export_circuit(circuit, document, format)), EXPORTS[format].lost
+    target = Path(Path(file).name.removesuffix(SUFFIX) + chosen.suffix) if out is None else Path(out)
+    return write_export(target, export_circuit(circuit, document, format)), chosen.lost
 
 
 def import_file(path: str | Path, format: str, model: str, out: str | Path) -> CircuitFile:
@@ -58,11 +57,10 @@ def import_file(path: str | Path, format: str, model: str, out: str | Path) -> C
         InputError: for an unknown format.
         FormatError: if the file cannot be read in this format.
     """
-    if format not in IMPORTS:
-        raise unknown("format", format, IMPORTS)
+    IMPORTS.get(format)
     manager = load_model(model)
     circuit = import_circuit(path, format, dims=manager.dims)
-    origin = Origin(source=IMPORTS[format].title, path=Path(path).name)
+    origin = Origin(source=IMPORTS.about()[format], path=Path(path).name)
     return save_circuit(out, circuit, model=manager, status="imported", derived_from=(origin,))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from mechinterp.base.errors import InputError, MechInterpError
 from mechinterp.base.plain_files import is_folder
 from mechinterp.base.progress import StageProgress, no_stages
-from mechinterp.base.registry import unknown
+from mechinterp.base.settings import Parameter, unknown_setting
 from mechinterp.circuit_file.circuit_file import save_circuit
 from mechinterp.circuit_file.records import task_record
 from mechinterp.circuit_file.schema import CircuitFile, FileTaskRecord, TaskRecord
@@ -26,7 +26,6 @@ from mechinterp.evaluation.roles import MeasuredRoles, measured_roles
 from mechinterp.evaluation.sizes import TARGET, Curve, CurvePoint, size_curve, size_grid, smallest_faithful
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import Graph, build_graph
-from mechinterp.graphs.scores import Parameter
 from mechinterp.graphs.select import check_selection, select, sized, unit_count
 from mechinterp.models.hook_manager import HookManager, load_model
 from mechinterp.run_spec import NEURONS, RunSpec, command_of
@@ -216,17 +215,9 @@ def parsed_setting(
         raise InputError(f"A setting is NAME=VALUE; got {setting!r}.")
     if name in own_options:
         raise InputError(f"{name} has an option of its own: --{name} {text}.")
-    if name not in method.defaults:
-        raise unknown(f"parameter of method {method.name!r}", name, method.defaults)
-    kind = type(method.defaults[name])
-    if kind is bool:
-        if text not in ("true", "false"):
-            raise InputError(f"{name} is true or false; got {text!r}.")
-        return name, text == "true"
-    try:
-        return name, kind(text)
-    except ValueError:
-        raise InputError(f"{name} is a number; got {text!r}.") from None
+    if name not in method.settings:
+        raise unknown_setting(f"method {method.name!r}", name, method.settings)
+    return name, method.settings[name].parse(name, text)
 
 
 def examples_of(spec: RunSpec, model: HookManager) -> tuple[TaskRecord | FileTaskRecord, Pairs, Pairs, str]:

@@ -30,12 +30,12 @@ from mechinterp.cli.help import (
     EVAL_HELP,
     EXIT_CODES,
     HELP,
-    METHODS,
-    METRICS,
     RUN_HELP,
 )
 from mechinterp.cli.terminal import Terminal, print_what_the_terminal_can, quiet_libraries, say
+from mechinterp.discovery.methods import METHODS
 from mechinterp.run_spec import COMPARE, RunSpec, shown_order
+from mechinterp.tasks.metric_names import METRICS
 
 OK, CLAIM_FAILED, BAD_INPUT, NO_MODEL, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 70, 130, 141
 TRACEBACK = "--traceback"
@@ -277,8 +277,8 @@ def _do_list() -> int:
     }
     for kind, about in (
         ("task", {name: load_task(name).title for name in task_names()}),
-        ("method", METHODS),
-        ("metric", METRICS),
+        ("method", METHODS.about()),
+        ("metric", METRICS.about()),
         ("model", models),
         ("stored circuit", {str(name): about_file(path) for name, path in stored_files().items()}),
     ):

@@ -11,14 +11,13 @@ import typer
 
 from mechinterp.base.errors import FormatError
 from mechinterp.base.plain_files import is_folder
+from mechinterp.circuit_file.formats.names import EXPORTS, IMPORTS
 from mechinterp.circuit_file.stored import find_file
 from mechinterp.cli import options
 from mechinterp.cli.help import (
     DIFF_HELP,
     EXIT_CODES,
-    EXPORT_FORMATS,
     EXPORT_HELP,
-    IMPORT_FORMATS,
     IMPORT_HELP,
     VALIDATE_HELP,
 )
@@ -31,10 +30,10 @@ Action = Callable[[], int]
 @commands.command("export", help=EXPORT_HELP, short_help="Write a circuit in another tool's format.")
 def _export(
     file: options.File,
-    format: Annotated[str, typer.Option(help=f"{', '.join(EXPORT_FORMATS)}.")],
+    format: Annotated[str, typer.Option(help=f"{', '.join(EXPORTS)}.")],
     out: Annotated[Path | None, typer.Option(help="The file, or folder, to write.  [default: the file's name]")] = None,
 ) -> Action:
-    options.check_name("format", format, EXPORT_FORMATS)
+    options.check_name(EXPORTS.kind, format, EXPORTS)
     return partial(_do_export, file, format, out)
 
 
@@ -42,11 +41,11 @@ def _export(
 @options.takes("path", "format", "out", "model")
 def _import(
     path: Annotated[str, typer.Argument(help="The other tool's file, or folder.")],
-    format: Annotated[str, typer.Option(help=f"{', '.join(IMPORT_FORMATS)}.")],
+    format: Annotated[str, typer.Option(help=f"{', '.join(IMPORTS)}.")],
     out: Annotated[Path, typer.Option(help="The circuit file to write: NAME.circuit.json.")],
     **values: Any,
 ) -> Action:
-    options.check_name("format", format, IMPORT_FORMATS)
+    options.check_name(IMPORTS.kind, format, IMPORTS)
     return partial(_do_import, path, format, values["model"], out)
 
 

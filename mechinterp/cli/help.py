@@ -1,45 +1,5 @@
-"""Texts of the command line: methods and metrics in one line each, and the help of every command. Imports no torch."""
+"""The help texts of the command line. Imports no torch."""
 
-METHODS = {
-    "eap": "edge attribution patching, the gradient at the clean run (Syed et al. 2023)",
-    "eap-ig": "the same with integrated gradients over the inputs (Hanna et al. 2024); the default",
-    "acdc": "every edge cut for good unless that costs tau (Conmy et al. 2023); best with --metric kl_to_clean",
-    "cd": "contextual decomposition of nodes, from the logits back (Hsu et al. 2024)",
-    "cd-edges": "contextual decomposition along edges, linear rules in one backward",
-    "path-patching": "path patching from the logits back (Wang et al. 2022)",
-    "relp": "edge attribution with LRP coefficients (Rezaei Jafari et al. 2025)",
-    "clean-corrupted": "the mean of the gradients at the clean and the corrupt run",
-    "eap-ig-activations": "integrated gradients over each layer's activations (MIB)",
-    "random": "random scores, a baseline",
-    "weight-magnitude": "size of the weights between writer and reader, a baseline",
-    "exact": "every edge replaced alone; as many runs as edges",
-    "edge-pruning": "mask over edges learned by gradient descent, to a target share",
-    "subnetwork-probing": "mask learned by gradient descent, each open gate at a price",
-    "information-flow": "how near each write is to what a reader reads (clean run alone)",
-}
-"""Kept here as well as in the registry, so that `list` and a mistyped name need no torch; a test compares both."""
-METRICS = {
-    "logit_diff": "right answers' logits minus wrong ones'",
-    "prob": "probability of the right answers",
-    "log_prob": "log of the probability of the right answers",
-    "prob_diff": "right answers' probability minus wrong ones'",
-    "accuracy": "right answer above every wrong one; only for evaluating",
-    "kl_to_clean": "KL(full model || circuit), needs no answers",
-    "l2_to_clean": "distance of the logits, needs no answers",
-}
-EXPORT_FORMATS = {
-    "eap-ig-json": "EAP-IG's and MIB's graph as JSON",
-    "eap-ig-pt": "the same as tensors (.pt)",
-    "mib": "a submission folder of MIB",
-    "dot": "Graphviz",
-    "graphml": "GraphML",
-    "cytoscape": "Cytoscape JSON",
-    "neuronpedia": "an attribution graph as JSON",
-    "csv": "the edges as a table",
-    "latex": "a table for a paper",
-    "tikz": "a figure for a paper",
-}
-IMPORT_FORMATS = ("eap-ig-json", "eap-ig-pt", "mib", "acdc", "edge-pruning")
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a claim of the file failed (verify); 2 bad input, with one line that says what; "
     "3 the model, or the hub, is not available here; 70 an unexpected error (see --traceback)."

@@ -14,8 +14,9 @@ import typer
 
 from mechinterp.base.errors import InputError
 from mechinterp.base.registry import unknown
-from mechinterp.cli.help import METHODS, METRICS
+from mechinterp.discovery.methods import METHODS
 from mechinterp.run_spec import Declared, declared
+from mechinterp.tasks.metric_names import METRICS
 
 SIZE = re.compile(r"[1-9][0-9]{0,8}|[0-9]{1,3}(\.[0-9]{1,9})? ?%")
 COMPARED = {"edge": "eap,eap-ig,cd,cd-edges,random", "node": "eap,eap-ig,relp,cd-edges,random"}

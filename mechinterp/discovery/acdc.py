@@ -29,14 +29,14 @@ from torch import Tensor
 
 from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress, no_progress
-from mechinterp.base.registry import unknown
+from mechinterp.base.settings import Parameter, Setting, check_settings
 from mechinterp.discovery.checkpoint import Checkpoint
-from mechinterp.discovery.method import METHODS, Job, Method, score_edges
+from mechinterp.discovery.method import REPLACEMENT, Job, Method, score_edges
 from mechinterp.engines.edge_patching import Prefix, check_model, edge_logits, run_prefix
-from mechinterp.engines.readout import clean_logits
+from mechinterp.engines.readout import Readout, metric_readout
 from mechinterp.engines.replacement import Values, build_replacement
 from mechinterp.graphs.graph import Graph
-from mechinterp.graphs.scores import Parameter, Scores
+from mechinterp.graphs.scores import Scores
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.metrics import Metric, get_metric
 from mechinterp.tasks.pairs import Pairs
@@ -47,16 +47,24 @@ ORDER_STEPS = 5
 """Of the `eap-ig` that order `score` goes by."""
 FINEST = 1e-4
 """Scores that differ by less than this share of the strongest tie: rounding must not decide an order."""
+TAU = Setting(0.01, "the loss that a kept edge must save", above=0)
+_SHARED = {
+    "replacement": REPLACEMENT,
+    "order": Setting("reverse", "the order in which edges are tried", choices=ORDERS),
+    "order_seed": Setting(0, "the seed of order 'random'", least=0),
+    "at_once": Setting(8, "edges tried side by side; the result is the same", least=1, most=MOST_AT_ONCE),
+}
+"""What several searches of `acdc_thresholds` share."""
 
 
 @dataclass
 class _Search:
-    """The batches with what their patched runs share, and what was decided so far."""
+    """The batches, and what their patched runs share."""
 
     job: Job
     chunks: list[Pairs]
     values: list[Values]
-    references: list[Tensor | None]
+    readouts: list[Readout]
     prefixes: list[Prefix]
     order: tuple[int, ...]
     """All units, in the order in which they are tried."""
@@ -70,17 +78,10 @@ class _Search:
             pairs = zip(self.chunks, self.values, strict=True)
             self.prefixes = [run_prefix(job.model, job.graph, chunk, values, layer) for chunk, values in pairs]
         total = torch.zeros(len(masks), dtype=torch.float64)
-        for chunk, values, reference, prefix in zip(
-            self.chunks, self.values, self.references, self.prefixes, strict=True
-        ):
-            columns = job.metric.columns(chunk)
-            runs = edge_logits(job.model, job.graph, chunk, masks, values, columns, prefix)
+        for chunk, values, readout, prefix in zip(self.chunks, self.values, self.readouts, self.prefixes, strict=True):
+            runs = edge_logits(job.model, job.graph, chunk, masks, values, readout.columns, prefix)
             for i, logits in enumerate(runs):
-                if columns is None:
-                    found = job.metric(logits, chunk, reference)
-                else:
-                    found = job.metric.on_columns(logits, columns, chunk)
-                total[i] -= job.metric.direction * found.double().sum().cpu()
+                total[i] -= job.metric.direction * readout.of_logits(logits).double().sum().cpu()
         self.n_runs += len(masks)
         return total / len(job.pairs)
 
@@ -100,8 +101,6 @@ class _State:
 def _acdc(job: Job) -> Scores:
     """The score of a kept edge is what cutting it added to the loss, at least tau; of a cut one 0."""
     tau, at_once = job.settings["tau"], job.settings["at_once"]
-    if isinstance(tau, (bool, str)) or not 0 < tau < float("inf"):
-        raise InputError(f"tau must be a number above 0; got {tau!r}.")
     search, state = _begin(job, (float(tau),))
     saved = job.checkpoint.load(_saved(search, state), {"done": job.graph.n_units, "at_once": MOST_AT_ONCE})
     if saved is not None:
@@ -141,19 +140,31 @@ def acdc_thresholds(
     batch_size: int = 32,
     progress: Progress = no_progress,
 ) -> dict[float, Scores]:
-    """What method `acdc` gives for each of several thresholds. Runs are shared as long as thresholds decide alike.
+    """The scores of method `acdc` for each of several thresholds. Runs are shared as long as thresholds decide alike.
 
-    `cost` is what all of them took together.
+    `cost` is that of all thresholds together. Raises InputError as `score_edges` does, and for taus that are not
+    different numbers above 0.
+
+    Args:
+        model: The model.
+        graph: Its graph, of edges or nodes.
+        pairs: The examples to score with.
+        taus: The thresholds, in the metric's unit.
+        metric: The loss, turned so that lower is better.
+        replacement: What a cut edge carries.
+        order: The order in which edges are tried: reverse, score or random.
+        order_seed: The seed of the random order.
+        at_once: How many edges are tried side by side; the result is the same.
+        batch_size: How many examples are run at once.
+        progress: Called with the number of edges that all thresholds have decided, and of all.
     """
-    if not taus or len(set(taus)) != len(taus) or not all(0 < tau < float("inf") for tau in taus):
-        raise InputError(f"taus are different numbers above 0; got {list(taus)}.")
+    if not taus or len(set(taus)) != len(taus):
+        raise InputError(f"taus must be different numbers, at least one; got {list(taus)}.")
+    for tau in taus:
+        TAU.check("taus", tau)
     check_model(model, graph, pairs)
-    settings: dict[str, Parameter] = {
-        "replacement": replacement,
-        "order": order,
-        "order_seed": order_seed,
-        "at_once": at_once,
-    }
+    given = {"replacement": replacement, "order": order, "order_seed": order_seed, "at_once": at_once}
+    settings: dict[str, Parameter] = check_settings("acdc_thresholds", _SHARED, given)
     chosen = get_metric(metric) if isinstance(metric, str) else metric
     job = Job(model, graph, pairs, chosen, settings, batch_size, progress, Checkpoint())
     search, first = _begin(job, tuple(float(tau) for tau in taus))
@@ -173,26 +184,19 @@ def acdc_thresholds(
 
 
 def _begin(job: Job, taus: tuple[float, ...]) -> tuple[_Search, _State]:
-    model, graph, at_once = job.model, job.graph, job.settings["at_once"]
-    if type(at_once) is not int or not 1 <= at_once <= MOST_AT_ONCE:
-        raise InputError(f"at_once must be a whole number from 1 to {MOST_AT_ONCE}; got {at_once!r}.")
-    order = _order(job)
+    model, graph, order = job.model, job.graph, _order(job)
     replacement = build_replacement(job.replacement, model, graph, job.pairs, job.batch_size)
     chunks = list(job.pairs.to(model.device).chunks(job.batch_size))
-    references = [clean_logits(model, chunk) if job.metric.needs_reference else None for chunk in chunks]
-    search = _Search(job, chunks, [replacement.on(chunk) for chunk in chunks], references, [], order)
+    readouts = [metric_readout(model, chunk, job.metric) for chunk in chunks]
+    search = _Search(job, chunks, [replacement.on(chunk) for chunk in chunks], readouts, [], order)
     cut = torch.zeros_like(graph.possible)
     loss = float(search.losses(cut[None].float(), _layer(job, order[0]))[0])
     return search, _State(taus, cut, job.zeros(), loss)
 
 
 def _order(job: Job) -> tuple[int, ...]:
-    """All units in the order that is asked for."""
-    order, seed, n = job.settings["order"], job.settings["order_seed"], job.graph.n_units
-    if order not in ORDERS:
-        raise unknown("order", str(order), ORDERS)
-    if type(seed) is not int or not 0 <= seed < 2**63:
-        raise InputError(f"order_seed must be a whole number, at least 0; got {seed!r}.")
+    """All units, in the order of setting `order`."""
+    order, seed, n = job.settings["order"], int(job.settings["order_seed"]), job.graph.n_units
     if order == "random":
         return tuple(torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist())
     reverse = range(n - 1, -1, -1)
@@ -265,7 +269,7 @@ def _layer_of(job: Job, reader: int) -> int:
 
 
 def _one_upon_the_other(cut: Bool[Tensor, "reader writer"], units: list[Tensor]) -> Float[Tensor, "unit reader writer"]:
-    """What is cut, with the first unit, with the first two, and so on."""
+    """The mask with the first unit cut, too, with the first two, and so on."""
     masks: list[Tensor] = []
     for unit in units:
         cut = cut | unit
@@ -273,15 +277,12 @@ def _one_upon_the_other(cut: Bool[Tensor, "reader writer"], units: list[Tensor])
     return torch.stack(masks).float()
 
 
-METHODS.register(
+ACDC = Method(
     "acdc",
-    Method(
-        "acdc",
-        "Automatic circuit discovery: every edge cut for good unless that costs tau",
-        "Conmy et al. 2023, arXiv 2304.14997",
-        _acdc,
-        {"replacement": "corrupt", "tau": 0.01, "order": "reverse", "order_seed": 0, "at_once": 8},
-        threshold=0.0,
-        graphs="own",
-    ),
+    "Automatic circuit discovery: every edge cut for good unless that costs tau",
+    "Conmy et al. 2023, arXiv 2304.14997",
+    _acdc,
+    {"replacement": REPLACEMENT, "tau": TAU, **_SHARED},
+    threshold=0.0,
+    graphs="own",
 )

@@ -81,7 +81,7 @@ def acdc_orders(
     batch_size: int = 32,
     progress: Progress = no_progress,
 ) -> AcdcOrders:
-    """What `acdc` keeps in reverse order, by score, and in `seeds` random orders.
+    """The edges that `acdc` keeps in reverse order, by score, and in `seeds` random orders.
 
     Cost: as many searches as orders. Raises InputError as `score_edges` does, and for a negative number of seeds.
 

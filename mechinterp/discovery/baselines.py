@@ -6,16 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp.base.errors import InputError
-from mechinterp.discovery.method import METHODS, Job, Method
+from mechinterp.base.settings import Setting
+from mechinterp.discovery.method import REPLACEMENT, Job, Method
 from mechinterp.graphs.scores import Scores
 
 
 def _random(job: Job) -> Scores:
     """Scores drawn from a normal distribution, the same for the same seed on every machine."""
-    graph, seed = job.graph, job.settings["seed"]
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise InputError(f"seed must be a whole number; got {seed!r}.")
+    graph, seed = job.graph, int(job.settings["seed"])
     drawn = torch.randn(graph.n_units, generator=torch.Generator().manual_seed(seed))
     total = torch.where(graph.possible, drawn[graph.unit.clamp(min=0)] * len(job.pairs), 0)
     return job.scores("random", total, {}, additive=False)
@@ -66,24 +64,18 @@ def _gram(matrix: Float[Tensor, "d_model n"]) -> Float[Tensor, "d_model d_model"
     return matrix @ matrix.T
 
 
-METHODS.register(
+RANDOM = Method(
     "random",
-    Method(
-        "random",
-        "Random scores: the baseline that every method must beat",
-        "Mueller et al. 2025, arXiv 2504.13151",
-        _random,
-        {"seed": 0, "replacement": "corrupt"},
-        graphs="own",
-    ),
+    "Random scores: the baseline that every method must beat",
+    "Mueller et al. 2025, arXiv 2504.13151",
+    _random,
+    {"seed": Setting(0, "the seed of the scores"), "replacement": REPLACEMENT},
+    graphs="own",
 )
-METHODS.register(
+WEIGHT_MAGNITUDE = Method(
     "weight-magnitude",
-    Method(
-        "weight-magnitude",
-        "Size of the product of the writer's and the reader's weights; no data",
-        "Elhage et al. 2021 (virtual weights), as a baseline",
-        _weight_magnitude,
-        {"replacement": "corrupt"},
-    ),
+    "Size of the product of the writer's and the reader's weights; no data",
+    "Elhage et al. 2021 (virtual weights), as a baseline",
+    _weight_magnitude,
+    {"replacement": REPLACEMENT},
 )

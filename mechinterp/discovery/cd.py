@@ -2,8 +2,8 @@
 
 Source: Hsu et al. 2024 (arXiv 2407.00886; ICLR 2025) and its public code. Every node is decomposed to the logits; the
 strongest become targets; every node is decomposed to the targets' inputs; the strongest of these are the next targets;
-and so on until no new node is found. As in the paper, what is scored is all that a node gives to a target, on whatever
-way, so the score of an edge is not that of the direct edge alone. Deviations: MLPs are nodes too (`mlps`); a target's
+and so on until no new node is found. As in the paper, a score counts all that a node gives to a target, on any path,
+so the score of an edge is not that of the direct edge alone. Deviations: MLPs are nodes too (`mlps`); a target's
 inputs are scored by channel, so that the result has edges; an edge is weighed by the strength with which its target
 was found, so that edges of all rounds are on one scale, that of the logits; and presets other than the authors' own
 can be chosen.
@@ -21,15 +21,15 @@ from torch import Tensor
 from mechinterp.analysis.contextual import decompose
 from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress
-from mechinterp.base.registry import unknown
-from mechinterp.discovery.method import METHODS, Job, Method
-from mechinterp.engines.decomposition.rules import get_preset
+from mechinterp.base.settings import Parameter, Setting
+from mechinterp.discovery.method import REPLACEMENT, Job, Method
+from mechinterp.engines.decomposition.rules import PRESETS
 from mechinterp.engines.edge_patching import run_edges
 from mechinterp.engines.means import MEANS, site_means
 from mechinterp.engines.replacement import build_replacement
 from mechinterp.graphs.circuit import on_paths
 from mechinterp.graphs.graph import Graph
-from mechinterp.graphs.scores import Parameter, Scores
+from mechinterp.graphs.scores import Scores
 from mechinterp.models.components import Part, parse_part
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Site
@@ -82,7 +82,7 @@ class Search:
 
 def _cd(job: Job) -> Scores:
     model, graph, settings, batch_size, progress = job.model, job.graph, job.settings, job.batch_size, job.progress
-    _check(settings, job.metric, graph)
+    _check(job.metric, graph)
     pairs = job.pairs.to(model.device)
     dims = model.dims
     sources = tuple(name for name in graph.writers if settings["mlps"] or not name.startswith("m"))
@@ -120,20 +120,7 @@ def _means(
     return site_means(model, pairs, sites, kind, batch_size)
 
 
-def _check(settings: Mapping[str, Parameter], metric: Metric, graph: Graph) -> None:
-    get_preset(str(settings["preset"]))
-    for name, known in (("score", SCORES), ("channels", CHANNELS), ("replacement", tuple(REPLACEMENTS))):
-        if settings[name] not in known:
-            raise unknown(name, str(settings[name]), known)
-    top = settings["top"]
-    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
-        raise InputError(f"top must be a whole number of nodes, at least 1; got {top!r}.")
-    for name in ("mlps", "prune"):
-        if not isinstance(settings[name], bool):
-            raise InputError(f"{name} is true or false; got {settings[name]!r}.")
-    tolerance = settings["tolerance"]
-    if isinstance(tolerance, (bool, str)) or not 0 <= tolerance < float("inf"):
-        raise InputError(f"tolerance must be a number, at least 0; got {tolerance!r}.")
+def _check(metric: Metric, graph: Graph) -> None:
     if metric.name != "logit_diff":
         raise InputError(f"'cd' decomposes logits, so its metric is 'logit_diff'; got {metric.name!r}.")
     if graph.split_input:
@@ -221,7 +208,7 @@ def _score_inputs(search: Search, nodes: list[str], batch_size: int) -> dict[str
 
 
 def _shares(search: Search, targets: list[str], rows: int) -> dict[str, Float[Tensor, " source"]]:
-    """Every source's share of every target, by the score that was asked for."""
+    """Every source's share of every target, by setting `score`."""
     parts = {target: parse_part(search.model, target) for target in targets}
     kind = REPLACEMENTS[str(search.settings["replacement"])]
     sites = list(dict.fromkeys(part.site for part in parts.values()))
@@ -277,23 +264,20 @@ def _pruned(search: Search, kept: list[str], metric: Metric, batch_size: int) ->
     return kept
 
 
-METHODS.register(
+CD = Method(
     "cd",
-    Method(
-        "cd",
-        "Contextual decomposition of every node, from the logits back",
-        "Hsu et al. 2024, arXiv 2407.00886",
-        _cd,
-        {
-            "replacement": "corrupt",
-            "preset": "frozen-remove",
-            "top": 8,
-            "score": "dot",
-            "channels": "qkv",
-            "mlps": True,
-            "prune": False,
-            "tolerance": 0.01,
-        },
-        threshold=0.0,
-    ),
+    "Contextual decomposition of every node, from the logits back",
+    "Hsu et al. 2024, arXiv 2407.00886",
+    _cd,
+    {
+        "replacement": REPLACEMENT,
+        "preset": Setting("frozen-remove", "the rules of the decomposition", choices=tuple(PRESETS)),
+        "top": Setting(8, "nodes taken in each round", least=1),
+        "score": Setting("dot", "how much of a target's input is relevant", choices=SCORES),
+        "channels": Setting("qkv", "which inputs of a head are targets", choices=CHANNELS),
+        "mlps": Setting(True, "whether MLPs are nodes"),
+        "prune": Setting(False, "whether nodes that do not matter are dropped at the end"),
+        "tolerance": Setting(0.01, "the loss that dropping a node may cost, as a share of the metric's range", least=0),
+    },
+    threshold=0.0,
 )

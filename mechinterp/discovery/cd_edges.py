@@ -12,8 +12,8 @@ from dataclasses import replace
 from functools import partial
 
 from mechinterp.base.errors import InputError
-from mechinterp.base.registry import unknown
-from mechinterp.discovery.method import METHODS, Job, Method
+from mechinterp.base.settings import Setting
+from mechinterp.discovery.method import REPLACEMENT, Job, Method
 from mechinterp.engines.edge_attribution import Backward, edge_gradients
 from mechinterp.engines.lrp import RULES, lrp_loss, rule_edits
 from mechinterp.engines.replacement import build_replacement
@@ -27,6 +27,7 @@ ATTENTION = {
 """frozen: the preset `linear`. Patterns are constants, so every edge into a query or a key scores exactly 0, and no
 circuit of these scores can attend where the model does. halved: each product in attention gives half to each factor,
 and the softmax its gradient. gradient: attention is differentiated as it is."""
+_ATTENTION = Setting("halved", "how relevance passes through attention", choices=tuple(ATTENTION))
 
 
 def _cd_edges(name: str, job: Job) -> Scores:
@@ -34,10 +35,7 @@ def _cd_edges(name: str, job: Job) -> Scores:
     model, metric = job.model, job.metric
     if metric.needs_reference:
         raise InputError(f"{metric.name} has no relevance at the clean run itself; use metric 'logit_diff'.")
-    attention = str(job.settings["attention"])
-    if attention not in ATTENTION:
-        raise unknown("attention", attention, ATTENTION)
-    rules = ATTENTION[attention]
+    rules = ATTENTION[str(job.settings["attention"])]
     backward = Backward(
         partial(rule_edits, model, rules),
         lambda readout: lrp_loss(model, readout, rules),
@@ -53,25 +51,19 @@ def _cd_edges(name: str, job: Job) -> Scores:
     return job.scores(name, total, {"forwards": forwards, "backwards": len(job.pairs)})
 
 
-METHODS.register(
+CD_EDGES = Method(
     "cd-edges",
-    Method(
-        "cd-edges",
-        "Contextual decomposition along edges: linear rules in one backward",
-        "Hsu et al. 2024, arXiv 2407.00886, with the linear rules; RelP, arXiv 2508.21258",
-        partial(_cd_edges, "cd-edges"),
-        {"replacement": "corrupt", "attention": "halved"},
-        graphs="summed",
-    ),
+    "Contextual decomposition along edges: linear rules in one backward",
+    "Hsu et al. 2024, arXiv 2407.00886, with the linear rules; RelP, arXiv 2508.21258",
+    partial(_cd_edges, "cd-edges"),
+    {"replacement": REPLACEMENT, "attention": _ATTENTION},
+    graphs="summed",
 )
-METHODS.register(
+RELP = Method(
     "relp",
-    Method(
-        "relp",
-        "Relevance patching: edge attribution with LRP coefficients for norms, activations and gates",
-        "Rezaei Jafari et al. 2025, arXiv 2508.21258",
-        partial(_cd_edges, "relp"),
-        {"replacement": "corrupt", "attention": "gradient"},
-        graphs="summed",
-    ),
+    "Relevance patching: edge attribution with LRP coefficients for norms, activations and gates",
+    "Rezaei Jafari et al. 2025, arXiv 2508.21258",
+    partial(_cd_edges, "relp"),
+    {"replacement": REPLACEMENT, "attention": replace(_ATTENTION, default="gradient")},
+    graphs="summed",
 )

@@ -1,4 +1,4 @@
-"""The state of a long run in one file, written whole, so that a killed run goes on where it was."""
+"""The state of a long run in one file, written whole or not at all, so that a killed run can resume."""
 
 from __future__ import annotations
 
@@ -19,43 +19,46 @@ from torch import Tensor
 
 from mechinterp.base.atomic_write import write_whole
 from mechinterp.base.errors import InputError
+from mechinterp.base.settings import Parameter
 from mechinterp.graphs.graph import Graph
-from mechinterp.graphs.scores import Parameter
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.pairs import Pairs
 
 EVERY_SECONDS = 30.0
 MOST_BYTES = 2**31
 _MAGIC = b"mechinterp-state 1"
-_HINT = "delete it to begin again, or give another file."
+_HINT = "delete it to start over, or give another file."
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Checkpoint:
-    """Tensors by name in one file: a line with the run's key and the hash of what follows, then safetensors.
+    """Tensors by name in one file: a line with the run's key and the hash of the rest, then safetensors.
 
-    Without a path nothing is kept.
+    Without a path nothing is saved.
     """
 
     path: Path | None = None
     key: str = ""
-    """What the run was asked for; a state of another run is refused."""
+    """A digest of the run's arguments; a state of another run is refused."""
     last: float = field(default_factory=time.monotonic)
     failed: bool = False
 
     def load(self, like: Mapping[str, Tensor], most: Mapping[str, int]) -> dict[str, Tensor] | None:
         """The state that was saved, or None; its tensors have the names, dtypes and shapes of `like`.
 
-        `most` are the largest values that counts among them can have. Raises InputError, in one line, for a file that
-        is damaged, is no state, or is the state of another run.
+        Raises InputError, in one line, for a file that is damaged, is not a state, or is the state of another run.
+
+        Args:
+            like: Tensors with the names, dtypes and shapes of the state.
+            most: The largest values that the counts among them can have.
         """
         if self.path is None or not os.path.lexists(self.path):
             return None
         first, _, content = _read(self.path).partition(b"\n")
         words = first.split(b" ")
         if len(words) != 4 or b" ".join(words[:2]) != _MAGIC:
-            raise InputError(f"{self.path} is no state of a run; {_HINT}")
+            raise InputError(f"{self.path} is not the state of a run; {_HINT}")
         if hashlib.sha256(content).hexdigest().encode() != words[3]:
             raise InputError(f"{self.path} is damaged: it is not what was written; {_HINT}")
         if words[2] != self.key.encode():
@@ -65,20 +68,20 @@ class Checkpoint:
         try:
             found = load(content)
         except (SafetensorError, ValueError, KeyError) as error:
-            raise InputError(f"{self.path} is no state of a run ({error}); {_HINT}") from error
+            raise InputError(f"{self.path} is not the state of a run ({error}); {_HINT}") from error
         if _shapes(found) != _shapes(like):
-            raise InputError(f"{self.path} is no state of this method: it holds other tensors; {_HINT}")
+            raise InputError(f"{self.path} is not a state of this method: it holds other tensors; {_HINT}")
         for name, value in found.items():
             if not value.is_floating_point() and name in most and not 0 <= int(value) <= most[name]:
-                raise InputError(f"{self.path} is no state of this run: {name} is {int(value)}; {_HINT}")
+                raise InputError(f"{self.path} is not a state of this run: {name} is {int(value)}; {_HINT}")
             if value.is_floating_point() and bool(value.isnan().any()):
-                raise InputError(f"{self.path} is no state of this run: {name} holds NaN; {_HINT}")
+                raise InputError(f"{self.path} is not a state of this run: {name} holds NaN; {_HINT}")
         return found
 
     def save(self, state: Mapping[str, Tensor], *, now: bool = False) -> None:
-        """Return None after writing the state, if the last time is half a minute ago (or `now`).
+        """Return None after writing the state, if the last one is half a minute old (or with `now`).
 
-        When it cannot be written the run goes on, with a warning.
+        If it cannot be written, the run continues, with a warning.
         """
         if self.path is None or (not now and time.monotonic() - self.last < EVERY_SECONDS):
             return
@@ -89,7 +92,7 @@ class Checkpoint:
             write_whole(self.path, first + b"\n" + content)
         except InputError as error:
             if not self.failed:
-                logger.warning("The run goes on without its state, so it cannot be taken up again: %s", error)
+                logger.warning("The run continues without saving its state, so it cannot be resumed: %s", error)
             self.failed = True
         else:
             self.failed = False
@@ -108,7 +111,7 @@ def _read(path: Path) -> bytes:
     """The bytes of a plain file. Raises InputError for anything else; never waits for a pipe."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise InputError(f"{path} is not a plain file, so it is no state of a run; give another file.")
+            raise InputError(f"{path} is not a plain file, so it is not the state of a run; give another file.")
         with path.open("rb") as file:
             found = file.read(MOST_BYTES + 1)
     except OSError as error:
@@ -132,12 +135,12 @@ def open_checkpoint(
     settings: Mapping[str, Parameter],
     batch_size: int,
 ) -> Checkpoint:
-    """The checkpoint of one run; its key is a digest of all that decides the result."""
+    """The checkpoint of one run; its key is a digest of everything that decides the result."""
     if path is None:
         return Checkpoint()
     if not Path(path).parent.is_dir():
-        raise InputError(f"There is no folder {str(Path(path).parent)!r} to keep the state of the run in.")
-    asked = [
+        raise InputError(f"The folder {str(Path(path).parent)!r}, for the state of the run, does not exist.")
+    arguments = [
         metadata.version("mechinterp-circuits"),
         model.info.weights_sha256(),
         graph.digest(),
@@ -147,4 +150,4 @@ def open_checkpoint(
         sorted((name, str(value)) for name, value in settings.items()),
         batch_size,
     ]
-    return Checkpoint(Path(path), hashlib.sha256(json.dumps(asked).encode()).hexdigest())
+    return Checkpoint(Path(path), hashlib.sha256(json.dumps(arguments).encode()).hexdigest())

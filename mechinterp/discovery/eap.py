@@ -8,11 +8,12 @@ the IG steps are k = 1..m as in the paper (EAP-IG's code takes 0..m-1: `schedule
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from mechinterp.base.errors import InputError
-from mechinterp.base.registry import unknown
-from mechinterp.discovery.method import METHODS, Job, Method
+from mechinterp.base.settings import Setting
+from mechinterp.discovery.method import REPLACEMENT, Job, Method
 from mechinterp.engines.edge_attribution import activation_path_gradients, edge_gradients, n_groups
 from mechinterp.engines.replacement import build_replacement
 from mechinterp.graphs.scores import Scores
@@ -23,6 +24,8 @@ SCHEDULES = {
     "midpoint": lambda k, m: (k + 0.5) / m,
 }
 """Where on the way from the corrupt (0) to the clean input (1) the gradients are taken, for k = 0..m-1."""
+STEPS = Setting(5, "points of the path at which gradients are taken", least=1, most=1000)
+SCHEDULE = Setting("right", "where these points are", choices=tuple(SCHEDULES))
 
 
 def integration_points(steps: object, schedule: object) -> tuple[float, ...]:
@@ -31,11 +34,8 @@ def integration_points(steps: object, schedule: object) -> tuple[float, ...]:
     >>> integration_points(4, "right")
     (0.25, 0.5, 0.75, 1.0)
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 1000:
-        raise InputError(f"steps must be a whole number from 1 to 1000; got {steps!r}.")
-    if schedule not in SCHEDULES:
-        raise unknown("schedule", str(schedule), SCHEDULES)
-    return tuple(SCHEDULES[str(schedule)](k, steps) for k in range(steps))
+    n, place = int(STEPS.check("steps", steps)), SCHEDULES[str(SCHEDULE.check("schedule", schedule))]
+    return tuple(place(k, n) for k in range(n))
 
 
 def _run(name: str, alphas: tuple[float, ...] | None, job: Job) -> Scores:
@@ -59,8 +59,6 @@ def _run(name: str, alphas: tuple[float, ...] | None, job: Job) -> Scores:
 
 def _activations(job: Job) -> Scores:
     alphas = integration_points(job.settings["steps"], job.settings["schedule"])
-    if job.replacement != "corrupt":
-        raise InputError("'eap-ig-activations' goes from the corrupt to the clean activations: replacement 'corrupt'.")
     total = job.sum_over_batches(
         lambda chunk: job.metric.direction * activation_path_gradients(job.model, job.graph, chunk, job.metric, alphas)
     )
@@ -68,46 +66,38 @@ def _activations(job: Job) -> Scores:
     return job.scores("eap-ig-activations", total, {"forwards": 3 * len(job.pairs) + runs, "backwards": runs})
 
 
-METHODS.register(
+EAP = Method(
     "eap",
-    Method(
-        "eap",
-        "Edge attribution patching: gradient at the clean run",
-        "Syed et al. 2023, arXiv 2310.10348",
-        partial(_run, "eap", (1.0,)),
-        {"replacement": "corrupt"},
-        graphs="summed",
-    ),
+    "Edge attribution patching: gradient at the clean run",
+    "Syed et al. 2023, arXiv 2310.10348",
+    partial(_run, "eap", (1.0,)),
+    {"replacement": REPLACEMENT},
+    graphs="summed",
 )
-METHODS.register(
+EAP_IG = Method(
     "eap-ig",
-    Method(
-        "eap-ig",
-        "Edge attribution patching with integrated gradients over the inputs",
-        "Hanna et al. 2024, arXiv 2403.17806",
-        partial(_run, "eap-ig", None),
-        {"steps": 5, "schedule": "right", "replacement": "corrupt"},
-        graphs="summed",
-    ),
+    "Edge attribution patching with integrated gradients over the inputs",
+    "Hanna et al. 2024, arXiv 2403.17806",
+    partial(_run, "eap-ig", None),
+    {"steps": STEPS, "schedule": SCHEDULE, "replacement": REPLACEMENT},
+    graphs="summed",
 )
-METHODS.register(
+EAP_IG_ACTIVATIONS = Method(
     "eap-ig-activations",
-    Method(
-        "eap-ig-activations",
-        "Edge attribution patching with integrated gradients over each layer's activations",
-        "Hanna et al. 2024, arXiv 2403.17806; Mueller et al. 2025, arXiv 2504.13151",
-        _activations,
-        {"steps": 5, "schedule": "midpoint", "replacement": "corrupt"},
-    ),
+    "Edge attribution patching with integrated gradients over each layer's activations",
+    "Hanna et al. 2024, arXiv 2403.17806; Mueller et al. 2025, arXiv 2504.13151",
+    _activations,
+    {
+        "steps": STEPS,
+        "schedule": replace(SCHEDULE, default="midpoint"),
+        "replacement": replace(REPLACEMENT, choices=("corrupt",)),
+    },
 )
-METHODS.register(
+CLEAN_CORRUPTED = Method(
     "clean-corrupted",
-    Method(
-        "clean-corrupted",
-        "Edge attribution patching: the mean of the gradients at the clean and at the corrupt run",
-        "Hanna et al. 2024, arXiv 2403.17806",
-        partial(_run, "clean-corrupted", (0.0, 1.0)),
-        {"replacement": "corrupt"},
-        graphs="summed",
-    ),
+    "Edge attribution patching: the mean of the gradients at the clean and at the corrupt run",
+    "Hanna et al. 2024, arXiv 2403.17806",
+    partial(_run, "clean-corrupted", (0.0, 1.0)),
+    {"replacement": REPLACEMENT},
+    graphs="summed",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mechinterp.discovery.method import METHODS, Job, Method
+from mechinterp.discovery.method import REPLACEMENT, Job, Method
 from mechinterp.engines.edge_patching import edge_logits
 from mechinterp.engines.readout import answer_logits
 from mechinterp.engines.replacement import build_replacement
@@ -45,14 +45,11 @@ def _exact(job: Job) -> Scores:
     return job.scores("exact", total, {"forwards": n_runs + 2 * len(job.pairs), "backwards": 0})
 
 
-METHODS.register(
+EXACT = Method(
     "exact",
-    Method(
-        "exact",
-        "Every edge replaced alone (as many forwards as edges)",
-        "activation patching of single edges; Conmy et al. 2023, arXiv 2304.14997, for the edges",
-        _exact,
-        {"replacement": "corrupt"},
-        graphs="own",
-    ),
+    "Every edge replaced alone (as many forwards as edges)",
+    "activation patching of single edges; Conmy et al. 2023, arXiv 2304.14997, for the edges",
+    _exact,
+    {"replacement": REPLACEMENT},
+    graphs="own",
 )

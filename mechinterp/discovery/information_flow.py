@@ -30,10 +30,10 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechinterp.base.registry import unknown
-from mechinterp.discovery.method import METHODS, Job, Method
+from mechinterp.base.settings import Setting
+from mechinterp.discovery.method import REPLACEMENT, Job, Method
 from mechinterp.engines.edge_attribution import TOKEN_BUDGET_BYTES, resid_site
-from mechinterp.engines.replacement import KINDS, write_sites
+from mechinterp.engines.replacement import write_sites
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.scores import Scores
 from mechinterp.models.hook_manager import HookManager
@@ -132,10 +132,6 @@ def source_importances(model: HookManager, layer: int, values: Values) -> Float[
 def _information_flow(job: Job) -> Scores:
     """The sum over examples of every edge's importance. Cost: one forward, without the unembedding."""
     importance = str(job.settings["importance"])
-    if importance not in IMPORTANCES:
-        raise unknown("importance", importance, IMPORTANCES)
-    if job.replacement not in KINDS:  # not used here, but recorded: it is what the circuit will be evaluated with
-        raise unknown("replacement", job.replacement, KINDS)
     total = job.sum_over_batches(
         lambda chunk: edge_importances(job.model, job.graph, chunk.to(job.model.device), importance=importance)
     )
@@ -209,13 +205,13 @@ def _from_answer(model: HookManager, graph: Graph, pairs: Pairs, values: Values)
     return out
 
 
-METHODS.register(
+INFORMATION_FLOW = Method(
     "information-flow",
-    Method(
-        "information-flow",
-        "Information flow routes: proximity of each write to what a reader reads, in the clean run alone",
-        "Ferrando & Voita 2024, arXiv 2403.00824; per reader as in Mueller et al. 2025, arXiv 2504.13151",
-        _information_flow,
-        {"importance": "per-reader", "replacement": "corrupt"},
-    ),
+    "Information flow routes: proximity of each write to what a reader reads, in the clean run alone",
+    "Ferrando & Voita 2024, arXiv 2403.00824; per reader as in Mueller et al. 2025, arXiv 2504.13151",
+    _information_flow,
+    {
+        "importance": Setting("per-reader", "whether importances are those for the answer", choices=IMPORTANCES),
+        "replacement": REPLACEMENT,  # not used here, but recorded: what the circuit will be evaluated with
+    },
 )

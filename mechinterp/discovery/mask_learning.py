@@ -30,12 +30,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
-from mechinterp.base.registry import unknown
-from mechinterp.discovery.method import METHODS, Job, Method
+from mechinterp.base.settings import Setting
+from mechinterp.discovery.method import REPLACEMENT, Job, Method
 from mechinterp.engines.mask_gradients import mask_gradients
 from mechinterp.engines.readout import clean_logits
 from mechinterp.engines.replacement import Values, build_replacement
-from mechinterp.graphs.scores import Parameter, Scores
+from mechinterp.graphs.scores import Scores
 from mechinterp.models.modes import Gradients
 from mechinterp.tasks.metrics import get_metric
 from mechinterp.tasks.pairs import Pairs
@@ -43,7 +43,10 @@ from mechinterp.tasks.pairs import Pairs
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
 OBJECTIVES = ("kl", "metric")
 MOST = 100_000
-"""Steps, or examples of a step."""
+"""Steps; examples of a step; drawings of a step."""
+SEEDS_APART = 1_000_003
+"""Step i of seed s draws with seed s * SEEDS_APART + i."""
+MOST_SEED = 2**63 // SEEDS_APART - 1
 WARM_UP = 0.5
 """Share of the steps over which the target of edge-pruning falls from 1."""
 
@@ -81,21 +84,18 @@ class _Learning:
 
     def __init__(self, job: Job) -> None:
         self.job, graph, asked = job, job.graph, job.settings
-        self.n_steps = _whole("learning_steps", asked["learning_steps"])
-        self.seed = _whole("seed", asked["seed"], least=0)
+        self.n_steps, self.seed = int(asked["learning_steps"]), int(asked["seed"])
         self.objective = str(asked["objective"])
-        if self.objective not in OBJECTIVES:
-            raise unknown("objective", self.objective, OBJECTIVES)
         if self.objective == "metric" and not job.metric.differentiable:
             raise InputError(f"Metric {job.metric.name!r} has no gradient; learn masks with objective=kl.")
-        start, lr = _number("start", asked["start"]), _number("lr", asked["lr"])
+        start, lr = float(asked["start"]), float(asked["lr"])
         self.log_alpha = torch.full((graph.n_units,), start, dtype=torch.float64, requires_grad=True)
         self.multipliers = torch.zeros(2, dtype=torch.float64, requires_grad=True)
         groups = [{"params": [self.log_alpha]}, {"params": [self.multipliers], "maximize": True}]
         self.optimizer = torch.optim.Adam(groups, lr=lr)
         self.unit = graph.unit[graph.possible]
-        self.drawings = _whole("drawings", asked["drawings"])
-        self.blocks = self._blocks(_whole("examples", asked["examples"]))
+        self.drawings = int(asked["drawings"])
+        self.blocks = self._blocks(int(asked["examples"]))
         self.n_runs = 0
 
     def _blocks(self, size: int) -> list[_Block]:
@@ -117,7 +117,7 @@ class _Learning:
         while done < self.n_steps:
             self.optimizer.zero_grad()
             penalty(open_chance(self.log_alpha).mean(), self.multipliers, done).backward()
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + done)
+            generator = torch.Generator().manual_seed(self.seed * SEEDS_APART + done)
             shape = (self.drawings, len(self.log_alpha))
             noise = torch.rand(shape, generator=generator, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
             gates = hard_concrete(self.log_alpha.expand(shape), noise)
@@ -179,9 +179,7 @@ class _Learning:
 
 
 def _edge_pruning(job: Job) -> Scores:
-    target, learning = _number("target", job.settings["target"]), _Learning(job)
-    if not 0 < target < 1:
-        raise InputError(f"target is the share of edges to keep, between 0 and 1; got {target:g}.")
+    target, learning = float(job.settings["target"]), _Learning(job)
 
     def lagrangian(share: Tensor, multipliers: Tensor, step: int) -> Tensor:
         fallen = min(1.0, (step + 1) / (WARM_UP * learning.n_steps))
@@ -192,58 +190,36 @@ def _edge_pruning(job: Job) -> Scores:
 
 
 def _subnetwork_probing(job: Job) -> Scores:
-    penalty, learning = _number("penalty", job.settings["penalty"]), _Learning(job)
-    if penalty <= 0:
-        raise InputError(f"penalty must be above 0; got {penalty:g}.")
+    penalty, learning = float(job.settings["penalty"]), _Learning(job)
     found = learning.learn(lambda share, multipliers, step: penalty * share + 0 * multipliers.sum())
     return learning.scores("subnetwork-probing", found)
 
 
-def _whole(name: str, value: object, least: int = 1) -> int:
-    if type(value) is not int or value < least:
-        raise InputError(f"{name} must be a whole number, at least {least}; got {value!r}.")
-    if name != "seed" and value > MOST:
-        raise InputError(f"{name} must be at most {MOST}; got {value}.")
-    return value
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, (bool, str)) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InputError(f"{name} must be a number; got {value!r}.")
-    return float(value)
-
-
-_SHARED: dict[str, Parameter] = {
-    "replacement": "corrupt",
-    "learning_steps": 300,
-    "examples": 4,
-    "drawings": 8,
-    "lr": 0.1,
-    "start": 2.0,
-    "objective": "kl",
-    "seed": 0,
+_SHARED = {
+    "replacement": REPLACEMENT,
+    "learning_steps": Setting(300, "steps of gradient descent", least=1, most=MOST),
+    "examples": Setting(4, "examples of a step", least=1, most=MOST),
+    "drawings": Setting(8, "drawings of all gates in a step", least=1, most=MOST),
+    "lr": Setting(0.1, "learning rate of Adam", least=0),
+    "start": Setting(2.0, "log alpha of every gate at the beginning"),
+    "objective": Setting("kl", "what is minimised", choices=OBJECTIVES),
+    "seed": Setting(0, "the seed of the examples' order and the drawings", least=0, most=MOST_SEED),
 }
-METHODS.register(
+EDGE_PRUNING = Method(
     "edge-pruning",
-    Method(
-        "edge-pruning",
-        "A mask over edges learned by gradient descent, to a target share of edges",
-        "Bhaskar et al. 2024, arXiv 2406.16778",
-        _edge_pruning,
-        {**_SHARED, "target": 0.1},
-        threshold=0.5,
-        graphs="own",
-    ),
+    "A mask over edges learned by gradient descent, to a target share of edges",
+    "Bhaskar et al. 2024, arXiv 2406.16778",
+    _edge_pruning,
+    {**_SHARED, "target": Setting(0.1, "the share of edges to keep", above=0, below=1)},
+    threshold=0.5,
+    graphs="own",
 )
-METHODS.register(
+SUBNETWORK_PROBING = Method(
     "subnetwork-probing",
-    Method(
-        "subnetwork-probing",
-        "A mask learned by gradient descent, each open gate at a price",
-        "Cao et al. 2021, arXiv 2104.03514; Conmy et al. 2023, arXiv 2304.14997",
-        _subnetwork_probing,
-        {**_SHARED, "penalty": 1.0},
-        threshold=0.5,
-        graphs="own",
-    ),
+    "A mask learned by gradient descent, each open gate at a price",
+    "Cao et al. 2021, arXiv 2104.03514; Conmy et al. 2023, arXiv 2304.14997",
+    _subnetwork_probing,
+    {**_SHARED, "penalty": Setting(1.0, "the price of an open gate", above=0)},
+    threshold=0.5,
+    graphs="own",
 )

@@ -1,4 +1,4 @@
-"""The registry of methods, and `score_edges`, which runs one of them."""
+"""`Method` and `Job`, of which a discovery method is made, and `score_edges`, which runs one by name."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp.base.errors import InputError, clip
+from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress, no_progress
-from mechinterp.base.registry import Registry
+from mechinterp.base.settings import Parameter, Setting, check_settings
 from mechinterp.discovery.checkpoint import Checkpoint, open_checkpoint
+from mechinterp.discovery.methods import METHODS
 from mechinterp.engines.edge_patching import check_model
+from mechinterp.engines.replacement import KINDS
 from mechinterp.graphs.graph import Graph
-from mechinterp.graphs.scores import Parameter, Scores
+from mechinterp.graphs.scores import Scores
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.metrics import Metric, get_metric
 from mechinterp.tasks.pairs import Pairs
@@ -25,7 +27,7 @@ from mechinterp.tasks.pairs import Pairs
 
 @dataclass(frozen=True)
 class Job:
-    """All that a method is given. `settings` are its defaults with what was asked for."""
+    """All that a method is given. `settings` has every parameter of the method, already checked."""
 
     model: HookManager
     graph: Graph
@@ -38,7 +40,7 @@ class Job:
 
     @property
     def replacement(self) -> str:
-        """The kind of replacement that was asked for."""
+        """The kind of replacement: what a cut edge carries."""
         return str(self.settings["replacement"])
 
     def zeros(self) -> Float[Tensor, "reader writer"]:
@@ -47,7 +49,14 @@ class Job:
         return torch.zeros(self.graph.possible.shape, dtype=dtype)
 
     def scores(self, method: str, total: Tensor, cost: Mapping[str, int], **more: Any) -> Scores:
-        """The result, with all that was asked for."""
+        """The result, with the settings that it was computed with.
+
+        Args:
+            method: The name of the method.
+            total: The sum over examples of every edge's score, `[reader, writer]`.
+            cost: How many forwards and backwards of one prompt it took.
+            more: Other fields of `Scores`, such as `additive=False`.
+        """
         return Scores(
             self.graph,
             total,
@@ -61,7 +70,7 @@ class Job:
         )
 
     def sum_over_batches(self, of: Callable[[Pairs], Tensor]) -> Float[Tensor, "reader writer"]:
-        """The sum over all batches of a table of edges; taken up again where a killed run had come to."""
+        """The sum over all batches of a table of edges; a killed run resumes at the batch that it had reached."""
         total, done = self.zeros(), 0
         saved = self.checkpoint.load({"total": total, "done": torch.tensor(done)}, {"done": len(self.pairs)})
         if saved is not None:
@@ -76,23 +85,44 @@ class Job:
         return total
 
 
+REPLACEMENT = Setting("corrupt", "what a cut edge carries", choices=KINDS)
+"""The setting that every method has."""
+
+
 @dataclass(frozen=True)
 class Method:
-    """A way to score edges. `defaults` are its parameters with their default values; an unknown one is refused."""
+    """A way to score edges.
+
+    Args:
+        name: The name under which it is registered.
+        title: What it does, in one line.
+        source: The paper that it is from.
+        run: The scores of a job.
+        settings: Its parameters by name; one of them is `replacement`. An unknown one is refused.
+        threshold: For a method that chooses the circuit itself: `select` with this threshold gives it.
+        graphs: Which graphs it takes: `plain`, only those of edges at all positions and whole MLPs; `summed`, any, and
+            a node scores the sum of its edges; `own`, any, and the method scores nodes itself.
+    """
 
     name: str
     title: str
     source: str
     run: Callable[[Job], Scores]
-    defaults: Mapping[str, Parameter] = field(default_factory=dict[str, Parameter])
+    settings: Mapping[str, Setting] = field(default_factory=lambda: {"replacement": REPLACEMENT})
     threshold: float | None = None
-    """Of a method that chooses the circuit itself: `select` with this threshold gives it."""
     graphs: Literal["plain", "summed", "own"] = "plain"
-    """What graphs it takes: only the plain one (edges at all positions, whole MLPs); any, a node scoring what the edges
-    out of it score together; or any, with a score of its own for nodes."""
 
+    def __post_init__(self) -> None:
+        for name, setting in self.settings.items():
+            if not isinstance(setting, Setting):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise InputError(f"Setting {name!r} of method {self.name!r} must be a Setting, such as Setting(5).")
+        if "replacement" not in self.settings:
+            raise InputError(f"Method {self.name!r} needs a setting 'replacement'; use REPLACEMENT of this module.")
 
-METHODS: Registry[Method] = Registry("method")
+    @property
+    def defaults(self) -> dict[str, Parameter]:
+        """The default of every parameter."""
+        return {name: setting.default for name, setting in self.settings.items()}
 
 
 def score_edges(
@@ -109,24 +139,28 @@ def score_edges(
 ) -> Scores:
     """The score of every edge by a registered method; positive = the edge helps the task.
 
-    Parameters of the method go by name (`steps=5` for `eap-ig`). The result does not depend on `batch_size`. With
-    `resume`, a file, the state of a long run is kept there every half minute and taken up by the next call that asks
-    for the same; the file is gone when the scores are there.
+    Raises InputError for an unknown method, parameter or metric, a parameter out of bounds, token ids that the model
+    does not have, and a `resume` file of another run.
 
-    Raises InputError for an unknown method, parameter or metric, for token ids that the model does not have, and for
-    a `resume` file of another run.
+    Args:
+        model: The model.
+        graph: Its graph, of edges or nodes.
+        pairs: The examples to score with.
+        method: A name of `METHODS`.
+        metric: A metric or its name.
+        batch_size: How many examples are run at once; the result does not depend on it.
+        progress: Called with the number of steps done, and of all.
+        resume: A file that keeps the state of a long run, written every half minute. The next call with the same
+            arguments resumes from it; the file is deleted when the scores are done.
+        parameters: Parameters of the method by name: `steps=5` for `eap-ig`.
     """
     chosen = METHODS.get(method)
-    unknown_names = sorted(set(parameters) - set(chosen.defaults))
-    if unknown_names:
-        known = ", ".join(sorted(chosen.defaults)) or "none"
-        raise InputError(f"Method {method!r} has no parameter {unknown_names[0]!r}. Known: {known}.")
+    settings = check_settings(f"method {method!r}", chosen.settings, parameters)
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; got {batch_size}.")
     check_graph(method, graph)
     check_model(model, graph, pairs)
     metric = get_metric(metric) if isinstance(metric, str) else metric
-    settings = {**chosen.defaults, **parameters}
     checkpoint = open_checkpoint(resume, model, graph, pairs, method, metric.name, settings, batch_size)
     scores = chosen.run(Job(model, graph, pairs, metric, settings, batch_size, progress, checkpoint))
     checkpoint.clear()
@@ -134,26 +168,10 @@ def score_edges(
     return replace(scores, total=total, pairs=pairs)
 
 
-def check_settings(method: str, settings: Mapping[str, object]) -> None:
-    """Return None when a method has these parameters, each of the type of its default.
-
-    For settings that a file states; what a method makes of a value it checks itself. Raises InputError otherwise.
-    """
-    defaults = METHODS.get(method).defaults
-    for name, value in settings.items():
-        if name not in defaults:
-            raise InputError(f"Method {method!r} has no parameter {clip(name, 60)!r}.")
-        kind = type(defaults[name])
-        fits = type(value) is kind or (kind is float and type(value) is int)
-        if not fits or (isinstance(value, int) and not -(2**63) <= value < 2**63):
-            words = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
-            raise InputError(f"{name} of method {method!r} is {words[kind]}; got {clip(repr(value), 60)}.")
-
-
 def check_graph(method: str, graph: Graph) -> None:
     """Return None when the method takes the graph. Raises InputError for an unknown method, or one that does not."""
     if METHODS.get(method).graphs == "plain" and not graph.plain:
-        others = ", ".join(name for name in METHODS.names() if METHODS.get(name).graphs != "plain")
+        others = ", ".join(sorted(name for name, one in METHODS.importable().items() if one.graphs != "plain"))
         raise InputError(
             f"Method {method!r} scores edges at all positions between heads and whole MLPs. For nodes, named positions "
             f"and neurons take one of: {others}."

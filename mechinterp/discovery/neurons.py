@@ -1,4 +1,4 @@
-"""The neurons that matter most, to become nodes of a graph of their own."""
+"""`top_neurons`: the neurons that matter most, as separate nodes of a graph."""
 
 from __future__ import annotations
 
@@ -25,9 +25,18 @@ def top_neurons(
 
     The effect is that of `attribution_patching` of `mlp_post`, summed over positions, mean over examples. A dense graph
     of all neurons does not fit for most models: its engine holds `n_writers * batch * pos * d_model` numbers (37
-    thousand writers for GPT-2 small), so the strongest are taken first. Ties go to the earlier neuron.
+    thousand writers for GPT-2 small), so only the strongest become nodes. Ties go to the earlier neuron.
 
     Raises InputError for more neurons than the model has, UnsupportedError for MLPs without neurons.
+
+    Args:
+        model: The model.
+        pairs: The examples.
+        n: How many neurons.
+        metric: A metric or its name.
+        method: As in `attribution_patching`.
+        steps: Integration steps, as in `attribution_patching`.
+        batch_size: How many examples are run at once.
     """
     total = None
     for chunk in pairs.chunks(batch_size):

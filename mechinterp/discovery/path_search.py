@@ -1,32 +1,27 @@
 """`path-patching`: from the logits back, the receivers of one round being the strongest senders of the round before.
 
-Source: Wang et al. 2022 (arXiv 2211.00593), who found the IOI circuit so by hand. Every node sends to the logits; the
-`top` strongest become receivers, each of their inputs by itself; and so on until no new node is found. Deviations: the
-choice of receivers is a number and not a look at the pictures; MLPs are nodes too; and by default only the direct
-edges are patched (`meaning=direct`), so that a score is exactly that of `exact`, without the edges into other nodes.
+Source: Wang et al. 2022 (arXiv 2211.00593), who found the IOI circuit this way. Every node sends to the logits; the
+`top` strongest become receivers, each of their inputs separately; and so on until no new node is found. Deviations:
+receivers are chosen by number and not by looking at plots; MLPs are nodes too; and by default only the direct edges
+are patched (`meaning=direct`), so that a score is exactly that of `exact`, without the edges into other nodes.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, cast
 
 from mechinterp.analysis.path_patching import MEANINGS, path_patching
 from mechinterp.base.errors import InputError
-from mechinterp.base.registry import unknown
+from mechinterp.base.settings import Setting
 from mechinterp.discovery.cd import between
-from mechinterp.discovery.method import METHODS, Job, Method
+from mechinterp.discovery.method import REPLACEMENT, Job, Method
 from mechinterp.graphs.circuit import on_paths
 from mechinterp.graphs.scores import Scores
 
 
 def _path_patching(job: Job) -> Scores:
-    model, graph, top, meaning = job.model, job.graph, job.settings["top"], str(job.settings["meaning"])
-    if type(top) is not int or top < 1:
-        raise InputError(f"top must be a whole number of nodes, at least 1; got {top!r}.")
-    if meaning not in MEANINGS:
-        raise unknown("meaning", meaning, MEANINGS)
-    if job.replacement != "corrupt":
-        raise InputError("'path-patching' sends the corrupt run's values: replacement 'corrupt'.")
+    model, graph, top, meaning = job.model, job.graph, int(job.settings["top"]), str(job.settings["meaning"])
     if graph.split_input:
         raise InputError("'path-patching' takes the input as one node; build the graph without split_input.")
     table, forwards = job.zeros(), 0.0
@@ -63,14 +58,15 @@ def _path_patching(job: Job) -> Scores:
     return job.scores("path-patching", table * mask * len(job.pairs), cost, additive=False)
 
 
-METHODS.register(
+PATH_PATCHING = Method(
     "path-patching",
-    Method(
-        "path-patching",
-        "Path patching from the logits back, the strongest senders being the next receivers",
-        "Wang et al. 2022, arXiv 2211.00593",
-        _path_patching,
-        {"replacement": "corrupt", "top": 6, "meaning": "direct"},
-        threshold=0.0,
-    ),
+    "Path patching from the logits back, the strongest senders being the next receivers",
+    "Wang et al. 2022, arXiv 2211.00593",
+    _path_patching,
+    {
+        "replacement": replace(REPLACEMENT, choices=("corrupt",)),
+        "top": Setting(6, "senders of a round that become receivers", least=1),
+        "meaning": Setting("direct", "which paths are patched", choices=tuple(MEANINGS)),
+    },
+    threshold=0.0,
 )

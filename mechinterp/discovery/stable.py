@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechinterp.base.errors import InputError, clip
+from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress, no_progress
+from mechinterp.base.settings import Setting, check_settings
 from mechinterp.discovery.method import score_edges
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import Graph
@@ -27,7 +28,12 @@ from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 
-MOST_RESAMPLES = 10_000
+STABLE = {
+    "resamples": Setting(100, "how often the examples are drawn again", least=2, most=10_000),
+    "agreement": Setting(0.975, "the share of resamples that must have the sign", above=0.5, most=1),
+    "seed": Setting(0, "the seed of the resamples"),
+}
+"""The settings of `stable_scores`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,24 +111,32 @@ def stable_scores(
     """The scores of `score_edges`, and 0 for every edge whose sign is not stable when the examples are drawn again.
 
     A resample is as many examples, drawn with replacement. Its scores are exactly those that `score_edges` gives for
-    the drawn examples. The result can neither be added to others nor does `score_edges` alone give it again, so its
+    the drawn examples. The result cannot be added to others, and `score_edges` alone does not reproduce it, so its
     parameters name the bootstrap.
 
     Cost: where scores of examples add up, every example is scored once, by itself (`batch_size` plays no part), and
     the resamples are weighted sums. Where they do not (`acdc`, `cd`, `path-patching`, and every method under a mean
     replacement, as each resample has its own mean): one run of the method per resample, one over all examples, and one
-    of the first example, which tells.
+    of the first example, which shows that they do not.
     Memory: resamples x edges x 8 bytes (26 MB for 100 resamples of GPT-2 small).
 
     Raises InputError for fewer than 2 examples or resamples, an agreement that is not above 0.5 and up to 1, and what
     `score_edges` refuses.
+
+    Args:
+        model: The model.
+        graph: Its graph, of edges or nodes.
+        pairs: The examples to score with.
+        method: A name of `METHODS`.
+        metric: A metric or its name.
+        resamples: How often the examples are drawn again.
+        agreement: The share of resamples in which a stable edge has the same sign.
+        seed: The seed of the resamples.
+        batch_size: How many examples are run at once, where all are run together.
+        progress: Called with the number of runs done, and of all.
+        parameters: Parameters of the method by name.
     """
-    if type(resamples) is not int or not 2 <= resamples <= MOST_RESAMPLES:
-        raise InputError(f"resamples must be a whole number from 2 to {MOST_RESAMPLES}; got {resamples!r}.")
-    if isinstance(agreement, (bool, str)) or not 0.5 < agreement <= 1:
-        raise InputError(f"agreement is a share of the resamples, above 0.5 and up to 1; got {agreement!r}.")
-    if type(seed) is not int or not -(2**63) <= seed < 2**63:
-        raise InputError(f"seed must be a whole number of 64 bits; got {clip(repr(seed), 60)}.")
+    check_settings("stable_scores", STABLE, {"resamples": resamples, "agreement": agreement, "seed": seed})
     if len(pairs) < 2:
         raise InputError("One example drawn again is always itself; give at least 2 pairs.")
     rows = torch.randint(len(pairs), (resamples, len(pairs)), generator=torch.Generator().manual_seed(seed))
@@ -180,6 +194,13 @@ def circuit_stability(
     `edges` counts nodes where those are chosen. The circuits are those of all edges' scores, stable or not. Cost: one
     `select` per resample, no run of the model.
     Raises EmptyCircuit when a resample has no circuit of that size, and what `select` refuses.
+
+    Args:
+        stable: What `stable_scores` returned.
+        edges: How many edges (or nodes) to select, or a share such as "5%".
+        rule: As in `select`.
+        by: As in `select`.
+        ratio: As in `select`.
     """
     graph = stable.every.graph
     n = sized(graph, unit_count(graph, edges))

@@ -24,12 +24,12 @@ from torch import Tensor
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.registry import unknown
+from mechinterp.base.settings import Parameter
 from mechinterp.evaluation.ablation import AblationSetup
 from mechinterp.evaluation.hypotheses import TIE, HypothesisTest, check_level
 from mechinterp.evaluation.masks import mask_values, with_axes
 from mechinterp.graphs.circuit import Circuit, on_paths
 from mechinterp.graphs.graph import Graph
-from mechinterp.graphs.scores import Parameter
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs

@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mechinterp.graphs.scores import Parameter, Scores
+from mechinterp.base.settings import Parameter
+from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select import best_units
 
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

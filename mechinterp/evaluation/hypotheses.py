@@ -20,10 +20,10 @@ from torch import Tensor
 
 from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress, no_progress
+from mechinterp.base.settings import Parameter
 from mechinterp.evaluation.ablation import Ablation, AblationSetup
 from mechinterp.evaluation.masks import mask_values, with_axes
 from mechinterp.graphs.circuit import Circuit
-from mechinterp.graphs.scores import Parameter
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.metrics import Metric, get_metric
 from mechinterp.tasks.pairs import Pairs

@@ -14,8 +14,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
+from mechinterp.base.settings import Parameter
 from mechinterp.graphs.graph import Graph
-from mechinterp.graphs.scores import Parameter, Scores
+from mechinterp.graphs.scores import Scores
 
 if TYPE_CHECKING:
     NodeGraph = nx.MultiDiGraph[str]

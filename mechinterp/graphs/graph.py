@@ -122,7 +122,7 @@ class Graph:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The writers that are no component of the model: `input`, or `embed` and `pos_embed`."""
+        """The writers that are not components of the model: `input`, or `embed` and `pos_embed`."""
         return self.writers[: self.n_inputs]
 
     @property
@@ -245,14 +245,18 @@ def build_graph(
 ) -> Graph:
     """The graph of all edges that the model has.
 
-    `split_input` makes `embed` and `pos_embed` separate writers. With `level="node"` all edges out of a node are chosen
-    together. `positions` are names of positions that the pairs have: edges at each of them, and at all other tokens
-    (`rest`), are then told apart; `answers` is the one where the metric reads (default: `end` if it is named, else
-    `rest`). `neurons` maps layers to neurons of their MLPs that become writers by themselves, see `top_neurons`.
+    Raises InputError for invalid names and numbers and for a graph too large for a dense table; UnsupportedError if
+    the model has no position embedding to split off, or its sum is not what enters the first layer (Gemma scales its
+    embedding), or an MLP has no separate neurons.
 
-    Raises InputError for names and numbers that make no sense and for a graph too large for a dense table;
-    UnsupportedError when the model has no position embedding to split off, or its sum is not what enters the first
-    layer (Gemma scales its embedding), or an MLP has no neurons that can be told apart.
+    Args:
+        model: The model.
+        split_input: Whether `embed` and `pos_embed` are separate writers.
+        level: "edge", or "node": then all edges out of a node are chosen together.
+        positions: Names of positions that the pairs have. Edges at each of them, and at all other tokens (`rest`), are
+            then separate.
+        answers: The position where the metric reads; by default `end` if it is among `positions`, else `rest`.
+        neurons: Neurons, by layer, that are writers of their own, apart from their MLP; see `top_neurons`.
     """
     if split_input:
         _check_split(model)
@@ -279,7 +283,7 @@ def graph_of(
     answers: str | None = None,
     neurons: Sequence[Sequence[int]] = (),
 ) -> Graph:
-    """The graph of a model of these dimensions; what the arguments are, `build_graph` says."""
+    """The graph of a model of these dimensions; for the arguments see `build_graph`."""
     names = _position_names(positions)
     where = "" if not names else answers or ("end" if "end" in names else REST)
     if where and where not in names:

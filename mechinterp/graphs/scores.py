@@ -11,10 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
+from mechinterp.base.settings import Parameter
 from mechinterp.graphs.graph import Graph
 from mechinterp.tasks.pairs import Pairs
-
-Parameter = str | int | float | bool
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from mechinterp.base.errors import InputError, clip
 from mechinterp.base.registry import unknown
+from mechinterp.base.settings import Parameter
 from mechinterp.graphs.circuit import Circuit, on_paths
 from mechinterp.graphs.graph import Graph
-from mechinterp.graphs.scores import Parameter, Scores
+from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select_ilp import TIME_LIMIT, best_edges
 
 RULES = ("top", "greedy", "ilp")
@@ -39,26 +40,35 @@ def select(
     ratio: float | None = None,
     time_limit: float = TIME_LIMIT,
 ) -> Circuit:
-    """The circuit of the best edges, less those that lie on no path from the input to the logits.
+    """The circuit of the best edges, without those that are not on a path from the input to the logits.
 
-    Either `edges` (how many to select, or their share of the graph: `"5%"`) or `threshold` (select every edge above
-    it). On a graph with `level="node"` it is `nodes` instead: a node is selected with all edges out of it. `by` orders
-    by `magnitude`, which keeps the edges that work against the task too (IOI's negative heads), as is right for a
-    circuit that is to behave as the model does; or by signed `value`, helping edges first. Ties go to the edge that
-    comes first in the model. The circuit keeps both counts: `n_selected` and `n_edges`.
+    Give one of `edges`, `nodes` and `threshold`. Ties go to the edge that comes first in the model. The circuit keeps
+    both counts: `n_selected` and `n_edges`.
 
-    - `rule="top"`: the best edges of all. With `ratio` (0 to 1) int(ratio * edges) of them are the best of positive
-      score, as far as there are any, and the others the largest in magnitude of what is left.
-    - `rule="greedy"` grows from the logits back: the best edge into what is chosen already, so that little is dropped
-      at the end.
-    - `rule="ilp"`: of all circuits of exactly so many edges the one with the highest total (see `discovery.ilp`);
-      nothing is dropped. It refuses when that is not proven within `time_limit` seconds. The limit is not recorded:
-      which circuit is found does not depend on it.
+    - `rule="top"`: the best edges of all.
+    - `rule="greedy"` grows from the logits back: each time the best edge into the nodes already chosen, so that little
+      is dropped at the end.
+    - `rule="ilp"`: the circuit of exactly that many edges with the highest total (see `graphs.select_ilp`); nothing is
+      dropped.
 
-    Raises InputError when the numbers make no sense, EmptyCircuit when nothing is left.
+    Raises InputError for invalid numbers and if `ilp` cannot prove the best circuit in time, EmptyCircuit if nothing
+    is left.
 
-    Source of `ratio` and `ilp`: Nikankin et al. 2025 (arXiv 2510.25786), who have the ratio together with the integer
-    program too; here it goes with `top` only.
+    Source of `ratio` and `ilp`: Nikankin et al. 2025 (arXiv 2510.25786), who also combine the two; here the ratio goes
+    with `top` only.
+
+    Args:
+        graph: The graph.
+        scores: The scores of its edges.
+        edges: How many edges to select, or their share of the graph: "5%".
+        nodes: The same for nodes, on a graph with `level="node"`; a node is selected with all edges out of it.
+        threshold: Select every edge above this.
+        rule: "top", "greedy" or "ilp".
+        by: "magnitude", which also keeps the edges that work against the task (IOI's negative heads), as a circuit
+            that behaves like the model must; or "value", helping edges first.
+        ratio: With `top`: int(ratio * edges) of the edges are the best ones of positive score, as far as they go; the
+            others are the largest in magnitude of the rest.
+        time_limit: Seconds that `ilp` may take. Not recorded, since the circuit does not depend on it.
     """
     if graph.digest() != scores.graph.digest():
         raise InputError("The scores belong to another graph.")
@@ -135,7 +145,7 @@ def unit_count(graph: Graph, size: int | str) -> int:
                 f"{clip(size, 60)!r}."
             )
         return max(1, int(percent * graph.n_units / 100))
-    if type(size) is not int or not 1 <= size <= graph.n_units:  # a bool is no number of edges
+    if type(size) is not int or not 1 <= size <= graph.n_units:  # a bool is not a number of edges
         raise InputError(
             f"{graph.level}s must be a whole number from 1 to {graph.n_units}, or a share such as '5%'; got {size!r}."
         )

@@ -29,7 +29,7 @@ from mechinterp.graphs.circuit import on_paths
 from mechinterp.graphs.graph import Graph
 
 TIME_LIMIT = 600.0
-"""Seconds that HiGHS may take, unless told otherwise."""
+"""Seconds that HiGHS may take by default."""
 LARGEST = 1e4
 """The largest coefficient of the objective: HiGHS stops at an absolute gap of 1e-6, so totals are exact to 1e-10 of the
 strongest edge."""
@@ -59,7 +59,9 @@ def best_edges(
     mask = torch.zeros_like(graph.possible)
     mask[graph.possible] = torch.from_numpy(chosen > 0.5)
     if int(mask.sum()) != n or not torch.equal(on_paths(graph, mask), mask):
-        raise InputError("rule='ilp': HiGHS gave edges that are no circuit (a numerical failure); use rule='greedy'.")
+        raise InputError(
+            "rule='ilp': the edges that HiGHS returned are not a circuit (a numerical failure); use rule='greedy'."
+        )
     return mask
 
 

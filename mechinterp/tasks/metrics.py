@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
-from mechinterp.base.registry import Registry
+from mechinterp.tasks.metric_names import METRICS
 
 NO_ENTRY = -1
 
@@ -230,33 +230,25 @@ def _l2_to_clean(
     return torch.linalg.vector_norm(at_least_float32(logits) - _given(reference), dim=-1)
 
 
-METRICS: Registry[Metric] = Registry("metric")
-
-logit_diff = METRICS.register(
-    "logit_diff",
-    Metric("logit_diff", _logit_diff, +1, "logits", True, False, columns_suffice=True),
-)
+logit_diff = Metric("logit_diff", _logit_diff, +1, "logits", True, False, columns_suffice=True)
 """Mean logit of the right answers minus mean logit of the wrong ones."""
 
-prob_diff = METRICS.register("prob_diff", Metric("prob_diff", _prob_diff, +1, "probability", True, False))
+prob_diff = Metric("prob_diff", _prob_diff, +1, "probability", True, False)
 """Probability of all right answers together minus that of all wrong ones together, in [-1, 1]."""
 
-prob = METRICS.register("prob", Metric("prob", _prob, +1, "probability", True, False, needs_wrong=False))
+prob = Metric("prob", _prob, +1, "probability", True, False, needs_wrong=False)
 """Probability of all right answers together."""
 
-log_prob = METRICS.register("log_prob", Metric("log_prob", _log_prob, +1, "nats", True, False, needs_wrong=False))
+log_prob = Metric("log_prob", _log_prob, +1, "nats", True, False, needs_wrong=False)
 """Log of the probability of all right answers together."""
 
-accuracy = METRICS.register(
-    "accuracy",
-    Metric("accuracy", _accuracy, +1, "fraction", True, False, columns_suffice=True, differentiable=False),
-)
+accuracy = Metric("accuracy", _accuracy, +1, "fraction", True, False, columns_suffice=True, differentiable=False)
 """1 where the highest right answer's logit is above every wrong answer's (a tie counts as 0), else 0."""
 
-kl_to_clean = METRICS.register("kl_to_clean", Metric("kl_to_clean", _kl_to_clean, -1, "nats", False, True))
+kl_to_clean = Metric("kl_to_clean", _kl_to_clean, -1, "nats", False, True)
 """KL(clean || this), the sum over the vocabulary in nats. Its gradient at the clean run itself is 0."""
 
-l2_to_clean = METRICS.register("l2_to_clean", Metric("l2_to_clean", _l2_to_clean, -1, "logits", False, True))
+l2_to_clean = Metric("l2_to_clean", _l2_to_clean, -1, "logits", False, True)
 """Euclidean distance of the logit vectors. Unlike KL it also sees a shift of all logits alike."""
 
 
@@ -276,4 +268,4 @@ def metric_names() -> tuple[str, ...]:
 
 
 def _without_answers() -> tuple[str, ...]:
-    return tuple(name for name in METRICS.names() if not METRICS.get(name).needs_answers)
+    return tuple(sorted(name for name, metric in METRICS.importable().items() if not metric.needs_answers))

@@ -16,9 +16,10 @@ from mechinterp.circuit_file.formats import mib
 from mechinterp.circuit_file.formats.dot import quoted
 from mechinterp.circuit_file.formats.eap_ig_json import to_eap_ig_json
 from mechinterp.circuit_file.formats.eap_ig_pt import to_eap_ig_pt
-from mechinterp.circuit_file.formats.exports import EXPORTS, export_circuit, write_export
-from mechinterp.circuit_file.formats.imports import IMPORTS, import_circuit
+from mechinterp.circuit_file.formats.exports import export_circuit, write_export
+from mechinterp.circuit_file.formats.imports import import_circuit
 from mechinterp.circuit_file.formats.latex import latex_text
+from mechinterp.circuit_file.formats.names import EXPORTS, IMPORTS
 from mechinterp.circuit_file.formats.score_origin import Made
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.graphs.circuit import Circuit
@@ -257,7 +258,7 @@ def test_neuronpedia_obeys_its_schema() -> None:
 
 def test_the_registries() -> None:
     circuit, document = drawn("plain")
-    assert all(entry.lost.startswith("Lost: ") and entry.lost.endswith(".") for entry in EXPORTS.values())
+    assert all(EXPORTS.get(name).lost.startswith("Lost: ") and EXPORTS.get(name).lost.endswith(".") for name in EXPORTS)
     with pytest.raises(InputError, match="Did you mean 'graphml'"):
         export_circuit(circuit, document, "graphlm")
     with pytest.raises(InputError, match="another circuit"):
@@ -268,10 +269,10 @@ def test_the_registries() -> None:
         Made("eap", "logit_diff", "corrupt", 0, "loss")
 
 
-@pytest.mark.parametrize("name", IMPORTS)
+@pytest.mark.parametrize("name", IMPORTS.names())
 def test_files_that_cannot_be_read(tmp_path: Path, name: str) -> None:
     assert "x" in one_line(lambda: import_circuit(tmp_path / "x", name, dims=dims_of()))
-    if not IMPORTS[name].has_sizes:
+    if not IMPORTS.get(name).has_sizes:
         (tmp_path / "x").write_bytes(b"[]")
         with pytest.raises(InputError, match="give dims="):
             import_circuit(tmp_path / "x", name)
@@ -292,5 +293,5 @@ def test_what_was_read_is_saved_and_read_again(tmp_path: Path) -> None:
 def test_import_reads_what_export_writes(tmp_path: Path) -> None:
     circuit, document = drawn("plain")
     for name in EAP_IG:
-        (path,) = write_export(tmp_path / f"a{EXPORTS[name].suffix}", export_circuit(circuit, document, name))
+        (path,) = write_export(tmp_path / f"a{EXPORTS.get(name).suffix}", export_circuit(circuit, document, name))
         assert import_circuit(path, name, dims=circuit.graph.dims).edges == circuit.edges

@@ -385,7 +385,7 @@ def test_odd_values_are_failed_claims(
 def test_a_threshold_is_a_number(whole: dict[str, Any], place: Place, tmp_path: Path) -> None:
     whole["selection"]["parameters"] = {"threshold": "x"}
     done = run("verify", write(place, whole, tmp_path))
-    assert not done.problems((1,)) and "threshold is a number" in " ".join(done.out.split())
+    assert not done.problems((1,)) and "threshold must be a number" in " ".join(done.out.split())
 
 
 @pytest.mark.parametrize("command", ["show", "validate", "verify", "cite", "view", "eval", "run", "push"])

@@ -73,7 +73,7 @@ def test_a_state_of_another_run_is_refused_and_kept(tmp_path: Path) -> None:
         mi.score_edges(tiny("neox"), mi.build_graph(tiny("neox")), some, method="eap", batch_size=2, resume=state)
     assert state.exists()
     state.write_bytes(b"no state at all")
-    with pytest.raises(mi.InputError, match="is no state of a run"):
+    with pytest.raises(mi.InputError, match="is not the state of a run"):
         mi.score_edges(model, graph, some, method="eap", resume=state)
 
 
@@ -114,7 +114,7 @@ def test_a_flipped_bit_anywhere_in_a_state_is_one_line(method: str, settings: di
     whole, graph = state.read_bytes(), mi.build_graph(model)
     for place in [*range(0, 150, 13), *range(150, len(whole), len(whole) // 10), len(whole) - 1]:
         state.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(mi.InputError, match="delete it to begin again") as raised:
+        with pytest.raises(mi.InputError, match="delete it to start over") as raised:
             mi.score_edges(model, graph, **asked)
         assert "\n" not in str(raised.value)
     state.write_bytes(whole[: len(whole) // 2])
@@ -144,7 +144,7 @@ def test_a_state_of_wrong_shapes_or_numbers_is_one_line(method: str, change: dic
     content = state.read_bytes()
     saved = checkpoint.load(content.partition(b"\n")[2])
     Checkpoint(state, content.split(b" ")[2].decode()).save({**saved, **change}, now=True)
-    with pytest.raises(mi.InputError, match="is no state of this"):
+    with pytest.raises(mi.InputError, match="is not a state of this"):
         mi.score_edges(model, mi.build_graph(model), **asked)
 
 
@@ -160,7 +160,7 @@ def test_a_state_is_a_plain_file_and_its_folder_is_there(tmp_path: Path) -> None
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     with pytest.raises(mi.InputError, match="cannot be read"):
         mi.score_edges(model, graph, some, method="eap", resume=tmp_path / "link")
-    with pytest.raises(mi.InputError, match="no folder"):
+    with pytest.raises(mi.InputError, match="does not exist"):
         mi.score_edges(model, graph, some, method="eap", resume=tmp_path / "nowhere" / "state")
 
 
@@ -191,7 +191,7 @@ def test_restart_deletes_the_states_of_a_run_and_no_other_file(tmp_path: Path) -
         other.write_bytes(b"")
     stale = state.with_name(f"{state.name.rsplit('.', 2)[0]}.0123abcd.unfinished")
     stale.write_bytes(b"")
-    with pytest.raises(mi.InputError, match="is no state of a run"):
+    with pytest.raises(mi.InputError, match="is not the state of a run"):
         mi.discover(spec)
     found = mi.discover(mi.RunSpec(**{**vars(spec), "restart": True}))
     assert "restart" not in (found.document.provenance.command or "")

@@ -59,8 +59,8 @@ def stronger_half(job: Job) -> mi.Scores:
 def test_a_resample_has_the_scores_of_the_drawn_examples(
     asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = Method("stronger-half", "", "", stronger_half, {"replacement": "corrupt"})
-    monkeypatch.setitem(METHODS._values, "stronger-half", known)
+    monkeypatch.setitem(METHODS._values, "stronger-half", Method("stronger-half", "", "", stronger_half))
+    monkeypatch.setitem(METHODS._about, "stronger-half", "")  # type: ignore[index]
     model, some = tiny("gpt2"), pairs(4, 5)
     graph = mi.build_graph(model)
     _, samples = resampled_scores(model, graph, some, DRAWN, asked)

@@ -32,9 +32,9 @@ from mechinterp.base.canonical_json import parse_json
 from mechinterp.base.errors import InputError, ModelNotAvailable
 from mechinterp.circuit_file.formats.eap_ig_json import to_eap_ig_json
 from mechinterp.circuit_file.formats.eap_ig_pt import to_eap_ig_pt
+from mechinterp.circuit_file.formats.names import EXPORTS
 from mechinterp.circuit_file.verify import verification
 from mechinterp.cli import app as cli
-from mechinterp.cli.help import EXPORT_FORMATS
 from mechinterp.tasks import task as task_module
 from tests.support import models_tiny as tiny
 from tests.support.hostile_json import NUMBERS, OTHERS, Done, harmed, mutated, run, sealed, sha256
@@ -291,7 +291,7 @@ def _read_by_commands(
     elif command == "diff":
         more = (place.folder / path.name, *draw.choice(((), (), ("--out", path.parent / "d.html"))))
     elif command == "export":
-        format = draw.choice(sorted(EXPORT_FORMATS))
+        format = draw.choice(EXPORTS.names())
         more = ("--format", format, "--out", path.parent / "exported")
     if command != "validate":
         valid, invalid = EXPECTED[command]

@@ -22,7 +22,16 @@ from collections.abc import Mapping
 import torch
 
 from mechinterp.base.errors import FormatError
-from mechinterp.circuit_file.formats.foreign import NO_MLP, bounded_graph, check_dims, clipped, edge_place
+from mechinterp.circuit_file.formats.foreign import (
+    NO_MLP,
+    bounded_graph,
+    check_dims,
+    clipped,
+    edge_place,
+    needed,
+    read_file,
+)
+from mechinterp.circuit_file.formats.format import Import
 from mechinterp.circuit_file.formats.safe_torch import load_plain
 from mechinterp.circuit_file.formats.score_origin import circuit_from
 from mechinterp.graphs.circuit import Circuit
@@ -139,3 +148,10 @@ def _inside(receiver: Point, sender: Point, dims: Dims) -> str:
         if (to, out_of) in steps and receiver[1] is not None and receiver[1] < dims.n_heads:
             return f"a{layer}.h{receiver[1]}<{channel}>"
     return ""
+
+
+IMPORT = Import(
+    has_scores=False,
+    has_sizes=False,
+    read=lambda path, dims, made: from_acdc(read_file(path), needed(dims), str(path)),
+)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mechinterp.base.canonical_json import render_json
+from mechinterp.circuit_file.formats.format import Export
 from mechinterp.circuit_file.formats.node_link_graph import links_of, nodes_of
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.graphs.circuit import Circuit
@@ -26,3 +27,6 @@ def to_cytoscape(circuit: Circuit, document: CircuitFile) -> bytes:
         "elements": {"nodes": nodes, "edges": edges},
     }
     return render_json(content).encode("utf-8")
+
+
+EXPORT = Export(".cyjs", to_cytoscape, "Lost: task, results, provenance; edges out of the circuit.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
+from mechinterp.circuit_file.formats.format import Export
 from mechinterp.circuit_file.formats.node_link_graph import Link, link_colour, links_of, nodes_of, printable, score_text
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.graphs.circuit import Circuit
@@ -55,3 +56,6 @@ def _attributes(link: Link, largest: float) -> dict[str, str]:
         if link.score < 0:
             found["style"] = "dashed"
     return found
+
+
+EXPORT = Export(".dot", to_dot, "Lost: results, provenance; scores have 4 digits and are tooltips and widths.")

@@ -35,6 +35,8 @@ from mechinterp.models.layout import Dims
 TOOL = "EAP-IG"
 TAKES = (PARALLEL,)
 SIZES = ("n_layers", "n_heads", "d_model")
+LOST = "Lost: the model, task, metric, ablation, how the scores were made, roles, results."
+"""What of a circuit file no file of EAP-IG's can hold."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from torch import Tensor
 from mechinterp.base.canonical_json import parse_json
 from mechinterp.base.errors import FormatError
 from mechinterp.circuit_file.formats.eap_ig import (
+    LOST,
     EapIgFile,
     cfg_of,
     circuit_of_file,
@@ -21,7 +22,8 @@ from mechinterp.circuit_file.formats.eap_ig import (
     mapping_with,
     nodes_in_graph,
 )
-from mechinterp.circuit_file.formats.foreign import MAX_VALUES, clipped, edge_place
+from mechinterp.circuit_file.formats.foreign import MAX_VALUES, clipped, edge_place, read_file
+from mechinterp.circuit_file.formats.format import Export, Import
 from mechinterp.circuit_file.formats.score_origin import Made
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.graphs.circuit import Circuit
@@ -122,3 +124,11 @@ def _tables(edges: dict[str, object], graph: Graph, where: str) -> tuple[Tensor,
     table = torch.zeros(graph.possible.shape, dtype=torch.float64)
     table[at[:, 0], at[:, 1]] = torch.tensor(scores, dtype=torch.float64)
     return in_graph, table
+
+
+EXPORT = Export(".json", to_eap_ig_json, LOST)
+IMPORT = Import(
+    has_scores=True,
+    has_sizes=True,
+    read=lambda path, dims, made: from_eap_ig_json(read_file(path), dims, made, str(path)),
+)

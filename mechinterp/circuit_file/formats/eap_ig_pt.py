@@ -13,6 +13,7 @@ import torch
 
 from mechinterp.base.errors import FormatError
 from mechinterp.circuit_file.formats.eap_ig import (
+    LOST,
     EapIgFile,
     cfg_of,
     circuit_of_file,
@@ -20,7 +21,8 @@ from mechinterp.circuit_file.formats.eap_ig import (
     mapping_with,
     nodes_in_graph,
 )
-from mechinterp.circuit_file.formats.foreign import clipped
+from mechinterp.circuit_file.formats.foreign import clipped, read_file
+from mechinterp.circuit_file.formats.format import Export, Import
 from mechinterp.circuit_file.formats.safe_torch import check_tensor, load_plain
 from mechinterp.circuit_file.formats.score_origin import Made
 from mechinterp.circuit_file.schema import CircuitFile
@@ -96,3 +98,11 @@ def _check_possible(named: torch.Tensor, graph: Graph, where: str) -> None:
     if bool(impossible.any()):
         r, w = impossible.nonzero()[0].tolist()
         raise FormatError(f"{where} names {graph.edge_name(r, w)}, which is not an edge: it would run backwards.")
+
+
+EXPORT = Export(".pt", to_eap_ig_pt, LOST)
+IMPORT = Import(
+    has_scores=True,
+    has_sizes=True,
+    read=lambda path, dims, made: from_eap_ig_pt(read_file(path), dims, made, str(path)),
+)

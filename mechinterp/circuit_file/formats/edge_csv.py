@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 
+from mechinterp.circuit_file.formats.format import Export
 from mechinterp.circuit_file.formats.node_link_graph import edge_scores
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.graphs.circuit import Circuit
@@ -23,3 +24,6 @@ def to_csv(circuit: Circuit, document: CircuitFile) -> bytes:
         source, _, reader = name.partition("->")
         writer.writerow((name, source, reader, "" if score is None else repr(score)))
     return out.getvalue().encode("utf-8")
+
+
+EXPORT = Export(".csv", to_csv, "Lost: everything but the edges and their scores.")

@@ -22,7 +22,16 @@ import torch
 
 from mechinterp.base.canonical_json import parse_json
 from mechinterp.base.errors import FormatError
-from mechinterp.circuit_file.formats.foreign import MAX_VALUES, bounded_graph, check_dims, clipped, edge_place
+from mechinterp.circuit_file.formats.foreign import (
+    MAX_VALUES,
+    bounded_graph,
+    check_dims,
+    clipped,
+    edge_place,
+    needed,
+    read_file,
+)
+from mechinterp.circuit_file.formats.format import Import
 from mechinterp.circuit_file.formats.score_origin import circuit_from
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.models.layout import Dims
@@ -72,3 +81,10 @@ def from_edge_pruning(content: bytes, dims: Dims, where: str = "The file") -> Ci
 def _reader(name: str) -> str:
     found = _HEAD_INPUT.fullmatch(name)
     return f"{found[1]}<{found[2]}>" if found else {"resid_post": "logits", "logits": ""}.get(name, name)
+
+
+IMPORT = Import(
+    has_scores=False,
+    has_sizes=False,
+    read=lambda path, dims, made: from_edge_pruning(read_file(path), needed(dims), str(path)),
+)

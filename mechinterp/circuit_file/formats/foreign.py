@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Collection
+from pathlib import Path
 
-from mechinterp.base.errors import FormatError, UnsupportedError
+from mechinterp.base.errors import FormatError, InputError, UnsupportedError
+from mechinterp.base.plain_files import read_bounded
 from mechinterp.circuit_file.limits import MAX_GRAPH_CELLS
 from mechinterp.graphs.graph import Graph, graph_of
 from mechinterp.models.layout import Dims
@@ -19,6 +21,18 @@ PARALLEL = "parallel attention and MLP"
 SPLIT_INPUT = "separate token and position embeddings"
 NO_MLP = "layers without an MLP"
 GROUPED = "grouped-query attention (a key or value head that several query heads share)"
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a file of another tool. Raises FormatError for one that is too large or cannot be read."""
+    return read_bounded(path, MAX_BYTES)
+
+
+def needed(dims: Dims | None) -> Dims:
+    """The dimensions. Raises InputError if they are missing, for a format that does not hold them."""
+    if dims is None:
+        raise InputError("This format does not say of what model it is; give dims=, such as model.dims.")
+    return dims
 
 
 def check_holds(graph: Graph, tool: str, takes: Collection[str] = ()) -> None:

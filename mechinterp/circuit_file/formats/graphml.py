@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from xml.sax.saxutils import escape, quoteattr
 
+from mechinterp.circuit_file.formats.format import Export
 from mechinterp.circuit_file.formats.node_link_graph import links_of, nodes_of, printable
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.graphs.circuit import Circuit
@@ -53,3 +54,6 @@ def _data(owner: str, values: dict[str, str | int | float | None], pad: str) -> 
         for key, value in values.items()
         if value is not None and value != ""
     ]
+
+
+EXPORT = Export(".graphml", to_graphml, "Lost: task, results, provenance; edges out of the circuit.")

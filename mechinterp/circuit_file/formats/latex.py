@@ -5,6 +5,7 @@ Every character is escaped. Characters beyond Latin-1, for which pdflatex has no
 
 from __future__ import annotations
 
+from mechinterp.circuit_file.formats.format import Export
 from mechinterp.circuit_file.formats.node_link_graph import edge_scores, printable, score_text
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.circuit_file.summary import finding
@@ -86,3 +87,6 @@ def _node(writer: str, reader: str) -> str:
     """The node that an edge leaves, with the position of the edge if it has one."""
     _, at, position = reader.partition("@")
     return f"{writer}{at}{position}"
+
+
+EXPORT = Export(".tex", to_latex, "Lost: all but the 40 strongest edges; scores have 4 digits.")

@@ -21,6 +21,7 @@ from mechinterp.circuit_file.formats.eap_ig import EapIgFile, circuit_of_file
 from mechinterp.circuit_file.formats.eap_ig_json import read_eap_ig_json, to_eap_ig_json
 from mechinterp.circuit_file.formats.eap_ig_pt import read_eap_ig_pt
 from mechinterp.circuit_file.formats.foreign import MAX_BYTES, clipped
+from mechinterp.circuit_file.formats.format import Export, Import
 from mechinterp.circuit_file.formats.score_origin import Made
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.graphs.circuit import Circuit
@@ -170,3 +171,7 @@ def _folder(circuit: Circuit, task: str, model: str) -> str:
     if shape != MODELS[model]:
         raise InputError(f"The circuit's layers, heads and d_model are {shape}; those of {model} are {MODELS[model]}.")
     return f"{task}_{model}"
+
+
+EXPORT = Export("", to_mib, "Lost: which edges are in the circuit counts for nothing there, only their scores do.")
+IMPORT = Import(has_scores=True, has_sizes=True, read=from_mib)

@@ -19,6 +19,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from mechinterp.base.canonical_json import render_json
+from mechinterp.circuit_file.formats.format import Export
 from mechinterp.circuit_file.formats.node_link_graph import CircuitNode, links_of, nodes_of
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.graphs.circuit import Circuit
@@ -76,3 +77,10 @@ def _node(node: CircuitNode, positions: list[str], answers: str) -> dict[str, An
         "influence": None,
         "activation": None,
     }
+
+
+EXPORT = Export(
+    ".json",
+    to_neuronpedia,
+    "Lost: q, k and v (one link); heads and MLPs stand for features, positions for tokens; results.",
+)

@@ -9,9 +9,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechinterp.base.errors import FormatError, InputError
+from mechinterp.base.settings import Parameter
 from mechinterp.graphs.circuit import Circuit, on_paths
 from mechinterp.graphs.graph import Graph
-from mechinterp.graphs.scores import Parameter, Scores
+from mechinterp.graphs.scores import Scores
 
 
 @dataclass(frozen=True)

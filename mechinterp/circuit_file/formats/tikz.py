@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from mechinterp.circuit_file.formats.format import Export
 from mechinterp.circuit_file.formats.latex import latex_text
 from mechinterp.circuit_file.formats.node_link_graph import Link, link_colour, links_of, nodes_of
 from mechinterp.circuit_file.schema import CircuitFile
@@ -88,3 +89,6 @@ def _legend(document: CircuitFile, drawn: set[str], low: float) -> list[str]:
             f"\\node[anchor=west, {text}] at ({low - 0.6:.2f},{-0.8 - 0.35 * i:.2f}) {{{latex_text(role.label)}}};"
         )
     return lines
+
+
+EXPORT = Export(".tex", to_tikz, "Lost: all but the 400 strongest edges; scores are widths of lines.")

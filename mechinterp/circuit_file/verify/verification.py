@@ -13,6 +13,7 @@ from mechinterp.base.canonical_json import six_digits
 from mechinterp.base.errors import InputError, MechInterpError, ModelNotAvailable, clip
 from mechinterp.base.plain_files import is_file, is_folder, read_bounded
 from mechinterp.base.progress import StageProgress, no_stages
+from mechinterp.base.settings import check_settings
 from mechinterp.circuit_file.circuit_file import stated_circuit, stated_graph, stated_scores
 from mechinterp.circuit_file.provenance import model_record, tokenizer_record, versions
 from mechinterp.circuit_file.records import (
@@ -26,14 +27,14 @@ from mechinterp.circuit_file.records import (
     tolerance_for,
 )
 from mechinterp.circuit_file.schema import CircuitFile, CurveRecord, TaskPairs, TaskRecord, Tolerance, circuit_sha256
-from mechinterp.circuit_file.setting_types import SELECTION, STABLE, check_types
+from mechinterp.circuit_file.setting_types import SELECTION
 from mechinterp.circuit_file.store import OpenedFile, inside, open_circuit_file
 from mechinterp.circuit_file.verify.claims import Ledger, UnverifiedModel, Verification
 from mechinterp.circuit_file.verify.coverage import RESCORED, applies_again, evaluation_name, extent_of
 from mechinterp.circuit_file.verify.shared_examples import compare_with_discovery, compare_with_task, distinct_prompts
 from mechinterp.circuit_file.verify.warnings import stated_warnings
-from mechinterp.discovery.method import METHODS, check_settings, score_edges
-from mechinterp.discovery.stable import stable_scores
+from mechinterp.discovery.method import METHODS, score_edges
+from mechinterp.discovery.stable import STABLE, stable_scores
 from mechinterp.evaluation.faithfulness import ablation_of, evaluate
 from mechinterp.evaluation.measurements import Checked, check_predictions
 from mechinterp.evaluation.predictions import Prediction
@@ -167,7 +168,7 @@ def _check_selection(circuit: Circuit, document: CircuitFile, ledger: Ledger) ->
     if circuit.scores is None or not applies_again(document):  # a warning says so
         return
     with ledger.claimed("selection"):
-        check_types(parameters, SELECTION)
+        check_settings("select", SELECTION, parameters)
         again = select(circuit.graph, circuit.scores, **parameters)
         differ = sorted(set(again.edges) ^ set(circuit.edges))
         detail = f"{len(differ)} edges differ, first {differ[0]}" if differ else ""
@@ -203,7 +204,7 @@ def _check_discovery(document: CircuitFile, ledger: Ledger) -> None:
     with ledger.claimed("discovery.method"):
         method = METHODS.get(stated.method)
         ledger.equal("discovery.method", stated.method, method.name)
-        foreign = sorted(set(stated.parameters) - set(method.defaults) - {f"{BOOTSTRAP}{name}" for name in STABLE})
+        foreign = sorted(set(stated.parameters) - set(method.settings) - {f"{BOOTSTRAP}{name}" for name in STABLE})
         ledger.equal("discovery.parameters", foreign, [], f"method {method.name!r} has no such parameter")
     with ledger.claimed("discovery.metric"):
         ledger.equal("discovery.metric", stated.metric, metric_record(stated.metric.name))
@@ -383,7 +384,7 @@ def _check_curve(
         ledger.failed("curve", f"not run: the pairs {curve.pairs!r} are not what the file states")
         return
     with ledger.claimed("curve"):
-        check_types({name: parameters[name] for name in ("rule", "by", "ratio") if name in parameters}, SELECTION)
+        check_settings("select", SELECTION, {k: v for k, v in parameters.items() if k in ("rule", "by", "ratio")})
         again = size_curve(
             model,
             scores,
@@ -419,8 +420,9 @@ def _rescore(
     with ledger.claimed(RESCORED):
         settings: dict[str, Any] = dict(stated.parameters)
         stable = {name: settings.pop(f"{BOOTSTRAP}{name}") for name in STABLE if f"{BOOTSTRAP}{name}" in settings}
-        check_types(stable, STABLE)
-        check_settings(stated.method, settings)  # a file must not set other arguments, such as `resume`
+        check_settings("stable_scores", STABLE, stable)
+        known = METHODS.get(stated.method).settings
+        check_settings(f"method {stated.method!r}", known, settings)  # other arguments, such as `resume`, are refused
         score = score_edges
         if stable:
 
