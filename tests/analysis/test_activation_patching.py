@@ -328,7 +328,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ("a1.kv0<k>", {}, "write 'a5.h1<k>'"),
     ("m1.n999", {}, "neurons 0 to 63"),
     ("resid_pre.7", {}, "layers 0 to 2"),
-    ("a1.h1@", {}, "no position behind"),
+    ("a1.h1@", {}, "no position after"),
     ("a1.h1@S9", {}, "Unknown position 'S9'"),
     ("a1.h1@6", {}, "outside the prompt of row 0, which has 6"),
     ([], {}, "No part is given"),

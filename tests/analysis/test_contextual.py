@@ -327,7 +327,7 @@ def test_own_presets_and_neurons() -> None:
         ([], {}, "No part is given"),
         (["a0.h1", "a0.h1"], {}, "given twice"),
         ("q", {}, "nothing of 'q.0' reaches"),
-        ("pattern", {}, "no value that contextual decomposition splits"),
+        ("pattern", {}, "does not split the site"),
         ("z", {"targets": []}, "No target"),
         ("z", {"targets": ["answers", "logits"]}, "one direction at a time"),
         ("z", {"targets": "a0.h9"}, "heads 0 to 3"),
@@ -398,7 +398,7 @@ def test_presets_and_prompts_that_cannot_be_are_refused() -> None:
         Preset(settle=frozenset({"everything"}))
     long = torch.ones(2, 40, dtype=torch.long)
     for name in ("gpt2", "classifier"):
-        with pytest.raises(InputError, match="40 tokens; the model takes 32"):
+        with pytest.raises(InputError, match="40 tokens; the model reads 32"):
             contextual_decomposition(model_of(name), long, "z", targets=1)
     with pytest.raises(InputError, match="token id 77"):
         contextual_decomposition(model_of("masked"), torch.full((2, 5), 77), "z", targets=1)

@@ -49,7 +49,7 @@ def test_edges_patching_and_eap_are_those_of_plain_hooks(label: str) -> None:
     row = table.measure(BY_LABEL[label])
     assert not row.refused
     assert row.exact, row
-    stale = "docs/families.md says something else: python -m benchmarks.families --write"
+    stale = "docs/families.md is out of date: python -m benchmarks.families --write"
     notes = table.stored_notes()
     assert all(reason in notes for _, reason in row.without), stale
     assert table.comparable(table.line(row, notes)) in table.comparable(table.stored_table()).splitlines(), stale
