@@ -154,5 +154,5 @@ def test_a_picture_or_one_line_that_says_what_is_missing(tmp_path: Path, name: s
 
 
 def test_another_ending_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no picture"):
+    with pytest.raises(InputError, match="is not a picture"):
         save_image(heatmap(grid()), tmp_path / "figure.gif2")

@@ -42,7 +42,7 @@ def test_view_writes_the_page_beside_the_file_and_says_what_is_missing(
     page.write_text("old", "utf-8")
     assert cli.main(["view", str(toy), "--no-open"]) == 0
     out = capsys.readouterr().out.splitlines()
-    words = "Attention patterns and written tokens are left out: the model toy is not available here."
+    words = "Attention patterns and written tokens are left out: the model toy is not available."
     assert out == [f"note: {words}", f"wrote {page}"] and not opened
     assert words in page.read_text("utf-8")
     assert cli.main(["view", str(toy), "--out", str(toy.with_name("other.html"))]) == 0
