@@ -73,7 +73,7 @@ class RunSpec:
         metric: Task performance: a name in `METRICS`; by default the task's own.
         steps: Integration steps of `eap-ig`; by default 5.
         level: What is chosen: `edge`, `node`, or `neuron` (nodes, with the strongest neurons among them).
-        positions: Named positions at which edges are told apart, separated by commas, or `all`.
+        positions: Named positions by which edges are separated: names separated by commas, or `all`.
         neurons: Number of neurons that become nodes at level `neuron`; by default 50.
         edges: Edges to select: a number, or a share such as `5%`.
         nodes: The same for nodes, at level `node` or `neuron`.

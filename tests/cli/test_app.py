@@ -25,7 +25,8 @@ from mechinterp.views.terminal_tables import plain
 from tests.support.toy_circuits import toy_circuit, toy_document
 from tests.support.words_model import save_words_model
 
-SMALL = ("--examples", "20", "--edges", "20", "--method", "eap")
+SMALL = ("--examples", "10", "--edges", "20", "--method", "eap")
+QUICK = (*SMALL, "--no-roles")  # where roles are not the point
 
 
 @pytest.fixture(scope="module")
@@ -334,6 +335,7 @@ def test_levels_and_positions_go_into_a_file_that_verifies(
     more: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = ["run", "ioi", "--model", str(model), "--out", str(tmp_path), "--examples", "12", "--method", "eap"]
+    run += ["--no-roles"]
     size = [] if "--edges" in more else ["--nodes", "60%"]
     assert cli.main([*run, *more, *size]) == 0
     (file,) = tmp_path.glob("*.circuit.json")
@@ -347,8 +349,8 @@ def test_a_killed_run_goes_on_where_it_was(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(checkpoint, "EVERY_SECONDS", 0.0)
-    arguments = ["run", "ioi", "--model", str(model), "--examples", "8", "--edges", "20", "--method", "exact"]
-    arguments += ["--batch-size", "2"]
+    arguments = ["run", "ioi", "--model", str(model), "--examples", "6", "--edges", "20", "--method", "exact"]
+    arguments += ["--batch-size", "2", "--no-roles"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert cli.main([*arguments, "--out", str(whole)]) == 0
     save, calls = checkpoint.Checkpoint.save, list[int]()
@@ -374,7 +376,7 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(
     place: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(pipeline, place, interrupt)
-    assert cli.main(["run", "ioi", "--model", str(model), "--out", str(tmp_path / "out"), *SMALL]) == 130
+    assert cli.main(["run", "ioi", "--model", str(model), "--out", str(tmp_path / "out"), *QUICK]) == 130
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and "interrupted" in err
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -393,7 +395,7 @@ def test_ctrl_c_while_files_are_written_leaves_no_part_of_one(
         replace(*paths)
 
     monkeypatch.setattr(os, "replace", counted)
-    assert cli.main(["run", "ioi", "--model", str(model), "--out", str(tmp_path), *SMALL]) == 130
+    assert cli.main(["run", "ioi", "--model", str(model), "--out", str(tmp_path), *QUICK]) == 130
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ([] if call < 3 else ["ioi-words-eap.circuit.json", "ioi-words-eap.scores.safetensors"])
 
@@ -465,6 +467,6 @@ def test_warnings_of_the_package_are_lines(
         return wrapped
 
     monkeypatch.setattr(pipeline, "evaluate", warn(pipeline.evaluate))
-    assert cli.main(["run", "ioi", "--model", str(model), "--out", str(tmp_path), *SMALL]) == 0
+    assert cli.main(["run", "ioi", "--model", str(model), "--out", str(tmp_path), *QUICK]) == 0
     assert capsys.readouterr().err == "warning: two lines [red]\n"
     assert not logging.getLogger("mechinterp").handlers
