@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -14,7 +14,6 @@ from mechinterp.base.errors import InputError, clip
 T = TypeVar("T")
 MOST_LETTERS, MOST_SHOWN, MOST_COMPARED = 60, 30, 2000
 """Letters of a name in a message; names that are listed; names among which the nearest one is searched."""
-logger = logging.getLogger(__name__)
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
@@ -103,10 +102,8 @@ class Registry(Generic[T]):
         """Every value by name, without the plug-ins that cannot be imported."""
         found: dict[str, T] = {}
         for name in self:
-            try:
+            with contextlib.suppress(InputError):
                 found[name] = self.get(name)
-            except InputError as error:
-                logger.warning("%s", error)
         return found
 
     def about(self) -> Mapping[str, str]:

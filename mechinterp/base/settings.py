@@ -10,6 +10,7 @@ from mechinterp.base.errors import InputError, clip
 from mechinterp.base.registry import suggestion, unknown
 
 Parameter = bool | int | float | str
+Number = int | float
 MOST_LETTERS = 60
 """Letters of a value in a message."""
 
@@ -32,10 +33,10 @@ class Setting:
     default: Parameter
     about: str = ""
     choices: tuple[str, ...] = ()
-    least: float = -math.inf
-    most: float = math.inf
-    above: float = -math.inf
-    below: float = math.inf
+    least: Number = -math.inf
+    most: Number = math.inf
+    above: Number = -math.inf
+    below: Number = math.inf
     share: bool = False
 
     def check(self, name: str, value: object) -> Parameter:

@@ -47,7 +47,7 @@ def why(found: Verification, claim: str) -> str:
         ({"bootstrap_seed": "x", "bootstrap_resamples": 2, "bootstrap_agreement": 0.9}, "seed must be a whole number"),
         ({"bootstrap_resamples": "x"}, "resamples must be a whole number"),
         ({"bootstrap_agreement": "x"}, "agreement must be a number"),
-        ({"replacement": 3}, "replacement of method 'eap' is a word"),
+        ({"replacement": 3}, "replacement must be a text"),
         ({"replacement": "x" * 9000}, "x..."),
         ({"resume": "/etc/passwd"}, "has no parameter 'resume'"),
         ({"steps": 10**12}, "has no parameter 'steps'"),
@@ -65,7 +65,11 @@ def test_odd_settings_of_a_method_are_failed_claims(
     [
         ("eap-ig", {"steps": "x"}, "steps must be a whole number"),
         ("eap-ig", {"steps": 10**12}, "steps must be a whole number, at least 1 and at most 1000"),
-        ("subnetwork-probing", {"learning_steps": 10**12}, "learning_steps must be at most"),
+        (
+            "subnetwork-probing",
+            {"learning_steps": 10**12},
+            "at most 100000",
+        ),
         ("edge-pruning", {"lr": "x"}, "lr must be a number"),
         ("random", {"seed": 10**19 - 1}, "seed must be a number of at most 64 bits"),
         ("acdc", {"at_once": 0.5}, "at_once must be a whole number"),

@@ -42,7 +42,11 @@ def test_the_other_meaning_and_the_circuit_of_the_bundled_model() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"top": 0}, "top must be"), ({"meaning": "both"}, "meaning"), ({"replacement": "zero"}, "corrupt run's values")],
+    [
+        ({"top": 0}, "top must be"),
+        ({"meaning": "both"}, "meaning"),
+        ({"replacement": "zero"}, "Unknown replacement 'zero'. Known: corrupt"),
+    ],
 )
 def test_bad_settings_get_one_clear_line(settings: dict[str, Any], message: str) -> None:
     model = tiny("gpt2")
