@@ -42,7 +42,7 @@ def test_gates_are_open_as_often_as_the_formula_says() -> None:
 @pytest.mark.parametrize("name", HAND)
 def test_a_planted_circuit_is_found(name: str, method: str, objective: str) -> None:
     this = HAND[name]()
-    settings = {"objective": objective, "learning_steps": 150}
+    settings = {"objective": objective, "learning_steps": 100, "examples": 6, "drawings": 2}
     scores = mi.score_edges(this.model, this.graph, this.pairs, method=method, **settings)
     assert set(mi.select(this.graph, scores, threshold=0.5).edges) == this.truth
 
