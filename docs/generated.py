@@ -30,7 +30,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "models": ("models.", "base."),
     "tasks": ("tasks.",),
     "graphs": ("graphs.", "engines.edge_patching", "engines.edge_attribution"),
-    "discovery": ("discovery.", "pipeline", "compare"),
+    "discovery": ("discovery.", "run_spec", "pipeline", "compare"),
     "evaluation": ("evaluation.",),
     "files": ("circuit_file.",),
     "analyses": ("analysis.", "engines.grid", "engines.decomposition."),
