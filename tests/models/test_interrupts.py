@@ -23,7 +23,7 @@ from tests.support.models_tiny import build, pairs, snapshot, tokens
 
 OWN = (str(Path(mi.__file__).parent),)
 OTHERS = tuple(str(Path(package.__file__).parent) for package in (torch, transformer_lens, transformers))
-CHANGING = (*(f"{OWN[0]}/models/{name}.py" for name in ("modes", "turns")), torch.autograd.grad_mode.__file__)
+CHANGING = (*(f"{OWN[0]}/models/{name}.py" for name in ("modes", "exclusive_runs")), torch.autograd.grad_mode.__file__)
 X = tokens(2, 4)
 DROPOUT = {"resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5}
 

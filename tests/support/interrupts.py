@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any
 
 Place = tuple[str, int, str]
-TWICE = ("models/turns.py", "models/modes.py")
+TWICE = ("models/exclusive_runs.py", "models/modes.py")
 
 
 class _Trace:
