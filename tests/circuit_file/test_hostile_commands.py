@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
+from mechinterp import run_spec
 from mechinterp.base.canonical_json import MAX_VALUES, parse_json
 from mechinterp.base.errors import FormatError, InputError
 from mechinterp.circuit_file import limits
+from mechinterp.circuit_file.formats.names import EXPORTS
 from mechinterp.circuit_file.schema import CircuitFile, json_schema
 from mechinterp.circuit_file.store import open_circuit_file, sidecar_name
 from mechinterp.circuit_file.verify import verification
 from mechinterp.circuit_file.verify.cost_estimate import planned_runs
 from mechinterp.cli import app as cli
-from mechinterp.cli import options
-from mechinterp.cli.help import EXPORT_FORMATS
 from mechinterp.graphs.graph import graph_of
 from mechinterp.models.layout import Dims
 from mechinterp.tasks import task as task_module
@@ -116,7 +116,7 @@ def _commands(path: Path, other: Path, folder: Path) -> Iterator[tuple[tuple[str
     yield ("diff", path, other), (0, 1)
     yield ("diff", other, path, "--out", folder / "d.html"), (0, 1)
     yield ("eval", path), (2, 3)
-    for format in EXPORT_FORMATS:
+    for format in EXPORTS:
         yield ("export", path, "--format", format, "--out", folder / f"e-{format}"), (0, 2)
 
 
@@ -275,7 +275,7 @@ def test_many_evaluations_and_examples_are_refused(whole: dict[str, Any], place:
     toy["pairs"]["evaluation"]["n"] = 100_000
     path.write_text(json.dumps(toy), "utf-8")
     assert "at most 20000 examples" in complaint("verify", path)
-    assert options.MOST_EXAMPLES == limits.MAX_EXAMPLES  # so that a run that cannot be saved does not begin
+    assert run_spec.MAX_EXAMPLES == limits.MAX_EXAMPLES  # so that a run that cannot be saved does not begin
 
 
 def test_thousands_of_roles_take_linear_time(whole: dict[str, Any], place: Place, tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def test_a_file_that_contradicts_itself_is_refused(
 
 def test_an_oversized_file_is_not_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "MAX_JSON_BYTES", 100)
-    assert "larger than the 100 bytes" in refused(place)
+    assert "larger than 100 bytes" in refused(place)
 
 
 def test_what_is_no_plain_file_is_not_opened(tmp_path: Path) -> None:

@@ -321,7 +321,7 @@ def test_a_file_of_nodes_has_whole_nodes(tmp_path: Path) -> None:
     part[tuple(part.nonzero()[0])] = False
     path = tmp_path / "part.circuit.json"
     mi.save_circuit(path, mi.Circuit(graph, on_paths(graph, part), 9), model=model)
-    with pytest.raises(FormatError, match="has not all edges"):
+    with pytest.raises(FormatError, match="some of the edges between them are missing"):
         mi.load_circuit(path)
 
 

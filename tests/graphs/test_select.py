@@ -164,7 +164,7 @@ def test_scores_are_not_changed(graph: Graph, scores: Scores) -> None:
         ({"edges": 10**6}, "whole number"),
         ({"edges": 3, "by": "size"}, "order 'size'"),
         ({"edges": 3, "rule": "toop"}, "Did you mean 'top'"),
-        ({"threshold": float("nan")}, "NaN"),
+        ({"threshold": float("nan")}, "threshold is a number; got nan"),
         ({"threshold": 1e9}, "lies on a path"),
         ({"threshold": 0.1, "rule": "greedy"}, "takes edges="),
         ({"threshold": 0.1, "rule": "ilp"}, "takes edges="),
