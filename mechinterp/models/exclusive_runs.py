@@ -90,9 +90,14 @@ class Turn(Restored):
 
     @property
     def acting(self) -> bool:
-        """Whether this is the innermost run in progress and belongs to the current thread."""
+        """Whether this is the innermost run, it is in progress, and the current thread is the one that runs it.
+
+        A turn whose end was lost to an interrupt is not in progress: its changes have no effect, even if the model is
+        then called directly.
+        """
         turns = self.use.turns
-        return bool(turns) and turns[-1] is self and self.thread.ident == threading.get_ident()
+        innermost = bool(turns) and turns[-1] is self and self.thread.ident == threading.get_ident()
+        return innermost and self.in_progress
 
     @property
     def in_progress(self) -> bool:

@@ -24,7 +24,7 @@ def refusing(what: str, config: Any = None, kind: type[MechInterpError] = Unsupp
         yield
     except MechInterpError:
         raise
-    except Exception as error:  # the only place: these libraries raise anything, from AssertionError to their own kinds
+    except Exception as error:  # these libraries raise anything, from AssertionError to their own kinds
         raise kind(f"{what}: {reason(error)}.{_unlike_the_defaults(config)}") from error
 
 

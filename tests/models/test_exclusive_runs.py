@@ -139,8 +139,12 @@ def test_a_run_whose_end_was_lost_does_nothing_and_is_cleared_away() -> None:
         point.add_hook(turn.hook(point, torch.zeros_like))
         turn.replace_forward(model.bridge.blocks[0], torch.zeros_like)
 
+    plain = model.run(X).logits
     lost()
     assert snapshot(model.bridge) != before
+    model.bridge.original_model.eval()
+    assert torch.equal(model.bridge(X, return_type="logits"), plain)  # the user's own call, which sweeps nothing
+    part.train()
     assert torch.equal(model.run(X, interventions={"z.1": doubled}).logits, expected)
     assert snapshot(model.bridge) == before and part.training
     worker = threading.Thread(target=lost)
