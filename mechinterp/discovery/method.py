@@ -164,7 +164,7 @@ def score_edges(
     checkpoint = open_checkpoint(resume, model, graph, pairs, method, metric.name, settings, batch_size)
     scores = chosen.run(Job(model, graph, pairs, metric, settings, batch_size, progress, checkpoint))
     checkpoint.clear()
-    total = _by_node(graph, scores.total) if chosen.graphs == "summed" and graph.level == "node" else scores.total
+    total = by_node(graph, scores.total) if chosen.graphs == "summed" and graph.level == "node" else scores.total
     return replace(scores, total=total, pairs=pairs)
 
 
@@ -178,7 +178,7 @@ def check_graph(method: str, graph: Graph) -> None:
         )
 
 
-def _by_node(graph: Graph, table: Float[Tensor, "reader writer"]) -> Float[Tensor, "reader writer"]:
+def by_node(graph: Graph, table: Float[Tensor, "reader writer"]) -> Float[Tensor, "reader writer"]:
     """Every edge with the sum over all edges that are chosen with it."""
     units = graph.unit[graph.possible]
     sums = table.new_zeros(graph.n_units).index_add(0, units, table[graph.possible])

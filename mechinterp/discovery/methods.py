@@ -47,6 +47,9 @@ METHODS: Registry[Method] = Registry(
         "subnetwork-probing": Entry(
             f"{HERE}.mask_learning:SUBNETWORK_PROBING", "mask learned by gradient descent, each open gate at a price"
         ),
+        "mattr": Entry(
+            f"{HERE}.matryoshka:MATTR", "one learned order of the edges, for circuits of all sizes (Matryoshka)"
+        ),
         "information-flow": Entry(
             f"{HERE}.information_flow:INFORMATION_FLOW",
             "how near each write is to what a reader reads (clean run alone)",

@@ -23,7 +23,7 @@ from mechinterp.discovery.method import score_edges
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.scores import Scores
-from mechinterp.graphs.select import select, sized, unit_count
+from mechinterp.graphs.select import EmptyCircuit, select, sized, unit_count
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
@@ -34,6 +34,8 @@ STABLE = {
     "seed": Setting(0, "the seed of the resamples"),
 }
 """The settings of `stable_scores`."""
+CORE = 0.9
+"""The share of resamples that an edge of the core is in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +85,10 @@ class CircuitStability:
     jaccard: float
     """Mean over all pairs of resamples of the Jaccard index of their circuits' edges; 1 = always the same circuit."""
     resamples: int
+
+    def core(self, share: float = CORE) -> Bool[Tensor, "reader writer"]:
+        """The edges of the circuit that are in at least this share of the resamples' circuits, too."""
+        return self.circuit.kept & (self.frequency >= share - 1e-9)
 
     def to_frame(self) -> pd.DataFrame:
         """A tidy table of the edges that are in any circuit, the most frequent first: edge, frequency, in_circuit."""
@@ -166,7 +172,9 @@ def resampled_scores(
     `asked` are the arguments of `score_edges`. Cost: see `stable_scores`.
     """
     possible = graph.possible
-    first = score_edges(model, graph, pairs[:1], **asked)
+    weights = torch.stack([chosen.bincount(minlength=len(pairs)) for chosen in rows]).double()
+    together = _drawn_together(weights)
+    first = score_edges(model, graph, pairs[together[0]], **asked)
     if not first.additive or first.replacement.startswith("mean"):
         every = score_edges(model, graph, pairs, **asked)
         samples = torch.zeros(len(rows), graph.n_edges, dtype=torch.float64)
@@ -175,15 +183,36 @@ def resampled_scores(
             samples[i] = score_edges(model, graph, pairs[chosen], **asked).values.cpu()[possible]
             progress(i + 1, len(rows))
         return every, samples
-    weights = torch.stack([chosen.bincount(minlength=len(pairs)) for chosen in rows]).double()
-    every, sums = first, torch.outer(weights[:, 0], first.total.cpu()[possible].double())
-    progress(1, len(pairs))
-    for i in range(1, len(pairs)):
-        one = score_edges(model, graph, pairs[i : i + 1], **asked)
-        every = every + one
-        sums.addr_(weights[:, i], one.total.cpu()[possible].double())
-        progress(i + 1, len(pairs))
+    every, sums = first, torch.outer(weights[:, together[0][0]], first.total.cpu()[possible].double())
+    done = len(together[0])
+    progress(done, len(pairs))
+    for examples in together[1:]:
+        some = score_edges(model, graph, pairs[examples], **asked)
+        every = every + some
+        sums.addr_(weights[:, examples[0]], some.total.cpu()[possible].double())
+        done += len(examples)
+        progress(done, len(pairs))
     return replace(every, pairs=pairs), sums / rows.shape[1]
+
+
+def _drawn_together(weights: Float[Tensor, "resample example"]) -> list[list[int]]:
+    """The examples in groups that every resample draws equally often; each group is scored at once."""
+    groups: dict[tuple[float, ...], list[int]] = {}
+    for i, column in enumerate(weights.T.tolist()):
+        groups.setdefault(tuple(column), []).append(i)
+    return list(groups.values())
+
+
+def block_resamples(n: int, resamples: int, seed: int, blocks: int = 40) -> Int[Tensor, "resample example"]:
+    """Rows of a bootstrap that draws whole blocks of neighbouring examples, so that only the blocks are scored.
+
+    As examples are drawn independently, blocks of them are, too: their bootstrap estimates the same spread, with
+    `blocks` instead of `n` independent draws. Blocks have n // blocks examples; those left over are in no resample.
+    """
+    blocks = min(blocks, n)
+    size = n // blocks
+    drawn = torch.randint(blocks, (resamples, blocks), generator=torch.Generator().manual_seed(seed))
+    return (drawn[:, :, None] * size + torch.arange(size)).flatten(1)
 
 
 def circuit_stability(
@@ -193,7 +222,7 @@ def circuit_stability(
 
     `edges` counts nodes where those are chosen. The circuits are those of all edges' scores, stable or not. Cost: one
     `select` per resample, no run of the model.
-    Raises EmptyCircuit when a resample has no circuit of that size, and what `select` refuses.
+    A resample without a circuit of that size counts as an empty one. Raises what `select` refuses.
 
     Args:
         stable: What `stable_scores` returned.
@@ -202,16 +231,33 @@ def circuit_stability(
         by: As in `select`.
         ratio: As in `select`.
     """
-    graph = stable.every.graph
-    n = sized(graph, unit_count(graph, edges))
-    circuit = select(graph, stable.every, **n, rule=rule, by=by, ratio=ratio)
+    n = unit_count(stable.every.graph, edges)
+    return stability_at(stable.every, stable.samples, n, rule=rule, by=by, ratio=ratio)
+
+
+def stability_at(
+    scores: Scores,
+    samples: Float[Tensor, "resample edge"],
+    size: int,
+    *,
+    rule: str = "top",
+    by: str = "magnitude",
+    ratio: float | None = None,
+) -> CircuitStability:
+    """The same for any scores with those of their resamples, edges in the order of `Graph.edge_names`."""
+    graph, how = scores.graph, {"rule": rule, "by": by, "ratio": ratio}
+    circuit = select(graph, scores, **sized(graph, size), **how)
     kept: list[Bool[Tensor, " edge"]] = []
-    for sample in stable.samples:
-        drawn = replace(stable.every, total=on_graph(graph, sample), count=1)
-        kept.append(select(graph, drawn, **n, rule=rule, by=by, ratio=ratio).kept[graph.possible])
+    for sample in samples:
+        drawn = replace(scores, total=on_graph(graph, sample), count=1, samples=None)
+        try:
+            kept.append(select(graph, drawn, **sized(graph, size), **how).kept[graph.possible])
+        except EmptyCircuit:
+            kept.append(torch.zeros(graph.n_edges, dtype=torch.bool))
     table = torch.stack(kept).double()
     shared, sizes = table @ table.T, table.sum(1)
-    jaccard = shared / (sizes[:, None] + sizes[None] - shared)
+    joined = sizes[:, None] + sizes[None] - shared
+    jaccard = torch.where(joined > 0, shared / joined.clamp(min=1), 1.0)
     first, second = torch.triu_indices(len(table), len(table), offset=1)
     return CircuitStability(circuit, on_graph(graph, table.mean(0)), float(jaccard[first, second].mean()), len(table))
 

@@ -1,60 +1,102 @@
-"""Faithfulness against the size of the circuit, and the default size: the smallest that is faithful enough."""
+"""Faithfulness against the size of the circuit, and the default size: the smallest that is faithful beyond doubt.
+
+A size passes if the whole interval of its faithfulness lies in [0.9, 1.1] and its KL divergence from the full model is
+at most a tenth of the empty circuit's: the output as a whole is back as far as the metric is. The size that is chosen
+is the smallest that passes and whose next larger measured size passes, too, so that one lucky crossing of a curve that
+goes up and down is no answer. Circuits with more than half of the edges are no answer either.
+
+Sizes lie on one grid, 4 * 2**(i/8), whatever the graph: first every eighth of it is measured, then the gap below the
+first that passes is bisected.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechinterp.base.canonical_json import six_digits
 from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress, no_progress
-from mechinterp.evaluation.faithfulness import faithfulness_curve
+from mechinterp.evaluation.ablation import AblationSetup
+from mechinterp.evaluation.faithfulness import bootstrap_interval, check_denominator, metric_tables, ratio_of_means
 from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select import EmptyCircuit, select, sized
 from mechinterp.models.hook_manager import HookManager
+from mechinterp.tasks.metrics import get_metric
 from mechinterp.tasks.pairs import Pairs
 
 TARGET = 0.9
-"""The faithfulness that a circuit of the default size must reach."""
+"""The faithfulness that a circuit of the default size must reach in files of version 0.1."""
+FINE = 8
+"""Sizes of the grid between a size and its double."""
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What a size must reach."""
+
+    low: float = 0.9
+    high: float = 1.1
+    kl_share: float = 0.1
+    """Of the KL divergence of the empty circuit."""
+    most: float = 0.5
+    """The largest share of the edges (or nodes)."""
 
 
 @dataclass(frozen=True)
 class CurvePoint:
     """The faithfulness of a circuit for which `n_selected` edges (or nodes) were selected, of which `n_edges` lie on
-    paths."""
+    paths, with its bootstrap interval over examples, and its KL divergence from the full model in nats."""
 
     n_selected: int
     n_edges: int
     faithfulness: float
+    interval: tuple[float, float] | None = None
+    kl: float | None = None
+
+    def rounded(self) -> CurvePoint:
+        """The point at 6 significant digits, as it is in a file."""
+        interval = None if self.interval is None else (six_digits(self.interval[0]), six_digits(self.interval[1]))
+        kl = None if self.kl is None else six_digits(self.kl)
+        return replace(self, faithfulness=six_digits(self.faithfulness), interval=interval, kl=kl)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Points with what they were measured on. If the curve chose the size of the circuit, `target` is the faithfulness
-    that it had to reach; otherwise it is None."""
+    """Points with what they were measured on.
+
+    If the curve chose the size of the circuit, `levels` is what the size had to reach (None otherwise). `spread` is the
+    5 % and the 95 % quantile of the size that would have been chosen on other examples (None where most give no size).
+    """
 
     points: tuple[CurvePoint, ...]
     pairs: Pairs
     metric: str
     replacement: str
-    target: float | None = None
+    levels: Levels | None = None
+    kl_empty: float | None = None
+    spread: tuple[int, int] | None = None
+    seed: int = 0
 
 
-def size_grid(n_edges: int, step: float = 1.3, first: int = 4) -> tuple[int, ...]:
-    """Sizes evenly spaced on a log axis, from `first` to all edges.
+def size_grid(n_units: int, fine: int = FINE, first: int = 4) -> tuple[int, ...]:
+    """The sizes `first * 2**(i / fine)`, rounded down, each once, and all edges.
 
-    >>> size_grid(100, step=3.0)
-    (4, 12, 36, 100)
+    >>> size_grid(50, fine=1)
+    (4, 8, 16, 32, 50)
     """
     sizes: list[int] = []
-    size = float(min(first, n_edges))
-    while size < n_edges:
-        sizes.append(int(size))
-        size = max(size * step, size + 1)
-    return (*sizes, n_edges)
+    size = float(min(first, n_units))
+    while size < n_units:
+        if not sizes or int(size) > sizes[-1]:
+            sizes.append(int(size))
+        size *= 2 ** (1 / fine)
+    return (*sizes, n_units)
 
 
 def size_curve(
@@ -68,12 +110,13 @@ def size_curve(
     ratio: float | None = None,
     metric: str = "logit_diff",
     replacement: str = "corrupt",
+    seed: int = 0,
     batch_size: int = 32,
     progress: Progress = no_progress,
 ) -> tuple[CurvePoint, ...]:
-    """The faithfulness of the circuit of each size, in the order of `sizes`.
+    """The faithfulness of the circuit of each size, in the order of `sizes`, with intervals, and the KL divergence.
 
-    Cost: per example, one forward per size, and three more.
+    Cost: per example, one patched forward per size, and three more.
 
     Args:
         model: The model that the scores are of.
@@ -85,25 +128,217 @@ def size_curve(
         ratio: As in `select`.
         metric: The name of a metric.
         replacement: What a cut edge carries: `corrupt`, `mean`, `mean-positional` or `zero`.
+        seed: The seed of the bootstrap.
         batch_size: How many examples to run at a time.
         progress: Called with the number of runs done and their total; one run is one mask on one example.
     """
-    graph = scores.graph
-    masks: list[Tensor] = []
-    for size in sizes:
+    search = SizeSearch(model, scores, pairs, {"rule": rule, "by": by, "ratio": ratio}, metric, replacement, batch_size)
+    search.measure(sizes, progress)
+    return tuple(search.point(size, seed) for size in sizes)
+
+
+class SizeSearch:
+    """The circuits of one ranking at several sizes, measured on one set of examples; each size is run once.
+
+    Args:
+        model: The model that the scores are of.
+        scores: The scores to select by.
+        pairs: The examples.
+        how: The arguments `rule`, `by` and `ratio` of `select`.
+        metric: The name of a metric.
+        replacement: What a cut edge carries.
+        batch_size: How many examples to run at a time.
+        keep: Called as `keep(name, compute)` around every run, to load what an earlier run has saved.
+    """
+
+    def __init__(
+        self,
+        model: HookManager,
+        scores: Scores,
+        pairs: Pairs,
+        how: Mapping[str, object],
+        metric: str,
+        replacement: str,
+        batch_size: int,
+        keep: Callable[[str, Callable[[], Mapping[str, Tensor]]], Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        self.model, self.scores, self.pairs, self.how = model, scores, pairs, how
+        self.metric, self.replacement, self.batch_size = metric, replacement, batch_size
+        self.keep = keep or (lambda name, compute: compute())
+        self.n_edges: dict[int, int] = {}
+        self.tables: dict[int, Float[Tensor, "example 2"]] = {}
+        """Per size: the metric and the KL divergence of every example."""
+        self.ends: Float[Tensor, "example 3"] | None = None
+        """The metric of the full model and the empty circuit, and the KL divergence of the empty circuit."""
+
+    def measure(self, sizes: Sequence[int], progress: Progress = no_progress) -> None:
+        """Return None after running the sizes that were not run before, all at once."""
+        new = [size for size in dict.fromkeys(sizes) if size not in self.tables]
+        if not new:
+            return
+        masks = [self.kept(size) for size in new]
+        graph = self.scores.graph
+        setup = AblationSetup.of(
+            self.model, graph, self.pairs, self.metric, self.replacement, None, self.batch_size, progress
+        )
+        cuts = torch.stack([graph.possible, *[graph.possible & ~mask for mask in masks]])
+        metrics = [setup.metric, get_metric("kl_to_clean")]
+        name = f"sizes {' '.join(map(str, new))}"
+        tables = self.keep(name, lambda: metric_tables(setup, cuts, metrics))
+        values, kl = tables[setup.metric.name].double(), tables["kl_to_clean"].double()
+        check_denominator(values[:, 0], values[:, 1])
+        self.ends = torch.stack([values[:, 0], values[:, 1], kl[:, 1]], 1)
+        for i, (size, mask) in enumerate(zip(new, masks, strict=True)):
+            self.n_edges[size] = int(mask.sum())
+            self.tables[size] = torch.stack([values[:, 2 + i], kl[:, 2 + i]], 1)
+
+    def kept(self, size: int) -> Bool[Tensor, "reader writer"]:
+        """The edges of the circuit of this size; none if no selected edge lies on a path."""
+        graph = self.scores.graph
         try:
-            masks.append(select(graph, scores, **sized(graph, size), rule=rule, by=by, ratio=ratio).kept)
-        except EmptyCircuit:  # too few edges: none lies on a path
-            masks.append(torch.zeros_like(graph.possible))
-    values = faithfulness_curve(
-        model, masks, graph, pairs, metric=metric, replacement=replacement, batch_size=batch_size, progress=progress
+            return select(graph, self.scores, **sized(graph, size), **self.how).kept  # pyright: ignore[reportArgumentType]
+        except EmptyCircuit:
+            return torch.zeros_like(graph.possible)
+
+    def rows(self, size: int) -> Float[Tensor, "example 3"]:
+        """The metric of the circuit, the full model and the empty circuit, per example."""
+        assert self.ends is not None
+        return torch.stack([self.tables[size][:, 0], self.ends[:, 0], self.ends[:, 1]], 1)
+
+    def point(self, size: int, seed: int = 0) -> CurvePoint:
+        """The point of the curve at a measured size."""
+        rows = self.rows(size)
+        interval = bootstrap_interval(ratio_of_means, rows, seed=seed)
+        kl = float(self.tables[size][:, 1].mean())
+        return CurvePoint(size, self.n_edges[size], float(ratio_of_means(rows[None])), interval, kl)
+
+    @property
+    def kl_empty(self) -> float:
+        """The KL divergence of the empty circuit, mean over the examples."""
+        assert self.ends is not None
+        return float(self.ends[:, 2].mean())
+
+    def curve(self, levels: Levels | None, seed: int = 0) -> Curve:
+        """All measured sizes in order. `levels` is given if they chose the size."""
+        points = tuple(self.point(size, seed) for size in sorted(self.tables))
+        spread = None if levels is None else self._spread(points, levels, seed)
+        return Curve(points, self.pairs, self.metric, self.replacement, levels, self.kl_empty, spread, seed)
+
+    def _spread(self, points: Sequence[CurvePoint], levels: Levels, seed: int) -> tuple[int, int] | None:
+        """The central 90 % of the sizes that other examples would choose among the measured ones.
+
+        The examples are drawn again 200 times; the intervals keep their widths.
+        """
+        assert self.ends is not None
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(len(self.pairs), (200, len(self.pairs)), generator=generator)
+        empty = self.ends[:, 2][drawn].mean(1)
+        values = {p.n_selected: ratio_of_means(self.rows(p.n_selected)[drawn]) for p in points}
+        kls = {p.n_selected: self.tables[p.n_selected][:, 1][drawn].mean(1) for p in points}
+        sizes: list[float] = []
+        for i in range(len(drawn)):
+            moved = [_moved(p, float(values[p.n_selected][i]), float(kls[p.n_selected][i])) for p in points]
+            size = chosen_size(moved, float(empty[i]), self.scores.graph.n_units, levels)
+            sizes.append(math.inf if size is None else size)
+        low, high = sorted(sizes)[len(sizes) // 20], sorted(sizes)[-1 - len(sizes) // 20]
+        return None if math.isinf(high) else (int(low), int(high))
+
+
+def _moved(point: CurvePoint, faithfulness: float, kl: float) -> CurvePoint:
+    assert point.interval is not None
+    by = faithfulness - point.faithfulness
+    return replace(
+        point, faithfulness=faithfulness, interval=(point.interval[0] + by, point.interval[1] + by), kl=kl
     )
-    rows = zip(sizes, masks, values, strict=True)
-    return tuple(CurvePoint(size, int(mask.sum()), value) for size, mask, value in rows)
+
+
+def passes(point: CurvePoint, kl_empty: float, levels: Levels) -> bool:
+    """Whether a size reaches the levels; False for a point without interval or KL divergence.
+
+    >>> passes(CurvePoint(8, 8, 0.97, (0.92, 1.02), 0.1), kl_empty=4.0, levels=Levels())
+    True
+    """
+    if point.interval is None or point.kl is None:
+        return False
+    low, high = point.interval
+    return levels.low <= low and high <= levels.high and point.kl <= levels.kl_share * kl_empty
+
+
+def chosen_size(points: Sequence[CurvePoint], kl_empty: float, n_units: int, levels: Levels) -> int | None:
+    """The smallest `n_selected` that passes, as does the next larger measured size; None if no size up to the largest
+    share does."""
+    ordered = sorted(points, key=lambda point: point.n_selected)
+    good = [passes(point, kl_empty, levels) for point in ordered]
+    for i, point in enumerate(ordered):
+        if point.n_selected > levels.most * n_units:
+            return None
+        if good[i] and (i + 1 == len(ordered) or good[i + 1]):
+            return point.n_selected
+    return None
+
+
+def search_size(
+    search: SizeSearch, scored: int, levels: Levels, *, seed: int = 0, curve: bool = True, progress: Progress = no_progress
+) -> int | None:
+    """The default size, with every eighth size of the grid measured, and the gap below the first that passes bisected.
+
+    None if no size up to the largest share passes.
+
+    Args:
+        search: What measures the sizes.
+        scored: The number of edges (or nodes) with a score other than 0.
+        levels: What a size must reach.
+        seed: The seed of the bootstrap.
+        curve: Whether to measure the small sizes, too; without, the first size that passes is found by bisection.
+        progress: Called with the number of sizes measured and of those that are planned.
+    """
+    n_units = search.scores.graph.n_units
+    most = int(levels.most * n_units)
+    grid = [size for size in size_grid(min(scored, most)) if size <= most]
+    coarse = list(dict.fromkeys([*grid[::FINE], grid[-1], min(scored, n_units)]))
+    planned = len(coarse) + 3
+
+    def choose() -> int | None:
+        points = [search.point(size, seed).rounded() for size in search.tables]
+        return chosen_size(points, six_digits(search.kl_empty), n_units, levels)
+
+    def measure(sizes: Sequence[int]) -> None:
+        before = len(search.tables)
+        runs = max(1, len(sizes) * len(search.pairs))
+        search.measure(sizes, lambda done, total: progress(before + len(sizes) * min(done, runs) // runs, planned))
+
+    if curve:
+        measure(coarse)
+    else:  # from the top down until two sizes in a row fail
+        missed = 0
+        for size in reversed(coarse):
+            measure([size])
+            good = passes(search.point(size, seed).rounded(), six_digits(search.kl_empty), levels)
+            missed = 0 if good else missed + 1
+            if missed == 2:
+                break
+    size = choose()
+    if size is None:
+        return None
+    below = max((i for i, s in enumerate(grid) if s in search.tables and s < size), default=-1)
+    above = grid.index(size) if size in grid else len(grid) - 1
+    while above - below > 1:
+        middle = (above + below) // 2
+        measure([grid[middle]])
+        found = choose()
+        if found == grid[middle]:
+            above = middle
+        else:
+            below = middle
+    progress(planned, planned)
+    return choose()
 
 
 def smallest_faithful(points: Sequence[CurvePoint], target: float = TARGET) -> int:
-    """The smallest `n_selected` whose faithfulness, at 6 digits, reaches the target. Raises InputError if none does."""
+    """The smallest `n_selected` whose faithfulness, at 6 digits, reaches the target. Raises InputError if none does.
+
+    The rule of files of version 0.1.
+    """
     for point in sorted(points, key=lambda point: point.n_selected):
         if six_digits(point.faithfulness) >= target:
             return point.n_selected

@@ -37,6 +37,9 @@ class Scores:
     """Whether scores of two sets of examples add up to those of both; not where nodes are chosen on the way."""
     pairs: Pairs | None = field(default=None, repr=False)
     """The examples, for the record; None in a sum and in scores that were read from a file."""
+    samples: Float[Tensor, "resample edge"] | None = field(default=None, repr=False)
+    """Of a method that averages runs on resamples of the examples: the scores of each, edges in the order of
+    `Graph.edge_names`. A file does not keep them."""
 
     def __post_init__(self) -> None:
         if self.total.shape != self.graph.possible.shape:

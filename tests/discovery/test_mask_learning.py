@@ -13,7 +13,8 @@ import mechinterp as mi
 from mechinterp.base.errors import InputError
 from mechinterp.discovery import checkpoint
 from mechinterp.discovery.checkpoint import Checkpoint
-from mechinterp.discovery.mask_learning import BETA, HIGH, LOW, _Learning, hard_concrete, open_chance
+from mechinterp.discovery.gate_learning import GateLearning
+from mechinterp.discovery.mask_learning import BETA, HIGH, LOW, hard_concrete, open_chance
 from mechinterp.discovery.method import Job, no_progress
 from mechinterp.tasks.metrics import get_metric
 from tests.support.hand_circuits import HAND
@@ -121,11 +122,11 @@ def test_gates_of_several_drawings_have_the_mean_gradient() -> None:
     graph = mi.build_graph(model, level="node")
     settings = {**METHODS_DEFAULTS, "examples": 3, "drawings": 2}
     job = Job(model, graph, some, get_metric("kl_to_clean"), settings, 32, no_progress, Checkpoint())
-    learning = _Learning(job)
+    learning = GateLearning(job, {})
     gates = torch.rand(2, graph.n_units, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    both = learning._gate_gradient(gates, learning.blocks[0])
+    both = learning._gate_gradient(gates, learning.block(0))
     for i in range(2):
-        alone = learning._gate_gradient(gates[i : i + 1], learning.blocks[0])
+        alone = learning._gate_gradient(gates[i : i + 1], learning.block(0))
         torch.testing.assert_close(2 * both[i], alone[0], rtol=0, atol=1e-6)  # float32
     assert not torch.allclose(both[0], both[1])
 
