@@ -1,9 +1,9 @@
 """The exact engine: `run_edges` runs the model with a set of edges cut.
 
 `PatchedRun` is one forward with edges cut, on which everything else that cuts edges is built. A reader without a cut
-edge keeps the model's own input. Any other reader gets `resid - sum over cut writers (current write - replacement)`,
-and its norm and projection are computed again, per head. If the graph has named positions, each position has its own
-sum.
+edge keeps the model's own input. Any other reader gets `resid - sum over cut writers (current write - replacement)`
+(see `write_table.py`), and its norm and projection are computed again, per head. If the graph has named positions,
+each position has its own sum.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mechinterp.base.batches import over_batches
 from mechinterp.base.errors import InputError
 from mechinterp.engines.readout import metric_readout
 from mechinterp.engines.replacement import Replacement, Values, corrupt_replacement
+from mechinterp.engines.write_table import WriteTable
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import places_of, take_positions
 from mechinterp.models.hook_manager import HookManager, Intervention
@@ -63,28 +64,61 @@ class PatchedRun:
     ) -> None:
         self.model, self.graph, self.pairs, self.masks, self.values = model, graph, pairs, masks, values
         self.n = masks.shape[0]
-        dtype = torch.promote_types(model.dtype, torch.float32)
-        self.masks = masks.to(dtype)
-        n_batch, n_pos = pairs.clean.shape
-        # Row 0 is the residual stream being read; each further row is a writer's current write minus its replacement,
-        # filled during the forward. The product with (1, -cut) then gives the input of a reader.
-        shape = (1 + len(graph.writers), self.n, n_batch, n_pos, model.dims.d_model)
-        self.rows = torch.empty(shape, dtype=dtype, device=model.device)
-        self.differences = self.rows[1:]
-        self.weights = torch.nn.functional.pad(-self.masks, (1, 0), value=1.0)
-        self.cut_readers = (self.masks != 0).any(0).any(-1).cpu()
+        self.masks = masks.to(torch.promote_types(model.dtype, torch.float32)) * graph.possible.to(masks.device)
+        self.whole = self._whole()
+        self.table = self._table(places_of(graph, pairs))
+        self.differences = self.table.differences
         self.resid: Tensor | None = None
         self.prefix = prefix
-        self.places = places_of(graph, pairs)
-        self.seen: tuple[int, Tensor] | None = None
+        self.seen: dict[str, Tensor] = {}
         self.apart: Tensor | None = None
+
+    def _table(self, places: list[Tensor] | None) -> WriteTable:
+        return WriteTable(self.graph, self.masks, places, self._read_together(), self._shape())
+
+    def _shape(self) -> tuple[int, int, int]:
+        n_batch, n_pos = self.pairs.clean.shape
+        return n_batch, n_pos, self.model.dims.d_model
+
+    def _whole(self) -> Bool[Tensor, "candidate port"]:
+        """Which readers have no cut edge at any position."""
+        n, uncut = self.graph.n_positions, (self.masks == 0).all(-1).cpu()
+        return torch.cat([uncut[:, :-1].unflatten(1, (-1, n)).all(-1), uncut[:, -1:]], 1)
+
+    def _read_together(self) -> Bool[Tensor, " port"]:
+        """Which ports are read: from the first to the last of a layer's channels with a cut edge, and the logits."""
+        read = torch.zeros(self.whole.shape[1], dtype=torch.bool)
+        for layer in range(self.model.dims.n_layers):
+            if channels := self._channels(layer):
+                read[self._between(layer, channels)] = True
+            if self.model.dims.has_mlp and self._cut(mlp := self._mlp_port(layer)):
+                read[mlp] = True
+        read[-1] = True
+        return read
+
+    def _cut(self, ports: slice) -> bool:
+        """Whether any candidate cuts an edge into one of the ports."""
+        return not bool(self.whole[:, ports].all())
+
+    def _ports(self, layer: int, channel: str) -> slice:
+        readers, n = self.graph.channel_readers(layer, channel), self.graph.n_positions
+        return slice(readers.start // n, readers.stop // n)
+
+    def _mlp_port(self, layer: int) -> slice:
+        first = self.graph.mlp_readers(layer).start // self.graph.n_positions
+        return slice(first, first + 1)
+
+    def _channels(self, layer: int) -> str:
+        """The channels of a layer with a cut edge."""
+        return "".join(channel for channel in "qkv" if self._cut(self._ports(layer, channel)))
+
+    def _between(self, layer: int, channels: str) -> slice:
+        return slice(self._ports(layer, channels[0]).start, self._ports(layer, channels[-1]).stop)
 
     def run(self, columns: Tensor | None) -> Float[Tensor, "rows n_answer n_columns"]:
         """Logits at the answer positions; the rows are candidate by candidate."""
-        readers = slice(len(self.graph.readers) - 1, len(self.graph.readers))
         with Gradients(False) as off, off:
-            resid = self._final_resid()
-            seen = self.corrected(readers, len(self.graph.writers), resid)[:, 0].flatten(0, 1)
+            seen = self.read_logits(self._final_resid())
             at = repeat(self.pairs.answer_pos, "batch n_answer -> (candidate batch) n_answer", candidate=self.n)
             return self.model.layout.unembed(take_positions(seen, at), columns)
 
@@ -101,7 +135,7 @@ class PatchedRun:
             shared = self.shared(first) if first > 0 else None
         if first == n_layers:
             assert shared is not None
-            return self.fold(shared).to(self.differences.dtype)
+            return self.fold(shared)
         if shared is not None and first > 0:
             start = (first, self._repeated(shared))
         plan = self.plan(range(first, n_layers))
@@ -113,7 +147,7 @@ class PatchedRun:
             start=start,
             stop=last,
         )
-        return self.fold(run.values[last]).to(self.differences.dtype)
+        return self.fold(run.values[last])
 
     def shared(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream before a layer, run once for all candidates; the writes until then are kept."""
@@ -127,24 +161,24 @@ class PatchedRun:
         return value.repeat(self.n, *[1] * (value.ndim - 1))
 
     def _first_cut_layer(self) -> int:
-        per_layer = (len(self.graph.readers) - 1) // self.model.dims.n_layers
-        cut = self.cut_readers.nonzero()
+        per_layer = (self.whole.shape[1] - 1) // self.model.dims.n_layers
+        cut = (~self.whole.all(0)).nonzero()
         return int(cut[0]) // per_layer if len(cut) else self.model.dims.n_layers
 
     def plan(self, layers: range) -> list[Intervention]:
-        graph, dims, cut = self.graph, self.model.dims, self.cut_readers
+        graph, dims = self.graph, self.model.dims
         plan: list[Intervention] = []
         if graph.split_input and 0 in layers:
             plan += [Intervention(Site(name), self._input_tap(i, name)) for i, name in enumerate(graph.inputs)]
         for layer in layers:
-            channels = [c for c in "qkv" if bool(cut[graph.channel_readers(layer, c)].any())]
+            channels = self._channels(layer)
             plan.append(Intervention(Site("resid_pre", layer), self._resid_tap(layer, channels)))
             plan += [Intervention(Site(c, layer), self._head_edit(layer, c)) for c in channels]
             plan.append(Intervention(Site("z", layer), self._z_tap(layer)))
             if dims.has_mlp:
                 if not dims.parallel:
                     plan.append(Intervention(Site("resid_mid", layer), self._keep_resid))
-                if bool(cut[graph.mlp_readers(layer)].any()):
+                if self._cut(self._mlp_port(layer)):
                     plan.append(Intervention(Site("mlp_in", layer), self._mlp_edit(layer)))
                 if graph.neurons_of(layer):
                     plan.append(Intervention(Site("mlp_post", layer), self._neuron_tap(layer)))
@@ -167,17 +201,12 @@ class PatchedRun:
 
         return tap
 
-    def _resid_tap(self, layer: int, channels: list[str]):
+    def _resid_tap(self, layer: int, channels: str):
         def tap(value: Tensor) -> Tensor:
             if layer == 0 and not self.graph.split_input:
                 self.keep(slice(0, 1), (self.fold(value) - self.values.inputs("input"))[None])
-            if channels:  # q, k and v together, so that their products share one pass over all earlier writes
-                readers = slice(
-                    self.graph.channel_readers(layer, channels[0]).start,
-                    self.graph.channel_readers(layer, channels[-1]).stop,
-                )
-                before = self.graph.n_writers_before(layer, mlp=False)
-                self.seen = (readers.start, self.corrected(readers, before, self.fold(value)))
+            if channels:  # q, k and v together, so that their sums share one pass over the writes
+                self.seen = self.read_heads(layer, channels, self.fold(value))
             return self._keep_resid(value)
 
         return tap
@@ -218,65 +247,59 @@ class PatchedRun:
         """Stores writers' current writes minus their replacements."""
         self.differences[writers] = differences
 
-    def corrected(
-        self, readers: slice, n_writers: int, resid: Float[Tensor, "candidate batch pos d_model"]
-    ) -> Float[Tensor, "candidate reader batch pos d_model"]:
-        """The residual stream that each of these readers (rows of the graph) reads, at all positions."""
-        self.rows[0] = resid
-        return read(self.weights[:, readers, : 1 + n_writers], self.rows[: 1 + n_writers], self.places_for(readers))
+    def read_heads(
+        self, layer: int, channels: str, resid: Float[Tensor, "candidate batch pos d_model"]
+    ) -> dict[str, Float[Tensor, "rows pos head d_head"]]:
+        """q, k or v of every head, from what it reads of the residual stream."""
+        together = self._between(layer, channels)
+        seen = self.table.seen(together, self.graph.n_writers_before(layer, mlp=False), resid).flatten(1, 2)
+        found: dict[str, Tensor] = {}
+        for channel in channels:
+            ports = self._ports(layer, channel)
+            mine = seen[ports.start - together.start : ports.stop - together.start]
+            found[channel] = self.by_token(self.model.layout.read_heads(layer, channel, mine))
+        return found
 
-    def places_for(self, readers: slice) -> list[Tensor] | None:
-        """The tokens of each position; None if the readers have one row for all tokens, as the logits do."""
-        return None if readers.start == len(self.graph.readers) - 1 else self.places
+    def by_token(self, read: Float[Tensor, "head token d_head"]) -> Float[Tensor, "rows pos head d_head"]:
+        """What heads read, in the order of the model's own values."""
+        return read.unflatten(1, (-1, self.pairs.clean.shape[1])).permute(1, 2, 0, 3)
 
-    def _whole(self, readers: slice) -> Tensor:
-        """Which readers have no cut edge at any position: `[candidate, reader]`."""
-        uncut = (self.masks[:, readers] == 0).all(-1)
-        return uncut.unflatten(1, (-1, self.graph.n_positions)).all(-1).repeat_interleave(len(self.pairs), 0)
+    def read_one(
+        self, ports: slice, n_writers: int, resid: Float[Tensor, "candidate batch pos d_model"]
+    ) -> Float[Tensor, "rows pos d_model"]:
+        """What one port reads of the residual stream."""
+        return self.table.seen(ports, n_writers, resid)[0].view(-1, *resid.shape[2:])
+
+    def read_logits(self, resid: Float[Tensor, "candidate batch pos d_model"]) -> Float[Tensor, "rows pos d_model"]:
+        """What the logits read of the final residual stream."""
+        n_ports = self.whole.shape[1]
+        return self.read_one(slice(n_ports - 1, n_ports), len(self.graph.writers), resid)
+
+    def _unless_whole(self, ports: slice, own: Tensor, new: Tensor) -> Tensor:
+        """The new value; the model's own, to the last bit, for a reader without a cut edge."""
+        whole = self.whole[:, ports]
+        if not bool(whole.any()):
+            return new
+        rows = whole.repeat_interleave(len(self.pairs), 0).to(own.device)
+        return torch.where(rows[:, None, :, None] if own.ndim == 4 else rows[:, :, None], own, new)
 
     def _head_edit(self, layer: int, channel: str):
-        readers = self.graph.channel_readers(layer, channel)
-        n = self.graph.n_positions
+        ports = self._ports(layer, channel)
 
         def edit(value: Tensor) -> Tensor:
-            assert self.seen is not None
-            first, seen = self.seen
-            mine = seen[:, (readers.start - first) // n : (readers.stop - first) // n].transpose(0, 1)
-            read = self.model.layout.read_heads(layer, channel, mine)
-            new = read.permute(1, 2, 3, 0, 4).flatten(0, 1).to(value.dtype)
-            # A reader without a cut edge keeps the model's own value, to the last bit.
-            return torch.where(self._whole(readers)[:, None, :, None], value, new)
+            return self._unless_whole(ports, value, self.seen[channel].to(value.dtype))
 
         return edit
 
     def _mlp_edit(self, layer: int):
-        readers = self.graph.mlp_readers(layer)
-        before = self.graph.n_writers_before(layer, mlp=True)
+        port, before = self._mlp_port(layer), self.graph.n_writers_before(layer, mlp=True)
 
         def edit(value: Tensor) -> Tensor:
             assert self.resid is not None
-            seen = self.corrected(readers, before, self.fold(self.resid))[:, 0]
-            new = self.model.layout.read_mlp(layer, seen).flatten(0, 1).to(value.dtype)
-            return torch.where(self._whole(readers)[:, :, None], value, new)
+            seen = self.read_one(port, before, self.fold(self.resid))
+            return self._unless_whole(port, value, self.model.layout.read_mlp(layer, seen).to(value.dtype))
 
         return edit
-
-
-def read(
-    weights: Float[Tensor, "candidate row writer"],
-    rows: Float[Tensor, "writer candidate batch pos d_model"],
-    places: list[Tensor] | None,
-) -> Float[Tensor, "candidate reader batch pos d_model"]:
-    """The sum of the rows with each reader's weights; with places, a reader has one row of weights per place."""
-    n_batch, n_pos, d_model = rows.shape[2:]
-    if places is None:
-        return torch.bmm(weights, rows.flatten(2).transpose(0, 1)).unflatten(-1, (n_batch, n_pos, d_model))
-    flat, by_place = rows.flatten(2, 3), weights.unflatten(1, (-1, len(places)))
-    out = rows.new_empty(weights.shape[0], by_place.shape[1], n_batch * n_pos, d_model)
-    for i, tokens in enumerate(places):
-        here = flat[:, :, tokens].flatten(2).transpose(0, 1)
-        out[:, :, tokens] = torch.bmm(by_place[:, :, i], here).unflatten(-1, (len(tokens), d_model))
-    return out.unflatten(2, (n_batch, n_pos))
 
 
 Cut = Bool[Tensor, "*candidate reader writer"] | Float[Tensor, "*candidate reader writer"]

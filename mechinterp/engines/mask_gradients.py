@@ -1,9 +1,13 @@
 """The exact engine with gradients: how the metric changes with every entry of a mask between kept (0) and cut (1).
 
-The forward is that of `run_edges`. The table of all writes minus their replacements is filled once and never copied:
-in the backward each reader adds its gradient to a second table of that size, and a writer reads its row once all later
-readers have done so. So memory is two tables, not one per layer, and a backward costs two products where the forward
-costs one.
+The forward is that of `run_edges`, and keeps what every reader saw. On the way back a reader's gradient takes the place
+of what it saw. When a block of layers is done, its gradients times the writes are the gradient of its cuts, and their
+share in earlier writes goes to a second table; a writer takes its row there, and adds what later readers of its own
+block owe. So a backward costs two products where the forward costs one.
+
+Norms and projections of heads are differentiated in closed form. With y = standardize(x), s its scale, W the projection
+with the norm's weight and g the gradient of y W, the gradient of x is `W' g / s - y <y W, g> / (d_model s)`, and `y W`
+is there already.
 """
 
 from __future__ import annotations
@@ -16,11 +20,13 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp.engines.edge_patching import PatchedRun, read
+from mechinterp.engines.edge_patching import PatchedRun
 from mechinterp.engines.replacement import Values
+from mechinterp.engines.write_table import Block, WriteTable, matrices
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import take_positions
 from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.layout import Layout
 from mechinterp.models.sites import Site
 from mechinterp.tasks.pairs import Pairs
 
@@ -38,8 +44,8 @@ def mask_gradients(
 ) -> tuple[Float[Tensor, "candidate batch"], Float[Tensor, "candidate reader writer"]]:
     """The loss of every example under each mask, and the gradient of their sum over examples with respect to the mask.
 
-    Cost: one patched forward and its backward per candidate, side by side. Memory: two tables of
-    `n_writers * candidates * batch * pos * d_model` numbers, and what the model's own backward keeps.
+    Cost: one patched forward and its backward per candidate, side by side. Memory: `(2 n_writers + n_readers) *
+    candidates * batch * pos * d_model` numbers, and what the model's own backward keeps.
     """
     if model.edited and len(masks) > 1:  # its edits expect the prompts as they are, not repeated
         found = [mask_gradients(model, graph, pairs, mask[None], values, loss) for mask in masks]
@@ -56,91 +62,196 @@ class _DifferentiableRun(PatchedRun):
 
     def __init__(self, model: HookManager, graph: Graph, pairs: Pairs, masks: Tensor, values: Values) -> None:
         super().__init__(model, graph, pairs, masks.detach(), values)
-        self.masks = self.masks.requires_grad_()
-        self.cut_readers = graph.possible.any(1)
-        self.write_gradients = torch.zeros_like(self.differences)
-        self.chain = torch.zeros((), device=self.rows.device, requires_grad=True)
+        self.chain = torch.zeros((), device=self.masks.device, requires_grad=True)
         """Passes through every writer and reader in the order of the model, which fixes the order of the backward."""
 
+    def _table(self, places: list[Tensor] | None) -> _GradientTable:
+        self.gradients = _GradientTable(self.graph, self.masks, places, self._read_together(), self._shape())
+        return self.gradients
+
+    def _whole(self) -> Tensor:
+        """No reader keeps the model's own value, since its mask would then get no gradient."""
+        n_ports = (len(self.graph.readers) - 1) // self.graph.n_positions + 1
+        return torch.zeros(self.n, n_ports, dtype=torch.bool)
+
     def differentiate(self, loss: Loss) -> tuple[Tensor, Tensor]:
+        start, last = self.chain, Site("resid_final")
         found: list[Tensor] = []
-        n_readers, last = len(self.graph.readers), Site("resid_final")
 
         def differentiated(resid: Tensor) -> Tensor:
-            wide = self.fold(resid).to(self.differences.dtype)
-            seen = self.corrected(slice(n_readers - 1, n_readers), len(self.graph.writers), wide)[:, 0].flatten(0, 1)
             at = repeat(self.pairs.answer_pos, "batch n_answer -> (candidate batch) n_answer", candidate=self.n)
-            logits = self.model.layout.unembed(take_positions(seen, at))
+            logits = self.model.layout.unembed(take_positions(self.read_logits(self.fold(resid)), at))
             value = loss(logits.unflatten(0, (self.n, -1)))
-            found.extend(torch.autograd.grad(value.sum(), [self.masks], retain_graph=True))
+            torch.autograd.grad(value.sum(), [start])  # what is differentiated gathers in the table
             found.append(value.detach())
-            return value
+            return resid.sum((1, 2))  # the run takes a gradient at its last site, which is not used
 
         layers = range(self.model.dims.n_layers)
         tokens, mask = (t.repeat(self.n, 1) for t in (self.pairs.clean, self.pairs.mask))
         self.model.run(tokens, mask, interventions=self.plan(layers), grads=[last], loss=differentiated, stop=last)
-        gradient, value = found
-        return value, torch.where(self.graph.possible.to(gradient.device), gradient, 0)
+        return found[0], torch.where(self.graph.possible.to(self.masks.device), self.gradients.of_cuts, 0)
 
     def forget(self) -> None:
         """Breaks the reference cycle of this run and the nodes of its backward, so that its memory is freed at once."""
-        self.seen = self.apart = self.resid = None
-        del self.chain, self.masks
+        self.seen, self.apart, self.resid = {}, None, None
+        del self.chain, self.masks, self.table, self.gradients, self.differences
 
     def keep(self, writers: slice, differences: Tensor) -> None:
-        self.chain = _Keep.apply(self.chain, differences, self, writers)
+        self.chain = _Keep.apply(self.chain, differences, self.gradients, writers)
 
-    def corrected(self, readers: slice, n_writers: int, resid: Tensor) -> Tensor:
-        cut = self.masks[:, readers, :n_writers]
-        out, self.chain = _Read.apply(self.chain, cut, resid, self, readers, n_writers)
-        return out
+    def read_one(self, ports: slice, n_writers: int, resid: Tensor) -> Tensor:
+        seen, self.chain = _Read.apply(self.chain, resid, self.gradients, ports, n_writers)
+        return seen.flatten(0, 1)
 
-    def _whole(self, readers: slice) -> Tensor:
-        """No reader keeps the model's own value, since its mask would then get no gradient."""
-        n_readers = (readers.stop - readers.start) // self.graph.n_positions
-        return torch.zeros(self.n * len(self.pairs), n_readers, dtype=torch.bool, device=self.masks.device)
+    def read_heads(self, layer: int, channels: str, resid: Tensor) -> dict[str, Tensor]:
+        ports, n_writers = self._between(layer, channels), self.graph.n_writers_before(layer, mlp=False)
+        *found, self.chain = _ReadHeads.apply(
+            self.chain, resid, self.gradients, self.model.layout, layer, ports, n_writers
+        )
+        return {channel: self.by_token(read) for channel, read in zip(channels, found, strict=True)}
+
+
+class _GradientTable(WriteTable):
+    """The table of writes, in which the sums of a reader give way to its gradient, in the order of the backward."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        masks: Tensor,
+        places: list[Tensor] | None,
+        read: Tensor,
+        shape: tuple[int, int, int],
+    ) -> None:
+        super().__init__(graph, masks, places, read, shape)
+        self.of_cuts = torch.zeros_like(masks)
+        self.blocks: list[Block] = []
+        self.owed: Tensor | None = None
+        """The gradients of writers before the last block, from the readers of all blocks that are done."""
+        self.first = len(read)
+        """The ports from this one on have their gradient."""
+
+    def _open(self, ports: slice, n_writers: int) -> Block:
+        self.blocks.append(super()._open(ports, n_writers))
+        return self.blocks[-1]
+
+    def sums(self, ports: slice) -> Float[Tensor, "port candidate token d_model"]:
+        """What these ports saw; in the backward, where their gradient is to be written."""
+        return self.blocks[-1].sums[self.blocks[-1].rows(ports)]
+
+    def done(self, ports: slice) -> None:
+        """To be called when these ports' sums hold their gradient."""
+        self.first = ports.start
+        if ports.start == self.blocks[-1].ports.start:
+            self._settle(self.blocks.pop())
+
+    def _settle(self, block: Block) -> None:
+        """The gradients of the block's cuts, and of the writers before it."""
+        if self.owed is None:
+            self.owed = torch.zeros_like(self.rows[: block.base])
+        n, last = self.graph.n_positions, len(self.read) - 1
+        readers = torch.arange(block.ports.start, block.ports.stop) * n
+        for i, place in enumerate(self.places):
+            rows = torch.where(readers == last * n, last * n, readers + i).to(self.rows.device)
+            gradients, writes = place.of(block.sums), place.of(self.rows[: block.n_writers])
+            self.of_cuts[:, rows, : block.n_writers] -= matrices(gradients) @ matrices(writes).transpose(1, 2)
+            place.give(self.owed[: block.base], slice(block.base), block.sums, block.ports)
+
+    def of_writes(self, writers: slice) -> Float[Tensor, "writer candidate token d_model"]:
+        """The gradient of some writers' writes, when all later readers are done."""
+        found = torch.zeros_like(self.rows[writers])
+        if self.owed is not None and writers.start < len(self.owed):
+            found = self.owed[writers]
+        if self.blocks and self.first < self.blocks[-1].ports.stop:
+            later = slice(self.first, self.blocks[-1].ports.stop)
+            for place in self.places:
+                place.give(found, writers, self.sums(later), later)
+        return found
 
 
 class _Keep(torch.autograd.Function):
-    """Stores the differences of writes in the table; the backward reads their gradients from the second table."""
+    """Stores the differences of writes in the table; the backward reads their gradients from there."""
 
     @staticmethod
-    def forward(ctx: Any, chain: Tensor, differences: Tensor, run: _DifferentiableRun, writers: slice) -> Tensor:
-        run.differences[writers] = differences
-        ctx.run, ctx.writers = run, writers
+    def forward(ctx: Any, chain: Tensor, differences: Tensor, table: _GradientTable, writers: slice) -> Tensor:
+        table.differences[writers] = differences
+        ctx.table, ctx.writers = table, writers
         return chain.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return gradient, ctx.run.write_gradients[ctx.writers], None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        owed = ctx.table.of_writes(ctx.writers).unflatten(2, ctx.table.shape[1:3])
+        return gradient, owed, None, None
 
 
 class _Read(torch.autograd.Function):
-    """The residual stream minus the cut shares of the differences, as each reader reads it."""
+    """What one port sees of the residual stream."""
 
     @staticmethod
     def forward(
-        ctx: Any, chain: Tensor, cut: Tensor, resid: Tensor, run: _DifferentiableRun, readers: slice, n_writers: int
+        ctx: Any, chain: Tensor, resid: Tensor, table: _GradientTable, ports: slice, n_writers: int
     ) -> tuple[Tensor, Tensor]:
-        ctx.run, ctx.places, ctx.n_writers = run, run.places_for(readers), n_writers
-        ctx.save_for_backward(cut)
-        run.rows[0] = resid
-        weights = torch.nn.functional.pad(-cut, (1, 0), value=1.0)
-        return read(weights, run.rows[: 1 + n_writers], ctx.places), chain.clone()
+        ctx.table, ctx.ports, ctx.dtype = table, ports, resid.dtype
+        return table.seen(ports, n_writers, resid)[0].unflatten(1, table.shape[1:3]).clone(), chain.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, chain: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (cut,) = ctx.saved_tensors
-        run, n_writers = ctx.run, ctx.n_writers
-        # [candidate, reader, token, d_model] and [writer, candidate, token, d_model]
-        back = gradient.flatten(2, 3)
-        rows, gradients = (table[:n_writers].flatten(2, 3) for table in (run.differences, run.write_gradients))
-        places = [slice(None)] if ctx.places is None else ctx.places
-        by_place = cut.unflatten(1, (-1, len(places)))
-        to_cut = torch.empty_like(by_place)
-        for i, tokens in enumerate(places):
-            here = back[:, :, tokens].flatten(2)
-            to_cut[:, :, i] = -torch.bmm(here, rows[:, :, tokens].flatten(2).permute(1, 2, 0))
-            add = torch.bmm(by_place[:, :, i].transpose(1, 2), here).unflatten(2, (-1, back.shape[-1]))
-            gradients[:, :, tokens] -= add.transpose(0, 1)
-        return chain, to_cut.flatten(1, 2), gradient.sum(1), None, None, None
+        ctx.table.sums(ctx.ports)[0] = gradient.flatten(1, 2)
+        ctx.table.done(ctx.ports)
+        return chain, gradient.to(ctx.dtype), None, None, None
+
+
+class _ReadHeads(torch.autograd.Function):
+    """q, k and v of every head of a layer, `[head, token, d_head]`, from what each sees of the residual stream."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        chain: Tensor,
+        resid: Tensor,
+        table: _GradientTable,
+        layout: Layout,
+        layer: int,
+        ports: slice,
+        n_writers: int,
+    ) -> tuple[Tensor, ...]:
+        ctx.table, ctx.ports, ctx.dtype, ctx.norm = table, ports, resid.dtype, layout.attention[layer].norm
+        seen = table.seen(ports, n_writers, resid)
+        given, ctx.factor, ctx.scale = ctx.norm.factored(seen.flatten(1, 2))
+        if given.data_ptr() != seen.data_ptr():
+            seen.copy_(given.view_as(seen))
+        ctx.weights, ctx.products = [], []
+        found: list[Tensor] = []
+        first = 0
+        for channel in "qkv":
+            weight, constant = layout.folded(layer, channel, seen.dtype)
+            rows = slice(first, first + len(weight))
+            product = torch.bmm(given[rows], weight)
+            if ctx.factor is not None:
+                product *= ctx.factor[rows]
+            ctx.weights.append(weight)
+            ctx.products.append(product)
+            found.append(product + constant[:, None])
+            first = rows.stop
+        return *found, chain.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        table, norm = ctx.table, ctx.norm
+        sums = table.sums(ctx.ports)
+        seen = sums.flatten(1, 2)
+        first = 0
+        for weight, product, gradient in zip(ctx.weights, ctx.products, gradients[:-1], strict=True):
+            rows = slice(first, first + len(weight))
+            scaled = gradient if norm.kind == "none" else gradient / ctx.scale[rows]
+            if norm.kind == "none":
+                seen[rows] = 0
+            else:
+                along = (product * scaled).sum(-1, keepdim=True) / seen.shape[-1]
+                seen[rows] *= -along if ctx.factor is None else -along * ctx.factor[rows]
+            if norm.kind == "layer":
+                weight = weight - weight.mean(1, keepdim=True)
+            seen[rows].baddbmm_(scaled, weight.transpose(1, 2))
+            first = rows.stop
+        to_resid = sums.sum(0).unflatten(1, table.shape[1:3]).to(ctx.dtype)
+        table.done(ctx.ports)
+        return gradients[-1], to_resid, None, None, None, None, None

@@ -106,8 +106,12 @@ class Layout:
         """q, k or v of every head, each head from its own residual stream."""
         maps = self.attention[layer]
         weight, constant = self.folded(layer, channel, resid.dtype)
-        flat = maps.norm.standardize(resid).flatten(1, -2)
-        return torch.baddbmm(constant[:, None], flat, weight).unflatten(1, resid.shape[1:-1])
+        flat, factor, _ = maps.norm.factored(resid.flatten(1, -2))
+        if factor is None:
+            out = torch.baddbmm(constant[:, None], flat, weight)
+        else:
+            out = torch.addcmul(constant[:, None], torch.bmm(flat, weight), factor)
+        return out.unflatten(1, resid.shape[1:-1])
 
     def folded(
         self, layer: int, channel: str, dtype: torch.dtype

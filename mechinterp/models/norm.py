@@ -47,6 +47,18 @@ class Norm:
             return F.layer_norm(x, x.shape[-1:], eps=self.eps)
         return F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
+    def factored(
+        self, x: Float[Tensor, "*axes d_model"]
+    ) -> tuple[Float[Tensor, "*axes d_model"], Float[Tensor, "*axes 1"] | None, Float[Tensor, "*axes 1"]]:
+        """(y, f, scale) with `standardize(x) = y * f` (None: 1): after a linear map of y, fewer numbers are scaled."""
+        if self.kind == "none":
+            return x, None, torch.ones_like(x[..., :1])
+        if self.kind == "layer":
+            y, _, inverse = torch.native_layer_norm(x, x.shape[-1:], None, None, self.eps)
+            return y, None, 1 / inverse
+        scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + self.eps).sqrt()
+        return x, 1 / scale, scale
+
     def __call__(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
         """The norm's output at `x`."""
         out = self.standardize(x)

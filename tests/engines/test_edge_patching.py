@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import mechinterp.engines.edge_patching
+import mechinterp.engines.write_table
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.engines.edge_patching import run_edges
-from mechinterp.engines.replacement import build_replacement
+from mechinterp.engines.mask_gradients import mask_gradients
+from mechinterp.engines.replacement import build_replacement, corrupt_replacement
 from mechinterp.graphs.graph import Graph, build_graph, graph_of
 from mechinterp.models.interventions import Intervention
 from mechinterp.models.sites import Site
@@ -222,6 +224,27 @@ def test_candidates_side_by_side_are_one_by_one(name: str, monkeypatch: pytest.M
     torch.testing.assert_close(no_early, alone[2:], rtol=0, atol=tolerance(name))
     monkeypatch.setattr(mechinterp.engines.edge_patching, "WRITES_BUDGET_BYTES", 1)
     torch.testing.assert_close(run_edges(model, graph, some, torch.stack(masks)), alone, rtol=0, atol=tolerance(name))
+
+
+@pytest.mark.parametrize("positions", [(), ("end",)])
+@pytest.mark.parametrize("name", EVERY)
+def test_the_size_of_a_block_does_not_matter(
+    name: str, positions: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every layer by itself, or all together: values and slopes; few cut edges, so that blocks begin in the middle."""
+    model, some = tiny(name), pairs(2, 5, positions={"end": [4, 4]})
+    graph = build_graph(model, positions=positions)
+    values = corrupt_replacement(model, graph).on(some)
+    generator = torch.Generator().manual_seed(0)
+    chance = torch.rand((3, *graph.possible.shape), generator=generator, dtype=torch.float64)
+    masks = chance * graph.possible * (chance < torch.tensor([0.02, 0.1, 1.0])[:, None, None])
+    found: list[tuple[torch.Tensor, ...]] = []
+    for size in (1, 1000):
+        monkeypatch.setattr(mechinterp.engines.write_table, "PORTS_OF_A_BLOCK", size)
+        slopes = mask_gradients(model, graph, some, masks, values, lambda logits: logits.square().sum((2, 3)))
+        found.append((*(run_edges(model, graph, some, mask) for mask in masks), *slopes))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance(name), atol=tolerance(name) * float(one.abs().max()))
 
 
 @pytest.mark.parametrize("name", SHAPES)

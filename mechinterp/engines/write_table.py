@@ -1,0 +1,137 @@
+"""The table of all writes minus their replacements, and what readers see of it, a block of layers at a time.
+
+Reader r sees `resid - sum over writers w of cut[r, w] * difference[w]`. In these sums the table passes through memory
+more often than it is computed with. So a block of a few layers reads all writers before it at once, for all of its
+readers; each layer then adds the few writers inside the block.
+
+In the names below a *port* is a reader without its position: one row of sums, each token with its own position's cuts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechinterp.graphs.graph import Graph
+
+PORTS_OF_A_BLOCK = 64
+"""About as many ports make a block: more would save little traffic, and add sums inside the block."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The tokens of one position (None: all tokens) and the weights of writers there."""
+
+    tokens: Tensor | None
+    weights: Float[Tensor, "candidate port writer"]
+
+    def of(self, rows: Float[Tensor, "row candidate token d_model"]) -> Float[Tensor, "row candidate here d_model"]:
+        """The rows at the tokens of this position."""
+        return rows if self.tokens is None else rows[:, :, self.tokens]
+
+    def read(self, sums: Tensor, ports: slice, rows: Tensor, writers: slice, *, plus: int = 0) -> None:
+        """Adds the weighted rows of writers to the sums of ports; the last `plus` rows have weight 1."""
+        weights = self.weights[:, ports, writers]
+        if plus:
+            weights = torch.nn.functional.pad(weights, (0, plus), value=1.0)
+        self._add(sums, weights, rows)
+
+    def give(self, rows: Tensor, writers: slice, sums: Tensor, ports: slice) -> None:
+        """The transpose of `read`: adds the weighted sums of ports to the rows of writers."""
+        self._add(rows, self.weights[:, ports, writers].transpose(1, 2), sums)
+
+    def _add(self, total: Tensor, weights: Tensor, rows: Tensor) -> None:
+        if self.tokens is None:
+            matrices(total).baddbmm_(weights, matrices(rows))
+        else:
+            added = torch.bmm(weights, matrices(self.of(rows)))
+            total[:, :, self.tokens] += added.transpose(0, 1).unflatten(2, (len(self.tokens), -1))
+
+
+@dataclass
+class Block:
+    """The sums of some layers' ports."""
+
+    ports: slice
+    base: int
+    """The writers before this one are in `sums` for all ports from the beginning."""
+    sums: Float[Tensor, "port candidate token d_model"]
+    place_of: Tensor
+    """For every port of the block, its row in `sums`."""
+    n_writers: int = 0
+    """The writers before this one have been read."""
+
+    def rows(self, ports: slice) -> slice:
+        """The rows in `sums` of some ports that stand side by side there."""
+        first = int(self.place_of[ports.start - self.ports.start])
+        return slice(first, first + ports.stop - ports.start)
+
+
+class WriteTable:
+    """The writes of one run of (candidate x batch) prompts, and the sums that its readers see."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        masks: Float[Tensor, "candidate reader writer"],
+        places: list[Tensor] | None,
+        read: Bool[Tensor, " port"],
+        shape: tuple[int, int, int],
+    ) -> None:
+        """`read` says which ports will be read; `shape` is that of the residual stream, without candidates."""
+        n = graph.n_positions
+        self.graph, self.read, self.shape = graph, read, (len(masks), *shape)
+        by_port = [torch.cat([masks[:, i:-1:n], masks[:, -1:]], 1) for i in range(n)]
+        tokens = [None] if places is None else places
+        self.places = [Place(at, -weights) for at, weights in zip(tokens, by_port, strict=True)]
+        n_batch, n_pos, d_model = shape
+        # A further row, so that behind any number of writers there is one for the residual stream.
+        size = (1 + len(graph.writers), len(masks), n_batch * n_pos, d_model)
+        self.rows = torch.empty(size, dtype=masks.dtype, device=masks.device)
+        self.block: Block | None = None
+
+    @property
+    def differences(self) -> Float[Tensor, "writer candidate batch pos d_model"]:
+        """Each writer's current write minus its replacement."""
+        return self.rows[:-1].unflatten(2, self.shape[1:3])
+
+    def seen(
+        self, ports: slice, n_writers: int, resid: Float[Tensor, "candidate batch pos d_model"]
+    ) -> Float[Tensor, "port candidate token d_model"]:
+        """What these ports read of the stream, corrected for the writers before them: a view of the block's sums."""
+        block = self.block
+        if block is None or ports.start >= block.ports.stop:
+            block = self.block = self._open(ports, n_writers)
+        sums = block.sums[block.rows(ports)]
+        behind = self.rows[n_writers].clone()  # in a parallel layer the next writer's row may be filled already
+        self.rows[n_writers] = resid.flatten(1, 2)
+        new = self.rows[block.base : n_writers + 1]
+        for place in self.places:
+            place.read(sums, ports, new, slice(block.base, n_writers), plus=1)
+        self.rows[n_writers] = behind
+        block.n_writers = n_writers
+        return sums
+
+    def _open(self, ports: slice, n_writers: int) -> Block:
+        """The block that begins with these ports: what all of its ports see of the writers so far."""
+        per_layer = (len(self.read) - 1) // self.graph.dims.n_layers
+        size = per_layer * max(1, round(PORTS_OF_A_BLOCK / per_layer))
+        stop = (ports.start // size + 1) * size
+        if stop >= len(self.read) - 1 or ports.start == len(self.read) - 1:
+            stop = len(self.read)  # the logits belong to the last block
+        wanted = self.read[ports.start : stop]
+        size = (int(wanted.sum()), self.shape[0], self.shape[1] * self.shape[2], self.shape[3])
+        sums = self.rows.new_zeros(size)
+        block = Block(slice(ports.start, stop), n_writers, sums, wanted.cumsum(0) - 1)
+        for place in self.places:
+            chosen = Place(place.tokens, place.weights[:, block.ports][:, wanted.to(place.weights.device)])
+            chosen.read(sums, slice(None), self.rows[:n_writers], slice(n_writers))
+        return block
+
+
+def matrices(rows: Float[Tensor, "row candidate token d_model"]) -> Float[Tensor, "candidate row numbers"]:
+    """A view with one matrix a candidate."""
+    return rows.view(*rows.shape[:2], -1).transpose(0, 1)
