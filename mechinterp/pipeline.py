@@ -3,38 +3,57 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mechinterp.base.errors import InputError, MechInterpError
+import torch
+from torch import Tensor
+
+from mechinterp.base.errors import InputError, MechInterpError, NoSmallCircuit, TaskNotDone
 from mechinterp.base.plain_files import is_folder
 from mechinterp.base.progress import StageProgress, no_stages
-from mechinterp.base.settings import Parameter, unknown_setting
+from mechinterp.base.settings import Parameter, check_settings, unknown_setting
 from mechinterp.circuit_file.circuit_file import save_circuit
+from mechinterp.circuit_file.limits import FEW
 from mechinterp.circuit_file.records import task_record
 from mechinterp.circuit_file.schema import CircuitFile, FileTaskRecord, TaskRecord
 from mechinterp.circuit_file.store import SUFFIX, sidecar_name
 from mechinterp.circuit_file.verify.verification import verify as verify
+from mechinterp.discovery.finished_parts import FinishedParts
 from mechinterp.discovery.method import METHODS, Method, score_edges
 from mechinterp.discovery.neurons import top_neurons
-from mechinterp.evaluation.faithfulness import Evaluation, evaluate
+from mechinterp.discovery.stable import (
+    BLOCKS,
+    RUNS,
+    MeasuredStability,
+    block_resamples,
+    resampled_scores,
+    stability_at,
+)
+from mechinterp.evaluation.ablation import AblationSetup
+from mechinterp.evaluation.faithfulness import Evaluation, evaluate_in
 from mechinterp.evaluation.roles import MeasuredRoles, measured_roles
-from mechinterp.evaluation.sizes import TARGET, Curve, CurvePoint, size_curve, size_grid, smallest_faithful
+from mechinterp.evaluation.sizes import FOLDS, Curve, Levels, SizeSearch, search_size
+from mechinterp.evaluation.task_check import TaskCheck, check_performance
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import Graph, build_graph
+from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select import check_selection, select, sized, unit_count
 from mechinterp.models.hook_manager import HookManager, load_model
-from mechinterp.run_spec import NEURONS, RunSpec, command_of
+from mechinterp.run_spec import NEURONS, RESAMPLES, RunSpec, command_of, resolved
 from mechinterp.tasks.metrics import get_metric
 from mechinterp.tasks.pair_files import load_pairs
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.source import FileSource
 from mechinterp.tasks.task import Task, load_task
 
+CROSS_FITTED = "The size was chosen by cross-fitting on the train pairs, since"
 OWN_OPTIONS = ("replacement", "steps")
 """Parameters of methods that have their own option."""
 ROLE_EXAMPLES = 100
@@ -42,91 +61,302 @@ ROLE_EXAMPLES = 100
 
 
 @dataclass(frozen=True)
+class Examples:
+    """The examples of a run, with the record of the task that they are of.
+
+    `validation` is None where there are too few pairs to hold some out for the size: it is then chosen by
+    cross-fitting on the train pairs. `templates` are those of the train pairs.
+    """
+
+    task: TaskRecord | FileTaskRecord
+    train: Pairs
+    validation: Pairs | None
+    test: Pairs
+    metric: str
+    templates: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Discovery:
-    """The result of a run. `curve` is faithfulness against size on the train pairs."""
+    """The result of a run.
+
+    `performance` is how well the model does the task, `curve` faithfulness against size on the pairs that chose the
+    size, `stability` how alike the circuits of resampled train pairs are (None: not measured).
+    """
 
     circuit: Circuit
     evaluation: Evaluation
-    curve: tuple[CurvePoint, ...]
+    performance: TaskCheck
+    curve: Curve
+    stability: MeasuredStability | None
     model: HookManager
-    task: TaskRecord | FileTaskRecord
-    train: Pairs
-    test: Pairs
+    examples: Examples
     path: Path
     document: CircuitFile
     roles: MeasuredRoles | None = None
     notes: tuple[str, ...] = ()
     """What could not be measured, and why."""
 
+    @property
+    def train(self) -> Pairs:
+        """The pairs that the circuit was found with."""
+        return self.examples.train
+
+    @property
+    def test(self) -> Pairs:
+        """The held-out pairs that it was evaluated on."""
+        return self.examples.test
+
 
 def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
     """The circuit of a task in a model, evaluated on held-out pairs, and its file, which is written.
+
+    First the model must do the task. Then edges are scored on the train pairs, the size is chosen on the validation
+    pairs, and the circuit is evaluated on the test pairs; its stability is measured by drawing the train pairs again.
 
     Args:
         spec: The task, the model, the method and all other options of the run.
         progress: Called as `progress(stage, done, total)`.
 
-    Cost: that of the method, the curve over sizes on the train pairs, the evaluation and, by default, the
-    roles. A killed run resumes from its last saved scores.
+    Cost: that of the method, about ten sizes on the validation pairs, the evaluation and, by default, the roles. A
+    killed run resumes: finished stages are not computed again, and scoring goes on from its last saved state.
 
     Raises:
         InputError: If the spec is invalid; nothing is written then.
+        TaskNotDone: If the model does not do the task (and `spec.anyway` is false).
+        NoSmallCircuit: If no size up to half of the graph reaches the levels.
     """
+    spec = resolved(spec)
     settings = _settings(spec)
     path = output_path(spec)
     progress("model", 0, 1)
     model = load_model(spec.model, revision=spec.revision, dtype=spec.dtype, device=spec.device)
     progress("model", 1, 1)
-    task, train, test, default_metric = examples_of(spec, model)
-    metric = spec.metric or default_metric
+    examples = examples_of(spec, model)
+    train, metric = examples.train, spec.metric or examples.metric
+    performance = _performance(spec, model, examples, metric, progress)
     graph = graph_of_run(spec, model, train, metric)
     threshold = spec.threshold
     if spec.edges is None and spec.nodes is None and threshold is None:
-        threshold = METHODS.get(spec.method).threshold
+        threshold = METHODS.get(_method(spec)).threshold
     size = _size(spec, graph)
     check_selection(graph, rule=spec.rule, by=spec.by, ratio=spec.ratio, threshold=threshold)
     if spec.restart:
         _forget_unfinished(path)
-    scores = score_edges(
-        model,
-        graph,
-        train,
-        method=spec.method,
-        metric=metric,
-        batch_size=spec.batch_size,
-        progress=partial(progress, "scores"),
-        resume=_state_path(path, spec),
-        **settings,
-    )
+    done = FinishedParts(_state_path(path, spec), _key(spec, model, graph, examples))
+    ranking = Ranking(spec, model, graph, metric, settings, done, progress)
+    scores, samples = ranking.scores(train)
     how: dict[str, Any] = {"rule": spec.rule, "by": spec.by, "ratio": spec.ratio}
     measured: dict[str, Any] = {"metric": metric, "replacement": spec.replacement, "batch_size": spec.batch_size}
-    size_given = size is not None or threshold is not None
+    on = train if examples.validation is None else examples.validation
+    parts = ranking.folds(train) if examples.validation is None else [(scores, on)]
+    search = SizeSearch(model, scores, parts, how, metric, spec.replacement, spec.batch_size, done.keep)
     scored = max(1, len(graph.unit[scores.values.cpu() != 0].unique()))
-    curve = size_curve(model, scores, train, size_grid(scored), **how, **measured, progress=partial(progress, "curve"))
-    if not size_given:
-        size = smallest_faithful(curve)
+    levels = None if size is not None or threshold is not None else Levels()
+    found = search_size(
+        search, scored, Levels(), seed=spec.seed, curve=spec.curve, progress=partial(progress, "curve"), given=size
+    )
+    curve = search.curve(on, levels, spec.seed)
+    if levels is not None:
+        if found is None:
+            raise NoSmallCircuit(no_small_circuit(spec, graph, curve, levels))
+        size = found
     circuit = select(graph, scores, **({} if size is None else sized(graph, size)), threshold=threshold, **how)
-    evaluation = evaluate(model, circuit, test, seed=spec.seed, **measured, progress=partial(progress, "evaluation"))
-    roles, unmeasured = None, ""
+    stability = None
+    if samples is not None:
+        n_units = circuit.selection.get(f"{graph.level}s", circuit.n_units)
+        alike = stability_at(scores, samples.scores, int(n_units), **how)
+        stability = MeasuredStability(alike, train, samples.kind, samples.seed)
+    setup = AblationSetup.of(
+        model, graph, examples.test, metric, spec.replacement, None, spec.batch_size, partial(progress, "evaluation")
+    )
+    evaluation = evaluate_in(setup, circuit, seed=spec.seed, keep=done.keep)
+    roles, unmeasured = None, list(examples.notes)
     if spec.roles:
-        examples = train[:ROLE_EXAMPLES], test[:ROLE_EXAMPLES]
+        some = train[:ROLE_EXAMPLES], examples.test[:ROLE_EXAMPLES]
         try:
-            roles = measured_roles(model, circuit, *examples, **measured, progress=partial(progress, "roles"))
+            roles = measured_roles(model, circuit, *some, **measured, progress=partial(progress, "roles"))
         except (MechInterpError, ValueError, ArithmeticError, RuntimeError) as error:  # the circuit is kept
-            unmeasured = f"Roles were not measured: {error}"
+            unmeasured.append(f"Roles were not measured: {error}")
     document = save_circuit(
         path,
         circuit,
         model=model,
-        task=task,
+        task=examples.task,
         result=evaluation,
         predictions=roles.predictions if roles else (),
         roles=roles.roles if roles else {},
-        curve=Curve(curve, train, metric, spec.replacement, None if size_given else TARGET),
+        curve=curve,
+        performance=(performance, train),
+        stability=stability,
         command=command_of(spec),
     )
-    notes = (unmeasured,) if unmeasured else ()
-    return Discovery(circuit, evaluation, curve, model, task, train, test, path, document, roles, notes)
+    done.clear()
+    return Discovery(
+        circuit, evaluation, performance, curve, stability, model, examples, path, document, roles, tuple(unmeasured)
+    )
+
+
+def _method(spec: RunSpec) -> str:
+    assert spec.method is not None  # `resolved` has named it
+    return spec.method
+
+
+def _performance(
+    spec: RunSpec, model: HookManager, examples: Examples, metric: str, progress: StageProgress
+) -> TaskCheck:
+    """How well the model does the task. Raises TaskNotDone if it does not, unless the run goes on anyway."""
+    progress("task", 0, 1)
+    found = check_performance(
+        model, examples.train, metric=metric, templates=examples.templates, batch_size=spec.batch_size, seed=spec.seed
+    )
+    progress("task", 1, 1)
+    if found.failures and not spec.anyway:
+        raise TaskNotDone(
+            f"{spec.model} does not do {stem(spec.task)} on {found.n_examples} pairs: {'; '.join(found.failures)}. A "
+            "circuit would explain noise. Take another model, task or metric, or go on with --anyway."
+        )
+    return found
+
+
+def no_small_circuit(spec: RunSpec, graph: Graph, curve: Curve, levels: Levels) -> str:
+    """The answer where no size reaches the levels, with what came nearest and what to try."""
+    assert curve.kl_empty is not None
+    most = int(levels.most * graph.n_units)
+    small = [p for p in curve.points if p.n_selected <= most] or list(curve.points)
+    best = min(small, key=lambda p: (abs(1 - p.faithfulness), p.n_selected))
+    low, high = best.interval or (best.faithfulness, best.faithfulness)
+    tries = ["more --examples", "another --method"]
+    tries += ["--level node"] if graph.level == "edge" else []
+    tries += ["--positions all"] if not graph.positions and len(curve.pairs.positions) else []
+    return (
+        f"No small circuit at this level by {_method(spec)}: no size up to {most:,} of {graph.n_units:,} "
+        f"{graph.level}s has its whole interval of faithfulness in [{levels.low:g}, {levels.high:g}] and a KL divergence "
+        f"up to {levels.kl_share:g} of the empty circuit's {curve.kl_empty:.3g}. The nearest, {best.n_selected:,} "
+        f"{graph.level}s, has {best.faithfulness:.2f} [{low:.2f}, {high:.2f}] and {best.kl or 0:.2g}. Try "
+        f"{', '.join(tries)}; or --{graph.level}s {best.n_selected} for that one as it is."
+    )
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Scores of resampled train pairs."""
+
+    scores: Tensor
+    kind: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How the edges of a run are scored."""
+
+    spec: RunSpec
+    model: HookManager
+    graph: Graph
+    metric: str
+    settings: Mapping[str, Any]
+    done: FinishedParts
+    progress: StageProgress
+
+    def scores(self, pairs: Pairs) -> tuple[Scores, Samples | None]:
+        """The scores on all train pairs, and those on resamples of them where these cost little or were asked for."""
+        spec, method = self.spec, METHODS.get(_method(self.spec))
+        wanted = spec.resamples
+        averages = "runs" in method.settings
+        if averages and wanted is not None:
+            raise InputError(f"Method {method.name!r} draws the pairs again itself: give --set runs={wanted}.")
+        cheap = method.additive and not spec.replacement.startswith("mean")
+        if averages or wanted == 0 or (wanted is None and not cheap):
+            scores = self.scored(pairs, "scores")
+            if scores.samples is None:
+                return scores, None
+            return scores, Samples(scores.samples, RUNS, int(scores.parameters["seed"]))
+        n = self._affordable(RESAMPLES if wanted is None else wanted)
+        rows = block_resamples(len(pairs), n, spec.seed)
+        asked = {"method": method.name, "metric": self.metric, "batch_size": spec.batch_size, **self.settings}
+
+        def compute() -> dict[str, Tensor]:
+            scores, samples = resampled_scores(
+                self.model, self.graph, pairs, rows, asked, partial(self.progress, "scores")
+            )
+            return {**_tensors(scores), "samples": samples}
+
+        found = self.done.keep("scores", compute)
+        scores = self._scores_of(found, pairs, method.additive)
+        return scores, Samples(found["samples"], BLOCKS, spec.seed)
+
+    def _affordable(self, wanted: int) -> int:
+        """At most so many resamples that their scores take a quarter of a GiB, but at least two."""
+        return max(2, min(wanted, 2**28 // (8 * self.graph.n_edges)))
+
+    def scored(self, pairs: Pairs, name: str) -> Scores:
+        """The scores on these pairs."""
+        spec, method = self.spec, METHODS.get(_method(self.spec))
+        checkpoint = self.done.path.with_name(f"{self.done.path.name}.{name}")
+
+        def compute() -> dict[str, Tensor]:
+            scores = score_edges(
+                self.model,
+                self.graph,
+                pairs,
+                method=method.name,
+                metric=self.metric,
+                batch_size=spec.batch_size,
+                progress=partial(self.progress, "scores"),
+                resume=checkpoint,
+                **self.settings,
+            )
+            return _tensors(scores)
+
+        return self._scores_of(self.done.keep(name, compute), pairs, method.additive)
+
+    def folds(self, pairs: Pairs) -> list[tuple[Scores, Pairs]]:
+        """Every fold of the pairs with the scores of the others."""
+        found: list[tuple[Scores, Pairs]] = []
+        for fold in range(FOLDS):
+            rest = [i for i in range(len(pairs)) if i % FOLDS != fold]
+            held_out = list(range(fold, len(pairs), FOLDS))
+            found.append((self.scored(pairs[rest], f"fold {fold}"), pairs[held_out]))
+        return found
+
+    def _scores_of(self, found: Mapping[str, Tensor], pairs: Pairs, additive: bool) -> Scores:
+        method = METHODS.get(_method(self.spec))
+        settings = check_settings(f"method {method.name!r}", method.settings, self.settings)
+        return Scores(
+            self.graph,
+            found["total"],
+            len(pairs),
+            method.name,
+            self.metric,
+            str(settings["replacement"]),
+            settings,
+            {name.removeprefix("cost "): int(value) for name, value in found.items() if name.startswith("cost ")},
+            additive,
+            pairs,
+            found.get("samples"),
+        )
+
+
+def _tensors(scores: Scores) -> dict[str, Tensor]:
+    """What of scores depends on the examples."""
+    costs = {f"cost {name}": torch.tensor(n) for name, n in scores.cost.items()}
+    samples = {} if scores.samples is None else {"samples": scores.samples}
+    return {"total": scores.total.cpu(), **costs, **samples}
+
+
+def _key(spec: RunSpec, model: HookManager, graph: Graph, examples: Examples) -> str:
+    """A digest of everything that decides the results of a run."""
+    pairs = [None if some is None else some.digest() for some in (examples.train, examples.validation, examples.test)]
+    parts = [
+        metadata.version("mechinterp-circuits"),
+        command_of(spec),
+        model.info.weights_sha256(),
+        graph.digest(),
+        pairs,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def graph_of_run(spec: RunSpec, model: HookManager, train: Pairs, metric: str) -> Graph:
@@ -161,7 +391,7 @@ def _state_path(path: Path, spec: RunSpec) -> Path:
 
 def _forget_unfinished(path: Path) -> None:
     """Delete the states of all unfinished runs that write this file. Raises InputError if one cannot be deleted."""
-    name = re.compile(rf"\.{re.escape(path.name.removesuffix(SUFFIX))}\.[0-9a-f]{{8}}\.unfinished")
+    name = re.compile(rf"\.{re.escape(path.name.removesuffix(SUFFIX))}\.[0-9a-f]{{8}}\.unfinished(\..*)?")
     for entry in list(path.parent.iterdir()):
         if name.fullmatch(entry.name):
             try:
@@ -175,9 +405,9 @@ def output_path(spec: RunSpec) -> Path:
 
     Raises InputError if the folder cannot be made, before anything slow begins.
     """
-    folder = Path(spec.model)
+    spec, folder = resolved(spec), Path(spec.model)
     model = folder.resolve().name if is_folder(folder) else spec.model.rpartition("/")[2].replace("@", "-")
-    path = spec.out / f"{'-'.join([stem(spec.task), model, spec.method])}{SUFFIX}"
+    path = spec.out / f"{'-'.join([stem(spec.task), model, _method(spec)])}{SUFFIX}"
     sidecar_name(path)
     try:
         spec.out.mkdir(parents=True, exist_ok=True)
@@ -192,13 +422,13 @@ def stem(task: str) -> str:
 
 def _settings(spec: RunSpec) -> dict[str, Any]:
     """The parameters for the method, checked before anything slow begins."""
-    method = METHODS.get(spec.method)
+    method = METHODS.get(_method(spec))
     options: dict[str, Any] = {"replacement": spec.replacement, "steps": spec.steps}
     settings = {name: value for name, value in options.items() if value is not None}
     settings |= dict(parsed_setting(setting, method) for setting in spec.settings)
     for name in settings:
         if name not in method.defaults:
-            raise InputError(f"Method {spec.method!r} has no parameter {name!r}.")
+            raise InputError(f"Method {method.name!r} has no parameter {name!r}.")
     if (spec.edges is not None) + (spec.nodes is not None) + (spec.threshold is not None) > 1:
         raise InputError("Give edges, nodes or threshold, but only one of them.")
     if spec.metric is not None:
@@ -220,24 +450,38 @@ def parsed_setting(
     return name, method.settings[name].parse(name, text)
 
 
-def examples_of(spec: RunSpec, model: HookManager) -> tuple[TaskRecord | FileTaskRecord, Pairs, Pairs, str]:
-    """The task's record, train pairs, test pairs and the task's metric."""
+def examples_of(spec: RunSpec, model: HookManager) -> Examples:
+    """The task's record, its examples and its metric."""
     if Path(spec.task).suffix.lower() in (".jsonl", ".csv"):
         return _file_examples(spec, model)
     task: Task = load_task(spec.task)
-    train = task.pairs(model, n=spec.examples, split="train", seed=spec.seed)
-    test = task.pairs(model, n=spec.test_examples, split="test", seed=spec.seed)
-    return task_record(task, path=spec.task), train, test, task.metric
+    make = partial(task.pairs, model, seed=spec.seed)
+    test = make(n=spec.test_examples, split="test")
+    record, n = task_record(task, path=spec.task), spec.examples
+    try:
+        both = make(n=n + spec.validation_examples, split="train")
+        train, validation, notes = both[:n], both[n:], ()
+    except InputError:  # too few different examples for both
+        train, validation = make(n=n, split="train"), None
+        notes = (f"{CROSS_FITTED} the task makes no {n + spec.validation_examples} different train pairs.",)
+    templates = task.row_templates("train", spec.seed, len(train))
+    return Examples(record, train, validation, test, task.metric, templates, notes)
 
 
-def _file_examples(spec: RunSpec, model: HookManager) -> tuple[FileTaskRecord, Pairs, Pairs, str]:
+def _file_examples(spec: RunSpec, model: HookManager) -> Examples:
+    """Train, validation and test pairs of a file in thirds; with few pairs, the size is chosen by cross-fitting."""
     pairs = load_pairs(spec.task, model)
     source = pairs.source
     assert isinstance(source, FileSource)
     if len(pairs) < 4:
         raise InputError(f"{spec.task} has {len(pairs)} usable pairs; at least 4 are needed, half of them held out.")
-    n_train = min(spec.examples, len(pairs) // 2)
-    n_test = min(spec.test_examples, len(pairs) - n_train)
     record = FileTaskRecord(name=stem(spec.task), path=spec.task, sha256=source.sha256)
     metric = "logit_diff" if pairs.right is not None and pairs.wrong is not None else "kl_to_clean"
-    return record, pairs[:n_train], pairs[n_train : n_train + n_test], metric
+    n_parts = 3 if len(pairs) >= 3 * FEW else 2
+    n_train = min(spec.examples, len(pairs) // n_parts)
+    n_validation = min(spec.validation_examples, len(pairs) // n_parts) if n_parts == 3 else 0
+    n_test = min(spec.test_examples, len(pairs) - n_train - n_validation)
+    train, rest = pairs[:n_train], pairs[n_train:]
+    validation = rest[:n_validation] if n_validation else None
+    notes = () if n_validation else (f"{CROSS_FITTED} {len(pairs)} pairs are too few for three parts of {FEW}.",)
+    return Examples(record, train, validation, rest[n_validation : n_validation + n_test], metric, None, notes)

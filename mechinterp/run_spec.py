@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,6 +20,14 @@ RULES = ("top", "greedy", "ilp")
 """The same as `mechinterp.graphs.select.RULES`."""
 REPLACEMENTS = ("corrupt", "mean", "mean-positional", "zero")
 """The same as `mechinterp.engines.replacement.KINDS`."""
+EFFORTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "quick": ("eap-ig", ()),
+    "standard": ("mattr", ()),
+    "thorough": ("mattr", ("runs=8", "learning_steps=300")),
+}
+"""What runs by default at each effort: the method with its settings."""
+RESAMPLES = 100
+"""Resamples of the examples where scores add up over examples, so that they cost no runs."""
 NEURONS = 50
 """Neurons that become nodes by default."""
 
@@ -62,14 +70,16 @@ def option(help: str, **how: Any) -> dict[str, Option]:
 class RunSpec:
     """What to discover, and how.
 
-    Without `edges`, `nodes` and `threshold` the circuit is the smallest on a log grid of sizes whose faithfulness on
-    the train pairs reaches 0.9, or the one that the method itself chooses (`cd`).
+    Without `edges`, `nodes` and `threshold` the circuit is the smallest whose faithfulness on the validation pairs lies
+    in [0.9, 1.1] with its whole interval (see `mechinterp.evaluation.sizes`), or the one that the method itself chooses
+    (`cd`).
 
     Args:
         task: The name of a task, a task file (.yaml), or a file of pairs (.jsonl, .csv).
         model: `bundled`, a directory, or a hub id (also `id@revision`).
         revision: Branch, tag or commit of a hub model.
-        method: How edges are scored: a name in `METHODS`.
+        method: How edges are scored: a name in `METHODS`; by default what `effort` says.
+        effort: Which method runs by default, and how long: `quick`, `standard` or `thorough`.
         metric: Task performance: a name in `METRICS`; by default the task's own.
         steps: Integration steps of `eap-ig`; by default 5.
         level: What is chosen: `edge`, `node`, or `neuron` (nodes, with the strongest neurons among them).
@@ -82,7 +92,12 @@ class RunSpec:
         by: The order of edges: `value` (the most helpful first) or `magnitude`.
         ratio: Share of the edges, from 0 to 1, that are taken from the most helpful ones first.
         examples: Train pairs, with which the circuit is discovered. Of a file of pairs these are the first.
-        test_examples: Held-out pairs, on which it is evaluated. Of a file of pairs these are the next.
+        validation_examples: Pairs on which the size is chosen, neither train nor held-out ones.
+        test_examples: Held-out pairs, on which it is evaluated. Of a file of pairs these are the last.
+        resamples: How often the train pairs are drawn again for the stability of the circuit; by default 100 where
+            scores add up over examples, as often as the method itself does it where it averages runs, otherwise 0.
+        anyway: Go on although the model does not do the task.
+        curve: Whether to measure faithfulness at small sizes, too; without, only those that decide the size.
         seed: Seed of the pairs, the random circuits and the intervals.
         dtype: The model's dtype; by default float32.
         device: The model's device; by default the CPU.
@@ -98,7 +113,17 @@ class RunSpec:
     task: str = field(metadata=option("The name of a task, or a file.", metavar="TASK|PAIRS_FILE", recorded=False))
     model: str = field(default="bundled", metadata=option("'bundled', a directory, or a hub id (also id@revision)."))
     revision: str | None = field(default=None, metadata=option("Branch, tag or commit of a hub model."))
-    method: str = field(default="eap-ig", metadata=option("How edges are scored: {names}.", kind="method"))
+    method: str | None = field(
+        default=None, metadata=option("How edges are scored: {names}.  [default: mattr; see --effort]", kind="method")
+    )
+    effort: str = field(
+        default="standard",
+        metadata=option(
+            "What runs without --method: quick (eap-ig), standard (mattr) or thorough (mattr with more runs).",
+            kind="effort",
+            names=tuple(EFFORTS),
+        ),
+    )
     metric: str | None = field(
         default=None, metadata=option("The measure of task performance.  [default: the task's]", kind="metric")
     )
@@ -143,6 +168,10 @@ class RunSpec:
     examples: int = field(
         default=200, metadata=option("Train pairs, to find the circuit with.", least=2, most=MAX_EXAMPLES)
     )
+    validation_examples: int = field(
+        default=200,
+        metadata=option("Pairs to choose the size with.", least=2, most=MAX_EXAMPLES, default_of="examples"),
+    )
     test_examples: int = field(
         default=200, metadata=option("Held-out pairs.", least=2, most=MAX_EXAMPLES, default_of="examples")
     )
@@ -159,11 +188,33 @@ class RunSpec:
         metadata=option("A parameter of the method; repeatable.", flag="--set", metavar="NAME=VALUE", after="steps"),
     )
     roles: bool = field(default=True, metadata=option("Measure roles of heads and MLPs, as predictions."))
+    resamples: int | None = field(
+        default=None,
+        metadata=option(
+            "How often the train pairs are drawn again, for the stability of the circuit.  [default: 100 where scores "
+            "add up over pairs, otherwise what the method averages]",
+            least=0,
+            most=10_000,
+            after="test_examples",
+        ),
+    )
+    curve: bool = field(
+        default=True, metadata=option("Measure faithfulness at small sizes, too, not only at those that decide.")
+    )
+    anyway: bool = field(default=False, metadata=option("Go on although the model does not do the task."))
     restart: bool = field(
         default=False,
         metadata=option("Start again, and delete the states of unfinished runs that write this file.", recorded=False),
     )
     out: Path = field(default=Path("out"), metadata=option("Folder for the files.", after="batch_size", recorded=False))
+
+
+def resolved(spec: RunSpec) -> RunSpec:
+    """The run with its method named: the one of its effort, and the settings of the effort before its own."""
+    if spec.method is not None:
+        return spec
+    method, settings = EFFORTS[spec.effort]
+    return replace(spec, method=method, settings=(*settings, *spec.settings))
 
 
 COMPARE = (

@@ -19,6 +19,14 @@ class HubNotReached(InputError):
     """The Hugging Face hub cannot be reached: no network, offline mode, or the hub itself is down."""
 
 
+class TaskNotDone(InputError):
+    """The model does not do the task, so there is nothing to explain."""
+
+
+class NoSmallCircuit(MechInterpError):
+    """No circuit of at most half of the graph reaches the levels of faithfulness: an answer, not a wrong input."""
+
+
 class FormatError(InputError):
     """A file (circuit, scores, task, pairs) does not follow its format."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mechinterp.circuit_file.records import (
     pairs_record,
     score_table,
     task_record,
+    tolerance_for,
 )
 from mechinterp.circuit_file.schema import (
     SCHEMA_VERSION,
@@ -30,10 +32,13 @@ from mechinterp.circuit_file.schema import (
     CurveRecord,
     GraphRecord,
     PairsRecord,
+    PerformanceRecord,
     SelectionRecord,
     Sidecar,
     SizeRule,
+    StabilityRecord,
     TaskPairs,
+    TemplateRecord,
     TokensTaskRecord,
 )
 from mechinterp.circuit_file.store import (
@@ -45,10 +50,12 @@ from mechinterp.circuit_file.store import (
     sidecar_name,
     write_pair,
 )
+from mechinterp.discovery.stable import CORE, MeasuredStability
 from mechinterp.evaluation.faithfulness import Evaluation
 from mechinterp.evaluation.measurements import Checked
 from mechinterp.evaluation.predictions import Prediction
-from mechinterp.evaluation.sizes import Curve
+from mechinterp.evaluation.sizes import Curve, Levels
+from mechinterp.evaluation.task_check import TaskCheck
 from mechinterp.graphs.circuit import Circuit, on_paths
 from mechinterp.graphs.graph import Graph, graph_of
 from mechinterp.graphs.scores import Scores
@@ -74,6 +81,8 @@ def save_circuit(
     task: Task | AnyTaskRecord | None = None,
     result: Evaluation | Sequence[Evaluation] = (),
     curve: Curve | None = None,
+    performance: tuple[TaskCheck, Pairs] | None = None,
+    stability: MeasuredStability | None = None,
     predictions: Sequence[Checked] = (),
     command: str | None = None,
     **about: Any,
@@ -88,7 +97,9 @@ def save_circuit(
         model: the model that the circuit was found in; its weights are hashed.
         task: the task that made the pairs. None: the file keeps their token ids instead.
         result: one evaluation of this circuit, or several.
-        curve: faithfulness at other sizes, with the target that the size was chosen by.
+        curve: faithfulness at other sizes, with the levels that the size was chosen by.
+        performance: how well the full model does the task, and the pairs on which that was measured.
+        stability: how alike the circuits of resampled examples are.
         predictions: results of `check_predictions`; every one must hold.
         command: the command line that made the circuit, for the record.
         **about: any of the fields in `ABOUT`, such as `title`, `description`, `license`, `citation` and `roles`.
@@ -141,17 +152,19 @@ def save_circuit(
         "model": model_record(model),
         "graph": graph_record(circuit.graph),
         "nodes": circuit.nodes,
-        "edges": edge_records(circuit),
+        "edges": edge_records(circuit, None if stability is None else stability.found.frequency),
         "task": record,
         "discovery": discovery,
         "selection": SelectionRecord(
             parameters=dict(circuit.selection),
             n_selected=circuit.n_selected,
             n_edges=circuit.n_edges,
-            size=None if curve is None or curve.target is None else _size_rule(curve.target, curve, examples),
+            size=None if curve is None or curve.levels is None else _size_rule(curve.levels, curve, examples),
         ),
         "evaluation": evaluations,
         "curve": None if curve is None else _curve_record(curve, examples),
+        "performance": None if performance is None else _performance(*performance, examples, dtype_name(model)),
+        "stability": None if stability is None else _stability(stability, examples),
         "predictions": tuple(_prediction(entry, model, examples) for entry in predictions) or None,
         "pairs": examples.records,
         "provenance": provenance_of(model, command),
@@ -258,12 +271,13 @@ def graph_record(graph: Graph) -> GraphRecord:
     )
 
 
-def edge_records(circuit: Circuit) -> list[dict[str, Any]]:
-    """The name and score (6 significant digits) of every edge, sorted by name."""
-    if circuit.scores is None:
-        return [{"name": name} for name in circuit.edges]
-    table = score_table(circuit.scores)
-    return [{"name": n, "score": six_digits(float(table[circuit.graph.edge_index(n)]))} for n in circuit.edges]
+def edge_records(circuit: Circuit, frequency: Tensor | None = None) -> list[dict[str, Any]]:
+    """The name and score (6 significant digits) of every edge, sorted by name, and its share of resamples if known."""
+    rows: list[dict[str, Any]] = [{"name": name} for name in circuit.edges]
+    for key, table in (("score", circuit.scores and score_table(circuit.scores)), ("frequency", frequency)):
+        for row in rows if table is not None else ():
+            row[key] = six_digits(float(table[circuit.graph.edge_index(row["name"])]))
+    return rows
 
 
 def scores_bytes(scores: Scores) -> bytes:
@@ -300,12 +314,71 @@ def scores_from_bytes(content: bytes, graph: Graph, where: str) -> Tensor:
 
 
 def _curve_record(curve: Curve, examples: _Examples) -> CurveRecord:
+    rounded = [point.rounded() for point in curve.points]
     points = tuple(
-        CurvePointRecord(n_selected=p.n_selected, n_edges=p.n_edges, faithfulness=six_digits(p.faithfulness))
-        for p in curve.points
+        CurvePointRecord(
+            n_selected=p.n_selected,
+            n_edges=p.n_edges,
+            faithfulness=p.faithfulness,
+            faithfulness_ci=p.interval,
+            kl=p.kl,
+        )
+        for p in rounded
     )
-    name = examples.known("curve", curve.pairs)
-    return CurveRecord(pairs=name, metric=curve.metric, replacement=curve.replacement, points=points)
+    name = examples.known("validation", curve.pairs)
+    kl_empty = None if curve.kl_empty is None else six_digits(curve.kl_empty)
+    return CurveRecord(
+        pairs=name,
+        metric=curve.metric,
+        replacement=curve.replacement,
+        points=points,
+        kl_empty=kl_empty,
+        seed=None if kl_empty is None else curve.seed,
+        folds=curve.folds if curve.folds > 1 else None,
+    )
+
+
+def _performance(check: TaskCheck, pairs: Pairs, examples: _Examples, dtype: str) -> PerformanceRecord:
+    """The record of a task check, at 6 significant digits."""
+    low, high = check.difference_ci
+    return PerformanceRecord(
+        pairs=examples.known("discovery", pairs),
+        metric=check.metric,
+        n_examples=check.n_examples,
+        clean=six_digits(check.clean),
+        corrupt=six_digits(check.corrupt),
+        difference=six_digits(check.difference),
+        difference_ci=(six_digits(low), six_digits(high)),
+        accuracy=None if check.accuracy is None else six_digits(check.accuracy),
+        accuracy_ci=None if check.accuracy_ci is None else tuple(map(six_digits, check.accuracy_ci)),  # pyright: ignore[reportArgumentType]
+        by_template=tuple(
+            TemplateRecord(
+                template=text,
+                n_examples=n,
+                accuracy=None if accuracy is None else six_digits(accuracy),
+                difference=six_digits(difference),
+            )
+            for text, n, accuracy, difference in check.by_template
+        ),
+        seed=check.seed,
+        tolerance=tolerance_for(dtype),
+    )
+
+
+def _stability(measured: MeasuredStability, examples: _Examples) -> StabilityRecord:
+    """The record of a stability, at 6 significant digits."""
+    found = measured.found
+    return StabilityRecord(
+        pairs=examples.known("discovery", measured.pairs),
+        kind=measured.kind,  # pyright: ignore[reportArgumentType]
+        resamples=found.resamples,
+        seed=measured.seed,
+        jaccard=six_digits(found.jaccard),
+        jaccard_by_chance=six_digits(found.jaccard_by_chance),
+        core_share=CORE,
+        n_core=int(found.core().sum()),
+        n_often_outside=found.n_often_outside,
+    )
 
 
 def _prediction(found: Checked, model: HookManager, examples: _Examples) -> Prediction:
@@ -323,8 +396,13 @@ def _prediction(found: Checked, model: HookManager, examples: _Examples) -> Pred
     return found.prediction.model_copy(update=update)
 
 
-def _size_rule(target: float, curve: Curve, examples: _Examples) -> SizeRule:
-    return SizeRule(target=target, pairs=examples.known("curve", curve.pairs))
+def _size_rule(levels: Levels, curve: Curve, examples: _Examples) -> SizeRule:
+    return SizeRule(
+        rule="smallest size that passes, as does the next larger one",
+        **asdict(levels),
+        spread=curve.spread,
+        pairs=examples.known("validation", curve.pairs),
+    )
 
 
 class _Examples:

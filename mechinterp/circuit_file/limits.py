@@ -22,3 +22,5 @@ MAX_RANDOM = 100
 """Random circuits of one evaluation; `verify` runs each again on every example."""
 MAX_WORDS = 100_000
 """Words in a list that a task draws from."""
+FEW = 20
+"""Fewer examples than this say little about others: a warning says so."""

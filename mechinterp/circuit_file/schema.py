@@ -44,6 +44,7 @@ Small = Annotated[int, Field(strict=True, ge=1, le=2**31)]
 Seed = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)]
 Index = Annotated[int, Field(strict=True, ge=-1, lt=2**31)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 Flag = Annotated[bool, Field(strict=True)]
 Parameter = Flag | Annotated[int, Field(strict=True)] | Number | Text
 Version = Annotated[int, Field(strict=True, ge=1, le=10**6)]
@@ -188,6 +189,8 @@ class EdgeRecord(Strict):
 
     name: Annotated[str, Field(max_length=64)]
     score: Number | None = None
+    frequency: Share | None = None
+    """The share of resamples whose circuit has the edge; null: not measured."""
 
 
 class TaskContent(Strict):
@@ -243,14 +246,33 @@ class MetricRecord(Strict):
 
 
 class SizeRule(Strict):
-    """How the number of edges was chosen when nobody gave it."""
+    """How the number of edges was chosen by default. Version 0.1 had the first rule, with `target`."""
 
-    rule: Literal["smallest size whose faithfulness reaches the target"] = (
-        "smallest size whose faithfulness reaches the target"
-    )
-    target: Number
+    rule: Literal[
+        "smallest size whose faithfulness reaches the target",
+        "smallest size that passes, as does the next larger one",
+    ] = "smallest size whose faithfulness reaches the target"
+    target: Number | None = None
+    low: Number | None = None
+    """A size passes if the interval of its faithfulness lies in [low, high] ..."""
+    high: Number | None = None
+    kl_share: Number | None = None
+    """... and its KL divergence is at most this share of the empty circuit's."""
+    most: Share | None = None
+    """The largest share of the graph that counts as an answer."""
+    spread: tuple[Count, Count] | None = None
+    """The central 90 % of the sizes that other examples would choose; null: most of them choose none."""
     pairs: Label
     """The examples on which it was measured."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> SizeRule:
+        levels = (self.low, self.high, self.kl_share, self.most)
+        if ((self.target is None) == (None in levels)) or (
+            (self.target is None) != self.rule.startswith("smallest size that")
+        ):
+            raise ValueError("a size rule states its target, or all of low, high, kl_share and most")
+        return self
 
 
 class SelectionRecord(Strict):
@@ -328,6 +350,9 @@ class CurvePointRecord(Strict):
     n_selected: Count
     n_edges: Count
     faithfulness: Number
+    faithfulness_ci: tuple[Number, Number] | None = None
+    kl: Number | None = None
+    """KL(full model || circuit) in nats, mean over the examples."""
 
 
 class CurveRecord(Strict):
@@ -337,6 +362,59 @@ class CurveRecord(Strict):
     metric: Label
     replacement: Label
     points: Annotated[tuple[CurvePointRecord, ...], Field(min_length=1, max_length=MAX_POINTS)]
+    kl_empty: Number | None = None
+    """The KL divergence of the empty circuit."""
+    seed: Seed | None = None
+    """Of the intervals."""
+    folds: Annotated[int, Field(strict=True, ge=2, le=20)] | None = None
+    """With cross-fitting: every folds-th pair was measured with the scores of the others."""
+
+
+class TemplateRecord(Strict):
+    """The same for the examples of one template."""
+
+    template: Text
+    n_examples: Count
+    accuracy: Share | None = None
+    difference: Number
+
+
+class PerformanceRecord(Strict):
+    """How well the full model does the task, before anything was discovered. Metric values are means over examples.
+
+    `difference` is clean minus corrupt, signed so that positive is better.
+    """
+
+    pairs: Label
+    metric: Label
+    n_examples: Count
+    clean: Number
+    corrupt: Number
+    difference: Number
+    difference_ci: tuple[Number, Number]
+    accuracy: Share | None = None
+    accuracy_ci: tuple[Share, Share] | None = None
+    by_template: Annotated[tuple[TemplateRecord, ...], Field(max_length=1000)] = ()
+    seed: Seed
+    tolerance: Tolerance
+
+
+class StabilityRecord(Strict):
+    """How alike the circuits of resampled examples are, each of the size of the circuit."""
+
+    pairs: Label
+    kind: Literal["bootstrap over blocks of examples", "runs on examples drawn again"]
+    resamples: Annotated[int, Field(strict=True, ge=2, le=10_000)]
+    seed: Seed
+    jaccard: Share
+    """Mean over all two of them of the edges in both, as a share of those in either."""
+    jaccard_by_chance: Share
+    """What random circuits of this size have in common."""
+    core_share: Share
+    """An edge is in the core if at least this share of the resamples' circuits has it."""
+    n_core: Count
+    n_often_outside: Count
+    """Edges outside the circuit that at least half of them have."""
 
 
 class Provenance(Strict):
@@ -447,6 +525,8 @@ class CircuitFile(Strict):
     selection: SelectionRecord
     evaluation: Annotated[tuple[EvaluationRecord, ...], Field(max_length=MAX_EVALUATIONS)] = ()
     curve: CurveRecord | None = None
+    performance: PerformanceRecord | None = None
+    stability: StabilityRecord | None = None
     predictions: Annotated[tuple[Prediction, ...], Field(max_length=MAX_PREDICTIONS)] | None = None
     """What the file predicts, to be measured again; null: nothing."""
     provenance: Provenance
@@ -460,6 +540,8 @@ class CircuitFile(Strict):
         used += [self.discovery.pairs] if self.discovery else []
         used += [self.curve.pairs] if self.curve else []
         used += [self.selection.size.pairs] if self.selection.size else []
+        used += [self.performance.pairs] if self.performance else []
+        used += [self.stability.pairs] if self.stability else []
         predictions = self.predictions or ()
         used += [prediction.pairs for prediction in predictions]
         if len({prediction.name for prediction in predictions}) != len(predictions):
@@ -475,6 +557,8 @@ class CircuitFile(Strict):
         needs_task = any(isinstance(entry.made_from, TaskPairs) for entry in self.pairs.values())
         if needs_task and not isinstance(self.task, TaskRecord):
             raise ValueError("some pairs are made from a task, but no task is given")
+        if self.stability is not None and any(edge.frequency is None for edge in self.edges):
+            raise ValueError("a stability is stated, but some edges have no frequency")
         if self.selection.n_edges != len(self.edges):
             raise ValueError(f"selection.n_edges is {self.selection.n_edges}, but there are {len(self.edges)} edges")
         positions, neurons = self.graph.positions or (), self.graph.neurons or ()

@@ -68,6 +68,25 @@ def finding(document: CircuitFile) -> str:
     )
 
 
+def steadiness(document: CircuitFile) -> list[str]:
+    """How the size was chosen and how stable the circuit is, one sentence each; empty if nothing was measured."""
+    lines: list[str] = []
+    size, found = document.selection.size, document.stability
+    if size is not None and size.low is not None:
+        spread = f"; other examples would choose {size.spread[0]:,} to {size.spread[1]:,}" if size.spread else ""
+        lines.append(
+            f"size: the smallest whose interval lies in [{size.low:g}, {size.high:g}] on the {size.pairs} pairs{spread}"
+        )
+    if found is not None:
+        n = len(document.edges)
+        lines.append(
+            f"stability: {found.n_core:,} of {n:,} edges ({found.n_core / n:.0%}) are in at least "
+            f"{found.core_share:.0%} of {found.resamples} circuits of resampled examples; two of these share "
+            f"{found.jaccard:.0%} of their edges (by chance {found.jaccard_by_chance:.0%})"
+        )
+    return lines
+
+
 def ranked_edges(document: CircuitFile) -> tuple[EdgeRecord, ...]:
     """The edges by decreasing absolute score, then by name."""
     return tuple(sorted(document.edges, key=lambda edge: (-abs(edge.score or 0.0), edge.name)))

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mechinterp.base.errors import HubNotReached, InputError, MechInterpError, ModelNotAvailable, clip
+from mechinterp.base.errors import HubNotReached, InputError, MechInterpError, ModelNotAvailable, NoSmallCircuit, clip
 from mechinterp.base.plain_files import is_file
 from mechinterp.circuit_file.stored import about_file, find_file, stored_files
 from mechinterp.cli import exchange as cli_exchange
@@ -37,7 +37,7 @@ from mechinterp.discovery.methods import METHODS
 from mechinterp.run_spec import COMPARE, RunSpec, shown_order
 from mechinterp.tasks.metric_names import METRICS
 
-OK, CLAIM_FAILED, BAD_INPUT, NO_MODEL, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 70, 130, 141
+OK, CLAIM_FAILED, BAD_INPUT, NO_MODEL, NO_CIRCUIT, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 4, 70, 130, 141
 TRACEBACK = "--traceback"
 MOST_LETTERS = 1000  # of a message; words in a file can be longer
 
@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except (ModelNotAvailable, HubNotReached) as error:
         return _complain(str(error), NO_MODEL)
+    except NoSmallCircuit as error:
+        return _complain(str(error), NO_CIRCUIT)
     except MechInterpError as error:
         return _complain(str(error), BAD_INPUT)
     except UsageProblem as error:
@@ -299,10 +301,15 @@ def _check_task(task: str) -> None:
 
 
 def _print_result(console: Console, document: Any) -> None:
-    from mechinterp.circuit_file.summary import finding
+    from mechinterp.circuit_file.summary import finding, steadiness
+    from mechinterp.circuit_file.verify.doubts import doubts
     from mechinterp.views.terminal_tables import result_table
 
     say(console, finding(document))
+    for line in steadiness(document):
+        say(console, line)
+    for doubt in doubts(document):
+        say(console, f"doubt: {doubt.text}")
     console.print()
     console.print(result_table(document))
     console.print()

@@ -2,7 +2,7 @@
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a claim of the file failed (verify); 2 bad input, with one line that says what; "
-    "3 the model, or the hub, is not available here; 70 an unexpected error (see --traceback)."
+    "3 the model, or the hub, is not available here; 4 no small circuit is faithful (run); 70 an unexpected error (see --traceback)."
 )
 HELP = f"""Find the circuit of a task in a transformer, write it to a file, and check the file again.
 
@@ -26,12 +26,14 @@ RUN_HELP = f"""Discover the circuit of a task, evaluate it on held-out pairs, wr
 TASK is a task of the package (see `discover-circuit list`), your own task file (.yaml), or a file of pairs (.jsonl or
 .csv with the columns clean, corrupt, right, wrong as texts or token ids).
 
-Without --edges and --threshold the circuit is the smallest on a log grid that recovers 90 % of the metric on the
-train pairs; methods cd, acdc, path-patching and learned masks choose their own. A run that was
-killed resumes when the same command is given again.
+First the model must do the task (--anyway goes on without). Without --edges and --threshold the circuit is the
+smallest whose faithfulness lies in [0.9, 1.1] with its whole interval on the validation pairs; methods cd, acdc,
+path-patching and learned masks choose their own. How stable it is when the train pairs are drawn again is measured and
+printed. A run that was killed resumes when the same command is given again.
 
 \b
   discover-circuit run ioi
+  discover-circuit run ioi --effort quick
   discover-circuit run ioi --edges 60 --method eap --out out/small
   discover-circuit run ioi --level node --positions IO,S1,S2,end --nodes 40
   discover-circuit run greater_than --model gpt2 --device cuda

@@ -20,6 +20,7 @@ from mechinterp.views.terminal_tables import plain
 
 STAGES = {
     "model": "load the model",
+    "task": "check the task",
     "scores": "score the edges",
     "curve": "faithfulness by size",
     "evaluation": "evaluate on held-out pairs",

@@ -58,6 +58,7 @@ CD_EDGES = Method(
     partial(_cd_edges, "cd-edges"),
     {"replacement": REPLACEMENT, "attention": _ATTENTION},
     graphs="summed",
+    additive=True,
 )
 RELP = Method(
     "relp",
@@ -66,4 +67,5 @@ RELP = Method(
     partial(_cd_edges, "relp"),
     {"replacement": REPLACEMENT, "attention": replace(_ATTENTION, default="gradient")},
     graphs="summed",
+    additive=True,
 )

@@ -53,6 +53,18 @@ class Checkpoint:
             like: Tensors with the names, dtypes and shapes of the state.
             most: The largest values that the counts among them can have.
         """
+        found = self.read()
+        if found is None:
+            return None
+        if _shapes(found) != _shapes(like):
+            raise InputError(f"{self.path} is not a state of this method: it holds other tensors; {_HINT}")
+        for name, value in found.items():
+            if not value.is_floating_point() and name in most and not 0 <= int(value) <= most[name]:
+                raise InputError(f"{self.path} is not a state of this run: {name} is {int(value)}; {_HINT}")
+        return found
+
+    def read(self) -> dict[str, Tensor] | None:
+        """The tensors that were saved, whatever they are, or None. Raises InputError as `load` does."""
         if self.path is None or not os.path.lexists(self.path):
             return None
         first, _, content = _read(self.path).partition(b"\n")
@@ -69,11 +81,7 @@ class Checkpoint:
             found = load(content)
         except (SafetensorError, ValueError, KeyError) as error:
             raise InputError(f"{self.path} is not the state of a run ({error}); {_HINT}") from error
-        if _shapes(found) != _shapes(like):
-            raise InputError(f"{self.path} is not a state of this method: it holds other tensors; {_HINT}")
         for name, value in found.items():
-            if not value.is_floating_point() and name in most and not 0 <= int(value) <= most[name]:
-                raise InputError(f"{self.path} is not a state of this run: {name} is {int(value)}; {_HINT}")
             if value.is_floating_point() and bool(value.isnan().any()):
                 raise InputError(f"{self.path} is not a state of this run: {name} holds NaN; {_HINT}")
         return found

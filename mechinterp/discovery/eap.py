@@ -73,6 +73,7 @@ EAP = Method(
     partial(_run, "eap", (1.0,)),
     {"replacement": REPLACEMENT},
     graphs="summed",
+    additive=True,
 )
 EAP_IG = Method(
     "eap-ig",
@@ -81,6 +82,7 @@ EAP_IG = Method(
     partial(_run, "eap-ig", None),
     {"steps": STEPS, "schedule": SCHEDULE, "replacement": REPLACEMENT},
     graphs="summed",
+    additive=True,
 )
 EAP_IG_ACTIVATIONS = Method(
     "eap-ig-activations",
@@ -92,6 +94,7 @@ EAP_IG_ACTIVATIONS = Method(
         "schedule": replace(SCHEDULE, default="midpoint"),
         "replacement": replace(REPLACEMENT, choices=("corrupt",)),
     },
+    additive=True,
 )
 CLEAN_CORRUPTED = Method(
     "clean-corrupted",
@@ -100,4 +103,5 @@ CLEAN_CORRUPTED = Method(
     partial(_run, "clean-corrupted", (0.0, 1.0)),
     {"replacement": REPLACEMENT},
     graphs="summed",
+    additive=True,
 )

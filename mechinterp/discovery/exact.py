@@ -52,4 +52,5 @@ EXACT = Method(
     _exact,
     {"replacement": REPLACEMENT},
     graphs="own",
+    additive=True,
 )

@@ -1,8 +1,8 @@
 """Gradient descent on gates: each edge (or node) has a gate between cut (0) and kept (1), and a loss over drawn gates.
 
 What the gates are drawn from is the method's: `mask_learning.py` (hard concrete gates with a price or a target) and
-`matryoshka.py` (soft top-k gates at random sizes). Here are the examples of each step, the exact gradient of the loss in
-every gate, Adam, and the state of a killed run.
+`matryoshka.py` (soft top-k gates at random sizes). Here are the examples of each step, the exact gradient of the loss
+in every gate, Adam, and the state of a killed run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SHARED = {
 
 
 KEPT_BYTES = 2**29
-"""Replacements and logits of the examples are kept if they take no more; otherwise each step runs its examples again."""
+"""Replacements and logits of the examples are kept if they take no more; otherwise each step makes its own again."""
 
 
 @dataclass(frozen=True)

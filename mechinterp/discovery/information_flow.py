@@ -214,4 +214,5 @@ INFORMATION_FLOW = Method(
         "importance": Setting("per-reader", "whether importances are those for the answer", choices=IMPORTANCES),
         "replacement": REPLACEMENT,  # not used here, but recorded: what the circuit will be evaluated with
     },
+    additive=True,
 )

@@ -7,9 +7,9 @@ to k; the gradient goes through t, too.
 
 Strengths live on the log axis of sizes: they begin at -log(rank / n) in the order of `warm_start`'s scores, so that an
 edge enters at size e**-s * n, and the sizes are drawn evenly on that axis, between `smallest` and all edges, one in
-each of `drawings` equal parts of it. The gates that are run are the hard ones (the k best are kept, all others are
-cut), as in the circuits that are evaluated; the gradient is that of the soft ones (straight-through, Bengio et al. 2013,
-arXiv 1308.3432), except in every second step, which runs the soft ones, as a cut gate has a slope only there.
+each of `drawings` equal parts of it. Every second step runs the hard gates (the k best are kept, all others are cut),
+as in the circuits that are evaluated, with the gradient of the soft ones (straight-through, Bengio et al. 2013, arXiv
+1308.3432); the others run the soft gates.
 
 Source: the Matryoshka attribution submission to MIB (Mueller et al. 2025, arXiv 2504.13151), named after Matryoshka
 representations (Kusupati et al. 2022, arXiv 2205.13147). Deviations: sizes are drawn on the log axis instead of evenly,
@@ -20,7 +20,6 @@ The score of an edge is log((n + 1) / rank) of its final rank, above 0 for all: 
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -143,7 +142,7 @@ MATTR = Method(
     {
         **SHARED,
         "learning_steps": Setting(150, "steps of gradient descent of each run", least=1, most=MOST),
-        "runs": Setting(4, "runs on examples drawn again, whose orders are averaged; 1: one run on all", least=1, most=64),
+        "runs": Setting(4, "runs on examples drawn again, whose orders are averaged; 1: on all", least=1, most=64),
         "smallest": Setting(4, "the smallest size that is drawn", least=1),
         "temperature": Setting(0.5, "of the soft gates, on the log axis of sizes", above=0, most=100),
         "warm_start": Setting("eap-ig", "the method whose order it begins with", choices=WARM_STARTS),

@@ -100,6 +100,7 @@ class Method:
         run: The scores of a job.
         settings: Its parameters by name; one of them is `replacement`. An unknown one is refused.
         threshold: For a method that chooses the circuit itself: `select` with this threshold gives it.
+        additive: Whether scores of two sets of examples add up to those of both.
         graphs: Which graphs it takes: `plain`, only those of edges at all positions and whole MLPs; `summed`, any, and
             a node scores the sum of its edges; `own`, any, and the method scores nodes itself.
     """
@@ -110,6 +111,7 @@ class Method:
     run: Callable[[Job], Scores]
     settings: Mapping[str, Setting] = field(default_factory=lambda: {"replacement": REPLACEMENT})
     threshold: float | None = None
+    additive: bool = False
     graphs: Literal["plain", "summed", "own"] = "plain"
 
     def __post_init__(self) -> None:

@@ -86,6 +86,17 @@ class CircuitStability:
     """Mean over all pairs of resamples of the Jaccard index of their circuits' edges; 1 = always the same circuit."""
     resamples: int
 
+    @property
+    def jaccard_by_chance(self) -> float:
+        """About what random circuits of this size have: n / (2 N - n), with n of N edges."""
+        n, n_all = self.circuit.n_edges, self.circuit.graph.n_edges
+        return n / (2 * n_all - n)
+
+    @property
+    def n_often_outside(self) -> int:
+        """The edges outside the circuit that at least half of the resamples' circuits have."""
+        return int(((self.frequency >= 0.5 - 1e-9) & ~self.circuit.kept).sum())
+
     def core(self, share: float = CORE) -> Bool[Tensor, "reader writer"]:
         """The edges of the circuit that are in at least this share of the resamples' circuits, too."""
         return self.circuit.kept & (self.frequency >= share - 1e-9)
@@ -98,6 +109,21 @@ class CircuitStability:
         found = [row for row in rows if row[1] > 0 or row[2]]
         frame = pd.DataFrame(found, columns=["edge", "frequency", "in_circuit"])
         return frame.sort_values("frequency", ascending=False, kind="stable", ignore_index=True)
+
+
+BLOCKS = "bootstrap over blocks of examples"
+RUNS = "runs on examples drawn again"
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredStability:
+    """The stability of a circuit, and how it was measured."""
+
+    found: CircuitStability
+    pairs: Pairs = field(repr=False)
+    kind: str
+    """`BLOCKS` or `RUNS`."""
+    seed: int
 
 
 def stable_scores(
@@ -245,7 +271,8 @@ def stability_at(
     ratio: float | None = None,
 ) -> CircuitStability:
     """The same for any scores with those of their resamples, edges in the order of `Graph.edge_names`."""
-    graph, how = scores.graph, {"rule": rule, "by": by, "ratio": ratio}
+    graph = scores.graph
+    how: dict[str, Any] = {"rule": rule, "by": by, "ratio": ratio}
     circuit = select(graph, scores, **sized(graph, size), **how)
     kept: list[Bool[Tensor, " edge"]] = []
     for sample in samples:

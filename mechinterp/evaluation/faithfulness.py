@@ -16,6 +16,7 @@ from torch import Tensor
 from mechinterp.base.batches import over_batches
 from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress, no_progress
+from mechinterp.discovery.finished_parts import Keep, compute_always
 from mechinterp.engines.edge_patching import check_cut, check_model, edge_logits
 from mechinterp.engines.readout import clean_logits
 from mechinterp.evaluation.ablation import Ablation, AblationSetup
@@ -145,11 +146,18 @@ def evaluate(
             model, the circuit and the pairs do not match.
     """
     setup = AblationSetup.of(model, circuit.graph, pairs, metric, replacement, reference, batch_size, progress)
-    graph = setup.graph
+    return evaluate_in(setup, circuit, n_random=n_random, seed=seed)
+
+
+def evaluate_in(
+    setup: AblationSetup, circuit: Circuit, *, n_random: int = 5, seed: int = 0, keep: Keep = compute_always
+) -> Evaluation:
+    """`evaluate` in a setup; `keep` may load what an earlier run has saved."""
+    graph, pairs = setup.graph, setup.pairs
     masks = [circuit.cut, graph.possible, *random_cuts(graph, circuit.n_units, n_random, seed)]
     has_answers = pairs.right is not None and pairs.wrong is not None
     metrics = [setup.metric, get_metric("kl_to_clean"), *([get_metric("accuracy")] if has_answers else [])]
-    tables = metric_tables(setup, torch.stack(masks), metrics)
+    tables = keep(f"evaluation of {circuit.digest()}", lambda: metric_tables(setup, torch.stack(masks), metrics))
     table = tables[setup.metric.name]
     ours, full, empty = table[:, 1], table[:, 0], table[:, 2]
     per_example = torch.stack([ours, full, empty], 1)

@@ -12,7 +12,7 @@ first that passes is bisected.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from mechinterp.base.canonical_json import six_digits
 from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress, no_progress
+from mechinterp.discovery.finished_parts import Keep, compute_always
 from mechinterp.evaluation.ablation import AblationSetup
 from mechinterp.evaluation.faithfulness import bootstrap_interval, check_denominator, metric_tables, ratio_of_means
 from mechinterp.graphs.scores import Scores
@@ -32,6 +33,8 @@ from mechinterp.tasks.pairs import Pairs
 
 TARGET = 0.9
 """The faithfulness that a circuit of the default size must reach in files of version 0.1."""
+FOLDS = 3
+"""Parts of the train pairs with cross-fitting."""
 FINE = 8
 """Sizes of the grid between a size and its double."""
 
@@ -82,6 +85,8 @@ class Curve:
     kl_empty: float | None = None
     spread: tuple[int, int] | None = None
     seed: int = 0
+    folds: int = 1
+    """With cross-fitting, the number of parts of the train pairs, each measured with the scores of the others."""
 
 
 def size_grid(n_units: int, fine: int = FINE, first: int = 4) -> tuple[int, ...]:
@@ -132,18 +137,21 @@ def size_curve(
         batch_size: How many examples to run at a time.
         progress: Called with the number of runs done and their total; one run is one mask on one example.
     """
-    search = SizeSearch(model, scores, pairs, {"rule": rule, "by": by, "ratio": ratio}, metric, replacement, batch_size)
+    search = SizeSearch(
+        model, scores, [(scores, pairs)], {"rule": rule, "by": by, "ratio": ratio}, metric, replacement, batch_size
+    )
     search.measure(sizes, progress)
     return tuple(search.point(size, seed) for size in sizes)
 
 
 class SizeSearch:
-    """The circuits of one ranking at several sizes, measured on one set of examples; each size is run once.
+    """The circuits of one ranking at several sizes, measured on held-out examples; each size is run once.
 
     Args:
         model: The model that the scores are of.
         scores: The scores to select by.
-        pairs: The examples.
+        parts: The examples. With cross-fitting several parts, each with the scores of the examples outside it, by which
+            the circuits that it measures are selected.
         how: The arguments `rule`, `by` and `ratio` of `select`.
         metric: The name of a metric.
         replacement: What a cut edge carries.
@@ -155,16 +163,16 @@ class SizeSearch:
         self,
         model: HookManager,
         scores: Scores,
-        pairs: Pairs,
+        parts: Sequence[tuple[Scores, Pairs]],
         how: Mapping[str, object],
         metric: str,
         replacement: str,
         batch_size: int,
-        keep: Callable[[str, Callable[[], Mapping[str, Tensor]]], Mapping[str, Tensor]] | None = None,
+        keep: Keep = compute_always,
     ) -> None:
-        self.model, self.scores, self.pairs, self.how = model, scores, pairs, how
+        self.model, self.scores, self.parts, self.how = model, scores, parts, how
         self.metric, self.replacement, self.batch_size = metric, replacement, batch_size
-        self.keep = keep or (lambda name, compute: compute())
+        self.keep = keep
         self.n_edges: dict[int, int] = {}
         self.tables: dict[int, Float[Tensor, "example 2"]] = {}
         """Per size: the metric and the KL divergence of every example."""
@@ -176,27 +184,39 @@ class SizeSearch:
         new = [size for size in dict.fromkeys(sizes) if size not in self.tables]
         if not new:
             return
-        masks = [self.kept(size) for size in new]
-        graph = self.scores.graph
-        setup = AblationSetup.of(
-            self.model, graph, self.pairs, self.metric, self.replacement, None, self.batch_size, progress
-        )
-        cuts = torch.stack([graph.possible, *[graph.possible & ~mask for mask in masks]])
-        metrics = [setup.metric, get_metric("kl_to_clean")]
-        name = f"sizes {' '.join(map(str, new))}"
-        tables = self.keep(name, lambda: metric_tables(setup, cuts, metrics))
-        values, kl = tables[setup.metric.name].double(), tables["kl_to_clean"].double()
+        found = [self._run(number, new, progress) for number in range(len(self.parts))]
+        values, kl = (torch.cat([tables[i] for tables in found]) for i in range(2))
         check_denominator(values[:, 0], values[:, 1])
         self.ends = torch.stack([values[:, 0], values[:, 1], kl[:, 1]], 1)
-        for i, (size, mask) in enumerate(zip(new, masks, strict=True)):
-            self.n_edges[size] = int(mask.sum())
+        for i, size in enumerate(new):
+            self.n_edges[size] = int(self.kept(self.scores, size).sum())
             self.tables[size] = torch.stack([values[:, 2 + i], kl[:, 2 + i]], 1)
 
-    def kept(self, size: int) -> Bool[Tensor, "reader writer"]:
+    def _run(self, number: int, sizes: Sequence[int], progress: Progress) -> tuple[Tensor, Tensor]:
+        """The metric and the KL divergence on one part: of the full model, the empty circuit, and each size."""
+        scores, pairs = self.parts[number]
+        graph, before = scores.graph, sum(len(part) for _, part in self.parts[:number])
+        n, total = 1 + len(sizes), sum(len(part) for _, part in self.parts)
+        setup = AblationSetup.of(
+            self.model,
+            graph,
+            pairs,
+            self.metric,
+            self.replacement,
+            None,
+            self.batch_size,
+            lambda done, _: progress(before * n + done, total * n),
+        )
+        cuts = torch.stack([graph.possible, *[graph.possible & ~self.kept(scores, size) for size in sizes]])
+        metrics = [setup.metric, get_metric("kl_to_clean")]
+        tables = self.keep(f"part {number} {list(sizes)}", lambda: metric_tables(setup, cuts, metrics))
+        return tables[setup.metric.name].double(), tables["kl_to_clean"].double()
+
+    def kept(self, scores: Scores, size: int) -> Bool[Tensor, "reader writer"]:
         """The edges of the circuit of this size; none if no selected edge lies on a path."""
-        graph = self.scores.graph
+        graph = scores.graph
         try:
-            return select(graph, self.scores, **sized(graph, size), **self.how).kept  # pyright: ignore[reportArgumentType]
+            return select(graph, scores, **sized(graph, size), **self.how).kept  # pyright: ignore[reportArgumentType]
         except EmptyCircuit:
             return torch.zeros_like(graph.possible)
 
@@ -218,11 +238,11 @@ class SizeSearch:
         assert self.ends is not None
         return float(self.ends[:, 2].mean())
 
-    def curve(self, levels: Levels | None, seed: int = 0) -> Curve:
-        """All measured sizes in order. `levels` is given if they chose the size."""
+    def curve(self, pairs: Pairs, levels: Levels | None, seed: int = 0) -> Curve:
+        """All measured sizes in order; `pairs` are all examples. `levels` is given if they chose the size."""
         points = tuple(self.point(size, seed) for size in sorted(self.tables))
         spread = None if levels is None else self._spread(points, levels, seed)
-        return Curve(points, self.pairs, self.metric, self.replacement, levels, self.kl_empty, spread, seed)
+        return Curve(points, pairs, self.metric, self.replacement, levels, self.kl_empty, spread, seed, len(self.parts))
 
     def _spread(self, points: Sequence[CurvePoint], levels: Levels, seed: int) -> tuple[int, int] | None:
         """The central 90 % of the sizes that other examples would choose among the measured ones.
@@ -231,7 +251,7 @@ class SizeSearch:
         """
         assert self.ends is not None
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randint(len(self.pairs), (200, len(self.pairs)), generator=generator)
+        drawn = torch.randint(len(self.ends), (200, len(self.ends)), generator=generator)
         empty = self.ends[:, 2][drawn].mean(1)
         values = {p.n_selected: ratio_of_means(self.rows(p.n_selected)[drawn]) for p in points}
         kls = {p.n_selected: self.tables[p.n_selected][:, 1][drawn].mean(1) for p in points}
@@ -247,9 +267,7 @@ class SizeSearch:
 def _moved(point: CurvePoint, faithfulness: float, kl: float) -> CurvePoint:
     assert point.interval is not None
     by = faithfulness - point.faithfulness
-    return replace(
-        point, faithfulness=faithfulness, interval=(point.interval[0] + by, point.interval[1] + by), kl=kl
-    )
+    return replace(point, faithfulness=faithfulness, interval=(point.interval[0] + by, point.interval[1] + by), kl=kl)
 
 
 def passes(point: CurvePoint, kl_empty: float, levels: Levels) -> bool:
@@ -278,7 +296,14 @@ def chosen_size(points: Sequence[CurvePoint], kl_empty: float, n_units: int, lev
 
 
 def search_size(
-    search: SizeSearch, scored: int, levels: Levels, *, seed: int = 0, curve: bool = True, progress: Progress = no_progress
+    search: SizeSearch,
+    scored: int,
+    levels: Levels,
+    *,
+    seed: int = 0,
+    curve: bool = True,
+    given: int | None = None,
+    progress: Progress = no_progress,
 ) -> int | None:
     """The default size, with every eighth size of the grid measured, and the gap below the first that passes bisected.
 
@@ -289,7 +314,9 @@ def search_size(
         scored: The number of edges (or nodes) with a score other than 0.
         levels: What a size must reach.
         seed: The seed of the bootstrap.
-        curve: Whether to measure the small sizes, too; without, the first size that passes is found by bisection.
+        curve: Whether to measure the small sizes, too; without, sizes are measured from the largest down until two in
+            a row fail.
+        given: A size that was chosen otherwise: then only it and, with `curve`, the coarse grid are measured.
         progress: Called with the number of sizes measured and of those that are planned.
     """
     n_units = search.scores.graph.n_units
@@ -304,9 +331,12 @@ def search_size(
 
     def measure(sizes: Sequence[int]) -> None:
         before = len(search.tables)
-        runs = max(1, len(sizes) * len(search.pairs))
-        search.measure(sizes, lambda done, total: progress(before + len(sizes) * min(done, runs) // runs, planned))
+        search.measure(sizes, lambda done, total: progress(before + len(sizes) * done // max(total, 1), planned))
 
+    if given is not None:
+        measure(sorted({*(coarse if curve else ()), given}))
+        progress(planned, planned)
+        return None
     if curve:
         measure(coarse)
     else:  # from the top down until two sizes in a row fail

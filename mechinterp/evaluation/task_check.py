@@ -1,4 +1,4 @@
-"""Does the model do the task? Its accuracy, and its metric on clean against corrupt prompts, before anything is explained.
+"""Does the model do the task? Its accuracy, and its metric on clean and corrupt prompts, before anything is explained.
 
 A circuit of a model that cannot do the task explains noise: faithfulness is a ratio of two differences near zero.
 """
@@ -44,6 +44,8 @@ class TaskCheck:
     accuracy_ci: tuple[float, float] | None
     by_template: tuple[tuple[str, int, float | None, float], ...] = ()
     """Per template: its text, its examples, their accuracy and their mean difference."""
+    seed: int = 0
+    """Of the interval of the difference."""
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -57,9 +59,7 @@ class TaskCheck:
             )
         if self.accuracy is not None and self.accuracy_ci is not None and self.accuracy_ci[0] <= CHANCE:
             low, high = self.accuracy_ci
-            found.append(
-                f"accuracy {self.accuracy:.0%} [{low:.0%}, {high:.0%}] is not above chance ({CHANCE:.0%})"
-            )
+            found.append(f"accuracy {self.accuracy:.0%} [{low:.0%}, {high:.0%}] is not above chance ({CHANCE:.0%})")
         return tuple(found)
 
     def to_frame(self) -> pd.DataFrame:
@@ -116,6 +116,7 @@ def check_performance(
         accuracy=None if right is None else float(right.mean()),
         accuracy_ci=None if right is None else wilson_interval(float(right.mean()), len(pairs)),
         by_template=_by_template(templates, right, difference),
+        seed=seed,
     )
 
 

@@ -185,6 +185,15 @@ def _writers(spec: TaskSpec, split: str, vocabulary: Vocabulary, key: str) -> li
     return [_template_writer(spec, template, vocabulary) for template in _turns(chosen.templates, key)]
 
 
+def row_templates(spec: TaskSpec, split: str, seed: int, n: int) -> tuple[str, ...]:
+    """The template of each of the first examples of a split: templates take turns. A generator counts as one."""
+    if spec.generator is not None:
+        return (spec.generator,) * n
+    chosen = spec.splits.train if split == "train" else spec.splits.test
+    turns = [template.text for template in _turns(chosen.templates, f"{seed}/{split}")]
+    return tuple(turns[i % len(turns)] for i in range(n))
+
+
 def _turns(templates: Sequence[Template], key: str) -> Iterator[Template]:
     """All templates in random order, the orders (ABBA, BABA) and stated answers alternating."""
     groups: dict[tuple[str | None, str], list[Template]] = {}

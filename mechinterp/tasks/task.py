@@ -117,6 +117,12 @@ class Task:
         wanted = Request(self.spec, self.lists, self.digest(), split, n, seed)
         return make_pairs(wanted, model, prepend_bos)
 
+    def row_templates(self, split: str, seed: int, n: int) -> tuple[str, ...]:
+        """The template of each of the first `n` examples that `pairs` makes with this split and seed."""
+        from mechinterp.tasks.make import row_templates
+
+        return row_templates(self.spec, split, seed, n)
+
 
 def task_names() -> tuple[str, ...]:
     """The names of the tasks in the package, sorted."""

@@ -9,15 +9,15 @@ import re
 from collections.abc import Iterable, Mapping
 
 from mechinterp.base.errors import clip
+from mechinterp.circuit_file.limits import FEW
 from mechinterp.circuit_file.schema import CircuitFile, TaskRecord
 from mechinterp.circuit_file.verify.claims import FileWarning
 from mechinterp.circuit_file.verify.coverage import applies_again, evaluation_name
+from mechinterp.circuit_file.verify.doubts import doubts
 from mechinterp.circuit_file.verify.known_models import name_misleads
 from mechinterp.circuit_file.verify.role_support import support_of_roles, vacuous
 from mechinterp.tasks.task import task_names
 
-FEW = 20
-"""Fewer different examples than this are warned about."""
 _SHOWN, _LETTERS = 5, 80
 _PERCENT = re.compile(r"\d\s*(%|percent|per cent)")
 
@@ -32,6 +32,7 @@ def stated_warnings(
     """
     counts = {**_distinct(document), **(distinct or {})}
     return (
+        *doubts(document),
         *_of_scores(document, rescored),
         *_of_results(document, counts),
         *_of_pairs(document),

@@ -151,7 +151,8 @@ def provenance_section(document: CircuitFile) -> str:
         ("selection", f"{_parameters(chosen.parameters)}; {chosen.n_selected} selected, {chosen.n_edges} on a path")
     )
     if chosen.size is not None:
-        rows.append(("size", f"{chosen.size.rule}: {chosen.size.target:g} on the {chosen.size.pairs} pairs"))
+        level = "" if chosen.size.target is None else f": {chosen.size.target:g}"
+        rows.append(("size", f"{chosen.size.rule}{level}, on the {chosen.size.pairs} pairs"))
     rows += [("command", document.provenance.command)] if document.provenance.command else []
     rows.append(("made", f"{document.created_utc or 'at an unknown time'}, on {document.provenance.device}"))
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in document.provenance.versions.items())))

@@ -1,0 +1,57 @@
+"""What the finished parts of a long run gave, so that a killed run goes on in every stage and not only in scoring."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from mechinterp.discovery.checkpoint import Checkpoint
+
+Compute = Callable[[], Mapping[str, Tensor]]
+Keep = Callable[[str, Compute], Mapping[str, Tensor]]
+"""Called with the name of a part and what computes it."""
+WORTH_SECONDS = 2.0
+"""A part that took less is computed again."""
+
+
+def compute_always(name: str, compute: Compute) -> Mapping[str, Tensor]:
+    """Keeps nothing."""
+    return compute()
+
+
+@dataclass
+class FinishedParts:
+    """Tensors of each finished part, in files beside the state of the run that end in a digest of the part's name.
+
+    Args:
+        path: The state of the run.
+        key: A digest of everything that decides the results.
+    """
+
+    path: Path
+    key: str
+    files: list[Checkpoint] = field(default_factory=list[Checkpoint])
+
+    def keep(self, name: str, compute: Compute) -> Mapping[str, Tensor]:
+        """What the part gave in an earlier run, or gives now. Raises InputError for a damaged file."""
+        digest = hashlib.sha256(json.dumps([self.key, name]).encode()).hexdigest()
+        file = Checkpoint(self.path.with_name(f"{self.path.name}.{digest[:8]}"), digest)
+        self.files.append(file)
+        found = file.read()
+        if found is None:
+            start = time.monotonic()
+            found = compute()
+            if time.monotonic() - start >= WORTH_SECONDS:
+                file.save(found, now=True)
+        return found
+
+    def clear(self) -> None:
+        """Return None after deleting the files: the run is done."""
+        for file in self.files:
+            file.clear()
