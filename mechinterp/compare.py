@@ -17,7 +17,7 @@ from mechinterp.evaluation.faithfulness import faithfulness_curve
 from mechinterp.graphs.circuit import on_paths
 from mechinterp.graphs.graph import Graph
 from mechinterp.models.hook_manager import HookManager, load_model
-from mechinterp.pipeline import examples_of, graph_of_run, parsed_setting, stem
+from mechinterp.pipeline import check_task, examples_of, graph_of_run, parsed_setting, stem
 from mechinterp.run_spec import RunSpec, compare_command
 from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
@@ -132,13 +132,14 @@ def compare(
     progress("model", 0, 1)
     model = load_model(spec.model, revision=spec.revision, dtype=spec.dtype, device=spec.device)
     progress("model", 1, 1)
-    task, train, test, default_metric = examples_of(spec, model)
-    metric = spec.metric or default_metric
+    examples = examples_of(spec, model)
+    train, metric = examples.train, spec.metric or examples.metric
+    check_task(spec, model, examples, metric)
     comparison = compare_methods(
         model,
         graph_of_run(spec, model, train, metric),
         train,
-        test,
+        examples.test,
         methods,
         metric=metric,
         settings=settings,
@@ -149,7 +150,7 @@ def compare(
     )
     path = spec.out / f"{stem(spec.task)}-comparison.html"
     command = compare_command(spec, methods, sizes)
-    write_comparison(path, comparison, f"Methods compared on {task.name} in {spec.model}", command)
+    write_comparison(path, comparison, f"Methods compared on {examples.task.name} in {spec.model}", command)
     return comparison, path
 
 

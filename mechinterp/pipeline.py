@@ -135,7 +135,9 @@ def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
     progress("model", 1, 1)
     examples = examples_of(spec, model)
     train, metric = examples.train, spec.metric or examples.metric
-    performance = _performance(spec, model, examples, metric, progress)
+    progress("task", 0, 1)
+    performance = check_task(spec, model, examples, metric)
+    progress("task", 1, 1)
     graph = graph_of_run(spec, model, train, metric)
     threshold = spec.threshold
     if spec.edges is None and spec.nodes is None and threshold is None:
@@ -203,15 +205,11 @@ def _method(spec: RunSpec) -> str:
     return spec.method
 
 
-def _performance(
-    spec: RunSpec, model: HookManager, examples: Examples, metric: str, progress: StageProgress
-) -> TaskCheck:
+def check_task(spec: RunSpec, model: HookManager, examples: Examples, metric: str) -> TaskCheck:
     """How well the model does the task. Raises TaskNotDone if it does not, unless the run goes on anyway."""
-    progress("task", 0, 1)
     found = check_performance(
         model, examples.train, metric=metric, templates=examples.templates, batch_size=spec.batch_size, seed=spec.seed
     )
-    progress("task", 1, 1)
     if found.failures and not spec.anyway:
         raise TaskNotDone(
             f"{spec.model} does not do {stem(spec.task)} on {found.n_examples} pairs: {'; '.join(found.failures)}. A "
@@ -232,8 +230,8 @@ def no_small_circuit(spec: RunSpec, graph: Graph, curve: Curve, levels: Levels) 
     tries += ["--positions all"] if not graph.positions and len(curve.pairs.positions) else []
     return (
         f"No small circuit at this level by {_method(spec)}: no size up to {most:,} of {graph.n_units:,} "
-        f"{graph.level}s has its whole interval of faithfulness in [{levels.low:g}, {levels.high:g}] and a KL divergence "
-        f"up to {levels.kl_share:g} of the empty circuit's {curve.kl_empty:.3g}. The nearest, {best.n_selected:,} "
+        f"{graph.level}s has its whole interval of faithfulness in [{levels.low:g}, {levels.high:g}] and a KL "
+        f"divergence up to {levels.kl_share:g} of the empty circuit's {curve.kl_empty:.3g}. The nearest, {best.n_selected:,} "
         f"{graph.level}s, has {best.faithfulness:.2f} [{low:.2f}, {high:.2f}] and {best.kl or 0:.2g}. Try "
         f"{', '.join(tries)}; or --{graph.level}s {best.n_selected} for that one as it is."
     )
@@ -458,11 +456,11 @@ def examples_of(spec: RunSpec, model: HookManager) -> Examples:
     make = partial(task.pairs, model, seed=spec.seed)
     test = make(n=spec.test_examples, split="test")
     record, n = task_record(task, path=spec.task), spec.examples
+    train = make(n=n, split="train")
     try:
-        both = make(n=n + spec.validation_examples, split="train")
-        train, validation, notes = both[:n], both[n:], ()
+        validation, notes = make(n=spec.validation_examples, split="train", skip=n), ()
     except InputError:  # too few different examples for both
-        train, validation = make(n=n, split="train"), None
+        validation = None
         notes = (f"{CROSS_FITTED} the task makes no {n + spec.validation_examples} different train pairs.",)
     templates = task.row_templates("train", spec.seed, len(train))
     return Examples(record, train, validation, test, task.metric, templates, notes)

@@ -219,7 +219,7 @@ def resolved(spec: RunSpec) -> RunSpec:
 
 COMPARE = (
     *("task", "methods", "model", "revision", "metric", "settings", "level", "positions", "neurons", "replacement"),
-    *("sizes", "examples", "seed", "dtype", "device", "batch_size", "out"),
+    *("sizes", "examples", "seed", "dtype", "device", "batch_size", "anyway", "out"),
 )
 """The options of `discover-circuit compare` as `--help` shows them; all but `methods` and `sizes` are fields."""
 

@@ -274,8 +274,11 @@ def graph_record(graph: Graph) -> GraphRecord:
 def edge_records(circuit: Circuit, frequency: Tensor | None = None) -> list[dict[str, Any]]:
     """The name and score (6 significant digits) of every edge, sorted by name, and its share of resamples if known."""
     rows: list[dict[str, Any]] = [{"name": name} for name in circuit.edges]
-    for key, table in (("score", circuit.scores and score_table(circuit.scores)), ("frequency", frequency)):
-        for row in rows if table is not None else ():
+    scores = None if circuit.scores is None else score_table(circuit.scores)
+    for key, table in (("score", scores), ("frequency", frequency)):
+        if table is None:
+            continue
+        for row in rows:
             row[key] = six_digits(float(table[circuit.graph.edge_index(row["name"])]))
     return rows
 

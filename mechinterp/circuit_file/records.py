@@ -110,7 +110,9 @@ def pairs_record(pairs: Pairs, task: AnyTaskRecord | None) -> PairsRecord:
                 f"The pairs were made by another task ({source.task}, version {source.version}), not by the one to be "
                 f"saved ({task.name}, version {task.version})."
             )
-        made_from = TaskPairs(split=source.split, seed=source.seed, prepend_bos=source.prepend_bos)
+        made_from = TaskPairs(
+            split=source.split, seed=source.seed, prepend_bos=source.prepend_bos, skip=source.skip or None
+        )
     else:
         made_from = _token_pairs(pairs)
     record = PairsRecord(n=len(pairs), sha256=pairs.digest(), made_from=made_from)
@@ -125,7 +127,8 @@ def pairs_of(record: PairsRecord, task: Task | None, tokenizer: Any) -> Pairs:
     if isinstance(made, TaskPairs):
         if task is None:
             raise InputError("These pairs are made by a task, and the task cannot be loaded.")
-        return task.pairs(tokenizer, n=record.n, split=made.split, seed=made.seed, prepend_bos=made.prepend_bos)
+        how: dict[str, Any] = {"split": made.split, "seed": made.seed, "prepend_bos": made.prepend_bos}
+        return task.pairs(tokenizer, n=record.n, skip=made.skip or 0, **how)
     rows = made.model_dump(mode="json", exclude={"kind"})
     if not all(rows["clean"]) or not all(rows["corrupt"]):
         raise FormatError("The file's pairs hold a prompt without tokens.")

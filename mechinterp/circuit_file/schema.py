@@ -451,6 +451,8 @@ class TaskPairs(Strict):
     split: Label
     seed: Seed
     prepend_bos: Flag
+    skip: Annotated[int, Field(strict=True, ge=1, le=MAX_EXAMPLES)] | None = None
+    """Examples of the split and seed that come before the first; null: none."""
 
 
 class TokenPairs(Strict):

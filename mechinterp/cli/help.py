@@ -2,7 +2,8 @@
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a claim of the file failed (verify); 2 bad input, with one line that says what; "
-    "3 the model, or the hub, is not available here; 4 no small circuit is faithful (run); 70 an unexpected error (see --traceback)."
+    "3 the model, or the hub, is not available here; 4 no small circuit is faithful (run); "
+    "70 an unexpected error (see --traceback)."
 )
 HELP = f"""Find the circuit of a task in a transformer, write it to a file, and check the file again.
 

@@ -39,6 +39,8 @@ class Request:
     split: str
     n: int
     seed: int
+    skip: int = 0
+    """Examples that come before the wanted ones."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,11 @@ class _Row:
 
 def make_pairs(wanted: Request, model_or_tokenizer: Any, prepend_bos: bool | None) -> Pairs:
     """The pairs of a request; `Task.pairs` describes them."""
-    spec, split, n, seed = wanted.spec, wanted.split, wanted.n, wanted.seed
+    spec, split, seed = wanted.spec, wanted.split, wanted.seed
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
-    if not 2 <= n <= MAX_EXAMPLES:
+    n = wanted.skip + wanted.n
+    if wanted.n < 2 or wanted.skip < 0 or n > MAX_EXAMPLES:
         raise InputError(f"n must be between 2 and {MAX_EXAMPLES} examples; got {n}.")
     encoder = encoder_of(model_or_tokenizer, prepend_bos)
     vocabulary = usable_words(spec, wanted.lists, encoder)
@@ -79,11 +82,12 @@ def make_pairs(wanted: Request, model_or_tokenizer: Any, prepend_bos: bool | Non
         version=spec.version,
         digest=wanted.digest,
         split=split,
-        n=n,
+        n=wanted.n,
         seed=seed,
+        skip=wanted.skip,
         prepend_bos=encoder.prepend_bos,
     )
-    pairs = _assemble(rows, source, Report(tuple(dropped)))
+    pairs = _assemble(rows[wanted.skip :], source, Report(tuple(dropped)))
     check_against(pairs, model_or_tokenizer)
     return pairs
 

@@ -16,6 +16,7 @@ class TaskSource:
     n: int
     seed: int
     prepend_bos: bool
+    skip: int = 0
 
 
 @dataclass(frozen=True)

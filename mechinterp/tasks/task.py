@@ -91,6 +91,7 @@ class Task:
         seed: int = 0,
         *,
         prepend_bos: bool | None = None,
+        skip: int = 0,
     ) -> Pairs:
         """`n` clean and corrupt examples for a model's tokenizer, on the CPU.
 
@@ -105,6 +106,7 @@ class Task:
             split: `train` or `test`.
             seed: The seed of the random choices.
             prepend_bos: Whether prompts begin with the BOS token; by default as the tokenizer does it.
+            skip: How many examples to leave out before the first: with `skip=n`, none of the first `n` comes again.
 
         Raises InputError when the tokenizer has no character offsets, or too few words or examples are left.
 
@@ -114,7 +116,7 @@ class Task:
         """
         from mechinterp.tasks.make import Request, make_pairs
 
-        wanted = Request(self.spec, self.lists, self.digest(), split, n, seed)
+        wanted = Request(self.spec, self.lists, self.digest(), split, n, seed, skip)
         return make_pairs(wanted, model, prepend_bos)
 
     def row_templates(self, split: str, seed: int, n: int) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from mechinterp.circuit_file.setting_types import SELECTION
 from mechinterp.circuit_file.verify.role_support import support_of_roles
 
 RESCORED = "scores again"
-"""The claim that needs `rescore=True`."""
+"""The claim that needs `rescore=True`; what comes with it ends in "again", too."""
 OF_THE_TASK = "of the task"
 """Suffix of the claim that the task makes all the pairs that are given as token ids."""
 
@@ -66,7 +66,9 @@ def extent_of(document: CircuitFile, compared: Collection[str] | None = None) ->
     """
     parts = list(_parts(document))
     if compared is None:
-        compared = {claim for _, claims in parts for claim in claims if claim != RESCORED and OF_THE_TASK not in claim}
+        compared = {
+            claim for _, claims in parts for claim in claims if not claim.endswith("again") and OF_THE_TASK not in claim
+        }
     done = [bool(claims) and set(claims) <= set(compared) for _, claims in parts]
     return Extent(
         tuple(part for (part, _), is_done in zip(parts, done, strict=True) if is_done),
@@ -95,6 +97,10 @@ def _parts(document: CircuitFile) -> Iterable[tuple[Part, tuple[str, ...]]]:
     yield Part("selection", "choice of the edges"), ("selection",) if applies_again(document) else ()
     if selection.size is not None:
         yield Part("selection", "choice of the size"), ("selection.size", "curve.faithfulness")
+    if document.performance is not None:
+        yield Part("performance", "that the model does the task"), ("performance.difference",)
+    if document.stability is not None:
+        yield Part("stability", "stability over resampled examples"), ("stability.jaccard again", RESCORED)
     if discovery is not None:
         yield Part("discovery", f"scores and how they were made ({discovery.method})"), (RESCORED,)
         yield Part("discovery", "cost of the scores"), ()

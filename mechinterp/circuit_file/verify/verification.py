@@ -26,19 +26,25 @@ from mechinterp.circuit_file.records import (
     task_of,
     tolerance_for,
 )
-from mechinterp.circuit_file.schema import CircuitFile, CurveRecord, TaskPairs, TaskRecord, Tolerance, circuit_sha256
+from mechinterp.circuit_file.schema import CircuitFile, TaskPairs, TaskRecord, Tolerance, circuit_sha256
 from mechinterp.circuit_file.setting_types import SELECTION
 from mechinterp.circuit_file.store import OpenedFile, inside, open_circuit_file
 from mechinterp.circuit_file.verify.claims import Ledger, UnverifiedModel, Verification
-from mechinterp.circuit_file.verify.coverage import RESCORED, applies_again, evaluation_name, extent_of
+from mechinterp.circuit_file.verify.coverage import applies_again, evaluation_name, extent_of
+from mechinterp.circuit_file.verify.discovery_claims import (
+    BOOTSTRAP,
+    check_curve,
+    check_scores_again,
+    check_stability,
+    check_task_performance,
+)
 from mechinterp.circuit_file.verify.shared_examples import compare_with_discovery, compare_with_task, distinct_prompts
 from mechinterp.circuit_file.verify.warnings import stated_warnings
-from mechinterp.discovery.method import METHODS, score_edges
-from mechinterp.discovery.stable import STABLE, stable_scores
+from mechinterp.discovery.method import METHODS
+from mechinterp.discovery.stable import STABLE
 from mechinterp.evaluation.faithfulness import ablation_of, evaluate
 from mechinterp.evaluation.measurements import Checked, check_predictions
 from mechinterp.evaluation.predictions import Prediction
-from mechinterp.evaluation.sizes import CurvePoint, size_curve, smallest_faithful
 from mechinterp.graphs.circuit import Circuit, on_paths
 from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select import select
@@ -46,9 +52,6 @@ from mechinterp.models.hook_manager import HookManager, load_model
 from mechinterp.tasks.pair_files import MAX_BYTES
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.task import Task, load_task
-
-BOOTSTRAP = "bootstrap_"
-"""Prefix of the settings of `stable_scores` among those of the method."""
 
 
 def verify(
@@ -97,14 +100,17 @@ def verify(
     pairs = _check_pairs(opened, loaded, ledger)
     limit = None if tolerance is None else Tolerance(relative=tolerance, absolute=tolerance / 10)
     if loaded is not None and circuit is not None and loaded.dims == circuit.graph.dims:
+        if document.performance is not None:
+            progress("task", 0, 1)
+            check_task_performance(document, document.performance, loaded, pairs, limit, batch_size, ledger)
         for number in range(len(document.evaluation)):
             progress("evaluation", number, len(document.evaluation))
             _check_evaluation(document, number, loaded, circuit, pairs, limit, batch_size, ledger)
         if document.curve is not None and scores is not None:
             progress("curve", 0, 1)
-            _check_curve(document, document.curve, loaded, scores, pairs, limit, batch_size, ledger)
+            check_curve(document, document.curve, loaded, scores, pairs, limit, batch_size, ledger)
         if rescore and scores is not None:
-            _rescore(document, loaded, scores, pairs, limit, batch_size, progress, ledger)
+            check_scores_again(document, loaded, circuit, scores, pairs, limit, batch_size, progress, ledger)
     elif document.evaluation:
         ledger.failed("evaluation", "not run: it needs the model and the circuit that the file states")
     if loaded is not None and document.predictions:
@@ -146,6 +152,7 @@ def _check_circuit(opened: OpenedFile, ledger: Ledger) -> Circuit | None:
         if scores is not None:
             _check_scores(document, scores, ledger)
         _check_selection(circuit, document, ledger)
+        check_stability(document, circuit, ledger)
         if document.status == "published":
             _check_published(circuit, document, ledger)
     return circuit
@@ -361,90 +368,6 @@ def _check_evaluation(
             ledger.equal(f"{name}.{field}", getattr(got, field), getattr(stated, field))
         for field in EVALUATION_NUMBERS:
             ledger.close(f"{name}.{field}", getattr(got, field), getattr(stated, field), limit)
-
-
-def _check_curve(
-    document: CircuitFile,
-    curve: CurveRecord,
-    model: HookManager,
-    scores: Scores,
-    pairs: dict[str, Pairs],
-    limit: Tolerance | None,
-    batch_size: int,
-    ledger: Ledger,
-) -> None:
-    parameters: dict[str, Any] = dict(document.selection.parameters)
-    points = [CurvePoint(p.n_selected, p.n_edges, p.faithfulness) for p in curve.points]
-    size = document.selection.size
-    if size is not None:
-        with ledger.claimed("selection.size"):
-            got = parameters.get("nodes", parameters.get("edges"))
-            ledger.equal("selection.size", got, smallest_faithful(points, size.target))
-    if curve.pairs not in pairs:
-        ledger.failed("curve", f"not run: the pairs {curve.pairs!r} are not what the file states")
-        return
-    with ledger.claimed("curve"):
-        check_settings("select", SELECTION, {k: v for k, v in parameters.items() if k in ("rule", "by", "ratio")})
-        again = size_curve(
-            model,
-            scores,
-            pairs[curve.pairs],
-            [point.n_selected for point in points],
-            rule=parameters.get("rule", "top"),
-            by=parameters.get("by", "magnitude"),
-            ratio=parameters.get("ratio"),
-            metric=curve.metric,
-            replacement=curve.replacement,
-            batch_size=batch_size,
-        )
-        limit = limit or tolerance_for(document.model.dtype)
-        ledger.equal("curve.n_edges", tuple(p.n_edges for p in again), tuple(p.n_edges for p in points))
-        got, stated = (tuple(six_digits(p.faithfulness) for p in line) for line in (again, points))
-        ledger.close("curve.faithfulness", got, stated, limit)
-
-
-def _rescore(
-    document: CircuitFile,
-    model: HookManager,
-    scores: Scores,
-    pairs: dict[str, Pairs],
-    limit: Tolerance | None,
-    batch_size: int,
-    progress: StageProgress,
-    ledger: Ledger,
-) -> None:
-    stated = document.discovery
-    if stated is None or stated.pairs not in pairs:
-        ledger.failed(RESCORED, "not run: the pairs of the discovery are not known or not what the file states")
-        return
-    with ledger.claimed(RESCORED):
-        settings: dict[str, Any] = dict(stated.parameters)
-        stable = {name: settings.pop(f"{BOOTSTRAP}{name}") for name in STABLE if f"{BOOTSTRAP}{name}" in settings}
-        check_settings("stable_scores", STABLE, stable)
-        known = METHODS.get(stated.method).settings
-        check_settings(f"method {stated.method!r}", known, settings)  # other arguments, such as `resume`, are refused
-        score = score_edges
-        if stable:
-
-            def score(*args: Any, **keywords: Any) -> Scores:
-                return stable_scores(*args, **keywords, **stable).scores
-
-        again = score(
-            model,
-            scores.graph,
-            pairs[stated.pairs],
-            method=stated.method,
-            metric=stated.metric.name,
-            batch_size=batch_size,
-            progress=lambda done, total: progress("scores", done, total),
-            **settings,
-        )
-        limit = limit or tolerance_for(document.model.dtype)
-        expected = score_table(scores).double()
-        gap = float((score_table(again).double() - expected).abs().max())
-        most = limit.absolute + limit.relative * float(expected.abs().max())
-        ok = gap <= most
-        ledger.equal(RESCORED, ok, True, f"the largest difference is {gap:.3g}, allowed is {most:.3g}")
 
 
 def _check_predictions(

@@ -1,0 +1,216 @@
+"""The claims about how a circuit was found: the model's performance, the curve, the size, the scores, the stability."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mechinterp.base.canonical_json import six_digits
+from mechinterp.base.progress import StageProgress
+from mechinterp.base.settings import check_settings
+from mechinterp.circuit_file.records import score_table, tolerance_for
+from mechinterp.circuit_file.schema import CircuitFile, CurveRecord, PerformanceRecord, SizeRule, Tolerance
+from mechinterp.circuit_file.setting_types import SELECTION
+from mechinterp.circuit_file.verify.claims import Ledger
+from mechinterp.circuit_file.verify.coverage import RESCORED
+from mechinterp.discovery.method import METHODS, score_edges
+from mechinterp.discovery.stable import (
+    BLOCKS,
+    STABLE,
+    CircuitStability,
+    block_resamples,
+    resampled_scores,
+    stability_at,
+    stable_scores,
+)
+from mechinterp.evaluation.sizes import CurvePoint, Levels, chosen_size, size_curve, smallest_faithful
+from mechinterp.evaluation.task_check import check_performance
+from mechinterp.graphs.circuit import Circuit
+from mechinterp.graphs.scores import Scores
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.tasks.pairs import Pairs
+
+BOOTSTRAP = "bootstrap_"
+"""Prefix of the settings of `stable_scores` among those of the method."""
+STABILITY_TOLERANCE = Tolerance(relative=0, absolute=0.02)
+"""Of shares of resamples: near ties between edges may be broken otherwise on another machine."""
+
+
+def check_task_performance(
+    document: CircuitFile,
+    stated: PerformanceRecord,
+    model: HookManager,
+    pairs: dict[str, Pairs],
+    limit: Tolerance | None,
+    batch_size: int,
+    ledger: Ledger,
+) -> None:
+    """Record whether the full model does the task as well as stated."""
+    if stated.pairs not in pairs:
+        ledger.failed("performance", f"not run: the pairs {stated.pairs!r} are not what the file states")
+        return
+    with ledger.claimed("performance"):
+        found = check_performance(
+            model, pairs[stated.pairs], metric=stated.metric, batch_size=batch_size, seed=stated.seed
+        )
+        limit = limit or tolerance_for(document.model.dtype)
+        ledger.equal("performance.n_examples", found.n_examples, stated.n_examples)
+        for name in ("clean", "corrupt", "difference", "difference_ci", "accuracy", "accuracy_ci"):
+            ledger.close(f"performance.{name}", getattr(found, name), getattr(stated, name), limit)
+
+
+def check_size(document: CircuitFile, curve: CurveRecord, size: SizeRule, n_units: int, ledger: Ledger) -> None:
+    """Record whether the rule, applied to the stated curve, gives the size."""
+    parameters = document.selection.parameters
+    points = _points(curve)
+    with ledger.claimed("selection.size"):
+        got = parameters.get("nodes", parameters.get("edges"))
+        if size.target is not None:
+            again = smallest_faithful(points, size.target)
+        else:
+            assert size.low is not None and size.high is not None
+            assert size.kl_share is not None and size.most is not None
+            again = chosen_size(
+                points, curve.kl_empty or 0.0, n_units, Levels(size.low, size.high, size.kl_share, size.most)
+            )
+        ledger.equal("selection.size", got, again)
+
+
+def _points(curve: CurveRecord) -> list[CurvePoint]:
+    return [CurvePoint(p.n_selected, p.n_edges, p.faithfulness, p.faithfulness_ci, p.kl) for p in curve.points]
+
+
+def check_curve(
+    document: CircuitFile,
+    curve: CurveRecord,
+    model: HookManager,
+    scores: Scores,
+    pairs: dict[str, Pairs],
+    limit: Tolerance | None,
+    batch_size: int,
+    ledger: Ledger,
+) -> None:
+    """Record whether every point of the curve is what it states."""
+    parameters: dict[str, Any] = dict(document.selection.parameters)
+    if document.selection.size is not None:
+        check_size(document, curve, document.selection.size, scores.graph.n_units, ledger)
+    if curve.pairs not in pairs:
+        ledger.failed("curve", f"not run: the pairs {curve.pairs!r} are not what the file states")
+        return
+    if curve.folds is not None:
+        ledger.notes.append(
+            f"The curve was cross-fitted in {curve.folds} folds, which need scores of their own; it was not run again."
+        )
+        return
+    with ledger.claimed("curve"):
+        check_settings("select", SELECTION, {k: v for k, v in parameters.items() if k in ("rule", "by", "ratio")})
+        points = _points(curve)
+        again = size_curve(
+            model,
+            scores,
+            pairs[curve.pairs],
+            [point.n_selected for point in points],
+            rule=parameters.get("rule", "top"),
+            by=parameters.get("by", "magnitude"),
+            ratio=parameters.get("ratio"),
+            metric=curve.metric,
+            replacement=curve.replacement,
+            seed=curve.seed or 0,
+            batch_size=batch_size,
+        )
+        limit = limit or tolerance_for(document.model.dtype)
+        ledger.equal("curve.n_edges", tuple(p.n_edges for p in again), tuple(p.n_edges for p in points))
+        got, stated = (tuple(six_digits(p.faithfulness) for p in line) for line in (again, points))
+        ledger.close("curve.faithfulness", got, stated, limit)
+        if curve.kl_empty is not None:
+            ledger.close("curve.kl", tuple(p.kl for p in again), tuple(p.kl for p in points), limit)
+            ledger.close("curve.intervals", tuple(p.interval for p in again), tuple(p.interval for p in points), limit)
+
+
+def check_stability(document: CircuitFile, circuit: Circuit, ledger: Ledger) -> None:
+    """Record whether the stated shares of resamples agree with each other; `check_scores_again` measures them."""
+    stated = document.stability
+    if stated is None:
+        return
+    shares = [edge.frequency or 0.0 for edge in document.edges]
+    counts = [share * stated.resamples for share in shares]
+    whole = all(abs(count - round(count)) < 1e-4 * stated.resamples for count in counts)
+    ledger.holds(
+        "stability.frequency", whole, f"multiples of 1/{stated.resamples}", "they are" if whole else "they are not"
+    )
+    n_core = sum(share >= stated.core_share - 1e-6 for share in shares)
+    ledger.equal("stability.n_core", stated.n_core, n_core)
+    n, n_all = circuit.n_edges, circuit.graph.n_edges
+    ledger.close(
+        "stability.jaccard_by_chance",
+        n / (2 * n_all - n),
+        stated.jaccard_by_chance,
+        Tolerance(relative=1e-5, absolute=0.0),
+    )
+
+
+def check_scores_again(
+    document: CircuitFile,
+    model: HookManager,
+    circuit: Circuit,
+    scores: Scores,
+    pairs: dict[str, Pairs],
+    limit: Tolerance | None,
+    batch_size: int,
+    progress: StageProgress,
+    ledger: Ledger,
+) -> None:
+    """Record whether the discovery gives these scores again, and its resamples the stated stability."""
+    stated = document.discovery
+    if stated is None or stated.pairs not in pairs:
+        ledger.failed(RESCORED, "not run: the pairs of the discovery are not known or not what the file states")
+        return
+    with ledger.claimed(RESCORED):
+        settings: dict[str, Any] = dict(stated.parameters)
+        stable = {name: settings.pop(f"{BOOTSTRAP}{name}") for name in STABLE if f"{BOOTSTRAP}{name}" in settings}
+        check_settings("stable_scores", STABLE, stable)
+        known = METHODS.get(stated.method).settings
+        check_settings(f"method {stated.method!r}", known, settings)  # other arguments, such as `resume`, are refused
+        mine = pairs[stated.pairs]
+        asked: dict[str, Any] = {
+            "method": stated.method,
+            "metric": stated.metric.name,
+            "batch_size": batch_size,
+            **settings,
+        }
+
+        def show(done: int, total: int) -> None:
+            progress("scores", done, total)
+
+        found = document.stability
+        if stable:
+            again, samples = stable_scores(model, scores.graph, mine, progress=show, **asked, **stable).scores, None
+        elif found is not None and found.kind == BLOCKS:
+            rows = block_resamples(len(mine), found.resamples, found.seed)
+            again, samples = resampled_scores(model, scores.graph, mine, rows, asked, show)
+        else:
+            again = score_edges(model, scores.graph, mine, progress=show, **asked)
+            samples = again.samples
+        limit = limit or tolerance_for(document.model.dtype)
+        expected = score_table(scores).double()
+        gap = float((score_table(again).double() - expected).abs().max())
+        most = limit.absolute + limit.relative * float(expected.abs().max())
+        ok = gap <= most
+        ledger.equal(RESCORED, ok, True, f"the largest difference is {gap:.3g}, allowed is {most:.3g}")
+        if found is None:
+            return
+        if samples is None or len(samples) != found.resamples:
+            ledger.failed("stability again", f"the method makes no {found.resamples} resamples")
+            return
+        parameters: dict[str, Any] = dict(document.selection.parameters)
+        size = parameters.get(f"{scores.graph.level}s", circuit.n_units)
+        how = {name: parameters[name] for name in ("rule", "by", "ratio") if name in parameters}
+        _compare_stability(document, stability_at(again, samples, size, **how), ledger)
+
+
+def _compare_stability(document: CircuitFile, again: CircuitStability, ledger: Ledger) -> None:
+    stated, graph = document.stability, again.circuit.graph
+    assert stated is not None
+    ledger.close("stability.jaccard again", again.jaccard, stated.jaccard, STABILITY_TOLERANCE)
+    shares = [float(again.frequency[graph.edge_index(edge.name)]) for edge in document.edges]
+    gaps = [abs(share - (edge.frequency or 0.0)) for share, edge in zip(shares, document.edges, strict=True)]
+    ledger.close("stability.frequency again, mean difference", sum(gaps) / len(gaps), 0.0, STABILITY_TOLERANCE)
