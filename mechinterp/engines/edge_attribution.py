@@ -9,7 +9,8 @@ Speed: forwards and backwards of the plain model; gradients are kept at q, k, v 
 d_head]`, and pulled back to the residual stream one layer at a time. With u the standardized residual, s its scale
 and W the weights of the norm and the projection, the pulled-back gradient of a head is
 `W' g / s - u <u, W' g> / (d_model s)`, and `<u, W' g> = <q - constant, g>` is available as a scalar per head and token.
-So a layer needs one batched product, one pass for the second term, and one product with all earlier writes.
+So a layer needs one batched product and one pass for the second term; a block of layers needs one product with all
+writes, which are read from memory once for each block.
 
 `activation_path_gradients` integrates gradients over the activations of one layer's writers at a time. For the heads of
 a layer (or its MLP, or the input) the path goes from their corrupt to their clean outputs; everything else is computed
@@ -34,6 +35,7 @@ from mechinterp.base.errors import InputError
 from mechinterp.engines.edge_patching import check_model
 from mechinterp.engines.readout import FINAL, Readout, metric_readout
 from mechinterp.engines.replacement import CompactWrites, Replacement, Values, input_sites, record_writes, write_sites
+from mechinterp.engines.write_table import PORTS_OF_A_BLOCK
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import places_of
 from mechinterp.models.hook_manager import HookManager, Intervention
@@ -201,7 +203,7 @@ def _contract(
     dims = model.dims
     dtype = torch.promote_types(model.dtype, torch.float32)
     scores = torch.zeros(graph.possible.shape, dtype=dtype, device=model.device)
-    n_rows = len(graph.writers) + dims.n_heads + 2 * dims.n_kv_heads + 1
+    n_rows = len(graph.writers) + max(_ports(model), PORTS_OF_A_BLOCK)
     budget = max(1, TOKEN_BUDGET_BYTES // (n_rows * dims.d_model * dtype.itemsize))
     n_pos = pairs.clean.shape[1]
     rows = max(1, budget // n_pos)
@@ -209,8 +211,8 @@ def _contract(
         chunk = slice(first, first + rows)
         writes = write_differences(model, graph, clean, values, chunk, n_pos, dtype)
         places = places_of(graph, pairs[chunk])
-        for layer in range(dims.n_layers):
-            _score_layer(model, graph, layer, steps, chunk, writes, scores, places, frozen=frozen)
+        for layers in _blocks(model):
+            _score_layers(model, graph, layers, steps, chunk, writes, scores, places, frozen=frozen)
         gradient = sum(step.gradients[FINAL][chunk].to(dtype) for step in steps)
         assert isinstance(gradient, Tensor)
         scores[-1] += writes @ gradient.flatten()
@@ -244,10 +246,22 @@ def write_differences(
     return out.flatten(1)
 
 
-def _score_layer(
+def _ports(model: HookManager) -> int:
+    """How many readers a layer has, positions not told apart."""
+    dims = model.dims
+    return dims.n_heads + 2 * dims.n_kv_heads + dims.has_mlp
+
+
+def _blocks(model: HookManager) -> Iterator[range]:
+    """The layers, a few at a time."""
+    size, n_layers = max(1, round(PORTS_OF_A_BLOCK / _ports(model))), model.dims.n_layers
+    return (range(first, min(first + size, n_layers)) for first in range(0, n_layers, size))
+
+
+def _score_layers(
     model: HookManager,
     graph: Graph,
-    layer: int,
+    layers: range,
     steps: list[Step],
     chunk: slice,
     writes: Tensor,
@@ -256,14 +270,16 @@ def _score_layer(
     *,
     frozen: bool,
 ) -> None:
-    """Adds the scores of every edge into one layer."""
-    dims = model.dims
-    n_writers = graph.n_writers_before(layer, mlp=dims.has_mlp)
-    first = graph.channel_readers(layer, "q").start
-    blocks = [pull_back_heads(model, layer, steps, chunk, writes.dtype, frozen=frozen)]
-    if dims.has_mlp:
-        blocks.append(pull_back_mlp(model, layer, steps, chunk, writes.dtype, frozen=frozen))
-    gradients = torch.cat(blocks)
+    """Adds the scores of every edge into some layers, and numbers without a meaning where there is no edge."""
+    dims, ports = model.dims, _ports(model)
+    n_writers = graph.n_writers_before(layers[-1], mlp=dims.has_mlp)
+    first = graph.channel_readers(layers[0], "q").start
+    n_heads = ports - dims.has_mlp
+    gradients = writes.new_empty(ports * len(layers), writes.shape[1] // dims.d_model, dims.d_model)
+    for layer, own in zip(layers, gradients.split(ports), strict=True):
+        pull_back_heads(model, layer, steps, chunk, own[:n_heads], frozen=frozen)
+        if dims.has_mlp:
+            own[n_heads] = pull_back_mlp(model, layer, steps, chunk, writes.dtype, frozen=frozen)[0]
     if places is None:
         scores[first : first + len(gradients), :n_writers] += gradients.flatten(1) @ writes[:n_writers].T
         return
@@ -274,14 +290,21 @@ def _score_layer(
 
 
 def pull_back_heads(
-    model: HookManager, layer: int, steps: list[Step], chunk: slice, dtype: torch.dtype, *, frozen: bool
-) -> Float[Tensor, "reader tokens d_model"]:
-    """The gradient at the residual input of every q, k and v of a layer, summed over the steps."""
+    model: HookManager,
+    layer: int,
+    steps: list[Step],
+    chunk: slice,
+    out: Float[Tensor, "reader tokens d_model"],
+    *,
+    frozen: bool,
+) -> None:
+    """Writes to `out` the gradient at the residual input of every q, k and v of a layer, summed over the steps."""
     maps = model.layout.attention[layer]
     norm = maps.norm
+    dtype = out.dtype
     resids = [step.values[resid_site(model, layer, mlp=False)][chunk].to(dtype).flatten(0, 1) for step in steps]
     scales = [norm.scale(resid) for resid in resids]
-    blocks: list[Tensor] = []
+    first = 0
     projections: list[list[Tensor]] = [[] for _ in steps]
     for channel in "qkv":
         weight, constant = model.layout.folded(layer, channel, dtype)
@@ -296,12 +319,11 @@ def pull_back_heads(
         assert total is not None
         if norm.kind == "layer":
             weight = weight - weight.mean(1, keepdim=True)
-        blocks.append(torch.bmm(total, weight.transpose(1, 2)))
-    out = torch.cat(blocks)
+        torch.bmm(total, weight.transpose(1, 2), out=out[first : first + len(weight)])
+        first += len(weight)
     if norm.kind != "none" and not frozen:
         for resid, parts in zip(resids, projections, strict=True):
             out.addcmul_(norm.standardize(resid), torch.cat(parts)[..., None], value=-1)
-    return out
 
 
 def pull_back_mlp(
@@ -412,10 +434,12 @@ def _contract_activations(
     scores: Float[Tensor, "reader writer"],
 ) -> None:
     """Adds the scores of the edges out of one group, in place."""
-    every = slice(None)
+    every, dims = slice(None), model.dims
     for layer in sorted({site.layer for site in readers if site.layer is not None}):
         if Site("q", layer) in readers:
-            pulled = pull_back_heads(model, layer, steps, every, writes.dtype, frozen=False).flatten(1)
+            pulled = writes.new_empty(dims.n_heads + 2 * dims.n_kv_heads, writes.shape[1])
+            into = pulled.unflatten(1, (-1, dims.d_model))
+            pull_back_heads(model, layer, steps, every, into, frozen=False)
             first = graph.channel_readers(layer, "q").start
             scores[first : first + len(pulled)] += pulled @ writes.T
         if Site("mlp_in", layer) in readers:

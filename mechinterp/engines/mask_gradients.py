@@ -146,15 +146,15 @@ class _GradientTable(WriteTable):
 
     def _settle(self, block: Block) -> None:
         """The gradients of the block's cuts, and of the writers before it."""
-        if self.owed is None:
-            self.owed = torch.zeros_like(self.rows[: block.base])
+        later, self.owed = self.owed, torch.empty_like(self.rows[: block.base]) if self.owed is None else self.owed
         n, last = self.graph.n_positions, len(self.read) - 1
         readers = torch.arange(block.ports.start, block.ports.stop) * n
         for i, place in enumerate(self.places):
             rows = torch.where(readers == last * n, last * n, readers + i).to(self.rows.device)
             gradients, writes = place.of(block.sums), place.of(self.rows[: block.n_writers])
             self.of_cuts[:, rows, : block.n_writers] -= matrices(gradients) @ matrices(writes).transpose(1, 2)
-            place.give(self.owed[: block.base], slice(block.base), block.sums, block.ports)
+            weights = place.weights[:, block.ports, : block.base].transpose(1, 2)
+            place.add(weights, block.sums, self.owed[: block.base], keep=later is not None)
 
     def of_writes(self, writers: slice) -> Float[Tensor, "writer candidate token d_model"]:
         """The gradient of some writers' writes, when all later readers are done."""
@@ -164,7 +164,7 @@ class _GradientTable(WriteTable):
         if self.blocks and self.first < self.blocks[-1].ports.stop:
             later = slice(self.first, self.blocks[-1].ports.stop)
             for place in self.places:
-                place.give(found, writers, self.sums(later), later)
+                place.add(place.weights[:, later, writers].transpose(1, 2), self.sums(later), found)
         return found
 
 

@@ -32,23 +32,13 @@ class Place:
         """The rows at the tokens of this position."""
         return rows if self.tokens is None else rows[:, :, self.tokens]
 
-    def read(self, sums: Tensor, ports: slice, rows: Tensor, writers: slice, *, plus: int = 0) -> None:
-        """Adds the weighted rows of writers to the sums of ports; the last `plus` rows have weight 1."""
-        weights = self.weights[:, ports, writers]
-        if plus:
-            weights = torch.nn.functional.pad(weights, (0, plus), value=1.0)
-        self._add(sums, weights, rows)
-
-    def give(self, rows: Tensor, writers: slice, sums: Tensor, ports: slice) -> None:
-        """The transpose of `read`: adds the weighted sums of ports to the rows of writers."""
-        self._add(rows, self.weights[:, ports, writers].transpose(1, 2), sums)
-
-    def _add(self, total: Tensor, weights: Tensor, rows: Tensor) -> None:
+    def add(self, weights: Float[Tensor, "candidate to of"], rows: Tensor, total: Tensor, *, keep: bool = True) -> None:
+        """Adds the weighted rows, at this position, to `total` (or puts them there), both `[row, candidate, ...]`."""
         if self.tokens is None:
-            matrices(total).baddbmm_(weights, matrices(rows))
-        else:
-            added = torch.bmm(weights, matrices(self.of(rows)))
-            total[:, :, self.tokens] += added.transpose(0, 1).unflatten(2, (len(self.tokens), -1))
+            matrices(total).baddbmm_(weights, matrices(rows), beta=int(keep))
+            return
+        found = torch.bmm(weights, matrices(self.of(rows))).transpose(0, 1).unflatten(2, (len(self.tokens), -1))
+        total[:, :, self.tokens] = total[:, :, self.tokens] + found if keep else found
 
 
 @dataclass
@@ -110,7 +100,8 @@ class WriteTable:
         self.rows[n_writers] = resid.flatten(1, 2)
         new = self.rows[block.base : n_writers + 1]
         for place in self.places:
-            place.read(sums, ports, new, slice(block.base, n_writers), plus=1)
+            weights = place.weights[:, ports, block.base : n_writers]
+            place.add(torch.nn.functional.pad(weights, (0, 1), value=1.0), new, sums)
         self.rows[n_writers] = behind
         block.n_writers = n_writers
         return sums
@@ -124,11 +115,11 @@ class WriteTable:
             stop = len(self.read)  # the logits belong to the last block
         wanted = self.read[ports.start : stop]
         size = (int(wanted.sum()), self.shape[0], self.shape[1] * self.shape[2], self.shape[3])
-        sums = self.rows.new_zeros(size)
+        sums = self.rows.new_empty(size)
         block = Block(slice(ports.start, stop), n_writers, sums, wanted.cumsum(0) - 1)
         for place in self.places:
-            chosen = Place(place.tokens, place.weights[:, block.ports][:, wanted.to(place.weights.device)])
-            chosen.read(sums, slice(None), self.rows[:n_writers], slice(n_writers))
+            weights = place.weights[:, block.ports, :n_writers][:, wanted.to(place.weights.device)]
+            place.add(weights, self.rows[:n_writers], sums, keep=False)
         return block
 
 
