@@ -136,6 +136,7 @@ class Turn(Restored):
             self.use.turns.remove(self)
         self.use.users.remove(self)
         self.frame = None
+        self.undo.clear()  # its hooks refer to this turn: with the cycle, the run's memory would wait for the collector
 
     def hook(self, module: Any, function: Callable[..., Any]) -> OwnHook:
         """The function as a hook that acts in this run only, to be registered on the module; it will be removed."""

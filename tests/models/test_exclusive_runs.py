@@ -20,7 +20,7 @@ from mechinterp.base.errors import BusyError, InputError
 from mechinterp.models.exclusive_runs import Turn, use_of
 from mechinterp.models.hook_manager import HookManager, load_model
 from mechinterp.models.interventions import Intervention
-from tests.support.models_tiny import build, pairs, snapshot, tokens
+from tests.support.models_tiny import build, pairs, snapshot, tiny, tokens
 
 X = tokens(2, 4)
 
@@ -237,3 +237,16 @@ def test_learning_a_subspace_leaves_hooks_flags_and_modes_as_they_were() -> None
         mi.learn_subspace(model, some, "resid_post.0", 1, epochs=1)
     handle.remove()
     assert snapshot(model.bridge) == before
+
+
+def test_a_run_leaves_no_cycle_that_keeps_its_memory() -> None:
+    model, some = tiny("gpt2"), pairs(2)
+    graph = mi.build_graph(model)
+    gc.collect()
+    gc.disable()
+    try:
+        mi.score_edges(model, graph, some, method="edge-pruning", learning_steps=2, drawings=1)
+        left = [type(o).__name__ for o in gc.get_objects() if type(o).__name__ in ("Turn", "OwnHook", "Point")]
+    finally:
+        gc.enable()
+    assert left == []
