@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from mechinterp.discovery.method import score_edges as score_edges
     from mechinterp.discovery.methods import METHODS as METHODS
     from mechinterp.discovery.neurons import top_neurons as top_neurons
+    from mechinterp.discovery.refine import refine_circuit as refine_circuit
     from mechinterp.discovery.stable import CircuitStability as CircuitStability
     from mechinterp.discovery.stable import StableScores as StableScores
     from mechinterp.discovery.stable import circuit_stability as circuit_stability
@@ -182,6 +183,7 @@ _HOMES = {
     "discovery.method": ("score_edges",),
     "discovery.methods": ("METHODS",),
     "discovery.neurons": ("top_neurons",),
+    "discovery.refine": ("refine_circuit",),
     "discovery.stable": ("CircuitStability", "StableScores", "circuit_stability", "stable_scores"),
     "engines.decomposition.encoder": ("Encoder", "load_encoder"),
     "engines.edge_attribution": ("edge_gradients",),
