@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from mechinterp.discovery.acdc import acdc_thresholds as acdc_thresholds
     from mechinterp.discovery.acdc_orders import AcdcOrders as AcdcOrders
     from mechinterp.discovery.acdc_orders import acdc_orders as acdc_orders
+    from mechinterp.discovery.ensemble import ensemble_scores as ensemble_scores
     from mechinterp.discovery.method import score_edges as score_edges
     from mechinterp.discovery.methods import METHODS as METHODS
     from mechinterp.discovery.neurons import top_neurons as top_neurons
@@ -180,6 +181,7 @@ _HOMES = {
     "circuit_file.verify.verification": ("verify",),
     "discovery.acdc": ("acdc_thresholds",),
     "discovery.acdc_orders": ("AcdcOrders", "acdc_orders"),
+    "discovery.ensemble": ("ensemble_scores",),
     "discovery.method": ("score_edges",),
     "discovery.methods": ("METHODS",),
     "discovery.neurons": ("top_neurons",),

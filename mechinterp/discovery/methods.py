@@ -47,6 +47,9 @@ METHODS: Registry[Method] = Registry(
         "subnetwork-probing": Entry(
             f"{HERE}.mask_learning:SUBNETWORK_PROBING", "mask learned by gradient descent, each open gate at a price"
         ),
+        "ensemble": Entry(
+            f"{HERE}.ensemble:ENSEMBLE", "several methods' scores combined by rank or mean (MIB shared task 2025)"
+        ),
         "information-flow": Entry(
             f"{HERE}.information_flow:INFORMATION_FLOW",
             "how near each write is to what a reader reads (clean run alone)",

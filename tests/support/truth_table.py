@@ -38,6 +38,7 @@ ANSWERS: Settings = {
     "relp": ("relp", {}),
     "cd-edges": ("cd-edges", {}),
     "cd": ("cd", {}),
+    "ensemble": ("ensemble", {}),
     "path-patching": ("path-patching", {}),
 }
 
