@@ -30,6 +30,10 @@ METHODS: Registry[Method] = Registry(
             f"{HERE}.path_search:PATH_PATCHING", "path patching from the logits back (Wang et al. 2022)"
         ),
         "relp": Entry(f"{HERE}.cd_edges:RELP", "edge attribution with LRP coefficients (Rezaei Jafari et al. 2025)"),
+        "gim": Entry(
+            f"{HERE}.cd_edges:GIM",
+            "edge attribution with a softer softmax and constant norms in the backward (GIM 2025)",
+        ),
         "clean-corrupted": Entry(
             f"{HERE}.eap:CLEAN_CORRUPTED", "the mean of the gradients at the clean and the corrupt run"
         ),

@@ -17,7 +17,7 @@ from mechinterp.engines.readout import answer_logits
 from tests.support.hand_circuits import HAND, SHARP, induction
 from tests.support.truth_table import ANSWERS, ANY_METRIC, EFFECT, LEARNED, run
 
-RECOVER = ("exact", "acdc", "path-patching", "eap-ig", "eap-ig-activations", "ensemble", *LEARNED)
+RECOVER = ("exact", "acdc", "path-patching", "eap-ig", "eap-ig-activations", "ensemble", "gim", *LEARNED)
 ATTENDING = {
     "induction": {"input->a0.h0<v>", "a0.h0->a1.h0<k>", "input->a1.h0<q>"},
     "copy_head": {"input->a0.h0<k>"},

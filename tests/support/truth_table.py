@@ -36,6 +36,7 @@ ANY_METRIC: Settings = {
 ANSWERS: Settings = {
     "eap": ("eap", {}),
     "relp": ("relp", {}),
+    "gim": ("gim", {}),
     "cd-edges": ("cd-edges", {}),
     "cd": ("cd", {}),
     "ensemble": ("ensemble", {}),
