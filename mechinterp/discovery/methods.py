@@ -40,6 +40,9 @@ METHODS: Registry[Method] = Registry(
         "eap-ig-activations": Entry(
             f"{HERE}.eap:EAP_IG_ACTIVATIONS", "integrated gradients over each layer's activations (MIB)"
         ),
+        "eap-gp": Entry(
+            f"{HERE}.eap:EAP_GP", "gradients along a path that descends to the corrupt output (Zhang et al. 2025)"
+        ),
         "random": Entry(f"{HERE}.baselines:RANDOM", "random scores, a baseline"),
         "weight-magnitude": Entry(
             f"{HERE}.baselines:WEIGHT_MAGNITUDE", "size of the weights between writer and reader, a baseline"

@@ -147,7 +147,8 @@ def test_gradients_in_the_mask(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["exact", "eap-ig", "acdc", "random", "edge-pruning", "relp", "clean-corrupted", "ensemble", "gim"]
+    "method",
+    ["exact", "eap-ig", "acdc", "random", "edge-pruning", "relp", "clean-corrupted", "ensemble", "gim", "eap-gp"],
 )
 def test_scores_do_not_depend_on_the_batch(method: str) -> None:
     model, examples = tiny("gpt2"), some()

@@ -25,6 +25,7 @@ ANY_METRIC: Settings = {
     "acdc": ("acdc", {"tau": EFFECT}),
     "eap-ig": ("eap-ig", {"steps": 10}),
     "eap-ig-activations": ("eap-ig-activations", {"steps": 10}),
+    "eap-gp": ("eap-gp", {"steps": 10}),
     "clean-corrupted": ("clean-corrupted", {}),
     "information-flow": ("information-flow", {}),
     "information-flow, from the answer": ("information-flow", {"importance": "from-answer"}),
