@@ -24,7 +24,8 @@ ATTENDING = {
 }
 """The edges that act through where a sharp head attends."""
 SATURATED = ("eap", "relp", "cd-edges", "clean-corrupted", "eap-gp")
-"""Gradients at the two ends, or on a path that does not leave the first: there the softmax is flat, so what acts through it scores 0 but for rounding."""
+"""Gradients at the two ends, or on a path that stays near the first: there the softmax is flat, so what acts through
+it scores 0 but for rounding."""
 INDIRECT = {"induction": {"input->logits", "input->a1.h0<k>"}, "copy_head": {"input->logits"}}
 """`cd` scores all that a node gives, on whatever way: the input reaches these through the circuit's heads."""
 BLIND = ("information-flow", "information-flow, from the answer", "weight-magnitude", "random")
