@@ -68,9 +68,11 @@ if TYPE_CHECKING:
     from mechinterp.discovery.acdc import acdc_thresholds as acdc_thresholds
     from mechinterp.discovery.acdc_orders import AcdcOrders as AcdcOrders
     from mechinterp.discovery.acdc_orders import acdc_orders as acdc_orders
+    from mechinterp.discovery.ensemble import ensemble_scores as ensemble_scores
     from mechinterp.discovery.method import score_edges as score_edges
     from mechinterp.discovery.methods import METHODS as METHODS
     from mechinterp.discovery.neurons import top_neurons as top_neurons
+    from mechinterp.discovery.refine import refine_circuit as refine_circuit
     from mechinterp.discovery.stable import CircuitStability as CircuitStability
     from mechinterp.discovery.stable import StableScores as StableScores
     from mechinterp.discovery.stable import circuit_stability as circuit_stability
@@ -179,9 +181,11 @@ _HOMES = {
     "circuit_file.verify.verification": ("verify",),
     "discovery.acdc": ("acdc_thresholds",),
     "discovery.acdc_orders": ("AcdcOrders", "acdc_orders"),
+    "discovery.ensemble": ("ensemble_scores",),
     "discovery.method": ("score_edges",),
     "discovery.methods": ("METHODS",),
     "discovery.neurons": ("top_neurons",),
+    "discovery.refine": ("refine_circuit",),
     "discovery.stable": ("CircuitStability", "StableScores", "circuit_stability", "stable_scores"),
     "engines.decomposition.encoder": ("Encoder", "load_encoder"),
     "engines.edge_attribution": ("edge_gradients",),

@@ -135,15 +135,15 @@ def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
     progress("model", 1, 1)
     examples = examples_of(spec, model)
     train, metric = examples.train, spec.metric or examples.metric
-    progress("task", 0, 1)
-    performance = check_task(spec, model, examples, metric)
-    progress("task", 1, 1)
     graph = graph_of_run(spec, model, train, metric)
     threshold = spec.threshold
     if spec.edges is None and spec.nodes is None and threshold is None:
         threshold = METHODS.get(_method(spec)).threshold
     size = _size(spec, graph)
     check_selection(graph, rule=spec.rule, by=spec.by, ratio=spec.ratio, threshold=threshold)
+    progress("task", 0, 1)
+    performance = check_task(spec, model, examples, metric)
+    progress("task", 1, 1)
     if spec.restart:
         _forget_unfinished(path)
     done = FinishedParts(_state_path(path, spec), _key(spec, model, graph, examples))
@@ -224,6 +224,7 @@ def no_small_circuit(spec: RunSpec, graph: Graph, curve: Curve, levels: Levels) 
     most = int(levels.most * graph.n_units)
     small = [p for p in curve.points if p.n_selected <= most] or list(curve.points)
     best = min(small, key=lambda p: (abs(1 - p.faithfulness), p.n_selected))
+    kl_empty = f"{curve.kl_empty:.3g}"
     low, high = best.interval or (best.faithfulness, best.faithfulness)
     tries = ["more --examples", "another --method"]
     tries += ["--level node"] if graph.level == "edge" else []
@@ -231,7 +232,7 @@ def no_small_circuit(spec: RunSpec, graph: Graph, curve: Curve, levels: Levels) 
     return (
         f"No small circuit at this level by {_method(spec)}: no size up to {most:,} of {graph.n_units:,} "
         f"{graph.level}s has its whole interval of faithfulness in [{levels.low:g}, {levels.high:g}] and a KL "
-        f"divergence up to {levels.kl_share:g} of the empty circuit's {curve.kl_empty:.3g}. The nearest, {best.n_selected:,} "
+        f"divergence up to {levels.kl_share:g} of the empty circuit's {kl_empty}. The nearest, {best.n_selected:,} "
         f"{graph.level}s, has {best.faithfulness:.2f} [{low:.2f}, {high:.2f}] and {best.kl or 0:.2g}. Try "
         f"{', '.join(tries)}; or --{graph.level}s {best.n_selected} for that one as it is."
     )
@@ -427,6 +428,7 @@ def _settings(spec: RunSpec) -> dict[str, Any]:
     for name in settings:
         if name not in method.defaults:
             raise InputError(f"Method {method.name!r} has no parameter {name!r}.")
+    check_settings(f"method {method.name!r}", method.settings, settings)
     if (spec.edges is not None) + (spec.nodes is not None) + (spec.threshold is not None) > 1:
         raise InputError("Give edges, nodes or threshold, but only one of them.")
     if spec.metric is not None:

@@ -48,7 +48,7 @@ class Relevance:
     """What is distributed: the sum of logits times the metric's gradient at them; for logit_diff the metric itself."""
     violation: float
     """The largest |relevance of the residual stream + biases after it - output| of any layer and example, as a share
-    of the largest output. Rounding for the LRP rules; not small for `gradient`, which does not conserve relevance."""
+    of the largest output. Rounding for the LRP rules; not small for `gradient` and `gim`, which do not conserve it."""
 
 
 def relevance(
@@ -72,7 +72,7 @@ def relevance(
         pairs: Their clean prompts are explained.
         what: `input` (the input of the first layer) or a kind of site (`resid_pre`, `attn_out`, `mlp_out`, `z`, `v`,
             `mlp_post`, ...), by layer, head or neuron, and position.
-        rules: `relp`, `attnlrp`, `gradient` (gradient x activation) or your own `Rules`.
+        rules: `relp`, `attnlrp`, `gim`, `gradient` (gradient x activation) or your own `Rules`.
         metric: What is explained; it must have a gradient at the clean run.
         batch_size: Examples at a time; by default all.
 

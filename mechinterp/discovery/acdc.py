@@ -31,10 +31,9 @@ from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.settings import Parameter, Setting, check_settings
 from mechinterp.discovery.checkpoint import Checkpoint
+from mechinterp.discovery.cut_loss import CutLoss, layer_of, layer_of_reader
 from mechinterp.discovery.method import REPLACEMENT, Job, Method, score_edges
-from mechinterp.engines.edge_patching import Prefix, check_model, edge_logits, run_prefix
-from mechinterp.engines.readout import Readout, metric_readout
-from mechinterp.engines.replacement import Values, build_replacement
+from mechinterp.engines.edge_patching import check_model
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.scores import Scores
 from mechinterp.models.hook_manager import HookManager
@@ -48,7 +47,7 @@ ORDER_STEPS = 5
 FINEST = 1e-4
 """Scores that differ by less than this share of the strongest tie: rounding must not decide an order."""
 TAU = Setting(0.01, "the loss that a kept edge must save", above=0)
-_SHARED = {
+SHARED = {
     "replacement": REPLACEMENT,
     "order": Setting("reverse", "the order in which edges are tried", choices=ORDERS),
     "order_seed": Setting(0, "the seed of order 'random'", least=0),
@@ -59,31 +58,12 @@ _SHARED = {
 
 @dataclass
 class _Search:
-    """The batches, and what their patched runs share."""
+    """The loss of a mask, and the order of the units."""
 
     job: Job
-    chunks: list[Pairs]
-    values: list[Values]
-    readouts: list[Readout]
-    prefixes: list[Prefix]
+    loss: CutLoss
     order: tuple[int, ...]
     """All units, in the order in which they are tried."""
-    n_runs: int = 0
-
-    def losses(self, masks: Float[Tensor, "candidate reader writer"], layer: int) -> Float[Tensor, " candidate"]:
-        """The mean loss over all examples with each mask's edges cut; nothing before `layer` is cut."""
-        job = self.job
-        if not self.prefixes or self.prefixes[0].layer != layer:
-            self.prefixes = []  # frees the last layer's before the next one's are made
-            pairs = zip(self.chunks, self.values, strict=True)
-            self.prefixes = [run_prefix(job.model, job.graph, chunk, values, layer) for chunk, values in pairs]
-        total = torch.zeros(len(masks), dtype=torch.float64)
-        for chunk, values, readout, prefix in zip(self.chunks, self.values, self.readouts, self.prefixes, strict=True):
-            runs = edge_logits(job.model, job.graph, chunk, masks, values, readout.columns, prefix)
-            for i, logits in enumerate(runs):
-                total[i] -= job.metric.direction * readout.of_logits(logits).double().sum().cpu()
-        self.n_runs += len(masks)
-        return total / len(job.pairs)
 
 
 @dataclass
@@ -106,17 +86,17 @@ def _acdc(job: Job) -> Scores:
     if saved is not None:
         state.cut, state.kept, state.done = saved["cut"], saved["kept"], int(saved["done"])
         state.loss, state.at_once = float(saved["loss"]), int(saved["at_once"])
-        search.n_runs = int(saved["n_runs"])
+        search.loss.n_runs = int(saved["n_runs"])
     job.progress(state.done, job.graph.n_units)
     while state.done < job.graph.n_units:
         (state,) = _decide(search, state, int(at_once))
         job.checkpoint.save(_saved(search, state))
         job.progress(state.done, job.graph.n_units)
-    return _scores(job, state, search.n_runs)
+    return _scores(job, state, search.loss.n_runs)
 
 
 def _saved(search: _Search, state: _State) -> dict[str, Tensor]:
-    numbers = {"done": state.done, "n_runs": search.n_runs, "at_once": state.at_once}
+    numbers = {"done": state.done, "n_runs": search.loss.n_runs, "at_once": state.at_once}
     loss = torch.tensor(state.loss, dtype=torch.float64)
     return {
         "cut": state.cut,
@@ -164,7 +144,7 @@ def acdc_thresholds(
         TAU.check("taus", tau)
     check_model(model, graph, pairs)
     given = {"replacement": replacement, "order": order, "order_seed": order_seed, "at_once": at_once}
-    settings: dict[str, Parameter] = check_settings("acdc_thresholds", _SHARED, given)
+    settings: dict[str, Parameter] = check_settings("acdc_thresholds", SHARED, given)
     chosen = get_metric(metric) if isinstance(metric, str) else metric
     job = Job(model, graph, pairs, chosen, settings, batch_size, progress, Checkpoint())
     search, first = _begin(job, tuple(float(tau) for tau in taus))
@@ -179,19 +159,17 @@ def acdc_thresholds(
     out: dict[float, Scores] = {}
     for tau in taus:
         mine = replace(job, settings={**settings, "tau": float(tau)})
-        out[tau] = replace(_scores(mine, finished[float(tau)], search.n_runs), pairs=pairs)
+        out[tau] = replace(_scores(mine, finished[float(tau)], search.loss.n_runs), pairs=pairs)
     return out
 
 
 def _begin(job: Job, taus: tuple[float, ...]) -> tuple[_Search, _State]:
-    model, graph, order = job.model, job.graph, _order(job)
-    replacement = build_replacement(job.replacement, model, graph, job.pairs, job.batch_size)
-    chunks = list(job.pairs.to(model.device).chunks(job.batch_size))
-    readouts = [metric_readout(model, chunk, job.metric) for chunk in chunks]
-    search = _Search(job, chunks, [replacement.on(chunk) for chunk in chunks], readouts, [], order)
-    cut = torch.zeros_like(graph.possible)
-    loss = float(search.losses(cut[None].float(), _layer(job, order[0]))[0])
-    return search, _State(taus, cut, job.zeros(), loss)
+    order = _order(job)
+    loss = CutLoss.of(job.model, job.graph, job.pairs, job.metric, job.replacement, job.batch_size)
+    cut = torch.zeros_like(job.graph.possible)
+    search = _Search(job, loss, order)
+    first = float(loss.of_masks(cut[None].float(), layer_of(job.graph, order[0]))[0])
+    return search, _State(taus, cut, job.zeros(), first)
 
 
 def _order(job: Job) -> tuple[int, ...]:
@@ -217,20 +195,26 @@ def _order(job: Job) -> tuple[int, ...]:
         steps=ORDER_STEPS,
         replacement=job.replacement,
     )
-    first = job.graph.first_of_unit
+    return weakest_first(scores)
+
+
+def weakest_first(scores: Scores) -> tuple[int, ...]:
+    """All units by the magnitude of their scores, the weakest first; ties in reverse order of the model."""
+    graph = scores.graph
+    first = graph.first_of_unit
     strength = scores.values[first[:, 0], first[:, 1]].abs().double()
     steps = (strength / strength.max().clamp(min=1e-30) / FINEST).round().tolist()
-    return tuple(sorted(reverse, key=lambda unit: steps[unit]))
+    return tuple(sorted(range(graph.n_units - 1, -1, -1), key=lambda unit: steps[unit]))
 
 
 def _decide(search: _Search, state: _State, most: int) -> list[_State]:
     """The state after the next units, up to the first that a threshold keeps; one state for each way they decide."""
-    job, graph = search.job, search.job.graph
+    graph = search.job.graph
     some = search.order[state.done : state.done + state.at_once]
-    layer = min(_layer(job, some[0]), _first_layer(job, state.cut))
-    some = list(takewhile(lambda unit: _layer(job, unit) >= layer, some))  # their runs start at the same layer
+    layer = min(layer_of(graph, some[0]), _first_layer(graph, state.cut))
+    some = list(takewhile(lambda unit: layer_of(graph, unit) >= layer, some))  # their runs start at the same layer
     edges = [graph.unit == unit for unit in some]
-    losses = search.losses(_one_upon_the_other(state.cut, edges), layer)
+    losses = search.loss.of_masks(_one_upon_the_other(state.cut, edges), layer)
     cut, loss, done = state.cut, state.loss, state.done
     for mask, value in zip(edges, losses.tolist(), strict=True):
         done += 1
@@ -252,20 +236,10 @@ def _scores(job: Job, state: _State, n_runs: int) -> Scores:
     return job.scores("acdc", state.kept * len(job.pairs), cost, additive=False)
 
 
-def _layer(job: Job, unit: int) -> int:
-    """The first layer that reads an edge of the unit; the number of layers for the logits."""
-    return _layer_of(job, int(job.graph.first_of_unit[unit, 0]))
-
-
-def _first_layer(job: Job, cut: Bool[Tensor, "reader writer"]) -> int:
+def _first_layer(graph: Graph, cut: Bool[Tensor, "reader writer"]) -> int:
     """The first layer that reads a cut edge; the number of layers where none is cut."""
     readers = cut.any(1).nonzero()
-    return _layer_of(job, int(readers[0])) if len(readers) else job.graph.dims.n_layers
-
-
-def _layer_of(job: Job, reader: int) -> int:
-    per_layer = (len(job.graph.readers) - 1) // job.graph.dims.n_layers
-    return min(reader // per_layer, job.graph.dims.n_layers)
+    return layer_of_reader(graph, int(readers[0])) if len(readers) else graph.dims.n_layers
 
 
 def _one_upon_the_other(cut: Bool[Tensor, "reader writer"], units: list[Tensor]) -> Float[Tensor, "unit reader writer"]:
@@ -282,7 +256,7 @@ ACDC = Method(
     "Automatic circuit discovery: every edge cut for good unless that costs tau",
     "Conmy et al. 2023, arXiv 2304.14997",
     _acdc,
-    {"replacement": REPLACEMENT, "tau": TAU, **_SHARED},
+    {"replacement": REPLACEMENT, "tau": TAU, **SHARED},
     threshold=0.0,
     graphs="own",
 )

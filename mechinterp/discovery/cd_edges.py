@@ -4,10 +4,14 @@ Source: the rules of contextual decomposition with frozen norms, and f(t) / t fo
 2407.00886, preset `linear`), which are RelP's coefficients (Rezaei Jafari et al. 2025, arXiv 2508.21258); with
 `attention=halved` attention is not frozen but split as in AttnLRP (Achtibat et al. 2024, arXiv 2402.05602). `relp` is
 the same backward with the plain gradient of attention, as RelP has it.
+
+`gim` (Edin et al. 2025, arXiv 2505.17630) has other rules: constant norms, the gradient of the softmax at temperature
+2, a quarter of the gradient into queries and keys, half of it into values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +19,7 @@ from mechinterp.base.errors import InputError
 from mechinterp.base.settings import Setting
 from mechinterp.discovery.method import REPLACEMENT, Job, Method
 from mechinterp.engines.edge_attribution import Backward, edge_gradients
-from mechinterp.engines.lrp import RULES, lrp_loss, rule_edits
+from mechinterp.engines.lrp import RULES, Rules, lrp_loss, rule_edits
 from mechinterp.engines.replacement import build_replacement
 from mechinterp.graphs.scores import Scores
 
@@ -30,12 +34,12 @@ and the softmax its gradient. gradient: attention is differentiated as it is."""
 _ATTENTION = Setting("halved", "how relevance passes through attention", choices=tuple(ATTENTION))
 
 
-def _cd_edges(name: str, job: Job) -> Scores:
+def _modified(name: str, rules_of: Callable[[Job], Rules], job: Job) -> Scores:
     """<write of the clean run less its replacement, changed gradient at the reader's input>, summed over tokens."""
     model, metric = job.model, job.metric
     if metric.needs_reference:
         raise InputError(f"{metric.name} has no relevance at the clean run itself; use metric 'logit_diff'.")
-    rules = ATTENTION[str(job.settings["attention"])]
+    rules = rules_of(job)
     backward = Backward(
         partial(rule_edits, model, rules),
         lambda readout: lrp_loss(model, readout, rules),
@@ -51,12 +55,25 @@ def _cd_edges(name: str, job: Job) -> Scores:
     return job.scores(name, total, {"forwards": forwards, "backwards": len(job.pairs)})
 
 
+def _by_attention(job: Job) -> Rules:
+    return ATTENTION[str(job.settings["attention"])]
+
+
 CD_EDGES = Method(
     "cd-edges",
     "Contextual decomposition along edges: linear rules in one backward",
     "Hsu et al. 2024, arXiv 2407.00886, with the linear rules; RelP, arXiv 2508.21258",
-    partial(_cd_edges, "cd-edges"),
+    partial(_modified, "cd-edges", _by_attention),
     {"replacement": REPLACEMENT, "attention": _ATTENTION},
+    graphs="summed",
+    additive=True,
+)
+GIM = Method(
+    "gim",
+    "Gradient interaction modifications: edge attribution with a softer softmax and constant norms in the backward",
+    "Edin et al. 2025, arXiv 2505.17630",
+    partial(_modified, "gim", lambda _: RULES["gim"]),
+    {"replacement": REPLACEMENT},
     graphs="summed",
     additive=True,
 )
@@ -64,7 +81,7 @@ RELP = Method(
     "relp",
     "Relevance patching: edge attribution with LRP coefficients for norms, activations and gates",
     "Rezaei Jafari et al. 2025, arXiv 2508.21258",
-    partial(_cd_edges, "relp"),
+    partial(_modified, "relp", _by_attention),
     {"replacement": REPLACEMENT, "attention": replace(_ATTENTION, default="gradient")},
     graphs="summed",
     additive=True,

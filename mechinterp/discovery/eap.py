@@ -1,4 +1,4 @@
-"""Edge attribution patching: `eap`, `eap-ig` (integrated gradients over the inputs), `eap-ig-activations` and
+"""Edge attribution patching: `eap`, `eap-ig` (integrated gradients over the inputs), `eap-ig-activations`, `eap-gp` and
 `clean-corrupted`.
 
 Source: Syed et al. 2023 (arXiv 2310.10348); Hanna et al. 2024 (arXiv 2403.17806). Deviations: the score is positive
@@ -11,12 +11,16 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+from torch import Tensor
+
 from mechinterp.base.errors import InputError
 from mechinterp.base.settings import Setting
 from mechinterp.discovery.method import REPLACEMENT, Job, Method
 from mechinterp.engines.edge_attribution import activation_path_gradients, edge_gradients, n_groups
+from mechinterp.engines.gradient_path import gradient_path
 from mechinterp.engines.replacement import build_replacement
 from mechinterp.graphs.scores import Scores
+from mechinterp.tasks.pairs import Pairs
 
 SCHEDULES = {
     "right": lambda k, m: (k + 1) / m,
@@ -66,6 +70,21 @@ def _activations(job: Job) -> Scores:
     return job.scores("eap-ig-activations", total, {"forwards": 3 * len(job.pairs) + runs, "backwards": runs})
 
 
+def _gradient_path(job: Job) -> Scores:
+    steps, length = int(job.settings["steps"]), float(job.settings["length"])
+    replacement = build_replacement(job.replacement, job.model, job.graph, job.pairs, job.batch_size)
+
+    def of(chunk: Pairs) -> Tensor:
+        points = gradient_path(job.model, job.graph, chunk, steps, length)
+        found = edge_gradients(job.model, job.graph, chunk, job.metric, replacement=replacement, points=points)
+        return job.metric.direction * found
+
+    total = job.sum_over_batches(of)
+    own = job.replacement not in ("corrupt", "zero")
+    forwards = 3 + 2 * steps + own + job.metric.needs_reference
+    return job.scores("eap-gp", total, {"forwards": forwards * len(job.pairs), "backwards": 2 * steps * len(job.pairs)})
+
+
 EAP = Method(
     "eap",
     "Edge attribution patching: gradient at the clean run",
@@ -94,6 +113,19 @@ EAP_IG_ACTIVATIONS = Method(
         "schedule": replace(SCHEDULE, default="midpoint"),
         "replacement": replace(REPLACEMENT, choices=("corrupt",)),
     },
+    additive=True,
+)
+EAP_GP = Method(
+    "eap-gp",
+    "Edge attribution patching along a path that descends from the clean output to the corrupt one (GradPath)",
+    "Zhang et al. 2025, arXiv 2502.06852",
+    _gradient_path,
+    {
+        "steps": STEPS,
+        "length": Setting(1.0, "the length of a step, in the units of the residual stream", above=0),
+        "replacement": REPLACEMENT,
+    },
+    graphs="summed",
     additive=True,
 )
 CLEAN_CORRUPTED = Method(

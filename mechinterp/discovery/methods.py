@@ -30,11 +30,18 @@ METHODS: Registry[Method] = Registry(
             f"{HERE}.path_search:PATH_PATCHING", "path patching from the logits back (Wang et al. 2022)"
         ),
         "relp": Entry(f"{HERE}.cd_edges:RELP", "edge attribution with LRP coefficients (Rezaei Jafari et al. 2025)"),
+        "gim": Entry(
+            f"{HERE}.cd_edges:GIM",
+            "edge attribution with a softer softmax and constant norms in the backward (GIM 2025)",
+        ),
         "clean-corrupted": Entry(
             f"{HERE}.eap:CLEAN_CORRUPTED", "the mean of the gradients at the clean and the corrupt run"
         ),
         "eap-ig-activations": Entry(
             f"{HERE}.eap:EAP_IG_ACTIVATIONS", "integrated gradients over each layer's activations (MIB)"
+        ),
+        "eap-gp": Entry(
+            f"{HERE}.eap:EAP_GP", "gradients along a path that descends to the corrupt output (Zhang et al. 2025)"
         ),
         "random": Entry(f"{HERE}.baselines:RANDOM", "random scores, a baseline"),
         "weight-magnitude": Entry(
@@ -49,6 +56,9 @@ METHODS: Registry[Method] = Registry(
         ),
         "mattr": Entry(
             f"{HERE}.matryoshka:MATTR", "one learned order of the edges, for circuits of all sizes (Matryoshka)"
+        ),
+        "ensemble": Entry(
+            f"{HERE}.ensemble:ENSEMBLE", "several methods' scores combined by rank or mean (MIB shared task 2025)"
         ),
         "information-flow": Entry(
             f"{HERE}.information_flow:INFORMATION_FLOW",

@@ -73,13 +73,14 @@ def edge_gradients(
     *,
     replacement: Replacement | None = None,
     alphas: Sequence[float] = (1.0,),
+    points: Sequence[Mapping[Site, Tensor]] | None = None,
     backward: Backward | None = None,
 ) -> Float[Tensor, "reader writer"]:
     """Sum over the examples of the estimated drop of the metric when each edge is cut; 0 where there is no edge.
 
     The sign is that of clean minus patched, in the units of the metric; sums are in float32 or better. Cost: a forward
-    of the corrupt prompts, a forward and a backward per alpha, a forward of the clean prompts if 1 is not among the
-    alphas, and one contraction.
+    of the corrupt prompts, a forward and a backward per alpha or point, a forward of the clean prompts if 1 is not
+    among the alphas, and one contraction.
 
     Args:
         model: The model.
@@ -89,6 +90,7 @@ def edge_gradients(
         replacement: What a cut edge carries; by default the corrupt run's writes.
         alphas: Gradients are averaged over runs on the inputs `corrupt + alpha * (clean - corrupt)`; by default only
             the clean run.
+        points: Instead of `alphas`, the values of the input sites of each run whose gradients are averaged.
         backward: A modified backward pass, whose rules replace the gradient.
 
     Raises InputError for a metric without a gradient, and for pairs or a graph of another model.
@@ -110,16 +112,29 @@ def edge_gradients(
     corrupt = record_writes(model, graph, pairs.corrupt, pairs)
     values: Values = corrupt if replacement is None or replacement.kind == "corrupt" else replacement.on(pairs)
     readout = metric_readout(model, pairs, metric)
-    clean = None if 1.0 in alphas else record_writes(model, graph, pairs.clean, pairs)
+    inputs = _on_the_line(model, graph, pairs, corrupt, alphas) if points is None else points
+    clean = None if None in inputs else record_writes(model, graph, pairs.clean, pairs)
     steps: list[Step] = []
-    ends = None if tuple(alphas) == (1.0,) else _input_ends(model, graph, pairs, corrupt)
-    for alpha in alphas:
-        step = _step(model, graph, readout, None if alpha == 1.0 else (ends, alpha), backward)
-        if alpha == 1.0:
+    for point in inputs:
+        step = _step(model, graph, readout, point, backward)
+        if point is None:
             clean = _clean_writes(model, graph, step)
         steps.append(_readers_only(step))
     assert clean is not None
-    return _contract(model, graph, pairs, steps, clean, values, frozen=backward is not None) / len(alphas)
+    return _contract(model, graph, pairs, steps, clean, values, frozen=backward is not None) / len(steps)
+
+
+def _on_the_line(
+    model: HookManager, graph: Graph, pairs: Pairs, corrupt: CompactWrites, alphas: Sequence[float]
+) -> list[dict[Site, Tensor] | None]:
+    """The values of the input sites at each alpha; None for the clean run."""
+    if all(alpha == 1.0 for alpha in alphas):
+        return [None for _ in alphas]
+    ends = _input_ends(model, graph, pairs, corrupt)
+    return [
+        None if alpha == 1.0 else {site: other + alpha * (own - other) for site, (own, other) in ends.items()}
+        for alpha in alphas
+    ]
 
 
 def _input_ends(
@@ -146,15 +161,13 @@ def _step(
     model: HookManager,
     graph: Graph,
     readout: Readout,
-    interpolated: tuple[dict[Site, tuple[Tensor, Tensor]] | None, float] | None,
+    point: Mapping[Site, Tensor] | None,
     backward: Backward | None,
 ) -> Step:
     dims, pairs = model.dims, readout.pairs
     edits = [] if backward is None else backward.edits()
-    if interpolated is not None:
-        ends, alpha = interpolated
-        assert ends is not None
-        edits += [Intervention(site, corrupt + alpha * (clean - corrupt)) for site, (clean, corrupt) in ends.items()]
+    if point is not None:
+        edits += [Intervention(site, value) for site, value in point.items()]
     grads = _reader_sites(model)
     record = {site: None for site in [*write_sites(model, graph), *grads]}
     for layer in range(dims.n_layers):

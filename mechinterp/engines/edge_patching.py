@@ -32,22 +32,37 @@ from mechinterp.tasks.pairs import Pairs
 
 @dataclass(frozen=True)
 class Prefix:
-    """The run of one batch up to a layer, without cut edges before it, which later patched runs share."""
+    """The run of one batch up to a layer, which later patched runs share."""
 
     layer: int
     resid: Float[Tensor, "batch pos d_model"]
-    differences: Float[Tensor, "writer 1 batch pos d_model"]
+    differences: Float[Tensor, "earlier_writer 1 batch pos d_model"]
     """Each earlier writer's write minus its replacement."""
+    cut: Float[Tensor, "reader writer"]
+    """The cut edges of the readers before the layer."""
 
 
-def run_prefix(model: HookManager, graph: Graph, pairs: Pairs, values: Values, layer: int) -> Prefix:
-    """The run of a batch up to `layer` (the number of layers: all of it), for `edge_logits`. One forward at most."""
+def run_prefix(
+    model: HookManager, graph: Graph, pairs: Pairs, values: Values, layer: int, cut: Tensor | None = None
+) -> Prefix:
+    """The run of a batch up to `layer` (the number of layers: all of it), for `edge_logits`. One forward at most.
+
+    `cut` are the edges that are cut in it, `[reader, writer]`; by default none.
+    """
     with Gradients(False) as off, off:
-        nothing = torch.zeros(1, *graph.possible.shape, device=model.device)
-        run = PatchedRun(model, graph, pairs, nothing, values)
+        masks = torch.zeros(1, *graph.possible.shape, device=model.device)
+        if cut is not None:
+            rows = readers_before(graph, layer)
+            masks[0, :rows] = cut[:rows].to(masks)
+        run = PatchedRun(model, graph, pairs, masks, values)
         resid = run.shared(layer)
         before = graph.n_writers_before(layer, mlp=False) if layer < model.dims.n_layers else len(graph.writers)
-        return Prefix(layer, resid, run.differences[:before].clone())
+        return Prefix(layer, resid, run.differences[:before].clone(), run.masks[0])
+
+
+def readers_before(graph: Graph, layer: int) -> int:
+    """How many readers come before a layer."""
+    return layer * ((len(graph.readers) - 1) // graph.dims.n_layers)
 
 
 class PatchedRun:
@@ -127,7 +142,7 @@ class PatchedRun:
         first, last = self._first_cut_layer(), Site("resid_final")
         n_layers = self.model.dims.n_layers
         tokens, mask, start = self.pairs.clean, self.pairs.mask, None
-        if self.prefix is not None and self.prefix.layer <= first:
+        if self.prefix is not None and self._begins_as(self.prefix):
             first = self.prefix.layer
             self.differences[: len(self.prefix.differences)] = self.prefix.differences
             shared = self.prefix.resid
@@ -148,6 +163,11 @@ class PatchedRun:
             stop=last,
         )
         return self.fold(run.values[last])
+
+    def _begins_as(self, prefix: Prefix) -> bool:
+        """Whether all candidates cut the edges of the prefix, and no others before its layer."""
+        rows = readers_before(self.graph, prefix.layer)
+        return bool((self.masks[:, :rows] == prefix.cut[:rows]).all())
 
     def shared(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream before a layer, run once for all candidates; the writes until then are kept."""
@@ -372,7 +392,7 @@ def edge_logits(
 ) -> Iterator[Float[Tensor, "batch n_answer n_columns"]]:
     """For each mask, the logits at the answer positions of one batch (of all tokens, or of `columns` only).
 
-    With a `prefix` (see `run_prefix`) the layers before it are not run; no mask may cut an edge there.
+    With a `prefix` (see `run_prefix`) the layers before it are not run, if every mask cuts the same edges there.
     """
     size = len(graph.writers) * pairs.clean.numel() * model.dims.d_model * max(4, model.dtype.itemsize)
     # The edits of an `intervene` block expect the prompts as they are, not repeated.

@@ -3,7 +3,8 @@
 A rule replaces the gradient of an operation by a coefficient with `coefficient * input = output`, so that a unit's
 relevance is distributed without loss. Each rule is an edit of the gradient at a site, so that relevance = activation x
 modified gradient. Sources: Ali et al. 2022 (norms and attention patterns as constants; PMLR 162), Achtibat
-et al. 2024 (AttnLRP, arXiv 2402.05602), Rezaei Jafari et al. 2025 (RelP, arXiv 2508.21258).
+et al. 2024 (AttnLRP, arXiv 2402.05602), Rezaei Jafari et al. 2025 (RelP, arXiv 2508.21258), Edin et al. 2025 (GIM,
+arXiv 2505.17630).
 """
 
 from __future__ import annotations
@@ -39,15 +40,19 @@ class Rules:
     """At values: 1 with constant patterns, 0.5 for the half rule."""
     query_key: float = 1.0
     """At queries and keys: 0.5 is the half rule for their product."""
+    temperature: float = 1.0
+    """Of the softmax in the backward: above 1 it is less flat where a head attends sharply."""
 
 
 RULES = {
     "gradient": Rules(norm=False, activation=False, gate=1.0, pattern=1.0),
     "relp": Rules(),
     "attnlrp": Rules(pattern=0.5, value=0.5, query_key=0.5),
+    "gim": Rules(activation=False, gate=1.0, pattern=1.0, value=0.5, query_key=0.25, temperature=2.0),
 }
 """gradient: no rule, so relevance is gradient x activation. relp: norms, activations, halved gates, constant patterns.
-attnlrp: the same, but every product in attention halved, and the softmax's gradient (its Taylor expansion)."""
+attnlrp: the same, but every product in attention halved, and the softmax's gradient (its Taylor expansion). gim: norms,
+the softmax's gradient at temperature 2, a quarter of it to queries and keys, half of the gradient to values."""
 
 
 def get_rules(rules: str | Rules) -> Rules:
@@ -88,6 +93,8 @@ def rule_edits(model: HookManager, rules: Rules) -> list[Intervention]:
         ):
             if factor != 1.0:
                 edits.append(Intervention(Site(kind, layer), grad=_scaled(factor)))
+        if rules.temperature != 1.0 and rules.pattern != 0.0:
+            edits.append(_at_temperature(Site("pattern", layer), rules.temperature))
         if rules.norm:
             edits += _norm_edits(model, layer, kept)
         if model.dims.has_mlp:
@@ -135,6 +142,35 @@ class _Kept:
 
 def _scaled(factor: float):
     return lambda gradient: gradient * factor  # pyright: ignore[reportUnknownLambdaType, reportUnknownVariableType]
+
+
+def _at_temperature(site: Site, temperature: float) -> Intervention:
+    """The gradient at a pattern p with which the softmax's own backward is that of the softmax at a temperature.
+
+    With p' the pattern at the temperature, the scores are to get `p' (g - <p', g>)`; the softmax's backward makes that
+    of `(p' / p) (g - <p', g>)`, since its mean under p is 0.
+    """
+    kept: list[Tensor] = []
+
+    def keep(pattern: Tensor) -> Tensor:
+        sums = pattern.detach().sum(-1)
+        if bool(((sums > 0.02) & (sums < 0.98)).any()):  # rows of padding may be 0
+            raise UnsupportedError(
+                f"The rows of '{site}' do not sum to 1 (an attention sink takes the rest), so there is no softmax at "
+                "another temperature for them; use method 'eap' or 'eap-ig'."
+            )
+        kept[:] = [pattern.detach()]
+        return pattern
+
+    def edit(gradient: Tensor) -> Tensor:
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        pattern, own = kept[0].to(wide), gradient.to(wide)
+        softer = pattern ** (1 / temperature)
+        softer = softer / softer.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
+        ratio = torch.where(pattern > 0, softer / torch.where(pattern > 0, pattern, 1), 0)
+        return (ratio * (own - (softer * own).sum(-1, keepdim=True))).to(gradient.dtype)
+
+    return Intervention(site, value=keep, grad=edit)
 
 
 def _norm_edits(model: HookManager, layer: int, kept: _Kept) -> list[Intervention]:

@@ -17,14 +17,15 @@ from mechinterp.engines.readout import answer_logits
 from tests.support.hand_circuits import HAND, SHARP, induction
 from tests.support.truth_table import ANSWERS, ANY_METRIC, EFFECT, LEARNED, run
 
-RECOVER = ("exact", "acdc", "path-patching", "eap-ig", "eap-ig-activations", *LEARNED)
+RECOVER = ("exact", "acdc", "path-patching", "eap-ig", "eap-ig-activations", "ensemble", "gim", *LEARNED)
 ATTENDING = {
     "induction": {"input->a0.h0<v>", "a0.h0->a1.h0<k>", "input->a1.h0<q>"},
     "copy_head": {"input->a0.h0<k>"},
 }
 """The edges that act through where a sharp head attends."""
-SATURATED = ("eap", "relp", "cd-edges", "clean-corrupted")
-"""Gradients at the two ends only: there the softmax is flat, so what acts through it scores 0 but for rounding."""
+SATURATED = ("eap", "relp", "cd-edges", "clean-corrupted", "eap-gp")
+"""Gradients at the two ends, or on a path that stays near the first: there the softmax is flat, so what acts through
+it scores 0 but for rounding."""
 INDIRECT = {"induction": {"input->logits", "input->a1.h0<k>"}, "copy_head": {"input->logits"}}
 """`cd` scores all that a node gives, on whatever way: the input reaches these through the circuit's heads."""
 BLIND = ("information-flow", "information-flow, from the answer", "weight-magnitude", "random")
@@ -94,6 +95,7 @@ MISSED = {
     # (with 50 points only the query is missed).
     ("eap-ig", "hist"): {"a0.h0->m0", "embed->a0.h0<q>", "embed->a0.h0<k>"},
     ("eap-ig-activations", "hist"): {"embed->a0.h0<q>", "embed->a0.h0<k>"},
+    ("eap-gp", "hist"): {"a0.h0->m0", "embed->a0.h0<q>", "embed->a0.h0<k>"},
     ("clean-corrupted", "hist"): {"a0.h0->m0", "embed->a0.h0<q>", "embed->a0.h0<k>"},
 }
 

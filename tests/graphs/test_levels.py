@@ -146,7 +146,10 @@ def test_gradients_in_the_mask(name: str, kind: str) -> None:
     assert slope == pytest.approx(float(up - down) / (2 * step), rel=1e-5 if name in ALL_FLOAT64 else 2e-2, abs=1e-3)
 
 
-@pytest.mark.parametrize("method", ["exact", "eap-ig", "acdc", "random", "edge-pruning", "relp", "clean-corrupted"])
+@pytest.mark.parametrize(
+    "method",
+    ["exact", "eap-ig", "acdc", "random", "edge-pruning", "relp", "clean-corrupted", "ensemble", "gim", "eap-gp"],
+)
 def test_scores_do_not_depend_on_the_batch(method: str) -> None:
     model, examples = tiny("gpt2"), some()
     graph = build_graph(model, level="node", **KINDS["both"])

@@ -25,6 +25,7 @@ ANY_METRIC: Settings = {
     "acdc": ("acdc", {"tau": EFFECT}),
     "eap-ig": ("eap-ig", {"steps": 10}),
     "eap-ig-activations": ("eap-ig-activations", {"steps": 10}),
+    "eap-gp": ("eap-gp", {"steps": 10}),
     "clean-corrupted": ("clean-corrupted", {}),
     "information-flow": ("information-flow", {}),
     "information-flow, from the answer": ("information-flow", {"importance": "from-answer"}),
@@ -36,8 +37,10 @@ ANY_METRIC: Settings = {
 ANSWERS: Settings = {
     "eap": ("eap", {}),
     "relp": ("relp", {}),
+    "gim": ("gim", {}),
     "cd-edges": ("cd-edges", {}),
     "cd": ("cd", {}),
+    "ensemble": ("ensemble", {}),
     "path-patching": ("path-patching", {}),
 }
 
