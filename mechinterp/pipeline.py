@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mechinterp.base.errors import InputError, MechInterpError
-from mechinterp.base.plain_files import is_folder
+from mechinterp.base.plain_files import is_file, is_folder
 from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.base.settings import Parameter, unknown_setting
 from mechinterp.circuit_file.circuit_file import save_circuit
@@ -175,8 +175,13 @@ def output_path(spec: RunSpec) -> Path:
 
     Raises InputError if the folder cannot be made, before anything slow begins.
     """
-    folder = Path(spec.model)
-    model = folder.resolve().name if is_folder(folder) else spec.model.rpartition("/")[2].replace("@", "-")
+    given = Path(spec.model)
+    if is_folder(given):
+        model = given.resolve().name
+    elif is_file(given):
+        model = given.stem
+    else:
+        model = spec.model.rpartition("/")[2].replace("@", "-")
     path = spec.out / f"{'-'.join([stem(spec.task), model, spec.method])}{SUFFIX}"
     sidecar_name(path)
     try:

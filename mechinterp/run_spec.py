@@ -67,7 +67,7 @@ class RunSpec:
 
     Args:
         task: The name of a task, a task file (.yaml), or a file of pairs (.jsonl, .csv).
-        model: `bundled`, a directory, or a hub id (also `id@revision`).
+        model: `bundled`, a directory, a GGUF file, or a hub id (also `id@revision`).
         revision: Branch, tag or commit of a hub model.
         method: How edges are scored: a name in `METHODS`.
         metric: Task performance: a name in `METRICS`; by default the task's own.
@@ -96,7 +96,9 @@ class RunSpec:
     """
 
     task: str = field(metadata=option("The name of a task, or a file.", metavar="TASK|PAIRS_FILE", recorded=False))
-    model: str = field(default="bundled", metadata=option("'bundled', a directory, or a hub id (also id@revision)."))
+    model: str = field(
+        default="bundled", metadata=option("'bundled', a directory, a .gguf file, or a hub id (id@revision).")
+    )
     revision: str | None = field(default=None, metadata=option("Branch, tag or commit of a hub model."))
     method: str = field(default="eap-ig", metadata=option("How edges are scored: {names}.", kind="method"))
     metric: str | None = field(
