@@ -230,13 +230,13 @@ def examples_of(spec: RunSpec, model: HookManager) -> tuple[TaskRecord | FileTas
     if Path(spec.task).suffix.lower() in (".jsonl", ".csv"):
         return _file_examples(spec, model)
     task: Task = load_task(spec.task)
-    train = task.pairs(model, n=spec.examples, split="train", seed=spec.seed)
-    test = task.pairs(model, n=spec.test_examples, split="test", seed=spec.seed)
+    train = task.pairs(model, n=spec.examples, split="train", seed=spec.seed, prepend_bos=spec.bos)
+    test = task.pairs(model, n=spec.test_examples, split="test", seed=spec.seed, prepend_bos=spec.bos)
     return task_record(task, path=spec.task), train, test, task.metric
 
 
 def _file_examples(spec: RunSpec, model: HookManager) -> tuple[FileTaskRecord, Pairs, Pairs, str]:
-    pairs = load_pairs(spec.task, model)
+    pairs = load_pairs(spec.task, model, prepend_bos=spec.bos)
     source = pairs.source
     assert isinstance(source, FileSource)
     if len(pairs) < 4:

@@ -84,6 +84,7 @@ class RunSpec:
         examples: Train pairs, with which the circuit is discovered. Of a file of pairs these are the first.
         test_examples: Held-out pairs, on which it is evaluated. Of a file of pairs these are the next.
         seed: Seed of the pairs, the random circuits and the intervals.
+        bos: Whether prompts begin with the BOS token; by default as the tokenizer does it.
         dtype: The model's dtype; by default float32.
         device: The model's device; by default the CPU.
         batch_size: Pairs per forward; does not change the result.
@@ -149,6 +150,10 @@ class RunSpec:
         default=200, metadata=option("Held-out pairs.", least=2, most=MAX_EXAMPLES, default_of="examples")
     )
     seed: int = field(default=0, metadata=option("Seed of the pairs, the random circuits and the intervals.", least=0))
+    bos: bool | None = field(
+        default=None,
+        metadata=option("Whether prompts begin with the BOS token.  [default: as the tokenizer does it]"),
+    )
     dtype: str | None = field(default=None, metadata=option("float32, bfloat16, ...  [default: float32]"))
     device: str | None = field(default=None, metadata=option("cpu, cuda, cuda:1, mps.  [default: cpu]", recorded=False))
     batch_size: int = field(default=32, metadata=option("Pairs per forward; does not change the result.", least=1))
@@ -170,7 +175,7 @@ class RunSpec:
 
 COMPARE = (
     *("task", "methods", "model", "revision", "metric", "settings", "level", "positions", "neurons", "replacement"),
-    *("sizes", "examples", "seed", "dtype", "device", "batch_size", "out"),
+    *("sizes", "examples", "seed", "bos", "dtype", "device", "batch_size", "out"),
 )
 """The options of `discover-circuit compare` as `--help` shows them; all but `methods` and `sizes` are fields."""
 
