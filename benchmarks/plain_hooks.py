@@ -23,8 +23,8 @@ Writes = dict[str, Tensor]
 class PlainModel:
     """A model with its modules by role."""
 
-    def __init__(self, module: nn.Module, names: Modules, n_kv: int) -> None:
-        self.module, self.names, self.n_kv = module, names, n_kv
+    def __init__(self, module: nn.Module, names: Modules, n_kv: int, n_heads: int = N_HEADS) -> None:
+        self.module, self.names, self.n_kv, self.n_heads = module, names, n_kv, n_heads
         self.layers: list[Any] = list(module.get_submodule(names.layers))  # pyright: ignore[reportArgumentType]
         config: Any = module.config
         self.factor = float(getattr(config, names.residual)) if names.residual else 1.0
@@ -35,8 +35,8 @@ class PlainModel:
 
     def readers(self, layer: int) -> list[tuple[str, str, int]]:
         """(name, channel, head) of what a layer's attention reads."""
-        shared = "kv" if self.n_kv < N_HEADS else "h"
-        found = [(f"a{layer}.h{head}<q>", "q", head) for head in range(N_HEADS)]
+        shared = "kv" if self.n_kv < self.n_heads else "h"
+        found = [(f"a{layer}.h{head}<q>", "q", head) for head in range(self.n_heads)]
         return found + [(f"a{layer}.{shared}{head}<{c}>", c, head) for c in "kv" for head in range(self.n_kv)]
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -45,13 +45,13 @@ class PlainModel:
 
     def columns(self, channel: str, head: int, width: int) -> slice:
         """Which columns of its projection's output a head's q, k or v are."""
-        fused, n_kv = self.names.fused, self.n_kv
+        fused, n_kv, n_heads = self.names.fused, self.n_kv, self.n_heads
         if not fused:
-            d_head = width // (N_HEADS if channel == "q" else n_kv)
+            d_head = width // (n_heads if channel == "q" else n_kv)
             return slice(head * d_head, (head + 1) * d_head)
-        d_head = width // (N_HEADS + 2 * n_kv)
+        d_head = width // (n_heads + 2 * n_kv)
         if fused == "blocks":  # all of q, then all of k, then all of v
-            first = {"q": 0, "k": N_HEADS, "v": N_HEADS + n_kv}[channel] + head
+            first = {"q": 0, "k": n_heads, "v": n_heads + n_kv}[channel] + head
         else:  # head by head, in the order that the name says
             first = 3 * head + fused.index(channel)
         return slice(first * d_head, (first + 1) * d_head)
@@ -124,18 +124,18 @@ def run_plain(
     def write_heads(layer: int):
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             z = args[0].reshape(*shape, -1)
-            z = patch(f"z.{layer}", z.unflatten(-1, (N_HEADS, -1))).flatten(-2)
+            z = patch(f"z.{layer}", z.unflatten(-1, (model.n_heads, -1))).flatten(-2)
             nothing = bare(module, torch.zeros_like(z))
             total = bare(module, z)
             scale = torch.full_like(total, model.factor)
             if names.attention_post:
                 scale = bare(model.part(layer, names.attention_post), total) / total
-            d_head = z.shape[-1] // N_HEADS
-            for head in range(N_HEADS):
+            d_head = z.shape[-1] // model.n_heads
+            for head in range(model.n_heads):
                 own = torch.zeros_like(z)
                 own[..., head * d_head : (head + 1) * d_head] = z[..., head * d_head : (head + 1) * d_head]
                 writes[f"a{layer}.h{head}"] = (bare(module, own) - nothing) * scale
-            writes[f"z.{layer}"] = z.unflatten(-1, (N_HEADS, -1)).clone()
+            writes[f"z.{layer}"] = z.unflatten(-1, (model.n_heads, -1)).clone()
             return (z.reshape(args[0].shape), *args[1:])
 
         return hook

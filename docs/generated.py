@@ -133,10 +133,17 @@ def methods() -> str:
 def tasks() -> str:
     """The tasks of the package."""
     rows = [
-        (f"`{task.name}`", task.title, task.source, f"`{task.metric}`", ", ".join(f"`{p}`" for p in task.positions))
+        (
+            f"`{task.name}`",
+            task.title,
+            task.source,
+            f"`{task.metric}`",
+            ", ".join(f"`{p}`" for p in task.positions),
+            task.needs,
+        )
         for task in map(load_task, task_names())
     ]
-    return _table(("task", "what it is", "source", "metric", "positions"), rows)
+    return _table(("task", "what it is", "source", "metric", "positions", "what it needs of a tokenizer"), rows)
 
 
 def metrics() -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mechinterp.base.errors import InputError, MechInterpError, NoSmallCircuit, TaskNotDone
-from mechinterp.base.plain_files import is_folder
+from mechinterp.base.plain_files import is_file, is_folder
 from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.base.settings import Parameter, check_settings, unknown_setting
 from mechinterp.circuit_file.circuit_file import save_circuit
@@ -404,8 +404,14 @@ def output_path(spec: RunSpec) -> Path:
 
     Raises InputError if the folder cannot be made, before anything slow begins.
     """
-    spec, folder = resolved(spec), Path(spec.model)
-    model = folder.resolve().name if is_folder(folder) else spec.model.rpartition("/")[2].replace("@", "-")
+    spec = resolved(spec)
+    given = Path(spec.model)
+    if is_folder(given):
+        model = given.resolve().name
+    elif is_file(given):
+        model = given.stem
+    else:
+        model = spec.model.rpartition("/")[2].replace("@", "-")
     path = spec.out / f"{'-'.join([stem(spec.task), model, _method(spec)])}{SUFFIX}"
     sidecar_name(path)
     try:
@@ -455,7 +461,7 @@ def examples_of(spec: RunSpec, model: HookManager) -> Examples:
     if Path(spec.task).suffix.lower() in (".jsonl", ".csv"):
         return _file_examples(spec, model)
     task: Task = load_task(spec.task)
-    make = partial(task.pairs, model, seed=spec.seed)
+    make = partial(task.pairs, model, seed=spec.seed, prepend_bos=spec.bos)
     test = make(n=spec.test_examples, split="test")
     record, n = task_record(task, path=spec.task), spec.examples
     train = make(n=n, split="train")
@@ -470,7 +476,7 @@ def examples_of(spec: RunSpec, model: HookManager) -> Examples:
 
 def _file_examples(spec: RunSpec, model: HookManager) -> Examples:
     """Train, validation and test pairs of a file in thirds; with few pairs, the size is chosen by cross-fitting."""
-    pairs = load_pairs(spec.task, model)
+    pairs = load_pairs(spec.task, model, prepend_bos=spec.bos)
     source = pairs.source
     assert isinstance(source, FileSource)
     if len(pairs) < 4:

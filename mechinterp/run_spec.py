@@ -76,7 +76,7 @@ class RunSpec:
 
     Args:
         task: The name of a task, a task file (.yaml), or a file of pairs (.jsonl, .csv).
-        model: `bundled`, a directory, or a hub id (also `id@revision`).
+        model: `bundled`, a directory, a GGUF file, or a hub id (also `id@revision`).
         revision: Branch, tag or commit of a hub model.
         method: How edges are scored: a name in `METHODS`; by default what `effort` says.
         effort: Which method runs by default, and how long: `quick`, `standard` or `thorough`.
@@ -99,6 +99,7 @@ class RunSpec:
         anyway: Go on although the model does not do the task.
         curve: Whether to measure faithfulness at small sizes, too; without, only those that decide the size.
         seed: Seed of the pairs, the random circuits and the intervals.
+        bos: Whether prompts begin with the BOS token; by default as the tokenizer does it.
         dtype: The model's dtype; by default float32.
         device: The model's device; by default the CPU.
         batch_size: Pairs per forward; does not change the result.
@@ -111,7 +112,9 @@ class RunSpec:
     """
 
     task: str = field(metadata=option("The name of a task, or a file.", metavar="TASK|PAIRS_FILE", recorded=False))
-    model: str = field(default="bundled", metadata=option("'bundled', a directory, or a hub id (also id@revision)."))
+    model: str = field(
+        default="bundled", metadata=option("'bundled', a directory, a .gguf file, or a hub id (id@revision).")
+    )
     revision: str | None = field(default=None, metadata=option("Branch, tag or commit of a hub model."))
     method: str | None = field(
         default=None, metadata=option("How edges are scored: {names}.  [default: mattr; see --effort]", kind="method")
@@ -176,6 +179,10 @@ class RunSpec:
         default=200, metadata=option("Held-out pairs.", least=2, most=MAX_EXAMPLES, default_of="examples")
     )
     seed: int = field(default=0, metadata=option("Seed of the pairs, the random circuits and the intervals.", least=0))
+    bos: bool | None = field(
+        default=None,
+        metadata=option("Whether prompts begin with the BOS token.  [default: as the tokenizer does it]"),
+    )
     dtype: str | None = field(default=None, metadata=option("float32, bfloat16, ...  [default: float32]"))
     device: str | None = field(default=None, metadata=option("cpu, cuda, cuda:1, mps.  [default: cpu]", recorded=False))
     batch_size: int = field(default=32, metadata=option("Pairs per forward; does not change the result.", least=1))
@@ -219,7 +226,7 @@ def resolved(spec: RunSpec) -> RunSpec:
 
 COMPARE = (
     *("task", "methods", "model", "revision", "metric", "settings", "level", "positions", "neurons", "replacement"),
-    *("sizes", "examples", "seed", "dtype", "device", "batch_size", "anyway", "out"),
+    *("sizes", "examples", "seed", "bos", "dtype", "device", "batch_size", "anyway", "out"),
 )
 """The options of `discover-circuit compare` as `--help` shows them; all but `methods` and `sizes` are fields."""
 

@@ -137,6 +137,21 @@ def test_a_file_of_pairs(spec: RunSpec, folder: Path) -> None:
         path.write_text(text, "utf-8")
 
 
+def test_bos_is_chosen_by_the_spec_and_kept_in_the_file(spec: RunSpec) -> None:
+    model = mi.load_model(spec.model)
+    default = model.tokenizer("a")["input_ids"][0] == model.tokenizer.bos_token_id
+    for bos in (None, True, False):
+        for pairs in pipeline.examples_of(replace(spec, bos=bos), model)[1:3]:
+            first = pairs.clean[:, 0] == model.tokenizer.bos_token_id
+            assert bool(first.all() if (default if bos is None else bos) else not first.any())
+    found = discover(replace(spec, bos=not default, roles=False, edges=20))
+    stated = found.document.tokenizer
+    assert stated is not None and stated.prepend_bos is not default
+    assert mi.verify(found.path).ok
+    again = mi.reevaluate(found.path, examples=10)  # on the file's own task: the same pairs
+    assert again.evaluation.faithfulness == pytest.approx(found.evaluation.faithfulness, rel=1e-5)
+
+
 def test_pairs_without_answers_are_measured_by_kl(spec: RunSpec, tmp_path: Path) -> None:
     path = tmp_path / "ids.jsonl"
     rows = torch.randint(2, 100, (8, 2, 6), generator=torch.Generator().manual_seed(0)).tolist()

@@ -19,7 +19,8 @@ from mechinterp.base.batches import batches
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.logit_directions import DirectionLike, logit_direction
-from mechinterp.engines.logit_parts import LogitMap, Refined, input_split, logit_map, logit_parts, read_values
+from mechinterp.engines.logit_parts import LogitMap, Refined, logit_map, logit_parts, read_values
+from mechinterp.graphs.graph import check_input_split
 from mechinterp.models.components import Position, Positions, PositionSets, as_pairs, position_index, position_sets
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node
@@ -39,7 +40,7 @@ def direct_logit_attribution(
 ) -> Grid:
     """A Grid (node, example) in logits: how much every part of the model adds to the logit of a direction.
 
-    The parts are `embed` and `pos_embed` (or `input`, where their sum is not the input of the first layer), every head
+    The parts have the names of the graph's nodes: `input` (what enters the first layer), every head
     (`a0.h0`), every MLP (`m0`), and every bias that is not 0 (`a0.bias`: the output bias of an attention layer,
     `final_norm.bias`, `unembed.bias`). Their sum over `node` is the logit. The sign is that of the direction: for
     `answers`, positive = toward the right answers.
@@ -51,7 +52,8 @@ def direct_logit_attribution(
             example), a pair of these (difference), or float weights `[d_vocab]` or `[batch, d_vocab]`.
         position: Where it is read; by default the answer positions (their mean where an example has several).
         prompt: Which prompts of the pairs are read: `clean` or `corrupt`.
-        refine: Nodes to split further: an MLP (`m3`) into its neurons (`m3.n17`) and `m3.bias`; a head (`a9.h9`) into
+        refine: Nodes to split further: `input` into `embed` and `pos_embed`, as `build_graph(split_input=True)` does;
+            an MLP (`m3`) into its neurons (`m3.n17`) and `m3.bias`; a head (`a9.h9`) into
             the positions it attends to (`a9.h9@4`), through the pattern and OV: pattern * v W_O, with the v of the
             shared KV head where there is one. `group_parts` sums parts.
         source_positions: Those positions: `each` (NaN where an example has no such position) or named positions and
@@ -94,13 +96,12 @@ def direct_logit_attribution(
     sources = _sources(pairs, source_positions) if refined.heads else None
     labels: list[str] = []
     columns: list[Tensor] = []
-    error, split = 0.0, ""
+    error = 0.0
     for rows, chunk in batches(pairs, batch_size):
         read = read_values(model, chunk, chunk.clean if prompt == "clean" else chunk.corrupt, at[rows], refined)
-        split = split or input_split(read, model.dtype)
         to_logit = logit_map(model, read, chosen.rows(rows), at[rows])
         attended = sources and PositionSets(sources.labels, sources.masks[:, rows])
-        blocks = list(logit_parts(model, read, to_logit, refined, attended, split))
+        blocks = list(logit_parts(model, read, to_logit, refined, attended))
         labels = [label for names, _ in blocks for label in names]
         values = torch.cat([block for _, block in blocks])
         error = max(error, _check_sum(model, values, to_logit, read))
@@ -163,10 +164,16 @@ def _refined(model: HookManager, names: Sequence[str]) -> Refined:
     if isinstance(names, str):
         raise InputError(f"`refine` takes several nodes; write a list, as in refine=[{names!r}].")
     dims, mlps, heads = model.dims, set[int](), dict[int, list[int]]()
+    if "input" in names:
+        check_input_split(model)
     for name in names:
+        if name == "input":
+            continue
         node = Node.parse(name)
         if node.kind not in ("head", "mlp"):
-            raise InputError(f"Only heads and MLPs can be refined, as in refine=['a9.h9', 'm3']; got {name!r}.")
+            raise InputError(
+                f"Only heads, MLPs and the input can be refined, as in refine=['a9.h9', 'm3', 'input']; got {name!r}."
+            )
         if node.layer >= dims.n_layers or node.head >= dims.n_heads or (node.kind == "mlp" and not dims.has_mlp):
             shape = f"{dims.n_layers} layers of {dims.n_heads} heads" + ("" if dims.has_mlp else " and no MLPs")
             raise InputError(f"Node {name!r} does not exist: the model has {shape}.")
@@ -175,7 +182,7 @@ def _refined(model: HookManager, names: Sequence[str]) -> Refined:
             mlps.add(node.layer)
         elif node.head not in heads.setdefault(node.layer, []):
             heads[node.layer].append(node.head)
-    return Refined(frozenset(mlps), {layer: tuple(found) for layer, found in heads.items()})
+    return Refined(frozenset(mlps), {layer: tuple(found) for layer, found in heads.items()}, "input" in names)
 
 
 def _sources(pairs: Pairs, positions: Positions) -> PositionSets:

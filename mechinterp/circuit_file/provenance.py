@@ -7,6 +7,7 @@ import json
 import platform
 from dataclasses import asdict
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from mechinterp.circuit_file.schema import DimsRecord, ModelRecord, Provenance, TokenizerRecord
@@ -43,8 +44,9 @@ def model_record(model: HookManager) -> ModelRecord:
     info = model.info
     return ModelRecord.model_validate(
         {
-            "name": info.name,
+            "name": Path(info.name).name if info.file and Path(info.name).is_absolute() else info.name,
             "origin": info.origin,
+            "file": info.file and {"sha256": info.file.sha256, "types": info.file.types},
             "revision": info.revision,
             "weights_sha256": info.weights_sha256(),
             "architecture": info.architecture,

@@ -159,7 +159,8 @@ def _pairs(document: CircuitFile, task: str | None, model: HookManager, n: int, 
         metric = document.evaluation[0].metric.name if document.evaluation else "logit_diff"
         if isinstance(document.task, TaskRecord):
             own = task_of(document.task)
-            return own.name, own.pairs(model, n=n, split="test", seed=seed), metric
+            bos = document.tokenizer and document.tokenizer.prepend_bos  # as in the pairs that the file is about
+            return own.name, own.pairs(model, n=n, split="test", seed=seed, prepend_bos=bos), metric
         if not document.evaluation:
             raise InputError("The file has no task and no evaluation; say what to evaluate it on: --task.")
         name = document.evaluation[0].pairs

@@ -38,6 +38,7 @@ SCORE_SIGN = "positive = the edge helps the task"
 
 Text = Annotated[str, Field(max_length=10_000)]
 Label = Annotated[str, Field(min_length=1, max_length=1000)]
+GgmlType = Annotated[str, Field(pattern=r"^[A-Z0-9_]{1,20}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
 Small = Annotated[int, Field(strict=True, ge=1, le=2**31)]
@@ -109,11 +110,21 @@ class DimsRecord(Strict):
             raise ValueError(f"a graph of {writers} writers and {readers} readers is larger than this version reads")
 
 
+class ModelFileRecord(Strict):
+    """The one file that a model was opened from: a GGUF file."""
+
+    sha256: Sha256
+    types: Annotated[tuple[GgmlType, ...], Field(min_length=1, max_length=50)]
+    """How its weights are stored, the type of most of them first; they were dequantised to the model's dtype."""
+
+
 class ModelRecord(Strict):
     """The model that the circuit is of. `name` is what `load_model` takes (a label when origin is memory)."""
 
     name: Label
-    origin: Literal["bundled", "directory", "hub", "memory"]
+    origin: Literal["bundled", "directory", "file", "hub", "memory"]
+    file: ModelFileRecord | None = None
+    """Which file, if origin is file; the name is its path, or the last part of an absolute one."""
     revision: Label | None = None
     weights_sha256: Sha256 | None = None
     """Of the weights as they were loaded; null only in a published circuit that was never run here."""
@@ -123,6 +134,12 @@ class ModelRecord(Strict):
     dtype: Literal["float64", "float32", "bfloat16", "float16"]
     attention: Label = "eager"
     loader: Label
+
+    @model_validator(mode="after")
+    def _file_is_stated(self) -> ModelRecord:
+        if (self.origin == "file") != (self.file is not None):
+            raise ValueError("`file` is stated if, and only if, the origin is file")
+        return self
 
 
 class TokenizerRecord(Strict):

@@ -275,6 +275,7 @@ def _do_list() -> int:
     models = {
         "bundled": "a small GPT-2 that comes with the package; no network needed",
         "./directory": "a folder written by save_pretrained",
+        "./model.gguf": "a GGUF file, such as a quantised model of llama.cpp",
         "org/name@revision": "a model of the Hugging Face hub, such as gpt2",
     }
     for kind, about in (

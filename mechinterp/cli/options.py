@@ -99,7 +99,8 @@ def _parameter(field: Declared) -> inspect.Parameter:
     if default is MISSING:
         annotation = Annotated[hint, typer.Argument(**common)]
         return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
-    flag = f"{field.flag}/--no-{field.name}" if hint is bool and default else field.flag
+    switch = hint == bool | None or (hint is bool and default)
+    flag = f"{field.flag}/--no-{field.name}" if switch else field.flag
     if hint is Path:
         common |= {"file_okay": False, "writable": True}
     annotation = Annotated[hint, typer.Option(flag, min=option.least, max=option.most, **common)]

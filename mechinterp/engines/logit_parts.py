@@ -31,10 +31,11 @@ Read: TypeAlias = "dict[str, Tensor]"
 
 @dataclass(frozen=True)
 class Refined:
-    """What is split further: the layers whose MLP is, and the heads of each layer."""
+    """What is split further: the layers whose MLP is, the heads of each layer, and whether the input is."""
 
     mlps: frozenset[int]
     heads: Mapping[int, tuple[int, ...]]
+    input: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def read_values(model: HookManager, pairs: Pairs, tokens: Tensor, at: Tensor, re
 
         return Intervention(site, note)
 
-    sites = [site for kind in ("embed", "pos_embed", "resid_final") if model.has(site := Site(kind))]
-    sites.append(Site("resid_pre", 0))
+    inputs = [Site("embed"), Site("pos_embed")] if refined.input else [Site("resid_pre", 0)]
+    sites = [*inputs, Site("resid_final")]
     for layer in range(model.dims.n_layers):
         kinds = ["z"] + ["mlp_out"] * (model.dims.has_mlp and layer not in refined.mlps)
         kinds += ["v", "pattern"] if layer in refined.heads else []
@@ -92,17 +93,6 @@ def read_values(model: HookManager, pairs: Pairs, tokens: Tensor, at: Tensor, re
     stop = Site("resid_final")
     model.run(tokens, pairs.mask, interventions=[keep(site) for site in sites], stop=stop)
     return found
-
-
-def input_split(read: Read, dtype: torch.dtype) -> str:
-    """`split` if embed + pos_embed enter the first layer, `embed` if the embedding alone does, else `input`."""
-    total, rtol = read["resid_pre.0"], max(1e-4, 4 * torch.finfo(dtype).eps)
-    for name, parts in (("split", ("embed", "pos_embed")), ("embed", ("embed",))):
-        if all(part in read for part in parts):
-            made = sum((read[part] for part in parts[1:]), read[parts[0]])
-            if torch.allclose(made, total, rtol=rtol, atol=rtol / 10):
-                return name
-    return "input"
 
 
 def logit_map(model: HookManager, read: Read, direction: Direction, at: Tensor) -> LogitMap:
@@ -131,11 +121,9 @@ def logit_parts(
     to_logit: LogitMap,
     refined: Refined,
     sources: PositionSets | None,
-    split: str,
 ) -> Iterator[Block]:
     """Every part, in the order in which the model computes them."""
-    inputs = {"split": ["embed", "pos_embed"], "embed": ["embed"], "input": ["input"]}[split]
-    for name in inputs:
+    for name in ("embed", "pos_embed") if refined.input else ("input",):
         yield [name], to_logit.of(read["resid_pre.0" if name == "input" else name])[None]
     for layer in range(model.dims.n_layers):
         yield from _attention_parts(model, layer, read, to_logit, refined.heads.get(layer, ()), sources)

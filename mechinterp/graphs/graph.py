@@ -259,7 +259,7 @@ def build_graph(
         neurons: Neurons, by layer, that are writers of their own, apart from their MLP; see `top_neurons`.
     """
     if split_input:
-        _check_split(model)
+        check_input_split(model)
     chosen: list[tuple[int, ...]] = []
     if neurons:
         for layer in sorted(set(neurons)):
@@ -365,18 +365,17 @@ def _check_size(dims: Dims, n_positions: int, n_neurons: int) -> None:
         )
 
 
-def _check_split(model: HookManager) -> None:
+def check_input_split(model: HookManager) -> None:
+    """Return None if the input of the first layer is embed + pos_embed. Raises UnsupportedError otherwise."""
     sites = [Site("embed"), Site("pos_embed")]
     for site in sites:
         if not model.has(site):
-            raise UnsupportedError(
-                f"{model.info.architecture} has no '{site}' to split off; build the graph with one `input`."
-            )
+            raise UnsupportedError(f"{model.info.architecture} has no '{site}' to split off; keep it as one `input`.")
     tokens = torch.arange(min(model.dims.d_vocab, model.dims.n_ctx, 8), device=model.device)[None]
     values = model.run(tokens, record=[*sites, Site("resid_pre", 0)]).values
     total = values[sites[0]] + values[sites[1]]
     if not torch.allclose(total, values[Site("resid_pre", 0)], rtol=1e-4, atol=1e-5):
         raise UnsupportedError(
-            f"In {model.info.architecture} embed + pos_embed is not what enters the first layer; build the graph "
-            "with one `input`."
+            f"In {model.info.architecture} embed + pos_embed is not what enters the first layer; keep it as one "
+            "`input`."
         )

@@ -403,8 +403,9 @@ def load_model(
     """The HookManager of a model, after checking its sites and its maps on a short prompt.
 
     Args:
-        spec: `bundled`, a local directory (from `save_pretrained`), a hub id with an optional `@revision`, or a model
-            in memory: a Hugging Face module (it is copied) or a TransformerBridge (it is used as it is, and every run
+        spec: `bundled`, a local directory (from `save_pretrained`), a `.gguf` file (its weights are dequantised to
+            `dtype`; `pip install 'mechinterp-circuits[gguf]'`), a hub id with an optional `@revision`, or a model in
+            memory: a Hugging Face module (it is copied) or a TransformerBridge (it is used as it is, and every run
             leaves it unchanged). A HookManager is returned as it is.
         revision: The branch, tag or commit of a hub id.
         dtype: The dtype to compute in, as a torch dtype or its name; by default float32 for files, and the model's

@@ -1,4 +1,4 @@
-"""Opens a model from the package, a directory, the hub or memory, as a TransformerBridge with its identity."""
+"""Opens a model from the package, a directory, a file, the hub or memory, as a TransformerBridge with its identity."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mechinterp.base.errors import InputError, ModelNotAvailable, UnsupportedError, clip
-from mechinterp.base.plain_files import exists, is_folder
+from mechinterp.base.plain_files import exists, is_file, is_folder
 from mechinterp.models.foreign_hooks import notes_on_hooks
+from mechinterp.models.gguf_model import is_gguf_name, load_gguf
 from mechinterp.models.refusal import reason, refusing
 from mechinterp.models.source import ModelInfo
 
@@ -64,8 +65,8 @@ def open_model(
             opened = _bridge(module, name, None, "memory", tokenizer)
             return replace(opened, info=replace(opened.info, notes=notes))
     raise InputError(
-        f"Cannot load a model from {type(spec).__name__}; give 'bundled', a directory, a hub id, a Hugging Face model "
-        "or a TransformerBridge."
+        f"Cannot load a model from {type(spec).__name__}; give 'bundled', a directory, a .gguf file, a hub id, "
+        "a Hugging Face model or a TransformerBridge."
     )
 
 
@@ -115,6 +116,8 @@ def open_encoder(
     dtype, device = parse_dtype(dtype), parse_device(device)
     if isinstance(spec, (str, os.PathLike)):
         where, label, revision, origin = _named(os.fspath(spec), revision)
+        if origin == "file":
+            raise InputError(f"An encoder cannot be opened from a GGUF file ({clip(where, 200)}); give a directory.")
         module, tokenizer = _from_pretrained(
             where, origin, revision, dtype, tokenizer, trust_remote_code, _auto_class(where, origin, revision)
         )
@@ -155,8 +158,14 @@ def _named(spec: str, revision: str | None) -> tuple[str, str, str | None, str]:
         origin = "bundled"
     elif is_folder(path):
         origin = "directory"
+    elif is_gguf_name(spec) and is_file(path):
+        origin = "file"
+    elif is_gguf_name(spec) and "@" not in spec:
+        raise ModelNotAvailable(f"There is no GGUF file {clip(spec, 200)!r}.")
     elif exists(path) or len(spec) > MAX_NAME or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
-        raise InputError(f"There is no model directory {clip(spec, 200)!r}; give a folder made by save_pretrained.")
+        raise InputError(
+            f"There is no model directory {clip(spec, 200)!r}; give a folder made by save_pretrained, or a .gguf file."
+        )
     else:
         origin = "hub"
     if origin != "hub" and revision is not None:
@@ -178,6 +187,11 @@ def _open_named(
     trust_remote_code: bool,
 ) -> Opened:
     where, label, revision, origin = _named(spec, revision)
+    if origin == "file":
+        module, report, tokenizer, file = load_gguf(Path(where), dtype or torch.float32, tokenizer)
+        _check_report(where, module, report)
+        opened = _bridge(module.to(device=device), label, None, origin, tokenizer)
+        return replace(opened, info=replace(opened.info, file=file))
     module, tokenizer = _from_pretrained(where, origin, revision, dtype, tokenizer, trust_remote_code)
     commit = getattr(module.config, "_commit_hash", None) if origin == "hub" else None
     return _bridge(module.to(device=device), label, commit or revision, origin, tokenizer)
@@ -216,6 +230,17 @@ def _from_pretrained(
         kind = ModelNotAvailable if origin == "hub" and _out_of_reach(error) else InputError
         raise kind(f"Cannot load the model {where!r} from {origin}: {reason(error)}.") from error
     module, report = loaded
+    _check_report(where, module, report)
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(where, **keywords)
+        except Exception as error:  # a damaged tokenizer raises anything; the model works without it
+            logger.warning("No tokenizer in %s (%s); prompts must be given as token ids.", where, type(error).__name__)
+    return module, tokenizer
+
+
+def _check_report(where: str, module: nn.Module, report: Mapping[str, Any]) -> None:
+    """Raises InputError if weights are missing or have other shapes, by what transformers reports."""
     mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
     if mismatched:
         raise InputError(
@@ -230,12 +255,6 @@ def _from_pretrained(
             f"The checkpoint {where!r} lacks weights that the model needs ({_some(missing)}); they would be random. "
             "Give a complete checkpoint."
         )
-    if tokenizer is None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(where, **keywords)
-        except Exception as error:  # a damaged tokenizer raises anything; the model works without it
-            logger.warning("No tokenizer in %s (%s); prompts must be given as token ids.", where, type(error).__name__)
-    return module, tokenizer
 
 
 def _out_of_reach(error: BaseException | None) -> bool:

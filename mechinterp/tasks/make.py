@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
+from weakref import WeakKeyDictionary
 
 from mechinterp.base.errors import InputError
 from mechinterp.base.registry import unknown
@@ -18,11 +20,16 @@ from mechinterp.tasks.spec import Answer, NumberAnswers, TaskSpec, Template
 from mechinterp.tasks.split import split_of
 from mechinterp.tasks.template import Draft, fill, prompt, replacements, with_parts
 from mechinterp.tasks.tokenization import Encoder, encoder_of
-from mechinterp.tasks.vocabulary import Vocabulary, usable_words
+from mechinterp.tasks.vocabulary import Vocabulary, needs_of, usable_words
+
+log = logging.getLogger(__name__)
 
 MAX_EXAMPLES = 1_000_000
 MAX_TRIES = 1000
 SPLITS = ("train", "test")
+
+_SAID: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+"""The tasks (digests) of which each tokenizer's usable words were logged; only what is logged depends on it."""
 
 Writer: TypeAlias = Callable[[Draw], Draft | None]
 """Draws one example; None if the drawn words do not allow one (no year is later than 99)."""
@@ -63,6 +70,7 @@ def make_pairs(wanted: Request, model_or_tokenizer: Any, prepend_bos: bool | Non
         raise InputError(f"n must be between 2 and {MAX_EXAMPLES} examples; got {n}.")
     encoder = encoder_of(model_or_tokenizer, prepend_bos)
     vocabulary = usable_words(spec, wanted.lists, encoder)
+    _say_once(wanted, vocabulary, encoder)
     writers = _writers(spec, split, vocabulary, f"{seed}/{split}")
     dropped: dict[Dropped, None] = dict.fromkeys(vocabulary.dropped)
     rows: list[_Row] = []
@@ -90,6 +98,22 @@ def make_pairs(wanted: Request, model_or_tokenizer: Any, prepend_bos: bool | Non
     pairs = _assemble(rows[wanted.skip :], source, Report(tuple(dropped)))
     check_against(pairs, model_or_tokenizer)
     return pairs
+
+
+def _say_once(wanted: Request, vocabulary: Vocabulary, encoder: Encoder) -> None:
+    """Logs what the task needs of a tokenizer and how many words this one cannot use, once for each tokenizer."""
+    said = _SAID.setdefault(encoder.tokenizer, set())
+    if wanted.digest in said:
+        return
+    said.add(wanted.digest)
+    total, left_out = sum(map(len, wanted.lists.values())), {entry.what: entry for entry in vocabulary.dropped}
+    needs = f"task {wanted.spec.name} needs {needs_of(wanted.spec)}"
+    if not left_out:
+        log.info("%s; this tokenizer can use all %d words", needs, total)
+        return
+    first = next(iter(left_out.values()))
+    example = f"{first.what}: {first.why}"
+    log.warning("%s; %d of %d are left out with this tokenizer (%s)", needs, len(left_out), total, example)
 
 
 def check_against(pairs: Pairs, model_or_tokenizer: Any) -> None:

@@ -17,6 +17,7 @@ from mechinterp.base.registry import unknown
 from mechinterp.tasks.check import check_task, lists_used
 from mechinterp.tasks.schema import MAX_BYTES, checked, parse_yaml
 from mechinterp.tasks.spec import TaskSpec
+from mechinterp.tasks.vocabulary import UnusableWords, needs_of, usable_words
 
 if TYPE_CHECKING:
     from mechinterp.tasks.pairs import Pairs
@@ -70,6 +71,15 @@ class Task:
         """The names of the positions that every pair of the task has."""
         return self.spec.positions
 
+    @property
+    def needs(self) -> str:
+        """What the task needs of a tokenizer, in words.
+
+        >>> load_task("greater_than_digits").needs
+        'words of one token (digits, nouns) and words split into tokens of 1 + 1 + 1 + 1 characters (years_by_digit)'
+        """
+        return needs_of(self.spec)
+
     def digest(self) -> str:
         """SHA-256 (hex) of everything that determines the pairs: the task and the lists it draws from.
 
@@ -98,7 +108,7 @@ class Task:
         The same task, tokenizer, split and seed give the same examples on every machine; a smaller `n` gives the
         first of them. Templates and word orders alternate, so that all are equally frequent. No example of `train`
         shares its template or its pair of words with one of `test`. `Pairs.report` lists the words that the tokenizer
-        could not use.
+        could not use; their number is logged, once for each tokenizer.
 
         Args:
             model: A model with a tokenizer, or a Hugging Face tokenizer.
@@ -117,7 +127,13 @@ class Task:
         from mechinterp.tasks.make import Request, make_pairs
 
         wanted = Request(self.spec, self.lists, self.digest(), split, n, seed, skip)
-        return make_pairs(wanted, model, prepend_bos)
+        try:
+            return make_pairs(wanted, model, prepend_bos)
+        except UnusableWords as error:
+            siblings = [name for name in task_names() if name.startswith(f"{self.name}_") and can_use(name, model)]
+            if not siblings:
+                raise
+            raise UnusableWords(f"{error} This tokenizer can use the task {siblings[0]!r}.") from error
 
     def row_templates(self, split: str, seed: int, n: int) -> tuple[str, ...]:
         """The template of each of the first `n` examples that `pairs` makes with this split and seed."""
@@ -129,6 +145,18 @@ class Task:
 def task_names() -> tuple[str, ...]:
     """The names of the tasks in the package, sorted."""
     return tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml") if path != _WORDS))
+
+
+def can_use(name: str, model: Any) -> bool:
+    """Whether a model's tokenizer has enough words for a task of the package."""
+    from mechinterp.tasks.tokenization import encoder_of
+
+    task = load_task(name)
+    try:
+        usable_words(task.spec, task.lists, encoder_of(model, False))
+    except UnusableWords:
+        return False
+    return True
 
 
 def load_task(name_or_path: str | Path) -> Task:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,9 @@ from mechinterp.tasks.spec import NumberAnswers, TaskSpec
 from mechinterp.tasks.template import fill, occurrence, slots_in, with_parts
 from mechinterp.tasks.tokenization import Encoder
 
-log = logging.getLogger(__name__)
+
+class UnusableWords(InputError):
+    """A tokenizer can use too few words of a task."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class Vocabulary:
 def usable_words(spec: TaskSpec, lists: Mapping[str, Sequence[str]], encoder: Encoder) -> Vocabulary:
     """The words of each slot that are one token (or one token per part) wherever the task uses them.
 
-    Raises InputError when fewer words are left for a slot than one example draws.
+    A space before a word that is taken in parts may be a token of its own (" 1732" as " ", "1", "7", "3", "2").
+
+    Raises UnusableWords when fewer words are left for a slot than one example draws.
     """
     needed = _needed(spec)
     words: dict[tuple[str, str], tuple[str, ...]] = {}
@@ -41,25 +44,32 @@ def usable_words(spec: TaskSpec, lists: Mapping[str, Sequence[str]], encoder: En
     spaces = _spaces(spec)
     for (slot, name), count in needed.items():
         uses = {word: list(_uses(spec, slot, spaces, word)) for word in lists[name]}
-        reasons = _reasons(uses, encoder)
+        reasons = _reasons(uses, encoder, any(part.slot == slot for part in spec.parts.values()))
         kept = tuple(word for word in lists[name] if word not in reasons)
         dropped |= {Dropped(f"word {word!r} of the list {name!r}", why): None for word, why in reasons.items()}
         if len(kept) < count:
             word, why = next(iter(reasons.items()), ("", ""))
-            raise InputError(
+            raise UnusableWords(
                 f"Task {spec.name!r}: an example needs {count} words of the list {name!r}; this tokenizer "
                 f"can use {len(kept)} of its {len(lists[name])} ({word!r}: {why}). Use another model, "
                 "or a task with other words."
             )
         words[slot, name] = kept
-    if dropped:
-        log.warning(
-            "task %s: %d words are not one token for this tokenizer and were dropped: %s",
-            spec.name,
-            len(dropped),
-            ", ".join(entry.what for entry in list(dropped)[:10]) + (" ..." if len(dropped) > 10 else ""),
-        )
     return Vocabulary(words, tuple(dropped))
+
+
+def needs_of(spec: TaskSpec) -> str:
+    """What a task needs of a tokenizer, in words: `words of one token (names, objects, places)`."""
+    whole, in_parts = set[str](), dict[str, set[str]]()
+    for slot, name in _needed(spec):
+        cuts = sorted(part.characters for part in spec.parts.values() if part.slot == slot)
+        if cuts:
+            in_parts.setdefault(" + ".join(str(stop - start) for start, stop in cuts), set()).add(name)
+        else:
+            whole.add(name)
+    needs = [f"words of one token ({', '.join(sorted(whole))})"] if whole else []
+    needs += [f"words split into tokens of {cut} characters ({', '.join(sorted(n))})" for cut, n in in_parts.items()]
+    return " and ".join(needs)
 
 
 def _needed(spec: TaskSpec) -> dict[tuple[str, str], int]:
@@ -121,13 +131,15 @@ def _spaces(spec: TaskSpec) -> dict[str, list[str]]:
     return {slot: sorted(spaces) for slot, spaces in found.items()}
 
 
-def _reasons(uses: Mapping[str, Sequence[tuple[str, tuple[str, ...]]]], encoder: Encoder) -> dict[str, str]:
-    """word -> the reason, for words that cannot be used."""
+def _reasons(
+    uses: Mapping[str, Sequence[tuple[str, tuple[str, ...]]]], encoder: Encoder, in_parts: bool
+) -> dict[str, str]:
+    """word -> the reason, for words that cannot be used; words `in_parts` may have a space as a token before them."""
     flat = [(word, text, wanted) for word, texts in uses.items() for text, wanted in texts]
     reasons: dict[str, str] = {}
     for (word, text, wanted), (ids, got) in zip(flat, encoder.pieces([text for _, text, _ in flat]), strict=True):
         if encoder.unknown(ids):
             reasons.setdefault(word, "not in the vocabulary")
-        elif got != wanted:
+        elif got != wanted and not (in_parts and got == ("", *wanted)):
             reasons.setdefault(word, f"{len(ids)} tokens as {text!r}, not {len(wanted)}")
     return reasons

@@ -90,7 +90,7 @@ def test_parts_sum_on_processed_weights_to_the_same_difference(name: str):
 def test_on_folded_weights_the_numbers_are_transformer_lenss():
     given, bridge = pairs(4), build("gpt2", dtype=torch.float32).bridge
     bridge.enable_compatibility_mode()
-    parts = direct_logit_attribution(load_model(bridge), given)
+    parts = direct_logit_attribution(load_model(bridge), given, refine=["input"])
     assert given.right is not None and given.wrong is not None
     with torch.no_grad():
         _, cache = bridge.run_with_cache(given.clean)
@@ -141,7 +141,7 @@ def test_each_write_alone_is_what_it_takes_away_behind_the_frozen_norm(name: str
 def test_without_a_norm_a_part_is_the_direct_effect_of_removing_it_exactly():
     model, given = tiny("no-norm"), pairs(4, padded=True)
     graph = build_graph(model, split_input=True)
-    parts = direct_logit_attribution(model, given)
+    parts = direct_logit_attribution(model, given, refine=["input"])
     nothing = torch.zeros(graph.possible.shape, dtype=torch.bool)
     cuts = torch.stack([nothing, *(graph.mask_of(f"{writer}->logits") for writer in graph.writers)])
     values = run_edges(model, graph, given, cuts, replacement=build_replacement("zero", model, graph))
@@ -318,6 +318,8 @@ def test_interventions_are_seen_and_a_leak_is_refused():
     noise = Intervention("resid_pre.0", lambda value: value + 0.1)
     with model.intervene(noise):
         assert direct_logit_attribution(model, given).labels["node"][0] == "input"
+        with pytest.raises(UnsupportedError, match="is not what enters the first layer"):
+            direct_logit_attribution(model, given, refine=["input"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -325,7 +327,7 @@ def test_half_precision_is_read_in_float32(dtype: torch.dtype):
     model = build("gpt2", dtype=dtype)
     parts = direct_logit_attribution(model, pairs(3), refine=["a0.h0", "m1"])
     assert parts.values.dtype == torch.float32
-    assert parts.labels["node"][:2] == ("embed", "pos_embed")
+    assert parts.labels["node"][:2] == ("input", "a0.h0@0")
     exact = direct_logit_attribution(build("gpt2", dtype=torch.float32), pairs(3), refine=["a0.h0", "m1"])
     size = float(exact.values.abs().max())
     assert float((parts.values - exact.values).abs().max()) < 0.1 * size  # a few roundings of 2^-8
@@ -333,16 +335,34 @@ def test_half_precision_is_read_in_float32(dtype: torch.dtype):
 
 def test_labels_name_every_part_and_bias():
     labels = direct_logit_attribution(tiny("gpt2"), pairs(2)).labels["node"]
-    assert labels[:7] == ("embed", "pos_embed", "a0.h0", "a0.h1", "a0.h2", "a0.h3", "a0.bias")
+    assert labels[:6] == ("input", "a0.h0", "a0.h1", "a0.h2", "a0.h3", "a0.bias")
     assert labels[-2:] == ("m2", "final_norm.bias")
-    assert direct_logit_attribution(tiny("llama"), pairs(2)).labels["node"][0] == "embed"
     assert "a0.bias" not in direct_logit_attribution(tiny("llama"), pairs(2)).labels["node"]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_parts_are_called_as_the_nodes_of_the_graph(name: str):
+    model, biases = tiny(name), ("bias",)
+
+    def nodes(**options: Any) -> tuple[str, ...]:
+        labels = direct_logit_attribution(model, pairs(2), **options).labels["node"]
+        return tuple(label for label in labels if not label.endswith(biases))
+
+    assert nodes() == tuple(map(str, build_graph(model).writers))
+    if model.has(Site("pos_embed")) and name != "neox":
+        assert nodes(refine=["input"]) == tuple(map(str, build_graph(model, split_input=True).writers))
+        whole = direct_logit_attribution(model, pairs(2)).at(node="input").values
+        split = direct_logit_attribution(model, pairs(2), refine=["input"]).at(node=["embed", "pos_embed"]).values
+        torch.testing.assert_close(split.sum(0), whole)
+    else:
+        with pytest.raises(UnsupportedError, match="keep it as one `input`"):
+            direct_logit_attribution(model, pairs(2), refine=["input"])
 
 
 def test_groups_conserve_the_sum():
     parts = direct_logit_attribution(tiny("gpt2"), pairs(3), refine=["m1"])
     grouped = group_parts(parts, {"layer 0": ["a0.*", "m0"], "neurons": ["m1.n*"]})
-    assert grouped.labels["node"][:4] == ("layer 0", "neurons", "embed", "pos_embed")
+    assert grouped.labels["node"][:3] == ("layer 0", "neurons", "input")
     torch.testing.assert_close(grouped.values.sum(0), parts.values.sum(0))
     own = [n for n in parts.labels["node"] if n.startswith("a0.")] + ["m0"]
     torch.testing.assert_close(grouped.at(node="layer 0").values, parts.at(node=own).values.sum(0))
@@ -380,7 +400,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a head that does not exist": ({"refine": ["a0.h4"]}, "Node 'a0.h4' does not exist: the model has 3 layers"),
     "a layer that does not exist": ({"refine": ["m3"]}, "Node 'm3' does not exist"),
     "no node": ({"refine": ["z.3"]}, "'z.3' is not a node"),
-    "a node without parts": ({"refine": ["input"]}, "Only heads and MLPs can be refined"),
+    "a node without parts": ({"refine": ["logits"]}, "Only heads, MLPs and the input can be refined"),
     "a string": ({"refine": "m1"}, "write a list"),
     "overlapping sources": ({"refine": ["a0.h0"], "source_positions": [(0, 1), 1]}, "'0,1' and '1'; it would count"),
     "no batch": ({"batch_size": 0}, "batch_size must be at least 1"),

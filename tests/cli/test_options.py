@@ -33,6 +33,7 @@ OTHER = RunSpec(
     examples=50,
     test_examples=60,
     seed=4,
+    bos=False,
     dtype="float64",
     device="cuda:1",
     batch_size=5,
@@ -45,7 +46,7 @@ OTHER = RunSpec(
 EXCLUSIVE = (RunSpec("ioi", edges="12"), RunSpec("ioi", threshold=0.5))
 # On the command line as many test pairs as train pairs are the default; in Python 200 are.
 PAIRS = (RunSpec("ioi", examples=50), RunSpec("ioi", examples=50, test_examples=50), RunSpec("ioi", test_examples=50))
-SPECS = [RunSpec("ioi"), OTHER, *EXCLUSIVE, *PAIRS]
+SPECS = [RunSpec("ioi"), RunSpec("ioi", bos=True), OTHER, *EXCLUSIVE, *PAIRS]
 
 
 def parsed(command: str) -> tuple[Any, ...]:

@@ -72,6 +72,17 @@ def words() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", unk_token="<unk>")
 
 
+@pytest.fixture(scope="session")
+def digits() -> PreTrainedTokenizerFast:
+    """As SmolLM2's and Gemma's: every digit is a token, and so is the space before a number."""
+    pattern = r" ?[A-Za-z]+|[\s\S]"
+    known = sorted({word for text in _texts() for word in re.findall(pattern, text)} | {" ", "\n", *"0123456789"})
+    vocabulary = {word: number for number, word in enumerate(["<unk>", *known])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
 @pytest.fixture(params=["bpe", "bpe_with_bos", "words"])
 def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
     """Each of the kinds in turn."""

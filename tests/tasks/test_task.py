@@ -1,6 +1,7 @@
 """Tasks make the same balanced, disjoint pairs everywhere, and their digest sees every change."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 import mechinterp.tasks
 from mechinterp.base.errors import FormatError, InputError
+from mechinterp.tasks.make import _SAID
 from mechinterp.tasks.metrics import get_metric
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.source import TaskSource
@@ -36,7 +38,11 @@ def answers(tokenizer, ids: torch.Tensor) -> list[list[str]]:
     return [[tokenizer.decode([number]).strip() for number in row if number >= 0] for row in ids.tolist()]
 
 
-@pytest.mark.parametrize("name", task_names())
+FOR_DIGITS = "greater_than_digits"
+"""The task that needs another kind of tokenizer than the others."""
+
+
+@pytest.mark.parametrize("name", [name for name in task_names() if name != FOR_DIGITS])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_every_task_of_the_package_makes_pairs(name: str, split: str, tokenizer) -> None:
     task = load_task(name)
@@ -125,9 +131,10 @@ def test_pairs_depend_on_seed_and_split_alone(words) -> None:
 
 
 @pytest.mark.parametrize("name", task_names())
-def test_fewer_pairs_are_the_first_of_more(name: str, words) -> None:
+def test_fewer_pairs_are_the_first_of_more(name: str, words, digits) -> None:
     task = load_task(name)
-    more, fewer = task.pairs(words, n=40), task.pairs(words, n=10)
+    tokenizer = digits if name == FOR_DIGITS else words
+    more, fewer = task.pairs(tokenizer, n=40), task.pairs(tokenizer, n=10)
     assert more[:10].digest() == fewer.digest()
 
 
@@ -157,6 +164,7 @@ def test_bos_of_the_tokenizer_itself_is_used_once_and_can_be_left_out(bpe_with_b
 
 
 def test_words_that_are_several_tokens_are_dropped_and_reported(bpe, caplog) -> None:
+    _SAID.clear()  # other tests have used this tokenizer
     pairs = load_task("ioi").pairs(bpe, n=200)
     dropped = {entry.what for entry in pairs.report.dropped}
     assert {f"word {name!r} of the list 'names'" for name in RARE_NAMES} == dropped
@@ -178,6 +186,47 @@ def test_greater_than_means_every_greater_number(tokenizer) -> None:
     for year, more, less in zip(years, right, wrong, strict=True):
         assert more == [suffix for suffix in suffixes if int(suffix) > int(year)]
         assert less == [suffix for suffix in suffixes if int(suffix) <= int(year)]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_greater_than_digit_by_digit(split: str, digits) -> None:
+    task = load_task(FOR_DIGITS)
+    pairs = task.pairs(digits, n=100, split=split)
+    assert pairs.right is not None and pairs.wrong is not None and pairs.clean_text is not None
+    assert len(pairs.report) == 0
+    at = {name: tokens(digits, pairs, "clean", name) for name in task.positions}
+    assert set(tokens(digits, pairs, "corrupt", "YEAR+3")) == {"0"}
+    assert bool(((pairs.clean != pairs.corrupt).sum(1) == 1).all())
+    rows = zip(pairs.clean_text, answers(digits, pairs.right), answers(digits, pairs.wrong), strict=True)
+    for row, (text, more, less) in enumerate(rows):
+        year, begun = re.findall(r"\d+", text)
+        assert (at["YEAR"][row], at["YEAR+3"][row], at["end"][row]) == (year[0], year[3], year[2])
+        assert begun == year[:3] and sorted([*more, *less]) == list("0123456789")
+        assert begun[-1] not in more  # or `Pairs` would warn that the prompt holds its answer
+        assert more and all((int(begun + digit) > int(year)) == (digit in more) for digit in "0123456789")
+
+
+def test_a_tokenizer_that_splits_digits_is_told_which_task_it_can_use(digits, words) -> None:
+    with pytest.raises(InputError, match=r"0 of its 618.*can use the task 'greater_than_digits'\.$"):
+        load_task("greater_than").pairs(digits, n=4)
+    with pytest.raises(InputError, match=r"can use 0 of its 324") as error:
+        load_task(FOR_DIGITS).pairs(words, n=4)
+    assert "can use the task" not in str(error.value)
+
+
+def test_what_a_task_needs_is_said_once_for_each_tokenizer(bpe, words, caplog) -> None:
+    _SAID.clear()
+    task = load_task("ioi")
+    caplog.set_level("INFO", "mechinterp")
+    for tokenizer in (bpe, bpe, words):
+        for split in ("train", "test"):
+            task.pairs(tokenizer, n=4, split=split)
+    needs = "task ioi needs words of one token (names, objects, places)"
+    total = sum(map(len, task.lists.values()))
+    assert [message.partition("; ")[0] for message in caplog.messages] == [needs] * 2
+    assert caplog.messages[0].startswith(f"{needs}; 3 of {total} are left out with this tokenizer (word '")
+    assert caplog.messages[1] == f"{needs}; this tokenizer can use all {total} words"
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
 
 def test_induction_repeats_and_its_corrupt_text_does_not(tokenizer) -> None:

@@ -108,6 +108,8 @@ def _parts(document: CircuitFile) -> Iterable[tuple[Part, tuple[str, ...]]]:
         yield Part("edges", "scores of the edges"), ()
     weights = () if model.weights_sha256 is None else ("model.weights_sha256",)
     yield Part("model", "model and weights" if weights else "sizes of the model"), ("model.dims", *weights)
+    if model.file is not None:
+        yield Part("model", "the file that the model was opened from"), ("model.file",)
     yield Part("model", f"name of the model ({model.name})"), ("model.origin",) * (model.origin != "memory")
     if document.tokenizer is not None:
         yield Part("tokenizer", "tokenizer"), ("tokenizer",)

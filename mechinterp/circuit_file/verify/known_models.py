@@ -26,12 +26,15 @@ SIZES: dict[str, tuple[int, int, int]] = {
     **{"attn_only_4l512w_c4_code": (4, 8, 512), "bundled": (4, 4, 64)},
 }
 """Layers, query heads and width (d_model) of models that circuits are found in, by the last part of their name."""
+WHERE = {"directory": "a folder", "file": "a file", "memory": "a model in memory", "hub": "a model of the hub"}
 _SUFFIX = re.compile(r"(-deduped|-instruct|-it|-hf|-v\d+)$")
 
 
 def known_model(name: str) -> str | None:
     """The known model (a key of `SIZES`) whose name a path or label ends with; None for any other name."""
     last = re.split(r"[/\\]", name.partition("@")[0].rstrip("/\\").lower())[-1]
+    if last.endswith(".gguf"):  # smollm2-135m-instruct.q4_1.gguf, or with "-" before the type
+        last = re.sub(r"[.-](i?q\d\w*|[bf]?f\d+)$", "", last.removesuffix(".gguf"))
     return next((each for each in (last, _SUFFIX.sub("", last)) if each in SIZES), None)
 
 
@@ -42,7 +45,7 @@ def name_misleads(model: ModelRecord) -> str | None:
     known, dims = known_model(model.name), model.dims
     got = (dims.n_layers, dims.n_heads, dims.d_model)
     name = clip(model.name, 80)
-    where = {"directory": "a folder", "memory": "a model in memory", "hub": "a model of the hub"}[model.origin]
+    where = WHERE[model.origin]
     if known is not None and got != SIZES[known]:
         words = [f"{layers} layers, {heads} heads and width {width}" for layers, heads, width in (got, SIZES[known])]
         return f"{name!r} is {where} with {words[0]}; the model known as {known!r} has {words[1]}"

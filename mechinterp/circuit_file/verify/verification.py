@@ -228,11 +228,11 @@ def _loaded(opened: OpenedFile, model: Any, device: torch.device | str | None, l
     try:
         return load_stated_model(document, opened.path, model, device)
     except MechInterpError as error:
-        elsewhere = document.model.origin == "hub" or document.status == "published"
+        elsewhere = document.model.origin in ("hub", "file") or document.status == "published"
         if isinstance(error, ModelNotAvailable) and elsewhere and all(claim.ok for claim in ledger.claims):
             found = f"{opened.path}: the {len(ledger.claims)} claims that need no model hold, the others are unchecked"
-            give = "; give it: verify(model=...)" if document.model.origin == "memory" else ""
-            found += f": model not available offline ({document.model.name}){give}."
+            give = {"memory": "; give it: verify(model=...)", "file": "; give the file: --model PATH"}
+            found += f": model not available offline ({document.model.name}){give.get(document.model.origin, '')}."
             raise UnverifiedModel(found, _found(opened, {}, False, ledger)) from error
         ledger.failed("model", str(error))
         return None
@@ -249,8 +249,14 @@ def load_stated_model(document: CircuitFile, path: Path, model: Any, device: tor
             f"The model ({stated.name}) was in memory only and cannot be loaded by name; give it: verify(model=...)."
         )
     name = stated.name
-    if stated.origin == "directory" and not is_folder(name) and is_folder(path.parent / name):
+    there = {"directory": is_folder, "file": is_file}.get(stated.origin)
+    if there is not None and not there(name) and there(path.parent / name):
         name = str(path.parent / name)
+    if stated.origin == "file" and stated.file is not None and not is_file(name):
+        raise ModelNotAvailable(
+            f"The model's file {clip(name, 200)!r} (sha256 {stated.file.sha256[:12]}...) is neither here nor beside "
+            "the circuit file; give it with --model, or verify(model=...)."
+        )
     revision = stated.revision if stated.origin == "hub" else None
     return load_model(name, revision=revision, dtype=stated.dtype, device=device)
 
@@ -261,6 +267,8 @@ def _check_model(document: CircuitFile, model: HookManager, given: bool, ledger:
     for name in ("architecture", "dims", "weights_sha256", "processing", "dtype", "attention", "loader"):
         if name != "weights_sha256" or stated.weights_sha256 is not None:
             ledger.equal(f"model.{name}", getattr(got, name), getattr(stated, name))
+    if stated.file is not None and got.file is not None:  # not for a folder with the same weights
+        ledger.equal("model.file", got.file.sha256, stated.file.sha256)
     if not given:
         ledger.equal("model.origin", got.origin, stated.origin)
         ledger.equal("model.revision", got.revision, stated.revision)

@@ -167,7 +167,8 @@ def _direct(model: HookManager, pairs: Pairs, names: Sequence[str]) -> tuple[dic
         return {}, 0, ""
     some = pairs[:MEAN_OVER]
     direction = "right" if pairs.wrong is None else "answers"
-    parts = direct_logit_attribution(model, some, direction, batch_size=16)
+    refine = ["input"] if "pos_embed" in names else []
+    parts = direct_logit_attribution(model, some, direction, refine=refine, batch_size=16)
     means = dict(zip(parts.labels["node"], parts.mean("example").values.tolist(), strict=True))
     return (
         {name: means[name] for name in names if math.isfinite(means.get(name, math.nan))},

@@ -11,6 +11,7 @@ from mechinterp.circuit_file.summary import ranked_edges, ranked_nodes, stated_p
 from mechinterp.circuit_file.verify.coverage import extent_of
 from mechinterp.circuit_file.verify.role_support import support_of_roles
 from mechinterp.circuit_file.verify.warnings import stated_warnings
+from mechinterp.models.source import ModelFile
 
 ROWS_SHOWN = 20
 MAX_ROWS = 2000
@@ -130,6 +131,9 @@ def _with_interval(entry: EvaluationRecord) -> str:
 def provenance_section(document: CircuitFile) -> str:
     model, rows = document.model, list[tuple[str, str]]()
     rows.append(("model", model.name + (f" at {model.revision}" if model.revision else f" ({model.origin})")))
+    if model.file is not None:
+        stored = ModelFile(model.file.sha256, model.file.types).stored
+        rows.append(("model file", f"{stored}; sha256 {model.file.sha256}"))
     rows.append(("weights sha256", model.weights_sha256 or "not stated"))
     rows.append(("architecture", f"{model.architecture}, weights {model.processing}, {model.dtype}, {model.loader}"))
     if document.tokenizer is not None:
