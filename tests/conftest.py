@@ -1,10 +1,14 @@
-"""What holds for every test: no network, and property tests that do not depend on the machine's speed."""
+"""What holds for every test: no network, checked shapes, property tests that do not depend on the machine's speed."""
 
 import os
 
 from hypothesis import settings
 
+from tests.support import shape_checks
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when transformers is imported
+
+shape_checks.install()  # before the first import of mechinterp
 
 # No deadline: the first call of a model is slower than the rest. In CI the same examples every time,
 # so that a red run can be repeated.
