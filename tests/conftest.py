@@ -1,5 +1,6 @@
 """What holds for every test: no network, checked shapes, property tests that do not depend on the machine's speed."""
 
+import gc
 import os
 
 from hypothesis import settings
@@ -15,3 +16,9 @@ shape_checks.install()  # before the first import of mechinterp
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports have made out of garbage collection, which otherwise goes through all of it each time."""
+    gc.collect()
+    gc.freeze()
