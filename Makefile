@@ -12,6 +12,8 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 export HF_HUB_OFFLINE := 1
 # The workers of one test run share the cores: one thread each.
 test test-fast fuzz: export OMP_NUM_THREADS ?= 1
+# Keep compiled modules, even where the environment says otherwise: each worker and each command would compile its own.
+test test-fast fuzz: export PYTHONDONTWRITEBYTECODE :=
 
 DEMO_OUT := out/ioi
 DEMO_RUN := run ioi --model bundled --method eap-ig --out $(DEMO_OUT)

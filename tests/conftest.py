@@ -1,13 +1,24 @@
-"""What holds for every test: no network, and property tests that do not depend on the machine's speed."""
+"""What holds for every test: no network, checked shapes, property tests that do not depend on the machine's speed."""
 
+import gc
 import os
 
 from hypothesis import settings
 
+from tests.support import shape_checks
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when transformers is imported
+
+shape_checks.install()  # before the first import of mechinterp
 
 # No deadline: the first call of a model is slower than the rest. In CI the same examples every time,
 # so that a red run can be repeated.
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports have made out of garbage collection, which otherwise goes through all of it each time."""
+    gc.collect()
+    gc.freeze()

@@ -55,8 +55,9 @@ class EvalMode(Restored):
 
     def __init__(self, model: Any) -> None:
         # The wrapped model is not a submodule of the bridge, and some of its dropouts are used.
-        roots = (model, getattr(model, "original_model", model))
-        self.training = [module for root in roots for module in root.modules() if module.training]
+        self.training = [
+            module for module in _modules(model, getattr(model, "original_model", model)) if module.training
+        ]
 
     def change(self) -> None:
         for module in self.training:
@@ -65,3 +66,14 @@ class EvalMode(Restored):
     def change_back(self) -> None:
         for module in self.training:
             module.training = True
+
+
+def _modules(*roots: Any) -> set[Any]:
+    """The modules of both; `Module.modules` also makes their names, which takes longer than a small model's layers."""
+    found, left = set[Any](), list(roots)
+    while left:
+        module = left.pop()
+        if module not in found:
+            found.add(module)
+            left += [part for part in module._modules.values() if part is not None]
+    return found

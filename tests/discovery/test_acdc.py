@@ -139,7 +139,7 @@ def test_a_killed_search_goes_on_to_the_same_circuit(
     order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "EVERY_SECONDS", 0.0)
-    model, some = tiny("gpt2"), pairs(3, 5)
+    model, some = build("gpt2", n_layer=2), pairs(3, 5)
     graph = mi.build_graph(model)
     keywords: dict[str, Any] = {"method": "acdc", "metric": "kl_to_clean", "tau": 0.02, "order": order}
     whole = mi.score_edges(model, graph, some, **keywords)
@@ -177,7 +177,7 @@ def test_a_search_in_another_order_is_another_search(tmp_path: Path, monkeypatch
 
 def test_the_circuit_of_the_bundled_model_does_the_task() -> None:
     model = mi.load_model("bundled")
-    some = mi.load_task("ioi").pairs(model, n=20, split="train", seed=0)
+    some = mi.load_task("ioi").pairs(model, n=8, split="train", seed=0)
     graph = mi.build_graph(model)
     scores = mi.score_edges(model, graph, some, method="acdc", tau=0.1)
     circuit = mi.select(graph, scores, threshold=0.0)

@@ -98,7 +98,7 @@ def _columns(scores: mi.Scores) -> list[tuple[str, list[float]]]:
 
 def test_the_circuit_is_every_edge_between_the_chosen_nodes() -> None:
     model = mi.load_model("bundled")
-    some = mi.load_task("ioi").pairs(model, n=40, split="train", seed=0)
+    some = mi.load_task("ioi").pairs(model, n=16, split="train", seed=0)
     graph = mi.build_graph(model)
     scores = mi.score_edges(model, graph, some, method="cd")
     circuit = mi.select(graph, scores, threshold=0.0)
@@ -114,7 +114,7 @@ def test_the_circuit_is_every_edge_between_the_chosen_nodes() -> None:
 
 def test_pruning_drops_nodes_and_keeps_the_metric() -> None:
     model = mi.load_model("bundled")
-    some = mi.load_task("ioi").pairs(model, n=40, split="train", seed=0)
+    some = mi.load_task("ioi").pairs(model, n=16, split="train", seed=0)
     graph = mi.build_graph(model)
     plain, pruned = (
         mi.score_edges(model, graph, some, method="cd", preset="authors-gpt", top=8, prune=prune)
@@ -176,7 +176,7 @@ def test_bad_settings_on_the_command_line_get_one_clear_line(
 
 def test_a_circuit_by_cd_is_saved_and_verified_like_any_other(tmp_path: Path) -> None:
     spec = RunSpec(
-        "ioi", method="cd", examples=30, test_examples=30, settings=("top=6", "preset=authors-gpt"), out=tmp_path
+        "ioi", method="cd", examples=12, test_examples=12, settings=("top=6", "preset=authors-gpt"), out=tmp_path
     )
     found = discover(spec)
     assert "--set top=6 --set preset=authors-gpt" in command_of(spec)

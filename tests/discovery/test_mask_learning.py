@@ -104,7 +104,7 @@ def test_several_drawings_find_what_flat_steps_hide_from_one() -> None:
             method="subnetwork-probing",
             metric="l2_to_clean",
             objective="metric",
-            learning_steps=200,
+            learning_steps=120,
             examples=examples,
             drawings=32 // examples,
             batch_size=64,
@@ -134,7 +134,7 @@ def test_gates_of_several_drawings_have_the_mean_gradient() -> None:
 def test_the_price_and_the_target_decide_the_size() -> None:
     model, some = tiny("gpt2"), pairs(4)
     graph = mi.build_graph(model)
-    steps = {"learning_steps": 50, "drawings": 1}
+    steps = {"learning_steps": 25, "drawings": 1}
 
     def size(method: str, **settings: Any) -> int:
         return int((mi.score_edges(model, graph, some, method=method, **steps, **settings).values > 0.5).sum())

@@ -59,14 +59,14 @@ def test_eap_ranks_as_brute_force_does(name: str) -> None:
     [*itertools.product(SHAPES, ["eap", "eap-ig", "eap-ig-activations"]), ("llama", "exact"), ("gpt2", "exact")],
 )
 def test_scores_do_not_depend_on_the_batches(name: str, method: str) -> None:
-    """Silent error 1: EAP-IG divides a batch mean by the number of items, so 8 + 2 is not 10."""
+    """Silent error 1: EAP-IG divides a batch mean by the number of items, so 8 + 2 is not 10. Here 5 is 2 + 2 + 1."""
     model, some = tiny(name), pairs(5, padded=True)
     graph = build_graph(model)
-    whole = mi.score_edges(model, graph, some, method=method, batch_size=5)
-    for batch_size in (1, 4):
-        parts = mi.score_edges(model, graph, some, method=method, batch_size=batch_size)
-        # Gemma-2 and the RMSNorm shapes compute norms and softmax in float32 inside.
-        assert torch.allclose(values(parts), values(whole), rtol=1e-4, atol=1e-5)
+    steps = {"steps": 3} if "ig" in method else {}
+    whole = mi.score_edges(model, graph, some, method=method, batch_size=5, **steps)
+    parts = mi.score_edges(model, graph, some, method=method, batch_size=2, **steps)
+    # Gemma-2 and the RMSNorm shapes compute norms and softmax in float32 inside.
+    assert torch.allclose(values(parts), values(whole), rtol=1e-4, atol=1e-5)
     assert whole.count == 5
 
 
@@ -170,7 +170,7 @@ def test_activation_paths_share_out_what_patching_a_group_does(name: str) -> Non
     """Completeness: the edges out of all heads of a layer, or of an MLP, sum to the effect of patching them."""
     model, some = tiny(name), pairs(3, padded=True)
     graph = build_graph(model)
-    scores = mi.score_edges(model, graph, some, method="eap-ig-activations", steps=60)
+    scores = mi.score_edges(model, graph, some, method="eap-ig-activations", steps=60 if name == "llama" else 30)
     clean = mi.run_edges(model, graph, some, torch.zeros_like(graph.possible))
     groups = [slice(0, 1), graph.head_writers(1), slice(graph.mlp_writer(1), graph.mlp_writer(1) + 1)]
     if name == "gemma2":  # a head's write is a share of a normed sum, which is no straight path

@@ -30,7 +30,7 @@ def test_its_scores_are_the_exact_ones_of_the_edges_that_it_visits(name: str) ->
 
 def test_the_other_meaning_and_the_circuit_of_the_bundled_model() -> None:
     model = mi.load_model("bundled")
-    some = mi.load_task("ioi").pairs(model, n=16, split="train", seed=0)
+    some = mi.load_task("ioi").pairs(model, n=8, split="train", seed=0)
     graph = mi.build_graph(model)
     direct, through = (
         mi.score_edges(model, graph, some, method="path-patching", meaning=meaning, top=8)

@@ -28,7 +28,6 @@ import typer
 
 import mechinterp as mi
 from mechinterp import exchange, pipeline
-from mechinterp.base.canonical_json import parse_json
 from mechinterp.base.errors import InputError, ModelNotAvailable
 from mechinterp.circuit_file.formats.eap_ig_json import to_eap_ig_json
 from mechinterp.circuit_file.formats.eap_ig_pt import to_eap_ig_pt
@@ -41,8 +40,8 @@ from tests.support.hostile_json import NUMBERS, OTHERS, Done, harmed, mutated, r
 from tests.support.toy_circuits import toy_circuit, toy_document
 from tests.support.words_model import save_words_model
 
-# A second of processor time; the shapes and types that pytest has checked at every call take several times as long.
-SECONDS = 8.0 if hasattr(parse_json, "__wrapped__") else 1.0
+SECONDS = 1.0
+"""Of processor time, for one command."""
 BYTES = 2**29
 STORED = Path(__file__).parents[2] / "circuits"
 PUBLISHED = ("docstring-heimersheim2023-heads", "tracr-reverse-zero")

@@ -62,12 +62,14 @@ class Outcome:
     """The share of true edges among as many of the strongest edges; for scores that are in no unit of the metric."""
 
 
-def run(label: str, name: str, replacement: str = "corrupt") -> Outcome:
+def run(label: str, name: str, replacement: str = "corrupt", **changed: Any) -> Outcome:
     """A row of `ANY_METRIC` or `ANSWERS` on a compiled model (metric `l2_to_clean`) or one by hand (`logit_diff`).
 
-    The truth of a compiled model is that of the replacement: `corrupt`, or `zero` for methods that take it.
+    The truth of a compiled model is that of the replacement: `corrupt`, or `zero` for methods that take it. `changed`:
+    settings other than those of the row.
     """
     method, settings = {**ANY_METRIC, **ANSWERS}[label]
+    settings = {**settings, **changed}
     if name in HAND:
         this = HAND[name]()
         scores, truth = score_edges(this.model, this.graph, this.pairs, method=method, **settings), set(this.truth)
