@@ -6,11 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import networkx as nx
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
@@ -47,10 +48,10 @@ class Circuit:
         how = ", ".join(f"{name}={value}" for name, value in self.selection.items())
         return f"Circuit({self.n_edges} of {self.graph.n_edges} edges, {self.n_selected} selected ({how}))"
 
-    @property
+    @cached_property
     def edges(self) -> tuple[str, ...]:
         """The names of the edges, sorted."""
-        return tuple(sorted(self.graph.edge_name(int(r), int(w)) for r, w in self.kept.nonzero()))
+        return tuple(sorted(self.graph.edge_name(r, w) for r, w in self.kept.nonzero().tolist()))
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -60,8 +61,8 @@ class Circuit:
         serves its head at all later ones, and the input of an MLP serves every neuron of it.
         """
         if not self.graph.plain:
-            edges = self.kept.nonzero()
-            pairs = sorted({(w, int(self.graph.position[r])) for r, w in edges.tolist()})
+            places = self.graph.position.tolist()
+            pairs = sorted({(w, places[r]) for r, w in self.kept.nonzero().tolist()})
             written = [self.graph.node_name(w, p) for w, p in pairs]
             return (*written, "logits") if bool(self.kept[-1].any()) else tuple(written)
         used = self.kept.any(0) | (self.graph.feeds & self.kept.any(1, keepdim=True)).any(0)
@@ -123,31 +124,80 @@ def to_networkx(graph: Graph, mask: Bool[Tensor, "reader writer"]) -> NodeGraph:
 
 def on_paths(graph: Graph, mask: Bool[Tensor, "reader writer"]) -> Bool[Tensor, "reader writer"]:
     """The part of the mask that lies on a path from an input to the logits."""
-    net = to_networkx(graph, mask)
-    reached: set[str] = set()
-    for source in net:
-        if source.partition("@")[0] in graph.inputs:
-            reached |= {source} | nx.descendants(net, source)
-    useful = {"logits"} | nx.ancestors(net, "logits") if "logits" in net else set[str]()
-    kept = mask.clone()
-    for r, w, source, targets in _ends(graph, mask):
-        kept[r, w] = source in reached and not useful.isdisjoint(targets)
-    return kept
+    n, n_writers = graph.n_positions, len(graph.writers)
+    groups = [_Readers.of(graph, mask, rows) for rows in _in_order(graph)]
+    # Whether a path from an input leads to a writer at a position, and one from there to the logits.
+    reached, useful = (torch.zeros(n_writers, n, dtype=torch.bool) for _ in range(2))
+    reached[: graph.n_inputs] = True
+    into_logits = mask[-1].cpu()
+    here = int(graph.position[-1])
+    for group in groups:
+        reached |= group.forward(reached)
+    useful[:, here] = into_logits
+    kept = torch.zeros_like(mask, device="cpu")
+    kept[-1] = into_logits & reached[:, here]
+    for group in reversed(groups):
+        ports = group.backward(useful)
+        edges = group.edges & ports[..., None]
+        useful |= edges.any(0).T
+        kept[group.rows] = (edges & reached.T).flatten(0, 1)
+    return kept.to(mask.device)
+
+
+def _in_order(graph: Graph) -> Iterator[slice]:
+    """The readers but the logits, in steps between which writers are computed."""
+    for layer in range(graph.dims.n_layers):
+        yield slice(graph.channel_readers(layer, "q").start, graph.channel_readers(layer, "v").stop)
+        if graph.dims.has_mlp:
+            yield graph.mlp_readers(layer)
+
+
+@dataclass(frozen=True)
+class _Readers:
+    """Readers that see the same writers, and the masked edges into them."""
+
+    rows: slice
+    edges: Bool[Tensor, "port position writer"]
+    feeds: Float[Tensor, "port writer"]
+    everywhere: Bool[Tensor, "port 1"]
+    """Whether it serves its writer at all positions: keys and values."""
+
+    @staticmethod
+    def of(graph: Graph, mask: Tensor, rows: slice) -> _Readers:
+        n = graph.n_positions
+        names = [name.partition("@")[0] for name in graph.readers[rows][::n]]
+        everywhere = torch.tensor([name.endswith(("<k>", "<v>")) for name in names])[:, None]
+        return _Readers(rows, mask[rows].cpu().unflatten(0, (-1, n)), graph.feeds[rows][::n].float(), everywhere)
+
+    def forward(self, reached: Bool[Tensor, "writer position"]) -> Bool[Tensor, "writer position"]:
+        """The writers that are reached through an edge from one that is."""
+        ports = (self.edges & reached.T).any(-1)
+        ports |= self.everywhere & ports.any(1, keepdim=True)
+        return self.feeds.T @ ports.float() > 0
+
+    def backward(self, useful: Bool[Tensor, "writer position"]) -> Bool[Tensor, "port position"]:
+        """The readers that serve a writer that is useful."""
+        ports = self.feeds @ useful.float() > 0
+        return ports | (self.everywhere & ports.any(1, keepdim=True))
 
 
 def _ends(graph: Graph, mask: Bool[Tensor, "reader writer"]) -> Iterator[tuple[int, int, str, tuple[str, ...]]]:
     """(reader, writer, the node that it comes from, the nodes that it leads to) of every masked edge."""
+    places: list[int] = graph.position.tolist()
+    fed_by: dict[int, list[int]] = {}
+    for r, f in graph.feeds.nonzero().tolist():
+        fed_by.setdefault(r, []).append(f)
     writes_at: dict[int, set[int]] = {}
-    for r, w in mask.nonzero().tolist():
-        writes_at.setdefault(w, set()).add(int(graph.position[r]))
-    for r, w in mask.nonzero().tolist():
-        fed = graph.feeds[r].nonzero().flatten().tolist()
-        source = graph.node_name(w, int(graph.position[r]))
+    edges: list[list[int]] = mask.nonzero().tolist()
+    for r, w in edges:
+        writes_at.setdefault(w, set()).add(places[r])
+    for r, w in edges:
+        fed, here = fed_by.get(r, []), places[r]
+        source = graph.node_name(w, here)
         if not fed:
             targets = ["logits"]
         elif graph.positions and graph.readers[r].partition("@")[0][-2:] in ("k>", "v>"):
             targets = [graph.node_name(f, p) for f in fed for p in sorted(writes_at.get(f, ()))]
         else:
-            here = int(graph.position[r])
             targets = [graph.node_name(f, here) for f in fed if graph.plain or here in writes_at.get(f, ())]
         yield r, w, source, tuple(targets)

@@ -187,7 +187,7 @@ class Graph:
 
     def edge_names(self) -> tuple[str, ...]:
         """Every edge's name, in order of reader, then writer."""
-        return tuple(self.edge_name(int(r), int(w)) for r, w in self.possible.nonzero())
+        return tuple(self.edge_name(r, w) for r, w in self.possible.nonzero().tolist())
 
     def edge_name(self, reader: int, writer: int) -> str:
         """The name of one edge, such as `a0.h0->a1.h2<q>`."""
@@ -201,22 +201,33 @@ class Graph:
         if reader not in self.reader_index:
             raise unknown("reader", reader, self.readers)
         r, w = self.reader_index[reader], self.writer_index[writer]
-        if not self.possible[r, w]:
+        if w >= self._n_before[r]:
             raise InputError(f"There is no edge {name!r}: {writer} is not computed before {reader}.")
         return r, w
 
     def mask_of(self, names: object) -> Bool[Tensor, "reader writer"]:
         """The mask that is True at the named edges. Raises InputError for unknown and doubled names."""
-        mask = torch.zeros_like(self.possible)
+        found: dict[tuple[int, int], None] = {}
         for name in names if not isinstance(names, str) else [names]:  # type: ignore[union-attr]
-            r, w = self.edge_index(name)
-            if mask[r, w]:
+            edge = self.edge_index(name)
+            if edge in found:
                 raise InputError(f"The edge {name!r} is named twice.")
-            mask[r, w] = True
+            found[edge] = None
+        mask = torch.zeros_like(self.possible)
+        mask[tuple(torch.tensor(list(found), dtype=torch.long).reshape(-1, 2).T)] = True
         return mask
+
+    @cached_property
+    def _n_before(self) -> list[int]:
+        """How many writers every reader has: the first so many."""
+        return self.possible.sum(1).tolist()
 
     def digest(self) -> str:
         """sha256 over writers, readers and edges, and what is chosen as one where that is not edges."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         made = hashlib.sha256()
         if self.plain:  # the JSON of [writers, readers, [[reader, writer], ...]], one reader at a time
             made.update(f"[{json.dumps(self.writers)}, {json.dumps(self.readers)}, [".encode())

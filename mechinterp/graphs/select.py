@@ -70,7 +70,7 @@ def select(
             others are the largest in magnitude of the rest.
         time_limit: Seconds that `ilp` may take. Not recorded, since the circuit does not depend on it.
     """
-    if graph.digest() != scores.graph.digest():
+    if graph is not scores.graph and graph.digest() != scores.graph.digest():
         raise InputError("The scores belong to another graph.")
     unit = f"{graph.level}s"
     size = nodes if graph.level == "node" else edges
@@ -181,10 +181,13 @@ def _by_ratio(
 
 
 def _greedy(graph: Graph, strength: Float[Tensor, "reader writer"], n: int) -> Bool[Tensor, "reader writer"]:
-    chosen = torch.zeros_like(graph.possible)
+    edges: list[tuple[int, int]] = []
     table = strength.tolist()
     heap: list[tuple[float, int, int]] = []
     opened: set[int] = set()
+    inputs_of: dict[int, list[int]] = {}
+    for r, w in graph.feeds.nonzero().tolist():
+        inputs_of.setdefault(w, []).append(r)
 
     def open_readers(readers: list[int]) -> None:
         for r in readers:
@@ -198,6 +201,8 @@ def _greedy(graph: Graph, strength: Float[Tensor, "reader writer"], n: int) -> B
         if not heap:
             break
         _, r, w = heapq.heappop(heap)
-        chosen[r, w] = True
-        open_readers(graph.feeds[:, w].nonzero().flatten().tolist())
+        edges.append((r, w))
+        open_readers(inputs_of.get(w, []))
+    chosen = torch.zeros_like(graph.possible)
+    chosen[tuple(torch.tensor(edges).T)] = True
     return chosen

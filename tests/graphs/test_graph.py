@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import networkx as nx
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.graphs.circuit import on_paths, to_networkx
-from mechinterp.graphs.graph import Graph, build_graph, graph_of
+from mechinterp.graphs.graph import LEVELS, Graph, build_graph, graph_of
 from mechinterp.models.layout import Dims
 from mechinterp.models.sites import Edge, Node
 from tests.support.models_tiny import EVERY, N_HEADS, N_LAYERS, tiny
@@ -204,6 +205,46 @@ def test_on_paths_is_every_path_walked(shape: Dims, split: bool, share: float, s
     assert {graph.edge_name(int(r), int(w)) for r, w in kept.nonzero()} == slow_on_paths(graph, mask)
     assert torch.equal(mask, before)
     assert torch.equal(on_paths(graph, kept), kept)
+
+
+def networkx_on_paths(graph: Graph, mask: torch.Tensor) -> set[str]:
+    """The same from networkx's reachability on the graph of nodes."""
+    net = to_networkx(graph, mask)
+    inputs = [node for node in net if node.partition("@")[0] in graph.inputs]
+    reached = {node for source in inputs for node in (source, *nx.descendants(net, source))}
+    useful = {"logits", *nx.ancestors(net, "logits")} if "logits" in net else set[str]()
+    return {str(data["name"]) for start, end, data in net.edges(data=True) if start in reached and end in useful}
+
+
+@settings(max_examples=80)
+@given(
+    shape=st.sampled_from((*SMALL, dims(3, 4, 2), dims(3, 4, 2, parallel=True))),
+    split=st.booleans(),
+    positions=st.sampled_from(((), ("a", "end"), ("a", "b"))),
+    neurons=st.booleans(),
+    level=st.sampled_from(LEVELS),
+    share=st.sampled_from((0.05, 0.1, 0.3, 0.7)),
+    seed=st.integers(0, 10**6),
+)
+def test_on_paths_is_what_networkx_reaches(
+    shape: Dims,
+    split: bool,
+    positions: tuple[str, ...],
+    neurons: bool,
+    level: str,
+    share: float,
+    seed: int,
+) -> None:
+    own = [[2, 5], *[[0]] * (shape.n_layers - 1)] if neurons and shape.has_mlp else []
+    graph = graph_of(shape, split_input=split, positions=positions, neurons=own, level=level)
+    generator = torch.Generator().manual_seed(seed)
+    if level == "node":
+        chosen = torch.rand(graph.n_units, generator=generator) < share
+        mask = chosen[graph.unit.clamp(min=0)] & graph.possible
+    else:
+        mask = graph.possible & (torch.rand(graph.possible.shape, generator=generator) < share)
+    kept = on_paths(graph, mask)
+    assert {graph.edge_name(r, w) for r, w in kept.nonzero().tolist()} == networkx_on_paths(graph, mask)
 
 
 def test_everything_lies_on_a_path_in_the_full_graph() -> None:
