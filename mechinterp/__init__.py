@@ -106,8 +106,10 @@ if TYPE_CHECKING:
     from mechinterp.evaluation.predictions import Copying as Copying
     from mechinterp.evaluation.predictions import Detector as Detector
     from mechinterp.evaluation.predictions import DirectEffect as DirectEffect
+    from mechinterp.evaluation.predictions import DirectEffectChange as DirectEffectChange
     from mechinterp.evaluation.predictions import EdgesCut as EdgesCut
     from mechinterp.evaluation.predictions import PartsReplaced as PartsReplaced
+    from mechinterp.evaluation.predictions import PathPatched as PathPatched
     from mechinterp.evaluation.predictions import Prediction as Prediction
     from mechinterp.evaluation.roles import MeasuredRoles as MeasuredRoles
     from mechinterp.evaluation.roles import RoleLimits as RoleLimits
@@ -206,8 +208,10 @@ _HOMES = {
         "Copying",
         "Detector",
         "DirectEffect",
+        "DirectEffectChange",
         "EdgesCut",
         "PartsReplaced",
+        "PathPatched",
         "Prediction",
     ),
     "evaluation.roles": ("MeasuredRoles", "RoleLimits", "measured_roles"),
