@@ -23,7 +23,7 @@ REPLACEMENTS = ("corrupt", "mean", "mean-positional", "zero")
 EFFORTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "quick": ("eap-ig", ()),
     "standard": ("mattr", ()),
-    "thorough": ("mattr", ("runs=8", "learning_steps=300")),
+    "thorough": ("mattr", ("runs=8", "learning_steps=300", "drawings=8")),
 }
 """What runs by default at each effort: the method with its settings."""
 RESAMPLES = 100

@@ -1,7 +1,7 @@
 """Faithfulness against the size of the circuit, and the default size: the smallest that is faithful beyond doubt.
 
 A size passes if the whole interval of its faithfulness lies in [0.9, 1.1] and its KL divergence from the full model is
-at most a tenth of the empty circuit's: the output as a whole is back as far as the metric is. The size that is chosen
+at most a fifth of the empty circuit's: the output as a whole has come back, not the metric alone. The size that is chosen
 is the smallest that passes and whose next larger measured size passes, too, so that one lucky crossing of a curve that
 goes up and down is no answer. Circuits with more than half of the edges are no answer either.
 
@@ -45,7 +45,7 @@ class Levels:
 
     low: float = 0.9
     high: float = 1.1
-    kl_share: float = 0.1
+    kl_share: float = 0.2
     """Of the KL divergence of the empty circuit."""
     most: float = 0.5
     """The largest share of the edges (or nodes)."""
