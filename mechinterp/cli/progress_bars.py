@@ -1,4 +1,4 @@
-"""Progress: bars on a terminal, one per stage, with the time that is left; elsewhere, as in logs, a line now and then."""
+"""Progress: bars on a terminal, one per stage, with the time that is left; elsewhere, as in logs, lines."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Faithfulness against the size of the circuit, and the default size: the smallest that is faithful beyond doubt.
 
 A size passes if the whole interval of its faithfulness lies in [0.9, 1.1] and its KL divergence from the full model is
-at most a fifth of the empty circuit's: the output as a whole has come back, not the metric alone. The size that is chosen
-is the smallest that passes and whose next larger measured size passes, too, so that one lucky crossing of a curve that
+at most a fifth of the empty circuit's: the output as a whole has come back, not the metric alone. The chosen size is
+the smallest that passes and whose next larger measured size passes, too, so that one lucky crossing of a curve that
 goes up and down is no answer. Circuits with more than half of the edges are no answer either.
 
 Sizes lie on one grid, 4 * 2**(i/8), whatever the graph: first every eighth of it is measured, then the gap below the
