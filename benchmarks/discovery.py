@@ -30,7 +30,7 @@ import mechinterp as mi
 from mechinterp.base.errors import NoSmallCircuit
 from mechinterp.evaluation.comparison import MIB_SHARES, area, top_edges
 from mechinterp.evaluation.faithfulness import faithfulness_curve
-from mechinterp.evaluation.sizes import Levels, SizeSearch, search_size
+from mechinterp.evaluation.sizes import SizeSearch, search_size
 from mechinterp.graphs.circuit import on_paths
 from mechinterp.run_spec import RunSpec
 
@@ -119,9 +119,9 @@ def method_runs(tasks: list[str], methods: list[str], seeds: int, pairs: int, ou
                 scores = mi.score_edges(model, graph, train, method=method)
                 seconds = time.process_time() - start
                 how = {"rule": "top", "by": "magnitude", "ratio": None}
-                search = SizeSearch(model, scores, [(scores, validation)], how, "logit_diff", "corrupt", 32)
+                search = SizeSearch(model, scores, [(scores, validation)], how, "logit_diff", "corrupt", 32, seed=seed)
                 scored = max(1, len(graph.unit[scores.values != 0].unique()))
-                size = search_size(search, scored, Levels(), seed=seed)
+                size = search_size(search, scored)
                 masks = [on_paths(graph, top_edges(scores, n, by)) for by in ("value", "magnitude") for n in sizes]
                 values = faithfulness_curve(model, masks, graph, test)
                 value, magnitude = values[: len(sizes)], values[len(sizes) :]

@@ -153,13 +153,13 @@ def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
     measured: dict[str, Any] = {"metric": metric, "replacement": spec.replacement, "batch_size": spec.batch_size}
     on = train if examples.validation is None else examples.validation
     parts = ranking.folds(train) if examples.validation is None else [(scores, on)]
-    search = SizeSearch(model, scores, parts, how, metric, spec.replacement, spec.batch_size, done.keep)
-    scored = max(1, len(graph.unit[scores.values.cpu() != 0].unique()))
-    levels = None if size is not None or threshold is not None else Levels()
-    found = search_size(
-        search, scored, Levels(), seed=spec.seed, curve=spec.curve, progress=partial(progress, "curve"), given=size
+    search = SizeSearch(
+        model, scores, parts, how, metric, spec.replacement, spec.batch_size, seed=spec.seed, keep=done.keep
     )
-    curve = search.curve(on, levels, spec.seed)
+    scored = max(1, len(graph.unit[scores.values.cpu() != 0].unique()))
+    levels = None if size is not None or threshold is not None else search.levels
+    found = search_size(search, scored, curve=spec.curve, progress=partial(progress, "curve"), given=size)
+    curve = search.curve(on, levels)
     if levels is not None:
         if found is None:
             raise NoSmallCircuit(no_small_circuit(spec, graph, curve, levels))
@@ -231,10 +231,11 @@ def no_small_circuit(spec: RunSpec, graph: Graph, curve: Curve, levels: Levels) 
     tries += ["--positions all"] if not graph.positions and len(curve.pairs.positions) else []
     return (
         f"No small circuit at this level by {_method(spec)}: no size up to {most:,} of {graph.n_units:,} "
-        f"{graph.level}s has its whole interval of faithfulness in [{levels.low:g}, {levels.high:g}] and a KL "
-        f"divergence up to {levels.kl_share:g} of the empty circuit's {kl_empty}. The nearest, {best.n_selected:,} "
-        f"{graph.level}s, has {best.faithfulness:.2f} [{low:.2f}, {high:.2f}] and {best.kl or 0:.2g}. Try "
-        f"{', '.join(tries)}; or --{graph.level}s {best.n_selected} for that one as it is."
+        f"{graph.level}s has, on {levels.agreement:.0%} of resamples of the validation pairs, its whole interval of "
+        f"faithfulness in [{levels.low:g}, {levels.high:g}] and a KL divergence up to {levels.kl_share:g} of the empty "
+        f"circuit's {kl_empty}. The nearest, {best.n_selected:,} {graph.level}s, has {best.faithfulness:.2f} "
+        f"[{low:.2f}, {high:.2f}] and {best.kl or 0:.2g}. Try {', '.join(tries)}; or --{graph.level}s "
+        f"{best.n_selected} for that one as it is."
     )
 
 

@@ -277,6 +277,8 @@ class SizeRule(Strict):
     """... and its KL divergence is at most this share of the empty circuit's."""
     most: Share | None = None
     """The largest share of the graph that counts as an answer."""
+    agreement: Share | None = None
+    """The share of resamples of the examples on which the size must pass."""
     spread: tuple[Count, Count] | None = None
     """The central 90 % of the sizes that other examples would choose; null: most of them choose none."""
     pairs: Label
@@ -284,11 +286,11 @@ class SizeRule(Strict):
 
     @model_validator(mode="after")
     def _whole(self) -> SizeRule:
-        levels = (self.low, self.high, self.kl_share, self.most)
+        levels = (self.low, self.high, self.kl_share, self.most, self.agreement)
         if ((self.target is None) == (None in levels)) or (
             (self.target is None) != self.rule.startswith("smallest size that")
         ):
-            raise ValueError("a size rule states its target, or all of low, high, kl_share and most")
+            raise ValueError("a size rule states its target, or all of low, high, kl_share, most and agreement")
         return self
 
 
@@ -370,6 +372,8 @@ class CurvePointRecord(Strict):
     faithfulness_ci: tuple[Number, Number] | None = None
     kl: Number | None = None
     """KL(full model || circuit) in nats, mean over the examples."""
+    passing: Share | None = None
+    """The share of resamples of the examples on which this size passes."""
 
 
 class CurveRecord(Strict):

@@ -67,16 +67,23 @@ def check_size(document: CircuitFile, curve: CurveRecord, size: SizeRule, n_unit
         if size.target is not None:
             again = smallest_faithful(points, size.target)
         else:
-            assert size.low is not None and size.high is not None
-            assert size.kl_share is not None and size.most is not None
-            again = chosen_size(
-                points, curve.kl_empty or 0.0, n_units, Levels(size.low, size.high, size.kl_share, size.most)
-            )
+            again = chosen_size(points, n_units, _levels(size))
         ledger.equal("selection.size", got, again)
 
 
+def _levels(size: SizeRule | None) -> Levels:
+    """The levels of a size rule; the usual ones where there is none."""
+    if size is None or size.low is None:
+        return Levels()
+    assert size.high is not None and size.kl_share is not None  # the schema asks for all or none
+    assert size.most is not None and size.agreement is not None
+    return Levels(size.low, size.high, size.kl_share, size.most, size.agreement)
+
+
 def _points(curve: CurveRecord) -> list[CurvePoint]:
-    return [CurvePoint(p.n_selected, p.n_edges, p.faithfulness, p.faithfulness_ci, p.kl) for p in curve.points]
+    return [
+        CurvePoint(p.n_selected, p.n_edges, p.faithfulness, p.faithfulness_ci, p.kl, p.passing) for p in curve.points
+    ]
 
 
 def check_curve(
@@ -114,6 +121,7 @@ def check_curve(
             ratio=parameters.get("ratio"),
             metric=curve.metric,
             replacement=curve.replacement,
+            levels=_levels(document.selection.size),
             seed=curve.seed or 0,
             batch_size=batch_size,
         )
@@ -122,6 +130,8 @@ def check_curve(
         got, stated = (tuple(six_digits(p.faithfulness) for p in line) for line in (again, points))
         ledger.close("curve.faithfulness", got, stated, limit)
         if curve.kl_empty is not None:
+            shares = [tuple(p.passing for p in line) for line in (again, points)]
+            ledger.close("curve.passing", *shares, STABILITY_TOLERANCE)
             ledger.close("curve.kl", tuple(p.kl for p in again), tuple(p.kl for p in points), limit)
             ledger.close("curve.intervals", tuple(p.interval for p in again), tuple(p.interval for p in points), limit)
 

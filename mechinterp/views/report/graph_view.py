@@ -27,10 +27,10 @@ Line = tuple[str, str, str]
 def graph_view(circuit: Circuit, document: CircuitFile) -> dict[str, Any]:
     """Everything that the script draws, as JSON values.
 
-    `nodes` and `edges` (writer, reader, channel, name, score, share of resamples) are numbered. Each of the `stops` of the slider (one per
-    measured size) gives its edges as ranges of these numbers, and its drawing. A drawing has the place of every node
-    and, for each edge, its x in every row that it passes. If nodes were chosen, one line stands for all edges between
-    two of them.
+    `nodes` and `edges` (writer, reader, channel, name, score, share of resamples) are numbered. Each of the `stops` of
+    the slider (one per measured size) gives its edges as ranges of these numbers, and its drawing. A drawing has the
+    place of every node and, for each edge, its x in every row that it passes. If nodes were chosen, one line stands for
+    all edges between two of them.
 
     The circuit has a layout of its own; sizes with other edges share a second drawing. If there are more than
     `MAX_EDGES` lines, the strongest are drawn, and `about` says so.
