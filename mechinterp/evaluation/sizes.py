@@ -147,8 +147,9 @@ def size_curve(
         batch_size: How many examples to run at a time.
         progress: Called with the number of runs done and their total; one run is one mask on one example.
     """
+    how = {"rule": rule, "by": by, "ratio": ratio}
     search = SizeSearch(
-        model, scores, [(scores, pairs)], {"rule": rule, "by": by, "ratio": ratio}, metric, replacement, batch_size
+        model, scores, [(scores, pairs)], how, metric, replacement, batch_size, levels=levels, seed=seed
     )
     search.measure(sizes, progress)
     return tuple(search.point(size) for size in sizes)
@@ -286,7 +287,7 @@ class SizeSearch:
         return Curve(points, pairs, *about)
 
     def _spread(self, points: Sequence[CurvePoint]) -> tuple[int, int] | None:
-        """The central 90 % of the sizes that single resamples choose among the measured ones; None if some choose none."""
+        """The central 90 % of the sizes that single resamples choose among the measured; None if some choose none."""
         passed = {p.n_selected: self._passes(p.n_selected, p.interval) for p in points if p.interval is not None}
         n_units, once = self.scores.graph.n_units, replace(self.levels, agreement=1.0)
         found: list[float] = []

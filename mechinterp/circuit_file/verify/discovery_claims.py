@@ -131,7 +131,7 @@ def check_curve(
         ledger.close("curve.faithfulness", got, stated, limit)
         if curve.kl_empty is not None:
             shares = [tuple(p.passing for p in line) for line in (again, points)]
-            ledger.close("curve.passing", *shares, STABILITY_TOLERANCE)
+            ledger.close("curve.passing", shares[0], shares[1], STABILITY_TOLERANCE)
             ledger.close("curve.kl", tuple(p.kl for p in again), tuple(p.kl for p in points), limit)
             ledger.close("curve.intervals", tuple(p.interval for p in again), tuple(p.interval for p in points), limit)
 
