@@ -101,6 +101,7 @@ print(json.dumps(printed))
 """
 
 
+@pytest.mark.slow
 def test_the_output_that_is_shown_is_the_output() -> None:
     """Of commands that only read the stored circuit, which is what `discover-circuit run ioi` makes."""
     shown = [block.splitlines() for _, block in QUICK]
@@ -139,6 +140,7 @@ def test_docstrings_become_markdown() -> None:
     assert made == "The &lt;q> of `a<b>`:\n\n- 2 \\* 3\n\n\n```pycon\n>>> 1 + 1\n2\n```\n\nEnd."
 
 
+@pytest.mark.slow
 def test_every_public_name_is_in_the_reference(site: Path) -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in (site / "reference").glob("*.html"))
     found = {name.rpartition(".")[2] for name in re.findall(r'<h3 id="(mechinterp\.[\w.]+)"', text)}

@@ -72,6 +72,7 @@ def test_graphs_have_the_recorded_digests(shape: str) -> None:
     assert {kind: digest(shape, kind) for kind in KINDS} == recorded()["digests"][shape]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", mi.METHODS.names())
 def test_methods_give_the_recorded_scores(method: str) -> None:
     """To what another processor or another number of threads changes: sums of float32 in another order."""

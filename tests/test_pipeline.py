@@ -54,6 +54,7 @@ def made(folder: Path) -> Discovery:
     return discover(spec, lambda stage, done, total: STAGES.append(stage))
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_it_returns(made: Discovery, folder: Path) -> None:
     assert list(dict.fromkeys(STAGES)) == ["model", "scores", "curve", "evaluation", "roles"]
     assert made.path == folder / "made" / "ioi-small-eap-ig.circuit.json"
@@ -69,6 +70,7 @@ def test_a_run_writes_what_it_returns(made: Discovery, folder: Path) -> None:
     assert mi.verify(made.path).ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [InputError("no"), ValueError("no"), RuntimeError("no"), ZeroDivisionError("no")])
 def test_a_run_is_kept_when_its_roles_cannot_be_measured(
     spec: RunSpec, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -81,6 +83,7 @@ def test_a_run_is_kept_when_its_roles_cannot_be_measured(
     assert made.path.exists() and made.roles is None and made.notes == ("Roles were not measured: no",)
 
 
+@pytest.mark.slow
 def test_the_size_is_the_smallest_that_suffices(made: Discovery) -> None:
     size = made.circuit.selection["edges"]
     reached = [point.n_selected for point in made.curve if point.faithfulness >= 0.9]
@@ -90,16 +93,19 @@ def test_the_size_is_the_smallest_that_suffices(made: Discovery) -> None:
     assert "selection.size" in {claim.name for claim in mi.verify(made.path).claims}
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(made: Discovery, spec: RunSpec) -> None:
     assert made.path.read_bytes() == discover(spec).path.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_nothing_that_counts(made: Discovery, spec: RunSpec) -> None:
     parts = discover(replace(spec, batch_size=5))
     assert made.circuit.edges == parts.circuit.edges
     assert mi.verify(made.path, batch_size=3).ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -120,6 +126,7 @@ def test_every_choice_verifies(spec: RunSpec, changes: dict[str, Any]) -> None:
     assert made.document.selection.size is None
 
 
+@pytest.mark.slow
 def test_a_file_of_pairs(spec: RunSpec, folder: Path) -> None:
     path = folder / "mine.jsonl"
     made = discover(
@@ -152,6 +159,7 @@ def test_bos_is_chosen_by_the_spec_and_kept_in_the_file(spec: RunSpec) -> None:
     assert again.evaluation.faithfulness == pytest.approx(found.evaluation.faithfulness, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_pairs_without_answers_are_measured_by_kl(spec: RunSpec, tmp_path: Path) -> None:
     path = tmp_path / "ids.jsonl"
     rows = torch.randint(2, 100, (8, 2, 6), generator=torch.Generator().manual_seed(0)).tolist()

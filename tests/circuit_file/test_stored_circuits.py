@@ -18,6 +18,7 @@ def test_there_are_stored_circuits() -> None:
 OWN = [path for path in STORED if open_circuit_file(path).document.status != "published"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", OWN, ids=lambda path: path.name.partition(".")[0])
 def test_a_stored_circuit_verifies(path: Path) -> None:
     found = mi.verify(path)

@@ -85,6 +85,7 @@ def test_help_names_examples_and_exit_codes(arguments: list[str], capsys: pytest
         assert "discover-circuit verify " in text or "discover-circuit run ioi" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["list"], ["show", "TOY"], ["run", "ioy"]])
 def test_torch_is_imported_only_for_work(arguments: list[str], toy: Path) -> None:
     arguments = [str(toy) if word == "TOY" else word for word in arguments]
@@ -92,6 +93,7 @@ def test_torch_is_imported_only_for_work(arguments: list[str], toy: Path) -> Non
     assert process(code=code).returncode == 0
 
 
+@pytest.mark.slow
 def test_help_takes_less_than_half_a_second() -> None:
     resource = pytest.importorskip("resource")
 
@@ -209,6 +211,7 @@ def test_a_changed_circuit_file_is_not_shown(toy: Path, capsys: pytest.CaptureFi
     assert "was changed after it was written" in complaint(capsys, ["show", str(toy)])
 
 
+@pytest.mark.slow
 def test_a_mistake_from_outside_has_no_traceback() -> None:
     done = process("run", "ioy")
     assert (done.returncode, done.stdout) == (2, "")
@@ -232,6 +235,7 @@ def test_a_bug_is_exit_code_70_and_a_traceback_when_asked(
 # --- the work ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_writes_three_files_and_says_what_is_next(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,6 +259,7 @@ def test_a_run_writes_three_files_and_says_what_is_next(
     )
 
 
+@pytest.mark.slow
 def test_a_pairs_file_can_be_run(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         {"clean": [1, 5 + i, 9, 7], "corrupt": [1, 6 + i, 9, 7], "right": [20 + i], "wrong": [40 + i]}
@@ -266,11 +271,13 @@ def test_a_pairs_file_can_be_run(model: Path, tmp_path: Path, capsys: pytest.Cap
     assert (tmp_path / "mine-words-eap-ig.report.html").is_file()
 
 
+@pytest.mark.slow
 def test_verify_says_that_all_claims_hold(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", str(made)]) == 0
     assert re.search(r"verified: all \d+ claims of .* hold", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_verify_names_the_claim_that_failed(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sidecar = made.name.replace(".circuit.json", ".scores.safetensors")
     (tmp_path / sidecar).write_bytes((made.parent / sidecar).read_bytes())
@@ -317,6 +324,7 @@ def interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_eval_says_how_a_circuit_does_on_another_task(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     of_package = str(Path(__file__).parents[2] / "circuits" / "ioi-bundled-eap-ig.circuit.json")
     assert cli.main(["eval", of_package, "--task", "ioi_distractor", "--examples", "20"]) == 0
@@ -328,6 +336,7 @@ def test_eval_says_how_a_circuit_does_on_another_task(made: Path, capsys: pytest
         assert words in own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more", [["--level", "node", "--positions", "all"], ["--level", "neuron", "--neurons", "6"], ["--edges", "60%"]]
 )
@@ -345,6 +354,7 @@ def test_levels_and_positions_go_into_a_file_that_verifies(
     assert all(word in words for word in [*more, *size])
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -382,6 +392,7 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_ctrl_c_while_files_are_written_leaves_no_part_of_one(
     call: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -400,12 +411,14 @@ def test_ctrl_c_while_files_are_written_leaves_no_part_of_one(
     assert names == ([] if call < 3 else ["ioi-words-eap.circuit.json", "ioi-words-eap.scores.safetensors"])
 
 
+@pytest.mark.slow
 def test_output_to_a_pipe_has_no_control_codes(toy: Path) -> None:
     for arguments in (["show", str(toy)], ["list"], ["--help"], ["run", "ioy"]):
         done = process(*arguments)
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", (done.stdout + done.stderr).replace("\r\n", "\n"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_a_console_that_knows_few_letters_gets_question_marks(encoding: str, tmp_path: Path) -> None:
     record = toy_document(toy_circuit()).model_dump(mode="json", exclude_none=True)
@@ -418,6 +431,7 @@ def test_a_console_that_knows_few_letters_gets_question_marks(encoding: str, tmp
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", ["1", "20", "40", "300"])
 def test_a_narrow_terminal_loses_no_letters(columns: str, toy: Path) -> None:
     done = process("show", str(toy), "--top", "1000", COLUMNS=columns, NO_COLOR="1", TERM="dumb")
@@ -427,6 +441,7 @@ def test_a_narrow_terminal_loses_no_letters(columns: str, toy: Path) -> None:
         assert edges <= set(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_reading_is_no_error(toy: Path) -> None:
     command = [sys.executable, "-m", "mechinterp", "show", str(toy), "--top", "1000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
@@ -456,6 +471,7 @@ def test_plain_makes_one_printable_line() -> None:
     assert plain("a\nb\t c\x1b[1m \u202e d é") == "a b c?[1m ? d é"
 
 
+@pytest.mark.slow
 def test_warnings_of_the_package_are_lines(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

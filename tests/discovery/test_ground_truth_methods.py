@@ -76,6 +76,7 @@ def test_the_circuit_by_hand_is_exactly_what_has_an_effect(name: str) -> None:
     assert found.kl < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HAND)
 @pytest.mark.parametrize("label", [*ANY_METRIC, *ANSWERS])
 def test_which_method_finds_the_circuits_by_hand(label: str, name: str) -> None:
@@ -106,6 +107,7 @@ COMPILED = [label for label in ANY_METRIC if label not in ("exact", "acdc")]
 """`exact` and `acdc` find all eight: test_known_circuits.py and test_truth.py."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("label", "name"),
     [*itertools.product(COMPILED, ["hist", "shift_by_1"]), ("eap-ig", "sort"), ("clean-corrupted", "sort")],

@@ -31,6 +31,7 @@ def bootstrap(seed: int = 0, **more: Any) -> StableScores:
     return stable_scores(model, mi.build_graph(model), pairs(4, 5), method="eap", resamples=12, seed=seed, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method"),
     [*((name, "eap-ig") for name in SHAPES), *(("gpt2", m) for m in ("exact", "clean-corrupted", "relp"))],
@@ -93,6 +94,7 @@ def test_they_are_not_taken_for_plain_scores() -> None:
     assert stable.every.additive and "bootstrap_agreement" not in stable.every.parameters
 
 
+@pytest.mark.slow
 def test_the_batch_size_does_not_matter_and_the_seed_decides() -> None:
     one, other = bootstrap(batch_size=1), bootstrap(batch_size=3)
     assert torch.equal(one.samples, other.samples) and torch.equal(one.scores.total, other.scores.total)

@@ -181,6 +181,7 @@ def test_every_single_edge_agrees_with_an_independent_implementation(name: str) 
 # -- nothing depends on how it is batched ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_batched_is_one_by_one_is_padded(name: str) -> None:
     model, some = tiny(name), pairs(4, 7, padded=True)
@@ -291,6 +292,7 @@ def test_a_cut_edge_does_not_act_before_its_reader(name: str) -> None:
     assert not torch.allclose(both, b)
 
 
+@pytest.mark.slow
 def test_float32_and_bfloat16_models_are_near_float64() -> None:
     some = pairs(4, 7, padded=True)
     exact = tiny("gpt2")
