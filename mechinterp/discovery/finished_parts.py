@@ -5,24 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
+from mechinterp.base.keep import Compute
 from mechinterp.discovery.checkpoint import Checkpoint
 
-Compute = Callable[[], Mapping[str, Tensor]]
-Keep = Callable[[str, Compute], Mapping[str, Tensor]]
-"""Called with the name of a part and what computes it."""
 WORTH_SECONDS = 2.0
 """A part that took less is computed again."""
-
-
-def compute_always(name: str, compute: Compute) -> Mapping[str, Tensor]:
-    """Keeps nothing."""
-    return compute()
 
 
 @dataclass

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from mechinterp.base.canonical_json import six_digits
 from mechinterp.base.errors import InputError
+from mechinterp.base.keep import Keep, compute_always
 from mechinterp.base.progress import Progress, no_progress
-from mechinterp.discovery.finished_parts import Keep, compute_always
 from mechinterp.evaluation.ablation import AblationSetup
 from mechinterp.evaluation.faithfulness import bootstrap_interval, check_denominator, metric_tables, ratio_of_means
 from mechinterp.graphs.scores import Scores
