@@ -13,8 +13,9 @@ import torch
 
 import mechinterp as mi
 from mechinterp import pipeline
-from mechinterp.base.errors import InputError
-from mechinterp.evaluation.sizes import CurvePoint, size_curve, size_grid, smallest_faithful
+from mechinterp.base.errors import InputError, NoSmallCircuit, TaskNotDone
+from mechinterp.discovery import finished_parts
+from mechinterp.evaluation.sizes import CurvePoint, Levels, chosen_size, size_curve, size_grid, smallest_faithful
 from mechinterp.pipeline import Discovery, discover, output_path
 from mechinterp.run_spec import RunSpec, command_of
 from tests.support.words_model import save_words_model
@@ -41,22 +42,47 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def spec(folder: Path, tmp_path: Path) -> RunSpec:
-    return RunSpec("ioi", str(folder / "small"), examples=12, test_examples=10, out=tmp_path / "out")
+    return RunSpec("ioi", str(folder / "small"), **SMALL, out=tmp_path / "out")
 
 
+SMALL: dict[str, Any] = {
+    "method": "eap-ig",
+    "examples": 12,
+    "validation_examples": 12,
+    "test_examples": 10,
+    "resamples": 4,
+    "anyway": True,
+    "edges": 25,
+}
+"""A random model does no task, and no size is faithful."""
+BUNDLED = RunSpec(
+    "ioi",
+    settings=("runs=2", "learning_steps=30", "drawings=8"),
+    examples=40,
+    validation_examples=60,
+    test_examples=20,
+    roles=False,
+)
+"""The default run, shortened: the size is chosen."""
 STAGES: list[str] = []
 
 
 @pytest.fixture(scope="module")
 def made(folder: Path) -> Discovery:
     """The run of the spec above, made once; `STAGES` has what it reported."""
-    spec = RunSpec("ioi", str(folder / "small"), examples=12, test_examples=10, out=folder / "made")
+    spec = RunSpec("ioi", str(folder / "small"), **SMALL, out=folder / "made")
     return discover(spec, lambda stage, done, total: STAGES.append(stage))
+
+
+@pytest.fixture(scope="module")
+def sized(tmp_path_factory: pytest.TempPathFactory) -> Discovery:
+    """The default run of the bundled model."""
+    return discover(replace(BUNDLED, out=tmp_path_factory.mktemp("sized")))
 
 
 @pytest.mark.slow
 def test_a_run_writes_what_it_returns(made: Discovery, folder: Path) -> None:
-    assert list(dict.fromkeys(STAGES)) == ["model", "scores", "curve", "evaluation", "roles"]
+    assert list(dict.fromkeys(STAGES)) == ["model", "task", "scores", "curve", "evaluation", "roles"]
     assert made.path == folder / "made" / "ioi-small-eap-ig.circuit.json"
     assert sorted(p.name for p in made.path.parent.iterdir()) == [
         made.path.name,
@@ -84,16 +110,51 @@ def test_a_run_is_kept_when_its_roles_cannot_be_measured(
 
 
 @pytest.mark.slow
-def test_the_size_is_the_smallest_that_suffices(made: Discovery) -> None:
-    size = made.circuit.selection["edges"]
-    reached = [point.n_selected for point in made.curve if point.faithfulness >= 0.9]
-    assert size == min(reached)
-    assert made.document.selection.size is not None and made.document.selection.size.target == 0.9
-    assert made.document.selection.size.pairs == "discovery"
-    assert "selection.size" in {claim.name for claim in mi.verify(made.path).claims}
+def test_the_size_is_the_smallest_that_passes(sized: Discovery) -> None:
+    size = sized.circuit.selection["edges"]
+    points = [point for point in sized.curve.points if point.n_selected <= size]
+    assert size == points[-1].n_selected
+    assert [point.passing is not None and point.passing >= 0.9 for point in points[-2:]] == [False, True]
+    assert points[-1].n_selected / points[-2].n_selected < 2 ** (2 / 8)  # the gap below was bisected
+    assert sized.path.name == "ioi-bundled-mattr.circuit.json"
+    stated = sized.document.selection.size
+    assert stated is not None and stated.low == 0.9 and stated.pairs == "validation" and stated.target is None
+    assert sized.stability is not None and sized.document.stability is not None
+    assert sized.document.stability.n_core == int(sized.stability.found.core().sum()) > 0
+    found = mi.verify(sized.path, rescore=True)
+    assert found.ok, str(found)
+    names = {claim.name for claim in found.claims}
+    assert {"selection.size", "curve.passing", "performance.difference", "stability.jaccard again"} <= names
+    assert not [warning for warning in found.warnings if warning.name == "pairs not of the task"]
 
 
-@pytest.mark.slow
+def test_a_model_that_does_not_do_the_task_gets_no_circuit(spec: RunSpec) -> None:
+    with pytest.raises(TaskNotDone, match=r"does not do ioi on 12 pairs: .*--anyway"):
+        discover(replace(spec, anyway=False))
+    assert not list(spec.out.iterdir())
+
+
+def test_no_small_circuit_is_an_answer(spec: RunSpec) -> None:
+    with pytest.raises(NoSmallCircuit, match=r"No small circuit at this level by random: .* Try more --examples"):
+        discover(replace(spec, method="random", edges=None, resamples=None))
+    assert not list(spec.out.glob("*.json"))
+
+
+def test_a_killed_run_does_not_score_again(spec: RunSpec, monkeypatch: pytest.MonkeyPatch, made: Discovery) -> None:
+    monkeypatch.setattr(finished_parts, "WORTH_SECONDS", 0.0)
+    scored: list[int] = []
+    own = pipeline.resampled_scores
+    monkeypatch.setattr(pipeline, "resampled_scores", lambda *a, **k: (scored.append(1), own(*a, **k))[1])
+    with monkeypatch.context() as broken:
+        broken.setattr(pipeline, "evaluate_in", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            discover(spec)
+    assert [path for path in spec.out.iterdir() if ".unfinished." in path.name]
+    again = discover(spec)
+    assert scored == [1] and again.path.read_bytes() == made.path.read_bytes()
+    assert not [path for path in spec.out.iterdir() if path.name.startswith(".")]
+
+
 def test_the_same_run_gives_the_same_bytes(made: Discovery, spec: RunSpec) -> None:
     assert made.path.read_bytes() == discover(spec).path.read_bytes()
 
@@ -109,12 +170,13 @@ def test_the_batch_size_changes_nothing_that_counts(made: Discovery, spec: RunSp
 @pytest.mark.parametrize(
     "changes",
     [
-        {"threshold": 1e-5},
+        {"threshold": 1e-5, "edges": None},
         {"edges": 15, "rule": "greedy", "dtype": "float64"},
         {"edges": 15, "by": "value", "seed": 3},
         {"edges": 15, "method": "eap", "metric": "prob_diff"},
+        {"edges": 15, "settings": ("runs=3", "learning_steps=4"), "method": "mattr", "resamples": None},
         {"edges": 15, "steps": 2, "replacement": "zero"},
-        {"edges": 15, "replacement": "mean", "metric": "kl_to_clean"},
+        {"edges": 15, "replacement": "mean", "metric": "kl_to_clean", "resamples": 2},
         {"edges": 15, "method": "exact", "examples": 4},
     ],
     ids=str,
@@ -205,7 +267,7 @@ def test_a_folder_that_cannot_be_made_is_said_first(spec: RunSpec, tmp_path: Pat
 
 def test_names_and_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert output_path(RunSpec("ioi")) == Path("out/ioi-bundled-eap-ig.circuit.json")
+    assert output_path(RunSpec("ioi")) == Path("out/ioi-bundled-mattr.circuit.json")
     assert output_path(RunSpec("my/own.yaml", "org/name@main", method="eap")).name == "own-name-main-eap.circuit.json"
     assert command_of(RunSpec("ioi")) == "discover-circuit run ioi"
     spec = RunSpec("my task.jsonl", method="eap", edges=5, test_examples=7, out=Path("x"), device="cuda")
@@ -216,13 +278,24 @@ def test_sizes() -> None:
     assert size_grid(3) == (3,)
     assert size_grid(1) == (1,)
     grid = size_grid(32_491)
-    assert grid[0] == 4 and grid[-1] == 32_491 and len(grid) < 45
+    assert grid[0] == 4 and grid[-1] == 32_491 and len(grid) < 110
+    assert len(size_grid(32_491, fine=1)) == 14
     assert all(a < b for a, b in itertools.pairwise(grid))
     points = [CurvePoint(4, 0, 0.0), CurvePoint(8, 8, 0.95), CurvePoint(16, 16, 0.85), CurvePoint(32, 32, 1.0)]
     assert smallest_faithful(points) == 8
     assert smallest_faithful(points, 0.99) == 32
     with pytest.raises(InputError, match="No size reaches"):
         smallest_faithful(points, 1.5)
+
+
+def test_one_lucky_crossing_is_no_answer() -> None:
+    def points(**passing: float) -> list[CurvePoint]:
+        return [CurvePoint(int(n[1:]), int(n[1:]), 1.0, passing=share) for n, share in passing.items()]
+
+    assert chosen_size(points(n4=1.0, n8=0.0, n16=0.89, n32=0.95, n64=1.0), 100, Levels(most=1.0)) == 32
+    assert chosen_size(points(n4=1.0, n8=1.0), 100, Levels()) == 4
+    assert chosen_size(points(n4=0.0, n64=1.0, n99=1.0), 100, Levels()) is None  # more than half
+    assert chosen_size([CurvePoint(4, 4, 1.0)], 100, Levels()) is None  # nothing was measured
 
 
 def test_a_size_that_connects_nothing_is_the_empty_circuit(made: Discovery) -> None:
