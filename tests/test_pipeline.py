@@ -210,7 +210,9 @@ def test_bos_is_chosen_by_the_spec_and_kept_in_the_file(spec: RunSpec) -> None:
     model = mi.load_model(spec.model)
     default = model.tokenizer("a")["input_ids"][0] == model.tokenizer.bos_token_id
     for bos in (None, True, False):
-        for pairs in pipeline.examples_of(replace(spec, bos=bos), model)[1:3]:
+        sets = pipeline.examples_of(replace(spec, bos=bos), model)
+        for pairs in (sets.train, sets.validation, sets.test):
+            assert pairs is not None
             first = pairs.clean[:, 0] == model.tokenizer.bos_token_id
             assert bool(first.all() if (default if bos is None else bos) else not first.any())
     found = discover(replace(spec, bos=not default, roles=False, edges=20))

@@ -33,8 +33,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         IOI.read_text("utf-8").replace("name: ioi", "name: mine").replace(" gave ", " handed ", 1), "utf-8"
     )
     for task in (str(folder / "mine.yaml"), "ioi"):
-        spec = RunSpec(task, str(folder / "model"), edges=20, examples=12, test_examples=10, out=folder)
-        discover(spec)
+        sizes: dict[str, int] = {"examples": 12, "validation_examples": 12, "test_examples": 10, "resamples": 4}
+        model = str(folder / "model")
+        discover(RunSpec(task, model, method="eap-ig", edges=20, anyway=True, out=folder, **sizes))
     return folder
 
 
