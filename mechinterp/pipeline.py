@@ -26,7 +26,7 @@ from mechinterp.circuit_file.schema import CircuitFile, FileTaskRecord, TaskReco
 from mechinterp.circuit_file.store import SUFFIX, sidecar_name
 from mechinterp.circuit_file.verify.verification import verify as verify
 from mechinterp.discovery.finished_parts import FinishedParts
-from mechinterp.discovery.method import METHODS, Method, score_edges
+from mechinterp.discovery.method import METHODS, Method, check_graph, score_edges
 from mechinterp.discovery.neurons import top_neurons
 from mechinterp.discovery.stable import (
     BLOCKS,
@@ -36,6 +36,7 @@ from mechinterp.discovery.stable import (
     resampled_scores,
     stability_at,
 )
+from mechinterp.engines.edge_patching import check_model
 from mechinterp.evaluation.ablation import AblationSetup
 from mechinterp.evaluation.faithfulness import Evaluation, evaluate_in
 from mechinterp.evaluation.roles import MeasuredRoles, measured_roles
@@ -141,6 +142,8 @@ def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
         threshold = METHODS.get(_method(spec)).threshold
     size = _size(spec, graph)
     check_selection(graph, rule=spec.rule, by=spec.by, ratio=spec.ratio, threshold=threshold)
+    check_graph(_method(spec), graph)
+    check_model(model, graph, train)
     progress("task", 0, 1)
     performance = check_task(spec, model, examples, metric)
     progress("task", 1, 1)

@@ -25,7 +25,7 @@ from mechinterp.views.terminal_tables import plain
 from tests.support.toy_circuits import toy_circuit, toy_document
 from tests.support.words_model import save_words_model
 
-SMALL = ("--examples", "10", "--edges", "20", "--method", "eap")
+SMALL = ("--examples", "10", "--edges", "20", "--method", "eap", "--anyway", "--resamples", "4")
 QUICK = (*SMALL, "--no-roles")  # where roles are not the point
 
 
@@ -267,8 +267,8 @@ def test_a_pairs_file_can_be_run(model: Path, tmp_path: Path, capsys: pytest.Cap
     ]
     pairs = tmp_path / "mine.jsonl"
     pairs.write_text("\n".join(map(json.dumps, rows)), "utf-8")
-    assert cli.main(["run", str(pairs), "--model", str(model), "--out", str(tmp_path), "--edges", "20"]) == 0
-    assert (tmp_path / "mine-words-eap-ig.report.html").is_file()
+    assert cli.main(["run", str(pairs), "--model", str(model), "--out", str(tmp_path), *SMALL]) == 0
+    assert (tmp_path / "mine-words-eap.report.html").is_file()
 
 
 @pytest.mark.slow
@@ -344,7 +344,7 @@ def test_levels_and_positions_go_into_a_file_that_verifies(
     more: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = ["run", "ioi", "--model", str(model), "--out", str(tmp_path), "--examples", "12", "--method", "eap"]
-    run += ["--no-roles"]
+    run += ["--no-roles", "--anyway", "--resamples", "3"]
     size = [] if "--edges" in more else ["--nodes", "60%"]
     assert cli.main([*run, *more, *size]) == 0
     (file,) = tmp_path.glob("*.circuit.json")
@@ -360,7 +360,7 @@ def test_a_killed_run_goes_on_where_it_was(
 ) -> None:
     monkeypatch.setattr(checkpoint, "EVERY_SECONDS", 0.0)
     arguments = ["run", "ioi", "--model", str(model), "--examples", "6", "--edges", "20", "--method", "exact"]
-    arguments += ["--batch-size", "2", "--no-roles"]
+    arguments += ["--batch-size", "2", "--no-roles", "--anyway", "--resamples", "0"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert cli.main([*arguments, "--out", str(whole)]) == 0
     save, calls = checkpoint.Checkpoint.save, list[int]()
@@ -373,15 +373,15 @@ def test_a_killed_run_goes_on_where_it_was(
 
     monkeypatch.setattr(checkpoint.Checkpoint, "save", once)
     assert cli.main([*arguments, "--out", str(killed)]) == cli.INTERRUPTED
-    assert [path.suffix for path in killed.iterdir()] == [".unfinished"]
+    assert [path.suffixes[-2:] for path in killed.iterdir()] == [[".unfinished", ".scores"]]
     n = len(calls)
     assert cli.main([*arguments, "--out", str(killed)]) == 0
-    assert len(calls) > n and not list(killed.glob("*.unfinished"))
+    assert len(calls) > n and not list(killed.glob("*.unfinished*"))
     name = "ioi-words-exact.circuit.json"
     assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
 
-@pytest.mark.parametrize("place", ["score_edges", "evaluate", "save_circuit"])
+@pytest.mark.parametrize("place", ["resampled_scores", "evaluate_in", "save_circuit"])
 def test_ctrl_c_is_one_line_and_leaves_nothing(
     place: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -482,7 +482,7 @@ def test_warnings_of_the_package_are_lines(
 
         return wrapped
 
-    monkeypatch.setattr(pipeline, "evaluate", warn(pipeline.evaluate))
+    monkeypatch.setattr(pipeline, "evaluate_in", warn(pipeline.evaluate_in))
     assert cli.main(["run", "ioi", "--model", str(model), "--out", str(tmp_path), *QUICK]) == 0
     assert capsys.readouterr().err == "warning: two lines [red]\n"
     assert not logging.getLogger("mechinterp").handlers

@@ -73,7 +73,7 @@ def test_another_package_adds_a_method_a_metric_and_a_format(tmp_path: Path) -> 
     points |= {"exports": "mine-names = mine_plugin:EXPORT", "imports": "mine-json = mine_plugin:IMPORT"}
     install(tmp_path, "mine_plugin", GOOD, points, "Scores of mine")
     model = save_words_model(tmp_path / "words")
-    small = ["--model", str(model), "--examples", "8", "--edges", "50%", "--no-roles", "--out", "out"]
+    small = ["--model", str(model), "--examples", "8", "--edges", "50%", "--no-roles", "--anyway", "--out", "out"]
     made = "out/ioi-words-mine.circuit.json"
     listed, found, exported, _, imported, refused = run(
         tmp_path,

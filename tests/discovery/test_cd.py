@@ -186,7 +186,7 @@ def test_a_circuit_by_cd_is_saved_and_verified_like_any_other(tmp_path: Path) ->
     assert "--set top=6 --set preset=authors-gpt" in command_of(spec)
     assert found.circuit.scores is not None
     assert found.circuit.scores.parameters["top"] == 6 and found.circuit.selection["threshold"] == 0.0
-    assert found.curve[-1].n_selected == int((found.circuit.scores.values != 0).sum())
+    assert found.curve.points[-1].n_selected == int((found.circuit.scores.values != 0).sum())
     assert mi.verify(found.path, rescore=True).ok
 
 

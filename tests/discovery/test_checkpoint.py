@@ -187,13 +187,16 @@ def test_a_run_goes_on_when_its_state_cannot_be_written(
 
 @pytest.mark.slow
 def test_restart_deletes_the_states_of_a_run_and_no_other_file(tmp_path: Path) -> None:
-    spec = mi.RunSpec("ioi", method="eap", edges=60, examples=4, test_examples=4, roles=False, out=tmp_path)
-    state = _state_path(output_path(spec), spec)
+    spec = mi.RunSpec(
+        "ioi", method="eap", edges=60, examples=4, test_examples=4, resamples=0, roles=False, out=tmp_path
+    )
+    run = _state_path(output_path(spec), spec)
+    state = run.with_name(f"{run.name}.scores")
     state.write_bytes(b"damaged")
     others = [tmp_path / state.name.replace("-eap.", "-exact."), tmp_path / "mine.unfinished"]
     for other in others:
         other.write_bytes(b"")
-    stale = state.with_name(f"{state.name.rsplit('.', 2)[0]}.0123abcd.unfinished")
+    stale = run.with_name(f"{run.name.rsplit('.', 2)[0]}.0123abcd.unfinished")
     stale.write_bytes(b"")
     with pytest.raises(mi.InputError, match="is not the state of a run"):
         mi.discover(spec)

@@ -126,7 +126,7 @@ def test_gates_of_several_drawings_have_the_mean_gradient() -> None:
     graph = mi.build_graph(model, level="node")
     settings = {**METHODS_DEFAULTS, "examples": 3, "drawings": 2}
     job = Job(model, graph, some, get_metric("kl_to_clean"), settings, 32, no_progress, Checkpoint())
-    learning = GateLearning(job, {})
+    learning = GateLearning(job, {"unused": torch.zeros(1, dtype=torch.float64)})
     gates = torch.rand(2, graph.n_units, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     both = learning._gate_gradient(gates, learning.block(0))
     for i in range(2):
