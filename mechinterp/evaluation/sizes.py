@@ -38,6 +38,8 @@ FOLDS = 3
 """Parts of the train pairs with cross-fitting."""
 RESAMPLES = 200
 """Resamples of the examples on which a size must pass."""
+SPREAD_AT = RESAMPLES // 20
+"""The spread begins after so many of the sorted sizes of resamples, and ends before as many."""
 FINE = 8
 """Sizes of the grid between a size and its double."""
 
@@ -282,12 +284,19 @@ class SizeSearch:
     def curve(self, pairs: Pairs, levels: Levels | None) -> Curve:
         """All measured sizes in order; `pairs` are all examples. `levels` is given if they chose the size."""
         points = tuple(self.point(size) for size in sorted(self.tables))
-        spread = None if levels is None else self._spread(points)
+        spread = None if levels is None else self._spread()
         about = (self.metric, self.replacement, levels, self.kl_empty, spread, self.seed, len(self.parts))
         return Curve(points, pairs, *about)
 
-    def _spread(self, points: Sequence[CurvePoint]) -> tuple[int, int] | None:
+    def _spread(self) -> tuple[int, int] | None:
         """The central 90 % of the sizes that single resamples choose among the measured; None if some choose none."""
+        found = self.resampled_sizes()
+        low, high = found[SPREAD_AT], found[-1 - SPREAD_AT]
+        return None if math.isinf(high) else (int(low), int(high))
+
+    def resampled_sizes(self) -> list[float]:
+        """The sizes that single resamples choose among the measured, sorted; infinite where one chooses none."""
+        points = [self.point(size) for size in sorted(self.tables)]
         passed = {p.n_selected: self._passes(p.n_selected, p.interval) for p in points if p.interval is not None}
         n_units, once = self.scores.graph.n_units, replace(self.levels, agreement=1.0)
         found: list[float] = []
@@ -295,9 +304,7 @@ class SizeSearch:
             here = [replace(p, passing=float(passed[p.n_selected][i])) for p in points]
             size = chosen_size(here, n_units, once)
             found.append(math.inf if size is None else size)
-        found.sort()
-        low, high = found[len(found) // 20], found[-1 - len(found) // 20]
-        return None if math.isinf(high) else (int(low), int(high))
+        return sorted(found)
 
 
 def chosen_size(points: Sequence[CurvePoint], n_units: int, levels: Levels) -> int | None:
