@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "eap-ig-activations": {"steps": 2},
     "edge-pruning": {"learning_steps": 10},
     "subnetwork-probing": {"learning_steps": 10},
+    "mattr": {"learning_steps": 5, "runs": 2, "drawings": 4},
     "acdc": {"metric": "kl_to_clean", "tau": 0.5},
 }
 """Of methods that would take long with their defaults."""
