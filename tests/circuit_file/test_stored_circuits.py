@@ -23,4 +23,5 @@ OWN = [path for path in STORED if open_circuit_file(path).document.status != "pu
 def test_a_stored_circuit_verifies(path: Path) -> None:
     found = mi.verify(path)
     assert found.ok
-    assert [warning.name for warning in found.warnings] == ["scores not recomputed"]
+    doubt = {"ioi-bundled-mattr.circuit.json": ["not faithful beyond doubt"]}.get(path.name, [])
+    assert [warning.name for warning in found.warnings] == [*doubt, "scores not recomputed"]

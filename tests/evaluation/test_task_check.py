@@ -120,3 +120,10 @@ def test_the_bundled_model_does_its_tasks_and_not_their_opposites(task: str, bun
         wrong = replace(some, right=some.wrong, wrong=some.right)
         opposite = check_performance(bundled_model, wrong, metric=loaded.metric)
         assert len(opposite.failures) == 2 and opposite.difference == pytest.approx(-found.difference, rel=1e-4)
+
+
+def test_the_first_pairs_of_a_split_are_not_among_the_next(bundled_model: mi.HookManager) -> None:
+    task = mi.load_task("ioi")
+    every, rest = task.pairs(bundled_model, n=12), task.pairs(bundled_model, n=7, skip=5)
+    assert rest.clean_text == every.clean_text[5:] and rest.digest() == every[5:].digest()
+    assert not set(rest.clean_text or ()) & set(every[:5].clean_text or ())
