@@ -74,7 +74,7 @@ def test_a_command_that_is_shown_can_be_given(path: Path, line: str) -> None:
     action = COMMANDS.main(words, prog_name="discover-circuit", standalone_mode=False)
     assert callable(action)
     if action.func is cli._do_run:
-        pipeline._settings(pipeline.RunSpec(**action.args[0]))
+        pipeline._settings(pipeline.resolved(pipeline.RunSpec(**action.args[0])))
     elif action.func is cli._do_compare:
         asked, methods, _ = action.args
         compare._settings_by_method(pipeline.RunSpec(**asked), methods)
@@ -84,7 +84,7 @@ QUICK = [
     (path, block)
     for path in PAGES
     for block in blocks(path, "console")
-    if re.match(r"\$ discover-circuit (show|cite|validate) \S*ioi-bundled-eap-ig", block) and "\n" in block.strip()
+    if re.match(r"\$ discover-circuit (show|cite|validate) \S*ioi-bundled-", block) and "\n" in block.strip()
 ]
 
 
@@ -106,8 +106,7 @@ def test_the_output_that_is_shown_is_the_output() -> None:
     """Of commands that only read the stored circuit, which is what `discover-circuit run ioi` makes."""
     shown = [block.splitlines() for _, block in QUICK]
     given = [
-        ["ioi-bundled-eap-ig" if "ioi-bundled" in word else word for word in shlex.split(lines[0])[2:]]
-        for lines in shown
+        [re.sub(r".*(ioi-bundled-[a-z-]+).*", r"\1", word) for word in shlex.split(lines[0])[2:]] for lines in shown
     ]
     assert len(given) >= 3
     done = subprocess.run(
