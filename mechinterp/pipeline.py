@@ -165,6 +165,7 @@ def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
     curve = search.curve(on, levels)
     if levels is not None:
         if found is None:
+            done.clear()
             raise NoSmallCircuit(no_small_circuit(spec, graph, curve, levels))
         size = found
     circuit = select(graph, scores, **({} if size is None else sized(graph, size)), threshold=threshold, **how)

@@ -17,7 +17,7 @@ from mechinterp.base.errors import InputError, NoSmallCircuit, TaskNotDone
 from mechinterp.discovery import finished_parts
 from mechinterp.evaluation.sizes import CurvePoint, Levels, chosen_size, size_curve, size_grid, smallest_faithful
 from mechinterp.pipeline import Discovery, discover, output_path
-from mechinterp.run_spec import RunSpec, command_of
+from mechinterp.run_spec import EFFORTS, RESAMPLES, RunSpec, command_of, resolved
 from tests.support.words_model import save_words_model
 
 
@@ -134,10 +134,138 @@ def test_a_model_that_does_not_do_the_task_gets_no_circuit(spec: RunSpec) -> Non
     assert not list(spec.out.iterdir())
 
 
-def test_no_small_circuit_is_an_answer(spec: RunSpec) -> None:
+def test_no_small_circuit_is_an_answer(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not an unfinished run: nothing is left behind."""
+    monkeypatch.setattr(finished_parts, "WORTH_SECONDS", 0.0)
     with pytest.raises(NoSmallCircuit, match=r"No small circuit at this level by random: .* Try more --examples"):
         discover(replace(spec, method="random", edges=None, resamples=None))
-    assert not list(spec.out.glob("*.json"))
+    assert not list(spec.out.iterdir())
+
+
+TINY_TASK = """
+name: few
+version: 1
+title: Few examples
+source: ours
+metric: logit_diff
+answer: " {IO}"
+wrong: " {S}"
+positions: [end]
+words: {IO: people, S: people, PLACE: towns}
+lists: {people: [Mary, John, Tom, James], towns: [store, garden]}
+corruption: {scheme: replace, slots: {S2: IO}}
+pair_split: {slots: [IO, S], test_fraction: 0.3}
+splits:
+  train: {templates: [{text: "When {IO} and {S} went to the {PLACE}, {S} gave a drink to", order: ABBA}]}
+  test: {templates: [{text: "After {IO} and {S} went to the {PLACE}, {S} gave a drink to", order: ABBA}]}
+"""
+
+
+def test_a_task_with_too_few_examples_for_both_is_cross_fitted(spec: RunSpec, tmp_path: Path) -> None:
+    (tmp_path / "few.yaml").write_text(TINY_TASK, "utf-8")
+    model, task = mi.load_model(spec.model), mi.load_task(str(tmp_path / "few.yaml"))
+    most = 2  # examples that the task makes of a split
+    with pytest.raises(InputError):
+        while most < 50:
+            task.pairs(model, n=most + 1, split="train")
+            most += 1
+    assert 4 < most < 24
+    asked = replace(spec, task=str(tmp_path / "few.yaml"), examples=most - 3, test_examples=4)
+    sets = pipeline.examples_of(replace(asked, validation_examples=3), model)
+    assert sets.validation is not None and len(sets.validation) == 3 and sets.notes == ()
+    assert not set(sets.train.clean_text or ()) & set(sets.validation.clean_text or ())
+    sets = pipeline.examples_of(replace(asked, validation_examples=4), model)
+    assert sets.validation is None and len(sets.train) == most - 3
+    assert sets.notes == (f"{pipeline.CROSS_FITTED} the task makes no {most + 1} different train pairs.",)
+
+
+@pytest.mark.parametrize(("n", "sizes"), [(59, (29, 0, 30)), (60, (20, 20, 20)), (90, (30, 30, 30))])
+def test_a_file_of_pairs_is_cut_in_thirds_if_these_are_large_enough(
+    spec: RunSpec, tmp_path: Path, n: int, sizes: tuple[int, int, int]
+) -> None:
+    path = tmp_path / "ids.jsonl"
+    rows = torch.randint(2, 100, (n, 2, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    path.write_text("\n".join(json.dumps({"clean": c, "corrupt": x}) for c, x in rows), "utf-8")
+    asked = RunSpec(str(path), spec.model)
+    sets = pipeline.examples_of(asked, mi.load_model(spec.model))
+    found = [sets.train, *([] if sets.validation is None else [sets.validation]), sets.test]
+    assert (len(sets.train), len(sets.validation or ()), len(sets.test)) == sizes
+    assert torch.equal(torch.cat([part.clean for part in found]), mi.load_pairs(path).clean)  # every pair once
+    assert (sets.notes == ()) == (sizes[1] > 0)
+
+
+@pytest.mark.slow
+def test_with_few_pairs_the_size_is_chosen_by_cross_fitting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mi.load_model("bundled")
+    made = mi.load_task("gendered_pronoun").pairs(model, n=40, seed=0)
+    assert made.clean_text and made.corrupt_text and made.right is not None and made.wrong is not None
+    answers = [model.tokenizer.batch_decode(ids[:, :1]) for ids in (made.right, made.wrong)]
+    columns = zip(made.clean_text, made.corrupt_text, *answers, strict=True)
+    rows = [dict(zip(("clean", "corrupt", "right", "wrong"), row, strict=True)) for row in columns]
+    path = tmp_path / "pronouns.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    own, scored = pipeline.score_edges, list[mi.Pairs]()
+    monkeypatch.setattr(pipeline, "score_edges", lambda m, g, p, **k: (scored.append(p), own(m, g, p, **k))[1])
+    found = discover(RunSpec(str(path), method="gim", roles=False, out=tmp_path))
+    train = found.train
+    assert len(train) == len(found.test) == 20 and found.examples.validation is None
+    assert found.notes[0].startswith(pipeline.CROSS_FITTED)
+    for fold, part in enumerate(scored):  # each fold is measured with the scores of the others
+        assert torch.equal(part.clean, train[[i for i in range(20) if i % 3 != fold]].clean)
+    assert len(scored) == found.curve.folds == 3 and found.curve.pairs is train
+    size, curve = found.document.selection.size, found.document.curve
+    assert size is not None and curve is not None and size.pairs == curve.pairs == "discovery" and curve.folds == 3
+    assert found.circuit.selection["edges"] < 100 and found.evaluation.faithfulness > 0.8
+    verified = mi.verify(found.path, rescore=True)
+    assert verified.ok and any("cross-fitted in 3 folds" in note for note in verified.notes)
+    assert "choice of the size" in {part.words for part in verified.extent.only_hashed}
+    forged = json.loads(found.path.read_text("utf-8"))
+    forged["selection"]["size"]["agreement"] = 0.0
+    found.path.write_text(json.dumps(forged), "utf-8")
+    assert "selection.size" in {claim.name for claim in mi.verify(found.path).failed}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "resamples"),
+    [
+        ({"resamples": None, "examples": 6}, "bootstrap over blocks of examples", RESAMPLES),
+        ({"resamples": 5}, "bootstrap over blocks of examples", 5),
+        ({"resamples": 0}, None, 0),
+        ({"resamples": None, "method": "path-patching", "examples": 2}, None, 0),  # would cost that many runs
+        ({"resamples": None, "replacement": "mean"}, None, 0),
+    ],
+)
+def test_resamples_are_drawn_where_they_cost_little(
+    spec: RunSpec, changes: dict[str, Any], kind: str | None, resamples: int
+) -> None:
+    found = discover(replace(spec, roles=False, curve=False, **{"method": "eap", **changes}))
+    assert (found.stability is None) == (kind is None) == (found.document.stability is None)
+    if found.stability is not None and found.document.stability is not None:
+        assert found.stability.kind == found.document.stability.kind == kind
+        assert found.stability.found.resamples == found.document.stability.resamples == resamples
+        assert all(edge.frequency is not None for edge in found.document.edges)
+    assert [point.n_selected for point in found.curve.points] == [25]  # no curve: the size itself
+
+
+def test_resamples_of_a_method_that_draws_them_itself_are_its_runs(spec: RunSpec) -> None:
+    with pytest.raises(InputError, match="give --set runs=4"):
+        discover(replace(spec, method="mattr"))
+
+
+def test_an_effort_names_the_method_and_settings_given_come_last() -> None:
+    assert {effort: method for effort, (method, _) in EFFORTS.items()} == {
+        "quick": "eap-ig",
+        "standard": "mattr",
+        "thorough": "mattr",
+    }
+    assert resolved(RunSpec("ioi")) == RunSpec("ioi", method="mattr")
+    thorough = resolved(RunSpec("ioi", effort="thorough", settings=("runs=2",)))
+    assert thorough.settings[0] == "runs=8" and thorough.settings[-1] == "runs=2"
+    assert pipeline._settings(thorough)["runs"] == 2 and pipeline._settings(thorough)["learning_steps"] == 300
+    own = RunSpec("ioi", method="eap", effort="thorough")
+    assert resolved(own) == own
+    for effort in EFFORTS:  # its settings exist
+        pipeline._settings(resolved(RunSpec("ioi", effort=effort)))
 
 
 def test_a_killed_run_does_not_score_again(spec: RunSpec, monkeypatch: pytest.MonkeyPatch, made: Discovery) -> None:
