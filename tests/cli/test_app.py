@@ -259,6 +259,54 @@ def test_a_run_writes_three_files_and_says_what_is_next(
     )
 
 
+def test_a_model_that_does_not_do_the_task_is_exit_code_2(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`run` and `compare` say what they saw; --anyway goes on, and the doubt stands under the finding."""
+    few = ["--model", str(model), "--out", str(tmp_path), "--examples", "10"]
+    run = ["run", "ioi", *few, "--method", "eap", "--edges", "20", "--no-roles", "--resamples", "0"]
+    for arguments in (run, ["compare", "ioi", *few, "--methods", "eap", "--sizes", "0.5,1"]):
+        line = complaint(capsys, arguments)
+        assert f"{model} does not do ioi on 10 pairs: " in line and "go on with --anyway" in line
+        assert re.search(r"logit_diff of clean prompts is not above .*difference \S+ \[-\S+, \S+\]", line)
+        assert not list(tmp_path.iterdir())
+    assert cli.main([*run, "--anyway"]) == 0
+    first = capsys.readouterr().out.splitlines()
+    assert "edges recover" in first[0] and "doubt: the model does not do the task" in "\n".join(first[:8])
+    assert "doubt: the circuit was found with 10 pairs" in first
+    assert not any(line.startswith("stability") for line in first)  # --resamples 0
+    document = json.loads((tmp_path / "ioi-words-eap.circuit.json").read_text("utf-8"))
+    assert "stability" not in document and document["performance"]["n_examples"] == 10
+    page = (tmp_path / "ioi-words-eap.report.html").read_text("utf-8")
+    assert "the model does not do the task" in page
+
+
+def test_no_small_circuit_is_exit_code_4(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--model", str(model), "--out", str(tmp_path), "--examples", "10", "--anyway"]
+    capsys.readouterr()
+    assert cli.main(["run", "ioi", *few, "--method", "random"]) == cli.NO_CIRCUIT == 4
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("discover-circuit: No small circuit at this level")
+    nearest = re.search(r"or --edges (\d+) for that one as it is", err)
+    assert nearest is not None and not list(tmp_path.iterdir())
+    again = ["run", "ioi", *few, "--method", "random", "--edges", nearest.group(1), "--no-roles"]
+    assert cli.main(again) == 0  # what it says can be done
+
+
+@pytest.mark.slow
+def test_a_quick_run_is_eap_ig_with_its_stability(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--model", str(model), "--out", str(tmp_path), "--examples", "20", "--anyway", "--edges", "20"]
+    assert cli.main(["run", "ioi", *few, "--effort", "quick", "--no-roles", "--no-curve"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^stability: \d+ of \d+ edges \(\d+%\) are in at least 90% of 100 circuits", text, re.MULTILINE)
+    document = json.loads((tmp_path / "ioi-words-eap-ig.circuit.json").read_text("utf-8"))
+    assert document["discovery"]["method"] == "eap-ig" and document["stability"]["resamples"] == 100
+    assert "--effort quick" in document["provenance"]["command"]
+    assert [point["n_selected"] for point in document["curve"]["points"]] == [20]
+
+
 @pytest.mark.slow
 def test_a_pairs_file_can_be_run(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
