@@ -2,6 +2,7 @@
 
     python -m benchmarks.discovery                        # every method, every bundled task, five seeds (hours)
     python -m benchmarks.discovery --methods mattr,relp --tasks ioi --seeds 3
+    python -m benchmarks.discovery --model .cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --tasks ioi --device cuda
     python -m benchmarks.discovery --default              # the default run: seeds, half and double the pairs
     python -m benchmarks.discovery --table FILE           # the tables again, from the rows that were measured
 
@@ -32,10 +33,13 @@ from mechinterp.evaluation.comparison import MIB_SHARES, area, top_edges
 from mechinterp.evaluation.faithfulness import faithfulness_curve
 from mechinterp.evaluation.sizes import SizeSearch, search_size
 from mechinterp.graphs.circuit import on_paths
+from mechinterp.graphs.select import sized
 from mechinterp.run_spec import RunSpec
 
 TASKS = ("ioi", "ioi_distractor", "greater_than", "induction", "gendered_pronoun", "subject_verb_agreement")
 METHODS = ("mattr", "eap-ig-activations", "gim", "ensemble", "relp", "cd-edges", "eap-ig", "eap")
+MOST_KEPT = 10_000
+"""Edges of an order that a row keeps."""
 PAIRS = 200
 """Train, validation and test pairs each."""
 
@@ -98,21 +102,26 @@ def default_runs(model: str, tasks: list[str], seeds: int, pairs: int, out: Path
                 yield row
 
 
-def method_runs(tasks: list[str], methods: list[str], seeds: int, pairs: int, out: Path) -> Iterator[dict[str, Any]]:
-    """Every method on every bundled task with every seed: areas, the size by the rule, and the edges at some sizes."""
-    model = mi.load_model("bundled")
-    graph = mi.build_graph(model)
+def method_runs(
+    name: str, device: str | None, level: str, tasks: list[str], methods: list[str], seeds: int, pairs: int, out: Path
+) -> Iterator[dict[str, Any]]:
+    """Every method on every task with every seed: areas, the size by the rule, and the order of edges (or nodes)."""
+    model = mi.load_model(name, device=device)
+    graph = mi.build_graph(model, level=level)
     sizes = [int(share * graph.n_units) for share in MIB_SHARES]
     for task in tasks:
         for seed in range(seeds):
             make = mi.load_task(task).pairs
-            train = make(model, n=pairs, seed=seed)
-            validation, test = (
-                make(model, n=PAIRS, seed=seed, skip=pairs),
-                make(model, n=PAIRS, seed=seed, split="test"),
-            )
+            try:
+                train = make(model, n=pairs, seed=seed)
+                validation = make(model, n=PAIRS, seed=seed, skip=pairs)
+                test = make(model, n=PAIRS, seed=seed, split="test")
+            except mi.InputError as error:
+                print(f"{task}: {error}", flush=True)
+                break
             for method in methods:
                 key = {"kind": "method", "task": task, "seed": seed, "pairs": pairs, "method": method}
+                key |= {"model": Path(model.info.name).name, "level": level}
                 if measured(out, key):
                     continue
                 start = time.process_time()
@@ -133,7 +142,7 @@ def method_runs(tasks: list[str], methods: list[str], seeds: int, pairs: int, ou
                     "log area": log_area(magnitude),
                 }
                 if size is not None:
-                    circuit = mi.select(graph, scores, edges=size)
+                    circuit = mi.select(graph, scores, **sized(graph, size))
                     found = mi.evaluate(model, circuit, test, n_random=0, seed=seed)
                     row |= {
                         "edges": circuit.n_edges,
@@ -141,8 +150,9 @@ def method_runs(tasks: list[str], methods: list[str], seeds: int, pairs: int, ou
                         "interval": found.faithfulness_ci,
                         "kl": found.kl,
                     }
-                order = torch.argsort(scores.values[graph.possible].abs(), descending=True, stable=True)
-                row["order"] = order[: graph.n_units // 2].tolist()
+                first = graph.first_of_unit
+                order = torch.argsort(scores.values.cpu()[first[:, 0], first[:, 1]].abs(), descending=True, stable=True)
+                row["order"] = order[: min(MOST_KEPT, graph.n_units // 2)].tolist()
                 add(out, row)
                 yield row
 
@@ -173,16 +183,17 @@ def method_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """One row per task and method: means over seeds; sizes are the median and the range over seeds."""
     found: list[dict[str, Any]] = []
     frame = pd.DataFrame([row for row in rows if row["kind"] == "method"])
-    for (task, method), some in frame.groupby(["task", "method"], sort=False):
-        sizes = some["edges"].dropna() if "edges" in some else pd.Series(dtype=float)
-        at = int(sizes.median()) if len(sizes) else 0
+    for (level, task, method), some in frame.groupby(["level", "task", "method"], sort=False):
+        chosen = some["size"].dropna()
+        sizes = some["edges"].dropna() if level == "edge" and len(chosen) else chosen
+        at = int(chosen.median()) if len(chosen) else 0
         sets = [set(order[:at]) for order in some["order"]]
         alike = [len(a & b) / len(a | b) for a, b in combinations(sets, 2)] if at else []
         found.append(
             {
                 "task": task,
                 "method": method,
-                "edges": sizes_of(sizes),
+                f"{level}s": sizes_of(sizes),
                 "no size": f"{len(some) - len(sizes)} of {len(some)}",
                 "faithfulness": some["faithfulness"].mean() if at else None,
                 "KL": some["kl"].mean() if at else None,
@@ -233,7 +244,9 @@ def main() -> None:
     parser.add_argument("--default", action="store_true", help="the default run instead of all methods")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--model", default="bundled", help="of the default run")
+    parser.add_argument("--model", default="bundled")
+    parser.add_argument("--device", help="of the methods' runs")
+    parser.add_argument("--level", default="edge", help="of the methods' runs: edge or node")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--rows", type=Path, default=Path("out/discovery-benchmark.jsonl"))
@@ -246,7 +259,9 @@ def main() -> None:
         if asked.default:
             runs = default_runs(asked.model, tasks, asked.seeds, asked.pairs, asked.rows)
         else:
-            runs = method_runs(tasks, asked.methods.split(","), asked.seeds, asked.pairs, asked.rows)
+            methods = asked.methods.split(",")
+            where = (asked.model, asked.device, asked.level)
+            runs = method_runs(*where, tasks, methods, asked.seeds, asked.pairs, asked.rows)
         for row in runs:
             print({name: value for name, value in row.items() if name != "order"}, flush=True)
     rows = rows_of(asked.table or asked.rows)

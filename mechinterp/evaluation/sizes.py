@@ -6,12 +6,13 @@ The chosen size is the smallest that passes on at least 90 % of bootstrap resamp
 examples are likely to agree), as does the next larger measured size (so that one lucky crossing of a curve that goes
 up and down is no answer). Circuits with more than half of the edges are no answer either.
 
-Sizes lie on one grid, 4 * 2**(i/8), whatever the graph: first every eighth of it is measured, then the gap below the
+Sizes lie on one grid, 4 * 2**(i/8), whatever the graph: first every doubled one is measured, then the gap below the
 first that passes is bisected.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -105,13 +106,13 @@ def size_grid(n_units: int, fine: int = FINE, first: int = 4) -> tuple[int, ...]
     >>> size_grid(50, fine=1)
     (4, 8, 16, 32, 50)
     """
-    sizes: list[int] = []
-    size = float(min(first, n_units))
-    while size < n_units:
-        if not sizes or int(size) > sizes[-1]:
-            sizes.append(int(size))
-        size *= 2 ** (1 / fine)
-    return (*sizes, n_units)
+    sizes, first = list[int](), min(first, n_units)
+    for i in itertools.count():
+        size = int(first * 2 ** (i / fine))
+        if size >= n_units:
+            return (*sizes, n_units)
+        if size not in sizes[-1:]:
+            sizes.append(size)
 
 
 def size_curve(
@@ -334,7 +335,7 @@ def search_size(
     given: int | None = None,
     progress: Progress = no_progress,
 ) -> int | None:
-    """The default size, with every eighth size of the grid measured, and the gap below the first that passes bisected.
+    """The default size, with every doubled size of the grid measured, and the gap below the first that passes bisected.
 
     None if no size up to the largest share passes.
 
@@ -349,7 +350,8 @@ def search_size(
     n_units = search.scores.graph.n_units
     most = int(search.levels.most * n_units)
     grid = [size for size in size_grid(min(scored, most)) if size <= most]
-    coarse = list(dict.fromkeys([*grid[::FINE], grid[-1], min(scored, n_units)]))
+    doubled = [size for size in size_grid(min(scored, most), fine=1) if size <= most]
+    coarse = list(dict.fromkeys([*doubled, min(scored, n_units)]))
     planned = len(coarse) + 3
 
     def measure(sizes: Sequence[int]) -> None:

@@ -13,7 +13,6 @@ import mechinterp as mi
 from mechinterp.base.progress import Progress
 from mechinterp.evaluation.faithfulness import bootstrap_interval, ratio_of_means
 from mechinterp.evaluation.sizes import (
-    FINE,
     RESAMPLES,
     CurvePoint,
     Levels,
@@ -125,6 +124,10 @@ def grid_of(search: SizeSearch) -> list[int]:
     return list(size_grid(half))
 
 
+def doubled_of(search: SizeSearch) -> list[int]:
+    return list(size_grid(search.scores.graph.n_units // 2, fine=1))
+
+
 @pytest.mark.parametrize("at", [1, 5, 23, 61, 100])
 def test_the_search_bisects_to_the_grid(at: int) -> None:
     search = MadeUp(rising(at), close)
@@ -133,15 +136,16 @@ def test_the_search_bisects_to_the_grid(at: int) -> None:
     steps: list[tuple[int, int]] = []
     found = search_size(search, search.scores.graph.n_edges, progress=lambda *done: steps.append(done))
     assert found == expected
-    assert len(search.asked) == len(set(search.asked)) <= len(grid[::FINE]) + 2 + 3  # the gap of eight in three steps
-    assert set(grid[::FINE]) <= set(search.asked) and max(search.asked) == search.scores.graph.n_edges
+    doubled = doubled_of(search)
+    assert len(search.asked) == len(set(search.asked)) <= len(doubled) + 2 + 3  # the gap of eight in three steps
+    assert {4, 8, 16} <= set(doubled) <= set(search.asked) and max(search.asked) == search.scores.graph.n_edges
     before = [size for size in grid if size < expected]
     assert not before or before[-1] in search.asked  # the size below was tried and did not pass
     assert steps[-1][0] == steps[-1][1] and all(done <= total for done, total in steps)
 
 
 def test_a_lucky_size_of_the_coarse_grid_is_not_taken() -> None:
-    lucky = grid_of(MadeUp(faithful, close))[FINE]
+    lucky = doubled_of(MadeUp(faithful, close))[1]
     search = MadeUp(lambda size: 1.0 if size == lucky or size >= 70 else 0.5, close)
     found = search_size(search, search.scores.graph.n_edges)
     assert found == next(size for size in grid_of(search) if size >= 70)
@@ -176,7 +180,7 @@ def test_a_given_size_is_measured_and_not_chosen() -> None:
     n = alone.scores.graph.n_edges
     assert search_size(alone, n, given=37, curve=False) is None and alone.asked == [37]
     assert search_size(with_curve, n, given=37) is None
-    assert set(with_curve.asked) == {37, *grid_of(with_curve)[::FINE], grid_of(with_curve)[-1], n}
+    assert set(with_curve.asked) == {37, *doubled_of(with_curve), n}
     assert with_curve.curve(pairs(N), None).levels is None and with_curve.curve(pairs(N), None).spread is None
 
 
