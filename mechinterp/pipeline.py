@@ -393,8 +393,9 @@ def _state_path(path: Path, spec: RunSpec) -> Path:
 
 
 def _measured(spec: RunSpec) -> RunSpec:
-    """The spec without what only chooses among measured circuits: `--edges N` goes on from the scores of a search."""
-    return replace(spec, edges=None, nodes=None, threshold=None, curve=True, roles=True, anyway=False)
+    """The spec without what changes no score: `--edges N` goes on from the scores of a search."""
+    chosen = replace(spec, edges=None, nodes=None, threshold=None, curve=True, roles=True, anyway=False)
+    return replace(chosen, batch_size=RunSpec.batch_size)
 
 
 def _forget_unfinished(path: Path) -> None:
