@@ -394,8 +394,7 @@ def _state_path(path: Path, spec: RunSpec) -> Path:
 
 def _measured(spec: RunSpec) -> RunSpec:
     """The spec without what changes no score: `--edges N` goes on from the scores of a search."""
-    chosen = replace(spec, edges=None, nodes=None, threshold=None, curve=True, roles=True, anyway=False)
-    return replace(chosen, batch_size=RunSpec.batch_size)
+    return replace(spec, edges=None, nodes=None, threshold=None, curve=True, roles=True, anyway=False)
 
 
 def _forget_unfinished(path: Path) -> None:
