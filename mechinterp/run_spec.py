@@ -71,7 +71,7 @@ class RunSpec:
     """What to discover, and how.
 
     Without `edges`, `nodes` and `threshold` the circuit is the smallest whose faithfulness on the validation pairs lies
-    in [0.92, 1.08] with its whole interval (see `mechinterp.evaluation.sizes`), or the one that the method itself
+    in [0.92, 1.1] with its whole interval (see `mechinterp.evaluation.sizes`), or the one that the method itself
     chooses (`cd`).
 
     Args:
