@@ -16,9 +16,9 @@ test test-fast fuzz: export OMP_NUM_THREADS ?= 1
 test test-fast fuzz: export PYTHONDONTWRITEBYTECODE :=
 
 DEMO_OUT := out/ioi
-DEMO_RUN := run ioi --model bundled --method eap-ig --out $(DEMO_OUT)
-DEMO_CIRCUIT := $(DEMO_OUT)/ioi-bundled-eap-ig.circuit.json
-DEMO_REPORT := $(DEMO_OUT)/ioi-bundled-eap-ig.report.html
+DEMO_RUN := run ioi --out $(DEMO_OUT)
+DEMO_CIRCUIT := $(DEMO_OUT)/ioi-bundled-mattr.circuit.json
+DEMO_REPORT := $(DEMO_OUT)/ioi-bundled-mattr.report.html
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-fast fuzz lint format types docs benchmark real

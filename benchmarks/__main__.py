@@ -13,6 +13,7 @@ from benchmarks.engines import BATCH, LENGTH, Row
 
 PARTS = {
     "engines": ("engines", "engines"),
+    "smollm2": ("engines", "engines_smollm2"),
     "patching": ("patching", "patching"),
     "paths": ("paths", "paths"),
     "attribution": ("attribution", "attribution"),
@@ -41,7 +42,7 @@ def main() -> None:
         device = torch.device(name)
         cpu = f"CPU ({platform.machine()}, {arguments.threads} thread)"
         label = torch.cuda.get_device_name() if name == "cuda" else cpu
-        shape = f"GPT-2-small shape, random weights, batch {BATCH} x {LENGTH}, float32"
+        shape = f"GPT-2-small shape unless stated, random weights, batch {BATCH} x {LENGTH}, float32"
         print(f"\n{shape}, {label}, torch {torch.__version__}\n")
         print("| task | measured | floor | target |\n|---|---|---|---|")
         for part in arguments.parts or PARTS:

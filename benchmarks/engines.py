@@ -1,4 +1,4 @@
-"""The two engines on the GPT-2-small shape, in units of the bare Hugging Face model, same process.
+"""The two engines on the shapes of GPT-2 small and SmolLM2-135M, in units of the bare model, same process.
 
 U = 2 forwards + 1 backward of the bare model with frozen parameters, F = one forward of it; both with logits at every
 position. A floor counts the multiplications that cannot be avoided (logits at the answer position only), as a share
@@ -74,19 +74,40 @@ def small_gpt2(device: torch.device) -> tuple[Any, mi.HookManager, mi.Pairs]:
     return bare, mi.load_model(bare), pairs
 
 
-def engines(device: torch.device, repeats: int) -> list[Row]:
-    """EAP, EAP-IG with 5 steps and one circuit's evaluation, as ratios; and the extra peak memory of EAP."""
-    bare, model, pairs = small_gpt2(device)
-    graph = mi.build_graph(model)
+def smollm2(device: torch.device) -> tuple[Any, mi.HookManager, mi.Pairs]:
+    """The same for the shape of SmolLM2-135M, with 12 x 15 tokens; its own weights would cost the same."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+    config._attn_implementation = "eager"
+    bare = LlamaForCausalLM(config).eval().requires_grad_(False).to(device)
+    tokens, answers = torch.randint(config.vocab_size, (2, 12, LENGTH)), torch.randint(config.vocab_size, (2, 12))
+    pairs = mi.Pairs(clean=tokens[0], corrupt=tokens[1], right=answers[0], wrong=answers[1]).to(device)
+    return bare, mi.load_model(bare), pairs
+
+
+def work_of(bare: Any, model: mi.HookManager, pairs: mi.Pairs) -> dict[str, Callable[[], object]]:
+    """What is measured on every shape: the two units, and what the engines do."""
+    graph, device = mi.build_graph(model), pairs.device
     metric = get_metric("logit_diff")
-    clean, rows = pairs.clean, torch.arange(BATCH, device=device)
+    clean, rows = pairs.clean, torch.arange(len(pairs), device=device)
 
     def forward() -> object:
         with torch.no_grad():
             return bare(clean).logits
 
     def forward_backward() -> object:
-        embedded = bare.transformer.wte(clean).requires_grad_()
+        embedded = bare.get_input_embeddings()(clean).requires_grad_()
         logits = bare(inputs_embeds=embedded).logits[:, -1]
         difference = logits[rows, pairs.right[:, 0]] - logits[rows, pairs.wrong[:, 0]]
         return torch.autograd.grad(difference.sum(), embedded)
@@ -97,7 +118,7 @@ def engines(device: torch.device, repeats: int) -> list[Row]:
     gates = torch.rand(graph.possible.shape, generator=generator)[None] * graph.possible
     values = corrupt_replacement(model, graph).on(pairs)
     steps = tuple((k + 1) / 5 for k in range(5))
-    work: dict[str, Callable[[], object]] = {
+    return {
         "forward": forward,
         "forward_backward": forward_backward,
         "eap": lambda: edge_gradients(model, graph, pairs, metric),
@@ -107,6 +128,11 @@ def engines(device: torch.device, repeats: int) -> list[Row]:
             model, graph, pairs, gates, values, lambda logits: metric(logits[0], pairs)[None]
         ),
     }
+
+
+def engines(device: torch.device, repeats: int) -> list[Row]:
+    """EAP, EAP-IG with 5 steps and one circuit's evaluation, as ratios; and the extra peak memory of EAP."""
+    work = work_of(*small_gpt2(device))
     seconds = measure(work, device, repeats)
     one_forward = seconds["forward"]
     unit = one_forward + seconds["forward_backward"]
@@ -120,6 +146,37 @@ def engines(device: torch.device, repeats: int) -> list[Row]:
         Row("evaluate one circuit", seconds["circuit"] / one_forward, "F", "1.6", "3"),
         Row("one step of a learned mask, all 32,491 gates", seconds["gates"] / one_forward, "F", "2.4", "6"),
         Row("EAP, extra peak memory", memory / 2**30, "GiB", "", "0.65 (0.7 GB)"),
+    ]
+
+
+def engines_smollm2(device: torch.device, repeats: int) -> list[Row]:
+    """The same on SmolLM2-135M's shape, with every node replaced alone, and the choice of 39 sizes."""
+    bare, model, pairs = smollm2(device)
+    work = work_of(bare, model, pairs)
+    seconds = measure(work, device, repeats)
+    one_forward = seconds["forward"]
+    unit = one_forward + seconds["forward_backward"]
+    nodes, graph = mi.build_graph(model, level="node"), mi.build_graph(model)
+    scores = mi.score_edges(model, graph, pairs, method="random")
+    sizes = [round(graph.n_edges * (i + 1) / 39) for i in range(39)]
+    once = measure(
+        {
+            "exact": lambda: mi.score_edges(model, nodes, pairs, method="exact"),
+            "sizes": lambda: [mi.select(graph, scores, edges=size, by="magnitude") for size in sizes],
+        },
+        device,
+        1,
+        warm=False,
+    )
+    shape = "SmolLM2's shape"
+    return [
+        Row(f"{shape}, F", one_forward * 1e3, "ms", "", ""),
+        Row(f"{shape}, EAP, all 70,651 edges", seconds["eap"] / unit, "U", "", "1.1"),
+        Row(f"{shape}, EAP-IG (inputs), 5 steps", seconds["eap_ig"] / unit, "U", "", "3.4"),
+        Row(f"{shape}, evaluate one circuit", seconds["circuit"] / one_forward, "F", "", "2.3"),
+        Row(f"{shape}, one step of a learned mask", seconds["gates"] / one_forward, "F", "", "4"),
+        Row(f"{shape}, `exact`, 301 nodes", once["exact"] / one_forward, "F", "", ""),
+        Row(f"{shape}, `select` for 39 sizes", once["sizes"], "s", "", "1"),
     ]
 
 

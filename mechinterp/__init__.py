@@ -51,7 +51,9 @@ if TYPE_CHECKING:
     from mechinterp.base.errors import FormatError as FormatError
     from mechinterp.base.errors import InputError as InputError
     from mechinterp.base.errors import MechInterpError as MechInterpError
+    from mechinterp.base.errors import NoSmallCircuit as NoSmallCircuit
     from mechinterp.base.errors import SiteNotReached as SiteNotReached
+    from mechinterp.base.errors import TaskNotDone as TaskNotDone
     from mechinterp.base.errors import UnsupportedError as UnsupportedError
     from mechinterp.circuit_file.circuit_file import load_circuit as load_circuit
     from mechinterp.circuit_file.circuit_file import save_circuit as save_circuit
@@ -116,6 +118,8 @@ if TYPE_CHECKING:
     from mechinterp.evaluation.roles import measured_roles as measured_roles
     from mechinterp.evaluation.stability import Stability as Stability
     from mechinterp.evaluation.stability import stability as stability
+    from mechinterp.evaluation.task_check import TaskCheck as TaskCheck
+    from mechinterp.evaluation.task_check import check_performance as check_performance
     from mechinterp.evaluation.transfer import Transfer as Transfer
     from mechinterp.evaluation.transfer import transfer as transfer
     from mechinterp.graphs.circuit import Circuit as Circuit
@@ -174,7 +178,10 @@ _HOMES = {
     "analysis.subspace": ("learn_subspace", "subspace_interchange"),
     "analysis.tuned_lens": ("TunedLens", "load_lens", "save_lens", "train_tuned_lens"),
     "analysis.weights": ("neuron_tokens", "ov_circuit", "qk_circuit", "top_tokens"),
-    "base.errors": ("FormatError", "InputError", "MechInterpError", "SiteNotReached", "UnsupportedError"),
+    "base.errors": (
+        *("FormatError", "InputError", "MechInterpError", "NoSmallCircuit", "SiteNotReached", "TaskNotDone"),
+        "UnsupportedError",
+    ),
     "circuit_file.circuit_file": ("load_circuit", "save_circuit"),
     "circuit_file.diff": ("CircuitDiff", "diff_circuits"),
     "circuit_file.hub": ("pull_circuit", "push_circuit"),
@@ -216,6 +223,7 @@ _HOMES = {
     ),
     "evaluation.roles": ("MeasuredRoles", "RoleLimits", "measured_roles"),
     "evaluation.stability": ("Stability", "stability"),
+    "evaluation.task_check": ("TaskCheck", "check_performance"),
     "evaluation.transfer": ("Transfer", "transfer"),
     "graphs.circuit": ("Circuit",),
     "graphs.graph": ("Graph", "build_graph"),

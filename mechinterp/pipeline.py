@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +26,7 @@ from mechinterp.circuit_file.schema import CircuitFile, FileTaskRecord, TaskReco
 from mechinterp.circuit_file.store import SUFFIX, sidecar_name
 from mechinterp.circuit_file.verify.verification import verify as verify
 from mechinterp.discovery.finished_parts import FinishedParts
-from mechinterp.discovery.method import METHODS, Method, score_edges
+from mechinterp.discovery.method import METHODS, Method, check_graph, score_edges
 from mechinterp.discovery.neurons import top_neurons
 from mechinterp.discovery.stable import (
     BLOCKS,
@@ -36,6 +36,7 @@ from mechinterp.discovery.stable import (
     resampled_scores,
     stability_at,
 )
+from mechinterp.engines.edge_patching import check_model
 from mechinterp.evaluation.ablation import AblationSetup
 from mechinterp.evaluation.faithfulness import Evaluation, evaluate_in
 from mechinterp.evaluation.roles import MeasuredRoles, measured_roles
@@ -141,6 +142,8 @@ def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
         threshold = METHODS.get(_method(spec)).threshold
     size = _size(spec, graph)
     check_selection(graph, rule=spec.rule, by=spec.by, ratio=spec.ratio, threshold=threshold)
+    check_graph(_method(spec), graph)
+    check_model(model, graph, train)
     progress("task", 0, 1)
     performance = check_task(spec, model, examples, metric)
     progress("task", 1, 1)
@@ -153,13 +156,13 @@ def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
     measured: dict[str, Any] = {"metric": metric, "replacement": spec.replacement, "batch_size": spec.batch_size}
     on = train if examples.validation is None else examples.validation
     parts = ranking.folds(train) if examples.validation is None else [(scores, on)]
-    search = SizeSearch(model, scores, parts, how, metric, spec.replacement, spec.batch_size, done.keep)
-    scored = max(1, len(graph.unit[scores.values.cpu() != 0].unique()))
-    levels = None if size is not None or threshold is not None else Levels()
-    found = search_size(
-        search, scored, Levels(), seed=spec.seed, curve=spec.curve, progress=partial(progress, "curve"), given=size
+    search = SizeSearch(
+        model, scores, parts, how, metric, spec.replacement, spec.batch_size, seed=spec.seed, keep=done.keep
     )
-    curve = search.curve(on, levels, spec.seed)
+    scored = max(1, len(graph.unit[scores.values.cpu() != 0].unique()))
+    levels = None if size is not None or threshold is not None else search.levels
+    found = search_size(search, scored, curve=spec.curve, progress=partial(progress, "curve"), given=size)
+    curve = search.curve(on, levels)
     if levels is not None:
         if found is None:
             raise NoSmallCircuit(no_small_circuit(spec, graph, curve, levels))
@@ -231,10 +234,11 @@ def no_small_circuit(spec: RunSpec, graph: Graph, curve: Curve, levels: Levels) 
     tries += ["--positions all"] if not graph.positions and len(curve.pairs.positions) else []
     return (
         f"No small circuit at this level by {_method(spec)}: no size up to {most:,} of {graph.n_units:,} "
-        f"{graph.level}s has its whole interval of faithfulness in [{levels.low:g}, {levels.high:g}] and a KL "
-        f"divergence up to {levels.kl_share:g} of the empty circuit's {kl_empty}. The nearest, {best.n_selected:,} "
-        f"{graph.level}s, has {best.faithfulness:.2f} [{low:.2f}, {high:.2f}] and {best.kl or 0:.2g}. Try "
-        f"{', '.join(tries)}; or --{graph.level}s {best.n_selected} for that one as it is."
+        f"{graph.level}s has, on {levels.agreement:.0%} of resamples of the validation pairs, its whole interval of "
+        f"faithfulness in [{levels.low:g}, {levels.high:g}] and a KL divergence up to {levels.kl_share:g} of the empty "
+        f"circuit's {kl_empty}. The nearest, {best.n_selected:,} {graph.level}s, has {best.faithfulness:.2f} "
+        f"[{low:.2f}, {high:.2f}] and {best.kl or 0:.2g}. Try {', '.join(tries)}; or --{graph.level}s "
+        f"{best.n_selected} for that one as it is (what was measured is kept for it; --restart deletes it)."
     )
 
 
@@ -350,7 +354,7 @@ def _key(spec: RunSpec, model: HookManager, graph: Graph, examples: Examples) ->
     pairs = [None if some is None else some.digest() for some in (examples.train, examples.validation, examples.test)]
     parts = [
         metadata.version("mechinterp-circuits"),
-        command_of(spec),
+        command_of(_measured(spec)),
         model.info.weights_sha256(),
         graph.digest(),
         pairs,
@@ -383,9 +387,14 @@ def _size(spec: RunSpec, graph: Graph) -> int | None:
 
 
 def _state_path(path: Path, spec: RunSpec) -> Path:
-    """The file with the state of a long run; every command has its own."""
-    key = hashlib.sha256(command_of(spec).encode()).hexdigest()[:8]
+    """The file with the state of a long run; commands that measure the same share it."""
+    key = hashlib.sha256(command_of(_measured(spec)).encode()).hexdigest()[:8]
     return path.with_name(f".{path.name.removesuffix(SUFFIX)}.{key}.unfinished")
+
+
+def _measured(spec: RunSpec) -> RunSpec:
+    """The spec without what changes no score: `--edges N` goes on from the scores of a search."""
+    return replace(spec, edges=None, nodes=None, threshold=None, curve=True, roles=True, anyway=False)
 
 
 def _forget_unfinished(path: Path) -> None:

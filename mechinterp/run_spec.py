@@ -23,7 +23,7 @@ REPLACEMENTS = ("corrupt", "mean", "mean-positional", "zero")
 EFFORTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "quick": ("eap-ig", ()),
     "standard": ("mattr", ()),
-    "thorough": ("mattr", ("runs=8", "learning_steps=300")),
+    "thorough": ("mattr", ("runs=8", "learning_steps=300", "drawings=8")),
 }
 """What runs by default at each effort: the method with its settings."""
 RESAMPLES = 100
@@ -71,8 +71,8 @@ class RunSpec:
     """What to discover, and how.
 
     Without `edges`, `nodes` and `threshold` the circuit is the smallest whose faithfulness on the validation pairs lies
-    in [0.9, 1.1] with its whole interval (see `mechinterp.evaluation.sizes`), or the one that the method itself chooses
-    (`cd`).
+    in [0.92, 1.1] with its whole interval (see `mechinterp.evaluation.sizes`), or the one that the method itself
+    chooses (`cd`).
 
     Args:
         task: The name of a task, a task file (.yaml), or a file of pairs (.jsonl, .csv).
@@ -94,10 +94,6 @@ class RunSpec:
         examples: Train pairs, with which the circuit is discovered. Of a file of pairs these are the first.
         validation_examples: Pairs on which the size is chosen, neither train nor held-out ones.
         test_examples: Held-out pairs, on which it is evaluated. Of a file of pairs these are the last.
-        resamples: How often the train pairs are drawn again for the stability of the circuit; by default 100 where
-            scores add up over examples, as often as the method itself does it where it averages runs, otherwise 0.
-        anyway: Go on although the model does not do the task.
-        curve: Whether to measure faithfulness at small sizes, too; without, only those that decide the size.
         seed: Seed of the pairs, the random circuits and the intervals.
         bos: Whether prompts begin with the BOS token; by default as the tokenizer does it.
         dtype: The model's dtype; by default float32.
@@ -106,6 +102,10 @@ class RunSpec:
         replacement: What a cut edge carries: `corrupt`, `mean`, `mean-positional` or `zero`.
         settings: Further parameters of the method, each as `name=value`.
         roles: Whether to measure roles of heads and MLPs (see `measured_roles`), on at most 100 train and test pairs.
+        resamples: How often the train pairs are drawn again for the stability of the circuit; by default 100 where
+            scores add up over examples, as often as the method itself does it where it averages runs, otherwise 0.
+        curve: Whether to measure faithfulness at small sizes, too; without, only those that decide the size.
+        anyway: Go on although the model does not do the task.
         restart: Start again instead of resuming a killed run, and delete the states of all unfinished runs that write
             the same file.
         out: Folder for the files.

@@ -102,6 +102,7 @@ def test_every_file_keeps_to_its_layer(path: Path) -> None:
     assert violations(path.read_text("utf-8"), *path.relative_to(PACKAGE).with_suffix("").parts) == []
 
 
+@pytest.mark.slow
 def test_no_modules_import_each_other_in_a_circle() -> None:
     found = module_imports()
     done: set[str] = set()

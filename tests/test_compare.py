@@ -41,6 +41,7 @@ def test_an_edge_without_a_score_is_never_selected_but_in_the_whole_graph() -> N
     assert bool((top_edges(scores, graph.n_edges, "value") == graph.possible).all())
 
 
+@pytest.mark.slow
 def test_methods_are_judged_alike() -> None:
     model = mi.load_model("bundled")
     task = mi.load_task("ioi")
@@ -75,6 +76,7 @@ def test_methods_are_judged_alike() -> None:
     assert mi.overlap_matrix(found, 95).data[0].z.shape == (2, 2)  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["compare", "ioi", "--methods", "eap,random", "--sizes", "0.1,0.5,1", "--examples", "8"]
     assert cli.main([*command, "--out", str(tmp_path)]) == 0

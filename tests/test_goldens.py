@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "eap-ig-activations": {"steps": 2},
     "edge-pruning": {"learning_steps": 10},
     "subnetwork-probing": {"learning_steps": 10},
+    "mattr": {"learning_steps": 5, "runs": 2, "drawings": 4},
     "acdc": {"metric": "kl_to_clean", "tau": 0.5},
 }
 """Of methods that would take long with their defaults."""
@@ -72,6 +73,7 @@ def test_graphs_have_the_recorded_digests(shape: str) -> None:
     assert {kind: digest(shape, kind) for kind in KINDS} == recorded()["digests"][shape]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", mi.METHODS.names())
 def test_methods_give_the_recorded_scores(method: str) -> None:
     """To what another processor or another number of threads changes: sums of float32 in another order."""

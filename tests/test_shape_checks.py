@@ -101,6 +101,7 @@ def names_of_shapes(tree: ast.Module) -> Iterator[str]:
                 yield from (target.id for target in targets if isinstance(target, ast.Name))
 
 
+@pytest.mark.slow
 def test_the_hook_knows_every_name_that_states_a_shape():
     known = {name for path in MODULES for name in names_of_shapes(ast.parse(path.read_text("utf-8")))}
     assert known == SHAPED

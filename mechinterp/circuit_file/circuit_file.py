@@ -325,6 +325,7 @@ def _curve_record(curve: Curve, examples: _Examples) -> CurveRecord:
             faithfulness=p.faithfulness,
             faithfulness_ci=p.interval,
             kl=p.kl,
+            passing=p.passing,
         )
         for p in rounded
     )

@@ -75,7 +75,8 @@ def steadiness(document: CircuitFile) -> list[str]:
     if size is not None and size.low is not None:
         spread = f"; other examples would choose {size.spread[0]:,} to {size.spread[1]:,}" if size.spread else ""
         lines.append(
-            f"size: the smallest whose interval lies in [{size.low:g}, {size.high:g}] on the {size.pairs} pairs{spread}"
+            f"size: the smallest whose interval lies in [{size.low:g}, {size.high:g}] on {size.agreement:.0%} of "
+            f"resamples of the {size.pairs} pairs{spread}"
         )
     if found is not None:
         n = len(document.edges)

@@ -50,7 +50,8 @@ UsageProblem: Any = typer.BadParameter.__mro__[2]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0 done, 1 a claim failed, 2 bad input, 3 no model, 70 an unexpected error, 130 interrupted.
+    """The exit code: 0 done, 1 a claim failed, 2 bad input, 3 no model, 4 no small circuit, 70 an unexpected error, 130
+    interrupted.
 
     With `--traceback` anywhere among the arguments, an unexpected error is raised instead.
     """

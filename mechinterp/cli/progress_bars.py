@@ -1,8 +1,9 @@
-"""Progress bars on a terminal: one per stage, with the time that is left."""
+"""Progress: bars on a terminal, one per stage, with the time that is left; elsewhere, as in logs, lines."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -32,12 +33,15 @@ STAGES = {
     "report": "draw the report",
 }
 
+EVERY_SECONDS = 30.0
+
 
 @contextmanager
 def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A callback (stage, done, total) that shows each stage as a bar if the console is a terminal.
 
-    The bars disappear at the end. The package's warnings are printed above them, one line each.
+    The bars disappear at the end. Elsewhere a line is printed every half minute. The package's warnings are printed
+    above the bars, one line each.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -49,7 +53,12 @@ def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     started: dict[str, TaskID] = {}
 
+    lines = _LogLines(console)
+
     def show(stage: str, done: int, total: int) -> None:
+        if not console.is_terminal:
+            lines.show(STAGES.get(stage, stage), done, total)
+            return
         if stage not in started:
             _finish(bars)
             started[stage] = bars.add_task(STAGES.get(stage, stage), total=None, count="")
@@ -67,6 +76,40 @@ def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
             yield show
     finally:
         logger.removeHandler(handler)
+
+
+class _LogLines:
+    """A line about the present stage when `EVERY_SECONDS` have passed since the last one, with the time that is left.
+
+    What is left is estimated from the stage's own speed.
+    """
+
+    def __init__(self, console: Console, now: Callable[[], float] = time.monotonic) -> None:
+        self.console, self.now = console, now
+        self.stage, self.began, self.first = "", now(), 0
+        self.last = now()
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        """Print a line if it is time for one."""
+        if stage != self.stage:
+            self.stage, self.began, self.first = stage, self.now(), done
+        if self.now() - self.last < EVERY_SECONDS:
+            return
+        self.last = self.now()
+        spent, left = self.last - self.began, ""
+        if done > self.first:
+            left = f", about {_clock(spent * (total - done) / (done - self.first))} left"
+        text = f"{stage}: {done:,} of {total:,} ({done / max(total, 1):.0%}), {_clock(spent)} so far{left}"
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    """Minutes and seconds.
+
+    >>> _clock(75.4)
+    '1:15'
+    """
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def _finish(bars: Progress) -> None:

@@ -141,7 +141,9 @@ MATTR = Method(
     _mattr,
     {
         **SHARED,
-        "learning_steps": Setting(150, "steps of gradient descent of each run", least=1, most=MOST),
+        "learning_steps": Setting(120, "steps of gradient descent of each run", least=1, most=MOST),
+        "drawings": Setting(4, "sizes that are drawn in a step", least=1, most=MOST),
+        "lr": Setting(0.2, "learning rate of Adam, on the log axis of sizes; it falls to a tenth", least=0),
         "runs": Setting(4, "runs on examples drawn again, whose orders are averaged; 1: on all", least=1, most=64),
         "smallest": Setting(4, "the smallest size that is drawn", least=1),
         "temperature": Setting(0.5, "of the soft gates, on the log axis of sizes", above=0, most=100),

@@ -16,7 +16,7 @@ METHODS: Registry[Method] = Registry(
         "eap": Entry(f"{HERE}.eap:EAP", "edge attribution patching, the gradient at the clean run (Syed et al. 2023)"),
         "eap-ig": Entry(
             f"{HERE}.eap:EAP_IG",
-            "the same with integrated gradients over the inputs (Hanna et al. 2024); the default",
+            "the same with integrated gradients over the inputs (Hanna et al. 2024); --effort quick",
         ),
         "acdc": Entry(
             f"{HERE}.acdc:ACDC",
@@ -55,7 +55,8 @@ METHODS: Registry[Method] = Registry(
             f"{HERE}.mask_learning:SUBNETWORK_PROBING", "mask learned by gradient descent, each open gate at a price"
         ),
         "mattr": Entry(
-            f"{HERE}.matryoshka:MATTR", "one learned order of the edges, for circuits of all sizes (Matryoshka)"
+            f"{HERE}.matryoshka:MATTR",
+            "one learned order of the edges, for circuits of all sizes (Matryoshka); the default",
         ),
         "ensemble": Entry(
             f"{HERE}.ensemble:ENSEMBLE", "several methods' scores combined by rank or mean (MIB shared task 2025)"

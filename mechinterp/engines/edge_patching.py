@@ -20,7 +20,8 @@ from mechinterp.base.batches import over_batches
 from mechinterp.base.errors import InputError
 from mechinterp.engines.readout import metric_readout
 from mechinterp.engines.replacement import Replacement, Values, corrupt_replacement
-from mechinterp.engines.write_table import WriteTable
+from mechinterp.engines.whole_nodes import Cuts, edges_only, whole_nodes
+from mechinterp.engines.write_table import PORTS_OF_A_BLOCK, WriteTable
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import places_of, take_positions
 from mechinterp.models.hook_manager import HookManager, Intervention
@@ -38,8 +39,8 @@ class Prefix:
     resid: Float[Tensor, "batch pos d_model"]
     differences: Float[Tensor, "earlier_writer 1 batch pos d_model"]
     """Each earlier writer's write minus its replacement."""
-    cut: Float[Tensor, "reader writer"]
-    """The cut edges of the readers before the layer."""
+    cut: Float[Tensor, "reader writer"] | None = None
+    """The cut edges of the readers before the layer; None: there are none."""
 
 
 def run_prefix(
@@ -54,10 +55,11 @@ def run_prefix(
         if cut is not None:
             rows = readers_before(graph, layer)
             masks[0, :rows] = cut[:rows].to(masks)
-        run = PatchedRun(model, graph, pairs, masks, values)
+        run = _PrefixRun(model, graph, pairs, edges_only(graph, masks.to(wide(model))), values)
         resid = run.shared(layer)
         before = graph.n_writers_before(layer, mlp=False) if layer < model.dims.n_layers else len(graph.writers)
-        return Prefix(layer, resid, run.differences[:before].clone(), run.masks[0])
+        writes = run.table.kept(slice(0, before)).unflatten(2, pairs.clean.shape).clone()
+        return Prefix(layer, resid, writes, None if cut is None else run.cuts.edges[0])
 
 
 def readers_before(graph: Graph, layer: int) -> int:
@@ -73,42 +75,47 @@ class PatchedRun:
         model: HookManager,
         graph: Graph,
         pairs: Pairs,
-        masks: Tensor,
+        cuts: Cuts,
         values: Values,
         prefix: Prefix | None = None,
     ) -> None:
-        self.model, self.graph, self.pairs, self.masks, self.values = model, graph, pairs, masks, values
-        self.n = masks.shape[0]
-        self.masks = masks.to(torch.promote_types(model.dtype, torch.float32)) * graph.possible.to(masks.device)
+        self.model, self.graph, self.pairs, self.values = model, graph, pairs, values
+        self.cuts, self.n = cuts, len(cuts.edges)
         self.whole = self._whole()
-        self.table = self._table(places_of(graph, pairs))
-        self.differences = self.table.differences
+        self.table = self._table()
         self.resid: Tensor | None = None
         self.prefix = prefix
         self.seen: dict[str, Tensor] = {}
         self.apart: Tensor | None = None
+        self.excess: Tensor | None = None
+        """What replaced nodes wrote since the last edit, minus their replacements."""
 
-    def _table(self, places: list[Tensor] | None) -> WriteTable:
-        return WriteTable(self.graph, self.masks, places, self._read_together(), self._shape())
+    def _table(self) -> WriteTable:
+        return WriteTable(self.graph, self.cuts.edges, *self._rows())
 
-    def _shape(self) -> tuple[int, int, int]:
+    def _rows(self) -> tuple[list[Tensor] | None, Tensor, Tensor, tuple[int, int, int]]:
         n_batch, n_pos = self.pairs.clean.shape
-        return n_batch, n_pos, self.model.dims.d_model
+        shape = (n_batch, n_pos, self.model.dims.d_model)
+        return places_of(self.graph, self.pairs), self._read_together(), self._needed(), shape
+
+    def _needed(self) -> Bool[Tensor, " writer"]:
+        """The writers that some reader does not see as they are."""
+        return self.cuts.needed.any(0).cpu()
 
     def _whole(self) -> Bool[Tensor, "candidate port"]:
         """Which readers have no cut edge at any position."""
-        n, uncut = self.graph.n_positions, (self.masks == 0).all(-1).cpu()
+        n, uncut = self.graph.n_positions, (self.cuts.edges == 0).all(-1).cpu()
         return torch.cat([uncut[:, :-1].unflatten(1, (-1, n)).all(-1), uncut[:, -1:]], 1)
 
     def _read_together(self) -> Bool[Tensor, " port"]:
-        """Which ports are read: from the first to the last of a layer's channels with a cut edge, and the logits."""
+        """Which ports are read: from the first to the last of a layer's channels with a cut edge."""
         read = torch.zeros(self.whole.shape[1], dtype=torch.bool)
         for layer in range(self.model.dims.n_layers):
             if channels := self._channels(layer):
                 read[self._between(layer, channels)] = True
             if self.model.dims.has_mlp and self._cut(mlp := self._mlp_port(layer)):
                 read[mlp] = True
-        read[-1] = True
+        read[-1] = self._cut(slice(-1, None))
         return read
 
     def _cut(self, ports: slice) -> bool:
@@ -142,9 +149,9 @@ class PatchedRun:
         first, last = self._first_cut_layer(), Site("resid_final")
         n_layers = self.model.dims.n_layers
         tokens, mask, start = self.pairs.clean, self.pairs.mask, None
-        if self.prefix is not None and self._begins_as(self.prefix):
-            first = self.prefix.layer
-            self.differences[: len(self.prefix.differences)] = self.prefix.differences
+        if self.prefix is not None and self._begins_as(self.prefix, first):
+            first, before = self.prefix.layer, self.prefix.differences
+            self.table.keep(slice(0, len(before)), before.expand(-1, self.n, *before.shape[2:]))
             shared = self.prefix.resid
         else:
             shared = self.shared(first) if first > 0 else None
@@ -164,10 +171,13 @@ class PatchedRun:
         )
         return self.fold(run.values[last])
 
-    def _begins_as(self, prefix: Prefix) -> bool:
-        """Whether all candidates cut the edges of the prefix, and no others before its layer."""
+    def _begins_as(self, prefix: Prefix, first: int) -> bool:
+        """Whether all candidates cut the edges of the prefix, and no others before its layer; `first` is the first
+        layer with a cut edge."""
+        if prefix.cut is None:
+            return prefix.layer <= first
         rows = readers_before(self.graph, prefix.layer)
-        return bool((self.masks[:, :rows] == prefix.cut[:rows]).all())
+        return bool((self.cuts.edges[:, :rows] == prefix.cut[:rows]).all())
 
     def shared(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream before a layer, run once for all candidates; the writes until then are kept."""
@@ -181,20 +191,27 @@ class PatchedRun:
         return value.repeat(self.n, *[1] * (value.ndim - 1))
 
     def _first_cut_layer(self) -> int:
+        """The layer where the first edge is cut or the first node replaced; the number of layers if there is none."""
         per_layer = (self.whole.shape[1] - 1) // self.model.dims.n_layers
         cut = (~self.whole.all(0)).nonzero()
-        return int(cut[0]) // per_layer if len(cut) else self.model.dims.n_layers
+        first = int(cut[0]) // per_layer if len(cut) else self.model.dims.n_layers
+        replaced = self.cuts.nodes.any(0).any(-1).nonzero()
+        return min([first, *(self.graph.layer_of(w) for w in replaced[:1, 0].tolist())])
 
     def plan(self, layers: range) -> list[Intervention]:
         graph, dims = self.graph, self.model.dims
         plan: list[Intervention] = []
         if graph.split_input and 0 in layers:
-            plan += [Intervention(Site(name), self._input_tap(i, name)) for i, name in enumerate(graph.inputs)]
+            taps = [(Site(name), self._input_tap(i, name)) for i, name in enumerate(graph.inputs)]
+            plan += [Intervention(site, tap) for site, tap in taps]
         for layer in layers:
             channels = self._channels(layer)
             plan.append(Intervention(Site("resid_pre", layer), self._resid_tap(layer, channels)))
             plan += [Intervention(Site(c, layer), self._head_edit(layer, c)) for c in channels]
-            plan.append(Intervention(Site("z", layer), self._z_tap(layer)))
+            if self._used(graph.head_writers(layer)):
+                plan.append(Intervention(Site("z", layer), self._z_tap(layer)))
+            if self._replaced(graph.head_writers(layer)):
+                plan.append(Intervention(Site("attn_out", layer), self._replace))
             if dims.has_mlp:
                 if not dims.parallel:
                     plan.append(Intervention(Site("resid_mid", layer), self._keep_resid))
@@ -202,7 +219,11 @@ class PatchedRun:
                     plan.append(Intervention(Site("mlp_in", layer), self._mlp_edit(layer)))
                 if graph.neurons_of(layer):
                     plan.append(Intervention(Site("mlp_post", layer), self._neuron_tap(layer)))
-                plan.append(Intervention(Site("mlp_out", layer), self._mlp_tap(layer)))
+                mlp = slice(graph.mlp_writer(layer), graph.neuron_writers(layer).stop)
+                if self._used(mlp):
+                    plan.append(Intervention(Site("mlp_out", layer), self._mlp_tap(layer)))
+                if self._replaced(mlp):
+                    plan.append(Intervention(Site("mlp_out", layer), self._replace))
         return plan
 
     def fold(self, value: Tensor) -> Tensor:
@@ -214,17 +235,26 @@ class PatchedRun:
         self.resid = value
         return value
 
+    def _used(self, writers: slice) -> bool:
+        """Whether any of the writers is kept or replaced."""
+        return bool(self.table.needed[writers].any()) or self._replaced(writers)
+
+    def _replaced(self, writers: slice) -> bool:
+        return bool(self.cuts.nodes[:, writers].any())
+
     def _input_tap(self, index: int, name: str):
+        writers = slice(index, index + 1)
+
         def tap(value: Tensor) -> Tensor:
-            self.keep(slice(index, index + 1), (self.fold(value) - self.values.inputs(name))[None])
-            return value
+            self.keep(writers, (self.fold(value) - self.values.inputs(name))[None])
+            return self._replace(value) if self._replaced(writers) else value
 
         return tap
 
     def _resid_tap(self, layer: int, channels: str):
         def tap(value: Tensor) -> Tensor:
-            if layer == 0 and not self.graph.split_input:
-                self.keep(slice(0, 1), (self.fold(value) - self.values.inputs("input"))[None])
+            if layer == 0 and not self.graph.split_input and self._used(slice(0, 1)):
+                value = self._input_tap(0, "input")(value)
             if channels:  # q, k and v together, so that their sums share one pass over the writes
                 self.seen = self.read_heads(layer, channels, self.fold(value))
             return self._keep_resid(value)
@@ -233,7 +263,7 @@ class PatchedRun:
 
     def _z_tap(self, layer: int):
         def tap(value: Tensor) -> Tensor:
-            z = self.fold(value).to(self.differences.dtype)
+            z = self.fold(value).to(self.table.rows.dtype)
             self.keep(self.graph.head_writers(layer), self.values.head_differences(layer, z))
             return value
 
@@ -243,7 +273,7 @@ class PatchedRun:
         chosen = torch.tensor(self.graph.neurons_of(layer), device=self.model.device)
 
         def tap(value: Tensor) -> Tensor:
-            post = self.fold(value).to(self.differences.dtype)
+            post = self.fold(value).to(self.table.rows.dtype)
             self.apart = self.values.neuron_differences(layer, post, chosen)
             self.keep(self.graph.neuron_writers(layer), self.apart)
             return value
@@ -264,8 +294,27 @@ class PatchedRun:
         return tap
 
     def keep(self, writers: slice, differences: Float[Tensor, "writer candidate batch pos d_model"]) -> None:
-        """Stores writers' current writes minus their replacements."""
-        self.differences[writers] = differences
+        """Stores writers' current writes minus their replacements, where a reader needs them."""
+        self.table.keep(writers, differences)
+        if self._replaced(writers):
+            at = self._where_replaced(writers).to(differences.device)
+            total = torch.where(at, differences, 0).sum(0)
+            self.excess = total if self.excess is None else self.excess + total
+
+    def _where_replaced(self, writers: slice) -> Bool[Tensor, "writer candidate batch pos 1"]:
+        nodes = self.cuts.nodes[:, writers].transpose(0, 1)  # [writer, candidate, position]
+        if self.table.tokens is None:
+            return nodes[..., None, None]
+        place = torch.empty(self.pairs.clean.numel(), dtype=torch.long, device=nodes.device)
+        for i, tokens in enumerate(self.table.tokens):
+            place[tokens] = i
+        return nodes[..., place].unflatten(2, self.pairs.clean.shape)[..., None]
+
+    def _replace(self, value: Tensor) -> Tensor:
+        """The value with the replacements of the nodes that wrote it last, where these are replaced."""
+        assert self.excess is not None
+        excess, self.excess = self.excess, None
+        return (self.fold(value) - excess).flatten(0, 1).to(value.dtype)
 
     def read_heads(
         self, layer: int, channels: str, resid: Float[Tensor, "candidate batch pos d_model"]
@@ -292,6 +341,8 @@ class PatchedRun:
 
     def read_logits(self, resid: Float[Tensor, "candidate batch pos d_model"]) -> Float[Tensor, "rows pos d_model"]:
         """What the logits read of the final residual stream."""
+        if not self._cut(slice(-1, None)):
+            return resid.flatten(0, 1).to(self.table.rows.dtype)
         n_ports = self.whole.shape[1]
         return self.read_one(slice(n_ports - 1, n_ports), len(self.graph.writers), resid)
 
@@ -320,6 +371,13 @@ class PatchedRun:
             return self._unless_whole(port, value, self.model.layout.read_mlp(layer, seen).to(value.dtype))
 
         return edit
+
+
+class _PrefixRun(PatchedRun):
+    """A run without cuts, which keeps all writes."""
+
+    def _needed(self) -> Tensor:
+        return torch.ones(len(self.graph.writers), dtype=torch.bool)
 
 
 Cut = Bool[Tensor, "*candidate reader writer"] | Float[Tensor, "*candidate reader writer"]
@@ -378,7 +436,7 @@ def run_edges(
 
 
 WRITES_BUDGET_BYTES = 2**29
-"""As many masks run side by side as have writes that fit in this many bytes."""
+"""As many masks run side by side as have writes that fit in this many bytes, and at most 64."""
 
 
 def edge_logits(
@@ -394,12 +452,53 @@ def edge_logits(
 
     With a `prefix` (see `run_prefix`) the layers before it are not run, if every mask cuts the same edges there.
     """
-    size = len(graph.writers) * pairs.clean.numel() * model.dims.d_model * max(4, model.dtype.itemsize)
-    # The edits of an `intervene` block expect the prompts as they are, not repeated.
-    at_once = 1 if model.edited else max(1, min(64, WRITES_BUDGET_BYTES // size))
-    for some in masks.split(at_once):
-        logits = PatchedRun(model, graph, pairs, some.to(model.device), values, prefix).run(columns)
-        yield from logits.unflatten(0, (len(some), len(pairs)))
+    masks = masks.to(model.device, wide(model))
+    if _nodes_replaceable(model) and (prefix is None or prefix.cut is None):
+        first = 0 if prefix is None else graph.n_writers_before(min(prefix.layer, model.dims.n_layers - 1), mlp=False)
+        cuts = whole_nodes(graph, masks, _acts_on(model, graph), first)
+    else:
+        cuts = edges_only(graph, masks)
+    row_bytes = pairs.clean.numel() * model.dims.d_model * max(4, model.dtype.itemsize)
+    at_once = 1 if model.edited else WRITES_BUDGET_BYTES // row_bytes  # edits expect the prompts as they are
+    for some in _side_by_side(cuts.needed.cpu(), at_once):
+        logits = PatchedRun(model, graph, pairs, cuts.rows(some), values, prefix).run(columns)
+        yield from logits.unflatten(0, (-1, len(pairs)))
+
+
+def _side_by_side(needed: Bool[Tensor, "candidate writer"], most_rows: int) -> Iterator[slice]:
+    """Neighbours that need about the same writers, of which no more than `most_rows` are kept in all."""
+    first, union = 0, needed[0]
+    own = (needed.sum(1) + PORTS_OF_A_BLOCK).tolist()  # the sums of a block take as much memory as writes do
+    for stop in range(1, len(needed) + 1):
+        if stop < len(needed):
+            union = union | needed[stop]
+            rows, n = int(union.sum()) + PORTS_OF_A_BLOCK, stop + 1 - first
+            if n <= 64 and n * rows <= most_rows and rows <= 1.5 * min(own[first : stop + 1]):
+                continue
+            union = needed[stop]
+        yield slice(first, stop)
+        first = stop
+
+
+def _nodes_replaceable(model: HookManager) -> bool:
+    """Whether a node's write can be replaced where it is written; edits of an `intervene` block might undo it."""
+    return not model.edited and all(model.has(Site("attn_out", layer)) for layer in range(model.dims.n_layers))
+
+
+def _acts_on(model: HookManager, graph: Graph) -> Bool[Tensor, "reader writer"]:
+    """The writers on whose writes a reader acts: those that it feeds; under a post-norm, which is one for all heads of
+    a layer, all of these."""
+    found = graph.feeds.clone()
+    for layer, maps in enumerate(model.layout.attention):
+        if maps.post.kind != "none":
+            readers = slice(graph.channel_readers(layer, "q").start, graph.channel_readers(layer, "v").stop)
+            found[readers, graph.head_writers(layer)] = True
+    return found
+
+
+def wide(model: HookManager) -> torch.dtype:
+    """The dtype of sums: float32 or better."""
+    return torch.promote_types(model.dtype, torch.float32)
 
 
 def check_model(model: HookManager, graph: Graph, pairs: Pairs) -> None:

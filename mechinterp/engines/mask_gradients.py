@@ -20,8 +20,9 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp.engines.edge_patching import PatchedRun
+from mechinterp.engines.edge_patching import PatchedRun, wide
 from mechinterp.engines.replacement import Values
+from mechinterp.engines.whole_nodes import edges_only
 from mechinterp.engines.write_table import Block, WriteTable, matrices
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import take_positions
@@ -61,18 +62,21 @@ class _DifferentiableRun(PatchedRun):
     """A patched run that can be differentiated with respect to the mask and the writes."""
 
     def __init__(self, model: HookManager, graph: Graph, pairs: Pairs, masks: Tensor, values: Values) -> None:
-        super().__init__(model, graph, pairs, masks.detach(), values)
-        self.chain = torch.zeros((), device=self.masks.device, requires_grad=True)
+        # Single edges only: a node that is replaced would have no gradient.
+        super().__init__(model, graph, pairs, edges_only(graph, masks.detach().to(wide(model))), values)
+        self.chain = torch.zeros((), device=model.device, requires_grad=True)
         """Passes through every writer and reader in the order of the model, which fixes the order of the backward."""
 
-    def _table(self, places: list[Tensor] | None) -> _GradientTable:
-        self.gradients = _GradientTable(self.graph, self.masks, places, self._read_together(), self._shape())
+    def _table(self) -> _GradientTable:
+        self.gradients = _GradientTable(self.graph, self.cuts.edges, *self._rows())
         return self.gradients
 
     def _whole(self) -> Tensor:
         """No reader keeps the model's own value, since its mask would then get no gradient."""
-        n_ports = (len(self.graph.readers) - 1) // self.graph.n_positions + 1
-        return torch.zeros(self.n, n_ports, dtype=torch.bool)
+        return torch.zeros_like(super()._whole())
+
+    def _needed(self) -> Tensor:
+        return torch.ones(len(self.graph.writers), dtype=torch.bool)
 
     def differentiate(self, loss: Loss) -> tuple[Tensor, Tensor]:
         start, last = self.chain, Site("resid_final")
@@ -89,12 +93,12 @@ class _DifferentiableRun(PatchedRun):
         layers = range(self.model.dims.n_layers)
         tokens, mask = (t.repeat(self.n, 1) for t in (self.pairs.clean, self.pairs.mask))
         self.model.run(tokens, mask, interventions=self.plan(layers), grads=[last], loss=differentiated, stop=last)
-        return found[0], torch.where(self.graph.possible.to(self.masks.device), self.gradients.of_cuts, 0)
+        return found[0], torch.where(self.graph.possible.to(self.model.device), self.gradients.of_cuts, 0)
 
     def forget(self) -> None:
         """Breaks the reference cycle of this run and the nodes of its backward, so that its memory is freed at once."""
         self.seen, self.apart, self.resid = {}, None, None
-        del self.chain, self.masks, self.table, self.gradients, self.differences
+        del self.chain, self.cuts, self.table, self.gradients
 
     def keep(self, writers: slice, differences: Tensor) -> None:
         self.chain = _Keep.apply(self.chain, differences, self.gradients, writers)
@@ -120,9 +124,10 @@ class _GradientTable(WriteTable):
         masks: Tensor,
         places: list[Tensor] | None,
         read: Tensor,
+        needed: Tensor,
         shape: tuple[int, int, int],
     ) -> None:
-        super().__init__(graph, masks, places, read, shape)
+        super().__init__(graph, masks, places, read, needed, shape)
         self.of_cuts = torch.zeros_like(masks)
         self.blocks: list[Block] = []
         self.owed: Tensor | None = None
@@ -173,7 +178,7 @@ class _Keep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, chain: Tensor, differences: Tensor, table: _GradientTable, writers: slice) -> Tensor:
-        table.differences[writers] = differences
+        table.keep(writers, differences)
         ctx.table, ctx.writers = table, writers
         return chain.clone()
 

@@ -69,29 +69,39 @@ class WriteTable:
         masks: Float[Tensor, "candidate reader writer"],
         places: list[Tensor] | None,
         read: Bool[Tensor, " port"],
+        needed: Bool[Tensor, " writer"],
         shape: tuple[int, int, int],
     ) -> None:
-        """`read` says which ports will be read; `shape` is that of the residual stream, without candidates."""
-        n = graph.n_positions
+        """Which ports will be read, which writers are kept, and the shape of one candidate's residual stream."""
+        n, masks = graph.n_positions, masks[..., needed.to(masks.device)]
+        self.needed, self.n_kept = needed, [0, *needed.cumsum(0).tolist()]
         self.graph, self.read, self.shape = graph, read, (len(masks), *shape)
         by_port = [torch.cat([masks[:, i:-1:n], masks[:, -1:]], 1) for i in range(n)]
+        self.tokens = places
         tokens = [None] if places is None else places
         self.places = [Place(at, -weights) for at, weights in zip(tokens, by_port, strict=True)]
         n_batch, n_pos, d_model = shape
         # A further row, so that behind any number of writers there is one for the residual stream.
-        size = (1 + len(graph.writers), len(masks), n_batch * n_pos, d_model)
+        size = (1 + self.n_kept[-1], len(masks), n_batch * n_pos, d_model)
         self.rows = torch.empty(size, dtype=masks.dtype, device=masks.device)
         self.block: Block | None = None
 
-    @property
-    def differences(self) -> Float[Tensor, "writer candidate batch pos d_model"]:
-        """Each writer's current write minus its replacement."""
-        return self.rows[:-1].unflatten(2, self.shape[1:3])
+    def kept(self, writers: slice) -> Float[Tensor, "row candidate token d_model"]:
+        """The rows of those of the writers that are kept."""
+        return self.rows[self.n_kept[writers.start] : self.n_kept[writers.stop]]
+
+    def keep(self, writers: slice, differences: Float[Tensor, "writer candidate batch pos d_model"]) -> None:
+        """Stores writers' current writes minus their replacements."""
+        rows, chosen = self.kept(writers), self.needed[writers]
+        if len(rows) < len(chosen):
+            differences = differences[chosen.to(differences.device)]
+        rows.copy_(differences.flatten(2, 3))
 
     def seen(
         self, ports: slice, n_writers: int, resid: Float[Tensor, "candidate batch pos d_model"]
     ) -> Float[Tensor, "port candidate token d_model"]:
         """What these ports read of the stream, corrected for the writers before them: a view of the block's sums."""
+        n_writers = self.n_kept[n_writers]
         block = self.block
         if block is None or ports.start >= block.ports.stop:
             block = self.block = self._open(ports, n_writers)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mechinterp.base.batches import over_batches
 from mechinterp.base.errors import InputError
+from mechinterp.base.keep import Keep, compute_always
 from mechinterp.base.progress import Progress, no_progress
-from mechinterp.discovery.finished_parts import Keep, compute_always
 from mechinterp.engines.edge_patching import check_cut, check_model, edge_logits
 from mechinterp.engines.readout import clean_logits
 from mechinterp.evaluation.ablation import Ablation, AblationSetup

@@ -164,6 +164,11 @@ class Graph:
         first = self.mlp_writer(layer) + 1
         return slice(first, first + len(self.neurons_of(layer)))
 
+    def layer_of(self, writer: int) -> int:
+        """The layer of a writer; 0 for the inputs."""
+        layers = range(self.dims.n_layers - 1)
+        return sum(writer >= self.head_writers(layer + 1).start for layer in layers)
+
     def channel_readers(self, layer: int, channel: str) -> slice:
         """The rows of a layer's q, k or v inputs among the readers (by head, then by position)."""
         d, n = self.dims, self.n_positions

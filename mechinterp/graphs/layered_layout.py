@@ -6,6 +6,7 @@ Lengths are in node spacings: neighbours of a row stand at least 1 apart, rows a
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -189,8 +190,7 @@ def _strands(net: Net, rows: Sequence[Sequence[str]], places: Mapping[str, Point
 
 def _gap(row: Sequence[float], wanted: float) -> int:
     """How many nodes of the row an edge leaves on its left when it passes nearest to where it wants to."""
-    nearest = min(range(len(row)), key=lambda i: abs(row[i] - wanted))
-    return nearest + (wanted > row[nearest])
+    return bisect_left(row, wanted)
 
 
 def _row_key(node: Node) -> tuple[int, int]:

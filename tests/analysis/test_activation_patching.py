@@ -112,6 +112,7 @@ def test_a_site_that_the_model_does_not_have_is_refused_by_name(name: str, kind:
 
 
 # Every shape with every kind of site, each with one direction; every shape and every kind meets both.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "direction"),
     [(*case, ("noise", "denoise")[i % 2]) for i, case in enumerate(present(KINDS))],
@@ -205,6 +206,7 @@ def test_other_metrics_and_several_answer_positions(name: str, metric: str) -> N
     torch.testing.assert_close(grid.values[0, 0], expected, rtol=0, atol=tolerance(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_one_by_one_in_batches_and_padded_alike(name: str) -> None:
     model, examples = tiny(name), pairs(7, 7, padded=True)
@@ -256,6 +258,7 @@ def test_a_mean_does_not_count_padding() -> None:
     torch.testing.assert_close(grid.values[0, 0], expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was_and_outer_edits_count() -> None:
     model, examples = tiny("gpt2"), pairs(3, 6)
     before = snapshot(model.bridge)
@@ -307,6 +310,7 @@ def test_the_cost_counts_what_is_run() -> None:
     assert every.cost["forwards"] == pytest.approx(3)
 
 
+@pytest.mark.slow
 def test_progress_is_told_and_the_table_is_tidy() -> None:
     model, examples = tiny("gpt2"), pairs(3, 6)
     told: list[tuple[int, int]] = []
@@ -385,6 +389,7 @@ def test_what_cannot_be_exact_is_refused() -> None:
         fraction(activation_patching(model, same, ["m0"]))
 
 
+@pytest.mark.slow
 def test_the_bundled_model_s_movers_are_found() -> None:
     model = mi.load_model("bundled")
     examples = mi.load_task("ioi").pairs(model, n=16)

@@ -48,6 +48,7 @@ def kinds(model: HookManager) -> list[str]:
 # -- first order -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_the_score_is_the_derivative_of_patching(name: str) -> None:
     """Of moving all units of all layers a little way towards their corrupt values, each by its own share."""
@@ -86,6 +87,7 @@ def test_the_score_is_the_derivative_of_patching(name: str) -> None:
         torch.testing.assert_close(slope, expected, rtol=0, atol=tolerance * size, msg=f"{name} {kind}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replacement", ["pair", "mean", "zero"])
 def test_where_the_rest_is_linear_the_score_is_exact(replacement: Any) -> None:
     """Behind the last attention layer of a model without norms and MLPs there is only the unembedding."""
@@ -129,6 +131,7 @@ def test_heads_add_up_to_their_layer(name: str, method: str) -> None:
     torch.testing.assert_close(heads.values.sum(1), layer.values, rtol=near(name), atol=near(name))
 
 
+@pytest.mark.slow
 def test_denoising_is_noising_with_the_prompts_swapped() -> None:
     model, some = tiny("gpt2"), pairs(4, 6)
     swapped = Pairs(clean=some.corrupt, corrupt=some.clean, right=some.right, wrong=some.wrong)
@@ -138,6 +141,7 @@ def test_denoising_is_noising_with_the_prompts_swapped() -> None:
             torch.testing.assert_close(forth.values, -attribution_patching(model, swapped, kind, method=method).values)
 
 
+@pytest.mark.slow
 def test_replacing_by_zero_is_activation_times_gradient() -> None:
     model, some = tiny("llama"), pairs(3, 6, padded=True)
     for method, rules in (("atp", "gradient"), ("relp", "relp")):
@@ -151,6 +155,7 @@ def test_replacing_by_zero_is_activation_times_gradient() -> None:
 # -- integrated gradients ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_a_layer_integrated_at_its_activations_sums_to_its_exact_effect(name: str) -> None:
     """Completeness: all units of one site, replaced together at all positions."""
@@ -165,6 +170,7 @@ def test_a_layer_integrated_at_its_activations_sums_to_its_exact_effect(name: st
         torch.testing.assert_close(total, exact, rtol=0, atol=1e-3 * float(exact.abs().max()), msg=f"{name} {kind}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "neox", "gemma2"])
 def test_integration_over_the_inputs_is_complete_at_the_input(name: str) -> None:
     model, some = build(name, scale=0.1), pairs(2, 5, padded=True)
@@ -191,6 +197,7 @@ def test_one_step_on_the_right_is_plain_attribution() -> None:
 # -- AtP* --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_behind_the_softmax_all_is_linear_so_the_fix_is_exact() -> None:
     """Last layer, no norms, no MLPs: only the softmax stands between a query or key and the logits."""
     model, some = load_model(native("attention-only", normalization_type=None, scale=0.6)), pairs(4, 6, padded=True)

@@ -26,6 +26,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "what", "window"), [case for case in CASES if case[:2] != ("attention-only", "mlp_out")]
 )
@@ -84,6 +85,7 @@ def test_restoring_the_last_state_restores_all(name: str) -> None:
     assert grid.about["clean_value"] != pytest.approx(grid.about["corrupt_value"])
 
 
+@pytest.mark.slow
 def test_batches_and_padding_change_nothing() -> None:
     model, examples = tiny("gpt2"), pairs(4, 6, positions={"S": [1, 2, 0, 1]})
     wide = Pairs(

@@ -251,6 +251,7 @@ def test_a_source_that_cannot_reach_has_exactly_nothing(name: str, preset: str) 
         assert float(later.relevant["resid_pre.2"][:, :, :, 3:].abs().max()) > 0
 
 
+@pytest.mark.slow
 @some_of_both
 def test_batches_memory_and_padding_change_nothing(name: str, preset: str) -> None:
     heads = ["a0.h1", "a1.h2", "a2.h0"]

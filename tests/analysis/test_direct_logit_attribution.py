@@ -72,6 +72,7 @@ def test_below_a_soft_cap_the_capped_sum_is_the_models_logit():
     assert "before the soft cap of 3" in parts.about["sums_to"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "neox", "llama", "gemma2", "qwen2"])
 def test_parts_sum_on_processed_weights_to_the_same_difference(name: str):
     given, bridge = pairs(4), build(name, dtype=torch.float32).bridge
@@ -87,6 +88,7 @@ def test_parts_sum_on_processed_weights_to_the_same_difference(name: str):
         assert float(moved.abs().max()) > 1e-2
 
 
+@pytest.mark.slow
 def test_on_folded_weights_the_numbers_are_transformer_lenss():
     given, bridge = pairs(4), build("gpt2", dtype=torch.float32).bridge
     bridge.enable_compatibility_mode()
@@ -276,6 +278,7 @@ def test_a_batch_is_one_by_one_is_padded(name: str):
         torch.testing.assert_close(whole.values[there, row], alone.values[:, 0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_directions_that_mean_the_same_give_the_same():
     model, given = tiny("gpt2"), pairs(3)
     assert given.right is not None and given.wrong is not None
@@ -322,6 +325,7 @@ def test_interventions_are_seen_and_a_leak_is_refused():
             direct_logit_attribution(model, given, refine=["input"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_read_in_float32(dtype: torch.dtype):
     model = build("gpt2", dtype=dtype)

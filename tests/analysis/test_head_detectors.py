@@ -74,6 +74,7 @@ def test_the_scores_are_transformer_lenss_but_for_queries_without_a_target(name:
                     assert float(found[layer, head, example]) * share == pytest.approx(theirs, rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_the_known_heads_of_the_bundled_model_are_found():
     model = mi.load_model("bundled")
     best = {}
@@ -83,6 +84,7 @@ def test_the_known_heads_of_the_bundled_model_are_found():
     assert best == {"previous_token": (0, 0), "duplicate_token": (0, 1), "induction": (1, 0)}
 
 
+@pytest.mark.slow
 def test_attention_between_named_positions_is_that_of_the_model_card():
     model = mi.load_model("bundled")
     given = mi.load_task("ioi").pairs(model, n=200, split="test", seed=0)

@@ -66,6 +66,7 @@ def test_the_logit_lens_is_a_patchscope(name: str) -> None:
     torch.testing.assert_close(got.probabilities.values, lens.probabilities.values[:, 0], rtol=0, atol=tolerance(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_patching_and_causal_tracing_are_patchscopes(name: str) -> None:
     model, examples = tiny(name), pairs(3, 6)

@@ -31,6 +31,7 @@ def measured(model: HookManager, examples: Pairs, ids: torch.Tensor, edits: list
     return metric_values(model, examples, get_metric("logit_diff"), run.values[FINAL])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_a_direct_path_is_the_exact_edge(name: str) -> None:
     model, examples = tiny(name), pairs(3, 5, padded=True)
@@ -122,6 +123,7 @@ def test_recomputed_mlps_equal_a_frozen_run_to_the_logits(name: str, direction: 
         torch.testing.assert_close(row, effect, rtol=0, atol=tolerance(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_recomputed_mlps_equal_a_frozen_run_to_inner_receivers(name: str) -> None:
     model, examples = tiny(name), pairs(3, 6, padded=True, positions={"S": [5, 2, 3]})
@@ -250,6 +252,7 @@ def test_effects_add_up_where_the_model_is_linear() -> None:
     assert float(single.abs().max()) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("receivers", ["logits", ["a2.h1<q>", "m1"]])
 @pytest.mark.parametrize("name", SHAPES)
 def test_batches_memory_and_padding_change_nothing(name: str, receivers: Any) -> None:
@@ -294,6 +297,7 @@ def test_other_metrics_and_several_answer_positions(metric: str) -> None:
         torch.testing.assert_close(row, effect, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was() -> None:
     model = build("gemma2")
     before = snapshot(model.bridge)

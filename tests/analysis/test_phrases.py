@@ -28,6 +28,7 @@ def sentiment() -> Encoder:
     return mi.load_encoder(model, tokenizer=tokenizer)
 
 
+@pytest.mark.slow
 def test_words_and_phrases_are_sources_of_a_decomposition() -> None:
     model = bundled()
     found = mi.phrase_relevance(model, TEXT, " Mary", against=" John", max_words=2, preset="frozen-remove")
@@ -47,6 +48,7 @@ def test_words_and_phrases_are_sources_of_a_decomposition() -> None:
     assert len(found.spans) == 2 * len(ids) - 1 and found.text((2, 3)) == "Mary"
 
 
+@pytest.mark.slow
 def test_the_interaction_is_what_a_phrase_has_beyond_its_words() -> None:
     linear, bert = (
         mi.phrase_relevance(bundled(), TEXT, " Mary", max_words=3, preset=p) for p in ("linear", "authors-bert")
@@ -61,6 +63,7 @@ def test_the_interaction_is_what_a_phrase_has_beyond_its_words() -> None:
     assert alone.interaction((1, 4)) == pytest.approx(alone.value(1, 4) - sum(alone.value(i, i + 1) for i in (1, 2, 3)))
 
 
+@pytest.mark.slow
 def test_an_encoder_classifier_is_read_by_its_labels() -> None:
     model = sentiment()
     text = "the film was not bad ."
@@ -132,6 +135,7 @@ def test_a_class_that_is_not_there_and_a_span_that_was_not_asked_for() -> None:
         mi.phrase_relevance(sentiment(), "the film was bad .", "positive").value(0, 3)
 
 
+@pytest.mark.slow
 def test_the_page_shows_every_span_and_nothing_of_it_is_run(tmp_path: Any) -> None:
     model = sentiment()
     found = mi.phrase_relevance(model, "the film was not bad .", "positive", max_words=2)
@@ -143,6 +147,7 @@ def test_the_page_shows_every_span_and_nothing_of_it_is_run(tmp_path: Any) -> No
     assert (tmp_path / "text.html").read_text() == page
 
 
+@pytest.mark.slow
 def test_words_are_found_where_the_tokenizer_splits_none() -> None:
     """Llama's and Gemma's tokenizers hand a whole text to BPE, with spaces as ordinary characters."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers

@@ -194,6 +194,7 @@ def test_rules_of_ones_own() -> None:
     assert relevance(model, some, rules=Rules(activation=False)).violation > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_batches_and_padding_change_nothing(name: str) -> None:
     model, some = tiny(name), pairs(4, 6, padded=True)
@@ -238,6 +239,7 @@ def test_bad_requests_get_one_clear_error() -> None:
 # -- integrated gradients ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "site"), [(name, ("embed", "resid_pre")[i % 2]) for i, name in enumerate(EVERY)])
 def test_integrated_gradients_are_complete(name: str, site: str) -> None:
     """They sum to the metric of the clean less that of the baseline's embeddings, as `about` says."""
@@ -256,6 +258,7 @@ def test_integrated_gradients_are_complete(name: str, site: str) -> None:
     assert found.about["completeness_error"] == pytest.approx(float(error), rel=1e-3, abs=near(name))
 
 
+@pytest.mark.slow
 def test_baselines() -> None:
     model, some = build("no-norm", scale=0.1), pairs(2, 5, padded=True)
     zero = integrated_gradients(model, some, baseline="zero", steps=8)

@@ -54,6 +54,7 @@ def test_an_ablated_direction_is_gone_and_the_identity_map_changes_nothing() -> 
     assert torch.equal(same, model.run(prompts.clean).logits)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_other_sites_and_precisions() -> None:
     model, prompts = build("gpt2", dtype=torch.bfloat16), pairs(3, 6)
     value = model.run(prompts.clean, interventions=[add_direction("z.0", torch.ones(4))], record=["z.0"]).values["z.0"]

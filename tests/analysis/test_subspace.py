@@ -93,6 +93,7 @@ def test_batches_change_nothing_and_the_model_is_left_alone() -> None:
     assert torch.equal(other.at(subspace="placebo 0").values, whole.at(subspace="placebo 1").values)
 
 
+@pytest.mark.slow
 def test_a_learned_subspace_beats_its_placebos_on_other_pairs() -> None:
     model = mi.load_model("bundled")
     train = mi.load_task("ioi").pairs(model, n=64, split="train")

@@ -17,6 +17,7 @@ from mechinterp.models.sites import Site
 from tests.support.models_tiny import SHAPES, as_installed, snapshot, tiny, tokens
 
 
+@pytest.mark.slow
 def test_it_beats_the_plain_lens_at_every_layer_on_held_out_prompts() -> None:
     model, names = mi.load_model("bundled"), ("ioi", "induction")
     train = [mi.load_task(name).pairs(model, n=60, split="train") for name in names]
@@ -32,6 +33,7 @@ def test_it_beats_the_plain_lens_at_every_layer_on_held_out_prompts() -> None:
         assert bool((tuned < 0.8 * plain).all()), (plain, tuned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_training_lowers_the_loss_is_repeatable_and_leaves_the_model(name: str) -> None:
     model, ids = tiny(name), tokens(16, 8)

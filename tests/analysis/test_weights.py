@@ -262,6 +262,7 @@ def test_the_baseline_is_the_mean_square_over_random_orientations():
     assert composition_scores(tiny("gpt2"), "q").about["baseline"] == 0.25  # d_model 16
 
 
+@pytest.mark.slow
 def test_the_induction_head_of_the_bundled_model_composes_with_the_previous_token_head():
     scores = composition_scores(mi.load_model("bundled"), "k").at(receiver_layer=1, receiver_head=0, sender_layer=0)
     assert int(scores.values.argmax()) == 0

@@ -66,6 +66,7 @@ def test_dims_have_the_same_names() -> None:
     assert [field.name for field in fields(Dims)] == list(DimsRecord.model_fields)
 
 
+@pytest.mark.slow
 def test_the_file_is_sorted_with_one_edge_a_line(
     tmp_path: Path, model: mi.HookManager, circuit: Circuit, result: mi.Evaluation
 ) -> None:
@@ -94,6 +95,7 @@ def test_saving_twice_gives_the_same_bytes(
 FLOATS = st.floats(-(2.0**99), 2.0**99, width=32)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 def test_any_circuit_comes_back(
     tmp_path_factory: pytest.TempPathFactory, model: mi.HookManager, graph: mi.Graph, data: st.DataObject
@@ -130,6 +132,7 @@ def test_a_circuit_without_scores_has_no_sidecar(tmp_path: Path, model: mi.HookM
     assert mi.load_circuit(path).edges == circuit.edges
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.EVERY)
 def test_every_shape_comes_back(tmp_path: Path, name: str, pairs: mi.Pairs) -> None:
     model = tiny.tiny(name)
@@ -328,6 +331,7 @@ print(steps)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 @pytest.mark.parametrize("stop", ["kill", "interrupt"])
 def test_a_run_that_is_stopped_at_any_step_leaves_a_whole_pair(

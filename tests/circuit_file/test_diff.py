@@ -146,6 +146,7 @@ def test_what_is_drawn_has_every_edge_once_and_runs_nothing(
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
 
 
+@pytest.mark.slow
 def test_many_edges_and_mixed_graphs_can_be_drawn(tmp_path: Path) -> None:
     out = tmp_path / "many.svg"
     assert cli.main(["diff", str(ACDC), str(STORED / "ioi-wang2022-naive.circuit.json"), "--out", str(out)]) == 1

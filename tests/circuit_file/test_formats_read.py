@@ -49,6 +49,7 @@ def eap_ig_edges(layers: int, heads: int, parallel: bool) -> list[str]:
     return edges + [f"{node}->logits" for node in stream]
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(SHAPES, st.integers(0, 99), st.sampled_from((torch.float32, torch.float64)))
 def test_eap_ig_round_trip(dims: Dims, seed: int, dtype: torch.dtype) -> None:
@@ -290,6 +291,7 @@ def test_hostile_tables(key: str, value: Any, words: str) -> None:
     assert words in one_line(from_eap_ig_pt, saved({**content, key: value}))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_damage_is_one_error_or_none(data: st.DataObject) -> None:

@@ -62,6 +62,7 @@ def complaint(*arguments: str | Path, code: int = 2) -> str:
 # --- the unexpected --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_unexpected_error_is_one_line_and_exit_code_70(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not 1, which means that a claim failed."""
 
@@ -85,6 +86,7 @@ def texts(content: Any) -> Iterator[tuple[Any, ...]]:
     return (at for at in places(content) if isinstance(get(content, at), str))
 
 
+@pytest.mark.slow
 def test_no_text_of_a_file_steers_the_terminal(place: Place, whole: dict[str, Any], tmp_path: Path) -> None:
     """Markup, escape sequences and bidi controls in every text that the schema lets be free, in all commands."""
     free = [at for at in texts(whole) if at[0] not in ("nodes", "edges", "integrity") and _can_be(whole, at, EVIL)]
@@ -177,6 +179,7 @@ def test_a_graph_beyond_an_8b_model_is_refused_at_once(whole: dict[str, Any], pl
     assert "larger than this version reads" in complaint("validate", path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["validate", "verify", "diff", "export"])
 def test_the_largest_graph_takes_little_time_and_memory(
     command: str, whole: dict[str, Any], place: Place, tmp_path: Path
@@ -278,6 +281,7 @@ def test_many_evaluations_and_examples_are_refused(whole: dict[str, Any], place:
     assert run_spec.MAX_EXAMPLES == limits.MAX_EXAMPLES  # so that a run that cannot be saved does not begin
 
 
+@pytest.mark.slow
 def test_thousands_of_roles_take_linear_time(whole: dict[str, Any], place: Place, tmp_path: Path) -> None:
     node = whole["roles"]["mover"]["nodes"][0]
     whole["roles"] = {f"r{i}": {"label": "x", "nodes": [node]} for i in range(10_000)}

@@ -298,6 +298,7 @@ HARM = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(harm=st.lists(HARM, min_size=1, max_size=3), name=st.sampled_from([NAME, SIDECAR]))
 @example(harm=[_insert(0, b" ")], name=NAME)
 def test_random_harm_is_an_error_or_no_change(
@@ -321,6 +322,7 @@ def test_random_harm_is_an_error_or_no_change(
     assert circuit.digest() == unharmed.digest()
 
 
+@pytest.mark.slow
 @given(
     content=st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

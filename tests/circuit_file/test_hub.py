@@ -136,6 +136,7 @@ def test_what_was_pushed_is_pulled_byte_for_byte(
     }
 
 
+@pytest.mark.slow
 def test_a_commit_gives_the_old_version_after_a_second_push(stand_in: StandIn, tmp_path: Path) -> None:
     first = mi.push_circuit(FILE, REPO)
     circuit = mi.load_circuit(FILE)
@@ -317,6 +318,7 @@ def test_what_is_no_hub_is_said_to_be_none(
     assert "not that of a Hugging Face hub" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_endpoint_is_that_of_the_environment(stand_in: StandIn, tmp_path: Path) -> None:
     commit = mi.push_circuit(FILE, REPO).commit
     command = [sys.executable, "-m", "mechinterp", "pull", REPO, "--revision", commit, "--out", str(tmp_path)]

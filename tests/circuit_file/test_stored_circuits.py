@@ -18,8 +18,14 @@ def test_there_are_stored_circuits() -> None:
 OWN = [path for path in STORED if open_circuit_file(path).document.status != "published"]
 
 
+DOUBTED = {"ioi-bundled-mattr", "ioi-bundled-cd-edges", "subject_verb_agreement-bundled-eap-ig"}
+"""Their intervals of faithfulness on the held-out pairs, whose templates are others, leave [0.9, 1.1]."""
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", OWN, ids=lambda path: path.name.partition(".")[0])
 def test_a_stored_circuit_verifies(path: Path) -> None:
     found = mi.verify(path)
     assert found.ok
-    assert [warning.name for warning in found.warnings] == ["scores not recomputed"]
+    doubt = ["not faithful beyond doubt"] if path.name.partition(".")[0] in DOUBTED else []
+    assert [warning.name for warning in found.warnings] == [*doubt, "scores not recomputed"]

@@ -25,7 +25,7 @@ from mechinterp.views.terminal_tables import plain
 from tests.support.toy_circuits import toy_circuit, toy_document
 from tests.support.words_model import save_words_model
 
-SMALL = ("--examples", "10", "--edges", "20", "--method", "eap")
+SMALL = ("--examples", "10", "--edges", "20", "--method", "eap", "--anyway", "--resamples", "4")
 QUICK = (*SMALL, "--no-roles")  # where roles are not the point
 
 
@@ -85,6 +85,7 @@ def test_help_names_examples_and_exit_codes(arguments: list[str], capsys: pytest
         assert "discover-circuit verify " in text or "discover-circuit run ioi" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["list"], ["show", "TOY"], ["run", "ioy"]])
 def test_torch_is_imported_only_for_work(arguments: list[str], toy: Path) -> None:
     arguments = [str(toy) if word == "TOY" else word for word in arguments]
@@ -92,6 +93,7 @@ def test_torch_is_imported_only_for_work(arguments: list[str], toy: Path) -> Non
     assert process(code=code).returncode == 0
 
 
+@pytest.mark.slow
 def test_help_takes_less_than_half_a_second() -> None:
     resource = pytest.importorskip("resource")
 
@@ -209,6 +211,7 @@ def test_a_changed_circuit_file_is_not_shown(toy: Path, capsys: pytest.CaptureFi
     assert "was changed after it was written" in complaint(capsys, ["show", str(toy)])
 
 
+@pytest.mark.slow
 def test_a_mistake_from_outside_has_no_traceback() -> None:
     done = process("run", "ioy")
     assert (done.returncode, done.stdout) == (2, "")
@@ -232,6 +235,7 @@ def test_a_bug_is_exit_code_70_and_a_traceback_when_asked(
 # --- the work ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_writes_three_files_and_says_what_is_next(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,6 +259,55 @@ def test_a_run_writes_three_files_and_says_what_is_next(
     )
 
 
+def test_a_model_that_does_not_do_the_task_is_exit_code_2(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`run` and `compare` say what they saw; --anyway goes on, and the doubt stands under the finding."""
+    few = ["--model", str(model), "--out", str(tmp_path), "--examples", "10"]
+    run = ["run", "ioi", *few, "--method", "eap", "--edges", "20", "--no-roles", "--resamples", "0"]
+    for arguments in (run, ["compare", "ioi", *few, "--methods", "eap", "--sizes", "0.5,1"]):
+        line = complaint(capsys, arguments)
+        assert f"{model} does not do ioi on 10 pairs: " in line and "go on with --anyway" in line
+        assert re.search(r"logit_diff of clean prompts is not above .*difference \S+ \[-\S+, \S+\]", line)
+        assert not list(tmp_path.iterdir())
+    assert cli.main([*run, "--anyway"]) == 0
+    first = capsys.readouterr().out.splitlines()
+    assert "edges recover" in first[0] and "doubt: the model does not do the task" in "\n".join(first[:8])
+    assert "doubt: the circuit was found with 10 pairs" in first
+    assert not any(line.startswith("stability") for line in first)  # --resamples 0
+    document = json.loads((tmp_path / "ioi-words-eap.circuit.json").read_text("utf-8"))
+    assert "stability" not in document and document["performance"]["n_examples"] == 10
+    page = (tmp_path / "ioi-words-eap.report.html").read_text("utf-8")
+    assert "the model does not do the task" in page
+
+
+def test_no_small_circuit_is_exit_code_4(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--model", str(model), "--out", str(tmp_path), "--examples", "10", "--anyway"]
+    capsys.readouterr()
+    assert cli.main(["run", "ioi", *few, "--method", "random"]) == cli.NO_CIRCUIT == 4
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("discover-circuit: No small circuit at this level")
+    nearest = re.search(r"or --edges (\d+) for that one as it is", err)
+    assert nearest is not None and not list(tmp_path.iterdir())
+    again = ["run", "ioi", *few, "--method", "random", "--edges", nearest.group(1), "--no-roles"]
+    assert cli.main(again) == 0  # what it says can be done
+
+
+@pytest.mark.slow
+def test_a_quick_run_is_eap_ig_with_its_stability(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--model", str(model), "--out", str(tmp_path), "--examples", "20", "--anyway", "--edges", "20"]
+    assert cli.main(["run", "ioi", *few, "--effort", "quick", "--no-roles", "--no-curve"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^stability: \d+ of \d+ edges \(\d+%\) are in at least 90% of 100 circuits", text, re.MULTILINE)
+    document = json.loads((tmp_path / "ioi-words-eap-ig.circuit.json").read_text("utf-8"))
+    assert document["discovery"]["method"] == "eap-ig" and document["stability"]["resamples"] == 100
+    assert "--effort quick" in document["provenance"]["command"]
+    assert [point["n_selected"] for point in document["curve"]["points"]] == [20]
+
+
+@pytest.mark.slow
 def test_a_pairs_file_can_be_run(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         {"clean": [1, 5 + i, 9, 7], "corrupt": [1, 6 + i, 9, 7], "right": [20 + i], "wrong": [40 + i]}
@@ -262,15 +315,17 @@ def test_a_pairs_file_can_be_run(model: Path, tmp_path: Path, capsys: pytest.Cap
     ]
     pairs = tmp_path / "mine.jsonl"
     pairs.write_text("\n".join(map(json.dumps, rows)), "utf-8")
-    assert cli.main(["run", str(pairs), "--model", str(model), "--out", str(tmp_path), "--edges", "20"]) == 0
-    assert (tmp_path / "mine-words-eap-ig.report.html").is_file()
+    assert cli.main(["run", str(pairs), "--model", str(model), "--out", str(tmp_path), *SMALL]) == 0
+    assert (tmp_path / "mine-words-eap.report.html").is_file()
 
 
+@pytest.mark.slow
 def test_verify_says_that_all_claims_hold(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", str(made)]) == 0
     assert re.search(r"verified: all \d+ claims of .* hold", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_verify_names_the_claim_that_failed(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sidecar = made.name.replace(".circuit.json", ".scores.safetensors")
     (tmp_path / sidecar).write_bytes((made.parent / sidecar).read_bytes())
@@ -317,6 +372,7 @@ def interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_eval_says_how_a_circuit_does_on_another_task(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     of_package = str(Path(__file__).parents[2] / "circuits" / "ioi-bundled-eap-ig.circuit.json")
     assert cli.main(["eval", of_package, "--task", "ioi_distractor", "--examples", "20"]) == 0
@@ -328,6 +384,7 @@ def test_eval_says_how_a_circuit_does_on_another_task(made: Path, capsys: pytest
         assert words in own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more", [["--level", "node", "--positions", "all"], ["--level", "neuron", "--neurons", "6"], ["--edges", "60%"]]
 )
@@ -335,7 +392,7 @@ def test_levels_and_positions_go_into_a_file_that_verifies(
     more: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = ["run", "ioi", "--model", str(model), "--out", str(tmp_path), "--examples", "12", "--method", "eap"]
-    run += ["--no-roles"]
+    run += ["--no-roles", "--anyway", "--resamples", "3"]
     size = [] if "--edges" in more else ["--nodes", "60%"]
     assert cli.main([*run, *more, *size]) == 0
     (file,) = tmp_path.glob("*.circuit.json")
@@ -345,12 +402,13 @@ def test_levels_and_positions_go_into_a_file_that_verifies(
     assert all(word in words for word in [*more, *size])
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(checkpoint, "EVERY_SECONDS", 0.0)
     arguments = ["run", "ioi", "--model", str(model), "--examples", "6", "--edges", "20", "--method", "exact"]
-    arguments += ["--batch-size", "2", "--no-roles"]
+    arguments += ["--batch-size", "2", "--no-roles", "--anyway", "--resamples", "0"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert cli.main([*arguments, "--out", str(whole)]) == 0
     save, calls = checkpoint.Checkpoint.save, list[int]()
@@ -363,15 +421,15 @@ def test_a_killed_run_goes_on_where_it_was(
 
     monkeypatch.setattr(checkpoint.Checkpoint, "save", once)
     assert cli.main([*arguments, "--out", str(killed)]) == cli.INTERRUPTED
-    assert [path.suffix for path in killed.iterdir()] == [".unfinished"]
+    assert [path.suffixes[-2:] for path in killed.iterdir()] == [[".unfinished", ".scores"]]
     n = len(calls)
     assert cli.main([*arguments, "--out", str(killed)]) == 0
-    assert len(calls) > n and not list(killed.glob("*.unfinished"))
+    assert len(calls) > n and not list(killed.glob("*.unfinished*"))
     name = "ioi-words-exact.circuit.json"
     assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
 
-@pytest.mark.parametrize("place", ["score_edges", "evaluate", "save_circuit"])
+@pytest.mark.parametrize("place", ["resampled_scores", "evaluate_in", "save_circuit"])
 def test_ctrl_c_is_one_line_and_leaves_nothing(
     place: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -382,6 +440,7 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_ctrl_c_while_files_are_written_leaves_no_part_of_one(
     call: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -400,12 +459,14 @@ def test_ctrl_c_while_files_are_written_leaves_no_part_of_one(
     assert names == ([] if call < 3 else ["ioi-words-eap.circuit.json", "ioi-words-eap.scores.safetensors"])
 
 
+@pytest.mark.slow
 def test_output_to_a_pipe_has_no_control_codes(toy: Path) -> None:
     for arguments in (["show", str(toy)], ["list"], ["--help"], ["run", "ioy"]):
         done = process(*arguments)
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", (done.stdout + done.stderr).replace("\r\n", "\n"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_a_console_that_knows_few_letters_gets_question_marks(encoding: str, tmp_path: Path) -> None:
     record = toy_document(toy_circuit()).model_dump(mode="json", exclude_none=True)
@@ -418,6 +479,7 @@ def test_a_console_that_knows_few_letters_gets_question_marks(encoding: str, tmp
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", ["1", "20", "40", "300"])
 def test_a_narrow_terminal_loses_no_letters(columns: str, toy: Path) -> None:
     done = process("show", str(toy), "--top", "1000", COLUMNS=columns, NO_COLOR="1", TERM="dumb")
@@ -427,6 +489,7 @@ def test_a_narrow_terminal_loses_no_letters(columns: str, toy: Path) -> None:
         assert edges <= set(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_reading_is_no_error(toy: Path) -> None:
     command = [sys.executable, "-m", "mechinterp", "show", str(toy), "--top", "1000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
@@ -456,6 +519,7 @@ def test_plain_makes_one_printable_line() -> None:
     assert plain("a\nb\t c\x1b[1m \u202e d é") == "a b c?[1m ? d é"
 
 
+@pytest.mark.slow
 def test_warnings_of_the_package_are_lines(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -466,7 +530,7 @@ def test_warnings_of_the_package_are_lines(
 
         return wrapped
 
-    monkeypatch.setattr(pipeline, "evaluate", warn(pipeline.evaluate))
+    monkeypatch.setattr(pipeline, "evaluate_in", warn(pipeline.evaluate_in))
     assert cli.main(["run", "ioi", "--model", str(model), "--out", str(tmp_path), *QUICK]) == 0
     assert capsys.readouterr().err == "warning: two lines [red]\n"
     assert not logging.getLogger("mechinterp").handlers

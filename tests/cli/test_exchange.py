@@ -26,6 +26,7 @@ def test_every_format_is_written(
     assert f"wrote {written.name}" in text and EXPORTS.get(format).lost in text and written.stat().st_size > 500
 
 
+@pytest.mark.slow
 def test_what_was_exported_can_be_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made, back = tmp_path / "graph.json", tmp_path / "back.circuit.json"
     assert cli.main(["export", str(STORED), "--format", "eap-ig-json", "--out", str(made)]) == 0

@@ -31,7 +31,12 @@ OTHER = RunSpec(
     by="value",
     ratio=0.25,
     examples=50,
+    effort="quick",
+    validation_examples=70,
     test_examples=60,
+    resamples=7,
+    curve=False,
+    anyway=True,
     seed=4,
     bos=False,
     dtype="float64",
@@ -85,11 +90,12 @@ def test_help_shows_the_options_in_their_order(capsys: pytest.CaptureFixture[str
     (command,) = (found for name, found in COMMANDS.commands.items() if name == "run")
     shown = [parameter.name for parameter in command.params]
     assert shown == [*shown_order(), "open_report"]
-    assert shown[5:8] == ["steps", "settings", "level"]
+    assert shown[shown.index("method") :][:5] == ["method", "effort", "metric", "steps", "settings"]
 
 
 def test_a_comparison_records_what_repeats_it() -> None:
-    spec = replace(OTHER, method="eap-ig", steps=None, nodes=None, rule="top", by="magnitude", ratio=None)
+    spec = replace(OTHER, method=None, effort="standard", resamples=None, curve=True, validation_examples=200)
+    spec = replace(spec, steps=None, nodes=None, rule="top", by="magnitude", ratio=None)
     spec = replace(spec, settings=("acdc.tau=0.05",), roles=True, restart=False, device=None, out=Path("out"))
     spec = replace(spec, test_examples=spec.examples)
     command = compare_command(spec, ["acdc", "eap"], "0.1,1")

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support.words_model import save_words_model
 
 ROOT = Path(__file__).parents[2]
@@ -65,12 +67,13 @@ def run(folder: Path, *commands: list[str]) -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_another_package_adds_a_method_a_metric_and_a_format(tmp_path: Path) -> None:
     points = {"methods": "mine = mine_plugin:METHOD", "metrics": "mine-diff = mine_plugin:METRIC"}
     points |= {"exports": "mine-names = mine_plugin:EXPORT", "imports": "mine-json = mine_plugin:IMPORT"}
     install(tmp_path, "mine_plugin", GOOD, points, "Scores of mine")
     model = save_words_model(tmp_path / "words")
-    small = ["--model", str(model), "--examples", "8", "--edges", "50%", "--no-roles", "--out", "out"]
+    small = ["--model", str(model), "--examples", "8", "--edges", "50%", "--no-roles", "--anyway", "--out", "out"]
     made = "out/ioi-words-mine.circuit.json"
     listed, found, exported, _, imported, refused = run(
         tmp_path,
@@ -102,6 +105,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 def test_a_broken_plug_in_gets_one_line_and_spoils_nothing_else(tmp_path: Path) -> None:
     where = {"gone": "bad_plugin:GONE", "raises": "no_such_module:X", "exits": "exits:X", "wrong": "bad_plugin:NUMBER"}
     where |= {"other": "mechinterp.discovery.eap:EAP_IG", "eap": "bad_plugin:NUMBER"}

@@ -43,6 +43,7 @@ def names(scores: mi.Scores) -> set[str]:
     return {name for name, value in scores.to_dict().items() if value != 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "metric", "tau"), [("gpt2", "kl_to_clean", 0.02), ("llama", "logit_diff", 0.05)])
 def test_it_keeps_what_one_edge_after_another_keeps(name: str, metric: str, tau: float) -> None:
     some = pairs(3, 5, padded=True)
@@ -87,6 +88,7 @@ def order_by_hand(model: mi.HookManager, some: mi.Pairs, order: str, metric: str
     return sorted(reversed(edges), key=lambda e: round(float(values[e[0], e[1]]) / strongest * 1e4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["score", "random"])
 def test_another_order_is_one_edge_after_another_too(order: str) -> None:
     model, some = build("gpt2", n_layer=1), pairs(3, 5)
@@ -106,6 +108,7 @@ def test_another_order_is_one_edge_after_another_too(order: str) -> None:
     assert expected != names(default)  # the order decides
 
 
+@pytest.mark.slow
 def test_orders_are_compared() -> None:
     model, some = build("gpt2", n_layer=1), pairs(3, 5)
     graph = mi.build_graph(model)
@@ -127,6 +130,7 @@ def test_orders_are_compared() -> None:
     assert set(found.frequency().query("`share of orders` == 1")["kept"]) == found.core
 
 
+@pytest.mark.slow
 def test_orders_of_nodes_are_compared_by_node() -> None:
     model, some = build("gpt2", n_layer=1), pairs(3, 5)
     graph = mi.build_graph(model, level="node")
@@ -134,6 +138,7 @@ def test_orders_of_nodes_are_compared_by_node() -> None:
     assert found.union and found.union <= set(graph.unit_names())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["reverse", "random", "score"])
 def test_a_killed_search_goes_on_to_the_same_circuit(
     order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -175,6 +180,7 @@ def test_a_search_in_another_order_is_another_search(tmp_path: Path, monkeypatch
         mi.score_edges(model, graph, some, order_seed=1, **keywords)
 
 
+@pytest.mark.slow
 def test_the_circuit_of_the_bundled_model_does_the_task() -> None:
     model = mi.load_model("bundled")
     some = mi.load_task("ioi").pairs(model, n=8, split="train", seed=0)
@@ -203,6 +209,7 @@ def test_bad_settings_get_one_clear_line(settings: dict[str, Any], message: str)
         mi.score_edges(model, mi.build_graph(model), pairs(3), method="acdc", **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("level", "order"), [("edge", "reverse"), ("node", "reverse"), ("node", "random")])
 def test_several_thresholds_at_once_are_each_of_them(level: str, order: str) -> None:
     model, some = build("gpt2", n_layer=2), pairs(3, 5)

@@ -58,6 +58,7 @@ def test_frozen_patterns_leave_nothing_to_queries_and_keys(name: str) -> None:
     assert float(halved.values[attended].abs().max()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize(("method", "settings"), [("cd-edges", {}), ("cd", {"top": 3}), ("cd", {"score": "l1"})])
 def test_scores_depend_on_neither_batches_nor_padding(name: str, method: str, settings: dict[str, Any]) -> None:
@@ -96,6 +97,7 @@ def _columns(scores: mi.Scores) -> list[tuple[str, list[float]]]:
     return [(name, [float(scores.values[-1, i])]) for i, name in enumerate(scores.graph.writers)]
 
 
+@pytest.mark.slow
 def test_the_circuit_is_every_edge_between_the_chosen_nodes() -> None:
     model = mi.load_model("bundled")
     some = mi.load_task("ioi").pairs(model, n=16, split="train", seed=0)
@@ -112,6 +114,7 @@ def test_the_circuit_is_every_edge_between_the_chosen_nodes() -> None:
         _ = scores + scores
 
 
+@pytest.mark.slow
 def test_pruning_drops_nodes_and_keeps_the_metric() -> None:
     model = mi.load_model("bundled")
     some = mi.load_task("ioi").pairs(model, n=16, split="train", seed=0)
@@ -174,6 +177,7 @@ def test_bad_settings_on_the_command_line_get_one_clear_line(
         discover(RunSpec("ioi", method="cd", settings=settings, out=tmp_path))
 
 
+@pytest.mark.slow
 def test_a_circuit_by_cd_is_saved_and_verified_like_any_other(tmp_path: Path) -> None:
     spec = RunSpec(
         "ioi", method="cd", examples=12, test_examples=12, settings=("top=6", "preset=authors-gpt"), out=tmp_path
@@ -182,7 +186,7 @@ def test_a_circuit_by_cd_is_saved_and_verified_like_any_other(tmp_path: Path) ->
     assert "--set top=6 --set preset=authors-gpt" in command_of(spec)
     assert found.circuit.scores is not None
     assert found.circuit.scores.parameters["top"] == 6 and found.circuit.selection["threshold"] == 0.0
-    assert found.curve[-1].n_selected == int((found.circuit.scores.values != 0).sum())
+    assert found.curve.points[-1].n_selected == int((found.circuit.scores.values != 0).sum())
     assert mi.verify(found.path, rescore=True).ok
 
 
@@ -200,6 +204,7 @@ def test_a_shared_key_is_scored_with_the_strongest_head_that_it_feeds() -> None:
     assert first == {"a0.h0<q>": 0.05, "a0.h1<q>": -0.7, "a0.kv0<k>": -0.7, "a0.kv0<v>": -0.7}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", ["v", "q"])
 def test_pruning_measures_the_circuit_that_it_returns(channels: str) -> None:
     some = pairs(4)

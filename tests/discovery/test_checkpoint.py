@@ -39,6 +39,7 @@ def always_save(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "EVERY_SECONDS", 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings"), [("eap-ig", {}), ("exact", {}), ("cd-edges", {}), ("eap-ig-activations", {"steps": 2})]
 )
@@ -84,6 +85,7 @@ def test_nothing_is_kept_unless_asked(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_circuit_file_cannot_make_verify_touch_other_files(tmp_path: Path) -> None:
     """`resume` deletes its file at the end of a run; a stranger's file must not name one."""
     spec = mi.RunSpec("ioi", method="eap", edges=60, examples=8, test_examples=8, out=tmp_path)
@@ -106,6 +108,7 @@ def unfinished(path: Path, method: str = "eap", **settings: Any) -> dict[str, An
     return asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "settings"), [("eap", {}), ("acdc", {}), ("edge-pruning", {"learning_steps": 3})])
 def test_a_flipped_bit_anywhere_in_a_state_is_one_line(method: str, settings: dict[str, Any], tmp_path: Path) -> None:
     """Without a hash it gave another circuit."""
@@ -182,14 +185,18 @@ def test_a_run_goes_on_when_its_state_cannot_be_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_restart_deletes_the_states_of_a_run_and_no_other_file(tmp_path: Path) -> None:
-    spec = mi.RunSpec("ioi", method="eap", edges=60, examples=4, test_examples=4, roles=False, out=tmp_path)
-    state = _state_path(output_path(spec), spec)
+    spec = mi.RunSpec(
+        "ioi", method="eap", edges=60, examples=4, test_examples=4, resamples=0, roles=False, out=tmp_path
+    )
+    run = _state_path(output_path(spec), spec)
+    state = run.with_name(f"{run.name}.scores")
     state.write_bytes(b"damaged")
     others = [tmp_path / state.name.replace("-eap.", "-exact."), tmp_path / "mine.unfinished"]
     for other in others:
         other.write_bytes(b"")
-    stale = state.with_name(f"{state.name.rsplit('.', 2)[0]}.0123abcd.unfinished")
+    stale = run.with_name(f"{run.name.rsplit('.', 2)[0]}.0123abcd.unfinished")
     stale.write_bytes(b"")
     with pytest.raises(mi.InputError, match="is not the state of a run"):
         mi.discover(spec)

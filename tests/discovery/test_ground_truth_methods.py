@@ -15,9 +15,9 @@ import mechinterp as mi
 from mechinterp.discovery.method import METHODS
 from mechinterp.engines.readout import answer_logits
 from tests.support.hand_circuits import HAND, SHARP, induction
-from tests.support.truth_table import ANSWERS, ANY_METRIC, EFFECT, LEARNED, run
+from tests.support.truth_table import ANSWERS, ANY_METRIC, EFFECT, LEARNED, RANKED, run
 
-RECOVER = ("exact", "acdc", "path-patching", "eap-ig", "eap-ig-activations", "ensemble", "gim", *LEARNED)
+RECOVER = ("exact", "acdc", "path-patching", "eap-ig", "eap-ig-activations", "ensemble", "gim", *LEARNED, *RANKED)
 ATTENDING = {
     "induction": {"input->a0.h0<v>", "a0.h0->a1.h0<k>", "input->a1.h0<q>"},
     "copy_head": {"input->a0.h0<k>"},
@@ -28,8 +28,8 @@ SATURATED = ("eap", "relp", "cd-edges", "clean-corrupted", "eap-gp")
 it scores 0 but for rounding."""
 INDIRECT = {"induction": {"input->logits", "input->a1.h0<k>"}, "copy_head": {"input->logits"}}
 """`cd` scores all that a node gives, on whatever way: the input reaches these through the circuit's heads."""
-SHORTER = {label: {"learning_steps": 100} for label in LEARNED}
-"""A third of the default steps finds the same, except on `hist`; the benchmark runs the defaults."""
+SHORTER = {label: {"learning_steps": 100} for label in (*LEARNED, *RANKED)}
+"""Fewer steps than the default find the same, except on `hist`; the benchmark runs the defaults."""
 BLIND = ("information-flow", "information-flow, from the answer", "weight-magnitude", "random")
 """They see neither the corrupt prompt nor the metric: what has no effect scores as what has."""
 
@@ -76,6 +76,7 @@ def test_the_circuit_by_hand_is_exactly_what_has_an_effect(name: str) -> None:
     assert found.kl < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HAND)
 @pytest.mark.parametrize("label", [*ANY_METRIC, *ANSWERS])
 def test_which_method_finds_the_circuits_by_hand(label: str, name: str) -> None:
@@ -106,6 +107,7 @@ COMPILED = [label for label in ANY_METRIC if label not in ("exact", "acdc")]
 """`exact` and `acdc` find all eight: test_known_circuits.py and test_truth.py."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("label", "name"),
     [*itertools.product(COMPILED, ["hist", "shift_by_1"]), ("eap-ig", "sort"), ("clean-corrupted", "sort")],

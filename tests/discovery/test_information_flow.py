@@ -192,6 +192,7 @@ def test_it_sees_neither_the_corrupt_prompt_nor_the_metric_nor_the_readers() -> 
     assert torch.equal(rows, rows[:1].expand_as(rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("importance", IMPORTANCES)
 def test_a_write_of_nothing_and_a_model_of_nothing_score_exactly_zero(importance: str) -> None:
     bridge = build(NATIVE[1], dtype=torch.float32).bridge

@@ -38,6 +38,7 @@ def test_gates_are_open_as_often_as_the_formula_says() -> None:
     assert float(open_chance(torch.tensor([BETA * math.log(-LOW / HIGH)]))) == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["kl", "metric"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", HAND)
@@ -48,6 +49,7 @@ def test_a_planted_circuit_is_found(name: str, method: str, objective: str) -> N
     assert set(mi.select(this.graph, scores, threshold=0.5).edges) == this.truth
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_however_it_is_run(method: str) -> None:
     model, some = tiny("gpt2"), pairs(5, padded=True)
@@ -69,6 +71,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_run_goes_on_to_the_same_mask(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "EVERY_SECONDS", 0.0)
@@ -92,6 +95,7 @@ def test_a_killed_run_goes_on_to_the_same_mask(method: str, tmp_path: Path, monk
     assert not state.exists()
 
 
+@pytest.mark.slow
 def test_several_drawings_find_what_flat_steps_hide_from_one() -> None:
     """`hist` counts with a sharp attention and an MLP of steep steps: most drawings have no slope there."""
     this = known("hist_small")
@@ -122,7 +126,7 @@ def test_gates_of_several_drawings_have_the_mean_gradient() -> None:
     graph = mi.build_graph(model, level="node")
     settings = {**METHODS_DEFAULTS, "examples": 3, "drawings": 2}
     job = Job(model, graph, some, get_metric("kl_to_clean"), settings, 32, no_progress, Checkpoint())
-    learning = GateLearning(job, {})
+    learning = GateLearning(job, {"unused": torch.zeros(1, dtype=torch.float64)})
     gates = torch.rand(2, graph.n_units, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     both = learning._gate_gradient(gates, learning.block(0))
     for i in range(2):
@@ -131,6 +135,7 @@ def test_gates_of_several_drawings_have_the_mean_gradient() -> None:
     assert not torch.allclose(both[0], both[1])
 
 
+@pytest.mark.slow
 def test_the_price_and_the_target_decide_the_size() -> None:
     model, some = tiny("gpt2"), pairs(4)
     graph = mi.build_graph(model)

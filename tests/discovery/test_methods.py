@@ -38,6 +38,7 @@ def values(scores: Scores) -> torch.Tensor:
     return scores.values[scores.graph.possible].double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "neox", "llama", "gemma2"])
 def test_eap_ranks_as_brute_force_does(name: str) -> None:
     """MLPs included: peers multiply an MLP's output by the gradient at its input. The sign is checked too."""
@@ -54,6 +55,7 @@ def test_eap_ranks_as_brute_force_does(name: str) -> None:
         assert spearman(estimate[moving & mlp], exact[moving & mlp]) > 0.99, method
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method"),
     [*itertools.product(SHAPES, ["eap", "eap-ig", "eap-ig-activations"]), ("llama", "exact"), ("gpt2", "exact")],
@@ -70,6 +72,7 @@ def test_scores_do_not_depend_on_the_batches(name: str, method: str) -> None:
     assert whole.count == 5
 
 
+@pytest.mark.slow
 def test_shards_add_up_to_the_whole() -> None:
     model, some = tiny("gpt2"), pairs(5)
     graph = build_graph(model)
@@ -94,6 +97,7 @@ def test_shards_under_a_mean_do_not_add_up_and_are_refused() -> None:
         _ = first + rest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["eap", "eap-ig", "exact"])
 def test_positive_means_that_the_edge_helps(method: str) -> None:
     """Cutting the best edge lowers the metric, cutting the worst raises it; a metric to be lowered turns the sign."""
@@ -165,6 +169,7 @@ def test_ids_outside_the_vocabulary_and_nan_weights_are_refused() -> None:
         mi.Pairs(clean=[[1, 2]], corrupt=[[1, 3]], right=[3], wrong=[4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_activation_paths_share_out_what_patching_a_group_does(name: str) -> None:
     """Completeness: the edges out of all heads of a layer, or of an MLP, sum to the effect of patching them."""

@@ -12,6 +12,7 @@ from mechinterp.discovery.cd import between
 from tests.support.models_tiny import SHAPES, pairs, tiny
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_its_scores_are_the_exact_ones_of_the_edges_that_it_visits(name: str) -> None:
     model, some = tiny(name), pairs(3, 5, padded=True)
@@ -28,6 +29,7 @@ def test_its_scores_are_the_exact_ones_of_the_edges_that_it_visits(name: str) ->
     assert len(nodes) < len(graph.writers) and not bool((kept & ~between(graph, nodes)).any())
 
 
+@pytest.mark.slow
 def test_the_other_meaning_and_the_circuit_of_the_bundled_model() -> None:
     model = mi.load_model("bundled")
     some = mi.load_task("ioi").pairs(model, n=8, split="train", seed=0)

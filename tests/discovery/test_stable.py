@@ -14,9 +14,11 @@ from mechinterp.discovery.method import METHODS, Job, Method
 from mechinterp.discovery.stable import (
     CircuitStability,
     StableScores,
+    block_resamples,
     circuit_stability,
     on_graph,
     resampled_scores,
+    stability_at,
     stable_scores,
 )
 from mechinterp.graphs.select import select
@@ -31,6 +33,7 @@ def bootstrap(seed: int = 0, **more: Any) -> StableScores:
     return stable_scores(model, mi.build_graph(model), pairs(4, 5), method="eap", resamples=12, seed=seed, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method"),
     [*((name, "eap-ig") for name in SHAPES), *(("gpt2", m) for m in ("exact", "clean-corrupted", "relp"))],
@@ -93,6 +96,7 @@ def test_they_are_not_taken_for_plain_scores() -> None:
     assert stable.every.additive and "bootstrap_agreement" not in stable.every.parameters
 
 
+@pytest.mark.slow
 def test_the_batch_size_does_not_matter_and_the_seed_decides() -> None:
     one, other = bootstrap(batch_size=1), bootstrap(batch_size=3)
     assert torch.equal(one.samples, other.samples) and torch.equal(one.scores.total, other.scores.total)
@@ -122,6 +126,81 @@ def test_the_same_circuit_in_every_resample_has_jaccard_one() -> None:
     stable = bootstrap()
     found: CircuitStability = circuit_stability(stable, edges="100%")
     assert found.jaccard == 1 and float(found.frequency.sum()) == pytest.approx(stable.every.graph.n_edges)
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "blocks", "size"), [(23, 5, 4), (20, 40, 1), (40, 40, 1), (7, 3, 2)])
+def test_a_block_is_drawn_whole(n: int, blocks: int, size: int) -> None:
+    rows = block_resamples(n, 6, 3, blocks)
+    n_blocks = min(n, blocks)
+    assert rows.shape == (6, n_blocks * size) and n_blocks * size > n - n_blocks
+    parts = rows.unflatten(1, (n_blocks, size))
+    assert bool((parts[:, :, 0] % size == 0).all())
+    assert bool((parts.diff(dim=2) == 1).all()) and int(parts.max()) < n_blocks * size
+    assert len(parts[:, :, 0].unique()) > n_blocks / 2  # drawn from all of them, and differently each time
+    assert not torch.equal(rows[0], rows[1])
+    assert torch.equal(rows, block_resamples(n, 6, 3, blocks)) and not torch.equal(
+        rows, block_resamples(n, 6, 4, blocks)
+    )
+
+
+def test_the_scores_of_a_resample_of_blocks_are_those_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the cost of the blocks: each example is scored once, the ones in no block as well."""
+    model, some = tiny("gpt2"), pairs(11, 5)
+    graph, rows = mi.build_graph(model), block_resamples(11, 5, 0, blocks=4)
+    scored: list[int] = []
+
+    def counted(model: Any, graph: Any, pairs: Any, **asked: Any) -> mi.Scores:
+        scored.append(len(pairs))
+        return mi.score_edges(model, graph, pairs, **asked)
+
+    monkeypatch.setattr("mechinterp.discovery.stable.score_edges", counted)
+    every, samples = resampled_scores(model, graph, some, rows, {"method": "eap"})
+    assert sum(scored) == 11 and len(scored) <= 5  # four blocks of two and the three that are left over
+    for drawn, sample in zip(rows, samples, strict=True):
+        expected = mi.score_edges(model, graph, some[drawn], method="eap")
+        torch.testing.assert_close(on_graph(graph, sample), expected.values, rtol=0, atol=1e-9)
+    torch.testing.assert_close(every.values, mi.score_edges(model, graph, some, method="eap").values, rtol=0, atol=1e-9)
+
+
+# -- stability of any scores -------------------------------------------------------------------------------------------
+
+
+def test_frequency_core_and_jaccard_of_made_up_samples() -> None:
+    """Ten resamples, of which eight choose the circuit's edges, one exchanges an edge, and one chooses nothing."""
+    model = tiny("gpt2")
+    graph = mi.build_graph(model)
+    names = graph.edge_names()
+    chosen = ["input->m0", "m0->logits", "input->m1", "m1->logits"]
+    other = [*chosen[:2], "input->a0.h0<v>", "a0.h0->logits"]
+    without = ["a0.h0->m0", "a0.h1->m0", "a0.h2->m0", "a0.h3->m0"]  # on no path: nothing leads to these heads
+
+    def sample(strongest: list[str]) -> torch.Tensor:
+        values = torch.full((graph.n_edges,), 0.1, dtype=torch.float64)
+        for rank, name in enumerate(strongest):
+            values[names.index(name)] = 5.0 - rank
+        return values
+
+    samples = torch.stack([*[sample(chosen)] * 8, sample(other), sample(without)])
+    scores = mi.Scores(graph, on_graph(graph, sample(chosen)), 1, "made-up", "logit_diff", "corrupt")
+    found = stability_at(scores, samples, 4)
+    assert set(found.circuit.edges) == set(chosen) and found.resamples == 10
+
+    def frequency(name: str) -> float:
+        return float(found.frequency[graph.edge_index(name)])
+
+    assert [frequency(name) for name in chosen] == pytest.approx([0.9, 0.9, 0.8, 0.8])
+    assert [frequency(name) for name in other[2:]] == pytest.approx([0.1, 0.1])
+    core = found.core()
+    assert {graph.edge_name(*at) for at in core.nonzero().tolist()} == set(chosen[:2])
+    assert int(found.core(0.8).sum()) == 4 and found.n_often_outside == 0
+    # Of 45 pairs of resamples 28 share all, 8 share 2 of 6 edges, 9 have one that is empty.
+    assert found.jaccard == pytest.approx((28 * 1 + 8 * 2 / 6 + 9 * 0) / 45)
+    assert found.jaccard_by_chance == pytest.approx(4 / (2 * graph.n_edges - 4))
+    outside = stability_at(scores, torch.stack([sample(other)] * 4), 4)
+    assert outside.n_often_outside == 2 and outside.jaccard == 1
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,7 @@ def test_on_a_linear_edge_the_estimate_is_exact() -> None:
 # -- integrated gradients ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "split"), [(name, False) for name in EVERY] + [("gpt2", True), ("no-norm", True)])
 def test_completeness_of_integrated_gradients(name: str, split: bool) -> None:
     """Over the edges that leave the input, the scores add up to the whole effect, clean minus corrupt.
@@ -142,6 +143,7 @@ def test_an_alpha_of_zero_has_its_gradient_at_the_corrupt_run() -> None:
 # -- sums and batches --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_a_batch_is_the_sum_of_its_examples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Five rows: in the last, the window of a padded query (4, in Gemma-2) holds padding only.
@@ -158,6 +160,7 @@ def test_a_batch_is_the_sum_of_its_examples(name: str, monkeypatch: pytest.Monke
         torch.testing.assert_close(chunked, whole, rtol=0, atol=near)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_nothing_is_scored_where_there_is_no_edge_and_nothing_is_left_behind(name: str) -> None:
     model, some = build(name), pairs(3, 6)
@@ -177,6 +180,7 @@ def test_equal_prompts_score_zero() -> None:
     assert float(edge_gradients(tiny("gpt2"), graph, same, LOGIT_DIFF).abs().max()) < 1e-12  # float64 rounding
 
 
+@pytest.mark.slow
 def test_lower_precision_models_accumulate_in_float32() -> None:
     some = pairs(4, 6, padded=True)
     graph = build_graph(tiny("gpt2"))

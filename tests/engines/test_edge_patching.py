@@ -13,6 +13,7 @@ from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.engines.edge_patching import run_edges
 from mechinterp.engines.mask_gradients import mask_gradients
 from mechinterp.engines.replacement import build_replacement, corrupt_replacement
+from mechinterp.engines.whole_nodes import whole_nodes
 from mechinterp.graphs.graph import Graph, build_graph, graph_of
 from mechinterp.models.interventions import Intervention
 from mechinterp.models.sites import Site
@@ -180,6 +181,7 @@ def test_every_single_edge_agrees_with_an_independent_implementation(name: str) 
 # -- nothing depends on how it is batched ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_batched_is_one_by_one_is_padded(name: str) -> None:
     model, some = tiny(name), pairs(4, 7, padded=True)
@@ -247,6 +249,35 @@ def test_the_size_of_a_block_does_not_matter(
         torch.testing.assert_close(one, other, rtol=tolerance(name), atol=tolerance(name) * float(one.abs().max()))
 
 
+@pytest.mark.parametrize("kind", ["plain", "positions", "neurons"])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_node_replaced_where_it_writes_is_all_its_edges_cut(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole nodes, whole nodes and some edges, and all nodes but a few; padded prompts."""
+    model, some = tiny(name), pairs(3, 6, padded=True, positions={"end": [5, 4, 3]})
+    if kind == "neurons" and not model.dims.has_mlp:
+        pytest.skip("no MLP")
+    graph = build_graph(
+        model,
+        level="node",
+        positions=("end",) if kind == "positions" else (),
+        neurons={0: [1, 5], 2: [0]} if kind == "neurons" else None,
+    )
+    generator = torch.Generator().manual_seed(0)
+    masks: list[torch.Tensor] = []
+    for share in (0.05, 0.3, 0.8):
+        chosen = torch.rand(graph.n_units, generator=generator) < share
+        masks.append(chosen[graph.unit.clamp(min=0)] & graph.possible)
+    cut = torch.stack([*masks, masks[0] | small_cut(graph, 0.05, seed=1)])
+    replaced = whole_nodes(graph, cut.float()).nodes
+    assert all(bool(own.any()) for own in replaced) and not bool(replaced.all())
+    found = run_edges(model, graph, some, cut)
+    monkeypatch.setattr(mechinterp.engines.edge_patching, "_nodes_replaceable", lambda model: False)
+    by_edges = run_edges(model, graph, some, cut)
+    torch.testing.assert_close(found, by_edges, rtol=tolerance(name), atol=tolerance(name))
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_cut_edge_does_not_act_before_its_reader(name: str) -> None:
     """Only the answer position's readers see an edge into the logits; other nodes' values stay the clean run's."""
@@ -261,6 +292,7 @@ def test_a_cut_edge_does_not_act_before_its_reader(name: str) -> None:
     assert not torch.allclose(both, b)
 
 
+@pytest.mark.slow
 def test_float32_and_bfloat16_models_are_near_float64() -> None:
     some = pairs(4, 7, padded=True)
     exact = tiny("gpt2")

@@ -52,6 +52,7 @@ def numbers(found: Completeness) -> torch.Tensor:
     return torch.tensor([[k.circuit_value, k.model_value, k.standard_error] for k in found.sets], dtype=torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_both_sides_are_runs_without_the_nodes(name: str) -> None:
     model, circuit, some = tiny(name), circuit_of(name), pairs(5, padded=True)
@@ -116,6 +117,7 @@ def test_a_true_circuit_is_complete_and_every_node_of_it_counts(name: str) -> No
     assert worth.effect.min() > 1e-3
 
 
+@pytest.mark.slow
 def test_random_sets_hold_half_of_the_components_and_follow_the_seed() -> None:
     model, circuit, some = tiny("gpt2"), circuit_of("gpt2"), pairs(2)
     found = completeness(model, circuit, some, n_random=24, seed=4)
@@ -130,6 +132,7 @@ def test_random_sets_hold_half_of_the_components_and_follow_the_seed() -> None:
     assert [k.nodes for k in completeness(model, circuit, some, n_random=3, seed=5).sets[1:]] != drawn[:3]
 
 
+@pytest.mark.slow
 def test_each_greedy_step_takes_the_worst_node() -> None:
     model, circuit, some = tiny("gpt2"), circuit_of("gpt2"), pairs(3)
     found = greedy_completeness(model, circuit, some, steps=2)
@@ -147,6 +150,7 @@ def test_each_greedy_step_takes_the_worst_node() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_node_is_worth_what_the_circuit_loses_without_it(name: str) -> None:
     model, circuit, some = tiny(name), circuit_of(name, 0.3), pairs(3, padded=True)
@@ -169,6 +173,7 @@ def test_a_node_is_worth_what_the_circuit_loses_without_it(name: str) -> None:
         assert row.share == pytest.approx(abs(expected[0] - expected[1]), rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["logit_diff", "kl_to_clean"])
 def test_edges_of_the_whole_graph_are_worth_their_exact_score(metric: str) -> None:
     model, some = tiny("gpt2"), pairs(2, 5)

@@ -225,6 +225,7 @@ def test_an_interval_leaves_out_resamples_without_a_ratio() -> None:
     assert bootstrap_interval(ratio_of_means, many) == (values.quantile(0.025), values.quantile(0.975))
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_accuracy_can_be_saved_and_verified(tmp_path: Path) -> None:
     """Few of its examples tell the full model from the empty one."""
     model = mi.load_model("bundled")

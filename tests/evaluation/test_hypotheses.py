@@ -159,6 +159,7 @@ def effects(name: str, circuit: Circuit, some: mi.Pairs, cuts: list[torch.Tensor
     return [float(((one - before) ** 2).mean()) for one in after]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])
 def test_the_tests_against_random_circuits_count_as_they_say(name: str) -> None:
     model, circuit, some = tiny(name), circuit_of(name, 0.4), pairs(4, padded=True)
@@ -175,6 +176,7 @@ def test_the_tests_against_random_circuits_count_as_they_say(name: str) -> None:
     assert found.statistic == wins / 12 and found.p_value == pytest.approx(binom.sf(wins - 1, 12, 0.7))
 
 
+@pytest.mark.slow
 def test_minimality_compares_each_edge_with_added_ones() -> None:
     model, circuit, some = tiny("gpt2"), circuit_of("gpt2", 0.2), pairs(3)
     found = minimality_test(model, circuit, some, n_random=6, seed=4, batch_size=2)
@@ -218,6 +220,7 @@ def test_a_true_circuit_passes_them_all_and_a_padded_one_is_not_minimal(name: st
     assert superfluous == {graph.edge_name(*at) for at in (padded & ~kept).nonzero().tolist()} and found.test.rejected
 
 
+@pytest.mark.slow
 def test_a_discovered_circuit_passes_and_a_tiny_random_one_fails(bundled: Bundled) -> None:
     model, some, stored, tiny_one = bundled
     assert equivalence_test(model, tiny_one, some).rejected
@@ -225,6 +228,7 @@ def test_a_discovered_circuit_passes_and_a_tiny_random_one_fails(bundled: Bundle
     assert ours.rejected and not random.rejected
 
 
+@pytest.mark.slow
 def test_seed_and_batch_size() -> None:
     model, circuit, some = tiny("gpt2"), circuit_of("gpt2", 0.15), pairs(4, padded=True)
     calls: list[Any] = [

@@ -45,6 +45,7 @@ def measured(model: mi.HookManager, pairs: mi.Pairs | None, *measures: Any, **ho
     return [entry.value for entry in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_measure_is_the_number_of_its_analysis(shape: str) -> None:
     model, pairs = tiny.tiny(shape), some_pairs()
@@ -79,6 +80,7 @@ def test_without_pairs(bundled_model: mi.HookManager) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["gpt2", "gemma2"])
 def test_a_number_does_not_depend_on_the_batch(shape: str) -> None:
     model = tiny.tiny(shape)
@@ -196,6 +198,7 @@ def test_detector_scores_do_not_depend_on_the_batch(kind: str, bundled_model: mi
     torch.testing.assert_close(mi.head_scores(bundled_model, kind, n=3, batch_size=2).values, whole)
 
 
+@pytest.mark.slow
 def test_a_prediction_of_another_model_is_not_saved(tmp_path: Path) -> None:
     model, pairs, path = tiny.tiny("gpt2"), some_pairs(), tmp_path / "x.circuit.json"
     graph = mi.build_graph(model)
@@ -233,6 +236,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory, bundled_model: mi.HookManag
     return path
 
 
+@pytest.mark.slow
 def test_verify_measures_again(stored: Path) -> None:
     found = mi.verify(stored)  # loads the model again, as the file says
     names = [claim.name for claim in found.claims if claim.name.startswith(("prediction ", "control of "))]
@@ -243,6 +247,7 @@ def test_verify_measures_again(stored: Path) -> None:
     assert held is not None and [entry.pairs is None for entry in held] == [False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "claims"),
     [

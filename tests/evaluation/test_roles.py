@@ -40,6 +40,7 @@ def found(bundled: Bundled) -> mi.MeasuredRoles:
     return mi.measured_roles(model, whole(mi.build_graph(model)), train, test)
 
 
+@pytest.mark.slow
 def test_the_heads_of_the_bundled_model(bundled: Bundled, found: mi.MeasuredRoles) -> None:
     """a0.h0 and a1.h0 were initialised as a previous-token and an induction head; the model's card says so."""
     model, train, _ = bundled
@@ -71,6 +72,7 @@ def test_the_threshold_is_between_the_weakest_member_and_the_strongest_other_nod
             assert [c.measure for c in entry.prediction.controls] == [mi.DirectEffect(node=control)]
 
 
+@pytest.mark.slow
 def test_other_pairs_can_refute_them(bundled: Bundled) -> None:
     """With clean and corrupt prompts exchanged, replacing a node costs nothing, so no predicted cost holds."""
     model, train, test = bundled
@@ -91,6 +93,7 @@ def test_only_nodes_of_the_circuit_have_roles(bundled: Bundled) -> None:
     assert own.evidence["node"].tolist() == ["a0.h0", "a3.h0"]
 
 
+@pytest.mark.slow
 def test_at_positions_a_role_is_where_it_was_measured(bundled: Bundled) -> None:
     model, train, test = bundled
     graph = mi.build_graph(model, positions=["S1+1", "S2", "end"])
@@ -99,6 +102,7 @@ def test_at_positions_a_role_is_where_it_was_measured(bundled: Bundled) -> None:
     assert {name.partition("@")[2] for name in roles["previous_token"]} == {"S1+1", "S2", "end", "rest"}
 
 
+@pytest.mark.slow
 def test_an_mlp_that_is_split_has_no_role(bundled: Bundled) -> None:
     """If some neurons are separate nodes, `m2` is all the others, which is not what the analyses measure."""
     model, _, _ = bundled
@@ -120,6 +124,7 @@ def test_a_prediction_is_never_weaker_than_the_role(found: mi.MeasuredRoles) -> 
     assert limited and all(prediction.value >= 0.3 for prediction in limited)
 
 
+@pytest.mark.slow
 def test_names_of_positions_that_contain_the_word_to(bundled: Bundled) -> None:
     model, train, test = bundled
     named = {"IO": "A", "S1": "B to C", "S1+1": "C", "S2": "A to B", "end": "end"}
@@ -142,6 +147,7 @@ LOW = mi.RoleLimits(direct=0.02, detector=0.05, attention=0.1, matters=0.0, effe
 """Random weights have no strong roles, so the limits are low."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", EVERY)
 def test_the_roles_of_every_shape_can_be_saved_and_verified(shape: str, tmp_path: Path) -> None:
     model = tiny.tiny(shape)
@@ -154,6 +160,7 @@ def test_the_roles_of_every_shape_can_be_saved_and_verified(shape: str, tmp_path
     assert mi.verify(path, model=model).ok
 
 
+@pytest.mark.slow
 def test_roles_do_not_depend_on_the_batch_size_and_progress_ends() -> None:
     model = tiny.tiny("gpt2")
     train, test = (tiny.pairs(5, seed=seed, positions={"a": torch.ones(5).long()}) for seed in (0, 1))

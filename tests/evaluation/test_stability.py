@@ -54,6 +54,7 @@ def test_a_circuit_overlaps_fully_with_itself_and_random_ones_overlap_as_expecte
     assert found.mean_edge_jaccard == pytest.approx(found.expected_edge_jaccard, rel=0.1)
 
 
+@pytest.mark.slow
 def test_transfer_is_evaluate_on_every_pairs_with_the_overlap() -> None:
     model, circuits = tiny("gpt2"), {"x": circuit_of(0, 0.5), "y": circuit_of(1, 0.7)}
     tasks = {"x": pairs(3), "y": pairs(4, 6, seed=8)}

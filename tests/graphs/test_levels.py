@@ -146,6 +146,7 @@ def test_gradients_in_the_mask(name: str, kind: str) -> None:
     assert slope == pytest.approx(float(up - down) / (2 * step), rel=1e-5 if name in ALL_FLOAT64 else 2e-2, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     ["exact", "eap-ig", "acdc", "random", "edge-pruning", "relp", "clean-corrupted", "ensemble", "gim", "eap-gp"],
@@ -190,6 +191,7 @@ def test_paths_at_positions_follow_the_stream_and_the_heads() -> None:
         assert not on_paths(graph, graph.mask_of(bad)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["positions", "neurons", "both"])
 def test_a_file_states_its_graph_and_verifies(kind: str, tmp_path: Path) -> None:
     model, examples = tiny("gpt2"), some()

@@ -56,6 +56,7 @@ def total(scores: Scores, kept: torch.Tensor, by: str) -> float:
     return float((values.abs() if by == "magnitude" else values)[kept].sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize(("by", "whole"), [("value", False), ("magnitude", False), ("value", True)])
 def test_no_circuit_of_the_size_has_a_higher_total(name: str, by: str, whole: bool) -> None:

@@ -34,6 +34,7 @@ def two_managers() -> tuple[HookManager, HookManager]:
     return model, load_model(model.bridge)
 
 
+@pytest.mark.slow
 def test_two_managers_of_one_model_in_two_threads_give_the_right_logits_or_refuse() -> None:
     """Each thread edits and records otherwise; the switches between threads come as often as they can."""
     managers, wrong, busy, right = two_managers(), list[Any](), list[Any](), list[Any]()
@@ -110,6 +111,7 @@ def test_a_block_works_in_an_exit_stack_and_is_entered_once_at_a_time() -> None:
         assert torch.equal(model.run(X).logits, edited)
 
 
+@pytest.mark.slow
 def test_a_generator_that_is_left_midway_in_a_block_holds_it_until_it_is_closed() -> None:
     model, other = two_managers()
     plain = model.run(X).logits
@@ -154,6 +156,7 @@ def test_a_run_whose_end_was_lost_does_nothing_and_is_cleared_away() -> None:
     assert snapshot(model.bridge) == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_process_that_was_forked_in_the_midst_of_another_threads_run_can_run_the_model() -> None:
@@ -201,6 +204,7 @@ def test_a_layers_own_forward_comes_back_after_a_run_that_skips_it() -> None:
     assert torch.equal(model.run(X).logits, plain.logits) and calls
 
 
+@pytest.mark.slow
 def test_copies_of_a_model_are_free_and_a_model_is_let_go() -> None:
     model = build("gpt2", n_layer=1)
     with model.intervene(Intervention("z.0", lambda value: value + 0 * len(repr(model)))):

@@ -44,6 +44,7 @@ def loaded(label: str) -> HookManager:
     return load_model(BY_LABEL[label].build())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", CHOSEN)
 def test_edges_patching_and_eap_are_those_of_plain_hooks(label: str) -> None:
     row = table.measure(BY_LABEL[label])
@@ -160,6 +161,7 @@ def run_of(model: HookManager, pairs: mi.Pairs, **keywords: Any) -> torch.Tensor
     return table.logit_diff(logits, pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_direct_paths_are_edges(shape: str) -> None:
     model, pairs = SHAPES[shape](), table.random_pairs()

@@ -251,6 +251,7 @@ def test_a_run_inside_an_edit_is_right_or_refused() -> None:
 # -- gradients ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
     """At every site, in a random direction: the slope of the loss when the value moves there."""
@@ -414,6 +415,7 @@ def test_a_model_in_training_mode_gives_deterministic_results_and_keeps_its_mode
     assert not part.training
 
 
+@pytest.mark.slow
 def test_repeated_runs_leave_no_tensors_and_no_hooks() -> None:
     model = build("gpt2")
 

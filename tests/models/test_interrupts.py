@@ -140,6 +140,7 @@ def test_ctrl_c_at_every_line_of_a_run() -> None:
     assert n > 250
 
 
+@pytest.mark.slow
 def test_ctrl_c_inside_the_libraries() -> None:
     model, done = a_model(), set[Place]()
     n = sum(check(model, run, OTHERS, 31, done) for run in (with_a_loss, started_late))

@@ -71,6 +71,7 @@ def word_tokenizer() -> Any:
 # -- in memory ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_logits_are_those_of_the_callers_model_which_stays_as_it_was(name: str) -> None:
     module = huggingface(name)
@@ -133,6 +134,7 @@ def test_dtype_and_tokenizer_are_taken() -> None:
 # -- folders -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_folder_without_tokenizer(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "mechinterp"):
         model = load_model(saved)
@@ -346,6 +348,7 @@ MUST_BE_REFUSED = (
 """Where a bridge or a sum that looks right is not: each was silently wrong here or would be without a check."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_is_exact_or_refused_by_name(name: str) -> None:
     config, architecture, settings = ARCHITECTURES[name]
@@ -386,6 +389,7 @@ def test_every_refusal_says_which_error_it_is() -> None:
     assert not issubclass(UnsupportedError, InputError)
 
 
+@pytest.mark.slow
 def test_hooks_that_a_model_brings_along_are_told(caplog: pytest.LogCaptureFixture) -> None:
     """A copy of a module has its hooks too, and they act in every run."""
     module = huggingface("gpt2", n_layer=1)

@@ -219,6 +219,7 @@ def test_causality_is_measured(name: str, causal: bool) -> None:
         torch.testing.assert_close(logits[row, :length], expected, rtol=0, atol=1e-5)  # float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Gemma-3", "Gemma-3, both ways"])
 def test_analyses_of_a_padded_batch_are_those_of_its_examples(name: str) -> None:
     model, some, metric = opened(name), pairs(4, padded=True)[2:], get_metric("logit_diff")
@@ -366,6 +367,7 @@ def test_patterns_in_closed_form_are_the_models_own(name: str) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["OPT", "GPT-Neo"])
 @pytest.mark.parametrize("preset", ["frozen-remove", "patch"])
 def test_cd_works_where_no_pattern_is_shown(name: str, preset: str) -> None:

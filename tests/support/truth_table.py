@@ -33,6 +33,7 @@ ANY_METRIC: Settings = {
     "random": ("random", {}),
     "edge-pruning": ("edge-pruning", {"objective": "metric"}),
     "subnetwork-probing": ("subnetwork-probing", {"objective": "metric"}),
+    "mattr": ("mattr", {"objective": "metric", "runs": 1}),
 }
 ANSWERS: Settings = {
     "eap": ("eap", {}),
@@ -47,6 +48,8 @@ ANSWERS: Settings = {
 
 LEARNED = ("edge-pruning", "subnetwork-probing")
 """Their scores are chances that a gate is open: an edge is selected above 1/2."""
+RANKED = ("mattr",)
+"""Their scores are an order and no effect: as many edges are selected as the truth has."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,15 @@ def run(label: str, name: str, replacement: str = "corrupt", **changed: Any) -> 
         if replacement != "corrupt":
             more["replacement"] = replacement
         scores = score_edges(that.model, graph, that.pairs, method=method, **more)
-    return outcome(scores, truth, 0.5 if method in LEARNED else EFFECT)
+    return outcome(scores, truth, _threshold(method, scores, len(truth)))
+
+
+def _threshold(method: str, scores: Scores, n_true: int) -> float:
+    """Above this an edge is selected."""
+    if method in RANKED:
+        strength = sorted((abs(value) for value in scores.to_dict().values()), reverse=True)
+        return (strength[n_true - 1] + strength[n_true]) / 2
+    return 0.5 if method in LEARNED else EFFECT
 
 
 def outcome(scores: Scores, truth: set[str], threshold: float) -> Outcome:

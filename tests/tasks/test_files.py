@@ -238,6 +238,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(
     rows=st.lists(
         st.fixed_dictionaries(

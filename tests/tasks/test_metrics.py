@@ -117,6 +117,7 @@ def test_what_stands_where_there_is_no_entry_reaches_neither_value_nor_gradient(
     assert spoilt.grad is not None and bool(spoilt.grad.isfinite().all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ALL, ids=lambda m: m.name)
 @given(cut=st.integers(1, 5), seed=st.integers(0, 20))
 def test_the_batch_split_changes_nothing(metric: Metric, cut: int, seed: int) -> None:

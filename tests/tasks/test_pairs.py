@@ -60,6 +60,7 @@ def padded(draw):
     return clean, corrupt, mask, torch.tensor(starts)
 
 
+@pytest.mark.slow
 @given(padded())
 def test_padding_may_be_anywhere_and_positions_move_with_it(table) -> None:
     clean, corrupt, mask, starts = table
@@ -142,6 +143,7 @@ def test_reading_before_the_answer_is_not_the_error_of_reading_it_late() -> None
     assert len(Pairs(clean=prompts, corrupt=prompts, right=[9, 9], answer_pos=[1, 1])) == 2
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_digest_sees_any_single_change(data) -> None:
     pairs = some_pairs()

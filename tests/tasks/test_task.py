@@ -110,6 +110,7 @@ def test_splits_are_disjoint_in_templates(name: str) -> None:
     assert not {t.text for t in splits.train.templates} & {t.text for t in splits.test.templates}
 
 
+@pytest.mark.slow
 def test_splits_are_disjoint_in_name_pairs(words) -> None:
     task = load_task("ioi")
     seen = {}
@@ -245,6 +246,7 @@ def test_induction_repeats_and_its_corrupt_text_does_not(tokenizer) -> None:
 ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ioi", "greater_than", "docstring", "induction", "gendered_pronoun"])
 @settings(max_examples=40)
 @given(data=st.data())

@@ -76,6 +76,7 @@ def roles(name: str) -> dict[str, set[str]]:
 # -- the files ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_importer_writes_the_stored_files(tmp_path: Path) -> None:
     written = write_library(tmp_path)
     assert {path.name for path in written} == {path_of(name).name for name in COUNTS}
@@ -147,6 +148,7 @@ def resealed(path: Path, folder: Path, change: Callable[[dict[str, Any]], None])
     return target
 
 
+@pytest.mark.slow
 def test_an_edge_too_few_is_a_failed_claim(tmp_path: Path) -> None:
     def drop(name: str) -> Callable[[dict[str, Any]], None]:
         return lambda content: content.update(edges=[edge for edge in content["edges"] if edge["name"] != name])

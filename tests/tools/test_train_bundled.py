@@ -130,6 +130,7 @@ def test_corpus_has_every_kind_of_document_and_fits_the_positions(corpus):
         assert set(document.words) <= known, name
 
 
+@pytest.mark.slow
 def test_vocabulary_has_no_word_that_training_never_shows():
     """But for docstrings, which are not in the mixture: their words are the only untrained ones."""
     seen = {word for document in itertools.islice(documents(seed=1), 20000) for word in document.words}
@@ -140,6 +141,7 @@ def test_vocabulary_has_no_word_that_training_never_shows():
     assert "docstring" not in MIXTURE and unseen & docstrings
 
 
+@pytest.mark.slow
 def test_twenty_steps_lower_the_loss():
     recipe = Recipe(warmup_steps=1)
     words = build_tokenizer(recipe.n_positions).get_vocab()
@@ -153,6 +155,7 @@ def test_twenty_steps_lower_the_loss():
     assert weighted_loss(model, batch, smoothing=0.0).item() < before - 1  # nats; it starts near ln(vocabulary) = 6.7
 
 
+@pytest.mark.slow
 def test_training_is_reproducible_and_written_in_one_step(tmp_path: Path):
     recipe = Recipe(max_steps=4, cooldown_steps=2, check_every=2, check_prompts=4, exam_prompts=4)
     threads = torch.get_num_threads()

@@ -60,6 +60,7 @@ def test_axes_of_one_entry_go_and_others_must_be_chosen() -> None:
         heatmap(grid(), tokens=["a", "b"])
 
 
+@pytest.mark.slow
 def test_the_waterfall_adds_up() -> None:
     parts = Grid(
         torch.tensor([0.5, -2.0, 3.0, 0.25, torch.nan]), {"node": ("a", "b", "c", "d", "e")}, "attribution", "logits"
@@ -90,6 +91,7 @@ def test_attention_patterns_side_by_side() -> None:
         attention_figure(list(patterns), ["a", "b", "c"], ["w", "x", "y"])
 
 
+@pytest.mark.slow
 def test_the_lens_says_its_tokens() -> None:
     model = mi.load_model("bundled")
     examples = mi.load_task("ioi").pairs(model, n=4)
@@ -107,6 +109,7 @@ def test_the_lens_says_its_tokens() -> None:
         lens_figure(lens, model, colour="red")
 
 
+@pytest.mark.slow
 def test_a_lens_shows_the_positions_that_the_example_has_with_whole_tokens_on_hover() -> None:
     model = mi.load_model("bundled")
     examples = mi.load_task("ioi").pairs(model, n=8)
@@ -122,6 +125,7 @@ def test_a_lens_shows_the_positions_that_the_example_has_with_whole_tokens_on_ho
         assert cell in (word, f"{word[: len(cell) - 1]}…") or word.startswith("<")
 
 
+@pytest.mark.slow
 def test_labels_need_a_tokenizer_and_a_row_that_is_there() -> None:
     with pytest.raises(InputError, match="no tokenizer"):
         token_labels(tiny("gpt2"), pairs(3, 6))

@@ -99,6 +99,7 @@ def move(page: Any, stop: int) -> None:
     page.locator("#size").fill(str(stop))
 
 
+@pytest.mark.slow
 def test_it_loads_without_a_complaint_and_asks_for_nothing(page: Any, bundled: Path, circuit: Circuit) -> None:
     assert page.complaints == [] and page.asked == [bundled.as_uri()]
     assert bundled.stat().st_size < 6e6
@@ -181,6 +182,7 @@ def test_pointing_at_a_head_shows_what_it_does(page: Any, circuit: Circuit) -> N
     assert details["prompts"][1]["written"]["a2.h1"][0][0][0] in panel.inner_text()
 
 
+@pytest.mark.slow
 def test_pointing_at_an_edge_shows_its_name_and_score(page: Any, circuit: Circuit) -> None:
     strongest = page.locator(LINE).last  # the strongest is drawn last
     box = strongest.evaluate(
@@ -229,6 +231,7 @@ def test_dark_is_followed_and_a_narrow_window_does_not_overflow(browser: Any, bu
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
+@pytest.mark.slow
 def test_a_thousand_edges_load_and_answer(browser: Any, tmp_path: Path) -> None:
     circuit = toy_circuit(12, 12, 12, 1400)
     assert circuit.n_edges >= 1000
@@ -246,6 +249,7 @@ def test_a_thousand_edges_load_and_answer(browser: Any, tmp_path: Path) -> None:
     assert page.locator(LINE).count() == toy_document(circuit, curve=curve_of(circuit, [400])).curve.points[0].n_edges
 
 
+@pytest.mark.slow
 def test_hostile_names_stay_texts(browser: Any, tmp_path: Path) -> None:
     evil = "</script><img src=x onerror=\"document.title='taken'\"><b>"
     circuit = toy_circuit()

@@ -108,6 +108,7 @@ def test_an_edge_is_as_wide_as_its_score_and_dashed_when_negative() -> None:
     }
 
 
+@pytest.mark.slow
 def test_of_too_many_edges_the_strongest_are_drawn() -> None:
     circuit = toy_circuit(6, 8, 8, 1500)
     assert circuit.n_edges > MAX_EDGES_DRAWN and circuit.scores is not None

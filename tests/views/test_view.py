@@ -55,6 +55,7 @@ def test_a_device_that_is_none_is_bad_input(tmp_path: Path, capsys: pytest.Captu
     assert "nonsense" in capsys.readouterr().err and not page.exists()
 
 
+@pytest.mark.slow
 def test_a_stored_circuit_has_its_page_here_and_is_called_by_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +115,7 @@ def details(model: HookManager, circuit: Circuit, pairs: Pairs) -> NodeDetails:
     return node_details(model, circuit, pairs, "evaluation")
 
 
+@pytest.mark.slow
 def test_patterns_are_those_of_the_whole_batch(model: HookManager, pairs: Pairs, details: NodeDetails) -> None:
     sites = [Site("pattern", layer) for layer in range(model.dims.n_layers)]
     run = model.run(pairs.clean, pairs.mask, record=sites)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from mechinterp.base.canonical_json import six_digits
 from mechinterp.base.progress import StageProgress
 from mechinterp.base.settings import check_settings
-from mechinterp.circuit_file.records import score_table, tolerance_for
-from mechinterp.circuit_file.schema import CircuitFile, CurveRecord, PerformanceRecord, SizeRule, Tolerance
+from mechinterp.circuit_file.records import score_table, task_of, tolerance_for
+from mechinterp.circuit_file.schema import (
+    CircuitFile,
+    CurveRecord,
+    PerformanceRecord,
+    SizeRule,
+    TaskPairs,
+    TaskRecord,
+    Tolerance,
+)
 from mechinterp.circuit_file.setting_types import SELECTION
 from mechinterp.circuit_file.verify.claims import Ledger
 from mechinterp.circuit_file.verify.coverage import RESCORED
@@ -22,8 +31,8 @@ from mechinterp.discovery.stable import (
     stability_at,
     stable_scores,
 )
-from mechinterp.evaluation.sizes import CurvePoint, Levels, chosen_size, size_curve, smallest_faithful
-from mechinterp.evaluation.task_check import check_performance
+from mechinterp.evaluation.sizes import SPREAD_AT, CurvePoint, Levels, SizeSearch, chosen_size, smallest_faithful
+from mechinterp.evaluation.task_check import TaskCheck, check_performance
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.scores import Scores
 from mechinterp.models.hook_manager import HookManager
@@ -49,13 +58,34 @@ def check_task_performance(
         ledger.failed("performance", f"not run: the pairs {stated.pairs!r} are not what the file states")
         return
     with ledger.claimed("performance"):
+        mine = pairs[stated.pairs]
+        templates = _templates(document, stated, len(mine))
         found = check_performance(
-            model, pairs[stated.pairs], metric=stated.metric, batch_size=batch_size, seed=stated.seed
+            model, mine, metric=stated.metric, templates=templates, batch_size=batch_size, seed=stated.seed
         )
         limit = limit or tolerance_for(document.model.dtype)
         ledger.equal("performance.n_examples", found.n_examples, stated.n_examples)
         for name in ("clean", "corrupt", "difference", "difference_ci", "accuracy", "accuracy_ci"):
             ledger.close(f"performance.{name}", getattr(found, name), getattr(stated, name), limit)
+        _check_templates(found, stated, limit, ledger)
+
+
+def _templates(document: CircuitFile, stated: PerformanceRecord, n: int) -> tuple[str, ...] | None:
+    """The template of each example; None if the task does not tell."""
+    made = document.pairs[stated.pairs].made_from
+    if not isinstance(document.task, TaskRecord) or not isinstance(made, TaskPairs) or made.skip is not None:
+        return None
+    return task_of(document.task).row_templates(made.split, made.seed, n)
+
+
+def _check_templates(found: TaskCheck, stated: PerformanceRecord, limit: Tolerance, ledger: Ledger) -> None:
+    """Record whether each template has the stated examples, accuracy and difference; one that was left out fails."""
+    got = [(text, n) for text, n, _, _ in found.by_template]
+    expected = [(row.template, row.n_examples) for row in stated.by_template]
+    if ledger.equal("performance.by_template", got, expected):
+        numbers = tuple((accuracy, difference) for _, _, accuracy, difference in found.by_template)
+        rows = tuple((row.accuracy, row.difference) for row in stated.by_template)
+        ledger.close("performance.by_template, numbers", numbers, rows, limit)
 
 
 def check_size(document: CircuitFile, curve: CurveRecord, size: SizeRule, n_units: int, ledger: Ledger) -> None:
@@ -67,16 +97,23 @@ def check_size(document: CircuitFile, curve: CurveRecord, size: SizeRule, n_unit
         if size.target is not None:
             again = smallest_faithful(points, size.target)
         else:
-            assert size.low is not None and size.high is not None
-            assert size.kl_share is not None and size.most is not None
-            again = chosen_size(
-                points, curve.kl_empty or 0.0, n_units, Levels(size.low, size.high, size.kl_share, size.most)
-            )
+            again = chosen_size(points, n_units, _levels(size))
         ledger.equal("selection.size", got, again)
 
 
+def _levels(size: SizeRule | None) -> Levels:
+    """The levels of a size rule; the usual ones where there is none."""
+    if size is None or size.low is None:
+        return Levels()
+    assert size.high is not None and size.kl_share is not None  # the schema asks for all or none
+    assert size.most is not None and size.agreement is not None
+    return Levels(size.low, size.high, size.kl_share, size.most, size.agreement)
+
+
 def _points(curve: CurveRecord) -> list[CurvePoint]:
-    return [CurvePoint(p.n_selected, p.n_edges, p.faithfulness, p.faithfulness_ci, p.kl) for p in curve.points]
+    return [
+        CurvePoint(p.n_selected, p.n_edges, p.faithfulness, p.faithfulness_ci, p.kl, p.passing) for p in curve.points
+    ]
 
 
 def check_curve(
@@ -102,28 +139,45 @@ def check_curve(
         )
         return
     with ledger.claimed("curve"):
-        check_settings("select", SELECTION, {k: v for k, v in parameters.items() if k in ("rule", "by", "ratio")})
-        points = _points(curve)
-        again = size_curve(
+        how = {key: parameters[key] for key in ("rule", "by", "ratio") if key in parameters}
+        check_settings("select", SELECTION, how)
+        points, size = _points(curve), document.selection.size
+        search = SizeSearch(
             model,
             scores,
-            pairs[curve.pairs],
-            [point.n_selected for point in points],
-            rule=parameters.get("rule", "top"),
-            by=parameters.get("by", "magnitude"),
-            ratio=parameters.get("ratio"),
-            metric=curve.metric,
-            replacement=curve.replacement,
+            [(scores, pairs[curve.pairs])],
+            how,
+            curve.metric,
+            curve.replacement,
+            batch_size,
+            levels=_levels(size),
             seed=curve.seed or 0,
-            batch_size=batch_size,
         )
+        search.measure([point.n_selected for point in points])
+        again = [search.point(point.n_selected) for point in points]
         limit = limit or tolerance_for(document.model.dtype)
         ledger.equal("curve.n_edges", tuple(p.n_edges for p in again), tuple(p.n_edges for p in points))
         got, stated = (tuple(six_digits(p.faithfulness) for p in line) for line in (again, points))
         ledger.close("curve.faithfulness", got, stated, limit)
         if curve.kl_empty is not None:
+            shares = [tuple(p.passing for p in line) for line in (again, points)]
+            ledger.close("curve.passing", shares[0], shares[1], STABILITY_TOLERANCE)
             ledger.close("curve.kl", tuple(p.kl for p in again), tuple(p.kl for p in points), limit)
+            ledger.close("curve.kl_empty", search.kl_empty, curve.kl_empty, limit)
             ledger.close("curve.intervals", tuple(p.interval for p in again), tuple(p.interval for p in points), limit)
+        if size is not None and size.low is not None:
+            _check_spread(size, search.resampled_sizes(), ledger)
+
+
+def _check_spread(size: SizeRule, found: list[float], ledger: Ledger) -> None:
+    """Record whether the stated spread is that of these sizes of resamples, up to the tolerance of shares."""
+    off = int(STABILITY_TOLERANCE.absolute * len(found))
+    low, high = (found[at - off : at + off + 1] for at in (SPREAD_AT, len(found) - 1 - SPREAD_AT))
+    stated, none = size.spread, "many choose none"
+    ok = math.isinf(high[-1]) if stated is None else low[0] <= stated[0] <= low[-1] and high[0] <= stated[1] <= high[-1]
+    expected = none if stated is None else f"{stated[0]} to {stated[1]}"
+    got = none if math.isinf(high[off]) else f"{low[off]:g} to {high[off]:g}"
+    ledger.holds("selection.size.spread", ok, expected, got)
 
 
 def check_stability(document: CircuitFile, circuit: Circuit, ledger: Ledger) -> None:
@@ -211,6 +265,8 @@ def _compare_stability(document: CircuitFile, again: CircuitStability, ledger: L
     stated, graph = document.stability, again.circuit.graph
     assert stated is not None
     ledger.close("stability.jaccard again", again.jaccard, stated.jaccard, STABILITY_TOLERANCE)
+    outside = [n / len(document.edges) for n in (again.n_often_outside, stated.n_often_outside)]
+    ledger.close("stability.n_often_outside again, per edge", outside[0], outside[1], STABILITY_TOLERANCE)
     shares = [float(again.frequency[graph.edge_index(edge.name)]) for edge in document.edges]
     gaps = [abs(share - (edge.frequency or 0.0)) for share, edge in zip(shares, document.edges, strict=True)]
     ledger.close("stability.frequency again, mean difference", sum(gaps) / len(gaps), 0.0, STABILITY_TOLERANCE)

@@ -60,6 +60,8 @@ def _of_evaluation(document: CircuitFile, entry: EvaluationRecord) -> Iterable[F
         yield FileWarning("large circuit", text)
     if document.performance is not None and document.performance.n_examples < FEW:
         yield FileWarning("few train examples", f"the circuit was found with {document.performance.n_examples} pairs")
+    if entry.n_examples < FEW:
+        yield FileWarning("few held-out examples", f"the circuit was evaluated on {entry.n_examples} pairs")
 
 
 def _of_stability(document: CircuitFile, found: StabilityRecord) -> Iterable[FileWarning]:

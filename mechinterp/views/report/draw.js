@@ -139,6 +139,7 @@ class Drawing {
         "data-edge": i,
       });
       path.share = share ?? 0;
+      path.frequency = edges[i][5] ?? 1;
       this.paths.set(i, path);
       this.samples.set(i, sampled(curves, 6));
       this.lines.append(path);

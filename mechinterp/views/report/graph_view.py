@@ -27,10 +27,10 @@ Line = tuple[str, str, str]
 def graph_view(circuit: Circuit, document: CircuitFile) -> dict[str, Any]:
     """Everything that the script draws, as JSON values.
 
-    `nodes` and `edges` (writer, reader, channel, name, score) are numbered. Each of the `stops` of the slider (one per
-    measured size) gives its edges as ranges of these numbers, and its drawing. A drawing has the place of every node
-    and, for each edge, its x in every row that it passes. If nodes were chosen, one line stands for all edges between
-    two of them.
+    `nodes` and `edges` (writer, reader, channel, name, score, share of resamples) are numbered. Each of the `stops` of
+    the slider (one per measured size) gives its edges as ranges of these numbers, and its drawing. A drawing has the
+    place of every node and, for each edge, its x in every row that it passes. If nodes were chosen, one line stands for
+    all edges between two of them.
 
     The circuit has a layout of its own; sizes with other edges share a second drawing. If there are more than
     `MAX_EDGES` lines, the strongest are drawn, and `about` says so.
@@ -46,9 +46,10 @@ def graph_view(circuit: Circuit, document: CircuitFile) -> dict[str, Any]:
     nodes = {name: i for i, name in enumerate(dict.fromkeys(end for line in lines for end in line[:2]))}
     drawings, which = _drawings(shown, nets)
     data = {line: found for net in nets for line, found in _lines(net).items()}
+    shares = {edge.name: edge.frequency for edge in document.edges}
     return {
         "nodes": [_node(name, document.roles) for name in nodes],
-        "edges": [_edge(line, nodes, data[line]) for line in lines],
+        "edges": [_edge(line, nodes, data[line], shares.get(line[2])) for line in lines],
         "roles": _roles(document.roles),
         "drawings": [_drawing(net, nodes, lines) for net in drawings],
         "stops": [
@@ -126,10 +127,10 @@ def _node(name: str, roles: Mapping[str, Role]) -> dict[str, Any]:
     return {"name": name, "bare": bare, "position": position, "kind": kind, "what": KINDS[kind].label, "role": number}
 
 
-def _edge(line: Line, nodes: Mapping[str, int], found: Mapping[str, Any]) -> list[Any]:
+def _edge(line: Line, nodes: Mapping[str, int], found: Mapping[str, Any], frequency: float | None) -> list[Any]:
     writer, reader, name = line
     channel = found["channel"] or ("logits" if reader == "logits" else "mlp")
-    return [nodes[writer], nodes[reader], channel, name, found.get("score")]
+    return [nodes[writer], nodes[reader], channel, name, found.get("score"), frequency]
 
 
 def _roles(roles: Mapping[str, Role]) -> list[dict[str, Any]]:

@@ -67,7 +67,8 @@ function render() {
   for (const [i, path] of drawing.paths) {
     path.classList.toggle("gone", !shown.has(i));
     path.classList.toggle("off", Boolean(lit) && !lit.has(i));
-    path.setAttribute("stroke-opacity", (base + (0.95 - base) * path.share).toFixed(2));
+    const steady = 0.25 + 0.75 * path.frequency; // an edge fades with the share of resamples that have it
+    path.setAttribute("stroke-opacity", (steady * (base + (0.95 - base) * path.share)).toFixed(2));
   }
   for (const [i, box] of drawing.nodes) {
     box.classList.toggle("gone", !inStop.has(i));

@@ -15,7 +15,7 @@ from typing import Any
 
 from mechinterp.circuit_file.schema import CircuitFile, EvaluationRecord
 from mechinterp.circuit_file.store import write_file
-from mechinterp.circuit_file.summary import finding
+from mechinterp.circuit_file.summary import finding, steadiness
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.views.report.charts import curve_view, heat_view
 from mechinterp.views.report.graph_view import graph_view
@@ -93,7 +93,8 @@ def _lead(document: CircuitFile) -> str:
         words.append(f"found by {text(document.discovery.method)}")
     words.append(f"status: {text(document.status)}")
     described = f"<p>{text(document.description)}</p>" if document.description else ""
-    return f'<p class="lead">{", ".join(words)}.</p>{described}'
+    steady = "".join(f"<p>{text(line[0].upper() + line[1:])}.</p>" for line in steadiness(document))
+    return f'<p class="lead">{", ".join(words)}.</p>{described}{steady}'
 
 
 def _task_words(document: CircuitFile) -> str:
@@ -110,6 +111,8 @@ def _graph_section(graph: dict[str, Any], details: NodeDetails) -> str:
         else "The edges have no scores, so all are equally wide."
     )
     lines = " One line stands for all edges between two nodes." if graph["level"] == "node" else ""
+    if any(edge[5] is not None for edge in graph["edges"]):
+        lines += " The fainter an edge, the fewer circuits of resampled examples have it."
     caption = (
         f"Information flows upward. {scored}{lines} q, k and v enter a head on the left, in the middle and on the "
         f"right. {graph['about']}"
