@@ -24,6 +24,7 @@ from mechinterp.base.batches import over_batches
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.base.progress import Progress
 from mechinterp.engines.edge_attribution import edge_gradients
+from mechinterp.engines.readout import FINAL, metric_readout
 from mechinterp.evaluation.ablation import AblationSetup
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import Graph, build_graph
@@ -43,7 +44,7 @@ ByNode = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Numbers:
-    """A number per node: its mean over the examples and the standard error of that mean (0 for one example)."""
+    """A number per node: its mean over the examples and the standard error of that mean (infinite for one example)."""
 
     mean: ByNode = field(default_factory=dict[str, float])
     error: ByNode = field(default_factory=dict[str, float])
@@ -53,7 +54,7 @@ class Numbers:
         """The numbers of the nodes, from their values on every example."""
         n = values.shape[1]
         wide = values.double()
-        errors = wide.std(1) / n**0.5 if n > 1 else torch.zeros(len(names))
+        errors = wide.std(1) / n**0.5 if n > 1 else torch.full((len(names),), torch.inf)
         means = values.mean(1)  # as a Grid's mean, so that a stored number is measured again to the last digit
         return Numbers(dict(zip(names, means.tolist(), strict=True)), dict(zip(names, errors.tolist(), strict=True)))
 
@@ -149,9 +150,7 @@ class Evidence:
                 row |= {"replacing it, first order": estimates.get(node)} if estimates else {}
             if self.movers:
                 row["into the movers' queries"] = self.paths.mean.get(node)
-                row["direct effect without the movers"] = (
-                    self.direct_on_patched(node) if self.changes and node not in self.movers else None
-                )
+                row["direct effect, change without the movers"] = self.changes.mean.get(node)
             row |= {kind.replace("_", " "): values.mean.get(node) for kind, values in self.detectors.items()}
             pair = self.strongest(node) if node in self.heads else None
             row |= {"attends": None, "attention": None} if self.attention else {}
@@ -159,10 +158,6 @@ class Evidence:
                 row |= {"attends": " -> ".join(pair), "attention": self.attention[pair].mean[node]}
             rows.append(row)
         return pd.DataFrame(rows)
-
-    def direct_on_patched(self, node: str) -> float:
-        """The node's direct effect plus its change when the movers are replaced."""
-        return self.direct.mean[node] + self.changes.mean[node]
 
 
 def measure_evidence(setup: AblationSetup, circuit: Circuit, n_patched: int) -> Evidence:
@@ -236,29 +231,30 @@ def with_effects(evidence: Evidence, setup: AblationSetup, nodes: Sequence[str],
 
     A node whose estimate is below a third of `matters`, as a share of the span, is not run.
     """
-    pairs = evidence.patched_pairs
-    if not evidence.direct:
+    if not evidence.direct or not nodes:
         return evidence
-    model, batch_size = setup.model, setup.batch_size
-    span = abs(_difference(setup, pairs)) if nodes else 0.0
+    model, pairs, batch_size = setup.model, evidence.patched_pairs, setup.batch_size
+    span = abs(_clean_minus_corrupt(model, pairs, batch_size))
     screen = None if evidence.screen is None else evidence.screen.nodes
-    least = SCREEN * matters * span
-    run = [node for node in nodes if screen is None or abs(screen[node]) >= least]
+    run = [node for node in nodes if screen is None or abs(screen[node]) >= SCREEN * matters * span]
     if not run:
         return replace(evidence, span=span)
     costs = activation_patching(model, pairs, run, batch_size=batch_size, progress=per_batch(setup, pairs))
-    effects = dict(zip(run, costs.mean().values[:, 0].tolist(), strict=True))
-    span = abs(float(costs.about["clean_value"]) - float(costs.about["corrupt_value"]))
-    return replace(evidence, effects=effects, span=span)
+    return replace(evidence, span=span, effects=dict(zip(run, costs.mean().values[:, 0].tolist(), strict=True)))
 
 
-def _difference(setup: AblationSetup, pairs: Pairs) -> float:
+def _clean_minus_corrupt(model: HookManager, pairs: Pairs, batch_size: int) -> float:
     """The mean logit difference on clean prompts minus that on corrupt ones. Two forwards."""
-    some = [
-        direct_logit_attribution(setup.model, pairs, prompt=prompt, batch_size=setup.batch_size).mean().values.sum()
-        for prompt in ("clean", "corrupt")
-    ]
-    return float(some[0] - some[1])
+    metric = get_metric("logit_diff")
+
+    def run(batch: Pairs, _: slice) -> dict[str, Tensor]:
+        readout = metric_readout(model, batch, metric)
+        runs = [model.run(tokens, batch.mask, record=[FINAL], stop=FINAL) for tokens in (batch.clean, batch.corrupt)]
+        clean, corrupt = (readout.of_resid(run.values[FINAL]).double().sum().cpu() for run in runs)
+        return {"difference": clean - corrupt}
+
+    found = over_batches(pairs.to(model.device), batch_size, run, {"difference": "sum"})
+    return float(found["difference"]) / len(pairs)
 
 
 def per_batch(setup: AblationSetup, pairs: Pairs) -> Progress:

@@ -75,7 +75,8 @@ class RoleLimits:
     attention: float = 0.3
     """The mean attention between two named positions, 0 to 1."""
     path: float = 0.02
-    """The cost of patching the paths into the movers' queries, as a share of metric(clean) - metric(corrupt)."""
+    """The cost of patching the paths into the movers' queries, as a share of the logit difference on clean minus that on
+    corrupt prompts."""
     backup: float = 0.01
     """The rise of the direct effect when the movers are replaced, as a share of the whole model's logit difference."""
     matters: float = 0.01
@@ -127,15 +128,15 @@ class Condition:
         value = self.numbers.mean.get(node)
         return value is not None and self.sign * value >= abs(self.limit)
 
-    def control(self, node: str, quantile: float) -> str | None:
+    def control(self, quantile: float) -> str | None:
         """The node at the quantile of those below the limit, in the direction of the role."""
         values = self.numbers.mean
-        below = {n: self.sign * values[n] for n in self.pool if n in values and n != node and not self.reached(n)}
+        below = {n: self.sign * values[n] for n in self.pool if n in values and not self.reached(n)}
         return next(iter(at_quantile(below, quantile)), None)
 
     def prediction(self, label: str, node: str, limits: RoleLimits) -> Prediction | None:
         """That the node is beyond its line and the control is not; None if the two are not clear of the line."""
-        control = self.control(node, limits.control)
+        control = self.control(limits.control)
         mean, error = self.numbers.mean, self.numbers.error
         value = self.sign * mean[node]
         other = 0.0 if control is None else max(0.0, self.sign * mean[control])
@@ -216,15 +217,18 @@ def measured_roles(
     """
     limits = limits or RoleLimits()
     setup = AblationSetup.of(model, circuit.graph, train, metric, replacement, None, batch_size, progress)
-    of_part = lambda first, last: replace(setup, progress=part_of(progress, first, last))  # noqa: E731
+
+    def of_part(first: int, last: int) -> AblationSetup:
+        return replace(setup, progress=part_of(progress, first, last))
+
     evidence = measure_evidence(of_part(0, 25), circuit, n_patched)
-    words = _Places.of(train, circuit.graph.answers)
-    could = [node for node in evidence.own() if any(r.reached(node) for r in _roles(evidence, limits, words))]
+    places = _Places.of(train, circuit.graph.answers)
+    could = [node for node in evidence.own() if any(r.reached(node) for r in _roles(evidence, limits, places))]
     evidence = with_effects(evidence, of_part(25, 50), could, limits.matters)
-    movers = _movers(evidence, limits, words)
+    movers = _movers(evidence, limits, places)
     evidence = with_movers(evidence, of_part(50, 65), movers, limits.path * evidence.span, limits.control)
     progress(65, 100)
-    roles = _roles(evidence, limits, words)
+    roles = _roles(evidence, limits, places)
     members: dict[str, dict[str, tuple[Prediction, ...]]] = {}
     for node in evidence.own():
         for role in roles:
@@ -269,7 +273,7 @@ def _check(setup: AblationSetup, predictions: Sequence[Prediction], test: Pairs,
         (test[:n_patched], [p for p in predictions if isinstance(p.measure, PATCHED)]),
     ]
     for i, (pairs, some) in enumerate(groups):
-        report = part_of(lambda done, total: setup.progress(done, total), 50 * i, 50 * i + 50)
+        report = part_of(setup.progress, 50 * i, 50 * i + 50)
         checked = check_predictions(setup.model, some, pairs, batch_size=setup.batch_size, progress=report)
         found |= {entry.prediction.name: entry for entry in checked}
     return tuple(found[prediction.name] for prediction in predictions)
@@ -394,7 +398,7 @@ def _by_paths(evidence: Evidence, limits: RoleLimits, places: _Places) -> tuple[
             _Role("inhibition", places.inhibited, described, (path, attends), own, places.answers, matters=False)
         )
         label = "heads that write to the movers' queries"
-        later.append(_Role("to_queries", label, f"{costs.capitalize()}.", (path,), heads, matters=False))
+        later.append(_Role("to_queries", label, f"{costs[0].upper()}{costs[1:]}.", (path,), heads, matters=False))
     if evidence.changes:
         least = limits.backup * abs(evidence.logit_diff)
         change = Condition(partial(_change, evidence.movers), evidence.changes, least, evidence.heads)
@@ -403,22 +407,13 @@ def _by_paths(evidence: Evidence, limits: RoleLimits, places: _Places) -> tuple[
             f"{', '.join(evidence.movers)} are replaced, on the train pairs"
         )
         attends, own = _to(evidence, limits, places.end, places.right)
-        described, label = f"Attends from {places.end} to {places.right}, and {rises}.", "backup {}mover heads"
+        label = f"backup {places.name}mover heads"
+        described = f"Attends from {places.end} to {places.right}, and {rises}."
         first.append(
-            _Role(
-                "backup_movers",
-                label.format(places.name),
-                described,
-                (change, attends),
-                own,
-                places.answers,
-                matters=False,
-            )
+            _Role("backup_movers", label, described, (change, attends), own, places.answers, matters=False)
         )
-        label = "heads that compensate for the movers"
-        later.append(
-            _Role("compensating", label, f"{rises.capitalize()}.", (change,), heads, places.answers, matters=False)
-        )
+        label, described = "heads that compensate for the movers", f"{rises[0].upper()}{rises[1:]}."
+        later.append(_Role("compensating", label, described, (change,), heads, places.answers, matters=False))
     return first, later
 
 
