@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mechinterp.analysis.attribution import attribution_patching as attribution_patching
     from mechinterp.analysis.attribution import node_attribution as node_attribution
     from mechinterp.analysis.causal_tracing import causal_tracing as causal_tracing
+    from mechinterp.analysis.compensation import compensation as compensation
     from mechinterp.analysis.composition import composition_scores as composition_scores
     from mechinterp.analysis.contextual import Decomposition as Decomposition
     from mechinterp.analysis.contextual import contextual_decomposition as contextual_decomposition
@@ -161,6 +162,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "analysis.activation_patching": ("activation_patching", "fraction"),
+    "analysis.compensation": ("compensation",),
     "analysis.attention_edits": ("edit_pattern", "knock_out_attention"),
     "analysis.attribution": ("attribution_patching", "node_attribution"),
     "analysis.causal_tracing": ("causal_tracing",),

@@ -76,9 +76,9 @@ def check_predictions(
     """Each prediction with its measured number and those of its controls; `predictions_frame` makes a table of them.
 
     The numbers are means over the examples. Cost: one forward up to the last attention pattern for all attention on
-    clean prompts and one for all on corrupt ones, one forward for all direct effects, what `compensation` costs for each
-    set of replaced parts and what `path_patching` costs for each set of receivers, what `activation_patching` costs for
-    each set of replaced parts, and one patched forward for each set of cut edges.
+    clean prompts and one for all on corrupt ones, one forward for all direct effects, one patched forward for each set
+    of cut edges, and what `activation_patching` and `compensation` cost for each set of replaced parts and
+    `path_patching` for each set of receivers.
 
     Args:
         model: The model to measure.

@@ -108,8 +108,8 @@ class DirectEffectChange(Strict):
 class PathPatched(Strict):
     """Patching the paths from some nodes to some inputs lowers the metric by so much: the number of `path_patching`.
 
-    The senders carry their corrupt values along the paths to all receivers together; all other heads are as in the clean
-    run, the MLPs between are recomputed.
+    The senders carry their corrupt values along the paths to all receivers together; all other heads are as in the
+    clean run, the MLPs between are recomputed.
     """
 
     kind: Literal["path patched"] = "path patched"

@@ -8,12 +8,12 @@ IOI paper, where the pairs name the positions of the right answer (`IO`) and of 
 - *S-inhibition heads* attend to `S2`, and patching their paths into the movers' queries costs logit difference;
 - *backup name movers* attend to `IO`, and write more toward the answer when the movers are replaced.
 
-And on every task: nodes that *write toward (against) the answer* wherever they attend, *previous token, duplicate token,
-induction* heads by their detector scores, and heads *from X to Y* by their attention between named positions.
+And on every task: nodes that *write toward (against) the answer* wherever they attend, *previous token, duplicate
+token, induction* heads by their detector scores, and heads *from X to Y* by their attention between named positions.
 
 Every member has a line of its own: halfway between its own number and that of the control, the node at the quantile
-`control` of all nodes below the limit. Both must be `margin` standard errors away from it; a node that is not that clear
-of the control has no role. Each member predicts that it is beyond its line; it keeps its role if this holds on the test
+`control` of all nodes below the limit. Both must be `margin` standard errors away from it; a node that is not that
+clear of the control has no role. Each member predicts that it is beyond its line; it keeps its role if this holds on the test
 pairs. A role whose nodes, replaced together, cost at least `effect` of the difference between clean and corrupt prompts
 predicts that cost, too; the control is the same number of nodes that should not matter.
 """
@@ -75,8 +75,8 @@ class RoleLimits:
     attention: float = 0.3
     """The mean attention between two named positions, 0 to 1."""
     path: float = 0.02
-    """The cost of patching the paths into the movers' queries, as a share of the logit difference on clean minus that on
-    corrupt prompts."""
+    """The cost of patching the paths into the movers' queries, as a share of the logit difference on clean minus that
+    on corrupt prompts."""
     backup: float = 0.01
     """The rise of the direct effect when the movers are replaced, as a share of the whole model's logit difference."""
     matters: float = 0.01
@@ -195,8 +195,8 @@ def measured_roles(
     If the graph has named positions, a node has its role at the position where it was measured. What the model or the
     pairs do not allow to measure (no wrong answers, no tokenizer, no named positions) is left out; `notes` say so.
 
-    Cost: on `train` two forwards, on `test` one or two; on the first `n_patched` of each, two patched runs per role, and
-    of train also a backward, one patched run per node that could have a role and does not cost next to nothing by
+    Cost: on `train` two forwards, on `test` one or two; on the first `n_patched` of each, two patched runs per role,
+    and of train also a backward, one patched run per node that could have a role and does not cost next to nothing by
     first order, and the paths of at most 13 heads.
 
     Source: detectors as in `head_scores`; direct effects, name movers and their negative and backup heads, and
@@ -409,9 +409,7 @@ def _by_paths(evidence: Evidence, limits: RoleLimits, places: _Places) -> tuple[
         attends, own = _to(evidence, limits, places.end, places.right)
         label = f"backup {places.name}mover heads"
         described = f"Attends from {places.end} to {places.right}, and {rises}."
-        first.append(
-            _Role("backup_movers", label, described, (change, attends), own, places.answers, matters=False)
-        )
+        first.append(_Role("backup_movers", label, described, (change, attends), own, places.answers, matters=False))
         label, described = "heads that compensate for the movers", f"{rises[0].upper()}{rises[1:]}."
         later.append(_Role("compensating", label, described, (change,), heads, places.answers, matters=False))
     return first, later

@@ -28,7 +28,7 @@ EVERY_MEASURE = (
     mi.DirectEffect(node="a2.h1"),
     mi.DirectEffect(node="m1"),
     mi.DirectEffectChange(node="a2.h0", replaced=("a0.h1", "a1.h2"), replacement="zero"),
-    mi.PathPatched(senders=("a0.h0",), receivers=("a1.h2<q>", "a2.h0<k>")),
+    mi.PathPatched(senders=("a0.h0",), receivers=("a1.h2<q>", "a2.h0<q>")),
 )
 
 
@@ -71,7 +71,7 @@ def test_every_measure_is_the_number_of_its_analysis(shape: str) -> None:
         [float(parts.mean().at(node=node)) for node in ("a2.h1", "m1")]
     )
     rise = mi.compensation(model, pairs, ["a0.h1", "a1.h2"], replacement="zero").mean()
-    paths = mi.path_patching(model, pairs, [("a0.h0",)], ["a1.h2<q>", "a2.h0<k>"]).mean()
+    paths = mi.path_patching(model, pairs, [("a0.h0",)], ["a1.h2<q>", "a2.h0<q>"]).mean()
     expected = [float(rise.at(node="a2.h0")), float(paths.values)]
     assert measured(model, pairs, *EVERY_MEASURE[8:]) == pytest.approx(expected, rel=1e-5)
 

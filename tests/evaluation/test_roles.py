@@ -67,7 +67,9 @@ def test_every_line_is_halfway_from_a_member_to_the_control(bundled: Bundled, fo
     below = sorted((head for head in heads if direct[head] < limit), key=lambda head: direct[head])
     control = below[int(limits.control * (len(below) - 1))]
     members = by_role(found)["toward_heads"]
-    stated = [e.prediction for e in found.predictions if e.prediction.measure in [mi.DirectEffect(node=n) for n in members]]
+    stated = [
+        e.prediction for e in found.predictions if e.prediction.measure in [mi.DirectEffect(node=n) for n in members]
+    ]
     assert len(stated) == len(members) == 5
     for prediction in stated:
         own = prediction.measure.node
