@@ -13,9 +13,9 @@ token, induction* heads by their detector scores, and heads *from X to Y* by the
 
 Every member has a line of its own: halfway between its own number and that of the control, the node at the quantile
 `control` of all nodes below the limit. Both must be `margin` standard errors away from it; a node that is not that
-clear of the control has no role. Each member predicts that it is beyond its line; it keeps its role if this holds on the test
-pairs. A role whose nodes, replaced together, cost at least `effect` of the difference between clean and corrupt prompts
-predicts that cost, too; the control is the same number of nodes that should not matter.
+clear of the control has no role. Each member predicts that it is beyond its line; it keeps its role if this holds on
+the test pairs. A role whose nodes, replaced together, cost at least `effect` of the difference between clean and
+corrupt prompts predicts that cost, too; the control is the same number of nodes that should not matter.
 """
 
 from __future__ import annotations
