@@ -180,7 +180,7 @@ def _from_answer(model: HookManager, graph: Graph, pairs: Pairs, values: Values)
     answers.scatter_add_(1, pairs.answer_pos.clamp(min=0), (valid / valid.sum(1, keepdim=True)).to(found.dtype))
     read(len(graph.readers) - 1, answers)
     for family in reversed(graph.families):
-        own = flow[..., graph.writers_of(family)].clone()
+        own = at_sources = flow[..., graph.writers_of(family)].clone()
         if isinstance(family, Heads):
             sources = source_importances(model, family.layer, values)
             sources = torch.where(pairs.mask[:, None, :, None], sources, 0)

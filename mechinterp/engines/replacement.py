@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def record_writes(model: HookManager, graph: Graph, tokens: Tensor, pairs: Pairs
     return compact_writes(model, graph, run.values)
 
 
-def compact_writes(model: HookManager, graph: Graph, values: Mapping[Site | str, Tensor]) -> CompactWrites:
+def compact_writes(model: HookManager, graph: Graph, values: Mapping[Any, Tensor]) -> CompactWrites:
     """The writes of every node in a run that has recorded their sites."""
     dtype = torch.promote_types(model.dtype, torch.float32)
     return CompactWrites(model, {site: values[site].to(dtype) for site in write_sites(graph)})

@@ -205,7 +205,9 @@ class WriteTable:
         size = (int(wanted.sum()), self.shape[0], self.shape[1] * self.shape[2], self.shape[3])
         sums = self.rows.new_empty(size)
         block = Block(slice(ports.start, stop), n_writers, n_before, sums, wanted.cumsum(0) - 1)
-        for place in self.places:
+        if not n_writers:
+            sums.zero_()
+        for place in self.places if n_writers else ():
             weights = place.weights[:, block.ports, :n_writers][:, wanted.to(place.weights.device)]
             place.add(weights, self.rows[:n_writers], sums, keep=False)
         self.add_low_rank(block.ports, 0, n_before, sums, wanted)

@@ -186,7 +186,7 @@ class Layout:
 
     def neuron_parts(
         self, layer: int, post: Float[Tensor, "*axes d_mlp"], chosen: Sequence[int]
-    ) -> tuple[Float[Tensor, neuron * axes], Float[Tensor, "neuron d_model"]]:
+    ) -> tuple[Float[Tensor, "neuron ..."], Float[Tensor, "neuron d_model"]]:
         """(value, direction) of the chosen neurons, whose product each adds to the residual stream.
 
         `post` are the values of all of the MLP. Under a post-norm a neuron's value is divided by the scale of the

@@ -32,7 +32,8 @@ class Projections:
     """`standardize(resid) @ weight + constant`, a site at a time; the norm's weight and bias are folded in."""
 
     norm: Norm
-    maps: tuple[tuple[Float[Tensor, "port d_model n"], Float[Tensor, "port n"]], ...]
+    maps: tuple[tuple[Tensor, Tensor], ...]
+    """(weight `[port, d_model, n]`, constant `[port, n]`) of every site."""
 
 
 def pull_back_projections(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from einops import einsum
@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
+@runtime_checkable
 class WriteBlock(Protocol):
     """The writes of some writers, `[writer, *axes, d_model]`; the last of the axes is `pos`, before it is `batch`."""
 
@@ -29,7 +30,7 @@ class WriteBlock(Protocol):
         """The sum over the writers."""
         ...
 
-    def total_where(self, chosen: Bool[Tensor, writer * axes]) -> Float[Tensor, "*axes d_model"]:
+    def total_where(self, chosen: Bool[Tensor, "writer ..."]) -> Float[Tensor, "*axes d_model"]:
         """The sum over the writers that are chosen there; `chosen` may have axes of length 1."""
         ...
 
@@ -43,7 +44,7 @@ class WriteBlock(Protocol):
 
     def accumulate(
         self, weights: Float[Tensor, "port writer"], gradients: Float[Tensor, "port *axes d_model"]
-    ) -> Float[Tensor, writer * more]:
+    ) -> Float[Tensor, "writer ..."]:
         """The gradient of `weighted_sum` at the writes (`Dense`) or at the activations (`LowRank`)."""
         ...
 
@@ -126,7 +127,7 @@ class Dense:
 class LowRank:
     """Activations times directions: writer w writes `values[w] * directions[w]`."""
 
-    values: Float[Tensor, writer * axes]
+    values: Float[Tensor, "writer ..."]
     directions: Float[Tensor, "writer d_model"]
 
     def dense(self) -> Tensor:
@@ -135,7 +136,7 @@ class LowRank:
 
     def total(self) -> Tensor:
         """The sum over the writers: one product of the activations with the directions."""
-        return torch.tensordot(self.values, self.directions, dims=([0], [0]))
+        return self.values.movedim(0, -1) @ self.directions
 
     def total_where(self, chosen: Tensor) -> Tensor:
         """The sum over the writers that are chosen there."""
