@@ -2,7 +2,7 @@
 
 A family is what one part of the model (the heads of a layer, an MLP, some neurons of it) reads and writes. It is plain
 data: which writers and ports it has, and in which order; the maps take the model as an argument, so that a graph can
-be read from a file without one. `docs/how-to/add-a-node-family.md` adds one.
+be read from a file without one. `docs/how-to/add-node-family.md` adds one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp.base.errors import UnsupportedError
 from mechinterp.graphs.families.normed_ports import Projections, Step
 from mechinterp.graphs.families.write_block import WriteBlock
 from mechinterp.models.hook_manager import HookManager
@@ -167,9 +168,12 @@ class NodeFamily(ABC):
 
     # -- their weights --------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def written_grams(self, model: HookManager) -> Iterator[Float[Tensor, "d_model d_model"]]:
-        """O' O for every writer, with O the matrix of what it can write; in float32 or better."""
+        """O' O for every writer, with O the matrix of what it can write; in float32 or better.
+
+        Raises UnsupportedError if that is not known.
+        """
+        raise UnsupportedError(f"The weights of {self.writers[0]} are not known; take a method that runs the model.")
 
     def read_grams(self, model: HookManager) -> Iterator[Float[Tensor, "d_model d_model"]]:
         """R R' for every port, with R the matrix by which it reads the standardized stream."""
