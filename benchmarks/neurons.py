@@ -27,13 +27,13 @@ def neurons(device: torch.device, repeats: int) -> list[Row]:
     work: dict[str, Callable[[], object]] = {}
     for name, one in (("plain", plain), ("neurons", graph)):
         generator = torch.Generator().manual_seed(0)
-        gates = torch.rand(one.possible.shape, generator=generator) * one.possible
+        gates = (torch.rand(one.possible.shape, generator=generator) * one.possible)[None].to(device)
         cut = (one.possible & (torch.rand(one.possible.shape, generator=generator) >= 0.01))[None].float().to(device)
         values = corrupt_replacement(model, one).on(pairs)
-        alone = torch.zeros(N_ALONE, *one.possible.shape)
+        alone = torch.zeros(N_ALONE, *one.possible.shape, device=device)
         for i in range(N_ALONE):
             writer = len(one.writers) - 1 - 7 * i if one is graph else one.mlp_writer(i % 12)
-            alone[i, :, writer] = one.possible[:, writer].float()
+            alone[i, :, writer] = one.possible[:, writer].float().to(device)
 
         def loss(logits: torch.Tensor) -> torch.Tensor:
             return metric(logits[0], pairs)[None]
@@ -41,10 +41,10 @@ def neurons(device: torch.device, repeats: int) -> list[Row]:
         work |= {
             f"eap {name}": lambda one=one: edge_gradients(model, one, pairs, metric),
             f"circuit {name}": lambda one=one, cut=cut: run_edges(model, one, pairs, cut, metric=metric),
-            f"gates {name}": lambda one=one, gates=gates[None].to(device), values=values: mask_gradients(
+            f"gates {name}": lambda one=one, gates=gates, values=values: mask_gradients(
                 model, one, pairs, gates, values, loss
             ),
-            f"alone {name}": lambda one=one, alone=alone.to(device): run_edges(model, one, pairs, alone, metric=metric),
+            f"alone {name}": lambda one=one, alone=alone: run_edges(model, one, pairs, alone, metric=metric),
         }
     work["forward"] = lambda: bare(pairs.clean).logits
     seconds = measure(work, device, repeats)
