@@ -42,7 +42,7 @@ class Dictionary(Basis):
         b_dec: The bias of the reconstruction, `[n_out, d_out]`.
         activation: The activation function.
         subtract_b_dec: Whether `b_dec` is subtracted before encoding.
-        W_skip: What a skip transcoder adds of its input, `[d_in, d_out]`: `x @ W_skip`.
+        W_skip: What a skip transcoder adds of its input, `[d_in, d_out]`: `x @ W_skip`, at the first output site.
         normalize: What is done to a token's vector before encoding and undone after decoding.
         models: For a crosscoder over several models, their names, one per input site.
         label: Its name in addresses; by default that of what it writes to.
@@ -92,9 +92,10 @@ class Dictionary(Basis):
                 raise InputError(f"{name} of a dictionary must hold finite floats.")
         if self.normalize not in NORMALIZATIONS:
             raise InputError(f"Unknown normalisation {self.normalize!r}. Known: {', '.join(NORMALIZATIONS)}.")
-        one = n_in == n_out == 1
-        if (self.normalize != "none" or self.W_skip is not None) and not one:
-            raise InputError("A normalisation or a skip connection needs one input and one output site.")
+        if self.W_skip is not None and n_in != 1:
+            raise InputError("A skip connection needs one input site; it adds to the first output site.")
+        if self.normalize != "none" and not n_in == n_out == 1:
+            raise InputError("A normalisation needs one input and one output site.")
         if self.subtract_b_dec and (n_in != n_out or d_in != d_out):
             raise InputError("`b_dec` is subtracted from the input only where input and output have the same shape.")
         if self.models and (len(self.models) != n_in or len(self.models) != n_out):
@@ -188,7 +189,7 @@ class Dictionary(Basis):
         found: dict[Any, Tensor] = {}
         for i, key in enumerate(self.keys_out):
             out = values @ self.W_dec[:, i].to(values) + self.b_dec[i].to(values)
-            if self.W_skip is not None:
+            if self.W_skip is not None and i == 0:
                 out = out + context["input"].to(out) @ self.W_skip.to(out)
             if self.normalize != "none":
                 out = out * context["scale"] + context["mean"]
@@ -376,8 +377,8 @@ def cross_layer_transcoder(
 ) -> tuple[Dictionary, ...]:
     """A cross-layer transcoder as one basis per layer: what layer i reads, layers i, i + 1, ... are written.
 
-    The reconstruction of an output site is the sum over the bases; each layer's `b_dec` (and skip) belongs to the basis
-    that reads there. A skip of a layer that also writes to later ones is refused, since it has one output only.
+    The reconstruction of an output site is the sum over the bases; each layer's `b_dec` and skip connection belong to
+    the basis that reads there.
 
     Args:
         sites_in: What each layer reads.
@@ -398,28 +399,62 @@ def cross_layer_transcoder(
             f"A cross-layer transcoder needs as many inputs, outputs, encoders and decoders; got {n}, "
             f"{len(sites_out)}, {len(W_enc)} and {len(W_dec)}."
         )
-    if W_skip is not None:
-        raise InputError("A cross-layer transcoder with skip connections is not supported; leave `W_skip` out.")
     rules = [activation] * n if activation is None or isinstance(activation, Activation) else list(activation)
-    bases: list[Dictionary] = []
-    for i in range(n):
-        outs = tuple(site_of(site) for site in sites_out[i:])
-        bias = W_enc.new_zeros(len(outs), W_dec[i].shape[2])
-        if b_dec is not None:
-            bias[0] = b_dec[i]
-        bases.append(
-            Dictionary(
-                (site_of(sites_in[i]),),
-                outs,
-                W_enc[i][None],
-                W_enc.new_zeros(W_enc.shape[2]) if b_enc is None else b_enc[i],
-                W_dec[i],
-                bias,
-                rules[i] or Relu(),
-                source=source,
-            )
+    return tuple(
+        cross_layer_features(
+            sites_in[i],
+            sites_out[i:],
+            W_enc[i],
+            W_dec[i],
+            b_enc=None if b_enc is None else b_enc[i],
+            b_dec=None if b_dec is None else b_dec[i],
+            activation=rules[i],
+            W_skip=None if W_skip is None else W_skip[i],
+            source=source,
         )
-    return tuple(bases)
+        for i in range(n)
+    )
+
+
+def cross_layer_features(
+    site_in: str | Site,
+    sites_out: Sequence[str | Site],
+    W_enc: Float[Tensor, "d_in feature"],
+    W_dec: Float[Tensor, "feature n_out d_out"],
+    *,
+    b_enc: Float[Tensor, " feature"] | None = None,
+    b_dec: Float[Tensor, " d_out"] | None = None,
+    activation: Activation | None = None,
+    W_skip: Float[Tensor, "d_in d_out"] | None = None,
+    source: BasisSource = MEMORY,
+) -> Dictionary:
+    """One layer of a cross-layer transcoder; the arguments are those of `cross_layer_transcoder`, of this layer.
+
+    Args:
+        site_in: What the layer reads.
+        sites_out: What its features write to; `b_dec` and the skip connection add to the first.
+        W_enc: The encoder.
+        W_dec: The directions at every output site.
+        b_enc: The encoder's bias; by default 0.
+        b_dec: The bias of the reconstruction of the first output site; by default 0.
+        activation: The activation function; by default ReLU.
+        W_skip: The skip connection.
+        source: Where it comes from.
+    """
+    bias = W_dec.new_zeros(len(sites_out), W_dec.shape[2])
+    if b_dec is not None:
+        bias[0] = b_dec
+    return Dictionary(
+        (site_of(site_in),),
+        tuple(site_of(site) for site in sites_out),
+        W_enc[None],
+        W_enc.new_zeros(W_enc.shape[1]) if b_enc is None else b_enc,
+        W_dec,
+        bias,
+        Relu() if activation is None else activation,
+        W_skip=W_skip,
+        source=source,
+    )
 
 
 def crosscoder(

@@ -14,6 +14,8 @@ from mechinterp.features.basis import MEMORY, PER_HEAD, Basis, by_site, check_id
 from mechinterp.models.feature_basis import BasisSource, Features
 from mechinterp.models.sites import Site
 
+MAX_STEPS = 100_000
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MatchingPursuit(Basis):
@@ -54,7 +56,7 @@ class MatchingPursuit(Basis):
         if (
             self.W_dec.ndim != 2
             or self.b_dec.shape != self.W_dec.shape[1:]
-            or self.steps < 0
+            or not 0 <= self.steps <= MAX_STEPS
             or not self.residual_threshold >= 0
         ):
             raise InputError("Matching pursuit needs b_dec as wide as W_dec, steps and a threshold of at least 0.")

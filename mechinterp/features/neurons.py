@@ -79,7 +79,7 @@ class Neurons(Basis):
         return self.writes(ids)
 
 
-def neurons(site: str | Site, n: int, *, label: str = "") -> Neurons:
+def neuron_basis(site: str | Site, n: int, *, label: str = "") -> Neurons:
     """The identity at a site: each of its `n` numbers is a feature.
 
     Args:
@@ -87,7 +87,7 @@ def neurons(site: str | Site, n: int, *, label: str = "") -> Neurons:
         n: How many numbers it has (of all heads together).
         label: Its name in addresses.
 
-    >>> neurons("mlp_post.3", 8).address(5)
+    >>> neuron_basis("mlp_post.3", 8).address(5)
     'mlp_post.3.f5'
     """
     place = site_of(site)

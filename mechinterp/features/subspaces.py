@@ -19,7 +19,7 @@ from mechinterp.models.feature_basis import BasisSource
 from mechinterp.models.sites import Site
 
 
-def subspace(
+def subspace_basis(
     site: str | Site,
     basis: Float[Tensor, "d rank"],
     *,
@@ -49,7 +49,7 @@ def subspace(
     return _linear(site, basis, basis.T, mean, label, source or BasisSource(format="subspace"))
 
 
-def svd_subspace(
+def svd_basis(
     site: str | Site, values: Float[Tensor, "n d"], rank: int, *, center: bool = True, label: str = ""
 ) -> Dictionary:
     """The subspace of largest variance (or, without centering, of largest size) of some activations, by SVD.
@@ -70,10 +70,10 @@ def svd_subspace(
     mean = values.double().mean(0) if center else values.new_zeros(values.shape[1], dtype=torch.float64)
     directions = torch.linalg.svd(values.double() - mean, full_matrices=False).Vh[:rank]
     source = BasisSource(format="svd", about={"values": str(len(values)), "rank": str(rank), "centered": str(center)})
-    return subspace(site, directions.T.to(values.dtype), mean=mean.to(values.dtype), label=label, source=source)
+    return subspace_basis(site, directions.T.to(values.dtype), mean=mean.to(values.dtype), label=label, source=source)
 
 
-def leace_subspace(
+def leace_basis(
     site: str | Site, values: Float[Tensor, "n d"], labels: Int[Tensor, " n"], *, label: str = ""
 ) -> Dictionary:
     """The subspace that holds all that is linearly known about labels; setting its features to 0 erases them (LEACE).
@@ -112,7 +112,7 @@ def leace_subspace(
     return _linear(site, reads, writes, mean.to(values.dtype), label, source)
 
 
-def concept(
+def concept_basis(
     site: str | Site, directions: Float[Tensor, "concept d"], *, label: str = "", mean: Tensor | None = None
 ) -> Dictionary:
     """Concept directions of any angle and length: features are the least-squares coordinates along them.

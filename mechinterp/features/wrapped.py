@@ -29,8 +29,8 @@ class Wrapped(Basis):
     sites_in: tuple[Site, ...]
     sites_out: tuple[Site, ...]
     wrapped: Any
-    n_features: int  # pyright: ignore[reportIncompatibleMethodOverride]
-    offset: Tensor
+    n_features: int = 0  # pyright: ignore[reportIncompatibleMethodOverride]
+    offset: Tensor = torch.zeros(())
     """What it decodes no features to."""
     label: str = ""
     source: BasisSource = MEMORY

@@ -16,13 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechinterp.base.errors import FormatError, UnsupportedError
+from mechinterp.base.errors import FormatError, UnsupportedError, clipped
+from mechinterp.base.safe_torch import load_plain
 from mechinterp.circuit_file.formats.acdc import circuit_of_acdc, from_acdc
 from mechinterp.circuit_file.formats.eap_ig_json import from_eap_ig_json, to_eap_ig_json
 from mechinterp.circuit_file.formats.eap_ig_pt import from_eap_ig_pt, to_eap_ig_pt
 from mechinterp.circuit_file.formats.edge_pruning import from_edge_pruning
-from mechinterp.circuit_file.formats.foreign import clipped
-from mechinterp.circuit_file.formats.safe_torch import load_plain
 from mechinterp.circuit_file.formats.score_origin import Made
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import graph_of

@@ -17,8 +17,8 @@ from mechinterp.features.dictionary import (
     transcoder,
 )
 from mechinterp.features.matching_pursuit import MatchingPursuit
-from mechinterp.features.neurons import neurons
-from mechinterp.features.subspaces import concept, leace_subspace, subspace, svd_subspace
+from mechinterp.features.neurons import neuron_basis
+from mechinterp.features.subspaces import concept_basis, leace_basis, subspace_basis, svd_basis
 from mechinterp.models.feature_basis import FeatureBasis
 from mechinterp.models.sites import Site
 from tests.support.models_tiny import as_installed, build, tokens
@@ -220,17 +220,17 @@ def test_a_prefix_of_a_matryoshka_dictionary_is_its_first_features():
 
 def test_a_full_orthonormal_subspace_reconstructs_everything_whatever_its_rotation():
     rotation = torch.linalg.qr(drawn(D, D, seed=16)).Q
-    basis = subspace(SITE, rotation)
+    basis = subspace_basis(SITE, rotation)
     torch.testing.assert_close(basis.decode(basis.encode(X))[SITE], X)
     assert float(basis.error(X).abs().max()) < 1e-12
     grad = drawn(5, D, seed=17)
     torch.testing.assert_close((basis.encode(X).values * (grad @ basis.writes().T)).sum(-1), (X * grad).sum(-1))
     with pytest.raises(InputError, match="not orthonormal"):
-        subspace(SITE, rotation * 2)
+        subspace_basis(SITE, rotation * 2)
 
 
 def test_the_svd_subspace_leaves_the_least_error():
-    basis = svd_subspace(SITE, X, 2)
+    basis = svd_basis(SITE, X, 2)
     singular = torch.linalg.svdvals(X - X.mean(0))
     torch.testing.assert_close(basis.error(X).square().sum(), singular[2:].square().sum())
 
@@ -238,7 +238,7 @@ def test_the_svd_subspace_leaves_the_least_error():
 def test_erasing_a_leace_subspace_leaves_no_covariance_with_the_labels():
     values, labels = drawn(60, D, seed=18), torch.arange(60) % 3
     values = values @ drawn(D, D, seed=20) + labels[:, None] * drawn(D, seed=19)
-    basis = leace_subspace(SITE, values, labels)
+    basis = leace_basis(SITE, values, labels)
     code = basis.encode(values)
     erased = values + basis.decode(code.with_values(0 * code.values))[SITE] - basis.decode(code)[SITE]
     hot = torch.nn.functional.one_hot(labels).double()
@@ -251,18 +251,18 @@ def test_erasing_a_leace_subspace_leaves_no_covariance_with_the_labels():
 
 def test_concepts_are_least_squares_coordinates():
     directions = drawn(3, D, seed=21)
-    basis = concept(SITE, directions)
+    basis = concept_basis(SITE, directions)
     expected = torch.linalg.lstsq(directions.T, X.T).solution.T
     torch.testing.assert_close(basis.encode(X).values, expected)
     with pytest.raises(InputError, match="combination of the others"):
-        concept(SITE, directions[[0, 0]])
+        concept_basis(SITE, directions[[0, 0]])
 
 
 def test_the_identity_has_no_error_and_one_number_per_feature():
-    basis = neurons("mlp_post.1", D)
+    basis = neuron_basis("mlp_post.1", D)
     assert torch.equal(basis.encode(X).values, X) and not basis.error(X).any()
     assert torch.equal(basis.writes([3]), torch.eye(D)[3:4])
-    heads = neurons("z.1", D)
+    heads = neuron_basis("z.1", D)
     value = X.unflatten(-1, (4, 4))
     assert torch.equal(heads.decode(heads.encode(value))[Site("z", 1)], value)
 

@@ -8,7 +8,7 @@ import torch
 import mechinterp as mi
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.features.dictionary import cross_layer_transcoder, crosscoder, sae, transcoder
-from mechinterp.features.neurons import neurons
+from mechinterp.features.neurons import neuron_basis
 from mechinterp.models.interventions import Intervention
 from tests.support.models_tiny import D_MODEL, SHAPES, tiny, tokens
 
@@ -39,7 +39,7 @@ def bases(model) -> list:
     found = [an_sae(site) for site in sites if model.has(site)]
     found.append(an_sae("z.1", model.dims.n_heads * model.dims.d_head))
     n_neurons = len(model.layout.neurons(1).W_out)
-    return [*found, a_transcoder(), *a_cross_layer_transcoder(), neurons("mlp_post.1", n_neurons)]
+    return [*found, a_transcoder(), *a_cross_layer_transcoder(), neuron_basis("mlp_post.1", n_neurons)]
 
 
 def same(features):
