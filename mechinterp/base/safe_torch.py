@@ -34,7 +34,7 @@ _TAKES = {
     **{"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "REDUCE": 2, "BUILD": 1, "BINPERSID": 1, "SETITEM": 2, "APPEND": 1},
 }
 """How many values an opcode pops from the stack; None: all above the last mark."""
-_ITEM_BYTES = {"Bool": 1, "Half": 2, "BFloat16": 2, "Float": 4, "Double": 8, "Long": 8}
+_ITEM_BYTES = {"Bool": 1, "Half": 2, "BFloat16": 2, "Float": 4, "Double": 8, "Int": 4, "Long": 8}
 _GLOBALS = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict", *(f"torch {n}Storage" for n in _ITEM_BYTES)}
 
 
@@ -51,7 +51,7 @@ class _Tuple:
 
 
 def load_plain(content: bytes, where: str) -> Any:
-    """The plain values and tensors (of floats, booleans or 64-bit integers, on the CPU) in a file written by `torch.save`.
+    """The plain values and tensors (floats, booleans, integers; on the CPU) in a file of `torch.save`.
 
     Raises FormatError, in one line, for anything else: pickles, other objects, compressed or damaged archives.
     """
@@ -154,7 +154,7 @@ def _check_pickle(pickled: bytes, sizes: dict[str, int], where: str) -> None:
                 elif name == "BUILD" and (not stack or stack[-1] is not _MADE):
                     raise FormatError(f"{where} sets attributes of an object. It is not read.")
             elif name not in ("STOP", "PROTO"):
-                stack.append(value)
+                stack.append(_Tuple([], 1) if name == "EMPTY_TUPLE" else value)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise _broken(where, error) from error
 

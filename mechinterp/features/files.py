@@ -109,7 +109,7 @@ class Files:
     def torch(self, name: str) -> dict[str, Tensor]:
         """The tensors of a file of `torch.save`, read as described in `base/safe_torch.py`."""
         path = self._noted(name)
-        loaded = load_plain(read_bounded(path, MAX_TENSOR_BYTES), self._where(name))
+        loaded = load_plain(read_bounded(path, path.stat().st_size), self._where(name))
         if not isinstance(loaded, dict):
             raise FormatError(f"{self._where(name)} must hold a dictionary of tensors; got {type(loaded).__name__}.")
         # Not loaded.items(): an attribute of that name may have been set in the file.
