@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from mechinterp.analysis.tuned_lens import load_lens as load_lens
     from mechinterp.analysis.tuned_lens import save_lens as save_lens
     from mechinterp.analysis.tuned_lens import train_tuned_lens as train_tuned_lens
+    from mechinterp.analysis.weights import feature_tokens as feature_tokens
     from mechinterp.analysis.weights import neuron_tokens as neuron_tokens
     from mechinterp.analysis.weights import ov_circuit as ov_circuit
     from mechinterp.analysis.weights import qk_circuit as qk_circuit
@@ -131,6 +132,11 @@ if TYPE_CHECKING:
     from mechinterp.features.dictionary import relative_norms as relative_norms
     from mechinterp.features.dictionary import sae as sae
     from mechinterp.features.dictionary import transcoder as transcoder
+    from mechinterp.features.edits import ablate_features as ablate_features
+    from mechinterp.features.edits import add_features as add_features
+    from mechinterp.features.edits import reconstructed as reconstructed
+    from mechinterp.features.edits import scale_features as scale_features
+    from mechinterp.features.edits import set_features as set_features
     from mechinterp.features.load import load_bases as load_bases
     from mechinterp.features.load import load_basis as load_basis
     from mechinterp.features.matching_pursuit import MatchingPursuit as MatchingPursuit
@@ -200,7 +206,7 @@ _HOMES = {
     "analysis.steering": ("ablate_direction", "add_direction", "affine", "mean_difference"),
     "analysis.subspace": ("learn_subspace", "subspace_interchange"),
     "analysis.tuned_lens": ("TunedLens", "load_lens", "save_lens", "train_tuned_lens"),
-    "analysis.weights": ("neuron_tokens", "ov_circuit", "qk_circuit", "top_tokens"),
+    "analysis.weights": ("feature_tokens", "neuron_tokens", "ov_circuit", "qk_circuit", "top_tokens"),
     "base.errors": (
         *("FormatError", "InputError", "MechInterpError", "NoSmallCircuit", "SiteNotReached", "TaskNotDone"),
         "UnsupportedError",
@@ -256,6 +262,7 @@ _HOMES = {
         "sae",
         "transcoder",
     ),
+    "features.edits": ("ablate_features", "add_features", "reconstructed", "scale_features", "set_features"),
     "features.load": ("load_bases", "load_basis"),
     "features.matching_pursuit": ("MatchingPursuit",),
     "features.measure": ("Measured", "measure_basis"),

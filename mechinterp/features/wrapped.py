@@ -30,7 +30,7 @@ class Wrapped(Basis):
     sites_out: tuple[Site, ...]
     wrapped: Any
     n_features: int = 0  # pyright: ignore[reportIncompatibleMethodOverride]
-    offset: Tensor = torch.zeros(())
+    offset: Tensor = torch.zeros(())  # noqa: RUF009
     """What it decodes no features to."""
     label: str = ""
     source: BasisSource = MEMORY
