@@ -61,9 +61,9 @@ def direct_logit_attribution(
             an MLP (`m3`) into its neurons (`m3.n17`) and `m3.bias`; a head (`a9.h9`) into
             the positions it attends to (`a9.h9@4`), through the pattern and OV: pattern * v W_O, with the v of the
             shared KV head where there is one. `group_parts` sums parts.
-        features: Bases that write to an MLP's or an attention layer's output. Its node (`m3`; of attention all heads) is
-            replaced by the features (`m3.f17`), the error (`m3.err`) and what no features decode to (`m3.bias`, with a
-            skip connection).
+        features: Bases that write to the output of an MLP or attention layer. Its node (`m3`; of attention all heads)
+            is replaced by the features (`m3.f17`), the error (`m3.err`) and what no features decode to (`m3.bias`, with
+            a skip connection).
         source_positions: Those positions: `each` (NaN where an example has no such position) or named positions and
             sets of them; the rest is `a9.h9@rest`.
         batch_size: Examples at a time; by default all.
@@ -207,8 +207,8 @@ def _owned(model: HookManager, features: Sequence[FeatureBasis], refine: Sequenc
         site = basis.sites_out[0]
         if len(basis.sites_out) > 1 or site.kind not in ("mlp_out", "attn_out"):
             raise InputError(
-                f"The basis '{basis.name}' writes to {', '.join(map(str, basis.sites_out))}; only what is written to one "
-                "'mlp_out' or 'attn_out' is a part of a logit."
+                f"The basis '{basis.name}' writes to {', '.join(map(str, basis.sites_out))}; only what is written to "
+                "one 'mlp_out' or 'attn_out' is a part of a logit."
             )
         if getattr(basis, "normalize", "none") != "none":
             raise UnsupportedError(f"The features of '{basis.name}' have no fixed directions: it normalises its input.")

@@ -18,6 +18,7 @@ from torch import Tensor
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.base.registry import unknown
 from mechinterp.engines.grid import Grid, numbered
+from mechinterp.models.feature_basis import FeatureBasis
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.norm import Norm
 from mechinterp.models.sites import Node, Site

@@ -31,8 +31,8 @@ TEXT = (
     "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n"
     "    return total / len(values)\n\nThis function raises an error if the list is empty, so check its length first.",
 )
-WORST = 1.0
-"""A fraction of variance unexplained from which a dictionary is worse than the mean of the prompts."""
+WORST = 0.9
+"""A fraction of variance unexplained from which a dictionary is hardly better than the mean of the prompts."""
 MLP = ("mlp_in", "resid_mid", "resid_pre", "mlp_out", "mlp_raw")
 RESIDUAL = ("resid_pre", "resid_mid", "attn_out", "mlp_out", "resid_post")
 
@@ -98,7 +98,7 @@ def measure_basis(
 def default_prompts(model: HookManager) -> Pairs:
     """The prompts on which a basis is measured if none are given. Raises InputError without a tokenizer."""
     if model.info.origin == "bundled":
-        return load_task("ioi").pairs(model, n=64, seed=0).to(model.device)
+        return load_task("ioi").pairs(model, n=32, seed=0).to(model.device)
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise InputError(
@@ -232,7 +232,7 @@ def _every_site(model: HookManager, basis: Dictionary) -> list[Site]:
     kinds = (
         RESIDUAL if basis.sites_in == basis.sites_out else ("mlp_in", "resid_mid", "resid_pre", "mlp_out", "mlp_raw")
     )
-    sites = [Site(kind, layer) for layer in range(model.dims.n_layers) for kind in kinds]
+    sites = [Site(kind, layer) for kind in kinds for layer in range(model.dims.n_layers)]
     wide = basis.W_enc.shape[1] == model.dims.d_model == basis.W_dec.shape[2]
     own = [*basis.sites_in, *basis.sites_out]
     return [*own, *(site for site in sites if wide and model.has(site) and site not in own)]

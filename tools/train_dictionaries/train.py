@@ -182,7 +182,10 @@ def main(arguments: list[str] | None = None) -> None:
     values = activations(model, tokens, mask, list(dict.fromkeys(site for pair in wanted.values() for site in pair)))
     for name, (read, written) in wanted.items():
         started = time.monotonic()
-        recipe = full if read == written else replace(full, features=256, k=12)
+        if name[0] == "m":
+            recipe = replace(full, features=256, k=12)
+        else:
+            recipe = replace(full, features=256) if name[0] == "a" else full
         parts, threshold = train(values[read], values[written], recipe)
         about = {key: str(value) for key, value in asdict(recipe).items()}
         about["command"] = "python -m tools.train_dictionaries.train"
