@@ -223,7 +223,7 @@ def test_direct_logit_attribution_of_features_sums_to_the_logit(shape):
     for node, values in parts.items():
         whole = [plain.values[i] for i, name in enumerate(plain.labels["node"]) if name.partition(".")[0] == node]
         torch.testing.assert_close(torch.stack(values).sum(0), torch.stack(whole).sum(0), rtol=1e-5, atol=1e-5)
-    with pytest.raises(InputError, match="writes to resid_pre.1; only what is written"):
+    with pytest.raises(InputError, match=r"writes to resid_pre.1; only what is written"):
         mi.direct_logit_attribution(model, PAIRS, features=[an_sae("resid_pre.1")])
     with pytest.raises(InputError, match="'m1' is split twice"):
         mi.direct_logit_attribution(model, PAIRS, features=[a_transcoder(1)], refine=["m1"])
@@ -256,7 +256,7 @@ def test_an_interchange_of_features_is_a_subspace_interchange_where_they_are_ort
     names = [["resid_pre.1.f0@-1", "resid_pre.1.f1@-1"]]
     patched = mi.activation_patching(model, PAIRS, names, features=[dictionary])
     torch.testing.assert_close(found.at(subspace="basis").values, patched.values[0, 0])
-    with pytest.raises(InputError, match="is not at 'resid_pre.2'"):
+    with pytest.raises(InputError, match=r"is not at 'resid_pre.2'"):
         mi.subspace_interchange(model, PAIRS, "resid_pre.2", dictionary)
 
 

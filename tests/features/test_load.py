@@ -130,14 +130,14 @@ def test_sites_and_widths_are_compared_without_prompts():
     model = tiny("gpt2")
     with pytest.raises(InputError, match="layers 0 to 2"):
         check_basis(model, mi.sae("resid_pre.7", drawn(D_MODEL, 4), drawn(4, D_MODEL)), TOKENS)
-    with pytest.raises(InputError, match="reads vectors of 8 numbers at 'resid_pre.1'; got 16"):
+    with pytest.raises(InputError, match=r"reads vectors of 8 numbers at 'resid_pre.1'; got 16"):
         check_basis(model, mi.sae("resid_pre.1", drawn(8, 4), drawn(4, 8)), TOKENS)
     wide = mi.transcoder("mlp_in.1", "mlp_out.1", drawn(D_MODEL, 4), drawn(4, 8))
-    with pytest.raises(InputError, match="writes vectors of 8 numbers to 'mlp_out.1', which has 16"):
+    with pytest.raises(InputError, match=r"writes vectors of 8 numbers to 'mlp_out.1', which has 16"):
         check_basis(model, wide, TOKENS)
     assert check_basis(model, mi.subspace_basis("resid_pre.1", torch.eye(D_MODEL)[:, :2].double()), TOKENS) is None
     assert check_basis(model, mi.neuron_basis("mlp_post.1", 64), TOKENS) is None
-    with pytest.raises(UnsupportedError, match="has no site 'mlp_raw.1'"):
+    with pytest.raises(UnsupportedError, match=r"has no site 'mlp_raw.1'"):
         check_basis(model, mi.sae("mlp_raw.1", drawn(D_MODEL, 4), drawn(4, D_MODEL)), TOKENS)
 
 

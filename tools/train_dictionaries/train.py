@@ -139,7 +139,7 @@ def cross_entropy(model: mi.HookManager, tokens: Tensor, mask: Tensor, edits: li
 
 def card(model: mi.HookManager, basis: mi.Dictionary, recipe: Recipe) -> dict[str, Any]:
     """How good a dictionary is on documents that it was not trained on."""
-    tokens, mask = prompts(model, 512, recipe.seed + 1)
+    tokens, mask = prompts(model, min(512, recipe.documents), recipe.seed + 1)
     read, written = str(basis.sites_in[0]), str(basis.sites_out[0])
     values = activations(model, tokens, mask, [read, written])
     features = basis.encode(values[read])
