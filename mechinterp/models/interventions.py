@@ -62,15 +62,15 @@ class Run:
 
     Args:
         logits: `[batch, pos, d_vocab]` (with `at`: `[batch, n_at, d_vocab]`), None if the run was stopped early.
-        values: The recorded values, keyed by the sites as they were given.
+        values: The recorded values, keyed by the sites (or feature bases) as they were given.
         grads: The gradients, keyed in the same way.
         loss: The value of the loss, detached, if one was given.
         past: The keys and values, if they were kept.
     """
 
     logits: Tensor | None
-    values: Mapping[SiteLike, Tensor]
-    grads: Mapping[SiteLike, Tensor]
+    values: Mapping[Any, Tensor]
+    grads: Mapping[Any, Tensor]
     loss: Tensor | None = None
     past: Past | None = None
 
