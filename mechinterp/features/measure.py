@@ -33,6 +33,8 @@ TEXT = (
 )
 WORST = 0.9
 """A fraction of variance unexplained from which a dictionary is hardly better than the mean of the prompts."""
+MOST_TOKENS = 64
+"""Tokens (or one prompt) on which it is tried where else a basis would fit: every site of the model is a try."""
 MLP = ("mlp_in", "resid_mid", "resid_pre", "mlp_out", "mlp_raw")
 RESIDUAL = ("resid_pre", "resid_mid", "attn_out", "mlp_out", "resid_post")
 
@@ -189,13 +191,12 @@ def _fvu(parts: Sequence[tuple[Tensor, Tensor]]) -> float:
     return error / spread if spread > 0 else float("inf")
 
 
-def _alternatives(model: HookManager, basis: Dictionary, values: Mapping[Site, Tensor]) -> Iterator[tuple[str, Basis]]:
-    """(what would be said about it, the basis) for the usual mistakes."""
-    yield from _elsewhere(model, basis, values)
+def _mistakes(basis: Dictionary, values: Mapping[Site, Tensor]) -> Iterator[tuple[str, Dictionary]]:
+    """(what would be said about it, the basis) for the usual mistakes other than the site."""
     if basis.W_dec.shape[1:] == (1, basis.W_enc.shape[1]):
         words = "not " * basis.subtract_b_dec
         yield f"with b_dec {words}subtracted from the input", replace(basis, subtract_b_dec=not basis.subtract_b_dec)
-    if basis.normalize == "none" and basis.sites_in[0] in values:
+    if basis.normalize == "none":
         seen = values[basis.sites_in[0]]
         width = basis.W_enc.shape[1]
         length = float(seen.reshape(*seen.shape[:2], -1).double().norm(dim=-1)[:, 1:].mean())
@@ -210,43 +211,48 @@ def _alternatives(model: HookManager, basis: Dictionary, values: Mapping[Site, T
         yield "with its encoder and decoder transposed", replace(basis, W_enc=enc, W_dec=dec)
 
 
-def _elsewhere(model: HookManager, basis: Dictionary, values: Mapping[Site, Tensor]) -> Iterator[tuple[str, Basis]]:
-    """The basis at other sites of the same width."""
-    if len(basis.sites_in) > 1 or len(basis.sites_out) > 1:
-        return
-    if basis.sites_in == basis.sites_out:
-        for site in values:
-            if site not in basis.sites_in:
-                yield f"at site='{site}'", replace(basis, sites_in=(site,), sites_out=(site,))
+def _elsewhere(
+    model: HookManager, basis: Dictionary, values: Mapping[Site, Tensor]
+) -> Iterator[tuple[str, dict[Site, Tensor]]]:
+    """(what would be said about it, the values that the basis would get) for other sites of the same width."""
+    own_in, own_out = basis.sites_in[0], basis.sites_out[0]
+    if own_in == own_out:
+        for site, value in values.items():
+            if site != own_in:
+                yield f"at site='{site}'", {own_in: value}
         return
     for layer in range(model.dims.n_layers):
         for read in (Site("mlp_in", layer), Site("resid_mid", layer), Site("resid_pre", layer)):
             for written in (Site("mlp_out", layer), Site("mlp_raw", layer)):
-                same = ((read,), (written,)) == (basis.sites_in, basis.sites_out)
-                if read in values and written in values and not same:
+                if read in values and written in values and (read, written) != (own_in, own_out):
                     about = f"at site='{read}', site_out='{written}'"
-                    yield about, replace(basis, sites_in=(read,), sites_out=(written,))
+                    yield about, {own_in: values[read], own_out: values[written]}
 
 
-def _every_site(model: HookManager, basis: Dictionary) -> list[Site]:
-    kinds = (
-        RESIDUAL if basis.sites_in == basis.sites_out else ("mlp_in", "resid_mid", "resid_pre", "mlp_out", "mlp_raw")
-    )
+def _sites_to_try(model: HookManager, basis: Dictionary, near: bool) -> list[Site]:
+    """Where else a basis might belong: every layer, or only its own and the two beside it."""
+    kinds = RESIDUAL if basis.sites_in == basis.sites_out else MLP
     sites = [Site(kind, layer) for kind in kinds for layer in range(model.dims.n_layers)]
     wide = basis.W_enc.shape[1] == model.dims.d_model == basis.W_dec.shape[2]
     own = [*basis.sites_in, *basis.sites_out]
+    if near:
+        home = basis.sites_in[0].layer or 0
+        sites = [site for site in sites if abs((site.layer or 0) - home) <= 1]
     return [*own, *(site for site in sites if wide and model.has(site) and site not in own)]
 
 
 def _best(model: HookManager, basis: Dictionary, prompts: Any, *, all_mistakes: bool) -> tuple[str, float]:
     """(what would fit best, its fraction of variance unexplained)."""
     pairs = default_prompts(model) if prompts is None else as_pairs(prompts).to(model.device)
-    pairs = pairs[: min(len(pairs), 16)]
-    values = _record(model, pairs, _every_site(model, basis), basis)
-    found = _alternatives(model, basis, values) if all_mistakes else _elsewhere(model, basis, values)
+    enough = int((pairs.lengths.cumsum(0) < MOST_TOKENS).sum()) + 1
+    pairs = pairs[: min(len(pairs), enough)]
+    values = _record(model, pairs, _sites_to_try(model, basis, near=not all_mistakes), basis)
+    tries = [(about, basis, seen) for about, seen in _elsewhere(model, basis, values)]
+    if all_mistakes:
+        tries += [(about, changed, dict(values)) for about, changed in _mistakes(basis, values)]
     best = ("", float("inf"))
-    for about, changed in found:
-        measured = _measured(changed, values, pairs.mask)
+    for about, changed, seen in tries:
+        measured = _measured(changed, seen, pairs.mask)
         if measured.l0 and measured.fvu < best[1]:
             best = (about, measured.fvu)
     return best
