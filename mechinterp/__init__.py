@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mechinterp.analysis.attribution import attribution_patching as attribution_patching
     from mechinterp.analysis.attribution import node_attribution as node_attribution
     from mechinterp.analysis.causal_tracing import causal_tracing as causal_tracing
+    from mechinterp.analysis.compensation import compensation as compensation
     from mechinterp.analysis.composition import composition_scores as composition_scores
     from mechinterp.analysis.contextual import Decomposition as Decomposition
     from mechinterp.analysis.contextual import contextual_decomposition as contextual_decomposition
@@ -109,8 +110,10 @@ if TYPE_CHECKING:
     from mechinterp.evaluation.predictions import Copying as Copying
     from mechinterp.evaluation.predictions import Detector as Detector
     from mechinterp.evaluation.predictions import DirectEffect as DirectEffect
+    from mechinterp.evaluation.predictions import DirectEffectChange as DirectEffectChange
     from mechinterp.evaluation.predictions import EdgesCut as EdgesCut
     from mechinterp.evaluation.predictions import PartsReplaced as PartsReplaced
+    from mechinterp.evaluation.predictions import PathPatched as PathPatched
     from mechinterp.evaluation.predictions import Prediction as Prediction
     from mechinterp.evaluation.roles import MeasuredRoles as MeasuredRoles
     from mechinterp.evaluation.roles import RoleLimits as RoleLimits
@@ -190,6 +193,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "analysis.activation_patching": ("activation_patching", "fraction"),
+    "analysis.compensation": ("compensation",),
     "analysis.attention_edits": ("edit_pattern", "knock_out_attention"),
     "analysis.attribution": ("attribution_patching", "node_attribution"),
     "analysis.causal_tracing": ("causal_tracing",),
@@ -244,8 +248,10 @@ _HOMES = {
         "Copying",
         "Detector",
         "DirectEffect",
+        "DirectEffectChange",
         "EdgesCut",
         "PartsReplaced",
+        "PathPatched",
         "Prediction",
     ),
     "evaluation.roles": ("MeasuredRoles", "RoleLimits", "measured_roles"),

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -165,7 +165,6 @@ def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
     curve = search.curve(on, levels)
     if levels is not None:
         if found is None:
-            done.clear()
             raise NoSmallCircuit(no_small_circuit(spec, graph, curve, levels))
         size = found
     circuit = select(graph, scores, **({} if size is None else sized(graph, size)), threshold=threshold, **how)
@@ -239,7 +238,7 @@ def no_small_circuit(spec: RunSpec, graph: Graph, curve: Curve, levels: Levels) 
         f"faithfulness in [{levels.low:g}, {levels.high:g}] and a KL divergence up to {levels.kl_share:g} of the empty "
         f"circuit's {kl_empty}. The nearest, {best.n_selected:,} {graph.level}s, has {best.faithfulness:.2f} "
         f"[{low:.2f}, {high:.2f}] and {best.kl or 0:.2g}. Try {', '.join(tries)}; or --{graph.level}s "
-        f"{best.n_selected} for that one as it is."
+        f"{best.n_selected} for that one as it is (what was measured is kept for it; --restart deletes it)."
     )
 
 
@@ -355,7 +354,7 @@ def _key(spec: RunSpec, model: HookManager, graph: Graph, examples: Examples) ->
     pairs = [None if some is None else some.digest() for some in (examples.train, examples.validation, examples.test)]
     parts = [
         metadata.version("mechinterp-circuits"),
-        command_of(spec),
+        command_of(_measured(spec)),
         model.info.weights_sha256(),
         graph.digest(),
         pairs,
@@ -388,9 +387,14 @@ def _size(spec: RunSpec, graph: Graph) -> int | None:
 
 
 def _state_path(path: Path, spec: RunSpec) -> Path:
-    """The file with the state of a long run; every command has its own."""
-    key = hashlib.sha256(command_of(spec).encode()).hexdigest()[:8]
+    """The file with the state of a long run; commands that measure the same share it."""
+    key = hashlib.sha256(command_of(_measured(spec)).encode()).hexdigest()[:8]
     return path.with_name(f".{path.name.removesuffix(SUFFIX)}.{key}.unfinished")
+
+
+def _measured(spec: RunSpec) -> RunSpec:
+    """The spec without what changes no score: `--edges N` goes on from the scores of a search."""
+    return replace(spec, edges=None, nodes=None, threshold=None, curve=True, roles=True, anyway=False)
 
 
 def _forget_unfinished(path: Path) -> None:

@@ -71,8 +71,8 @@ class RunSpec:
     """What to discover, and how.
 
     Without `edges`, `nodes` and `threshold` the circuit is the smallest whose faithfulness on the validation pairs lies
-    in [0.9, 1.1] with its whole interval (see `mechinterp.evaluation.sizes`), or the one that the method itself chooses
-    (`cd`).
+    in [0.92, 1.1] with its whole interval (see `mechinterp.evaluation.sizes`), or the one that the method itself
+    chooses (`cd`).
 
     Args:
         task: The name of a task, a task file (.yaml), or a file of pairs (.jsonl, .csv).

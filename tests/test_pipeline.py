@@ -118,7 +118,7 @@ def test_the_size_is_the_smallest_that_passes(sized: Discovery) -> None:
     assert points[-1].n_selected / points[-2].n_selected < 2 ** (2 / 8)  # the gap below was bisected
     assert sized.path.name == "ioi-bundled-mattr.circuit.json"
     stated = sized.document.selection.size
-    assert stated is not None and stated.low == 0.9 and stated.pairs == "validation" and stated.target is None
+    assert stated is not None and stated.low == 0.92 and stated.pairs == "validation" and stated.target is None
     assert sized.stability is not None and sized.document.stability is not None
     assert sized.document.stability.n_core == int(sized.stability.found.core().sum()) > 0
     found = mi.verify(sized.path, rescore=True)
@@ -135,11 +135,19 @@ def test_a_model_that_does_not_do_the_task_gets_no_circuit(spec: RunSpec) -> Non
 
 
 def test_no_small_circuit_is_an_answer(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not an unfinished run: nothing is left behind."""
+    """Its scores are kept for the run with a given size, which leaves nothing behind."""
     monkeypatch.setattr(finished_parts, "WORTH_SECONDS", 0.0)
+    scored: list[int] = []
+    own = pipeline.resampled_scores
+    monkeypatch.setattr(pipeline, "resampled_scores", lambda *a, **k: (scored.append(1), own(*a, **k))[1])
+    random = replace(spec, method="random", edges=None, resamples=10)
     with pytest.raises(NoSmallCircuit, match=r"No small circuit at this level by random: .* Try more --examples"):
-        discover(replace(spec, method="random", edges=None, resamples=None))
-    assert not list(spec.out.iterdir())
+        discover(random)
+    assert all(".unfinished." in path.name for path in spec.out.iterdir())
+    given = discover(replace(random, edges=40, curve=False))
+    assert scored == [1] and not [path for path in spec.out.iterdir() if path.name.startswith(".")]
+    alone = discover(replace(random, edges=40, curve=False, out=spec.out / "alone"))
+    assert alone.path.read_bytes() == given.path.read_bytes()
 
 
 TINY_TASK = """

@@ -28,7 +28,7 @@ TASK is a task of the package (see `discover-circuit list`), your own task file 
 .csv with the columns clean, corrupt, right, wrong as texts or token ids).
 
 First the model must do the task (--anyway goes on without). Without --edges and --threshold the circuit is the
-smallest whose faithfulness lies in [0.9, 1.1] with its whole interval on the validation pairs; methods cd, acdc,
+smallest whose faithfulness lies in [0.92, 1.1] with its whole interval on the validation pairs; methods cd, acdc,
 path-patching and learned masks choose their own. How stable it is when the train pairs are drawn again is measured and
 printed. A run that was killed resumes when the same command is given again.
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -29,13 +30,11 @@ class FinishedParts:
 
     path: Path
     key: str
-    files: list[Checkpoint] = field(default_factory=list[Checkpoint])
 
     def keep(self, name: str, compute: Compute) -> Mapping[str, Tensor]:
         """What the part gave in an earlier run, or gives now. Raises InputError for a damaged file."""
         digest = hashlib.sha256(json.dumps([self.key, name]).encode()).hexdigest()
         file = Checkpoint(self.path.with_name(f"{self.path.name}.{digest[:8]}"), digest)
-        self.files.append(file)
         found = file.read()
         if found is None:
             start = time.monotonic()
@@ -45,6 +44,8 @@ class FinishedParts:
         return found
 
     def clear(self) -> None:
-        """Return None after deleting the files: the run is done."""
-        for file in self.files:
-            file.clear()
+        """Return None after deleting the files, those of other runs with this state, too: the run is done."""
+        name = re.compile(re.escape(self.path.name) + r"\.[0-9a-f]{8}")
+        for entry in list(self.path.parent.iterdir()):
+            if name.fullmatch(entry.name):
+                Checkpoint(entry).clear()

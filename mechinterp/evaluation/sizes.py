@@ -1,21 +1,22 @@
 """Faithfulness against the size of the circuit, and the default size: the smallest that is faithful beyond doubt.
 
-A size passes on a set of examples if the whole interval of its faithfulness lies in [0.9, 1.1] and its KL divergence
+A size passes on a set of examples if the whole interval of its faithfulness lies in [0.92, 1.1] and its KL divergence
 from the full model is at most a fifth of the empty circuit's: the output as a whole has come back, not only the metric.
+The lower end is above what is promised, 0.9, since held-out pairs have other templates.
 The chosen size is the smallest that passes on at least 90 % of bootstrap resamples of the examples (so that other
 examples are likely to agree), as does the next larger measured size (so that one lucky crossing of a curve that goes
 up and down is no answer). Circuits with more than half of the edges are no answer either.
 
-Sizes lie on one grid, 4 * 2**(i/8), whatever the graph: first every doubled one is measured, then the gap below the
-first that passes is bisected.
+Sizes lie on one grid, 4 * 2**(i/8), whatever the graph: first every doubled one is measured, then all of the grid
+between the first that passes and its neighbours.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count, takewhile
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -49,7 +50,7 @@ FINE = 8
 class Levels:
     """What a size must reach."""
 
-    low: float = 0.9
+    low: float = 0.92
     high: float = 1.1
     kl_share: float = 0.2
     """Of the KL divergence of the empty circuit."""
@@ -107,7 +108,7 @@ def size_grid(n_units: int, fine: int = FINE, first: int = 4) -> tuple[int, ...]
     (4, 8, 16, 32, 50)
     """
     sizes, first = list[int](), min(first, n_units)
-    for i in itertools.count():
+    for i in count():
         size = int(first * 2 ** (i / fine))
         if size >= n_units:
             return (*sizes, n_units)
@@ -335,7 +336,7 @@ def search_size(
     given: int | None = None,
     progress: Progress = no_progress,
 ) -> int | None:
-    """The default size, with every doubled size of the grid measured, and the gap below the first that passes bisected.
+    """The default size, with every doubled size of the grid measured, and all on both sides of the first that passes.
 
     None if no size up to the largest share passes.
 
@@ -352,7 +353,7 @@ def search_size(
     grid = [size for size in size_grid(min(scored, most)) if size <= most]
     doubled = [size for size in size_grid(min(scored, most), fine=1) if size <= most]
     coarse = list(dict.fromkeys([*doubled, min(scored, n_units)]))
-    planned = len(coarse) + 3
+    planned = len(coarse) + 2 * (FINE - 1)
 
     def measure(sizes: Sequence[int]) -> None:
         before = len(search.tables)
@@ -372,20 +373,19 @@ def search_size(
             if missed == 2:
                 break
     size = search.chosen()
-    if size is None:
-        return None
-    below = max((i for i, s in enumerate(grid) if s in search.tables and s < size), default=-1)
-    above = grid.index(size) if size in grid else len(grid) - 1
-    while above - below > 1:
-        middle = (above + below) // 2
-        measure([grid[middle]])
-        found = search.chosen()
-        if found == grid[middle]:
-            above = middle
-        else:
-            below = middle
+    while size is not None and (gaps := _beside(size, grid, search.tables)):
+        measure(gaps)
+        size = search.chosen()
     progress(planned, planned)
-    return search.chosen()
+    return size
+
+
+def _beside(size: int, grid: Sequence[int], measured: Container[int]) -> list[int]:
+    """The sizes of the grid between this one and the next measured ones below and above."""
+    below = [s for s in grid if s < size]
+    above = [s for s in grid if s > size]
+    near = [*takewhile(lambda s: s not in measured, reversed(below)), *takewhile(lambda s: s not in measured, above)]
+    return sorted(near)
 
 
 def smallest_faithful(points: Sequence[CurvePoint], target: float = TARGET) -> int:

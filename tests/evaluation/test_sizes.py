@@ -106,7 +106,7 @@ def test_a_size_passes_as_often_as_resamples_say() -> None:
     for chosen in drawn:
         value = float(((rows[chosen, 0] - rows[chosen, 2]).mean()) / (rows[chosen, 1] - rows[chosen, 2]).mean())
         low, high = (bound + value - point.faithfulness for bound in point.interval)
-        passed += low >= 0.9 and high <= 1.1
+        passed += low >= 0.92 and high <= 1.1
     assert point.passing == pytest.approx(passed / RESAMPLES) and 0 < passed < RESAMPLES
     wide = MadeUp(lambda size: 0.97, lambda size: 0.15, noise=0.25, seed=5, levels=Levels(low=0.0, high=2.0))
     wide.measure([10])
@@ -129,7 +129,7 @@ def doubled_of(search: SizeSearch) -> list[int]:
 
 
 @pytest.mark.parametrize("at", [1, 5, 23, 61, 100])
-def test_the_search_bisects_to_the_grid(at: int) -> None:
+def test_the_search_measures_the_grid_on_both_sides(at: int) -> None:
     search = MadeUp(rising(at), close)
     grid = grid_of(search)
     expected = next(size for size in grid if size >= at)
@@ -137,10 +137,10 @@ def test_the_search_bisects_to_the_grid(at: int) -> None:
     found = search_size(search, search.scores.graph.n_edges, progress=lambda *done: steps.append(done))
     assert found == expected
     doubled = doubled_of(search)
-    assert len(search.asked) == len(set(search.asked)) <= len(doubled) + 2 + 3  # the gap of eight in three steps
+    assert len(search.asked) == len(set(search.asked)) <= len(doubled) + 2 + 14  # seven on each side
     assert {4, 8, 16} <= set(doubled) <= set(search.asked) and max(search.asked) == search.scores.graph.n_edges
-    before = [size for size in grid if size < expected]
-    assert not before or before[-1] in search.asked  # the size below was tried and did not pass
+    at = grid.index(expected)
+    assert set(grid[max(0, at - 1) : at + 2]) <= set(search.asked)  # the sizes below and above were tried
     assert steps[-1][0] == steps[-1][1] and all(done <= total for done, total in steps)
 
 
@@ -150,6 +150,15 @@ def test_a_lucky_size_of_the_coarse_grid_is_not_taken() -> None:
     found = search_size(search, search.scores.graph.n_edges)
     assert found == next(size for size in grid_of(search) if size >= 70)
     assert search.point(lucky).passing == 1 and lucky < 20
+
+
+def test_a_curve_that_goes_down_again_is_searched_beyond() -> None:
+    """32 passes, as its neighbour of the coarse grid does, but what is measured between them does not."""
+    search = MadeUp(lambda size: 0.5 if size < 32 or 33 <= size <= 40 else 1.0, close)
+    found = search_size(search, search.scores.graph.n_edges)
+    grid = grid_of(search)
+    assert found == next(size for size in grid if size > 40)
+    assert search.point(32).passing == 1
 
 
 @pytest.mark.parametrize(
