@@ -146,6 +146,8 @@ if TYPE_CHECKING:
     from mechinterp.features.measure import Measured as Measured
     from mechinterp.features.measure import measure_basis as measure_basis
     from mechinterp.features.neurons import neuron_basis as neuron_basis
+    from mechinterp.features.snmf import Factorised as Factorised
+    from mechinterp.features.snmf import snmf_basis as snmf_basis
     from mechinterp.features.store import save_basis as save_basis
     from mechinterp.features.subspaces import concept_basis as concept_basis
     from mechinterp.features.subspaces import leace_basis as leace_basis
@@ -273,6 +275,7 @@ _HOMES = {
     "features.matching_pursuit": ("MatchingPursuit",),
     "features.measure": ("Measured", "measure_basis"),
     "features.neurons": ("neuron_basis",),
+    "features.snmf": ("Factorised", "snmf_basis"),
     "features.store": ("save_basis",),
     "features.subspaces": ("concept_basis", "leace_basis", "subspace_basis", "svd_basis"),
     "features.wrapped": ("wrap_basis",),

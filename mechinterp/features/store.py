@@ -26,6 +26,7 @@ from mechinterp.features.files import Entries, Files
 from mechinterp.features.formats.asked import Asked
 from mechinterp.features.matching_pursuit import MatchingPursuit
 from mechinterp.features.neurons import Neurons
+from mechinterp.features.snmf import Snmf
 from mechinterp.models.feature_basis import BasisSource
 from mechinterp.models.sites import Site
 from mechinterp.models.source import ModelInfo
@@ -245,4 +246,24 @@ def _neurons(
         raise FormatError(f"{settings.where}: {clip(str(error), 300)}") from error
 
 
-_MAKERS = {"dictionary": _dictionary, "matching_pursuit": _matching_pursuit, "neurons": _neurons}
+def _snmf(
+    sites: tuple[tuple[Site, ...], tuple[Site, ...]],
+    tensors: dict[str, Tensor],
+    settings: Entries,
+    label: str,
+    source: BasisSource,
+) -> Snmf:
+    if set(tensors) != {"W_dec"}:
+        raise FormatError(f"{settings.where}: a factorisation has W_dec; got {clip(str(sorted(tensors)), 200)}.")
+    try:
+        return Snmf(*sites, tensors["W_dec"], label, source)
+    except InputError as error:
+        raise FormatError(f"{settings.where}: {clip(str(error), 300)}") from error
+
+
+_MAKERS = {
+    "dictionary": _dictionary,
+    "matching_pursuit": _matching_pursuit,
+    "neurons": _neurons,
+    "snmf": _snmf,
+}

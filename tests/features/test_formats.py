@@ -1,4 +1,13 @@
-"""Readers of other tools' files: a small file of each layout, and the encoding that its tool defines."""
+"""Readers of other tools' files: a small file of each layout, and the encoding that its tool defines.
+
+In November 2026 the readers were compared with the tools' own `encode` and `decode` on random weights: sae_lens
+6.54.12 (standard, top-k with and without rescaling, gated, JumpReLU, matching pursuit, both normalisations, four
+transcoders), eai-sparsify 1.3.3 (top-k, groupmax, transcoders with and without skip), dictionary_learning 0.1.0 (all
+seven classes) and circuit-tracer 0.5.0 (per layer, with and without skip, and across layers). All agree to 6e-6 in
+float32. Where one tool's reader of another tool's files differs, the file's own tool is followed: sae_lens reads
+sparsify's `W_dec` transposed (and subtracts the bias by another rule); circuit-tracer's `load_gemma_scope_2_clt` leaves
+out the last layer.
+"""
 
 from __future__ import annotations
 
