@@ -168,7 +168,7 @@ def _of_features(
     progress: Progress,
 ) -> Grid:
     """`activation_patching` of features and errors."""
-    if replacement not in ("pair", "zero"):
+    if not isinstance(replacement, str) or replacement not in ("pair", "zero"):
         raise InputError("Features are replaced by those of the other prompt ('pair') or by 0 ('zero').")
     if layers is not None:
         raise InputError("`layers` restricts a sweep over a kind of site; a feature basis has its own sites.")

@@ -48,6 +48,8 @@ class Dictionary(Basis):
         label: Its name in addresses; by default that of what it writes to.
         source: Where it comes from.
         prefixes: For a Matryoshka dictionary, the sizes of its nested dictionaries.
+        cross_layer: Whether it is a layer of a cross-layer transcoder, which reconstructs a site only together with the
+            layers before it (the last one has one output site, like a transcoder).
     """
 
     stored_as: ClassVar[str] = "dictionary"
@@ -65,6 +67,7 @@ class Dictionary(Basis):
     label: str = ""
     source: BasisSource = MEMORY
     prefixes: tuple[int, ...] = ()
+    cross_layer: bool = False
 
     def __post_init__(self) -> None:
         check_sites(self.sites_in, self.sites_out)
@@ -117,8 +120,9 @@ class Dictionary(Basis):
             return "crosscoder"
         if self.sites_in == self.sites_out:
             return "sae"
-        many = len(self.sites_out) > 1
-        return "cross-layer transcoder" if many else "transcoder" if self.W_skip is None else "skip transcoder"
+        if self.cross_layer or len(self.sites_out) > 1:
+            return "cross-layer transcoder"
+        return "transcoder" if self.W_skip is None else "skip transcoder"
 
     @property
     def about(self) -> str:
@@ -149,7 +153,7 @@ class Dictionary(Basis):
             "normalize": self.normalize,
             "models": list(self.models),
             "prefixes": list(self.prefixes),
-        }
+        } | ({"cross_layer": True} if self.cross_layer else {})
 
     def encode(self, x: Tensor | Mapping[Any, Tensor], /) -> Features:
         """The features of the value at the input site (several: of the values by site, or by model).
@@ -454,6 +458,7 @@ def cross_layer_features(
         Relu() if activation is None else activation,
         W_skip=W_skip,
         source=source,
+        cross_layer=True,
     )
 
 

@@ -30,6 +30,9 @@ from mechinterp.models.refusal import refusing
 MAX_TEXT_BYTES = 4 * 2**20
 MAX_TENSOR_BYTES = 32 * 2**30
 """Of one file; a layer of the largest cross-layer transcoders has some 10 GiB."""
+MAX_YAML_BYTES = 2**18
+MAX_GROWTH = 8
+"""How many times larger than its file what is unpacked from an npz may be."""
 MAX_FILES = 100_000
 MAX_TENSORS = 1000
 _PATTERNS = ("*.json", "*.yaml", "*.safetensors", "*.npz", "*.pt")
@@ -65,7 +68,7 @@ class Files:
 
     def yaml(self, name: str) -> dict[str, Any]:
         """The object in a YAML file."""
-        content = read_bounded(self._noted(name), MAX_TEXT_BYTES)
+        content = read_bounded(self._noted(name), MAX_YAML_BYTES)
         try:
             text = content.decode("utf-8")
             if re.search(r"(?m)(^|[\s\[,{:-])[&*][\w-]", text):
@@ -93,11 +96,12 @@ class Files:
         try:
             with zipfile.ZipFile(path) as archive:
                 listed = archive.infolist()
-                if len(listed) > MAX_TENSORS or sum(entry.file_size for entry in listed) > MAX_TENSOR_BYTES:
+                most = MAX_GROWTH * path.stat().st_size + 2**20
+                if len(listed) > MAX_TENSORS or sum(entry.file_size for entry in listed) > most:
                     raise FormatError(f"{self._where(name)} is too large, or holds too many arrays.")
                 found: dict[str, Tensor] = {}
                 for entry in listed:
-                    array = np.lib.format.read_array(io.BytesIO(archive.read(entry)), allow_pickle=False)
+                    array = _array(archive.read(entry))
                     if array.dtype.kind != "f":
                         raise FormatError(f"{self._where(name)}: {clipped(entry.filename)} does not hold floats.")
                     key = entry.filename.removesuffix(".npy")
@@ -147,6 +151,8 @@ class Files:
 
     def _float(self, value: Tensor, key: str, name: str) -> Tensor:
         value = value.detach()
+        if value.dtype not in _DTYPES:
+            raise FormatError(f"{self._where(name)}: {clipped(key)} is of type {str(value.dtype)[6:]}, not supported.")
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise FormatError(f"{self._where(name)}: {clipped(key)} holds NaN or infinity.")
         return value
@@ -195,6 +201,23 @@ def _from_hub(repo: str, path: str, revision: str | None) -> Files:
     if not is_folder(folder / path):
         raise InputError(f"The repository {repo!r} has no folder {path!r} at {revision or 'main'!r}.")
     return Files(folder / path, shown, commit)
+
+
+_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool}
+
+
+def _array(content: bytes) -> Any:
+    """The array of an npy file. Raises ValueError for one whose header promises more than there is, or for objects."""
+    file = io.BytesIO(content)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in read_header:
+        raise ValueError(f"it is of version {version}")
+    shape, _, dtype = read_header[version](file)
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(content) - file.tell():
+        raise ValueError("an array does not have the size that it states, or holds objects")
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -26,7 +26,7 @@ from mechinterp.features.formats import (
     sparsify,
 )
 from mechinterp.features.formats.asked import Asked
-from mechinterp.features.measure import check_basis, check_sites_of
+from mechinterp.features.measure import check_basis, check_set, check_sites_of
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Site
 from mechinterp.tasks.pairs import Pairs
@@ -108,7 +108,11 @@ def load_bases(
         if not isinstance(check, bool):
             raise InputError("`check` are prompts to measure the basis on; give the model as well.")
         return tuple(bases)
-    return tuple(_checked(model, basis, check) for basis in bases)
+    bases = [_checked(model, basis, check) for basis in bases]
+    every = layers is None and any(getattr(basis, "cross_layer", False) for basis in bases)
+    if every and check is not False:
+        check_set(model, bases, None if check is True else check)
+    return tuple(bases)
 
 
 def load_basis(

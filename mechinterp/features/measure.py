@@ -33,6 +33,7 @@ TEXT = (
 )
 WORST = 0.9
 """A fraction of variance unexplained from which a dictionary is hardly better than the mean of the prompts."""
+USUAL = "Usual reasons: another model or hook point, a transposed matrix, a scale not folded in, a missing BOS."
 MOST_TOKENS = 64
 """Tokens (or one prompt) on which it is tried where else a basis would fit: every site of the model is a try."""
 MLP = ("mlp_in", "resid_mid", "resid_pre", "mlp_out", "mlp_raw")
@@ -138,6 +139,29 @@ def check_basis(model: HookManager, basis: Basis, prompts: Pairs | Tensor | None
     )
 
 
+def check_set(model: HookManager, bases: Sequence[Basis], prompts: Pairs | Tensor | None = None) -> None:
+    """Return None when the layers of a cross-layer transcoder together reconstruct every site that they all write to.
+
+    One layer alone is only a part of a sum. Raises InputError, naming the worst site.
+    """
+    pairs = default_prompts(model) if prompts is None else as_pairs(prompts).to(model.device)
+    sites = list(dict.fromkeys(site for basis in bases for site in (*basis.sites_in, *basis.sites_out)))
+    values = model.run(pairs.clean, pairs.mask, record=sites).values
+    decoded = [basis.decode(basis.encode(values[basis.sites_in[0]])) for basis in bases]
+    real = pairs.mask & (pairs.mask.cumsum(1) > 1)
+    worst = ("", 0.0)
+    for site in dict.fromkeys(basis.sites_out[0] for basis in bases):
+        total = sum(parts[site][real] for parts in decoded if site in parts)
+        assert isinstance(total, Tensor)
+        fvu = _fvu([(values[site][real], total)])
+        worst = max(worst, (str(site), fvu), key=lambda one: one[1])
+    if worst[1] >= WORST:
+        raise InputError(
+            f"The cross-layer transcoder does not fit {model.info.name}: {worst[1]:.2f} of the variance of "
+            f"'{worst[0]}' is unexplained by all its layers together. {USUAL} check=False loads it unmeasured."
+        )
+
+
 def check_sites_of(model: HookManager, basis: Basis) -> None:
     """Return None when the model has the sites of the basis, in its widths. One forward of one token.
 
@@ -167,7 +191,7 @@ def _measured(basis: Basis, values: Mapping[Site, Tensor], mask: Bool[Tensor, "b
     first = mask.cumsum(1) == 1
     real &= ~first
     active = features.values[real] != 0
-    partial = len(basis.sites_out) > len(basis.sites_in)
+    partial = isinstance(basis, Dictionary) and basis.cross_layer
     fvu = with_first = float("nan")
     if not partial:
         decoded = basis.decode(features)
@@ -259,9 +283,8 @@ def _best(model: HookManager, basis: Dictionary, prompts: Any, *, all_mistakes: 
 
 
 def _diagnosis(model: HookManager, basis: Basis, found: Measured, prompts: Any) -> str:
-    usual = "Usual reasons: another model or hook point, a transposed matrix, a scale not folded in, a missing BOS."
     if not isinstance(basis, Dictionary) or len(basis.sites_in) > 1 or len(basis.sites_out) > 1:
-        return usual
+        return USUAL
     about, fvu = _best(model, basis, prompts, all_mistakes=True)
     if fvu < 0.5 * min(found.fvu, WORST):
         return f"It would fit {about}, where {fvu:.2f} is unexplained; check=False loads it unmeasured."
@@ -275,7 +298,7 @@ def _diagnosis(model: HookManager, basis: Basis, found: Measured, prompts: Any) 
             return (
                 f"With a BOS token in front of the prompts {again.fvu:.2f} is unexplained: measure it on such prompts."
             )
-    return f"{usual} None of those that can be tried here fits; check=False loads it unmeasured."
+    return f"{USUAL} None of those that can be tried here fits; check=False loads it unmeasured."
 
 
 def _warn_if_elsewhere_is_better(model: HookManager, basis: Basis, found: Measured, prompts: Any) -> None:

@@ -193,6 +193,7 @@ def _dictionary(
             normalize=settings.text("normalize"),
             models=_list(settings, "models", str),
             prefixes=_list(settings, "prefixes", int),
+            cross_layer=settings.flag("cross_layer", False),
             label=label,
             source=source,
         )

@@ -218,6 +218,27 @@ def test_an_npz_with_objects_is_refused(tmp_path):
         mi.load_basis(tmp_path, site="resid_pre.1")
 
 
+def test_an_npz_that_promises_more_than_it_holds_is_refused(tmp_path):
+    import io
+
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**12,)})
+    with zipfile.ZipFile(tmp_path / "params.npz", "w") as archive:
+        archive.writestr("W_enc.npy", header.getvalue() + b"\x00" * 16)
+    with pytest.raises(FormatError, match="does not have the size that it states"):
+        mi.load_basis(tmp_path, site="resid_pre.1")
+    with zipfile.ZipFile(tmp_path / "params.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("W_enc.npy", b"\x00" * 10**8)
+    with pytest.raises(FormatError, match="is too large, or holds too many arrays"):
+        mi.load_basis(tmp_path, site="resid_pre.1")
+
+
+def test_floats_of_eight_bits_are_refused(tmp_path):
+    tensors = {name: value.to(torch.float8_e4m3fn) for name, value in PLAIN.items()}
+    with pytest.raises(FormatError, match="is of type float8_e4m3fn, not supported"):
+        mi.load_basis(saelens(tmp_path, tensors, architecture="standard"))
+
+
 def test_gemma_scope_2(tmp_path):
     tensors = {"w_enc": W_ENC, "w_dec": W_DEC, "b_enc": B_ENC, "b_dec": B_DEC, "threshold": THETA}
     cfg = {"architecture": "jump_relu", "model_name": "gemma-v3-1b-pt", "hf_hook_point_in": "model.layers.5.output"}

@@ -172,3 +172,36 @@ def test_two_formats_in_one_folder_are_an_error(tmp_path):
     with pytest.raises(FormatError, match="could be mechinterp or dictionary-learning; say which"):
         mi.load_basis(tmp_path)
     assert mi.load_basis(tmp_path, format="mechinterp") == shifted()
+
+
+def test_the_layers_of_a_cross_layer_transcoder_are_measured_together(tmp_path):
+    """Planted: the MLP outputs are affine in what is read, up to a part that an earlier layer writes."""
+    from safetensors.torch import save_file
+
+    model = tiny("no-norm")
+    values = model.run(
+        TOKENS, record=["mlp_in.0", "mlp_in.1", "mlp_in.2", "mlp_out.0", "mlp_out.1", "mlp_out.2"]
+    ).values
+    n, d = 3, D_MODEL
+    big = 1e4  # keeps every ReLU on
+    encoders = [torch.linalg.qr(drawn(d, d, seed=i)).Q for i in range(n)]
+    decoders = [torch.zeros(d, n - i, d).double() for i in range(n)]
+    biases = []
+    for i in range(n):
+        rows = torch.cat([values[f"mlp_in.{j}"].flatten(0, 1) @ encoders[j] + big for j in range(i + 1)], 1)
+        target = values[f"mlp_out.{i}"].flatten(0, 1)
+        mean = rows.mean(0), target.mean(0)
+        found = torch.linalg.lstsq(rows - mean[0], target - mean[1], driver="gelsd").solution
+        biases.append(mean[1] - mean[0] @ found)
+        for j, part in enumerate(found.split(d)):
+            decoders[j][:, i - j] = part
+    for i in range(n):
+        own = {f"W_enc_{i}": encoders[i].T.contiguous(), f"b_enc_{i}": torch.full((d,), big).double()}
+        save_file(own | {f"b_dec_{i}": biases[i]}, tmp_path / f"W_enc_{i}.safetensors")
+        save_file({f"W_dec_{i}": decoders[i]}, tmp_path / f"W_dec_{i}.safetensors")
+    (tmp_path / "config.yaml").write_text("feature_input_hook: mlp.hook_in\n")
+    assert len(mi.load_bases(tmp_path, model=model, check=TOKENS)) == 3
+    (tmp_path / "config.yaml").write_text("feature_input_hook: hook_resid_pre\n")
+    with pytest.raises(InputError, match="unexplained by all its layers together"):
+        mi.load_bases(tmp_path, model=model, check=TOKENS)
+    assert len(mi.load_bases(tmp_path, model=model, check=False)) == 3

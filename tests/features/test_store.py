@@ -27,6 +27,7 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 def kinds() -> dict:
     W, V, b = drawn(D, F), drawn(F, D, seed=1), drawn(F, seed=2)
     source = BasisSource("somewhere", "saelens", "0" * 40, {"a.json": "1" * 64}, {"model": "gpt2"})
+    layers = mi.cross_layer_transcoder(["mlp_in.0"], ["mlp_out.0"], W[None], [V[:, None]])
     cross = mi.crosscoder([SITE, "resid_pre.2"], drawn(2, D, F), drawn(F, 2, D))
     return {
         "relu": mi.sae(SITE, W, V, b_enc=b, source=source, label="mine", normalize="layer_norm"),
@@ -36,6 +37,7 @@ def kinds() -> dict:
         "groupmax": mi.sae(SITE, W, V, activation=GroupMax(3)),
         "gated": mi.sae(SITE, W, V, activation=Gated(b, -b, b / 2)),
         "skip": mi.transcoder("mlp_in.0", "mlp_out.0", W, V, W_skip=drawn(D, D)),
+        "last layer": layers[0],
         "crosscoder": cross,
         "models": mi.crosscoder([SITE, SITE], drawn(2, D, F), drawn(F, 2, D), models=["base", "chat"]),
         "subspace": mi.svd_basis(SITE, drawn(9, D), 2),
