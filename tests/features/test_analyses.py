@@ -43,6 +43,7 @@ def bases() -> list:
 METHODS = ("atp", "relp", "eap-ig-inputs", "eap-ig-activations")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_features_and_error_add_up_to_the_site(method):
     """Identity 2 (refinement), per example and position, and identity 3 for integrated gradients."""
@@ -56,6 +57,7 @@ def test_features_and_error_add_up_to_the_site(method):
         assert int((found.values[:-1].abs() > 1e-9).sum()) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_features_add_up_on_every_shape(shape):
     model, basis = tiny(shape), a_transcoder()
@@ -92,6 +94,7 @@ def test_attribution_is_the_derivative_of_patching():
         torch.testing.assert_close((values[1] - values[0]) / (2 * step), scores[feature], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_patching_a_feature_adds_its_change_to_the_site(shape):
     model = tiny(shape)
@@ -139,6 +142,7 @@ def test_a_set_over_several_layers_has_all_its_features_as_in_the_other_run():
     torch.testing.assert_close(found.values[0, 0], diffs[0] - diffs[1])
 
 
+@pytest.mark.slow
 def test_a_sweep_over_a_basis_is_its_features_one_by_one():
     model, basis = tiny("gpt2"), a_transcoder()
     found = mi.activation_patching(model, PAIRS, basis, units=[1, 4], positions=["third", -1])
@@ -229,6 +233,7 @@ def test_direct_logit_attribution_of_features_sums_to_the_logit(shape):
         mi.direct_logit_attribution(model, PAIRS, features=[a_transcoder(1)], refine=["m1"])
 
 
+@pytest.mark.slow
 def test_the_tokens_of_a_feature_are_those_of_its_direction():
     model, basis = mi.load_model("bundled"), mi.load_basis("bundled:m1")
     table = mi.feature_tokens(model, basis, [3, 5], 4)

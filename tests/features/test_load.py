@@ -27,6 +27,7 @@ def model():
     return mi.load_model("bundled")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", bundled_names())
 def test_a_bundled_dictionary_fits_as_its_card_says(model, name):
     import json
@@ -103,6 +104,7 @@ def test_transposed_matrices_are_named():
         assert f"It would fit with its {which} transposed, where 0.00 is unexplained" in message
 
 
+@pytest.mark.slow
 def test_a_scale_that_is_not_folded_in_is_named(model):
     basis = mi.load_basis("bundled:a0")
     for factor in (8.0, 1 / 8.0):
@@ -174,6 +176,7 @@ def test_two_formats_in_one_folder_are_an_error(tmp_path):
     assert mi.load_basis(tmp_path, format="mechinterp") == shifted()
 
 
+@pytest.mark.slow
 def test_the_layers_of_a_cross_layer_transcoder_are_measured_together(tmp_path):
     """Planted: the MLP outputs are affine in what is read, up to a part that an earlier layer writes."""
     from safetensors.torch import save_file

@@ -25,6 +25,7 @@ def test_the_error_never_rises():
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.slow
 def test_a_planted_factorisation_is_found_at_its_rank_and_not_below():
     """Its features are not unique (any nonnegative mixture of amounts does as well), its error is."""
     amounts = drawn(80, 5, seed=1).abs() * (drawn(80, 5, seed=2) > 0.6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import mechinterp as mi
@@ -20,6 +21,7 @@ def planted() -> tuple[torch.Tensor, torch.Tensor]:
     return (directions[chosen] * amounts[..., None]).sum(1), directions
 
 
+@pytest.mark.slow
 def test_a_planted_dictionary_is_recovered():
     values, directions = planted()
     parts, threshold = train(values, values, SMALL)
@@ -34,6 +36,7 @@ def test_a_planted_dictionary_is_recovered():
     assert same == threshold and all(torch.equal(again[name], part) for name, part in parts.items())
 
 
+@pytest.mark.slow
 def test_the_bundled_dictionaries_are_those_of_the_recipe(tmp_path):
     assert set(sites_of(4)) == set(bundled_names())
     main(["--out", str(tmp_path), "--only", "m1", "--steps", "3", "--documents", "40"])
