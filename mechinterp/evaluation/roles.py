@@ -189,7 +189,7 @@ def measured_roles(
     metric: str = "logit_diff",
     replacement: str = "corrupt",
     limits: RoleLimits | None = None,
-    n_patched: int = 16,
+    n_patched: int = 20,
     batch_size: int = 32,
     progress: Progress = no_progress,
     keep: Keep = compute_always,
