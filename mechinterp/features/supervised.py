@@ -1,7 +1,7 @@
 """`supervised_basis`: a dictionary whose features are known attributes of prompts, fitted from labelled activations.
 
-An activation is approximated by the mean plus one direction per attribute, that of the prompt's value of it: the subject
-is Mary, the indirect object is John, the order is ABB. It is what an unsupervised dictionary can be compared with.
+An activation is approximated by the mean plus one direction per attribute, that of the prompt's value of it (the
+subject is Mary, the order is ABB). It is what an unsupervised dictionary can be compared with.
 
 Source: Makelov et al. 2024 (arXiv 2405.08366), who read the attributes off the prompts; here `encode` also infers them
 from an activation alone, so that it is a basis like the others.
