@@ -120,8 +120,8 @@ def default_prompts(model: HookManager) -> Pairs:
 def check_basis(model: HookManager, basis: Basis, prompts: Pairs | Tensor | None = None) -> Measured | None:
     """The measurement of a basis that fits. Raises InputError for one that does not, with what would fit.
 
-    A subspace, concept, identity or supervised dictionary is not expected to reconstruct any text, so only its sites and
-    width are compared.
+    A subspace, concept, identity or supervised dictionary is not expected to reconstruct any text, so only its sites
+    and width are compared.
     """
     check_sites_of(model, basis)
     linear = isinstance(basis, Dictionary) and isinstance(basis.activation, Identity)

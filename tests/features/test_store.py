@@ -151,6 +151,7 @@ def test_a_wrapped_object_is_used_and_not_saved(tmp_path):
     torch.testing.assert_close(basis.writes([1, 2]), plain.writes([1, 2]))
     torch.testing.assert_close(basis.decode(basis.encode(x))[SITE] + basis.error(x), x)
     assert basis.n_features == F and basis == mi.wrap_basis(Mine(), SITE, width=D)
+    assert basis != mi.wrap_basis(Mine(), "resid_pre.2", width=D)  # or a run would take one for the other
     with pytest.raises(UnsupportedError, match="cannot be saved"):
         mi.save_basis(tmp_path, basis)
     Mine.decode = lambda self, f: f.square() @ plain.writes()
