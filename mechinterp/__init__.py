@@ -153,6 +153,8 @@ if TYPE_CHECKING:
     from mechinterp.features.subspaces import leace_basis as leace_basis
     from mechinterp.features.subspaces import subspace_basis as subspace_basis
     from mechinterp.features.subspaces import svd_basis as svd_basis
+    from mechinterp.features.supervised import Supervised as Supervised
+    from mechinterp.features.supervised import supervised_basis as supervised_basis
     from mechinterp.features.wrapped import wrap_basis as wrap_basis
     from mechinterp.graphs.circuit import Circuit as Circuit
     from mechinterp.graphs.graph import Graph as Graph
@@ -278,6 +280,7 @@ _HOMES = {
     "features.snmf": ("Factorised", "snmf_basis"),
     "features.store": ("save_basis",),
     "features.subspaces": ("concept_basis", "leace_basis", "subspace_basis", "svd_basis"),
+    "features.supervised": ("Supervised", "supervised_basis"),
     "features.wrapped": ("wrap_basis",),
     "graphs.circuit": ("Circuit",),
     "graphs.graph": ("Graph", "build_graph"),

@@ -120,11 +120,12 @@ def default_prompts(model: HookManager) -> Pairs:
 def check_basis(model: HookManager, basis: Basis, prompts: Pairs | Tensor | None = None) -> Measured | None:
     """The measurement of a basis that fits. Raises InputError for one that does not, with what would fit.
 
-    A subspace, concept or identity is not expected to reconstruct, so only its sites and width are compared.
+    A subspace, concept, identity or supervised dictionary is not expected to reconstruct any text, so only its sites
+    and width are compared.
     """
     check_sites_of(model, basis)
     linear = isinstance(basis, Dictionary) and isinstance(basis.activation, Identity)
-    if linear or basis.kind == "neurons":
+    if linear or basis.kind in ("neurons", "supervised"):
         return None
     found = measure_basis(model, basis, prompts)
     silent, dense = found.l0 == 0, found.l0 > found.features / 2

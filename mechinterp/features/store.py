@@ -27,6 +27,7 @@ from mechinterp.features.formats.asked import Asked
 from mechinterp.features.matching_pursuit import MatchingPursuit
 from mechinterp.features.neurons import Neurons
 from mechinterp.features.snmf import Snmf
+from mechinterp.features.supervised import Supervised
 from mechinterp.models.feature_basis import BasisSource
 from mechinterp.models.sites import Site
 from mechinterp.models.source import ModelInfo
@@ -262,9 +263,36 @@ def _snmf(
         raise FormatError(f"{settings.where}: {clip(str(error), 300)}") from error
 
 
+def _supervised(
+    sites: tuple[tuple[Site, ...], tuple[Site, ...]],
+    tensors: dict[str, Tensor],
+    settings: Entries,
+    label: str,
+    source: BasisSource,
+) -> Supervised:
+    listed = settings.get("attributes")
+    fits = isinstance(listed, list) and len(listed) <= 1000 and all(map(_is_attribute, listed))
+    if not fits or set(tensors) != {"W_dec", "b_dec"}:
+        raise FormatError(
+            f"{settings.where}: a supervised dictionary has W_dec, b_dec and attributes with their values."
+        )
+    attributes = tuple((name, tuple(values)) for name, values in listed or ())
+    try:
+        return Supervised(*sites, tensors["W_dec"], tensors["b_dec"], attributes, label, source)
+    except InputError as error:
+        raise FormatError(f"{settings.where}: {clip(str(error), 300)}") from error
+
+
+def _is_attribute(entry: Any) -> bool:
+    """Whether it is a name with a list of names."""
+    two = isinstance(entry, list) and len(entry) == 2
+    return two and isinstance(entry[0], str) and isinstance(entry[1], list) and all(type(v) is str for v in entry[1])
+
+
 _MAKERS = {
     "dictionary": _dictionary,
     "matching_pursuit": _matching_pursuit,
     "neurons": _neurons,
     "snmf": _snmf,
+    "supervised": _supervised,
 }

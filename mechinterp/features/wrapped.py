@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mechinterp.base.canonical_json import canonical_sha256
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.features.basis import MEMORY, PER_HEAD, Basis, by_site, check_ids, check_sites
 from mechinterp.features.dictionary import site_of
@@ -42,9 +43,11 @@ class Wrapped(Basis):
 
     @cached_property
     def sha256(self) -> str:
-        """sha256 over the tensors of the module; of another object its identity in memory."""
+        """sha256 over the sites and the tensors of the module; of another object over its identity in memory."""
         tensors = self.tensors()
-        return hash_tensors(tensors) if tensors else f"{id(self.wrapped):064x}"
+        what = hash_tensors(tensors) if tensors else f"{id(self.wrapped):x}"
+        sites = [[str(site) for site in several] for several in (self.sites_in, self.sites_out)]
+        return canonical_sha256({"kind": self.kind, "sites": sites, "wrapped": what})
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the module."""

@@ -151,6 +151,7 @@ def test_a_wrapped_object_is_used_and_not_saved(tmp_path):
     torch.testing.assert_close(basis.writes([1, 2]), plain.writes([1, 2]))
     torch.testing.assert_close(basis.decode(basis.encode(x))[SITE] + basis.error(x), x)
     assert basis.n_features == F and basis == mi.wrap_basis(Mine(), SITE, width=D)
+    assert basis != mi.wrap_basis(Mine(), "resid_pre.2", width=D)  # or a run would take one for the other
     with pytest.raises(UnsupportedError, match="cannot be saved"):
         mi.save_basis(tmp_path, basis)
     Mine.decode = lambda self, f: f.square() @ plain.writes()
@@ -173,3 +174,36 @@ def test_places_that_do_not_exist(tmp_path):
         mi.load_basis("org/name/../folder")
     with pytest.raises(InputError, match="Unknown format"):
         mi.load_basis(tmp_path, format="pickle")
+
+
+def test_a_folder_of_a_repository_is_loaded_at_its_commit(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    commit, asked = "a" * 40, []
+    place = tmp_path / commit
+    mi.save_basis(place / "layer_3", kinds()["relu"])
+    torch.save(
+        {"W_enc": drawn(F, D), "W_dec": drawn(D, F), "b_enc": drawn(F), "b_dec": drawn(D)}, place / "layer2.sae.pt"
+    )
+
+    def stand_in(repo, *, revision, allow_patterns):
+        asked.append((repo, revision, allow_patterns))
+        return str(place)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in)
+    assert mi.load_basis("org/name/layer_3@v1") == kinds()["relu"]
+    repo, revision, patterns = asked[-1]
+    assert (repo, revision) == ("org/name", "v1") and "layer_3/*.safetensors" in patterns
+    assert not any(pattern.endswith((".py", "*")) for pattern in patterns)
+    basis = mi.load_basis("org/name/layer2.sae.pt", revision="v2", k=2)
+    assert asked[-1][1] == "v2" and basis.source.where == "org/name/layer2.sae.pt" and basis.source.revision == commit
+    assert basis.sites_in == (Site("resid_post", 2),)
+    with pytest.raises(InputError, match="has no folder 'layer_9' at 'main'"):
+        mi.load_basis("org/name/layer_9")
+
+    def unreachable(*_, **__):
+        raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(InputError, match="the hub cannot be reached; give a folder on disk"):
+        mi.load_basis("org/name/layer_3")
