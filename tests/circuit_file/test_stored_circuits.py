@@ -18,7 +18,7 @@ def test_there_are_stored_circuits() -> None:
 OWN = [path for path in STORED if open_circuit_file(path).document.status != "published"]
 
 
-DOUBTED = {"ioi-bundled-mattr", "ioi-bundled-cd-edges", "subject_verb_agreement-bundled-eap-ig"}
+DOUBTED = {"ioi-bundled-cd-edges", "subject_verb_agreement-bundled-eap-ig"}
 """Their intervals of faithfulness on the held-out pairs, whose templates are others, leave [0.9, 1.1]."""
 
 
