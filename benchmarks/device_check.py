@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import mechinterp as mi
-from benchmarks.families import random_cuts, random_pairs
+from benchmarks.families import answers, random_cuts, random_pairs
 from benchmarks.family_models import FAMILIES
 from mechinterp.analysis.attribution import METHODS as ATTRIBUTIONS
 from mechinterp.engines.decomposition.rules import PRESETS
@@ -104,8 +104,11 @@ def _scores(method: str, model: mi.HookManager, pairs: mi.Pairs) -> object:
 def _edges(kind: str, model: mi.HookManager, pairs: mi.Pairs) -> object:
     graph = mi.build_graph(model)
     if kind == "mean-positional":  # prompts of one length
-        lengths = pairs.mask.sum(1)
-        pairs = pairs[(lengths == lengths.mode().values).nonzero().flatten().tolist()]
+        length = int(pairs.mask.sum(1).mode().values)
+        rows = (pairs.mask.sum(1) == length).nonzero().flatten()
+        right, wrong = answers(pairs)
+        clean, corrupt = pairs.clean[rows, :length], pairs.corrupt[rows, :length]
+        pairs = mi.Pairs(clean=clean, corrupt=corrupt, right=right[rows], wrong=wrong[rows])
     replacement = build_replacement(kind, model, graph, pairs, 4)
     return mi.run_edges(model, graph, pairs, random_cuts(graph), replacement=replacement, metric="kl_to_clean")
 

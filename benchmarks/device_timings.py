@@ -81,7 +81,7 @@ def counted_bytes(model: mi.HookManager, graph: mi.Graph, pairs: mi.Pairs) -> di
 
     `steps` is what one gradient step keeps at the readers, `writes` the clean and the corrupt writes in compact form,
     `table` the differences of all writes, `autograd` about what the model's own backward keeps with eager attention,
-    `patched` the table and the largest block of sums of an exact run, `mask` the two tables and the sums of all readers.
+    `patched` the table and the largest block of sums of an exact run, `mask` the two tables and all readers' sums.
     """
     d, own = model.dims, torch.empty(0, dtype=model.dtype).element_size()
     n_batch, n_pos = pairs.clean.shape

@@ -6,7 +6,8 @@ small    the GPT-2-small shape in float32: ms, ratios to the bare model, peak me
 profile  kernels, copies and host syncs of three jobs on the GPT-2-small shape
 
 Every line is printed when it is known. A part that fails prints its traceback, and the next one goes on; nothing new
-starts after the budget. `--tiny --device cpu` runs all of it in a minute or two on any machine.
+starts after the budget. `--tiny --device cpu` runs all of it in a minute or two on any machine, and `check --device
+stand-in` finds tensors on the wrong device without a GPU (`stand_in_device.py`).
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
 from benchmarks.device_check import compare
 from benchmarks.device_profile import profiles
 from benchmarks.device_timings import HEADER, Shape, llama_shapes, small_shapes, timings
+from benchmarks.stand_in_device import DEVICE, StandIn
 
 
 def main() -> int:
@@ -40,7 +43,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if wrong := set(arguments.parts) - set(PARTS):
         parser.error(f"unknown part {sorted(wrong)[0]!r}; known: {', '.join(PARTS)}")
-    arguments.device = torch.device(arguments.device)
+    stand_in = StandIn() if arguments.device == "stand-in" else nullcontext()
+    if arguments.device == "stand-in" and arguments.parts != ["check"]:
+        parser.error("the stand-in computes on the CPU: give it the part `check` alone")
+    arguments.device = DEVICE if arguments.device == "stand-in" else torch.device(arguments.device)
     arguments.end = time.monotonic() + arguments.budget
     if arguments.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("this machine has no CUDA device; try --device cpu --tiny")
@@ -54,7 +60,8 @@ def main() -> int:
         say(f"\n## {name}\n")
         start = time.monotonic()
         try:
-            failed |= not PARTS[name](arguments)
+            with stand_in:
+                failed |= not PARTS[name](arguments)
         except Exception:  # the next part shall run
             traceback.print_exc(file=sys.stdout)
             failed = True

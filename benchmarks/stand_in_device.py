@@ -66,7 +66,7 @@ class OnDevice(Tensor):
 
 
 class _FromData(TorchFunctionMode):
-    """Makes a tensor from Python's numbers on the CPU first, as torch would leave out the numbers of a `meta` tensor."""
+    """Makes a tensor from Python's numbers on the CPU first: torch would leave out the numbers of a `meta` tensor."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
