@@ -314,6 +314,7 @@ def _verified(model: mi.HookManager, pairs: mi.Pairs) -> object:
     """Saves a small circuit and verifies it on the CPU and on the model's own device: the claims that fail."""
     circuit = _circuit(model, pairs)
     result = mi.evaluate(model, circuit, pairs, n_random=2)
+    n_claims: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.circuit.json"
         mi.save_circuit(path, circuit, model=model, result=result)
@@ -322,7 +323,8 @@ def _verified(model: mi.HookManager, pairs: mi.Pairs) -> object:
             claims = mi.verify(path, model=given, device=device).claims
             if wrong := [claim.name for claim in claims if not claim.ok]:
                 raise AssertionError(f"verified on {device}: {', '.join(wrong)}")
-    return [float(len(claims))]
+            n_claims.append(float(len(claims)))
+    return n_claims[0]
 
 
 def compare(device: torch.device, only: str = "", seconds: float = float("inf")) -> Iterator[Checked]:

@@ -10,6 +10,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from mechinterp.discovery.cut_loss import CutLoss
 
 ACDC_EDGES = 8
 TINY_GPT2 = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 100}
-LLAMA_8B = {
+LLAMA_8B: dict[str, Any] = {
     "vocab_size": 128_256,
     "hidden_size": 4096,
     "intermediate_size": 14_336,
@@ -30,7 +31,7 @@ LLAMA_8B = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": False,
 }
-TINY_LLAMA = {
+TINY_LLAMA: dict[str, Any] = {
     **LLAMA_8B,
     "vocab_size": 100,
     "hidden_size": 32,
@@ -120,14 +121,13 @@ def jobs(bare: Any, model: mi.HookManager, pairs: mi.Pairs, *, analyses: bool) -
         f"activation patching, {n_heads} heads", lambda: mi.activation_patching(model, pairs, "z"), "F", once=True
     )
     if analyses:
-        yield Job(
-            "path patching, heads -> logits, direct", lambda: mi.path_patching(model, pairs, meaning="direct"), "F"
-        )
+        direct = partial(mi.path_patching, model, pairs, meaning="direct")
+        yield Job("path patching, heads -> logits, direct", direct, "F")
         yield Job("path patching, heads -> logits, MLPs recomputed", lambda: mi.path_patching(model, pairs), "F")
         yield Job("AtP, all nodes", lambda: mi.node_attribution(model, pairs), "U")
         yield Job("direct logit attribution", lambda: mi.direct_logit_attribution(model, pairs), "F")
         yield Job("logit lens, answer position", lambda: mi.logit_lens(model, pairs), "F")
-        linear = lambda: mi.contextual_decomposition(model, pairs, "nodes", replacement="mean")  # noqa: E731
+        linear = partial(mi.contextual_decomposition, model, pairs, "nodes", replacement="mean")
         yield Job("CD `linear`, all nodes", linear, "F")
 
 

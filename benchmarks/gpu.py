@@ -53,6 +53,7 @@ def main() -> int:
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     _exact_float32()
+    torch.set_num_threads(min(4, torch.get_num_threads()))  # the models that run on the CPU are tiny
     card = torch.cuda.get_device_name() if arguments.device.type == "cuda" else "CPU"
     say(f"{card}, torch {torch.__version__}, CUDA {torch.version.cuda}, float32 without TF32")
     failed = False

@@ -32,7 +32,7 @@ class OnDevice(Tensor):
     is_meta = False  # type: ignore[assignment]  # it has values, and libraries ask
 
     @staticmethod
-    def __new__(cls, held: Tensor, requires_grad: bool = False) -> OnDevice:
+    def __new__(cls: Any, held: Tensor, requires_grad: bool = False) -> OnDevice:
         held = held.held if isinstance(held, OnDevice) else held
         out = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
