@@ -54,14 +54,45 @@ def head_scores(
     >>> head_scores(mi.load_model("bundled"), "previous_token", n=4).mean().top(1)[["layer", "head"]].values.tolist()
     [[0, 0]]
     """
-    if kind not in TARGETS:
-        raise unknown("detector", kind, TARGETS)
+    return detector_scores(model, [kind], n=n, length=length, seed=seed, batch_size=batch_size)[kind]
+
+
+def detector_scores(
+    model: HookManager,
+    kinds: Sequence[str] | None = None,
+    *,
+    n: int = 10,
+    length: int = 25,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> dict[str, Grid]:
+    """The Grid of `head_scores` for each kind, all from the same run.
+
+    Args:
+        model: The model.
+        kinds: As in `head_scores`; by default all of them.
+        n: The number of sequences.
+        length: The number of tokens that are repeated.
+        seed: Of the tokens.
+        batch_size: Sequences at a time; by default all.
+
+    Cost: one forward up to the last pattern for all kinds. Raises as `head_scores`.
+    """
+    kinds = list(TARGETS if kinds is None else kinds)
+    for kind in kinds:
+        if kind not in TARGETS:
+            raise unknown("detector", kind, TARGETS)
     tokens = repeated_tokens(model, n, length, seed)
-    scored = [pattern_scores(model, batch, TARGETS[kind](batch)).values for _, batch in batches(tokens, batch_size)]
-    values = torch.cat(scored, -1)
+    columns: list[Float[Tensor, "kind layer head batch"]] = []
+    for _, batch in batches(tokens, batch_size):
+        targets = torch.stack([TARGETS[kind](batch) for kind in kinds])
+        columns.append(_scores_of_targets(model, batch, targets, None))
     dims = model.dims
     labels = {"layer": numbered(dims.n_layers), "head": numbered(dims.n_heads), "example": numbered(n)}
-    return Grid(values, labels, kind, "attention", {"kind": kind, "length": length, "seed": seed}, {"forwards": 1.0})
+    return {
+        kind: Grid(values, labels, kind, "attention", {"kind": kind, "length": length, "seed": seed}, {"forwards": 1.0})
+        for kind, values in zip(kinds, torch.cat(columns, -1), strict=True)
+    }
 
 
 def repeated_tokens(model: HookManager, n: int = 10, length: int = 25, seed: int = 0) -> Int[Tensor, "example pos"]:
@@ -201,30 +232,43 @@ def pattern_scores(
     counted = targets.any(2).sum(1)
     if not bool(counted.all()):
         raise InputError(f"Example {int((counted == 0).nonzero()[0])} has no target, so it has no score.")
-    n_layers, columns = model.dims.n_layers, list[Tensor]()
-    for rows, batch in batches(tokens, batch_size):
-        found: dict[int, Tensor] = {}
-        wanted = targets[rows].to(model.device)
-
-        def note(layer: int, wanted: Tensor = wanted, found: dict[int, Tensor] = found) -> Callable[[Tensor], Tensor]:
-            def sum_targets(pattern: Tensor) -> Tensor:
-                wide = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
-                found[layer] = (wide * wanted[:, None]).sum((2, 3))
-                return pattern
-
-            return sum_targets
-
-        edits = [Intervention(Site("pattern", layer), note(layer)) for layer in range(n_layers)]
-        own = None if mask is None else mask[rows]
-        model.run(batch, own, interventions=edits, stop=Site("pattern", n_layers - 1))
-        sums = torch.stack([found[layer] for layer in range(n_layers)])  # layer batch head
-        columns.append(sums.transpose(1, 2) / counted[rows].to(sums))
+    n_layers = model.dims.n_layers
+    columns = [
+        _scores_of_targets(model, batch, targets[None, rows], None if mask is None else mask[rows])[0]
+        for rows, batch in batches(tokens, batch_size)
+    ]
     labels = {
         "layer": numbered(n_layers),
         "head": numbered(model.dims.n_heads),
         "example": numbered(len(tokens)),
     }
     return Grid(torch.cat(columns, 2), labels, "attention", "attention", {}, {"forwards": 1.0})
+
+
+def _scores_of_targets(
+    model: HookManager,
+    tokens: Int[Tensor, "batch pos"],
+    targets: Bool[Tensor, "n_targets batch query key"],
+    mask: Bool[Tensor, "batch pos"] | None,
+) -> Float[Tensor, "n_targets layer head batch"]:
+    """The scores of `pattern_scores` for several sets of targets, from one run."""
+    counted = targets.any(3).sum(2)
+    found: dict[int, Tensor] = {}
+    targets = targets.to(model.device)
+
+    def note(layer: int) -> Callable[[Tensor], Tensor]:
+        def sum_targets(pattern: Tensor) -> Tensor:
+            wide = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
+            found[layer] = torch.stack([(wide * wanted[:, None]).sum((2, 3)) for wanted in targets])
+            return pattern
+
+        return sum_targets
+
+    n_layers = model.dims.n_layers
+    edits = [Intervention(Site("pattern", layer), note(layer)) for layer in range(n_layers)]
+    model.run(tokens, mask, interventions=edits, stop=Site("pattern", n_layers - 1))
+    sums = torch.stack([found[layer] for layer in range(n_layers)], 1)  # n_targets layer batch head
+    return sums.transpose(2, 3) / counted.to(sums)[:, None, None]
 
 
 def previous_token_targets(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos pos"]:

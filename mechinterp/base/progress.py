@@ -23,5 +23,14 @@ def no_progress(done: int, total: int, /) -> None:
     """Reports nothing."""
 
 
+def part_of(progress: Progress, first: int, last: int) -> Progress:
+    """The progress of a part of a computation, which goes from `first` to `last` percent of the whole."""
+
+    def report(done: int, total: int, /) -> None:
+        progress(first + (last - first) * done // max(1, total), 100)
+
+    return report
+
+
 def no_stages(stage: str, done: int, total: int, /) -> None:
     """Reports nothing."""

@@ -10,10 +10,12 @@ import pandas as pd
 import torch
 
 from mechinterp.analysis.activation_patching import activation_patching
+from mechinterp.analysis.compensation import compensation
 from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution
-from mechinterp.analysis.head_detectors import attention_between, copying_scores, head_scores
+from mechinterp.analysis.head_detectors import attention_between, copying_scores, detector_scores
+from mechinterp.analysis.path_patching import path_patching
 from mechinterp.base.errors import InputError
-from mechinterp.base.progress import no_progress
+from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.registry import unknown
 from mechinterp.engines.grid import Grid
 from mechinterp.evaluation.ablation import AblationSetup
@@ -24,9 +26,11 @@ from mechinterp.evaluation.predictions import (
     Copying,
     Detector,
     DirectEffect,
+    DirectEffectChange,
     EdgesCut,
     Measure,
     PartsReplaced,
+    PathPatched,
     Prediction,
 )
 from mechinterp.graphs.graph import build_graph
@@ -62,19 +66,26 @@ class Checked:
 
 
 def check_predictions(
-    model: HookManager, predictions: Sequence[Prediction], pairs: Pairs | None = None, *, batch_size: int = 32
+    model: HookManager,
+    predictions: Sequence[Prediction],
+    pairs: Pairs | None = None,
+    *,
+    batch_size: int = 32,
+    progress: Progress = no_progress,
 ) -> tuple[Checked, ...]:
     """Each prediction with its measured number and those of its controls; `predictions_frame` makes a table of them.
 
     The numbers are means over the examples. Cost: one forward up to the last attention pattern for all attention on
-    clean prompts and one for all on corrupt ones, one forward for all direct effects, what `activation_patching` costs
-    for each set of replaced parts, and one patched forward for each set of cut edges.
+    clean prompts and one for all on corrupt ones, one forward for all direct effects, one patched forward for each set
+    of cut edges, and what `activation_patching` and `compensation` cost for each set of replaced parts and
+    `path_patching` for each set of receivers.
 
     Args:
         model: The model to measure.
         predictions: The predictions, with different names.
         pairs: The examples; needed unless all predictions are of `Detector` or `Copying`.
         batch_size: How many examples to run at a time.
+        progress: Called with the number of measures done and their total, after every kind of measure.
 
     Raises:
         InputError: Two predictions have one name, the model or the pairs do not have a name in them, or pairs are
@@ -85,7 +96,7 @@ def check_predictions(
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"Two predictions are named {twice!r}; give each a name of its own.")
     wanted = [entry for p in predictions for entry in (p.measure, *(control.measure for control in p.controls))]
-    found = measure_all(model, wanted, pairs, batch_size=batch_size)
+    found = measure_all(model, wanted, pairs, batch_size=batch_size, progress=progress)
     return tuple(
         Checked(
             p,
@@ -122,7 +133,12 @@ def _row(name: str, what: str, measure: Measure, expected: str, got: float, ok: 
 
 
 def measure_all(
-    model: HookManager, measures: Sequence[Measure], pairs: Pairs | None = None, *, batch_size: int = 32
+    model: HookManager,
+    measures: Sequence[Measure],
+    pairs: Pairs | None = None,
+    *,
+    batch_size: int = 32,
+    progress: Progress = no_progress,
 ) -> dict[Measure, float]:
     """The number of each measure; measures that can share a run do. Raises as `check_predictions`."""
     found: dict[Measure, float] = {}
@@ -133,6 +149,7 @@ def measure_all(
         if several:
             values = run(model, several, pairs, batch_size)
             found |= dict(zip(several, values, strict=True))
+            progress(len(found), len(set(measures)))
     return found
 
 
@@ -190,13 +207,37 @@ def _direct(model: HookManager, measures: Sequence[DirectEffect], pairs: Pairs, 
     return [float(parts.at(node=measure.node)) for measure in measures]
 
 
+def _changed(model: HookManager, measures: Sequence[DirectEffectChange], pairs: Pairs, batch_size: int) -> list[float]:
+    grids: dict[tuple[tuple[str, ...], str], Grid] = {}
+    for m in measures:
+        key = (m.replaced, m.replacement)
+        if key not in grids:
+            kind = patching_kind(m.replacement)
+            grids[key] = compensation(model, pairs, m.replaced, replacement=kind, batch_size=batch_size).mean()
+    return [float(grids[m.replaced, m.replacement].at(node=m.node)) for m in measures]
+
+
+def _paths(model: HookManager, measures: Sequence[PathPatched], pairs: Pairs, batch_size: int) -> list[float]:
+    groups: dict[tuple[str, tuple[str, ...]], list[PathPatched]] = {}
+    for m in measures:
+        groups.setdefault((m.metric, m.receivers), []).append(m)
+    values: dict[PathPatched, float] = {}
+    for (metric, receivers), group in groups.items():
+        senders = [m.senders for m in group]
+        effects = path_patching(model, pairs, senders, receivers, metric=metric, batch_size=batch_size)
+        values |= dict(zip(group, effects.mean().values[:, 0].tolist(), strict=True))
+    return [values[m] for m in measures]
+
+
 def _detected(model: HookManager, measures: Sequence[Detector], pairs: Pairs | None, batch_size: int) -> list[float]:
     grids: dict[tuple[object, ...], Grid] = {}
+    kinds: dict[tuple[int, int, int], list[str]] = {}
     for m in measures:
-        key = (m.pattern, m.n, m.length, m.seed)
-        if key not in grids:
-            scores = head_scores(model, m.pattern, n=m.n, length=m.length, seed=m.seed, batch_size=batch_size)
-            grids[key] = scores.mean()
+        several = kinds.setdefault((m.n, m.length, m.seed), [])
+        several += [] if m.pattern in several else [m.pattern]
+    for (n, length, seed), several in kinds.items():
+        scores = detector_scores(model, several, n=n, length=length, seed=seed, batch_size=batch_size)
+        grids |= {(kind, n, length, seed): grid.mean() for kind, grid in scores.items()}
     return [_of_head(grids[m.pattern, m.n, m.length, m.seed], m.head) for m in measures]
 
 
@@ -219,6 +260,8 @@ _RUNS: dict[type, Callable[..., list[float]]] = {
     EdgesCut: _cut,
     Attention: _attention,
     DirectEffect: _direct,
+    DirectEffectChange: _changed,
+    PathPatched: _paths,
     Detector: _detected,
     Copying: _copied,
 }

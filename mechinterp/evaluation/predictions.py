@@ -92,6 +92,35 @@ class DirectEffect(Strict):
         return f"{self.node}'s direct effect in logits is"
 
 
+class DirectEffectChange(Strict):
+    """A node writes so many more logits toward the right answers when others are replaced: that of `compensation`."""
+
+    kind: Literal["direct effect change"] = "direct effect change"
+    node: Short
+    replaced: Annotated[tuple[Short, ...], Field(min_length=1, max_length=10_000)]
+    replacement: ReplacementKind = "corrupt"
+
+    def __str__(self) -> str:
+        others = f"{_listed(self.replaced)} ({self.replacement})"
+        return f"replacing {others} changes {self.node}'s direct effect in logits by"
+
+
+class PathPatched(Strict):
+    """Patching the paths from some nodes to some inputs lowers the metric by so much: the number of `path_patching`.
+
+    The senders carry their corrupt values along the paths to all receivers together; all other heads are as in the
+    clean run, the MLPs between are recomputed.
+    """
+
+    kind: Literal["path patched"] = "path patched"
+    senders: Annotated[tuple[Short, ...], Field(min_length=1, max_length=10_000)]
+    receivers: Annotated[tuple[Short, ...], Field(min_length=1, max_length=10_000)]
+    metric: Short = "logit_diff"
+
+    def __str__(self) -> str:
+        return f"patching the paths from {_listed(self.senders)} to {_listed(self.receivers)} lowers {self.metric} by"
+
+
 class Detector(Strict):
     """A head attends on random tokens said twice as a previous-token, duplicate-token or induction head would.
 
@@ -130,9 +159,10 @@ class Copying(Strict):
 
 
 Measure = Annotated[
-    PartsReplaced | EdgesCut | Attention | DirectEffect | Detector | Copying, Field(discriminator="kind")
+    PartsReplaced | EdgesCut | Attention | DirectEffect | DirectEffectChange | PathPatched | Detector | Copying,
+    Field(discriminator="kind"),
 ]
-ON_PAIRS = (PartsReplaced, EdgesCut, Attention, DirectEffect)
+ON_PAIRS = (PartsReplaced, EdgesCut, Attention, DirectEffect, DirectEffectChange, PathPatched)
 """The measures that are means over examples; the others only need the model."""
 
 

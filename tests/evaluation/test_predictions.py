@@ -27,6 +27,8 @@ EVERY_MEASURE = (
     mi.Attention(head="a1.h2", query=-1, key="here", prompt="corrupt"),
     mi.DirectEffect(node="a2.h1"),
     mi.DirectEffect(node="m1"),
+    mi.DirectEffectChange(node="a2.h0", replaced=("a0.h1", "a1.h2"), replacement="zero"),
+    mi.PathPatched(senders=("a0.h0",), receivers=("a1.h2<q>", "a2.h0<q>")),
 )
 
 
@@ -65,9 +67,13 @@ def test_every_measure_is_the_number_of_its_analysis(shape: str) -> None:
         float(mi.attention_to(model, pairs, -1, "here", prompt="corrupt").mean().at(layer=1, head=2))
     )
     parts = mi.direct_logit_attribution(model, pairs)
-    assert measured(model, pairs, *EVERY_MEASURE[6:]) == pytest.approx(
+    assert measured(model, pairs, *EVERY_MEASURE[6:8]) == pytest.approx(
         [float(parts.mean().at(node=node)) for node in ("a2.h1", "m1")]
     )
+    rise = mi.compensation(model, pairs, ["a0.h1", "a1.h2"], replacement="zero").mean()
+    paths = mi.path_patching(model, pairs, [("a0.h0",)], ["a1.h2<q>", "a2.h0<q>"]).mean()
+    expected = [float(rise.at(node="a2.h0")), float(paths.values)]
+    assert measured(model, pairs, *EVERY_MEASURE[8:]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_pairs(bundled_model: mi.HookManager) -> None:
@@ -165,6 +171,10 @@ def test_what_cannot_be_measured_is_an_input_error() -> None:
         (mi.Attention(head="a9.h9", query=-1, key=0), "a9.h9"),
         (mi.Attention(head="a0.h0", query="nowhere", key=0), "nowhere"),
         (mi.PartsReplaced(parts=("a9.h9",)), "9"),
+        (mi.DirectEffectChange(node="a9.h9", replaced=("a0.h0",)), "a9.h9"),
+        (mi.DirectEffectChange(node="a1.h1", replaced=("a9.h9",)), "9"),
+        (mi.PathPatched(senders=("a9.h9",), receivers=("a1.h0<q>",)), "9"),
+        (mi.PathPatched(senders=("a0.h0",), receivers=("a9.h9<q>",)), "9"),
         (mi.EdgesCut(edges=("a1.h0->a0.h0<q>",)), "no edge"),
     ):
         with pytest.raises(InputError, match=match):

@@ -11,9 +11,11 @@ from mechinterp.evaluation.predictions import (
     Copying,
     Detector,
     DirectEffect,
+    DirectEffectChange,
     EdgesCut,
     Measure,
     PartsReplaced,
+    PathPatched,
     Prediction,
 )
 from mechinterp.models.sites import Edge
@@ -76,7 +78,9 @@ def _measured_nodes(measure: Measure) -> frozenset[str]:
         names = measure.parts
     elif isinstance(measure, EdgesCut):
         names = (str(Edge.parse(name).writer) for name in measure.edges)
-    elif isinstance(measure, DirectEffect):
+    elif isinstance(measure, PathPatched):
+        names = measure.senders
+    elif isinstance(measure, (DirectEffect, DirectEffectChange)):
         names = (measure.node,)
     else:
         names = (measure.head,)
