@@ -81,7 +81,7 @@ class PatchedRun:
     ) -> None:
         self.model, self.graph, self.pairs, self.values = model, graph, pairs, values
         self.cuts, self.n = cuts, len(cuts.edges)
-        self.whole = self._whole()
+        self.whole, self.replaced = self._whole(), cuts.nodes.any(0).any(-1).cpu()
         self.table = self._table()
         self.resid: Tensor | None = None
         self.prefix = prefix
@@ -195,7 +195,7 @@ class PatchedRun:
         per_layer = (self.whole.shape[1] - 1) // self.model.dims.n_layers
         cut = (~self.whole.all(0)).nonzero()
         first = int(cut[0]) // per_layer if len(cut) else self.model.dims.n_layers
-        replaced = self.cuts.nodes.any(0).any(-1).nonzero()
+        replaced = self.replaced.nonzero()
         return min([first, *(self.graph.layer_of(w) for w in replaced[:1, 0].tolist())])
 
     def plan(self, layers: range) -> list[Intervention]:
@@ -240,7 +240,7 @@ class PatchedRun:
         return bool(self.table.needed[writers].any()) or self._replaced(writers)
 
     def _replaced(self, writers: slice) -> bool:
-        return bool(self.cuts.nodes[:, writers].any())
+        return bool(self.replaced[writers].any())
 
     def _input_tap(self, index: int, name: str):
         writers = slice(index, index + 1)

@@ -73,7 +73,9 @@ class WriteTable:
         shape: tuple[int, int, int],
     ) -> None:
         """Which ports will be read, which writers are kept, and the shape of one candidate's residual stream."""
-        n, masks = graph.n_positions, masks[..., needed.to(masks.device)]
+        self.index = needed.nonzero().flatten().to(masks.device)
+        """The writers that are kept: an index, since a boolean mask would make the host wait for the device."""
+        n, masks = graph.n_positions, masks[..., self.index]
         self.needed, self.n_kept = needed, [0, *needed.cumsum(0).tolist()]
         self.graph, self.read, self.shape = graph, read, (len(masks), *shape)
         by_port = [torch.cat([masks[:, i:-1:n], masks[:, -1:]], 1) for i in range(n)]
@@ -94,7 +96,8 @@ class WriteTable:
         """Stores writers' current writes minus their replacements."""
         rows, chosen = self.kept(writers), self.needed[writers]
         if len(rows) < len(chosen):
-            differences = differences[chosen.to(differences.device)]
+            kept = self.index[self.n_kept[writers.start] : self.n_kept[writers.stop]] - writers.start
+            differences = differences[kept]
         rows.copy_(differences.flatten(2, 3))
 
     def seen(
@@ -125,10 +128,10 @@ class WriteTable:
             stop = len(self.read)  # the logits belong to the last block
         wanted = self.read[ports.start : stop]
         size = (int(wanted.sum()), self.shape[0], self.shape[1] * self.shape[2], self.shape[3])
-        sums = self.rows.new_empty(size)
+        sums, index = self.rows.new_empty(size), wanted.nonzero().flatten().to(self.rows.device)
         block = Block(slice(ports.start, stop), n_writers, sums, wanted.cumsum(0) - 1)
         for place in self.places:
-            weights = place.weights[:, block.ports, :n_writers][:, wanted.to(place.weights.device)]
+            weights = place.weights[:, block.ports, :n_writers][:, index]
             place.add(weights, self.rows[:n_writers], sums, keep=False)
         return block
 
