@@ -1,4 +1,4 @@
-# make demo | test | test-fast | fuzz | lint | format | types | docs | benchmark | real
+# make demo | test | test-fast | fuzz | lint | format | types | docs | benchmark | benchmark-gpu | real
 # The first call makes .venv; change the interpreter with: make test PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
@@ -21,7 +21,7 @@ DEMO_CIRCUIT := $(DEMO_OUT)/ioi-bundled-mattr.circuit.json
 DEMO_REPORT := $(DEMO_OUT)/ioi-bundled-mattr.report.html
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast fuzz lint format types docs benchmark real
+.PHONY: demo test test-fast fuzz lint format types docs benchmark benchmark-gpu real
 
 demo: $(VENV)/.installed
 	$(BIN)/discover-circuit $(DEMO_RUN)
@@ -55,6 +55,11 @@ docs: $(VENV)/.installed-dev
 
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
+
+# On a machine with a CUDA device; PARTS="check small 8b profile", BUDGET in seconds.
+BUDGET ?= 480
+benchmark-gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.gpu $(PARTS) --budget $(BUDGET)
 
 real: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.real

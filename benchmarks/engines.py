@@ -60,18 +60,26 @@ def measure(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def small_gpt2(device: torch.device) -> tuple[Any, mi.HookManager, mi.Pairs]:
-    """(the bare Hugging Face model with random weights, the same model wrapped, random pairs of 10 x 15 tokens)."""
+def small_gpt2(
+    device: torch.device, batch: int = BATCH, length: int = LENGTH, **sizes: int
+) -> tuple[Any, mi.HookManager, mi.Pairs]:
+    """(the bare Hugging Face model with random weights, the same model wrapped, random pairs of 10 x 15 tokens).
+
+    `sizes` are other sizes than those of GPT-2 small, by their names in GPT2Config.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config()
+    config = GPT2Config(**sizes)
     config._attn_implementation = "eager"
     bare = GPT2LMHeadModel(config).eval().requires_grad_(False).to(device)
-    tokens = torch.randint(config.vocab_size, (2, BATCH, LENGTH))
-    answers = torch.randint(config.vocab_size, (2, BATCH))
-    pairs = mi.Pairs(clean=tokens[0], corrupt=tokens[1], right=answers[0], wrong=answers[1]).to(device)
-    return bare, mi.load_model(bare), pairs
+    return bare, mi.load_model(bare), token_pairs(config.vocab_size, device, batch, length)
+
+
+def token_pairs(d_vocab: int, device: torch.device, batch: int, length: int) -> mi.Pairs:
+    """Pairs of random tokens and answers."""
+    tokens, answers = torch.randint(d_vocab, (2, batch, length)), torch.randint(d_vocab, (2, batch))
+    return mi.Pairs(clean=tokens[0], corrupt=tokens[1], right=answers[0], wrong=answers[1]).to(device)
 
 
 def smollm2(device: torch.device) -> tuple[Any, mi.HookManager, mi.Pairs]:
@@ -136,7 +144,7 @@ def engines(device: torch.device, repeats: int) -> list[Row]:
     seconds = measure(work, device, repeats)
     one_forward = seconds["forward"]
     unit = one_forward + seconds["forward_backward"]
-    memory = _extra_memory(work["eap"], device)
+    memory = extra_memory(work["eap"], device)
     clock = "CPU time" if device.type == "cpu" else "time"
     return [
         Row("F, one forward of the bare model", one_forward * 1e3, "ms", "", "", clock),
@@ -180,7 +188,7 @@ def engines_smollm2(device: torch.device, repeats: int) -> list[Row]:
     ]
 
 
-def _extra_memory(work: Callable[[], object], device: torch.device) -> float:
+def extra_memory(work: Callable[[], object], device: torch.device) -> float:
     """Bytes that the work allocates beyond what was allocated before it."""
     gc.collect()
     if device.type == "cuda":

@@ -30,6 +30,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "models": ("models.", "base."),
     "tasks": ("tasks.",),
     "graphs": ("graphs.", "engines.edge_patching", "engines.edge_attribution"),
+    "features": ("features.",),
     "discovery": ("discovery.", "run_spec", "pipeline", "compare"),
     "evaluation": ("evaluation.",),
     "files": ("circuit_file.",),

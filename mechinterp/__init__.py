@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from mechinterp.analysis.tuned_lens import load_lens as load_lens
     from mechinterp.analysis.tuned_lens import save_lens as save_lens
     from mechinterp.analysis.tuned_lens import train_tuned_lens as train_tuned_lens
+    from mechinterp.analysis.weights import feature_tokens as feature_tokens
     from mechinterp.analysis.weights import neuron_tokens as neuron_tokens
     from mechinterp.analysis.weights import ov_circuit as ov_circuit
     from mechinterp.analysis.weights import qk_circuit as qk_circuit
@@ -123,11 +124,45 @@ if TYPE_CHECKING:
     from mechinterp.evaluation.task_check import check_performance as check_performance
     from mechinterp.evaluation.transfer import Transfer as Transfer
     from mechinterp.evaluation.transfer import transfer as transfer
+    from mechinterp.features.activations import Gated as Gated
+    from mechinterp.features.activations import JumpRelu as JumpRelu
+    from mechinterp.features.activations import Relu as Relu
+    from mechinterp.features.activations import TopK as TopK
+    from mechinterp.features.basis import Basis as Basis
+    from mechinterp.features.dictionary import Dictionary as Dictionary
+    from mechinterp.features.dictionary import cross_layer_transcoder as cross_layer_transcoder
+    from mechinterp.features.dictionary import crosscoder as crosscoder
+    from mechinterp.features.dictionary import relative_norms as relative_norms
+    from mechinterp.features.dictionary import sae as sae
+    from mechinterp.features.dictionary import transcoder as transcoder
+    from mechinterp.features.edits import ablate_features as ablate_features
+    from mechinterp.features.edits import add_features as add_features
+    from mechinterp.features.edits import reconstructed as reconstructed
+    from mechinterp.features.edits import scale_features as scale_features
+    from mechinterp.features.edits import set_features as set_features
+    from mechinterp.features.load import load_bases as load_bases
+    from mechinterp.features.load import load_basis as load_basis
+    from mechinterp.features.matching_pursuit import MatchingPursuit as MatchingPursuit
+    from mechinterp.features.measure import Measured as Measured
+    from mechinterp.features.measure import measure_basis as measure_basis
+    from mechinterp.features.neurons import neuron_basis as neuron_basis
+    from mechinterp.features.snmf import Factorised as Factorised
+    from mechinterp.features.snmf import snmf_basis as snmf_basis
+    from mechinterp.features.store import save_basis as save_basis
+    from mechinterp.features.subspaces import concept_basis as concept_basis
+    from mechinterp.features.subspaces import leace_basis as leace_basis
+    from mechinterp.features.subspaces import subspace_basis as subspace_basis
+    from mechinterp.features.subspaces import svd_basis as svd_basis
+    from mechinterp.features.supervised import Supervised as Supervised
+    from mechinterp.features.supervised import supervised_basis as supervised_basis
+    from mechinterp.features.wrapped import wrap_basis as wrap_basis
     from mechinterp.graphs.circuit import Circuit as Circuit
     from mechinterp.graphs.graph import Graph as Graph
     from mechinterp.graphs.graph import build_graph as build_graph
     from mechinterp.graphs.scores import Scores as Scores
     from mechinterp.graphs.select import select as select
+    from mechinterp.models.feature_basis import FeatureBasis as FeatureBasis
+    from mechinterp.models.feature_basis import Features as Features
     from mechinterp.models.hook_manager import HookManager as HookManager
     from mechinterp.models.hook_manager import Intervention as Intervention
     from mechinterp.models.hook_manager import Run as Run
@@ -179,7 +214,7 @@ _HOMES = {
     "analysis.steering": ("ablate_direction", "add_direction", "affine", "mean_difference"),
     "analysis.subspace": ("learn_subspace", "subspace_interchange"),
     "analysis.tuned_lens": ("TunedLens", "load_lens", "save_lens", "train_tuned_lens"),
-    "analysis.weights": ("neuron_tokens", "ov_circuit", "qk_circuit", "top_tokens"),
+    "analysis.weights": ("feature_tokens", "neuron_tokens", "ov_circuit", "qk_circuit", "top_tokens"),
     "base.errors": (
         *("FormatError", "InputError", "MechInterpError", "NoSmallCircuit", "SiteNotReached", "TaskNotDone"),
         "UnsupportedError",
@@ -227,10 +262,31 @@ _HOMES = {
     "evaluation.stability": ("Stability", "stability"),
     "evaluation.task_check": ("TaskCheck", "check_performance"),
     "evaluation.transfer": ("Transfer", "transfer"),
+    "features.activations": ("Gated", "JumpRelu", "Relu", "TopK"),
+    "features.basis": ("Basis",),
+    "features.dictionary": (
+        "Dictionary",
+        "cross_layer_transcoder",
+        "crosscoder",
+        "relative_norms",
+        "sae",
+        "transcoder",
+    ),
+    "features.edits": ("ablate_features", "add_features", "reconstructed", "scale_features", "set_features"),
+    "features.load": ("load_bases", "load_basis"),
+    "features.matching_pursuit": ("MatchingPursuit",),
+    "features.measure": ("Measured", "measure_basis"),
+    "features.neurons": ("neuron_basis",),
+    "features.snmf": ("Factorised", "snmf_basis"),
+    "features.store": ("save_basis",),
+    "features.subspaces": ("concept_basis", "leace_basis", "subspace_basis", "svd_basis"),
+    "features.supervised": ("Supervised", "supervised_basis"),
+    "features.wrapped": ("wrap_basis",),
     "graphs.circuit": ("Circuit",),
     "graphs.graph": ("Graph", "build_graph"),
     "graphs.scores": ("Scores",),
     "graphs.select": ("select",),
+    "models.feature_basis": ("FeatureBasis", "Features"),
     "models.hook_manager": ("HookManager", "Intervention", "Run", "load_model"),
     "models.sites": ("Edge", "Node", "Site"),
     "pipeline": ("Discovery", "discover"),

@@ -181,7 +181,8 @@ def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
     if spec.roles:
         some = train[:ROLE_EXAMPLES], examples.test[:ROLE_EXAMPLES]
         try:
-            roles = measured_roles(model, circuit, *some, **measured, progress=partial(progress, "roles"))
+            report = partial(progress, "roles")
+            roles = measured_roles(model, circuit, *some, **measured, progress=report, keep=done.keep)
         except (MechInterpError, ValueError, ArithmeticError, RuntimeError) as error:  # the circuit is kept
             unmeasured.append(f"Roles were not measured: {error}")
     document = save_circuit(

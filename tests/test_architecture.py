@@ -18,6 +18,7 @@ LAYERS = (
     ("models",),
     ("graphs",),
     ("engines",),
+    ("features",),
     ("analysis",),
     ("discovery", "evaluation"),
     ("circuit_file",),

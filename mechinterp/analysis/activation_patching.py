@@ -19,10 +19,14 @@ from mechinterp.base.registry import unknown
 from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.means import MEANS, check_means, site_means
 from mechinterp.engines.part_sets import Nodes, placed_parts, swept_parts
-from mechinterp.engines.patch_direction import patch_direction
+from mechinterp.engines.patch_direction import PatchDirection, patch_direction
 from mechinterp.engines.patch_sweep import Base, Patch, run_base, start_layers, sweep
 from mechinterp.engines.readout import checked_metric, metric_readout
-from mechinterp.models.components import Positions
+from mechinterp.features.addresses import FeaturePart, parse_feature_sets
+from mechinterp.features.basis import check_ids
+from mechinterp.features.sweep import Coded, FeaturePatch, coded, feature_sweep
+from mechinterp.models.components import Part, Positions
+from mechinterp.models.feature_basis import FeatureBasis
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Site
 from mechinterp.tasks.metrics import Metric
@@ -35,8 +39,9 @@ REPLACEMENTS = ("pair", "mean", "mean-positional", "zero")
 def activation_patching(
     model: HookManager,
     pairs: Pairs,
-    what: str | Nodes = "z",
+    what: str | Nodes | FeatureBasis = "z",
     *,
+    features: Sequence[FeatureBasis] = (),
     positions: Positions = None,
     direction: Literal["noise", "denoise"] = "noise",
     replacement: Replacing = "pair",
@@ -61,7 +66,9 @@ def activation_patching(
         what: A kind of site, swept over its layers and heads (`z`, `q`, `k`, `v`, `pattern`), neurons (`mlp_post`) or
             layers (`resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`); or a list of parts (`a9.h9`,
             `a9.h9<q>`, `m3`, `m3.n17`, `resid_pre.5`, each with an optional `@S2` or `@4`) and of sets of parts that
-            are replaced together.
+            are replaced together. Or features: a feature basis, swept over its features; or, with `features`, a list
+            of them (`m3.f17`, `m3.err`, each with an optional `@S2`) and of sets that are replaced together.
+        features: The bases of the features that `what` names.
         positions: Where (see `Positions`); of `pattern`, query positions.
         direction: `noise`: the clean run is patched with values of the corrupt run (is the part necessary?).
             `denoise`: the corrupt run is patched with clean values (is it sufficient?).
@@ -71,7 +78,8 @@ def activation_patching(
         reference: The pairs whose corrupt prompts give the means; by default `pairs`.
         metric: What is measured.
         layers: Of a kind of site, the layers to sweep; by default all.
-        units: Of a kind of site, the heads or neurons to sweep; by default all.
+        units: Of a kind of site, the heads or neurons to sweep; by default all. Of a basis, its features; by default
+            those that are active in either run.
         batch_size: Examples at a time; by default all.
         memory: Bytes of activations at a time; by default 64 MiB on a CPU, 1 GiB elsewhere.
         progress: Called after every group of patched runs of a batch.
@@ -93,6 +101,9 @@ def activation_patching(
     metric = checked_metric(model, pairs, metric)
     chosen = patch_direction(direction)
     pairs = pairs.to(model.device)
+    if isinstance(what, FeatureBasis) or features:
+        which = (what, features, layers, units)
+        return _of_features(model, pairs, *which, positions, chosen, replacement, metric, batch_size, memory, progress)
     labels, parts = swept_parts(model, what, layers, units)
     sets, pos_labels = placed_parts(pairs, parts, positions)
     sites = tuple(dict.fromkeys(part.site for several in parts for part in several))
@@ -139,6 +150,96 @@ def activation_patching(
     }
     axes = {**labels, "pos": pos_labels, "example": numbered(len(pairs))}
     return Grid(values, axes, "effect", metric.unit, about, {"forwards": float(found["forwards"])})
+
+
+def _of_features(
+    model: HookManager,
+    pairs: Pairs,
+    what: str | Nodes | FeatureBasis,
+    bases: Sequence[FeatureBasis],
+    layers: Sequence[int] | None,
+    units: Sequence[int] | None,
+    positions: Positions,
+    chosen: PatchDirection,
+    replacement: Replacing,
+    metric: Metric,
+    batch_size: int | None,
+    memory: int | None,
+    progress: Progress,
+) -> Grid:
+    """`activation_patching` of features and errors."""
+    if not isinstance(replacement, str) or replacement not in ("pair", "zero"):
+        raise InputError("Features are replaced by those of the other prompt ('pair') or by 0 ('zero').")
+    if layers is not None:
+        raise InputError("`layers` restricts a sweep over a kind of site; a feature basis has its own sites.")
+    if not isinstance(what, (str, Sequence)):
+        bases = [what]
+        ids = _active(model, pairs, what) if units is None else check_ids(what, units).tolist()
+        labels = {"feature": tuple(map(str, ids))}
+        parts: list[tuple[FeaturePart, ...]] = [(FeaturePart(what, i),) for i in ids]
+    else:
+        if units is not None:
+            raise InputError("`units` restricts a sweep; a list of features is taken as it is, so leave it out.")
+        names, parts = parse_feature_sets([what] if isinstance(what, str) else what, bases)
+        labels = {"node": names}
+    used = [basis for basis in bases if any(part.basis == basis for several in parts for part in several)]
+    places = [tuple(Part(part.basis.sites_out[0], None, part.position) for part in several) for several in parts]
+    placed, pos_labels = placed_parts(pairs, places, positions)
+    sets = [(parts[i // len(pos_labels)], where) for i, (_, where) in enumerate(placed)]
+
+    def patched(batch: Pairs, rows: slice) -> dict[str, Tensor | float]:
+        readout = metric_readout(model, batch, metric)
+        tokens, others = chosen.tokens(batch)
+        base = coded(model, batch, tokens, used)
+        new = coded(model, batch, others, used)
+        base_run, other_run = (run_base(model, readout, ids) for ids in (tokens, others))
+        if replacement == "zero":
+            new = {basis: _zero(code) for basis, code in base.items()}
+        patches = [FeaturePatch(several, tuple(mask[rows] for mask in where)) for several, where in sets]
+        after, cost = feature_sweep(model, readout, tokens, patches, base, new, memory=memory, progress=progress)
+        present = torch.stack([torch.stack([mask.any(1) for mask in patch.where]).any(0) for patch in patches])
+        ends = chosen.swap(base_run.values, other_run.values)
+        return {
+            "effect": torch.where(present, chosen.effect(base_run.values, after, metric), torch.nan),
+            "ends": torch.stack([end.double().sum().cpu() for end in ends]),
+            "forwards": (4 + bool(metric.needs_reference) + cost) * len(batch) / len(pairs),
+        }
+
+    joined: dict[str, Combine] = {"effect": -1, "ends": "sum", "forwards": "sum"}
+    found = over_batches(pairs, batch_size, patched, joined)
+    clean_value, corrupt_value = (found["ends"] / len(pairs)).tolist()
+    about = {
+        "analysis": "activation patching",
+        "direction": chosen.name,
+        "replacement": replacement,
+        "metric": metric.name,
+        "sign": "positive = the part helps the task",
+        "metric_direction": metric.direction,
+        "clean_value": clean_value,
+        "corrupt_value": corrupt_value,
+        "examples": len(pairs),
+        "bases": {basis.name: getattr(basis, "sha256", "") for basis in used},
+    }
+    shape = [len(names) for names in labels.values()]
+    values = found["effect"].unflatten(0, [*shape, len(pos_labels)])
+    axes = {**labels, "pos": pos_labels, "example": numbered(len(pairs))}
+    return Grid(values, axes, "effect", metric.unit, about, {"forwards": float(found["forwards"])})
+
+
+def _active(model: HookManager, pairs: Pairs, basis: FeatureBasis) -> list[int]:
+    """The features that are active at a real token of either run."""
+    on = torch.zeros(basis.n_features, dtype=torch.bool, device=model.device)
+    for tokens in (pairs.clean, pairs.corrupt):
+        values = coded(model, pairs, tokens, [basis])[basis].features.values
+        on |= (values[pairs.mask] != 0).any(0)
+    if not bool(on.any()):
+        raise InputError(f"No feature of '{basis.name}' is active on these prompts.")
+    return [int(i) for i in on.nonzero()[:, 0]]
+
+
+def _zero(code: Coded) -> Coded:
+    values = torch.zeros_like(code.features.values)
+    return Coded(code.features.with_values(values), {site: 0 * error for site, error in code.errors.items()})
 
 
 def fraction(effects: Grid) -> Grid:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -40,6 +41,7 @@ from mechinterp.engines.site_gradients import (
     site_values,
     unit_products,
 )
+from mechinterp.features.sweep import Coded, coded
 from mechinterp.models.components import (
     BY_QUERY,
     Positions,
@@ -49,7 +51,9 @@ from mechinterp.models.components import (
     position_sets,
     unit_axis,
 )
+from mechinterp.models.feature_basis import FeatureBasis
 from mechinterp.models.hook_manager import HookManager, Intervention
+from mechinterp.models.modes import Gradients
 from mechinterp.models.sites import Node, Site
 from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
@@ -163,6 +167,8 @@ class Batch:
     plan: Plan
     means: Mapping[Site, Tensor]
     """What is written at every token of a site, if the replacement is a mean."""
+    basis: FeatureBasis | None = None
+    """The features to score, instead of the units of its output sites."""
 
     @property
     def pairs(self) -> Pairs:
@@ -179,10 +185,37 @@ class Batch:
 
     def scores(self, site: Site, base: Tensor, new: Tensor, gradient: Tensor) -> Float[Tensor, "unit set batch"]:
         """(base - new) x gradient by unit and set of positions."""
+        if self.basis is not None:
+            return self._feature_scores(self.basis, site, gradient)
         difference = base - new
         if site.kind in BY_QUERY:
             difference = torch.where(base == new, 0, difference)  # where nothing is attended to: -inf less -inf
         return over_sets(unit_products(site, difference, gradient), self.masks)
+
+    @cached_property
+    def codes(self) -> tuple[Coded, Coded]:
+        """The features and errors of the base run and of the other one."""
+        assert self.basis is not None
+        runs = (coded(self.model, self.pairs, tokens, [self.basis]) for tokens in (self.base, self.other))
+        base, other = (run[self.basis] for run in runs)
+        return base, other
+
+    def _feature_scores(self, basis: FeatureBasis, site: Site, gradient: Tensor) -> Float[Tensor, "unit set batch"]:
+        """(base - new) x gradient along each feature's direction at a site, and last of the error.
+
+        The error is what of the site's change the features' change does not make, so that the sum over features and
+        error is the score of the site. (It holds the change of a skip connection and of a normalisation, too.)
+        """
+        (base, errors), (new, other_errors) = ((code.features, code.errors) for code in self.codes)
+        with Gradients(True) as on, on:
+            values = base.values.detach().requires_grad_()
+            decoded = basis.decode(base.with_values(values))[site]
+            (along,) = torch.autograd.grad(decoded, values, gradient.to(decoded))
+        products = (base.values - new.values) * along
+        moved, there = (basis.decode(code)[site] for code in (base.with_values(new.values), new))
+        left = errors[site] - other_errors[site] + (moved - there)
+        rest = (left * gradient.to(left)).flatten(2).sum(-1, keepdim=True)
+        return over_sets(torch.cat([products, rest.to(products)], -1), self.masks)
 
 
 Scores = tuple[dict[Site, Tensor], float, float]
@@ -308,7 +341,7 @@ METHODS: dict[str, Callable[[Batch], Scores]] = {
 def attribution_patching(
     model: HookManager,
     pairs: Pairs,
-    what: str = "z",
+    what: str | FeatureBasis = "z",
     *,
     method: str = "atp",
     steps: int = 5,
@@ -346,7 +379,9 @@ def attribution_patching(
         model: The model.
         pairs: Clean and corrupt prompts.
         what: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, `q`, `k`, `v`, `z`, `pattern` (positions
-            are queries), `mlp_post` (neurons), or another site.
+            are queries), `mlp_post` (neurons), or another site. Or a feature basis: the axes are then feature, pos,
+            example; the features are numbered and `err` is the error of the reconstruction, and their sum is the
+            score of the site (which the basis writes to; several are summed), whatever the method.
         method: See above.
         steps: The number of interpolated runs of the `eap-ig` methods.
         quadrature: Where these lie between the replacement (0) and the base run (1): `midpoint`, `gauss-legendre`, or
@@ -373,6 +408,9 @@ def attribution_patching(
     >>> scores.mean().axes, scores.at(pos="end").top(1)["layer"].tolist()
     (('layer', 'head', 'pos'), [2])
     """
+    if not isinstance(what, str):
+        plan = Plan(method, steps, quadrature, direction, replacement, checked_metric(model, pairs, metric))
+        return _of_features(model, pairs, what, plan, positions, layers, batch_size)
     chosen = layer_range(model, what, layers)
     sites = [Site(what, layer) for layer in chosen]
     labels = {"layer": tuple(map(str, chosen))}
@@ -385,6 +423,32 @@ def attribution_patching(
     values = values if axis is not None else values.squeeze(1)
     axes = {**labels, "pos": sets.labels, "example": numbered(len(pairs))}
     return Grid(values, axes, "score", plan.metric.unit, {**_about(plan), "examples": len(pairs)}, cost)
+
+
+def _of_features(
+    model: HookManager,
+    pairs: Pairs,
+    basis: FeatureBasis,
+    plan: Plan,
+    positions: Positions,
+    layers: Sequence[int] | None,
+    batch_size: int | None,
+) -> Grid:
+    """`attribution_patching` of the features of a basis and its error."""
+    if layers is not None:
+        raise InputError("`layers` restricts a kind of site; a feature basis has its own sites.")
+    if plan.replacement != "pair":
+        raise InputError("Features are scored by the other prompt's activations (replacement='pair') only.")
+    model.resolve(basis)
+    if plan.method == "atp-star" and len(basis.sites_out) > 1:
+        raise InputError("atp-star gives magnitudes, which do not add up over the sites that a feature writes to.")
+    found, sets, cost = _score(model, pairs, None, basis.sites_out, plan, positions, batch_size, basis)
+    values = torch.stack([found[site] for site in basis.sites_out]).sum(0)
+    names = (*map(str, range(basis.n_features)), "err")
+    axes = {"feature": names, "pos": sets.labels, "example": numbered(len(pairs))}
+    about = {**_about(plan), "examples": len(pairs), "basis": basis.name, "sha256": getattr(basis, "sha256", "")}
+    cost["forwards"] += 2
+    return Grid(values, axes, "score", plan.metric.unit, about, cost)
 
 
 def node_attribution(
@@ -449,6 +513,7 @@ def _score(
     plan: Plan,
     positions: Positions,
     batch_size: int | None,
+    basis: FeatureBasis | None = None,
 ) -> tuple[dict[Site, Tensor], PositionSets, dict[str, float]]:
     """(scores [unit, set, example] of every site, the sets of positions, the cost)."""
     for site in sites:
@@ -465,7 +530,9 @@ def _score(
     def scored(batch: Pairs, rows: slice) -> dict[str, Tensor | float]:
         base, other = direction.tokens(batch)
         masks, readout = sets.masks[:, rows], metric_readout(model, batch, plan.metric)
-        found, forwards, backwards = METHODS[plan.method](Batch(model, readout, base, other, sites, masks, plan, means))
+        found, forwards, backwards = METHODS[plan.method](
+            Batch(model, readout, base, other, sites, masks, plan, means, basis)
+        )
         share = len(batch) / len(pairs)
         scores = {str(site): torch.where(masks.any(-1), sign * score, torch.nan) for site, score in found.items()}
         cost = {"forwards": (forwards + plan.metric.needs_reference) * share, "backwards": backwards * share}

@@ -19,9 +19,13 @@ from mechinterp.base.batches import batches
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.logit_directions import DirectionLike, logit_direction
-from mechinterp.engines.logit_parts import LogitMap, Refined, logit_map, logit_parts, read_values
+from mechinterp.engines.logit_parts import Block, LogitMap, Refined, logit_map, logit_parts, read_values
+from mechinterp.features.addresses import by_name
+from mechinterp.features.sweep import coded
 from mechinterp.graphs.graph import check_input_split
+from mechinterp.graphs.token_positions import take_positions
 from mechinterp.models.components import Position, Positions, PositionSets, as_pairs, position_index, position_sets
+from mechinterp.models.feature_basis import FeatureBasis
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node
 from mechinterp.tasks.pairs import Pairs
@@ -35,6 +39,7 @@ def direct_logit_attribution(
     position: Position | None = None,
     prompt: str = "clean",
     refine: Sequence[str] = (),
+    features: Sequence[FeatureBasis] = (),
     source_positions: Positions = "each",
     batch_size: int | None = None,
 ) -> Grid:
@@ -56,6 +61,9 @@ def direct_logit_attribution(
             an MLP (`m3`) into its neurons (`m3.n17`) and `m3.bias`; a head (`a9.h9`) into
             the positions it attends to (`a9.h9@4`), through the pattern and OV: pattern * v W_O, with the v of the
             shared KV head where there is one. `group_parts` sums parts.
+        features: Bases that write to the output of an MLP or attention layer. Its node (`m3`; of attention all heads)
+            is replaced by the features (`m3.f17`), the error (`m3.err`) and what no features decode to (`m3.bias`, with
+            a skip connection).
         source_positions: Those positions: `each` (NaN where an example has no such position) or named positions and
             sets of them; the rest is `a9.h9@rest`.
         batch_size: Examples at a time; by default all.
@@ -94,6 +102,7 @@ def direct_logit_attribution(
     at = pairs.answer_pos if position is None else position_index(pairs, position)[:, None]
     refined = _refined(model, refine)
     sources = _sources(pairs, source_positions) if refined.heads else None
+    owned = _owned(model, features, refine)
     labels: list[str] = []
     columns: list[Tensor] = []
     error = 0.0
@@ -102,6 +111,9 @@ def direct_logit_attribution(
         to_logit = logit_map(model, read, chosen.rows(rows), at[rows])
         attended = sources and PositionSets(sources.labels, sources.masks[:, rows])
         blocks = list(logit_parts(model, read, to_logit, refined, attended))
+        if owned:
+            tokens = chunk.clean if prompt == "clean" else chunk.corrupt
+            blocks = _with_features(model, chunk, tokens, at[rows], owned, to_logit, blocks)
         labels = [label for names, _ in blocks for label in names]
         values = torch.cat([block for _, block in blocks])
         error = max(error, _check_sum(model, values, to_logit, read))
@@ -118,7 +130,8 @@ def direct_logit_attribution(
         "error": error,
     }
     axes = {"node": tuple(labels), "example": numbered(len(pairs))}
-    return Grid(torch.cat(columns, 1), axes, "attribution", "logits", about, {"forwards": 1.0})
+    cost = {"forwards": 1.0 + bool(owned)}
+    return Grid(torch.cat(columns, 1), axes, "attribution", "logits", about, cost)
 
 
 def group_parts(parts: Grid, groups: Mapping[str, Sequence[str]]) -> Grid:
@@ -183,6 +196,61 @@ def _refined(model: HookManager, names: Sequence[str]) -> Refined:
         elif node.head not in heads.setdefault(node.layer, []):
             heads[node.layer].append(node.head)
     return Refined(frozenset(mlps), {layer: tuple(found) for layer, found in heads.items()}, "input" in names)
+
+
+def _owned(model: HookManager, features: Sequence[FeatureBasis], refine: Sequence[str]) -> dict[str, FeatureBasis]:
+    """The bases by the node (`m3`, `a3`) whose write they split."""
+    by_name(features)
+    owned: dict[str, FeatureBasis] = {}
+    for basis in features:
+        model.resolve(basis)
+        site = basis.sites_out[0]
+        if len(basis.sites_out) > 1 or site.kind not in ("mlp_out", "attn_out"):
+            raise InputError(
+                f"The basis '{basis.name}' writes to {', '.join(map(str, basis.sites_out))}; only what is written to "
+                "one 'mlp_out' or 'attn_out' is a part of a logit."
+            )
+        if getattr(basis, "normalize", "none") != "none":
+            raise UnsupportedError(f"The features of '{basis.name}' have no fixed directions: it normalises its input.")
+        node = f"{'m' if site.kind == 'mlp_out' else 'a'}{site.layer}"
+        if node in owned or any(name == node or name.startswith(f"{node}.") for name in refine):
+            raise InputError(f"{node!r} is split twice; give one basis for it, and leave it out of `refine`.")
+        owned[node] = basis
+    return owned
+
+
+def _with_features(
+    model: HookManager,
+    pairs: Pairs,
+    tokens: Int[Tensor, "batch pos"],
+    at: Int[Tensor, "batch n"],
+    owned: Mapping[str, FeatureBasis],
+    to_logit: LogitMap,
+    blocks: Sequence[Block],
+) -> list[Block]:
+    """The parts, with the nodes of the bases replaced by features, error and bias, where the node was."""
+    found = coded(model, pairs, tokens, list(owned.values()))
+    made: dict[str, Block] = {}
+    for node, basis in owned.items():
+        code, (site,) = found[basis], basis.sites_out
+        nothing = basis.decode(code.features.with_values(torch.zeros_like(code.features.values)))[site]
+        values, error, bias = (
+            take_positions(value, at) for value in (code.features.values, code.errors[site], nothing)
+        )
+        wide = to_logit.vector.dtype
+        along = to_logit.vector @ basis.writes().to(to_logit.vector).T
+        shares = einsum(values.to(wide), to_logit.weight, "batch n feature, batch n -> batch feature") * along
+        names = [f"{basis.name}.f{i}" for i in range(basis.n_features)] + [f"{basis.name}.err", f"{basis.name}.bias"]
+        rest = torch.stack([to_logit.of(error.to(wide)), to_logit.of(bias.to(wide))])
+        made[node] = (names, torch.cat([shares.T, rest]))
+    result: list[Block] = []
+    for names, values in blocks:
+        node = names[0].partition(".")[0].partition("@")[0]
+        if node not in owned:
+            result.append((names, values))
+        elif node in made:
+            result.append(made.pop(node))
+    return result
 
 
 def _sources(pairs: Pairs, positions: Positions) -> PositionSets:

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
-from mechinterp.models.components import BY_QUERY, Position, Positions, as_pairs, position_index, position_sets
+from mechinterp.features.edits import edit_at
+from mechinterp.models.components import BY_QUERY, Position, Positions, as_pairs, position_index
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.interventions import Intervention
 from mechinterp.models.sites import Site
@@ -147,29 +148,13 @@ def _check_vector(vector: Tensor) -> None:
 def _affine(
     site: str | Site, change: Callable[[Tensor], Tensor], width: int, pairs: Pairs | None, positions: Positions
 ) -> Intervention:
-    if positions is not None and pairs is None:
-        raise InputError("`positions` need the prompts; give `pairs` as well.")
-    where = None if positions is None or pairs is None else position_sets(pairs, positions)
-    if where is not None and len(where.labels) != 1:
-        raise InputError(f"`positions` must be one set here; write [({', '.join(map(repr, where.labels))})].")
     site = Site.parse(site) if isinstance(site, str) else site
     if site.kind in BY_QUERY:
         raise InputError(f"'{site}' is an attention pattern; see `edit_pattern`.")
 
-    def edit(value: Tensor) -> Tensor:
+    def checked(value: Tensor) -> Tensor:
         if value.shape[-1] != width:
             raise InputError(f"The direction or map at '{site}' is of {width} numbers, the value of {value.shape[-1]}.")
-        new = change(value)
-        if where is None:
-            return new
-        mask = where.masks[0].to(value.device)
-        times, rest = divmod(len(value), len(mask))
-        if rest or value.shape[1] != mask.shape[1]:
-            raise InputError(
-                f"The edit at '{site}' is for {len(mask)} prompts of {mask.shape[1]} tokens; the run has "
-                f"{list(value.shape[:2])}."
-            )
-        mask = mask.repeat(times, 1)
-        return torch.where(mask.reshape(*mask.shape, *[1] * (value.ndim - 2)), new, value)
+        return change(value)
 
-    return Intervention(site, edit)
+    return edit_at(site, checked, pairs, positions)

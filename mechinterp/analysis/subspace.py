@@ -21,6 +21,7 @@ from mechinterp.engines.patch_direction import patch_direction
 from mechinterp.engines.patch_sweep import Patch, entry, run_base, sweep
 from mechinterp.engines.readout import checked_metric, metric_readout
 from mechinterp.models.components import BY_QUERY, Part, Position, parse_part, position_index, position_sets
+from mechinterp.models.feature_basis import FeatureBasis, shift
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.interchange import das, interchange, placebo, random_basis
 from mechinterp.tasks.metrics import Metric
@@ -31,7 +32,7 @@ def subspace_interchange(
     model: HookManager,
     pairs: Pairs,
     part: str,
-    basis: Float[Tensor, "d rank"],
+    basis: Float[Tensor, "d rank"] | FeatureBasis,
     *,
     position: Position = -1,
     placebos: int = 5,
@@ -53,7 +54,8 @@ def subspace_interchange(
         model: The model.
         pairs: Clean and corrupt prompts.
         part: A state of one vector per token (`resid_pre.5`, `a9.h9`, `m3`, `mlp_post.3`).
-        basis: The orthonormal directions of the subspace, as columns.
+        basis: The orthonormal directions of the subspace, as columns; or a feature basis at this state, all of whose
+            features get the other prompt's activations (`keep` takes some of a dictionary).
         position: Where the state is read and written.
         placebos: How many random subspaces to compare with.
         seed: Of the random subspaces.
@@ -87,7 +89,7 @@ def subspace_interchange(
         layers = (max(0, entry(model, found)[0]),)
         base = run_base(model, readout, base_tokens, layers=layers, record=[found.site])
         other = run_base(model, readout, other_tokens, record=[found.site])
-        moves = _moves(base.recorded[found.site].shape[-1], basis, placebos, seed)
+        moves = _moves(base.recorded[found.site].shape[-1], basis, found, placebos, seed)
         mask = position_sets(batch, [position]).masks[0]
         values = [_everywhere(move, base.recorded[found.site], other.recorded[found.site]) for move in moves]
         patches = [Patch((found,), (mask,), (value,)) for value in values]
@@ -99,7 +101,7 @@ def subspace_interchange(
         "analysis": "subspace interchange",
         "part": part,
         "position": str(position),
-        "rank": basis.shape[1],
+        "rank": basis.shape[1] if isinstance(basis, Tensor) else basis.n_features,
         "direction": direction,
         "metric": metric.name,
         "sign": "positive = the subspace helps the task",
@@ -196,8 +198,12 @@ def _state(model: HookManager, part: str) -> Part:
     return found
 
 
-def _moves(d: int, basis: Tensor, placebos: int, seed: int) -> list[Callable[[Tensor, Tensor], Tensor]]:
+def _moves(
+    d: int, basis: Tensor | FeatureBasis, part: Part, placebos: int, seed: int
+) -> list[Callable[[Tensor, Tensor], Tensor]]:
     """What each entry of the axis `subspace` does with (base, source) vectors `[n, d]`."""
+    if not isinstance(basis, Tensor):
+        return _feature_moves(d, basis, part, placebos, seed)
     if basis.ndim != 2 or basis.shape[0] != d or not 1 <= basis.shape[1] <= d:
         raise InputError(f"The basis must be [{d}, rank], one direction per column; got {list(basis.shape)}.")
     wide = basis.double()
@@ -215,6 +221,34 @@ def _moves(d: int, basis: Tensor, placebos: int, seed: int) -> list[Callable[[Te
     for i in range(placebos):
         other = random_basis(d, basis.shape[1], seed + i)
         moves.append(lambda base, source, other=other: placebo(base, source, basis, other))
+    return moves
+
+
+def _feature_moves(
+    d: int, basis: FeatureBasis, part: Part, placebos: int, seed: int
+) -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """The same for the features of a basis; a placebo has as many random directions, at most d, and the same length."""
+    if basis.sites_in != (part.site,) or basis.sites_out != (part.site,) or part.unit is not None:
+        raise InputError(f"The basis '{basis.name}' is not at '{part.site}', the state whose features are exchanged.")
+
+    def move(base: Tensor, source: Tensor) -> Tensor:
+        code = basis.encode(base)
+        return shift(basis, code, basis.encode(source).values)[part.site].to(base)
+
+    moves: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda base, source: base + move(base, source),
+        lambda base, source: source - move(base, source),
+        lambda base, source: source,
+    ]
+    for i in range(placebos):
+        other = random_basis(d, min(d, basis.n_features), seed + i)
+
+        def matched(base: Tensor, source: Tensor, other: Tensor = other) -> Tensor:
+            random = interchange(base, source, other) - base
+            length = move(base, source).norm(dim=-1, keepdim=True)
+            return base + random * (length / random.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+
+        moves.append(matched)
     return moves
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.base.registry import unknown
 from mechinterp.engines.grid import Grid, numbered
+from mechinterp.models.feature_basis import FeatureBasis
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.norm import Norm
 from mechinterp.models.sites import Node, Site
@@ -243,6 +244,51 @@ def neuron_tokens(
         raise unknown("side of a neuron", side, ("out", "in", "gate"))
     table["row"] = [list(neurons)[row] for row in table["row"]]
     return table.rename(columns={"row": "neuron"})
+
+
+def feature_tokens(
+    model: HookManager, basis: FeatureBasis, features: Sequence[int], n: int = 10, *, side: str = "out"
+) -> pd.DataFrame:
+    """The table of the tokens that each feature writes (`side="out"`) or reads (`"in"`): feature, rank, token, ...
+
+    Args:
+        model: The model.
+        basis: A basis that writes to the residual stream, of one input and one output site.
+        features: Their numbers.
+        n: Tokens per feature.
+        side: `out`: the decoder's row through the final norm's weight and the unembedding, the logits that one unit of
+            activation adds (the logit lens of a direction). `in`: what each token's embedding adds to the
+            pre-activation of a basis that reads the residual stream or an MLP's input.
+
+    Raises InputError for a basis that does not write to (read) the residual stream in d_model numbers.
+
+    >>> import mechinterp as mi
+    >>> feature_tokens(mi.load_model("bundled"), mi.load_basis("bundled:m1"), [0, 7], 3).columns.tolist()
+    ['feature', 'rank', 'token', 'text', 'value']
+    """
+    model.resolve(basis)
+    wide = torch.promote_types(model.dtype, torch.float32)
+    if side == "out":
+        site, rows = basis.sites_out[0], basis.writes(list(features))
+        if len(basis.sites_out) > 1 or site.kind not in _STREAM_WRITES:
+            raise InputError(f"The features of '{basis.name}' do not write to the residual stream at one place.")
+        table = top_tokens(model, rows.to(model.device, wide), n)
+    elif side == "in":
+        site, rows = basis.sites_in[0], basis.reads(list(features))
+        if rows is None or len(basis.sites_in) > 1 or site.kind not in (*_STREAM, "mlp_in"):
+            raise InputError(f"The features of '{basis.name}' do not read the residual stream along one direction.")
+        rows = rows.to(model.device, wide)
+        if site.kind == "mlp_in":
+            rows = (model.layout.mlp_norm[site.layer or 0] or Norm("none")).project_transposed(rows)
+        table = top_tokens(model, rows, n, through="embedding")
+    else:
+        raise unknown("side of a feature", side, ("out", "in"))
+    table["row"] = [list(features)[row] for row in table["row"]]
+    return table.rename(columns={"row": "feature"})
+
+
+_STREAM = ("embed", "resid_pre", "resid_mid", "resid_post", "resid_final")
+_STREAM_WRITES = (*_STREAM, "attn_out", "mlp_out")
 
 
 def head_of(model: HookManager, head: str) -> Node:

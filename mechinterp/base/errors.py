@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+
 
 class MechInterpError(Exception):
     """The base of all errors of this package; the message says what to do next."""
@@ -53,3 +55,13 @@ def clip(text: str, most: int) -> str:
         return text
     half = (most - 3) // 2
     return f"{text[:half]}...{text[len(text) - half :]}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def clipped(value: object) -> str:
+    """The value as Python writes it, on one line and at most 100 characters long, however long or deep it is."""
+    shown = _SHORT.repr(value)
+    return shown if len(shown) <= 100 else f"{shown[:97]}..."

@@ -77,7 +77,7 @@ class PatchedRun:
     ) -> None:
         self.model, self.graph, self.pairs, self.values = model, graph, pairs, values
         self.cuts, self.n = cuts, len(cuts.edges)
-        self.whole = self._whole()
+        self.whole, self.replaced = self._whole(), cuts.nodes.any(0).any(-1).cpu()
         self.table = self._table()
         self.prefix = prefix
         self.seen: dict[Site, Tensor] = {}
@@ -180,7 +180,7 @@ class PatchedRun:
         first = self.model.dims.n_layers
         if len(cut):
             first = self.graph.layer_of_reader(min(int(cut[0]) * self.graph.n_positions, len(self.graph.readers) - 1))
-        replaced = self.cuts.nodes.any(0).any(-1).nonzero()
+        replaced = self.replaced.nonzero()
         return min([first, *(self.graph.layer_of(w) for w in replaced[:1, 0].tolist())])
 
     def plan(self, layers: range) -> list[Intervention]:
@@ -209,7 +209,7 @@ class PatchedRun:
         return any(bool(self.table.needed[self.graph.writers_of(one)].any()) or self._replaced(one) for one in related)
 
     def _replaced(self, family: NodeFamily) -> bool:
-        return bool(self.cuts.nodes[:, self.graph.writers_of(family)].any())
+        return bool(self.replaced[self.graph.writers_of(family)].any())
 
     def _stream_tap(self, family: NodeFamily) -> Edit:
         def tap(value: Tensor) -> Tensor:

@@ -139,8 +139,6 @@ class _GradientTable(WriteTable):
     ) -> None:
         super().__init__(graph, masks, places, read, needed, shape)
         self.of_cuts = torch.zeros_like(masks)
-        self.columns = self.dense.nonzero()[:, 0].to(masks.device)
-        """The writer of every row."""
         self.blocks: list[Block] = []
         self.owed_activations: dict[NodeFamily, Tensor] = {}
         """The same for writers that are activations times directions."""
@@ -171,7 +169,7 @@ class _GradientTable(WriteTable):
         for i, place in enumerate(self.places):
             rows = torch.where(readers == last * n, last * n, readers + i).to(self.rows.device)
             gradients, writes = place.of(block.sums), place.of(self.rows[: block.n_writers])
-            self.of_cuts[:, rows[:, None], self.columns[: block.n_writers]] -= matrices(gradients) @ matrices(
+            self.of_cuts[:, rows[:, None], self.index[: block.n_writers]] -= matrices(gradients) @ matrices(
                 writes
             ).transpose(1, 2)
             self._settle_low_rank(block, i, rows, gradients)

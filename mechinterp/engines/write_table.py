@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.graphs.families.family import NodeFamily
@@ -61,16 +61,18 @@ class LowRankRows:
     """The writers of one family that are activations times directions, as far as a reader needs them."""
 
     writers: slice
-    chosen: Bool[Tensor, " writer"]
+    index: Int[Tensor, " chosen"]
+    """Which of them are needed."""
     weights: list[Float[Tensor, "candidate port chosen"]]
     """For every place."""
+    used: list[Bool[Tensor, "candidate port"]]
+    """For every place, whether a port reads any of them otherwise than it is; on the CPU."""
     block: LowRank | None = None
     """`[chosen, candidate, token]`; None before they are written."""
 
     def keep(self, block: LowRank) -> None:
         """Stores the activations minus their replacements, `[writer, candidate, batch, pos]`."""
-        chosen = self.chosen.to(block.values.device)
-        self.block = LowRank(block.values[chosen].flatten(2), block.directions[chosen])
+        self.block = LowRank(block.values[self.index].flatten(2), block.directions[self.index])
 
     def of(self, candidate: int, tokens: Tensor | None) -> LowRank:
         """One candidate's writes at some tokens."""
@@ -122,8 +124,10 @@ class WriteTable:
         dense = needed.clone()
         for rows in self.low_rank.values():
             dense[rows.writers] = False
-        self.dense, self.n_kept = dense, [0, *dense.cumsum(0).tolist()]
-        masks = masks[..., dense.to(masks.device)]
+        self.n_kept = [0, *dense.cumsum(0).tolist()]
+        self.index = dense.nonzero().flatten().to(masks.device)
+        """The writers that are kept: an index, since a boolean mask would make the host wait for the device."""
+        masks = masks[..., self.index]
         self.tokens = places
         tokens = [None] if places is None else places
         self.places = [Place(at, -weights) for at, weights in zip(tokens, self._by_port(masks), strict=True)]
@@ -139,9 +143,9 @@ class WriteTable:
         return [torch.cat([masks[:, i:-1:n], masks[:, -1:]], 1) for i in range(n)]
 
     def _low_rank(self, masks: Tensor, writers: slice) -> LowRankRows:
-        chosen = self.needed[writers]
-        some = masks[..., writers][..., chosen.to(masks.device)]
-        return LowRankRows(writers, chosen, [-weights for weights in self._by_port(some)])
+        index = self.needed[writers].nonzero().flatten().to(masks.device)
+        weights = [-own for own in self._by_port(masks[..., writers][..., index])]
+        return LowRankRows(writers, index, weights, [(own != 0).any(-1).cpu() for own in weights])
 
     def kept(self, writers: slice) -> Float[Tensor, "row candidate token d_model"]:
         """The rows of those of the writers that are kept."""
@@ -152,26 +156,27 @@ class WriteTable:
         if isinstance(block, LowRank):
             self.low_rank[family].keep(block)
             return
-        rows, chosen = self.kept(self.graph.writers_of(family)), self.dense[self.graph.writers_of(family)]
-        differences = block.dense()
-        if len(rows) < len(chosen):
-            differences = differences[chosen.to(differences.device)]
+        writers, differences = self.graph.writers_of(family), block.dense()
+        rows = self.kept(writers)
+        if len(rows) < len(differences):
+            kept = self.index[self.n_kept[writers.start] : self.n_kept[writers.stop]] - writers.start
+            differences = differences[kept]
         rows.copy_(differences.flatten(2, 3))
 
     def add_low_rank(self, ports: slice, base: int, stop: int, sums: Tensor, read: Tensor | None = None) -> None:
         """Adds to the sums of some ports (of those that are `read`) the writers from `base` to `stop` with no rows."""
+        index = None if read is None else read.nonzero().flatten().to(sums.device)
         for rows in self.low_rank.values():
-            if rows.writers.start < base or rows.writers.stop > stop or not bool(rows.chosen.any()):
+            if rows.writers.start < base or rows.writers.stop > stop:
                 continue
-            for place, weights in zip(self.places, rows.weights, strict=True):
-                some = weights[:, ports] if read is None else weights[:, ports][:, read.to(weights.device)]
-                for candidate, own in enumerate(some):
-                    if bool((own != 0).any()):
-                        found = rows.of(candidate, place.tokens).weighted_sum(own)
-                        if place.tokens is None:
-                            sums[:, candidate] += found
-                        else:
-                            sums[:, candidate, place.tokens] += found
+            for place, weights, used in zip(self.places, rows.weights, rows.used, strict=True):
+                some = weights[:, ports] if index is None else weights[:, ports][:, index]
+                for candidate in used[:, ports].any(1).nonzero().flatten().tolist():
+                    found = rows.of(candidate, place.tokens).weighted_sum(some[candidate])
+                    if place.tokens is None:
+                        sums[:, candidate] += found
+                    else:
+                        sums[:, candidate, place.tokens] += found
 
     def seen(
         self, ports: slice, n_writers: int, resid: Float[Tensor, "candidate batch pos d_model"]
@@ -203,12 +208,12 @@ class WriteTable:
         wanted = self.read[ports.start : stop]
         n_before, n_writers = n_writers, self.n_kept[n_writers]
         size = (int(wanted.sum()), self.shape[0], self.shape[1] * self.shape[2], self.shape[3])
-        sums = self.rows.new_empty(size)
+        sums, index = self.rows.new_empty(size), wanted.nonzero().flatten().to(self.rows.device)
         block = Block(slice(ports.start, stop), n_writers, n_before, sums, wanted.cumsum(0) - 1)
         if not n_writers:
             sums.zero_()
         for place in self.places if n_writers else ():
-            weights = place.weights[:, block.ports, :n_writers][:, wanted.to(place.weights.device)]
+            weights = place.weights[:, block.ports, :n_writers][:, index]
             place.add(weights, self.rows[:n_writers], sums, keep=False)
         self.add_low_rank(block.ports, 0, n_before, sums, wanted)
         return block

@@ -22,6 +22,7 @@ from mechinterp.analysis.head_detectors import attention_between, detector_score
 from mechinterp.analysis.path_patching import path_patching
 from mechinterp.base.batches import over_batches
 from mechinterp.base.errors import InputError, UnsupportedError
+from mechinterp.base.keep import Keep, compute_always
 from mechinterp.base.progress import Progress
 from mechinterp.engines.edge_attribution import edge_gradients
 from mechinterp.engines.readout import FINAL, metric_readout
@@ -226,7 +227,9 @@ def first_order(model: HookManager, pairs: Pairs, batch_size: int) -> Screen:
     return Screen(graph, edges)
 
 
-def with_effects(evidence: Evidence, setup: AblationSetup, nodes: Sequence[str], matters: float) -> Evidence:
+def with_effects(
+    evidence: Evidence, setup: AblationSetup, nodes: Sequence[str], matters: float, keep: Keep = compute_always
+) -> Evidence:
     """The evidence with the exact cost of replacing each of the nodes that is not estimated to cost next to nothing.
 
     A node whose estimate is below a third of `matters`, as a share of the span, is not run.
@@ -239,8 +242,13 @@ def with_effects(evidence: Evidence, setup: AblationSetup, nodes: Sequence[str],
     run = [node for node in nodes if screen is None or abs(screen[node]) >= SCREEN * matters * span]
     if not run:
         return replace(evidence, span=span)
-    costs = activation_patching(model, pairs, run, batch_size=batch_size, progress=per_batch(setup, pairs))
-    return replace(evidence, span=span, effects=dict(zip(run, costs.mean().values[:, 0].tolist(), strict=True)))
+
+    def measure() -> dict[str, Tensor]:
+        costs = activation_patching(model, pairs, run, batch_size=batch_size, progress=per_batch(setup, pairs))
+        return {"effects": costs.mean().values[:, 0]}
+
+    costs = keep(f"roles: effects of {', '.join(run)}", measure)["effects"]
+    return replace(evidence, span=span, effects=dict(zip(run, costs.tolist(), strict=True)))
 
 
 def _clean_minus_corrupt(model: HookManager, pairs: Pairs, batch_size: int) -> float:
@@ -270,7 +278,12 @@ def per_batch(setup: AblationSetup, pairs: Pairs) -> Progress:
 
 
 def with_movers(
-    evidence: Evidence, setup: AblationSetup, movers: Sequence[str], least: float, quantile: float
+    evidence: Evidence,
+    setup: AblationSetup,
+    movers: Sequence[str],
+    least: float,
+    quantile: float,
+    keep: Keep = compute_always,
 ) -> Evidence:
     """The evidence with paths into the movers' queries, and with direct effects while the movers are replaced.
 
@@ -296,10 +309,14 @@ def with_movers(
             senders, control = _senders(evidence, before, queries, least, quantile)
             some = list(dict.fromkeys([*senders, *control]))
             if senders:
-                grid = path_patching(
-                    model, pairs, some, queries, batch_size=batch_size, progress=per_batch(setup, pairs)
-                )
-                paths = Numbers.of(some, grid.values[:, 0])
+
+                def measure() -> dict[str, Tensor]:
+                    report = per_batch(setup, pairs)
+                    grid = path_patching(model, pairs, some, queries, batch_size=batch_size, progress=report)
+                    return {"paths": grid.values[:, 0]}
+
+                name = f"roles: paths from {', '.join(some)} to {', '.join(queries)}"
+                paths = Numbers.of(some, keep(name, measure)["paths"])
     except (InputError, UnsupportedError) as error:
         notes.append(f"Paths into the movers' queries were not patched: {error}")
     return replace(

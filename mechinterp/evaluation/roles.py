@@ -26,9 +26,12 @@ from functools import partial
 from typing import Any
 
 import pandas as pd
+import torch
+from torch import Tensor
 
 from mechinterp.analysis.activation_patching import activation_patching
 from mechinterp.base.canonical_json import six_digits
+from mechinterp.base.keep import Keep, compute_always
 from mechinterp.base.progress import Progress, no_progress, part_of
 from mechinterp.evaluation.ablation import AblationSetup
 from mechinterp.evaluation.measurements import Checked, check_predictions, patching_kind
@@ -186,9 +189,10 @@ def measured_roles(
     metric: str = "logit_diff",
     replacement: str = "corrupt",
     limits: RoleLimits | None = None,
-    n_patched: int = 16,
+    n_patched: int = 20,
     batch_size: int = 32,
     progress: Progress = no_progress,
+    keep: Keep = compute_always,
 ) -> MeasuredRoles:
     """The roles of the circuit's heads and MLPs, assigned on `train`, with predictions that hold on `test`.
 
@@ -214,6 +218,7 @@ def measured_roles(
         n_patched: The number of train and of test pairs for patched runs.
         batch_size: How many examples to run at a time.
         progress: Called with the percentage done and 100.
+        keep: Around the patched runs on the train pairs; may load what an earlier run has saved.
     """
     limits = limits or RoleLimits()
     setup = AblationSetup.of(model, circuit.graph, train, metric, replacement, None, batch_size, progress)
@@ -224,9 +229,10 @@ def measured_roles(
     evidence = measure_evidence(of_part(0, 25), circuit, n_patched)
     places = _Places.of(train, circuit.graph.answers)
     could = [node for node in evidence.own() if any(r.reached(node) for r in _roles(evidence, limits, places))]
-    evidence = with_effects(evidence, of_part(25, 50), could, limits.matters)
+    evidence = with_effects(evidence, of_part(25, 50), could, limits.matters, keep)
     movers = _movers(evidence, limits, places)
-    evidence = with_movers(evidence, of_part(50, 65), movers, limits.path * evidence.span, limits.control)
+    least = limits.path * evidence.span
+    evidence = with_movers(evidence, of_part(50, 65), movers, least, limits.control, keep)
     progress(65, 100)
     roles = _roles(evidence, limits, places)
     members: dict[str, dict[str, tuple[Prediction, ...]]] = {}
@@ -245,7 +251,7 @@ def measured_roles(
         nodes = tuple(name for node in kept for name in role.at_position(evidence.names[node]))
         if nodes:
             described[role.key] = {"label": role.label, "description": role.description, "nodes": nodes}
-    effects = _predict_effects(of_part(85, 93), described, evidence, limits)
+    effects = _predict_effects(of_part(85, 93), described, evidence, limits, keep)
     checked = (*checked, *_check(of_part(93, 100), effects, test, n_patched))
     progress(100, 100)
     role_of = {split_position(name)[0]: role["label"] for role in described.values() for name in role["nodes"]}
@@ -473,7 +479,7 @@ def predicted(name: str, measure: Measure, value: float, controls: tuple[Control
 
 
 def _predict_effects(
-    setup: AblationSetup, roles: Mapping[str, Mapping[str, Any]], evidence: Evidence, limits: RoleLimits
+    setup: AblationSetup, roles: Mapping[str, Mapping[str, Any]], evidence: Evidence, limits: RoleLimits, keep: Keep
 ) -> list[Prediction]:
     """For each role that matters: replacing its nodes together costs more than halfway from the control to its cost."""
     roles = {key: role for key, role in roles.items() if not any(name.endswith(f"@{REST}") for name in role["nodes"])}
@@ -481,17 +487,23 @@ def _predict_effects(
     parts = list(dict.fromkeys([*(role["nodes"] for role in roles.values()), *filter(None, controls.values())]))
     if not parts:
         return []
-    grid = activation_patching(
-        setup.model,
-        evidence.patched_pairs,
-        parts,
-        metric=setup.metric,
-        replacement=patching_kind(setup.replacement),
-        batch_size=setup.batch_size,
-        progress=per_batch(setup, evidence.patched_pairs),
-    )
-    whole = abs(float(grid.about["clean_value"]) - float(grid.about["corrupt_value"]))
-    effect_of = dict(zip(parts, grid.mean().values[:, 0].tolist(), strict=True))
+
+    def replaced() -> dict[str, Tensor]:
+        grid = activation_patching(
+            setup.model,
+            evidence.patched_pairs,
+            parts,
+            metric=setup.metric,
+            replacement=patching_kind(setup.replacement),
+            batch_size=setup.batch_size,
+            progress=per_batch(setup, evidence.patched_pairs),
+        )
+        ends = torch.tensor([float(grid.about[end]) for end in ("clean_value", "corrupt_value")], dtype=torch.float64)
+        return {"effects": grid.mean().values[:, 0], "ends": ends}
+
+    found = keep(f"roles: effects of {parts}", replaced)
+    whole = abs(float(found["ends"][0] - found["ends"][1]))
+    effect_of = dict(zip(parts, found["effects"].tolist(), strict=True))
     measure = partial(_replaced, setup.metric.name, setup.replacement)
     predictions: list[Prediction] = []
     for key, role in roles.items():

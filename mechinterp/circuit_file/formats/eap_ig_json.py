@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mechinterp.base.canonical_json import parse_json
-from mechinterp.base.errors import FormatError
+from mechinterp.base.errors import FormatError, clipped
 from mechinterp.circuit_file.formats.eap_ig import (
     LOST,
     EapIgFile,
@@ -22,7 +22,7 @@ from mechinterp.circuit_file.formats.eap_ig import (
     mapping_with,
     nodes_in_graph,
 )
-from mechinterp.circuit_file.formats.foreign import MAX_VALUES, clipped, edge_place, read_file
+from mechinterp.circuit_file.formats.foreign import MAX_VALUES, edge_place, read_file
 from mechinterp.circuit_file.formats.format import Export, Import
 from mechinterp.circuit_file.formats.score_origin import Made
 from mechinterp.circuit_file.schema import CircuitFile

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from mechinterp.base.errors import FormatError
+from mechinterp.base.errors import FormatError, clipped
+from mechinterp.base.safe_torch import check_tensor, load_plain
 from mechinterp.circuit_file.formats.eap_ig import (
     LOST,
     EapIgFile,
@@ -21,9 +22,8 @@ from mechinterp.circuit_file.formats.eap_ig import (
     mapping_with,
     nodes_in_graph,
 )
-from mechinterp.circuit_file.formats.foreign import clipped, read_file
+from mechinterp.circuit_file.formats.foreign import read_file
 from mechinterp.circuit_file.formats.format import Export, Import
-from mechinterp.circuit_file.formats.safe_torch import check_tensor, load_plain
 from mechinterp.circuit_file.formats.score_origin import Made
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.graphs.circuit import Circuit

@@ -21,12 +21,11 @@ import re
 import torch
 
 from mechinterp.base.canonical_json import parse_json
-from mechinterp.base.errors import FormatError
+from mechinterp.base.errors import FormatError, clipped
 from mechinterp.circuit_file.formats.foreign import (
     MAX_VALUES,
     bounded_graph,
     check_dims,
-    clipped,
     edge_place,
     needed,
     read_file,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import reprlib
 from collections.abc import Collection
 from pathlib import Path
 
-from mechinterp.base.errors import FormatError, InputError, UnsupportedError
+from mechinterp.base.errors import FormatError, InputError, UnsupportedError, clipped
 from mechinterp.base.plain_files import read_bounded
 from mechinterp.circuit_file.limits import MAX_GRAPH_CELLS
 from mechinterp.graphs.graph import Graph, graph_of
@@ -80,16 +79,6 @@ def edge_place(graph: Graph, writer: str, reader: str, shown: str, where: str) -
     if not graph.possible[r, w]:
         raise FormatError(f"{where}: {clipped(shown)} is not an edge: {writer} is not computed before {reader}.")
     return r, w
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
-
-
-def clipped(value: object) -> str:
-    """The value as Python writes it, on one line and at most 100 characters long, however long or deep it is."""
-    shown = _SHORT.repr(value)
-    return shown if len(shown) <= 100 else f"{shown[:97]}..."
 
 
 def _unsupported(tool: str, part: str) -> UnsupportedError:

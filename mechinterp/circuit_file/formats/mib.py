@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mechinterp.base.errors import FormatError, InputError, UnsupportedError
+from mechinterp.base.errors import FormatError, InputError, UnsupportedError, clipped
 from mechinterp.base.plain_files import is_folder, read_bounded
 from mechinterp.base.registry import unknown
 from mechinterp.circuit_file.formats.eap_ig import EapIgFile, circuit_of_file
 from mechinterp.circuit_file.formats.eap_ig_json import read_eap_ig_json, to_eap_ig_json
 from mechinterp.circuit_file.formats.eap_ig_pt import read_eap_ig_pt
-from mechinterp.circuit_file.formats.foreign import MAX_BYTES, clipped
+from mechinterp.circuit_file.formats.foreign import MAX_BYTES
 from mechinterp.circuit_file.formats.format import Export, Import
 from mechinterp.circuit_file.formats.score_origin import Made
 from mechinterp.circuit_file.schema import CircuitFile

@@ -17,8 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from mechinterp.base.errors import FormatError
-from mechinterp.circuit_file.formats.foreign import clipped
+from mechinterp.base.errors import FormatError, clipped
 
 MAX_ENTRIES = 64
 MAX_TUPLE = 64
@@ -26,17 +25,21 @@ MAX_TUPLE = 64
 _BUILDS = """
 PROTO STOP MARK GLOBAL REDUCE BINPERSID BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1
 BININT2 LONG1 BINFLOAT BINUNICODE EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 SETITEM SETITEMS APPEND
-APPENDS
+APPENDS BUILD
 """
 _OPCODES = frozenset(_BUILDS.split())
 """The opcodes that `torch.save` writes for dictionaries, lists, tuples, strings, numbers and tensors."""
 _TAKES = {
     **dict.fromkeys(("TUPLE", "SETITEMS", "APPENDS")),
-    **{"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "REDUCE": 2, "BINPERSID": 1, "SETITEM": 2, "APPEND": 1},
+    **{"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "REDUCE": 2, "BUILD": 1, "BINPERSID": 1, "SETITEM": 2, "APPEND": 1},
 }
 """How many values an opcode pops from the stack; None: all above the last mark."""
-_ITEM_BYTES = {"Bool": 1, "Half": 2, "BFloat16": 2, "Float": 4, "Double": 8}
+_ITEM_BYTES = {"Bool": 1, "Half": 2, "BFloat16": 2, "Float": 4, "Double": 8, "Int": 4, "Long": 8}
 _GLOBALS = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict", *(f"torch {n}Storage" for n in _ITEM_BYTES)}
+
+
+_MADE = object()
+"""An OrderedDict on the stack."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class _Tuple:
 
 
 def load_plain(content: bytes, where: str) -> Any:
-    """The plain values and tensors (of floats or booleans, on the CPU) in a file written by `torch.save`.
+    """The plain values and tensors (floats, booleans, integers; on the CPU) in a file of `torch.save`.
 
     Raises FormatError, in one line, for anything else: pickles, other objects, compressed or damaged archives.
     """
@@ -147,11 +150,19 @@ def _check_pickle(pickled: bytes, sizes: dict[str, int], where: str) -> None:
                     if stack[-1].size > MAX_TUPLE:
                         raise FormatError(f"{where} holds a tuple of more than {MAX_TUPLE} entries in all.")
                 elif name in ("BINPERSID", "REDUCE"):
-                    stack.append(None)
+                    stack.append(_MADE if name == "REDUCE" and _is_ordered_dict(taken) else None)
+                elif name == "BUILD" and (not stack or stack[-1] is not _MADE):
+                    raise FormatError(f"{where} sets attributes of an object. It is not read.")
             elif name not in ("STOP", "PROTO"):
-                stack.append(value)
+                stack.append(_Tuple([], 1) if name == "EMPTY_TUPLE" else value)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise _broken(where, error) from error
+
+
+def _is_ordered_dict(taken: list[Any]) -> bool:
+    """Whether REDUCE makes an empty OrderedDict: a state_dict, whose one attribute (_metadata) BUILD sets."""
+    empty = isinstance(taken[1], _Tuple) and not taken[1].parts
+    return taken[0] == "collections OrderedDict" and empty
 
 
 def _check_storage(described: Any, sizes: dict[str, int], where: str) -> None:

@@ -1,0 +1,79 @@
+"""The names of features: `m3.f17`, `m3.err` (what the reconstruction misses), each with an optional `@S2` or `@4`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mechinterp.base.errors import InputError, clip
+from mechinterp.base.registry import unknown
+from mechinterp.features.basis import check_ids
+from mechinterp.models.components import Position, as_number
+from mechinterp.models.feature_basis import FeatureBasis
+
+_ADDRESS = re.compile(r"(?P<basis>.+)\.(?:f(?P<feature>\d{1,9})|err)")
+
+
+@dataclass(frozen=True)
+class FeaturePart:
+    """One feature of a basis, or its error (None)."""
+
+    basis: FeatureBasis
+    feature: int | None
+    position: Position | None = None
+
+
+def is_feature(name: str) -> bool:
+    """Whether a name has the form of a feature's or an error's."""
+    return _ADDRESS.fullmatch(name.partition("@")[0]) is not None
+
+
+def parse_feature(text: str, bases: Sequence[FeatureBasis]) -> FeaturePart:
+    """The feature (or error) of one of the bases that the text names.
+
+    Raises InputError for another form, a basis that is not given, and a feature that it does not have.
+    """
+    name, at, position = text.partition("@")
+    found = _ADDRESS.fullmatch(name)
+    if found is None or (at and not position):
+        raise InputError(
+            f"{clip(text, 60)!r} is not a feature; features look like 'm3.f17' or 'm3.err', with an optional '@S2'."
+        )
+    known = by_name(bases)
+    if found["basis"] not in known:
+        raise unknown("feature basis", found["basis"], known)
+    basis = known[found["basis"]]
+    feature = None if found["feature"] is None else int(found["feature"])
+    if feature is not None:
+        check_ids(basis, [feature])
+    number = as_number(position)
+    return FeaturePart(basis, feature, None if not at else position if number is None else number)
+
+
+def by_name(bases: Sequence[FeatureBasis]) -> dict[str, FeatureBasis]:
+    """The bases by name. Raises InputError for two of one name."""
+    known: dict[str, FeatureBasis] = {}
+    for basis in bases:
+        if known.setdefault(basis.name, basis) is not basis:
+            raise InputError(f"Two bases are named {basis.name!r}; give one of them another label.")
+    return known
+
+
+def parse_feature_sets(
+    names: Sequence[str | Sequence[str]], bases: Sequence[FeatureBasis]
+) -> tuple[tuple[str, ...], list[tuple[FeaturePart, ...]]]:
+    """(the label of every set, the features of every set); a name alone is a set of one.
+
+    Raises InputError for no set, an empty one, and a feature or a set that is given twice.
+    """
+    members = [[entry] if isinstance(entry, str) else list(entry) for entry in names]
+    for several in members:
+        if not several or len(set(several)) != len(several):
+            raise InputError(f"A set of features is empty or names one twice: {several}.")
+        if not all(map(is_feature, several)):
+            raise InputError(f"{several} names parts that are not features; patch those in a call without `features`.")
+    labels = tuple(" + ".join(several) for several in members)
+    if not labels or len(set(labels)) != len(labels):
+        raise InputError("Name at least one feature, and each set once.")
+    return labels, [tuple(parse_feature(name, bases) for name in several) for several in members]
