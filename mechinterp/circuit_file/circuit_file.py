@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mechinterp.base.canonical_json import parse_json, six_digits
-from mechinterp.base.errors import FormatError, InputError, clip
+from mechinterp.base.errors import FormatError, InputError, UnsupportedError, clip
 from mechinterp.base.registry import unknown
 from mechinterp.circuit_file.provenance import dims_of, dtype_name, model_record, provenance_of, tokenizer_record
 from mechinterp.circuit_file.records import (
@@ -257,7 +257,21 @@ def stated_scores(document: CircuitFile, graph: Graph, path: Path) -> Scores | N
 
 
 def graph_record(graph: Graph) -> GraphRecord:
-    """The graph as a file describes it."""
+    """The graph as a file describes it. Raises UnsupportedError for one that it cannot describe."""
+    described = graph_of(
+        graph.dims,
+        split_input=graph.split_input,
+        level=graph.level,
+        positions=graph.positions,
+        answers=graph.answers or None,
+        neurons=graph.neurons,
+    )
+    if described.digest() != graph.digest():
+        others = next(name for name in graph.writers if name not in described.writer_index)
+        raise UnsupportedError(
+            f"A circuit file describes graphs of heads, MLPs and neurons; this graph has {others!r}, so the circuit "
+            "cannot be stored. Evaluate it here, or store one of a graph without such nodes."
+        )
     return GraphRecord(
         granularity="node" if graph.level == "node" else "edge",
         split_input=graph.split_input,

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mechinterp.base.errors import InputError, clip
+from mechinterp.base.errors import InputError
 from mechinterp.base.registry import unknown
 from mechinterp.features.basis import check_ids
 from mechinterp.models.components import Position, as_number
 from mechinterp.models.feature_basis import FeatureBasis
-
-_ADDRESS = re.compile(r"(?P<basis>.+)\.(?:f(?P<feature>\d{1,9})|err)")
+from mechinterp.models.sites import Address, not_a_name
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,10 @@ class FeaturePart:
 
 def is_feature(name: str) -> bool:
     """Whether a name has the form of a feature's or an error's."""
-    return _ADDRESS.fullmatch(name.partition("@")[0]) is not None
+    try:
+        return Address.parse(name).kind in ("feature", "error")
+    except InputError:
+        return False
 
 
 def parse_feature(text: str, bases: Sequence[FeatureBasis]) -> FeaturePart:
@@ -34,21 +35,17 @@ def parse_feature(text: str, bases: Sequence[FeatureBasis]) -> FeaturePart:
 
     Raises InputError for another form, a basis that is not given, and a feature that it does not have.
     """
-    name, at, position = text.partition("@")
-    found = _ADDRESS.fullmatch(name)
-    if found is None or (at and not position):
-        raise InputError(
-            f"{clip(text, 60)!r} is not a feature; features look like 'm3.f17' or 'm3.err', with an optional '@S2'."
-        )
+    found = Address.parse(text, "feature")
+    if found.kind not in ("feature", "error") or found.channel:
+        raise not_a_name(text, "feature")
     known = by_name(bases)
-    if found["basis"] not in known:
-        raise unknown("feature basis", found["basis"], known)
-    basis = known[found["basis"]]
-    feature = None if found["feature"] is None else int(found["feature"])
+    if found.base not in known:
+        raise unknown("feature basis", found.base, known)
+    feature = found.number if found.kind == "feature" else None
     if feature is not None:
-        check_ids(basis, [feature])
-    number = as_number(position)
-    return FeaturePart(basis, feature, None if not at else position if number is None else number)
+        check_ids(known[found.base], [feature])
+    number = as_number(found.position)
+    return FeaturePart(known[found.base], feature, (found.position or None) if number is None else number)
 
 
 def by_name(bases: Sequence[FeatureBasis]) -> dict[str, FeatureBasis]:

@@ -6,8 +6,33 @@ transparent, so a figure takes that of the page.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+
+@dataclass(frozen=True)
+class NodeLook:
+    """How nodes of one kind are drawn, and whether a legend names them."""
+
+    label: str
+    colour: str
+    symbol: str
+    named: bool
+
+
+NODE_LOOKS = {
+    "input": NodeLook("input", "#5c6773", "square", named=False),
+    "embed": NodeLook("input", "#5c6773", "square", named=False),
+    "pos_embed": NodeLook("input", "#5c6773", "square", named=False),
+    "head": NodeLook("attention head", "#2f5f8f", "circle", named=True),
+    "mlp": NodeLook("MLP", "#7b4fa3", "square", named=True),
+    "neuron": NodeLook("neuron", "#a3568c", "diamond", named=True),
+    "expert": NodeLook("expert", "#8c6bb1", "diamond", named=True),
+    "feature": NodeLook("feature", "#b5762a", "diamond", named=True),
+    "error": NodeLook("reconstruction error", "#8c8c8c", "diamond", named=True),
+    "logits": NodeLook("logits", "#5c6773", "square", named=False),
+}
+"""By kind, in the order in which nodes of one layer are listed."""
 SEVERAL = "several"
 CHANNEL_COLOURS = {"q": "#3b7dd8", "k": "#1f9e77", "v": "#e08214", "mlp": "#9467bd", "logits": "#8c8c8c"}
 CHANNEL_COLOURS[SEVERAL] = "#b5a642"

@@ -196,7 +196,7 @@ def _gap(row: Sequence[float], wanted: float) -> int:
 def _row_key(node: Node) -> tuple[int, int]:
     if node.kind == "logits":
         return (OUTPUT_ROW, 0)
-    return (node.layer, 1 if node.kind in ("mlp", "neuron") else 0)
+    return (node.layer, int(node.in_mlp))
 
 
 def _row_label(key: tuple[int, int]) -> str:

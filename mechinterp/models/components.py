@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mechinterp.base.errors import InputError, UnsupportedError
+from mechinterp.base.errors import InputError, UnsupportedError, clip
 from mechinterp.base.registry import unknown
 from mechinterp.models.layout import Dims
-from mechinterp.models.sites import GLOBAL_SITES, LAYER_SITES, Site
+from mechinterp.models.sites import LAYER_SITES, Address, Site, not_a_name
 from mechinterp.models.source import ModelInfo
 from mechinterp.tasks.pairs import Pairs
 
@@ -43,10 +43,10 @@ UNIT_AXES = {
 BY_QUERY = ("scores", "pattern")
 """Sites `[batch, head, query, key]`; a position in them is the query's."""
 
-_UNIT = re.compile(
-    r"a(?P<a>\d{1,4})(?:\.(?P<kind>h|kv)(?P<head>\d{1,5})(?:<(?P<channel>q|k|v|z|pattern|scores)>)?)?"
-    r"|m(?P<m>\d{1,4})(?:\.n(?P<neuron>\d{1,7}))?|input"
-)
+CHANNELS = ("q", "k", "v", "z", "pattern", "scores")
+"""The values of a head that can be named: `a9.h9<pattern>`; by default its output z."""
+NODES_WITH_SITES = ("head", "mlp", "neuron")
+"""The kinds of nodes whose output a site holds, so that they can be read and edited by themselves."""
 
 
 @runtime_checkable
@@ -88,43 +88,39 @@ class Part:
 
 def parse_part(model: HasSites, text: str) -> Part:
     """The part that the text names. Raises InputError for what the model does not have, by name."""
-    name, at, position = text.rpartition("@")
-    if not at:
-        name, position = text, ""
-    elif not position:
-        raise InputError(f"{text!r} has no position after the '@'; write 'a9.h9@S2' or 'a9.h9@4'.")
-    number = as_number(position)
-    where = None if not at else position if number is None else number
-    found = _UNIT.fullmatch(name)
-    if found is None:
-        if name.partition(".")[0] not in LAYER_SITES + GLOBAL_SITES:
-            raise InputError(
-                f"{text!r} is not a part of a model; parts look like 'a9.h9', 'a9.h9<q>', 'm3', 'm3.n17' or "
-                "'resid_pre.5', each with an optional '@S2' or '@4'."
-            )
+    found = Address.parse(text)
+    where = found.position or None
+    number = as_number(found.position)
+    where = where if number is None else number
+    if found.channel and (found.kind not in ("head", "kv_head") or found.channel not in CHANNELS):
+        raise not_a_name(text, "part of a model")
+    if found.kind in ("feature", "error"):
+        raise InputError(
+            f"{clip(text, 60)!r} is a feature of {found.base!r}, and no feature basis is given; pass "
+            "`features=[basis]` to an analysis that takes features."
+        )
+    if found.kind in ("logits", "expert"):
+        raise InputError(f"{clip(text, 60)!r} cannot be read or edited by itself; name 'm3' or a site.")
+    if found.kind in ("site", "input", "embed", "pos_embed"):
+        name = {"site": found.base, "input": "resid_pre.0"}.get(found.kind, found.kind)
         site = Site.parse(name)
         model.resolve(site)
         return Part(site, None, where)
-    if name == "input":
-        return Part(Site("resid_pre", 0), None, where)
-    layer = int(found["m"] if found["m"] is not None else found["a"])
-    if layer >= model.dims.n_layers:
+    if found.layer >= model.dims.n_layers:
         raise InputError(f"{text!r} does not exist: the model has layers 0 to {model.dims.n_layers - 1}.")
-    if found["m"] is not None:
-        neuron = None if found["neuron"] is None else int(found["neuron"])
-        site = Site("mlp_out" if neuron is None else "mlp_post", layer)
-    elif found["head"] is None:
-        site, neuron = Site("attn_out", layer), None
+    unit = found.number if found.number >= 0 else None
+    if found.kind in ("head", "kv_head"):
+        channel = found.channel or "z"
+        check_head(model.dims, text, "kv" if found.kind == "kv_head" else "h", found.number, channel)
+        site = Site(channel, found.layer)
     else:
-        channel = found["channel"] or "z"
-        check_head(model.dims, text, found["kind"], int(found["head"]), channel)
-        site, neuron = Site(channel, layer), int(found["head"])
+        site = Site({"attention": "attn_out", "mlp": "mlp_out", "neuron": "mlp_post"}[found.kind], found.layer)
     model.resolve(site)
-    if site.kind == "mlp_post" and neuron is not None and neuron >= n_units(model, site):
+    if found.kind == "neuron" and found.number >= n_units(model, site):
         raise InputError(
-            f"{text!r} does not exist: the MLP of layer {layer} has neurons 0 to {n_units(model, site) - 1}."
+            f"{text!r} does not exist: the MLP of layer {found.layer} has neurons 0 to {n_units(model, site) - 1}."
         )
-    return Part(site, neuron, where)
+    return Part(site, unit, where)
 
 
 def check_head(dims: Dims, text: str, kind: str, head: int, channel: str) -> None:

@@ -1,16 +1,19 @@
-"""The names of sites, nodes and edges, each with one text form.
+"""The names of sites, nodes and edges, each with one text form, and the one parser of names.
 
 A *site* is one tensor of the forward pass (`z.3`: the head outputs of layer 3 before the output projection).
 A *node* is a unit that writes to the residual stream (`a9.h9`, `m3`, `input`) or `logits`.
 An *edge* goes from a writer to one input of a reader: `a0.h0->a5.h5<q>`, `m11->logits`.
+An *address* is any name that a user writes: `a9.h9`, `a9.h9<q>`, `m3`, `m3.n17`, `m3.f17`, `m3.err`, `m3.e5`,
+`resid_pre.5`, `resid_pre.5.f17`, each with `@S2`.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
 
-from mechinterp.base.errors import InputError
+from mechinterp.base.errors import InputError, clip
 from mechinterp.base.registry import unknown
 
 GLOBAL_SITES = ("embed", "pos_embed", "resid_final", "final_norm")
@@ -84,10 +87,101 @@ class Site:
         return Site(kind, int(layer) if dot else None)
 
 
-_NODE = re.compile(
-    r"a(?P<a>\d{1,4})\.(?P<unit>h|kv)(?P<head>\d{1,5})|m(?P<m>\d{1,4})(?:\.n(?P<neuron>\d{1,7}))?"
-    r"|input|embed|pos_embed|logits"
-)
+_NUMBERED = {
+    "head": "a{layer}.h{number}",
+    "kv_head": "a{layer}.kv{number}",
+    "neuron": "m{layer}.n{number}",
+    "expert": "m{layer}.e{number}",
+    "attention": "a{layer}",
+    "mlp": "m{layer}",
+    "feature": "{base}.f{number}",
+    "error": "{base}.err",
+}
+"""How names with numbers are written, kind by kind; the names of other kinds are the kind."""
+BARE = ("input", "embed", "pos_embed", "logits")
+_PARTS = {"layer": r"(?P<layer>[0-9]{1,4})", "number": r"(?P<number>[0-9]{1,9})", "base": r"(?P<base>[^@<>]{1,200})"}
+_PATTERNS = {kind: re.compile(text.replace(".", r"\.").format(**_PARTS)) for kind, text in _NUMBERED.items()}
+_AROUND = re.compile(r"(?P<name>[^@<>]+)(?:<(?P<channel>[a-z]{1,10})>)?(?P<at>@(?P<position>.*))?", re.DOTALL)
+LOOKS = {
+    "node": "nodes look like 'a9.h9', 'm3', 'm3.n17', 'input' or 'logits'",
+    "part of a model": (
+        "parts look like 'a9.h9', 'a9.h9<q>', 'm3', 'm3.n17' or 'resid_pre.5', each with an optional '@S2' or '@4'"
+    ),
+    "feature": "features look like 'm3.f17' or 'm3.err', with an optional '@S2'",
+    "edge": "edges look like 'a0.h0->a5.h5<q>' or 'm11->logits'",
+}
+"""What is said of a name that is none, by what was expected."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """A name taken apart: `a9.h9<q>@S2`, `m3.f17`, `resid_pre.5`.
+
+    Args:
+        kind: `head`, `kv_head`, `attention` (`a9`), `mlp`, `neuron`, `expert` (`m3.e5`), `feature`, `error` (`m3.err`),
+            `input`, `embed`, `pos_embed`, `logits` or `site`.
+        layer: The layer; -1 where the name has none.
+        number: The number of the head, neuron, expert or feature; -1 for the others.
+        base: Of a feature or an error, the name of its basis; of a site, its name.
+        channel: What stands between `<` and `>`: which input of a node, or which of its values.
+        position: What stands after the `@`; "" for all positions.
+    """
+
+    kind: str
+    layer: int = -1
+    number: int = -1
+    base: str = ""
+    channel: str = ""
+    position: str = ""
+
+    @staticmethod
+    def parse(text: str, expected: str = "part of a model") -> Address:
+        """The parts of a name. This is the only parser of names; it knows no model.
+
+        Args:
+            text: The name.
+            expected: What it should be (of `LOOKS`), for the message.
+
+        Raises InputError for anything else, with the nearest name.
+
+        >>> Address.parse("a9.h6<q>@S2")
+        Address(kind='head', layer=9, number=6, base='', channel='q', position='S2')
+        """
+        around = _AROUND.fullmatch(text)
+        if around is None:
+            raise not_a_name(text, expected)
+        if around["at"] and not around["position"]:
+            raise InputError(f"{clip(text, 60)!r} has no position after the '@'; write 'a9.h9@S2' or 'a9.h9@4'.")
+        name, rest = around["name"], {"channel": around["channel"] or "", "position": around["position"] or ""}
+        if name in BARE:
+            return Address(name, **rest)
+        for kind, pattern in _PATTERNS.items():
+            if (found := pattern.fullmatch(name)) is not None:
+                parts = found.groupdict()
+                numbers = {key: int(parts[key]) for key in ("layer", "number") if key in parts}
+                return Address(kind, **numbers, base=parts.get("base", ""), **rest)
+        if name.partition(".")[0] in LAYER_SITES + GLOBAL_SITES:
+            site = Site.parse(name)
+            return Address("site", -1 if site.layer is None else site.layer, base=str(site), **rest)
+        raise not_a_name(text, expected)
+
+
+def not_a_name(text: str, expected: str) -> InputError:
+    """The error for a text that is not a name of the expected sort, with the nearest name.
+
+    >>> print(not_a_name("a9.g6", "node"))
+    'a9.g6' is not a node; nodes look like 'a9.h9', 'm3', 'm3.n17', 'input' or 'logits'. Did you mean 'a9.h6'?
+    """
+    numbers = re.findall(r"[0-9]+", text[:60])
+    shape = re.sub(r"[0-9]+", "#", text[:60])
+    forms = [re.sub(r"{(layer|number)}", "#", form).replace("{base}", "m#") for form in _NUMBERED.values()]
+    forms += [*BARE, *(f"{kind}.#" for kind in LAYER_SITES), *GLOBAL_SITES]
+    near = difflib.get_close_matches(shape, [form for form in forms if form.count("#") == len(numbers)], n=1)
+    for number in numbers if near else ():
+        near[0] = near[0].replace("#", number, 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    article = "an" if expected == "edge" else "a"
+    return InputError(f"{clip(text, 60)!r} is not {article} {expected}; {LOOKS[expected]}.{hint}")
 
 
 @dataclass(frozen=True, order=True)
@@ -95,46 +189,54 @@ class Node:
     """A node of the graph: a unit that writes to the residual stream, or the logits.
 
     Args:
-        kind: `input`, `embed`, `pos_embed`, `head`, `kv_head`, `mlp`, `neuron` or `logits`. A `kv_head` (`a5.kv1`) is
-            a reader only: the key/value head that several query heads share. A `neuron` (`m3.n17`) is a neuron that
-            is a separate node of its MLP.
+        kind: `input`, `embed`, `pos_embed`, `head`, `kv_head`, `mlp`, `neuron`, `expert`, `feature`, `error` or
+            `logits`. A `kv_head` (`a5.kv1`) is a reader only: the key/value head that several query heads share. A
+            `neuron` (`m3.n17`), an `expert` (`m3.e5`) or a `feature` (`m3.f17`) is a part of an MLP that is a separate
+            node.
         layer: The layer; -1 for input, embed, pos_embed and logits.
-        head: The number of the head or neuron in its layer; -1 for the other kinds.
+        head: The number of the head, neuron, expert or feature in its layer; -1 for the other kinds.
+        base: The name of a feature's basis.
 
     >>> Node.parse("a9.h6"), str(Node("mlp", 3))
-    (Node(kind='head', layer=9, head=6), 'm3')
+    (Node(kind='head', layer=9, head=6, base=''), 'm3')
     """
 
     kind: str
     layer: int = -1
     head: int = -1
+    base: str = ""
 
     def __str__(self) -> str:
-        if self.kind == "head":
-            return f"a{self.layer}.h{self.head}"
-        if self.kind == "kv_head":
-            return f"a{self.layer}.kv{self.head}"
-        if self.kind == "neuron":
-            return f"m{self.layer}.n{self.head}"
-        return f"m{self.layer}" if self.kind == "mlp" else self.kind
+        form = _NUMBERED.get(self.kind, self.kind)
+        return form.format(layer=self.layer, number=self.head, base=self.base)
+
+    @property
+    def in_mlp(self) -> bool:
+        """Whether it is an MLP or a part of one."""
+        return str(self).startswith("m")
 
     @staticmethod
     def parse(text: str) -> Node:
         """The node with this text.
 
         Args:
-            text: `a9.h9`, `a5.kv1`, `m3`, `m3.n17`, `input`, `embed`, `pos_embed` or `logits`.
+            text: `a9.h9`, `a5.kv1`, `m3`, `m3.n17`, `m3.e5`, `m3.f17`, `m3.err`, `input`, `embed`, `pos_embed` or
+                `logits`.
 
         Raises InputError for anything else.
         """
-        found = _NODE.fullmatch(text)
-        if not found:
-            raise InputError(f"{text!r} is not a node; nodes look like 'a9.h9', 'm3', 'input' or 'logits'.")
-        if found["a"] is not None:
-            return Node("head" if found["unit"] == "h" else "kv_head", int(found["a"]), int(found["head"]))
-        if found["neuron"] is not None:
-            return Node("neuron", int(found["m"]), int(found["neuron"]))
-        return Node("mlp", int(found["m"])) if found["m"] is not None else Node(text)
+        found = Address.parse(text, "node")
+        if found.kind in ("site", "attention") or found.channel or found.position:
+            raise not_a_name(text, "node")
+        return Node(found.kind, _layer_of(found), found.number, found.base)
+
+
+def _layer_of(address: Address) -> int:
+    """Its layer; of a feature that of its basis, where the name says it."""
+    if address.kind not in ("feature", "error"):
+        return address.layer
+    found = re.fullmatch(r"(?:[am]|[a-z_]+\.)([0-9]{1,4})", address.base)
+    return -1 if found is None else int(found[1])
 
 
 @dataclass(frozen=True, order=True)
@@ -169,18 +271,26 @@ class Edge:
 
         Raises InputError for anything else.
         """
-        whole, position = split_position(text)
-        writer, arrow, rest = whole.partition("->")
-        found = re.fullmatch(r"([^<>]+)(?:<([qkv])>)?", rest)
-        if not arrow or not found:
-            raise InputError(f"{text!r} is not an edge; edges look like 'a0.h0->a5.h5<q>' or 'm11->logits'.")
-        edge = Edge(Node.parse(writer), Node.parse(found[1]), found[2] or "", position)
-        reads = edge.reader.kind in ("head", "kv_head", "mlp", "logits")
-        if edge.writer.kind in ("logits", "kv_head") or not reads:
+        writer, arrow, rest = text.partition("->")
+        if not arrow or not rest:
+            raise not_a_name(text, "edge")
+        read = Address.parse(rest, "edge")
+        bare = rest.partition("@")[0].partition("<")[0]
+        edge = Edge(Node.parse(writer), Node.parse(bare), read.channel, read.position)
+        if edge.writer.kind in ("logits", "kv_head") or edge.reader.kind in BARE[:-1]:
             raise InputError(f"{text!r} is not an edge: it must go from a writer to a reader.")
-        if (edge.reader.kind in ("head", "kv_head")) != bool(edge.channel):
-            raise InputError(f"{text!r} is not an edge: heads, and only heads, are read through <q>, <k> or <v>.")
+        if edge.reader.kind in ("head", "kv_head"):
+            if edge.channel not in ("q", "k", "v"):
+                raise InputError(f"{text!r} is not an edge: a head is read through <q>, <k> or <v>.")
+        elif edge.channel not in ("", *_CHANNELS.get(edge.reader.kind, ())):
+            raise InputError(f"{text!r} is not an edge: <{edge.channel}> is not an input of {edge.reader}.")
+        elif edge.reader.kind in ("neuron", "expert", "error"):
+            raise InputError(f"{text!r} is not an edge: it must go from a writer to a reader.")
         return edge
+
+
+_CHANNELS = {"mlp": ("router",), "feature": ("in",)}
+"""The inputs that a node has besides its own: a mixture of experts also reads for its router."""
 
 
 def split_position(text: str) -> tuple[str, str]:
@@ -191,7 +301,7 @@ def split_position(text: str) -> tuple[str, str]:
     """
     name, at, position = text.partition("@")
     if at and not position:
-        raise InputError(f"{text!r} names no position after '@'.")
+        raise InputError(f"{clip(text, 60)!r} has no position after the '@'; write 'a9.h9@S2' or 'a9.h9@4'.")
     return name, position
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+import mechinterp as mi
+from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.engines.edge_attribution import activation_path_gradients, edge_gradients
 from mechinterp.engines.edge_patching import run_edges
 from mechinterp.engines.mask_gradients import mask_gradients
@@ -22,7 +24,7 @@ from mechinterp.graphs.families.normed_ports import Step
 from mechinterp.graphs.families.write_block import Dense, LowRank, WriteBlock, less_parts
 from mechinterp.graphs.graph import Graph, build_graph
 from mechinterp.models.hook_manager import HookManager
-from mechinterp.models.sites import Site
+from mechinterp.models.sites import Node, Site
 from mechinterp.tasks.metrics import get_metric
 from tests.support.models_tiny import ALL_FLOAT64, D_MODEL, EVERY, pairs, small_cut, tiny
 
@@ -303,3 +305,21 @@ def test_scores_of_parts_and_rest_add_up_to_those_of_the_whole(name: str, kind: 
             run_edges(model, g, ids, cut) for g, cut in zip((graphs.split, graphs.whole), cuts, strict=True)
         )
         torch.testing.assert_close(split, whole, **close(name))
+
+
+def test_a_circuit_file_does_not_take_nodes_that_it_cannot_describe(tmp_path: Path) -> None:
+    graph = graph_for("gpt2", "direction")
+    circuit = mi.select(graph, mi.score_edges(tiny("gpt2"), graph, some(), method="eap"), edges=9)
+    assert str(Node.parse("m0.f0")) in {name for name in graph.writers}
+    assert graph.digest() != build_graph(tiny("gpt2"), parts=directions(shown_on_the_page())[::-1][:1]).digest()
+    with pytest.raises(UnsupportedError, match=r"this graph has 'm0\.f0'"):
+        mi.save_circuit(tmp_path / "x.circuit.json", circuit, model=tiny("gpt2"), title="x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_of_what_the_model_does_not_have_are_refused() -> None:
+    made: Any = shown_on_the_page()
+    for layer, twice in ((9, False), (0, True)):
+        part = made(layer, (1.0,) + (0.0,) * (D_MODEL - 1))
+        with pytest.raises(InputError, match="Two families have a node 'm0.f0'" if twice else "is part of 'm9'"):
+            build_graph(tiny("gpt2"), parts=[part] * (1 + twice))

@@ -42,7 +42,9 @@ def check_holds(graph: Graph, tool: str, takes: Collection[str] = ()) -> None:
     """
     if not graph.plain:
         part = "edges at named positions" if graph.positions else "nodes chosen as one"
-        raise _unsupported(tool, "neurons as separate nodes" if any(graph.neurons) else part)
+        if graph.split_writers:
+            part = "neurons as separate nodes" if graph.neurons else "parts of MLPs as separate nodes"
+        raise _unsupported(tool, part)
     if graph.split_input and SPLIT_INPUT not in takes:
         raise _unsupported(tool, SPLIT_INPUT)
     check_dims(graph.dims, tool, takes)

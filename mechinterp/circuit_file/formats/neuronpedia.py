@@ -23,11 +23,12 @@ from mechinterp.circuit_file.formats.format import Export
 from mechinterp.circuit_file.formats.node_link_graph import CircuitNode, links_of, nodes_of
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.graphs.circuit import Circuit
+from mechinterp.graphs.colours import NODE_LOOKS
 
 ALL_POSITIONS = "(all positions)"
 _TYPES = {
-    **dict.fromkeys(("input", "embed", "pos_embed"), "embedding"),
-    **{"head": "attention head", "mlp": "mlp", "neuron": "neuron", "logits": "logit"},
+    **{kind: look.label.lower() for kind, look in NODE_LOOKS.items()},
+    **{"input": "embedding", "embed": "embedding", "pos_embed": "embedding", "logits": "logit"},
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.graphs.circuit import Circuit, NodeGraph
+from mechinterp.graphs.colours import NODE_LOOKS
 from mechinterp.models.sites import Node, node_of, split_position
 
 
@@ -92,5 +93,4 @@ def printable(text: str) -> str:
 
 
 def _order(node: Node) -> tuple[bool, int, int, int]:
-    kinds = {"input": 0, "embed": 0, "pos_embed": 1, "head": 2, "mlp": 3, "neuron": 4, "logits": 5}
-    return (node.kind == "logits", node.layer, kinds[node.kind], node.head)
+    return (node.kind == "logits", node.layer, list(NODE_LOOKS).index(node.kind), node.head)

@@ -14,12 +14,13 @@ from mechinterp.circuit_file.formats.node_link_graph import Link, link_colour, l
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.circuit_file.summary import NO_ROLE, coloured
 from mechinterp.graphs.circuit import Circuit, NodeGraph
+from mechinterp.graphs.colours import NODE_LOOKS
 
 MOST_EDGES = 400
 """If there are more edges, only the strongest are drawn, as in the figures of this package."""
 WIDTHS = (0.3, 2.4)
 """Width of a line in points, from score 0 to the largest absolute score, linear."""
-FILLS = {"head": "2f5f8f", "mlp": "7b4fa3", "neuron": "a3568c"}
+FILLS = {kind: look.colour[1:] for kind, look in NODE_LOOKS.items() if look.named}
 OTHER_FILL = "5c6773"
 X, Y = 1.9, 1.3
 """Centimetres between neighbours of a row, and between rows."""

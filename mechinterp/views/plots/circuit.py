@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import networkx as nx
@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from mechinterp.circuit_file.schema import Role
 from mechinterp.circuit_file.summary import NO_ROLE, coloured
 from mechinterp.graphs.circuit import Circuit
-from mechinterp.graphs.colours import CHANNEL_COLOURS, LEFT_PIXELS, SEVERAL, look
+from mechinterp.graphs.colours import CHANNEL_COLOURS, LEFT_PIXELS, NODE_LOOKS, SEVERAL, NodeLook, look
 from mechinterp.graphs.layered_layout import Drawing, Net, Strand, draw_layered
 from mechinterp.models.sites import node_of, split_position
 
@@ -31,35 +31,19 @@ HOVER_STEP = 5
 """One in so many points of an edge's curve shows its text on hover."""
 
 
-@dataclass(frozen=True)
-class NodeGroup:
-    """Nodes that look alike: their label, colour and symbol, and whether the legend names them."""
-
-    label: str
-    colour: str
-    symbol: str
-    named: bool
-
-
-KINDS = {
-    "input": NodeGroup("input", "#5c6773", "square", named=False),
-    "head": NodeGroup("attention head", "#2f5f8f", "circle", named=True),
-    "mlp": NodeGroup("MLP", "#7b4fa3", "square", named=True),
-    "neuron": NodeGroup("neuron", "#a3568c", "diamond", named=True),
-    "logits": NodeGroup("logits", "#5c6773", "square", named=False),
-}
+KINDS = NODE_LOOKS
 MAX_EDGES_DRAWN = 400
 """More edges cannot be told apart, and slow down a browser."""
 
 
-def node_kinds(roles: Mapping[str, Role]) -> dict[str, NodeGroup]:
+def node_kinds(roles: Mapping[str, Role]) -> dict[str, NodeLook]:
     """The look of nodes without a role, by kind: grey if other nodes have roles, so that every colour is a role."""
     if not roles:
         return KINDS
     without = {
         kind: replace(group, label=f"{group.label} without a role", colour=NO_ROLE)
         for kind, group in KINDS.items()
-        if kind in ("head", "mlp", "neuron")
+        if group.named
     }
     return {**KINDS, **without}
 
@@ -190,18 +174,18 @@ def _edge_text(strand: Strand) -> str:
     return f"<b>{html.escape(strand.name)}</b><br>score {strand.score:.4g}{against}"
 
 
-def _node_groups(drawing: Drawing, roles: Mapping[str, Role]) -> dict[NodeGroup, list[str]]:
+def _node_groups(drawing: Drawing, roles: Mapping[str, Role]) -> dict[NodeLook, list[str]]:
     """The nodes grouped by role, those without one by kind."""
-    of_node: dict[str, NodeGroup] = {}
+    of_node: dict[str, NodeLook] = {}
     for role, colour in coloured(roles):
-        of_node.update({name: NodeGroup(role.label, colour, "circle", named=True) for name in role.nodes})
-    groups, kinds = dict[NodeGroup, list[str]](), node_kinds(roles)
+        of_node.update({name: NodeLook(role.label, colour, "circle", named=True) for name in role.nodes})
+    groups, kinds = dict[NodeLook, list[str]](), node_kinds(roles)
     for name in drawing.places:
         groups.setdefault(of_node.get(name, kinds[kind_of(name)]), []).append(name)
     return groups
 
 
-def _node_trace(circuit: Circuit, drawing: Drawing, group: NodeGroup, names: Sequence[str]) -> go.Scatter:
+def _node_trace(circuit: Circuit, drawing: Drawing, group: NodeLook, names: Sequence[str]) -> go.Scatter:
     return go.Scatter(
         x=[round(drawing.places[name][0], 3) for name in names],
         y=[drawing.places[name][1] for name in names],
@@ -234,7 +218,7 @@ def kind_of(name: str) -> str:
     return "input" if kind in ("embed", "pos_embed") else kind
 
 
-def _node_text(circuit: Circuit, drawing: Drawing, group: NodeGroup, name: str) -> str:
+def _node_text(circuit: Circuit, drawing: Drawing, group: NodeLook, name: str) -> str:
     entering = [strand for strand in drawing.strands if strand.reader == name]
     # An edge into a shared K or V head is drawn to each head of the group; it leaves its writer once.
     leaving = {strand.name: strand.score for strand in drawing.strands if strand.writer == name}

@@ -18,6 +18,7 @@ from mechinterp.analysis.direct_logit_attribution import direct_logit_attributio
 from mechinterp.analysis.logit_lens import writes_lens
 from mechinterp.base.errors import MechInterpError
 from mechinterp.graphs.circuit import Circuit
+from mechinterp.models.components import NODES_WITH_SITES
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node, Site, node_of, split_position
 from mechinterp.tasks.pairs import Pairs
@@ -112,8 +113,8 @@ def _chosen(circuit: Circuit, most: int) -> tuple[list[str], list[str]]:
     """The nodes to measure, in the order of the model, and notes on the others."""
     own = list(dict.fromkeys(split_position(name)[0] for name in circuit.nodes))
     split = set(circuit.graph.split_writers)  # the remainder of a split MLP has no single output
-    found = [name for name in own if node_of(name).kind in ("head", "mlp", "neuron") and name not in split]
-    notes = [f"No details for {', '.join(sorted(split & set(own)))}: some of their neurons are separate nodes."]
+    found = [name for name in own if node_of(name).kind in NODES_WITH_SITES and name not in split]
+    notes = [f"No details for {', '.join(sorted(split & set(own)))}: parts of them are separate nodes."]
     notes = notes if split & set(own) else []
     if len(found) <= most:
         return found, notes
