@@ -152,17 +152,17 @@ class Address:
             raise not_a_name(text, expected)
         if around["at"] and not around["position"]:
             raise InputError(f"{clip(text, 60)!r} has no position after the '@'; write 'a9.h9@S2' or 'a9.h9@4'.")
-        name, rest = around["name"], {"channel": around["channel"] or "", "position": around["position"] or ""}
+        name, channel, position = around["name"], around["channel"] or "", around["position"] or ""
         if name in BARE:
-            return Address(name, **rest)
+            return Address(name, channel=channel, position=position)
         for kind, pattern in _PATTERNS.items():
             if (found := pattern.fullmatch(name)) is not None:
-                parts = found.groupdict()
-                numbers = {key: int(parts[key]) for key in ("layer", "number") if key in parts}
-                return Address(kind, **numbers, base=parts.get("base", ""), **rest)
+                part: dict[str, str] = found.groupdict()
+                layer, number = (int(part.get(key, -1)) for key in ("layer", "number"))
+                return Address(kind, layer, number, part.get("base", ""), channel, position)
         if name.partition(".")[0] in LAYER_SITES + GLOBAL_SITES:
             site = Site.parse(name)
-            return Address("site", -1 if site.layer is None else site.layer, base=str(site), **rest)
+            return Address("site", -1 if site.layer is None else site.layer, -1, str(site), channel, position)
         raise not_a_name(text, expected)
 
 
