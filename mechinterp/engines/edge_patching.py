@@ -184,18 +184,25 @@ class PatchedRun:
         return min([first, *(self.graph.layer_of(w) for w in replaced[:1, 0].tolist())])
 
     def plan(self, layers: range) -> list[Intervention]:
-        """The edits of these layers. At one site the parts of a writer are kept before the writer itself."""
-        plan: list[Intervention] = []
+        """The edits of these layers in the order of the model: at one site, what is read is there before what writes.
+
+        The parts of a writer are kept before the writer itself.
+        """
         here = [family for family in self.graph.families if family.layer in layers]
-        for family in sorted(here, key=lambda family: (family.written, family.part_of is None)):
-            if sites := self._cut_sites(family):
-                plan.append(Intervention(family.stream, self._stream_tap(family)))
-                plan += [Intervention(ports.site, self._port_edit(ports, rows)) for ports, rows in sites]
-            if self._used(family):
-                plan += self._write_taps(family)
-            together = [family, *self.graph.parts_of(family)] if family.part_of is None else []
-            if any(self._replaced(one) for one in together):
-                plan.append(Intervention(family.output, self._replacing(family.output)))
+        steps = [(family.reads, 1, True, self._reading(family)) for family in here if family.reads is not None]
+        steps += [(family.written, 0, family.part_of is None, self._writing(family)) for family in here]
+        return [edit for *_, edits in sorted(steps, key=lambda step: step[:3]) for edit in edits]
+
+    def _reading(self, family: NodeFamily) -> list[Intervention]:
+        sites = self._cut_sites(family)
+        edits = [Intervention(ports.site, self._port_edit(ports, rows)) for ports, rows in sites]
+        return [Intervention(family.stream, self._stream_tap(family)), *edits] if sites else []
+
+    def _writing(self, family: NodeFamily) -> list[Intervention]:
+        plan = self._write_taps(family) if self._used(family) else []
+        together = [family, *self.graph.parts_of(family)] if family.part_of is None else []
+        if any(self._replaced(one) for one in together):
+            plan.append(Intervention(family.output, self._replacing(family.output)))
         return plan
 
     def fold(self, value: Tensor) -> Tensor:

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.base.registry import unknown
+from mechinterp.graphs.families.experts import Experts
 from mechinterp.graphs.families.family import Moment, NodeFamily, Ports
 from mechinterp.graphs.families.heads import Heads
 from mechinterp.graphs.families.inputs import Input
 from mechinterp.graphs.families.mlp import Mlp
 from mechinterp.graphs.families.neurons import Neurons
+from mechinterp.models.experts import check_experts, is_routed, n_experts
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.layout import Dims
 from mechinterp.models.sites import Site
@@ -331,13 +333,14 @@ def build_graph(
     positions: Sequence[str] = (),
     answers: str | None = None,
     neurons: Mapping[int, Sequence[int]] | None = None,
+    experts: bool = False,
     parts: Sequence[NodeFamily] = (),
 ) -> Graph:
     """The graph of all edges that the model has.
 
     Raises InputError for invalid names and numbers and for a graph too large for a dense table; UnsupportedError if
     the model has no position embedding to split off, or its sum is not what enters the first layer (Gemma scales its
-    embedding), or an MLP has no separate neurons.
+    embedding), an MLP has no separate neurons, or its experts cannot be told apart exactly.
 
     Args:
         model: The model.
@@ -347,6 +350,7 @@ def build_graph(
             then separate.
         answers: The position where the metric reads; by default `end` if it is among `positions`, else `rest`.
         neurons: Neurons, by layer, that are writers of their own, apart from their MLP; see `top_neurons`.
+        experts: Whether every expert of a mixture of experts is a writer of its own (`m3.e5`).
         parts: Families of nodes that are parts of what heads or MLPs write, as `mechinterp.graphs.families` describes.
     """
     if split_input:
@@ -360,6 +364,8 @@ def build_graph(
             if not all(type(n) is int and 0 <= n < d_mlp for n in neurons[layer]):
                 raise InputError(f"Layer {layer} has neurons 0 to {d_mlp - 1}; got {list(neurons[layer])[:5]}.")
         chosen = [tuple(sorted(neurons.get(layer, ()))) for layer in range(model.dims.n_layers)]
+    if experts:
+        parts = [*parts, *experts_of(model)]
     for part in parts:
         part.check(model)
     return graph_of(
@@ -424,6 +430,16 @@ def graph_of(
     fed = torch.zeros_like(possible)
     fed[tuple(torch.tensor(feeds, dtype=torch.long).reshape(-1, 2).T)] = True
     return Graph(dims, split_input, tuple(writers), tuple(readers), possible, fed, names, where, tuple(families), level)
+
+
+def experts_of(model: HookManager) -> list[NodeFamily]:
+    """The experts of every layer that has some. Raises UnsupportedError if no layer has, or they do not add up."""
+    layers = [layer for layer in range(model.dims.n_layers) if is_routed(model, layer)]
+    if not layers:
+        raise UnsupportedError(f"{model.info.architecture} has no mixture of experts; leave out `experts`.")
+    for layer in layers:
+        check_experts(model, layer)
+    return [Experts(layer, n_experts(model, layer)) for layer in layers]
 
 
 def whole_families(dims: Dims, *, split_input: bool = False) -> list[NodeFamily]:

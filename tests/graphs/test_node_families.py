@@ -26,7 +26,7 @@ from mechinterp.graphs.graph import Graph, build_graph
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node, Site
 from mechinterp.tasks.metrics import get_metric
-from tests.support.models_tiny import ALL_FLOAT64, D_MODEL, EVERY, pairs, small_cut, tiny
+from tests.support.models_tiny import ALL_FLOAT64, D_MODEL, EVERY, MIXTURES, pairs, small_cut, tiny
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "add-node-family.md"
 LOGIT_DIFF = get_metric("logit_diff")
@@ -76,6 +76,7 @@ def graph_for(name: str, kind: str) -> Graph:
         "direction": {"parts": directions(shown_on_the_page())},
         "dense direction": {"parts": directions(as_dense(shown_on_the_page()))},
         "positions": {"neurons": {1: [4, 5]}, "positions": ("a", "end")},
+        "experts": {"experts": True},
     }.get(kind, {})
     return build_graph(tiny(name), **options)
 
@@ -87,6 +88,7 @@ def cases() -> Iterator[tuple[str, str]]:
             with_mlp = name != "attention-only" or kind in ("whole", "split input")
             if with_mlp and (kind != "split input" or name in ("gpt2", "attention-only", "no-norm")):
                 yield name, kind
+    yield from ((name, "experts") for name in MIXTURES)
 
 
 CASES = pytest.mark.parametrize(("name", "kind"), list(cases()))
@@ -126,7 +128,7 @@ def test_writes_and_biases_add_up_to_the_stream(name: str, kind: str) -> None:
     blocks = blocks_of(model, graph, recorded)
     biases = {f.written: bias for f in graph.families if (bias := attention_bias(model, f, recorded)) is not None}
     moments = [(f.stream, f.reads) for f in graph.families if f.reads is not None]
-    for site, moment in [*moments, (Site("resid_final"), (3, 0))]:
+    for site, moment in [*moments, (Site("resid_final"), (model.dims.n_layers, 0))]:
         terms = [block.total() for family, block in blocks.items() if family.written <= moment]
         terms += [bias for written, bias in biases.items() if written <= moment]
         torch.testing.assert_close(sum(terms), run.values[site].double(), **close(name))
@@ -285,8 +287,12 @@ class Refined:
         return table.new_zeros(len(table), len(row)).index_add(1, columns, table)
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if name != "attention-only"])
-@pytest.mark.parametrize("kind", ["neurons", "direction", "dense direction"])
+SPLIT = [
+    (name, kind) for name in EVERY for kind in ("neurons", "direction", "dense direction") if name != "attention-only"
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), [*SPLIT, *((name, "experts") for name in MIXTURES)])
 def test_scores_of_parts_and_rest_add_up_to_those_of_the_whole(name: str, kind: str) -> None:
     model, ids = tiny(name), some()
     graphs = Refined(graph_for(name, kind), build_graph(model))
@@ -296,7 +302,7 @@ def test_scores_of_parts_and_rest_add_up_to_those_of_the_whole(name: str, kind: 
     split, whole = (activation_path_gradients(model, g, ids, LOGIT_DIFF, (0.5,)) for g in (graphs.split, graphs.whole))
     torch.testing.assert_close(graphs.merged(split), whole, **close(name))
     # Exactly: parts and rest replaced together are the whole node replaced.
-    for layer in (0, 2):
+    for layer in (0, model.dims.n_layers - 1):
         cuts = [
             g.possible & torch.tensor([name == f"m{layer}" or name.startswith(f"m{layer}.") for name in g.writers])
             for g in (graphs.split, graphs.whole)
@@ -323,3 +329,38 @@ def test_parts_of_what_the_model_does_not_have_are_refused() -> None:
         part = made(layer, (1.0,) + (0.0,) * (D_MODEL - 1))
         with pytest.raises(InputError, match="Two families have a node 'm0.f0'" if twice else "is part of 'm9'"):
             build_graph(tiny("gpt2"), parts=[part] * (1 + twice))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_an_expert_writes_its_output_times_its_weight(name: str) -> None:
+    """Against the experts' own matrices: an expert that is not chosen writes 0, and nothing is left of the MLP."""
+    model, ids = tiny(name), some()
+    graph = graph_for(name, "experts")
+    recorded = record_writes(model, graph, ids.clean, ids).values
+    blocks = blocks_of(model, graph, recorded)
+    for family in graph.families:
+        if family.part_of is not None:
+            written = blocks[family].dense()
+            chosen = (written != 0).any(-1).sum(0)
+            assert bool((chosen == 2).all())  # two experts a token
+        elif family.writers[0][0] == "m":
+            size = float(recorded[family.output].abs().max())
+            assert float(blocks[family].dense().abs().max()) < 1e-5 * size  # rounding
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_an_expert_reads_what_the_cut_left_of_the_stream(name: str) -> None:
+    """Cutting edges into an MLP and the edge from one expert: as if the MLP were run on that input."""
+    model, ids = tiny(name), some()
+    graph, whole = graph_for(name, "experts"), build_graph(tiny(name))
+    readers = ["input->m1", "a0.h1->m1"]
+    parts = [f"m1.e{i}->logits" for i in range(4)]
+    split = graph.mask_of([*readers, "m1->logits", *parts])
+    expected = run_edges(model, whole, ids, whole.mask_of([*readers, "m1->logits"]))
+    torch.testing.assert_close(run_edges(model, graph, ids, split), expected, **close(name))
+    assert not torch.allclose(run_edges(model, graph, ids, graph.mask_of([*readers, parts[0]])), expected)
+
+
+def test_experts_of_a_model_without_them_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="has no mixture of experts"):
+        build_graph(tiny("gpt2"), experts=True)

@@ -25,6 +25,9 @@ ALL_FLOAT64 = ("gpt2", "neox", "attention-only", "no-norm")
 """Shapes that compute in the dtype of their weights throughout. In the others Hugging Face's RMSNorm (and in all
 rotary ones the cosines) run in float32 even when the weights are float64."""
 
+MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss")
+"""Shapes whose MLPs are mixtures of experts."""
+
 _ROTARY = {
     "hidden_size": D_MODEL,
     "num_hidden_layers": N_LAYERS,
@@ -33,6 +36,9 @@ _ROTARY = {
     "max_position_embeddings": N_CTX,
 }
 _GROUPED = {**_ROTARY, "num_key_value_heads": 2}
+_MIXTURE = {**_GROUPED, "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+_QWEN3_MOE = {**_GROUPED, "num_hidden_layers": 2, "head_dim": 4, "num_experts": 4, "num_experts_per_tok": 2}
+_QWEN3_MOE |= {"moe_intermediate_size": 8, "decoder_sparse_step": 1}
 _GPT2 = {"n_positions": N_CTX, "n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": N_HEADS}
 _GEMMA2 = {**_GROUPED, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
 
@@ -47,6 +53,9 @@ def huggingface(
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, _GROUPED),
         "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM, _GEMMA2),
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, _GROUPED),
+        "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM, _MIXTURE),
+        "qwen3-moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM, _QWEN3_MOE),
+        "gpt-oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM, {**_MIXTURE, "head_dim": 4}),
     }
     config_class, model_class, sizes = classes[name]
     return randomized(model_class(config_class(vocab_size=D_VOCAB, **_ENDS, **{**sizes, **config})), seed, dtype, scale)
