@@ -22,6 +22,7 @@ PARTS = {
     "decomposition": ("decomposition", "decomposition"),
     "acdc": ("acdc", "acdc"),
     "information-flow": ("information_flow", "information_flow"),
+    "neurons": ("neurons", "neurons"),
 }
 """For each part, its module and the function that measures it."""
 

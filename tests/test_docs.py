@@ -50,7 +50,7 @@ def test_the_python_of_a_page_runs(path: Path, tmp_path: Path, monkeypatch: pyte
         Path(name).write_text(text, encoding="utf-8")
     names: dict[str, Any] = {"__name__": "docs"}
     for number, block in enumerate(blocks(path, "python")):
-        exec(compile(block, f"{NAMES[path]}, block {number}", "exec"), names)
+        exec(compile(block, f"{NAMES[path]}, block {number}", "exec", dont_inherit=True), names)
 
 
 def shown_files(path: Path) -> list[tuple[str, str]]:

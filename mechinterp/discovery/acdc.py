@@ -31,7 +31,7 @@ from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.settings import Parameter, Setting, check_settings
 from mechinterp.discovery.checkpoint import Checkpoint
-from mechinterp.discovery.cut_loss import CutLoss, layer_of, layer_of_reader
+from mechinterp.discovery.cut_loss import CutLoss, layer_of
 from mechinterp.discovery.method import REPLACEMENT, Job, Method, score_edges
 from mechinterp.engines.edge_patching import check_model
 from mechinterp.graphs.graph import Graph
@@ -239,7 +239,7 @@ def _scores(job: Job, state: _State, n_runs: int) -> Scores:
 def _first_layer(graph: Graph, cut: Bool[Tensor, "reader writer"]) -> int:
     """The first layer that reads a cut edge; the number of layers where none is cut."""
     readers = cut.any(1).nonzero()
-    return layer_of_reader(graph, int(readers[0])) if len(readers) else graph.dims.n_layers
+    return graph.layer_of_reader(int(readers[0])) if len(readers) else graph.dims.n_layers
 
 
 def _one_upon_the_other(cut: Bool[Tensor, "reader writer"], units: list[Tensor]) -> Float[Tensor, "unit reader writer"]:

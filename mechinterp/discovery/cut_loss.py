@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechinterp.engines.edge_patching import Prefix, edge_logits, readers_before, run_prefix
+from mechinterp.engines.edge_patching import Prefix, edge_logits, run_prefix
 from mechinterp.engines.readout import Readout, metric_readout
 from mechinterp.engines.replacement import Values, build_replacement
 from mechinterp.graphs.graph import Graph
@@ -48,7 +48,7 @@ class CutLoss:
 
     def of_masks(self, masks: Float[Tensor, "candidate reader writer"], layer: int) -> Float[Tensor, " candidate"]:
         """The mean loss over all examples with each mask's edges cut. Before `layer` all masks cut the same edges."""
-        begins = masks[0, : readers_before(self.graph, layer)].cpu() != 0
+        begins = masks[0, : self.graph.readers_before[layer]].cpu() != 0
         if not self.prefixes or self.prefixes[0].layer != layer or not torch.equal(begins, self.begun):
             self.prefixes = []  # frees the last layer's before the next one's are made
             pairs = zip(self.chunks, self.values, strict=True)
@@ -68,9 +68,4 @@ class CutLoss:
 
 def layer_of(graph: Graph, unit: int) -> int:
     """The first layer that reads an edge of the unit; the number of layers for the logits."""
-    return layer_of_reader(graph, int(graph.first_of_unit[unit, 0]))
-
-
-def layer_of_reader(graph: Graph, reader: int) -> int:
-    """The layer of a reader; the number of layers for the logits."""
-    return min(reader // readers_before(graph, 1), graph.dims.n_layers)
+    return graph.layer_of_reader(int(graph.first_of_unit[unit, 0]))

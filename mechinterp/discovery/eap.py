@@ -66,7 +66,7 @@ def _activations(job: Job) -> Scores:
     total = job.sum_over_batches(
         lambda chunk: job.metric.direction * activation_path_gradients(job.model, job.graph, chunk, job.metric, alphas)
     )
-    runs = len(alphas) * n_groups(job.model) * len(job.pairs)
+    runs = len(alphas) * n_groups(job.graph) * len(job.pairs)
     return job.scores("eap-ig-activations", total, {"forwards": 3 * len(job.pairs) + runs, "backwards": runs})
 
 

@@ -32,8 +32,9 @@ from torch import Tensor
 
 from mechinterp.base.settings import Setting
 from mechinterp.discovery.method import REPLACEMENT, Job, Method
-from mechinterp.engines.edge_attribution import TOKEN_BUDGET_BYTES, resid_site
+from mechinterp.engines.edge_attribution import TOKEN_BUDGET_BYTES
 from mechinterp.engines.replacement import write_sites
+from mechinterp.graphs.families.heads import Heads
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.scores import Scores
 from mechinterp.models.hook_manager import HookManager
@@ -64,18 +65,11 @@ def shares(near: Float[Tensor, "*axes term"]) -> Float[Tensor, "*axes term"]:
     return torch.where(total > 0, near / torch.where(total > 0, total, 1), 0)
 
 
-def streams_of(model: HookManager, graph: Graph) -> tuple[list[Site], Int[Tensor, " reader"]]:
+def streams_of(graph: Graph) -> tuple[list[Site], Int[Tensor, " reader"]]:
     """The residual streams that are read, in order, and for every reader which of them it reads."""
-    sites: list[Site] = []
-    index: list[int] = []
-    for layer in range(model.dims.n_layers):
-        sites.append(resid_site(model, layer, mlp=False))
-        index += [len(sites) - 1] * (model.dims.n_heads + 2 * model.dims.n_kv_heads)
-        if model.dims.has_mlp:
-            if not model.dims.parallel:
-                sites.append(resid_site(model, layer, mlp=True))
-            index.append(len(sites) - 1)
-    sites.append(Site("resid_final"))
+    readers = [family for family in graph.families if family.ports]
+    sites = list(dict.fromkeys([*(family.stream for family in readers), Site("resid_final")]))
+    index = [sites.index(family.stream) for family in readers for ports in family.ports for _ in ports.names]
     return sites, torch.tensor([*index, len(sites) - 1])
 
 
@@ -87,7 +81,7 @@ def stream_importances(model: HookManager, graph: Graph, values: Values) -> Floa
 
     Over the writers they add up to 1, or to 0 where every proximity is 0. Memory: one layer's writes at a time.
     """
-    sites, reads = streams_of(model, graph)
+    sites, reads = streams_of(graph)
     streams = torch.stack([values[site] for site in sites], 2)
     before = torch.zeros(len(sites), len(graph.writers), dtype=torch.bool)
     before[reads] = graph.possible
@@ -101,14 +95,9 @@ def stream_importances(model: HookManager, graph: Graph, values: Values) -> Floa
 def _writes(
     model: HookManager, graph: Graph, values: Values
 ) -> Iterator[tuple[slice, Float[Tensor, "batch pos writer d_model"]]]:
-    """(rows of the graph's writers, their writes): the inputs, then layer by layer the heads and the MLP."""
-    inputs = [values[Site(name)] for name in graph.inputs] if graph.split_input else [values[Site("resid_pre", 0)]]
-    yield slice(0, len(inputs)), torch.stack(inputs, 2)
-    for layer in range(model.dims.n_layers):
-        yield graph.head_writers(layer), model.layout.head_writes(layer, values[Site("z", layer)]).movedim(0, 2)
-        if model.dims.has_mlp:
-            row = graph.mlp_writer(layer)
-            yield slice(row, row + 1), values[Site("mlp_out", layer)][:, :, None]
+    """(rows of the graph's writers, their writes), family by family."""
+    for family in graph.families:
+        yield graph.writers_of(family), family.writes(model, values).dense().movedim(0, 2)
 
 
 def source_importances(model: HookManager, layer: int, values: Values) -> Float[Tensor, "batch head query key"]:
@@ -146,13 +135,13 @@ def edge_importances(
     One forward, and the distances of all writes to all later streams: n_streams x writers x tokens x d_model / 2.
     """
     attention = ["pattern", "v"] if importance == "from-answer" else []
-    sites = [*write_sites(model, graph), *streams_of(model, graph)[0]]
+    sites = [*write_sites(graph), *streams_of(graph)[0]]
     sites += [Site(name, layer) for layer in range(model.dims.n_layers) for name in attention]
     wanted = list(dict.fromkeys(sites))
     run = model.run(pairs.clean, pairs.mask, record=wanted, stop=Site("resid_final"))
     dtype = torch.promote_types(model.dtype, torch.float32)
     dims, n_pos = model.dims, pairs.clean.shape[1]
-    n_streams = len(streams_of(model, graph)[0])
+    n_streams = len(streams_of(graph)[0])
     each = n_streams * (len(graph.writers) + dims.d_model) + 3 * (dims.n_heads + 1) * dims.d_model
     rows = max(1, TOKEN_BUDGET_BYTES // (each * n_pos * dtype.itemsize))
     out = torch.zeros(graph.possible.shape, dtype=dtype, device=model.device)
@@ -171,14 +160,13 @@ def _per_reader(model: HookManager, graph: Graph, pairs: Pairs, values: Values) 
     """The mean over each example's tokens."""
     found = _at_real_tokens(model, graph, pairs, values)
     by_stream = (found.sum(1) / pairs.mask.sum(1)[:, None, None]).sum(0)
-    return by_stream[streams_of(model, graph)[1].to(by_stream.device)]
+    return by_stream[streams_of(graph)[1].to(by_stream.device)]
 
 
 def _from_answer(model: HookManager, graph: Graph, pairs: Pairs, values: Values) -> Float[Tensor, "reader writer"]:
     """Importances times what the reader matters for the answer, from the logits back."""
-    dims = model.dims
     found = _at_real_tokens(model, graph, pairs, values)
-    reads = streams_of(model, graph)[1].tolist()
+    reads = streams_of(graph)[1].tolist()
     out = found.new_zeros(graph.possible.shape)
     flow = found.new_zeros(*found.shape[:2], len(graph.writers))  # how much each write matters, so far
 
@@ -191,17 +179,16 @@ def _from_answer(model: HookManager, graph: Graph, pairs: Pairs, values: Values)
     answers = found.new_zeros(found.shape[:2])
     answers.scatter_add_(1, pairs.answer_pos.clamp(min=0), (valid / valid.sum(1, keepdim=True)).to(found.dtype))
     read(len(graph.readers) - 1, answers)
-    for layer in reversed(range(dims.n_layers)):
-        if dims.has_mlp:
-            read(graph.mlp_readers(layer).start, flow[..., graph.mlp_writer(layer)].clone())
-        heads = flow[..., graph.head_writers(layer)].clone()
-        sources = torch.where(pairs.mask[:, None, :, None], source_importances(model, layer, values), 0)
-        at_sources = einsum(heads, sources, "batch query head, batch head query key -> batch key head")
-        by_kv = at_sources.unflatten(2, (dims.n_kv_heads, -1)).sum(-1)
-        for channel, weights in (("q", heads), ("k", by_kv), ("v", by_kv)):
-            first = graph.channel_readers(layer, channel).start
-            for head in range(weights.shape[2]):
-                read(first + head, weights[..., head])
+    for family in reversed(graph.families):
+        own = at_sources = flow[..., graph.writers_of(family)].clone()
+        if isinstance(family, Heads):
+            sources = source_importances(model, family.layer, values)
+            sources = torch.where(pairs.mask[:, None, :, None], sources, 0)
+            at_sources = einsum(own, sources, "batch query head, batch head query key -> batch key head")
+        for ports, rows in graph.sites_of(family):
+            given = at_sources if ports.everywhere else own  # keys and values matter where they stand
+            for row, fed in zip(range(rows.start, rows.stop), ports.feeds, strict=True):
+                read(row, given[..., fed.start : fed.stop].sum(-1))
     return out
 
 

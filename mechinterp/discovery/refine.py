@@ -30,7 +30,7 @@ from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.settings import Parameter, Setting, check_settings
 from mechinterp.discovery.acdc import MOST_AT_ONCE, SHARED, TAU, weakest_first
 from mechinterp.discovery.checkpoint import open_checkpoint
-from mechinterp.discovery.cut_loss import CutLoss, layer_of_reader
+from mechinterp.discovery.cut_loss import CutLoss
 from mechinterp.discovery.method import REPLACEMENT
 from mechinterp.engines.edge_patching import check_model
 from mechinterp.engines.readout import checked_metric
@@ -232,7 +232,7 @@ def _losses(loss: CutLoss, first: Bool[Tensor, "reader writer"], kept: list[Tens
         return []
     masks = torch.stack(kept)
     readers = (masks != first).any(0).any(-1).nonzero()
-    layer = layer_of_reader(loss.graph, int(readers[0]))
+    layer = loss.graph.layer_of_reader(int(readers[0]))
     return loss.of_masks((loss.graph.possible & ~masks).float(), layer).tolist()
 
 

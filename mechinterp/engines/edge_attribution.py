@@ -27,15 +27,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
 from mechinterp.engines.edge_patching import check_model
 from mechinterp.engines.readout import FINAL, Readout, metric_readout
-from mechinterp.engines.replacement import CompactWrites, Replacement, Values, input_sites, record_writes, write_sites
-from mechinterp.engines.write_table import PORTS_OF_A_BLOCK
+from mechinterp.engines.replacement import (
+    CompactWrites,
+    Replacement,
+    Values,
+    compact_writes,
+    input_sites,
+    record_writes,
+    write_sites,
+)
+from mechinterp.engines.write_table import PORTS_OF_A_BLOCK, layer_blocks
+from mechinterp.graphs.families.family import NodeFamily
+from mechinterp.graphs.families.normed_ports import Step
+from mechinterp.graphs.families.write_block import LowRank
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import places_of
 from mechinterp.models.hook_manager import HookManager, Intervention
@@ -55,14 +65,6 @@ class Backward:
     """Makes the edits for one run."""
     loss: Callable[[Readout], Callable[[Tensor], Tensor]]
     """The metric of every example as a function of the final residual stream, with the rules in its backward."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One forward and backward: values and gradients at the readers' inputs, all tokens flattened."""
-
-    values: dict[Site, Tensor]
-    gradients: dict[Site, Tensor]
 
 
 def edge_gradients(
@@ -118,8 +120,8 @@ def edge_gradients(
     for point in inputs:
         step = _step(model, graph, readout, point, backward)
         if point is None:
-            clean = _clean_writes(model, graph, step)
-        steps.append(_readers_only(step))
+            clean = compact_writes(model, graph, step.values)
+        steps.append(_readers_only(graph, step))
     assert clean is not None
     return _contract(model, graph, pairs, steps, clean, values, frozen=backward is not None) / len(steps)
 
@@ -143,18 +145,17 @@ def _input_ends(
     """The clean and the corrupt value of every input site."""
     sites = input_sites(graph)
     run = model.run(pairs.clean, pairs.mask, record=sites, stop=sites[-1])
-    return {site: (run.values[site], corrupt.values[str(site)].to(model.dtype)) for site in sites}
+    return {site: (run.values[site], corrupt.values[site].to(model.dtype)) for site in sites}
 
 
-def _reader_sites(model: HookManager) -> list[Site]:
-    sites = [Site(channel, layer) for layer in range(model.dims.n_layers) for channel in "qkv"]
-    if model.dims.has_mlp:
-        sites += [Site("mlp_in", layer) for layer in range(model.dims.n_layers)]
-    return [*sites, FINAL]
+def _reader_sites(graph: Graph) -> list[Site]:
+    """The sites of every input of a node, and the logits' input."""
+    return [*(ports.site for family in graph.families for ports in family.ports), FINAL]
 
 
-def resid_site(model: HookManager, layer: int, *, mlp: bool) -> Site:
-    return Site("resid_mid" if mlp and not model.dims.parallel else "resid_pre", layer)
+def _streams(graph: Graph) -> list[Site]:
+    """The states of the residual stream that are read."""
+    return list(dict.fromkeys(family.stream for family in graph.families if family.ports))
 
 
 def _step(
@@ -164,16 +165,12 @@ def _step(
     point: Mapping[Site, Tensor] | None,
     backward: Backward | None,
 ) -> Step:
-    dims, pairs = model.dims, readout.pairs
+    pairs = readout.pairs
     edits = [] if backward is None else backward.edits()
     if point is not None:
         edits += [Intervention(site, value) for site, value in point.items()]
-    grads = _reader_sites(model)
-    record = {site: None for site in [*write_sites(model, graph), *grads]}
-    for layer in range(dims.n_layers):
-        record[resid_site(model, layer, mlp=False)] = None
-        if dims.has_mlp:
-            record[resid_site(model, layer, mlp=True)] = None
+    grads = _reader_sites(graph)
+    record = dict.fromkeys([*write_sites(graph), *grads, *_streams(graph)])
     run = model.run(
         pairs.clean,
         pairs.mask,
@@ -190,16 +187,10 @@ def _by_site(found: Mapping[Site | str, Tensor]) -> dict[Site, Tensor]:
     return {Site.parse(site) if isinstance(site, str) else site: value for site, value in found.items()}
 
 
-def _clean_writes(model: HookManager, graph: Graph, step: Step) -> CompactWrites:
-    dtype = torch.promote_types(model.dtype, torch.float32)
-    kept = {str(site): step.values[site].to(dtype) for site in write_sites(model, graph)}
-    return CompactWrites(model, kept, graph.split_input)
-
-
-def _readers_only(step: Step) -> Step:
+def _readers_only(graph: Graph, step: Step) -> Step:
     """The step without the values that only writers need."""
-    kept = {s: v for s, v in step.values.items() if s.kind in ("q", "k", "v", "resid_pre", "resid_mid", "resid_final")}
-    return Step(kept, step.gradients)
+    needed = {*_streams(graph), *(ports.site for f in graph.families for ports in f.ports if ports.by_port), FINAL}
+    return Step({site: value for site, value in step.values.items() if site in needed}, step.gradients)
 
 
 def _contract(
@@ -213,23 +204,82 @@ def _contract(
     frozen: bool,
 ) -> Float[Tensor, "reader writer"]:
     """Differences of writes times readers' gradients, summed over tokens, a chunk of tokens at a time."""
-    dims = model.dims
+    d_model = model.dims.d_model
     dtype = torch.promote_types(model.dtype, torch.float32)
     scores = torch.zeros(graph.possible.shape, dtype=dtype, device=model.device)
-    n_rows = len(graph.writers) + max(_ports(model), PORTS_OF_A_BLOCK)
-    budget = max(1, TOKEN_BUDGET_BYTES // (n_rows * dims.d_model * dtype.itemsize))
+    most_ports = max(len(_ports(graph, range(layer, layer + 1))) for layer in range(model.dims.n_layers))
+    low_rank = any(family.low_rank for family in graph.families)  # its products take as much again
+    n_rows = _n_dense(graph) + max(most_ports, PORTS_OF_A_BLOCK) * (1 + low_rank)
+    budget = max(1, TOKEN_BUDGET_BYTES // (n_rows * d_model * dtype.itemsize))
     n_pos = pairs.clean.shape[1]
     rows = max(1, budget // n_pos)
     for first in range(0, len(pairs), rows):
         chunk = slice(first, first + rows)
         writes = write_differences(model, graph, clean, values, chunk, n_pos, dtype)
         places = places_of(graph, pairs[chunk])
-        for layers in _blocks(model):
+        for layers in layer_blocks(graph):
             _score_layers(model, graph, layers, steps, chunk, writes, scores, places, frozen=frozen)
         gradient = sum(step.gradients[FINAL][chunk].to(dtype) for step in steps)
         assert isinstance(gradient, Tensor)
-        scores[-1] += writes @ gradient.flatten()
+        writes.score(gradient[None], slice(-1, None), scores)
     return torch.where(graph.possible.to(scores.device), scores, 0.0)
+
+
+def _range(rows: slice) -> range:
+    return range(rows.start, rows.stop)
+
+
+def _n_dense(graph: Graph) -> int:
+    return sum(len(family.writers) for family in graph.families if not family.low_rank)
+
+
+def _ports(graph: Graph, layers: range) -> range:
+    """The ports of some layers."""
+    n = graph.n_positions
+    return range(graph.readers_before[layers.start] // n, graph.readers_before[layers.stop] // n)
+
+
+@dataclass(frozen=True)
+class WriteDifferences:
+    """Every writer's clean write minus its replacement, for some tokens."""
+
+    graph: Graph
+    rows: Float[Tensor, "dense_writer token_and_d_model"]
+    writers: Int[Tensor, " dense_writer"]
+    """The writer of every row."""
+    low_rank: dict[NodeFamily, LowRank]
+    """`[writer, token]` of those that are activations times directions."""
+
+    def of(self, families: Sequence[NodeFamily]) -> WriteDifferences:
+        """Those of some families."""
+        wanted = [w for family in families for w in _range(self.graph.writers_of(family))]
+        rows = torch.isin(self.writers, torch.tensor(wanted, device=self.writers.device))
+        low_rank = {family: block for family, block in self.low_rank.items() if family in families}
+        return WriteDifferences(self.graph, self.rows[rows], self.writers[rows], low_rank)
+
+    def score(
+        self,
+        gradients: Float[Tensor, "port *axes d_model"],
+        readers: slice,
+        scores: Float[Tensor, "reader writer"],
+        n_writers: int | None = None,
+        tokens: Int[Tensor, " token"] | None = None,
+    ) -> None:
+        """Adds gradients times the first `n_writers` writes to the scores of the readers, over all or some tokens."""
+        n_writers = len(self.graph.writers) if n_writers is None else n_writers
+        n = int((self.writers < n_writers).sum())
+        rows, gradients = self.rows[:n], gradients.flatten(1, -2)
+        if tokens is not None:
+            d_model = gradients.shape[-1]
+            gradients, rows = gradients[:, tokens], rows.unflatten(1, (-1, d_model))[:, tokens].flatten(1)
+        flat = gradients.flatten(1)
+        found = (rows @ flat[0])[None] if readers.start == -1 else flat @ rows.T
+        scores[readers, self.writers[:n]] += found
+        for family, block in self.low_rank.items():
+            writers = self.graph.writers_of(family)
+            if writers.stop <= n_writers:
+                some = block if tokens is None else LowRank(block.values[:, tokens], block.directions)
+                scores[readers, writers] += some.inner(gradients)
 
 
 def write_differences(
@@ -240,35 +290,26 @@ def write_differences(
     chunk: slice,
     n_pos: int,
     dtype: torch.dtype,
-) -> Float[Tensor, "writer token_and_d_model"]:
-    """Every writer's clean write minus its replacement."""
-    dims = model.dims
-    n_rows = len(clean.z(0)[chunk])
-    out = torch.empty(len(graph.writers), n_rows, n_pos, dims.d_model, dtype=dtype, device=model.device)
+) -> WriteDifferences:
+    """Every writer's clean write minus its replacement; of a writer that has parts, the rest."""
     kept, replaced = clean.rows(chunk), values.rows(chunk)
-    for row, name in enumerate(graph.inputs):
-        torch.sub(kept.inputs(name), replaced.inputs(name), out=out[row])
-    for layer in range(dims.n_layers):
-        out[graph.head_writers(layer)] = replaced.head_differences(layer, kept.z(layer))
-        if dims.has_mlp:
-            torch.sub(kept.mlp(layer), replaced.mlp(layer), out=out[graph.mlp_writer(layer)])
-        if own := graph.neurons_of(layer):
-            post, neurons = kept.values[f"mlp_post.{layer}"], graph.neuron_writers(layer)
-            out[neurons] = replaced.neuron_differences(layer, post, torch.tensor(own, device=model.device))
-            out[graph.mlp_writer(layer)] -= out[neurons].sum(0)
-    return out.flatten(1)
-
-
-def _ports(model: HookManager) -> int:
-    """How many readers a layer has, positions not told apart."""
-    dims = model.dims
-    return dims.n_heads + 2 * dims.n_kv_heads + dims.has_mlp
-
-
-def _blocks(model: HookManager) -> Iterator[range]:
-    """The layers, a few at a time."""
-    size, n_layers = max(1, round(PORTS_OF_A_BLOCK / _ports(model))), model.dims.n_layers
-    return (range(first, min(first + size, n_layers)) for first in range(0, n_layers, size))
+    n_rows = len(clean.values[graph.families[-1].sites[0]][chunk])
+    writers = [w for f in graph.families if not f.low_rank for w in _range(graph.writers_of(f))]
+    out = torch.empty(len(writers), n_rows, n_pos, model.dims.d_model, dtype=dtype, device=model.device)
+    low_rank: dict[NodeFamily, LowRank] = {}
+    first = 0
+    row_of: dict[str, int] = {}
+    for family in graph.families:
+        block = replaced.differences(family, kept.values)
+        if isinstance(block, LowRank):
+            low_rank[family] = LowRank(block.values.flatten(1), block.directions)
+        else:
+            row_of |= {name: first + i for i, name in enumerate(family.writers)}
+            out[first : first + len(family.writers)] = block.dense()
+            first += len(family.writers)
+        if family.part_of is not None:
+            out[row_of[family.part_of]] -= block.total()
+    return WriteDifferences(graph, out.flatten(1), torch.tensor(writers, device=model.device), low_rank)
 
 
 def _score_layers(
@@ -277,85 +318,27 @@ def _score_layers(
     layers: range,
     steps: list[Step],
     chunk: slice,
-    writes: Tensor,
+    writes: WriteDifferences,
     scores: Tensor,
     places: list[Tensor] | None,
     *,
     frozen: bool,
 ) -> None:
     """Adds the scores of every edge into some layers, and numbers without a meaning where there is no edge."""
-    dims, ports = model.dims, _ports(model)
-    n_writers = graph.n_writers_before(layers[-1], mlp=dims.has_mlp)
-    first = graph.channel_readers(layers[0], "q").start
-    n_heads = ports - dims.has_mlp
-    gradients = writes.new_empty(ports * len(layers), writes.shape[1] // dims.d_model, dims.d_model)
-    for layer, own in zip(layers, gradients.split(ports), strict=True):
-        pull_back_heads(model, layer, steps, chunk, own[:n_heads], frozen=frozen)
-        if dims.has_mlp:
-            own[n_heads] = pull_back_mlp(model, layer, steps, chunk, writes.dtype, frozen=frozen)[0]
-    if places is None:
-        scores[first : first + len(gradients), :n_writers] += gradients.flatten(1) @ writes[:n_writers].T
-        return
-    by_token = writes[:n_writers].unflatten(1, (-1, dims.d_model))
-    for i, tokens in enumerate(places):  # the rows of a reader are its positions
-        rows = slice(first + i, first + len(gradients) * len(places), len(places))
-        scores[rows, :n_writers] += gradients[:, tokens].flatten(1) @ by_token[:, tokens].flatten(1).T
-
-
-def pull_back_heads(
-    model: HookManager,
-    layer: int,
-    steps: list[Step],
-    chunk: slice,
-    out: Float[Tensor, "reader tokens d_model"],
-    *,
-    frozen: bool,
-) -> None:
-    """Writes to `out` the gradient at the residual input of every q, k and v of a layer, summed over the steps."""
-    maps = model.layout.attention[layer]
-    norm = maps.norm
-    dtype = out.dtype
-    resids = [step.values[resid_site(model, layer, mlp=False)][chunk].to(dtype).flatten(0, 1) for step in steps]
-    scales = [norm.scale(resid) for resid in resids]
-    first = 0
-    projections: list[list[Tensor]] = [[] for _ in steps]
-    for channel in "qkv":
-        weight, constant = model.layout.folded(layer, channel, dtype)
-        total: Tensor | None = None
-        for i, (step, scale) in enumerate(zip(steps, scales, strict=True)):
-            site = Site(channel, layer)
-            gradient = rearrange(step.gradients[site][chunk].to(dtype), "b p h d -> h (b p) d") / scale
-            value = rearrange(step.values[site][chunk].to(dtype), "b p h d -> h (b p) d")
-            total = gradient if total is None else total + gradient
-            if norm.kind != "none" and not frozen:
-                projections[i].append(((value - constant[:, None]) * gradient).sum(-1) / model.dims.d_model)
-        assert total is not None
-        if norm.kind == "layer":
-            weight = weight - weight.mean(1, keepdim=True)
-        torch.bmm(total, weight.transpose(1, 2), out=out[first : first + len(weight)])
-        first += len(weight)
-    if norm.kind != "none" and not frozen:
-        for resid, parts in zip(resids, projections, strict=True):
-            out.addcmul_(norm.standardize(resid), torch.cat(parts)[..., None], value=-1)
-
-
-def pull_back_mlp(
-    model: HookManager, layer: int, steps: list[Step], chunk: slice, dtype: torch.dtype, *, frozen: bool
-) -> Float[Tensor, "1 tokens d_model"]:
-    """The gradient at the residual input of a layer's MLP, summed over the steps."""
-    norm = model.layout.mlp_norm[layer]
-    assert norm is not None
-    total: Tensor | None = None
-    for step in steps:
-        resid = step.values[resid_site(model, layer, mlp=True)][chunk].to(dtype).flatten(0, 1)
-        gradient = step.gradients[Site("mlp_in", layer)][chunk].to(dtype).flatten(0, 1)
-        pulled = norm.project_transposed(gradient) / norm.scale(resid)
-        if norm.kind != "none" and not frozen:
-            standard = norm.standardize(resid)
-            pulled = pulled - standard * (standard * pulled).mean(-1, keepdim=True)
-        total = pulled if total is None else total + pulled
-    assert total is not None
-    return total[None]
+    d_model, ports = model.dims.d_model, _ports(graph, layers)
+    n_tokens = writes.rows.shape[1] // d_model
+    gradients = writes.rows.new_empty(len(ports), n_tokens, d_model)
+    n_writers = 0
+    for family in graph.families:
+        if family.ports and family.layer in layers:
+            assert family.reads is not None
+            n_writers = max(n_writers, graph.n_writers_at(family.reads))
+            own = graph.ports_of(family)
+            out = gradients[own.start - ports.start : own.stop - ports.start]
+            family.pull_back(model, steps, chunk, out, frozen=frozen)
+    n, first = graph.n_positions, graph.readers_before[layers.start]
+    for i, tokens in enumerate([None] if places is None else places):  # the rows of a reader are its positions
+        writes.score(gradients, slice(first + i, first + n * len(ports), n), scores, n_writers, tokens)
 
 
 def activation_path_gradients(
@@ -382,55 +365,41 @@ def activation_path_gradients(
     writes = write_differences(model, graph, clean, corrupt, slice(None), pairs.clean.shape[1], dtype)
     scores = torch.zeros(graph.possible.shape, dtype=dtype, device=model.device)
 
-    for layer, sites, rows in _groups(model, graph):
-        ends = {s: (clean.values[str(s)].to(model.dtype), corrupt.values[str(s)].to(model.dtype)) for s in sites}
-        readers = _readers_after(model, layer, sites[0])
-        start = None if layer is None else (layer, run.values[Site("resid_pre", layer)])
+    for group in _groups(graph):
+        sites = [site for family in group if family.part_of is None for site in family.sites]
+        ends = {s: (clean.values[s].to(model.dtype), corrupt.values[s].to(model.dtype)) for s in sites}
+        readers = [f for f in graph.families if f.reads is not None and f.reads >= group[0].written]
+        layer = group[0].layer
+        start = None if group[0].written == (0, 0) else (layer, run.values[Site("resid_pre", layer)])
         steps = [_activation_step(model, readout, ends, readers, start, alpha) for alpha in alphas]
-        _contract_activations(model, graph, steps, readers, writes[rows], scores[:, rows])
+        _contract_activations(model, graph, steps, readers, writes.of(group), scores)
     return torch.where(graph.possible.to(scores.device), scores / len(alphas), 0.0)
 
 
-def _groups(model: HookManager, graph: Graph) -> Iterator[tuple[int | None, list[Site], slice]]:
-    """(layer, sites, rows of the writers) of every group of writers that is interpolated together."""
-    yield None, input_sites(graph), slice(0, graph.n_inputs)
-    for layer in range(model.dims.n_layers):
-        yield layer, [Site("z", layer)], graph.head_writers(layer)
-        if model.dims.has_mlp:
-            row = graph.mlp_writer(layer)
-            yield layer, [Site("mlp_out", layer)], slice(row, row + 1)
-
-
-def _readers_after(model: HookManager, layer: int | None, site: Site) -> list[Site]:
-    """The sites of the readers that come after the group."""
-    dims = model.dims
-    found = [Site("mlp_in", layer)] if site.kind == "z" and dims.has_mlp and not dims.parallel else []
-    for later in range(0 if layer is None else layer + 1, dims.n_layers):
-        found += [Site(channel, later) for channel in "qkv"]
-        if dims.has_mlp:
-            found.append(Site("mlp_in", later))
-    return [*found, FINAL]
+def _groups(graph: Graph) -> Iterator[list[NodeFamily]]:
+    """Families that are interpolated together: the inputs, and every other one with the parts of its writers."""
+    yield list(graph.families[: graph.n_inputs])
+    for family in graph.families[graph.n_inputs :]:
+        if family.part_of is None:
+            yield [family, *graph.parts_of(family)]
 
 
 def _activation_step(
     model: HookManager,
     readout: Readout,
     ends: Mapping[Site, tuple[Tensor, Tensor]],
-    readers: list[Site],
+    readers: Sequence[NodeFamily],
     start: tuple[int, Tensor] | None,
     alpha: float,
 ) -> Step:
     edits = [Intervention(site, corrupt + alpha * (clean - corrupt)) for site, (clean, corrupt) in ends.items()]
-    record = {s: None for s in readers}
-    for site in readers:
-        if site.layer is not None:
-            record[resid_site(model, site.layer, mlp=site.kind == "mlp_in")] = None
+    sites = [*(ports.site for family in readers for ports in family.ports), FINAL]
     run = model.run(
         readout.pairs.clean,
         readout.pairs.mask,
-        record=list(record),
+        record=list(dict.fromkeys([*sites, *(family.stream for family in readers)])),
         interventions=edits,
-        grads=readers,
+        grads=sites,
         loss=readout.of_resid,
         start=start,
         stop=FINAL,
@@ -442,26 +411,22 @@ def _contract_activations(
     model: HookManager,
     graph: Graph,
     steps: list[Step],
-    readers: list[Site],
-    writes: Float[Tensor, "writer token_and_d_model"],
+    readers: Sequence[NodeFamily],
+    writes: WriteDifferences,
     scores: Float[Tensor, "reader writer"],
 ) -> None:
     """Adds the scores of the edges out of one group, in place."""
-    every, dims = slice(None), model.dims
-    for layer in sorted({site.layer for site in readers if site.layer is not None}):
-        if Site("q", layer) in readers:
-            pulled = writes.new_empty(dims.n_heads + 2 * dims.n_kv_heads, writes.shape[1])
-            into = pulled.unflatten(1, (-1, dims.d_model))
-            pull_back_heads(model, layer, steps, every, into, frozen=False)
-            first = graph.channel_readers(layer, "q").start
-            scores[first : first + len(pulled)] += pulled @ writes.T
-        if Site("mlp_in", layer) in readers:
-            pulled = pull_back_mlp(model, layer, steps, every, writes.dtype, frozen=False).flatten(1)
-            scores[graph.mlp_readers(layer)] += pulled @ writes.T
-    gradient = torch.stack([step.gradients[FINAL].to(writes.dtype) for step in steps]).sum(0)
-    scores[-1] += writes @ gradient.flatten()
+    d_model = model.dims.d_model
+    for family in readers:
+        ports = graph.ports_of(family)
+        n_tokens = writes.rows.shape[1] // d_model
+        pulled = writes.rows.new_empty(ports.stop - ports.start, n_tokens, d_model)
+        family.pull_back(model, steps, slice(None), pulled, frozen=False)
+        writes.score(pulled, graph.readers_of(family), scores)
+    gradient = torch.stack([step.gradients[FINAL].to(writes.rows.dtype) for step in steps]).sum(0)
+    writes.score(gradient[None], slice(-1, None), scores)
 
 
-def n_groups(model: HookManager) -> int:
+def n_groups(graph: Graph) -> int:
     """How many groups of writers there are."""
-    return 1 + model.dims.n_layers * (1 + model.dims.has_mlp)
+    return len(list(_groups(graph)))

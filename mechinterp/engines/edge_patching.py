@@ -22,9 +22,12 @@ from mechinterp.engines.readout import metric_readout
 from mechinterp.engines.replacement import Replacement, Values, corrupt_replacement
 from mechinterp.engines.whole_nodes import Cuts, edges_only, whole_nodes
 from mechinterp.engines.write_table import PORTS_OF_A_BLOCK, WriteTable
+from mechinterp.graphs.families.family import NodeFamily, Ports
+from mechinterp.graphs.families.write_block import Dense, WriteBlock, less_parts
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import places_of, take_positions
-from mechinterp.models.hook_manager import HookManager, Intervention
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.interventions import Edit, Intervention
 from mechinterp.models.modes import Gradients
 from mechinterp.models.sites import Site
 from mechinterp.tasks.metrics import Metric, get_metric
@@ -37,8 +40,8 @@ class Prefix:
 
     layer: int
     resid: Float[Tensor, "batch pos d_model"]
-    differences: Float[Tensor, "earlier_writer 1 batch pos d_model"]
-    """Each earlier writer's write minus its replacement."""
+    differences: dict[NodeFamily, WriteBlock]
+    """The earlier writes minus their replacements, `[writer, 1, batch, pos, d_model]`."""
     cut: Float[Tensor, "reader writer"] | None = None
     """The cut edges of the readers before the layer; None: there are none."""
 
@@ -53,18 +56,11 @@ def run_prefix(
     with Gradients(False) as off, off:
         masks = torch.zeros(1, *graph.possible.shape, device=model.device)
         if cut is not None:
-            rows = readers_before(graph, layer)
+            rows = graph.readers_before[layer]
             masks[0, :rows] = cut[:rows].to(masks)
         run = _PrefixRun(model, graph, pairs, edges_only(graph, masks.to(wide(model))), values)
         resid = run.shared(layer)
-        before = graph.n_writers_before(layer, mlp=False) if layer < model.dims.n_layers else len(graph.writers)
-        writes = run.table.kept(slice(0, before)).unflatten(2, pairs.clean.shape).clone()
-        return Prefix(layer, resid, writes, None if cut is None else run.cuts.edges[0])
-
-
-def readers_before(graph: Graph, layer: int) -> int:
-    """How many readers come before a layer."""
-    return layer * ((len(graph.readers) - 1) // graph.dims.n_layers)
+        return Prefix(layer, resid, run.written, None if cut is None else run.cuts.edges[0])
 
 
 class PatchedRun:
@@ -83,12 +79,13 @@ class PatchedRun:
         self.cuts, self.n = cuts, len(cuts.edges)
         self.whole, self.replaced = self._whole(), cuts.nodes.any(0).any(-1).cpu()
         self.table = self._table()
-        self.resid: Tensor | None = None
         self.prefix = prefix
-        self.seen: dict[str, Tensor] = {}
-        self.apart: Tensor | None = None
-        self.excess: Tensor | None = None
-        """What replaced nodes wrote since the last edit, minus their replacements."""
+        self.seen: dict[Site, Tensor] = {}
+        """Values of ports' sites that were read of the stream and are to be put there."""
+        self.apart: dict[str, Tensor] = {}
+        """What parts of a writer wrote minus their replacements, until the writer's own block is known."""
+        self.excess: dict[Site, Tensor] = {}
+        """What replaced nodes wrote minus their replacements, until the site is there that has their writes."""
 
     def _table(self) -> WriteTable:
         return WriteTable(self.graph, self.cuts.edges, *self._rows())
@@ -108,13 +105,11 @@ class PatchedRun:
         return torch.cat([uncut[:, :-1].unflatten(1, (-1, n)).all(-1), uncut[:, -1:]], 1)
 
     def _read_together(self) -> Bool[Tensor, " port"]:
-        """Which ports are read: from the first to the last of a layer's channels with a cut edge."""
+        """Which ports are read: from the first to the last of a family's sites with a cut edge."""
         read = torch.zeros(self.whole.shape[1], dtype=torch.bool)
-        for layer in range(self.model.dims.n_layers):
-            if channels := self._channels(layer):
-                read[self._between(layer, channels)] = True
-            if self.model.dims.has_mlp and self._cut(mlp := self._mlp_port(layer)):
-                read[mlp] = True
+        for family in self.graph.families:
+            if sites := self._cut_sites(family):
+                read[_span(sites)] = True
         read[-1] = self._cut(slice(-1, None))
         return read
 
@@ -122,20 +117,9 @@ class PatchedRun:
         """Whether any candidate cuts an edge into one of the ports."""
         return not bool(self.whole[:, ports].all())
 
-    def _ports(self, layer: int, channel: str) -> slice:
-        readers, n = self.graph.channel_readers(layer, channel), self.graph.n_positions
-        return slice(readers.start // n, readers.stop // n)
-
-    def _mlp_port(self, layer: int) -> slice:
-        first = self.graph.mlp_readers(layer).start // self.graph.n_positions
-        return slice(first, first + 1)
-
-    def _channels(self, layer: int) -> str:
-        """The channels of a layer with a cut edge."""
-        return "".join(channel for channel in "qkv" if self._cut(self._ports(layer, channel)))
-
-    def _between(self, layer: int, channels: str) -> slice:
-        return slice(self._ports(layer, channels[0]).start, self._ports(layer, channels[-1]).stop)
+    def _cut_sites(self, family: NodeFamily) -> list[tuple[Ports, slice]]:
+        """The sites of a family's inputs with a cut edge, with their ports."""
+        return [(ports, rows) for ports, rows in self.graph.sites_of(family) if self._cut(rows)]
 
     def run(self, columns: Tensor | None) -> Float[Tensor, "rows n_answer n_columns"]:
         """Logits at the answer positions; the rows are candidate by candidate."""
@@ -150,9 +134,9 @@ class PatchedRun:
         n_layers = self.model.dims.n_layers
         tokens, mask, start = self.pairs.clean, self.pairs.mask, None
         if self.prefix is not None and self._begins_as(self.prefix, first):
-            first, before = self.prefix.layer, self.prefix.differences
-            self.table.keep(slice(0, len(before)), before.expand(-1, self.n, *before.shape[2:]))
-            shared = self.prefix.resid
+            first, shared = self.prefix.layer, self.prefix.resid
+            for family, block in self.prefix.differences.items():
+                self.table.keep(family, block.expand(self.n))
         else:
             shared = self.shared(first) if first > 0 else None
         if first == n_layers:
@@ -176,7 +160,7 @@ class PatchedRun:
         layer with a cut edge."""
         if prefix.cut is None:
             return prefix.layer <= first
-        rows = readers_before(self.graph, prefix.layer)
+        rows = self.graph.readers_before[prefix.layer]
         return bool((self.cuts.edges[:, :rows] == prefix.cut[:rows]).all())
 
     def shared(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
@@ -192,38 +176,26 @@ class PatchedRun:
 
     def _first_cut_layer(self) -> int:
         """The layer where the first edge is cut or the first node replaced; the number of layers if there is none."""
-        per_layer = (self.whole.shape[1] - 1) // self.model.dims.n_layers
         cut = (~self.whole.all(0)).nonzero()
-        first = int(cut[0]) // per_layer if len(cut) else self.model.dims.n_layers
+        first = self.model.dims.n_layers
+        if len(cut):
+            first = self.graph.layer_of_reader(min(int(cut[0]) * self.graph.n_positions, len(self.graph.readers) - 1))
         replaced = self.replaced.nonzero()
         return min([first, *(self.graph.layer_of(w) for w in replaced[:1, 0].tolist())])
 
     def plan(self, layers: range) -> list[Intervention]:
-        graph, dims = self.graph, self.model.dims
+        """The edits of these layers. At one site the parts of a writer are kept before the writer itself."""
         plan: list[Intervention] = []
-        if graph.split_input and 0 in layers:
-            taps = [(Site(name), self._input_tap(i, name)) for i, name in enumerate(graph.inputs)]
-            plan += [Intervention(site, tap) for site, tap in taps]
-        for layer in layers:
-            channels = self._channels(layer)
-            plan.append(Intervention(Site("resid_pre", layer), self._resid_tap(layer, channels)))
-            plan += [Intervention(Site(c, layer), self._head_edit(layer, c)) for c in channels]
-            if self._used(graph.head_writers(layer)):
-                plan.append(Intervention(Site("z", layer), self._z_tap(layer)))
-            if self._replaced(graph.head_writers(layer)):
-                plan.append(Intervention(Site("attn_out", layer), self._replace))
-            if dims.has_mlp:
-                if not dims.parallel:
-                    plan.append(Intervention(Site("resid_mid", layer), self._keep_resid))
-                if self._cut(self._mlp_port(layer)):
-                    plan.append(Intervention(Site("mlp_in", layer), self._mlp_edit(layer)))
-                if graph.neurons_of(layer):
-                    plan.append(Intervention(Site("mlp_post", layer), self._neuron_tap(layer)))
-                mlp = slice(graph.mlp_writer(layer), graph.neuron_writers(layer).stop)
-                if self._used(mlp):
-                    plan.append(Intervention(Site("mlp_out", layer), self._mlp_tap(layer)))
-                if self._replaced(mlp):
-                    plan.append(Intervention(Site("mlp_out", layer), self._replace))
+        here = [family for family in self.graph.families if family.layer in layers]
+        for family in sorted(here, key=lambda family: (family.written, family.part_of is None)):
+            if sites := self._cut_sites(family):
+                plan.append(Intervention(family.stream, self._stream_tap(family)))
+                plan += [Intervention(ports.site, self._port_edit(ports, rows)) for ports, rows in sites]
+            if self._used(family):
+                plan += self._write_taps(family)
+            together = [family, *self.graph.parts_of(family)] if family.part_of is None else []
+            if any(self._replaced(one) for one in together):
+                plan.append(Intervention(family.output, self._replacing(family.output)))
         return plan
 
     def fold(self, value: Tensor) -> Tensor:
@@ -231,153 +203,129 @@ class PatchedRun:
         shared = value.shape[0] == len(self.pairs)
         return value[None].expand(self.n, *value.shape) if shared else value.unflatten(0, (self.n, len(self.pairs)))
 
-    def _keep_resid(self, value: Tensor) -> Tensor:
-        self.resid = value
-        return value
+    def _used(self, family: NodeFamily) -> bool:
+        """Whether any writer of the family (or the writer of which it is a part) is kept or replaced."""
+        related = [family, *(one for one in self.graph.families if family.part_of in one.writers)]
+        return any(bool(self.table.needed[self.graph.writers_of(one)].any()) or self._replaced(one) for one in related)
 
-    def _used(self, writers: slice) -> bool:
-        """Whether any of the writers is kept or replaced."""
-        return bool(self.table.needed[writers].any()) or self._replaced(writers)
+    def _replaced(self, family: NodeFamily) -> bool:
+        return bool(self.replaced[self.graph.writers_of(family)].any())
 
-    def _replaced(self, writers: slice) -> bool:
-        return bool(self.replaced[writers].any())
-
-    def _input_tap(self, index: int, name: str):
-        writers = slice(index, index + 1)
-
+    def _stream_tap(self, family: NodeFamily) -> Edit:
         def tap(value: Tensor) -> Tensor:
-            self.keep(writers, (self.fold(value) - self.values.inputs(name))[None])
-            return self._replace(value) if self._replaced(writers) else value
-
-        return tap
-
-    def _resid_tap(self, layer: int, channels: str):
-        def tap(value: Tensor) -> Tensor:
-            if layer == 0 and not self.graph.split_input and self._used(slice(0, 1)):
-                value = self._input_tap(0, "input")(value)
-            if channels:  # q, k and v together, so that their sums share one pass over the writes
-                self.seen = self.read_heads(layer, channels, self.fold(value))
-            return self._keep_resid(value)
-
-        return tap
-
-    def _z_tap(self, layer: int):
-        def tap(value: Tensor) -> Tensor:
-            z = self.fold(value).to(self.table.rows.dtype)
-            self.keep(self.graph.head_writers(layer), self.values.head_differences(layer, z))
+            self.seen |= self.read(family, self.fold(value))
             return value
 
         return tap
 
-    def _neuron_tap(self, layer: int):
-        chosen = torch.tensor(self.graph.neurons_of(layer), device=self.model.device)
+    def _write_taps(self, family: NodeFamily) -> list[Intervention]:
+        """Keeps what the family writes, when the last of its sites is there."""
+        now: dict[Site, Tensor] = {}
 
-        def tap(value: Tensor) -> Tensor:
-            post = self.fold(value).to(self.table.rows.dtype)
-            self.apart = self.values.neuron_differences(layer, post, chosen)
-            self.keep(self.graph.neuron_writers(layer), self.apart)
-            return value
+        def tap(site: Site) -> Edit:
+            def note(value: Tensor) -> Tensor:
+                now[site] = self.fold(value).to(self.table.rows.dtype)
+                if site == family.sites[-1]:
+                    self._wrote(family, self.values.differences(family, now))
+                    now.clear()
+                return value
 
-        return tap
+            return note
 
-    def _mlp_tap(self, layer: int):
-        row = self.graph.mlp_writer(layer)
+        return [Intervention(site, tap(site)) for site in family.sites]
 
-        def tap(value: Tensor) -> Tensor:
-            difference = self.fold(value) - self.values.mlp(layer)
-            if self.graph.neurons_of(layer):
-                assert self.apart is not None
-                difference = difference - self.apart.sum(0)
-            self.keep(slice(row, row + 1), difference[None])
-            return value
+    def _wrote(self, family: NodeFamily, block: WriteBlock) -> None:
+        if (whole := family.part_of) is not None:
+            total = block.total()
+            self.apart[whole] = self.apart[whole] + total if whole in self.apart else total
+        parts = {i: self.apart.pop(name) for i, name in enumerate(family.writers) if name in self.apart}
+        self.keep(family, less_parts(block, parts))
 
-        return tap
-
-    def keep(self, writers: slice, differences: Float[Tensor, "writer candidate batch pos d_model"]) -> None:
+    def keep(self, family: NodeFamily, block: WriteBlock) -> None:
         """Stores writers' current writes minus their replacements, where a reader needs them."""
-        self.table.keep(writers, differences)
-        if self._replaced(writers):
-            at = self._where_replaced(writers).to(differences.device)
-            total = torch.where(at, differences, 0).sum(0)
-            self.excess = total if self.excess is None else self.excess + total
+        self.table.keep(family, block)
+        if self._replaced(family):
+            total = block.total_where(self._where_replaced(self.graph.writers_of(family)))
+            before = self.excess.get(family.output)
+            self.excess[family.output] = total if before is None else before + total
 
-    def _where_replaced(self, writers: slice) -> Bool[Tensor, "writer candidate batch pos 1"]:
+    def _where_replaced(self, writers: slice) -> Bool[Tensor, "writer candidate batch pos"]:
         nodes = self.cuts.nodes[:, writers].transpose(0, 1)  # [writer, candidate, position]
         if self.table.tokens is None:
-            return nodes[..., None, None]
+            return nodes[..., None]
         place = torch.empty(self.pairs.clean.numel(), dtype=torch.long, device=nodes.device)
         for i, tokens in enumerate(self.table.tokens):
             place[tokens] = i
-        return nodes[..., place].unflatten(2, self.pairs.clean.shape)[..., None]
+        return nodes[..., place].unflatten(2, self.pairs.clean.shape)
 
-    def _replace(self, value: Tensor) -> Tensor:
-        """The value with the replacements of the nodes that wrote it last, where these are replaced."""
-        assert self.excess is not None
-        excess, self.excess = self.excess, None
-        return (self.fold(value) - excess).flatten(0, 1).to(value.dtype)
+    def _replacing(self, output: Site) -> Edit:
+        """Puts the replacements of the nodes that wrote a value into it, where these are replaced."""
 
-    def read_heads(
-        self, layer: int, channels: str, resid: Float[Tensor, "candidate batch pos d_model"]
-    ) -> dict[str, Float[Tensor, "rows pos head d_head"]]:
-        """q, k or v of every head, from what it reads of the residual stream."""
-        together = self._between(layer, channels)
-        seen = self.table.seen(together, self.graph.n_writers_before(layer, mlp=False), resid).flatten(1, 2)
-        found: dict[str, Tensor] = {}
-        for channel in channels:
-            ports = self._ports(layer, channel)
-            mine = seen[ports.start - together.start : ports.stop - together.start]
-            found[channel] = self.by_token(self.model.layout.read_heads(layer, channel, mine))
-        return found
+        def replace(value: Tensor) -> Tensor:
+            return (self.fold(value) - self.excess.pop(output)).flatten(0, 1).to(value.dtype)
 
-    def by_token(self, read: Float[Tensor, "head token d_head"]) -> Float[Tensor, "rows pos head d_head"]:
-        """What heads read, in the order of the model's own values."""
-        return read.unflatten(1, (-1, self.pairs.clean.shape[1])).permute(1, 2, 0, 3)
+        return replace
 
-    def read_one(
+    def read(
+        self, family: NodeFamily, resid: Float[Tensor, "candidate batch pos d_model"]
+    ) -> dict[Site, Float[Tensor, "rows pos ..."]]:
+        """The values of a family's sites with a cut edge, from what its ports see of the residual stream."""
+        sites = self._cut_sites(family)  # together, so that their sums share one pass over the writes
+        span = _span(sites)
+        seen = self.see(span, self._n_writers_seen(family), resid)
+        return {
+            ports.site: family.read(self.model, ports, seen[rows.start - span.start : rows.stop - span.start])
+            for ports, rows in sites
+        }
+
+    def _n_writers_seen(self, family: NodeFamily) -> int:
+        assert family.reads is not None
+        return self.graph.n_writers_at(family.reads)
+
+    def see(
         self, ports: slice, n_writers: int, resid: Float[Tensor, "candidate batch pos d_model"]
-    ) -> Float[Tensor, "rows pos d_model"]:
-        """What one port reads of the residual stream."""
-        return self.table.seen(ports, n_writers, resid)[0].view(-1, *resid.shape[2:])
+    ) -> Float[Tensor, "port rows pos d_model"]:
+        """What ports see of the residual stream."""
+        return self.table.seen(ports, n_writers, resid).view(ports.stop - ports.start, -1, *resid.shape[2:])
 
     def read_logits(self, resid: Float[Tensor, "candidate batch pos d_model"]) -> Float[Tensor, "rows pos d_model"]:
         """What the logits read of the final residual stream."""
         if not self._cut(slice(-1, None)):
             return resid.flatten(0, 1).to(self.table.rows.dtype)
-        n_ports = self.whole.shape[1]
-        return self.read_one(slice(n_ports - 1, n_ports), len(self.graph.writers), resid)
+        n_ports = self.graph.n_ports
+        return self.see(slice(n_ports - 1, n_ports), len(self.graph.writers), resid)[0]
 
-    def _unless_whole(self, ports: slice, own: Tensor, new: Tensor) -> Tensor:
-        """The new value; the model's own, to the last bit, for a reader without a cut edge."""
-        whole = self.whole[:, ports]
-        if not bool(whole.any()):
-            return new
-        rows = whole.repeat_interleave(len(self.pairs), 0).to(own.device)
-        return torch.where(rows[:, None, :, None] if own.ndim == 4 else rows[:, :, None], own, new)
-
-    def _head_edit(self, layer: int, channel: str):
-        ports = self._ports(layer, channel)
+    def _port_edit(self, ports: Ports, rows: slice) -> Edit:
+        """Puts in what the ports read; a port without a cut edge keeps the model's own value, to the last bit."""
 
         def edit(value: Tensor) -> Tensor:
-            return self._unless_whole(ports, value, self.seen[channel].to(value.dtype))
+            new, whole = self.seen.pop(ports.site).to(value.dtype), self.whole[:, rows]
+            if not bool(whole.any()):
+                return new
+            own = whole.repeat_interleave(len(self.pairs), 0).to(value.device)[:, None]  # [rows, 1, port]
+            return torch.where(own.unflatten(2, (-1, *[1] * (value.ndim - 3))), value, new)
 
         return edit
 
-    def _mlp_edit(self, layer: int):
-        port, before = self._mlp_port(layer), self.graph.n_writers_before(layer, mlp=True)
 
-        def edit(value: Tensor) -> Tensor:
-            assert self.resid is not None
-            seen = self.read_one(port, before, self.fold(self.resid))
-            return self._unless_whole(port, value, self.model.layout.read_mlp(layer, seen).to(value.dtype))
-
-        return edit
+def _span(sites: list[tuple[Ports, slice]]) -> slice:
+    """The ports from the first to the last of these."""
+    return slice(sites[0][1].start, sites[-1][1].stop)
 
 
 class _PrefixRun(PatchedRun):
     """A run without cuts, which keeps all writes."""
 
+    def _table(self) -> WriteTable:
+        self.written: dict[NodeFamily, WriteBlock] = {}
+        return super()._table()
+
     def _needed(self) -> Tensor:
         return torch.ones(len(self.graph.writers), dtype=torch.bool)
+
+    def keep(self, family: NodeFamily, block: WriteBlock) -> None:
+        super().keep(family, block)
+        self.written[family] = block if family.low_rank else Dense(block.dense().clone())
 
 
 Cut = Bool[Tensor, "*candidate reader writer"] | Float[Tensor, "*candidate reader writer"]
@@ -453,8 +401,8 @@ def edge_logits(
     With a `prefix` (see `run_prefix`) the layers before it are not run, if every mask cuts the same edges there.
     """
     masks = masks.to(model.device, wide(model))
-    if _nodes_replaceable(model) and (prefix is None or prefix.cut is None):
-        first = 0 if prefix is None else graph.n_writers_before(min(prefix.layer, model.dims.n_layers - 1), mlp=False)
+    if _nodes_replaceable(model, graph) and (prefix is None or prefix.cut is None):
+        first = 0 if prefix is None else graph.n_writers_at((min(prefix.layer, model.dims.n_layers - 1), 0))
         cuts = whole_nodes(graph, masks, _acts_on(model, graph), first)
     else:
         cuts = edges_only(graph, masks)
@@ -480,19 +428,18 @@ def _side_by_side(needed: Bool[Tensor, "candidate writer"], most_rows: int) -> I
         first = stop
 
 
-def _nodes_replaceable(model: HookManager) -> bool:
+def _nodes_replaceable(model: HookManager, graph: Graph) -> bool:
     """Whether a node's write can be replaced where it is written; edits of an `intervene` block might undo it."""
-    return not model.edited and all(model.has(Site("attn_out", layer)) for layer in range(model.dims.n_layers))
+    return not model.edited and all(model.has(family.output) for family in graph.families)
 
 
 def _acts_on(model: HookManager, graph: Graph) -> Bool[Tensor, "reader writer"]:
     """The writers on whose writes a reader acts: those that it feeds; under a post-norm, which is one for all heads of
     a layer, all of these."""
     found = graph.feeds.clone()
-    for layer, maps in enumerate(model.layout.attention):
-        if maps.post.kind != "none":
-            readers = slice(graph.channel_readers(layer, "q").start, graph.channel_readers(layer, "v").stop)
-            found[readers, graph.head_writers(layer)] = True
+    for family in graph.families:
+        if family.writes_together(model):
+            found[graph.readers_of(family), graph.writers_of(family)] = True
     return found
 
 
@@ -505,10 +452,8 @@ def check_model(model: HookManager, graph: Graph, pairs: Pairs) -> None:
     """Return None when the graph and the token ids fit the model. Raises InputError otherwise."""
     if graph.dims != model.dims:
         raise InputError("The graph was built for a model of other dimensions; build it with build_graph(model).")
-    for layer in range(graph.dims.n_layers):
-        own = graph.neurons_of(layer)
-        if own and max(own) >= (d_mlp := model.layout.neurons(layer).W_out.shape[0]):
-            raise InputError(f"The graph has neuron m{layer}.n{max(own)}; that layer has neurons 0 to {d_mlp - 1}.")
+    for family in graph.families:
+        family.check(model)
     places_of(graph, pairs)
     pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
 

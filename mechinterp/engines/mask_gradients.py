@@ -24,10 +24,12 @@ from mechinterp.engines.edge_patching import PatchedRun, wide
 from mechinterp.engines.replacement import Values
 from mechinterp.engines.whole_nodes import edges_only
 from mechinterp.engines.write_table import Block, WriteTable, matrices
+from mechinterp.graphs.families.family import NodeFamily
+from mechinterp.graphs.families.normed_ports import Projections
+from mechinterp.graphs.families.write_block import Dense, LowRank, WriteBlock
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import take_positions
 from mechinterp.models.hook_manager import HookManager
-from mechinterp.models.layout import Layout
 from mechinterp.models.sites import Site
 from mechinterp.tasks.pairs import Pairs
 
@@ -97,22 +99,30 @@ class _DifferentiableRun(PatchedRun):
 
     def forget(self) -> None:
         """Breaks the reference cycle of this run and the nodes of its backward, so that its memory is freed at once."""
-        self.seen, self.apart, self.resid = {}, None, None
+        self.seen, self.apart = {}, {}
         del self.chain, self.cuts, self.table, self.gradients
 
-    def keep(self, writers: slice, differences: Tensor) -> None:
-        self.chain = _Keep.apply(self.chain, differences, self.gradients, writers)
+    def keep(self, family: NodeFamily, block: WriteBlock) -> None:
+        values = block.values if isinstance(block, LowRank) else block.dense()
+        directions = block.directions if isinstance(block, LowRank) else None
+        self.chain = _Keep.apply(self.chain, values, directions, self.gradients, family)
 
-    def read_one(self, ports: slice, n_writers: int, resid: Tensor) -> Tensor:
-        seen, self.chain = _Read.apply(self.chain, resid, self.gradients, ports, n_writers)
-        return seen.flatten(0, 1)
+    def see(self, ports: slice, n_writers: int, resid: Tensor) -> Tensor:
+        seen, self.chain = _See.apply(self.chain, resid, self.gradients, ports, n_writers)
+        return seen.flatten(1, 2)
 
-    def read_heads(self, layer: int, channels: str, resid: Tensor) -> dict[str, Tensor]:
-        ports, n_writers = self._between(layer, channels), self.graph.n_writers_before(layer, mlp=False)
-        *found, self.chain = _ReadHeads.apply(
-            self.chain, resid, self.gradients, self.model.layout, layer, ports, n_writers
+    def read(self, family: NodeFamily, resid: Tensor) -> dict[Site, Tensor]:
+        projections = family.projections(self.model, self.table.rows.dtype)
+        if projections is None:
+            return super().read(family, resid)
+        *found, self.chain = _ReadProjections.apply(
+            self.chain, resid, self.gradients, projections, self.graph.ports_of(family), self._n_writers_seen(family)
         )
-        return {channel: self.by_token(read) for channel, read in zip(channels, found, strict=True)}
+        n_pos = self.pairs.clean.shape[1]
+        return {
+            ports.site: read.unflatten(1, (-1, n_pos)).permute(1, 2, 0, 3)
+            for ports, read in zip(family.ports, found, strict=True)
+        }
 
 
 class _GradientTable(WriteTable):
@@ -130,6 +140,8 @@ class _GradientTable(WriteTable):
         super().__init__(graph, masks, places, read, needed, shape)
         self.of_cuts = torch.zeros_like(masks)
         self.blocks: list[Block] = []
+        self.owed_activations: dict[NodeFamily, Tensor] = {}
+        """The same for writers that are activations times directions."""
         self.owed: Tensor | None = None
         """The gradients of writers before the last block, from the readers of all blocks that are done."""
         self.first = len(read)
@@ -157,56 +169,99 @@ class _GradientTable(WriteTable):
         for i, place in enumerate(self.places):
             rows = torch.where(readers == last * n, last * n, readers + i).to(self.rows.device)
             gradients, writes = place.of(block.sums), place.of(self.rows[: block.n_writers])
-            self.of_cuts[:, rows, : block.n_writers] -= matrices(gradients) @ matrices(writes).transpose(1, 2)
+            self.of_cuts[:, rows[:, None], self.index[: block.n_writers]] -= matrices(gradients) @ matrices(
+                writes
+            ).transpose(1, 2)
+            self._settle_low_rank(block, i, rows, gradients)
             weights = place.weights[:, block.ports, : block.base].transpose(1, 2)
             place.add(weights, block.sums, self.owed[: block.base], keep=later is not None)
 
-    def of_writes(self, writers: slice) -> Float[Tensor, "writer candidate token d_model"]:
-        """The gradient of some writers' writes, when all later readers are done."""
-        found = torch.zeros_like(self.rows[writers])
-        if self.owed is not None and writers.start < len(self.owed):
-            found = self.owed[writers]
+    def _settle_low_rank(self, block: Block, i: int, readers: Tensor, gradients: Tensor) -> None:
+        """The same for writers without rows: of those before the block, and the cuts of those inside it."""
+        tokens = self.places[i].tokens
+        for family, rows in self.low_rank.items():
+            if rows.block is None or rows.writers.stop > block.last:
+                continue
+            for candidate in range(self.shape[0]):
+                writes = rows.of(candidate, tokens)
+                self.of_cuts[candidate, readers, rows.writers] -= writes.inner(gradients[:, candidate])
+                if rows.writers.stop <= block.first:
+                    weights = rows.weights[i][candidate, block.ports]
+                    self._owe(family, candidate, tokens, writes.accumulate(weights, gradients[:, candidate]))
+
+    def _owe(self, family: NodeFamily, candidate: int, tokens: Tensor | None, found: Tensor) -> None:
+        own = self.low_rank[family].block
+        assert own is not None
+        owed = self.owed_activations.setdefault(family, torch.zeros_like(own.values))[:, candidate]
+        owed[:, slice(None) if tokens is None else tokens] += found
+
+    def of_writes(self, family: NodeFamily) -> Float[Tensor, "writer candidate token ..."]:
+        """The gradient of a family's writes (or activations), when all later readers are done."""
+        later: slice | None = None
         if self.blocks and self.first < self.blocks[-1].ports.stop:
             later = slice(self.first, self.blocks[-1].ports.stop)
+        if (low_rank := self.low_rank.get(family)) is not None:
+            assert low_rank.block is not None
+            for i, place in enumerate(self.places if later is not None else ()):
+                assert later is not None
+                for candidate in range(self.shape[0]):
+                    gradients, weights = place.of(self.sums(later))[:, candidate], low_rank.weights[i][candidate, later]
+                    found = low_rank.of(candidate, place.tokens).accumulate(weights, gradients)
+                    self._owe(family, candidate, place.tokens, found)
+            found = self.owed_activations.pop(family, None)
+            return torch.zeros_like(low_rank.block.values) if found is None else found
+        writers = self.graph.writers_of(family)
+        rows = slice(self.n_kept[writers.start], self.n_kept[writers.stop])
+        found = torch.zeros_like(self.rows[rows])
+        if self.owed is not None and rows.start < len(self.owed):
+            found = self.owed[rows]
+        if later is not None:
             for place in self.places:
-                place.add(place.weights[:, later, writers].transpose(1, 2), self.sums(later), found)
+                place.add(place.weights[:, later, rows].transpose(1, 2), self.sums(later), found)
         return found
 
 
 class _Keep(torch.autograd.Function):
-    """Stores the differences of writes in the table; the backward reads their gradients from there."""
+    """Stores the differences of writes (or of activations) in the table; the backward reads their gradients there."""
 
     @staticmethod
-    def forward(ctx: Any, chain: Tensor, differences: Tensor, table: _GradientTable, writers: slice) -> Tensor:
-        table.keep(writers, differences)
-        ctx.table, ctx.writers = table, writers
+    def forward(
+        ctx: Any,
+        chain: Tensor,
+        values: Tensor,
+        directions: Tensor | None,
+        table: _GradientTable,
+        family: NodeFamily,
+    ) -> Tensor:
+        table.keep(family, Dense(values) if directions is None else LowRank(values, directions))
+        ctx.table, ctx.family = table, family
         return chain.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        owed = ctx.table.of_writes(ctx.writers).unflatten(2, ctx.table.shape[1:3])
-        return gradient, owed, None, None
+        owed = ctx.table.of_writes(ctx.family).unflatten(2, ctx.table.shape[1:3])
+        return gradient, owed, None, None, None
 
 
-class _Read(torch.autograd.Function):
-    """What one port sees of the residual stream."""
+class _See(torch.autograd.Function):
+    """What ports see of the residual stream."""
 
     @staticmethod
     def forward(
         ctx: Any, chain: Tensor, resid: Tensor, table: _GradientTable, ports: slice, n_writers: int
     ) -> tuple[Tensor, Tensor]:
         ctx.table, ctx.ports, ctx.dtype = table, ports, resid.dtype
-        return table.seen(ports, n_writers, resid)[0].unflatten(1, table.shape[1:3]).clone(), chain.clone()
+        return table.seen(ports, n_writers, resid).unflatten(2, table.shape[1:3]).clone(), chain.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, chain: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.table.sums(ctx.ports)[0] = gradient.flatten(1, 2)
+        ctx.table.sums(ctx.ports)[:] = gradient.flatten(2, 3)
         ctx.table.done(ctx.ports)
-        return chain, gradient.to(ctx.dtype), None, None, None
+        return chain, gradient.sum(0).to(ctx.dtype), None, None, None
 
 
-class _ReadHeads(torch.autograd.Function):
-    """q, k and v of every head of a layer, `[head, token, d_head]`, from what each sees of the residual stream."""
+class _ReadProjections(torch.autograd.Function):
+    """What ports that are projections of a norm read, `[port, token, n]` a site, each from its own residual stream."""
 
     @staticmethod
     def forward(
@@ -214,12 +269,11 @@ class _ReadHeads(torch.autograd.Function):
         chain: Tensor,
         resid: Tensor,
         table: _GradientTable,
-        layout: Layout,
-        layer: int,
+        projections: Projections,
         ports: slice,
         n_writers: int,
     ) -> tuple[Tensor, ...]:
-        ctx.table, ctx.ports, ctx.dtype, ctx.norm = table, ports, resid.dtype, layout.attention[layer].norm
+        ctx.table, ctx.ports, ctx.dtype, ctx.norm = table, ports, resid.dtype, projections.norm
         seen = table.seen(ports, n_writers, resid)
         given, ctx.factor, ctx.scale = ctx.norm.factored(seen.flatten(1, 2))
         if given.data_ptr() != seen.data_ptr():
@@ -227,8 +281,7 @@ class _ReadHeads(torch.autograd.Function):
         ctx.weights, ctx.products = [], []
         found: list[Tensor] = []
         first = 0
-        for channel in "qkv":
-            weight, constant = layout.folded(layer, channel, seen.dtype)
+        for weight, constant in projections.maps:
             rows = slice(first, first + len(weight))
             product = torch.bmm(given[rows], weight)
             if ctx.factor is not None:
@@ -259,4 +312,4 @@ class _ReadHeads(torch.autograd.Function):
             first = rows.stop
         to_resid = sums.sum(0).unflatten(1, table.shape[1:3]).to(ctx.dtype)
         table.done(ctx.ports)
-        return gradients[-1], to_resid, None, None, None, None, None
+        return gradients[-1], to_resid, None, None, None, None

@@ -173,7 +173,7 @@ def measure_evidence(setup: AblationSetup, circuit: Circuit, n_patched: int) -> 
     for name in circuit.nodes:
         names.setdefault(split_position(name)[0], []).append(name)
     mlps = [f"m{layer}" for layer in range(dims.n_layers) if dims.has_mlp]
-    split = circuit.graph.split_mlps
+    split = circuit.graph.split_writers
     nodes = (*heads, *(name for name in mlps if name not in split))
     notes: list[str] = []
     if split:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mechinterp.base.errors import InputError
 from mechinterp.base.settings import Parameter
+from mechinterp.graphs.families.family import NodeFamily
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.scores import Scores
 
@@ -125,7 +126,7 @@ def to_networkx(graph: Graph, mask: Bool[Tensor, "reader writer"]) -> NodeGraph:
 def on_paths(graph: Graph, mask: Bool[Tensor, "reader writer"]) -> Bool[Tensor, "reader writer"]:
     """The part of the mask that lies on a path from an input to the logits."""
     n, n_writers = graph.n_positions, len(graph.writers)
-    groups = [_Readers.of(graph, mask, rows) for rows in _in_order(graph)]
+    groups = [_Readers.of(graph, mask, family) for family in graph.families if family.ports]
     # Whether a path from an input leads to a writer at a position, and one from there to the logits.
     reached, useful = (torch.zeros(n_writers, n, dtype=torch.bool) for _ in range(2))
     reached[: graph.n_inputs] = True
@@ -144,14 +145,6 @@ def on_paths(graph: Graph, mask: Bool[Tensor, "reader writer"]) -> Bool[Tensor, 
     return kept.to(mask.device)
 
 
-def _in_order(graph: Graph) -> Iterator[slice]:
-    """The readers but the logits, in steps between which writers are computed."""
-    for layer in range(graph.dims.n_layers):
-        yield slice(graph.channel_readers(layer, "q").start, graph.channel_readers(layer, "v").stop)
-        if graph.dims.has_mlp:
-            yield graph.mlp_readers(layer)
-
-
 @dataclass(frozen=True)
 class _Readers:
     """Readers that see the same writers, and the masked edges into them."""
@@ -163,10 +156,9 @@ class _Readers:
     """Whether it serves its writer at all positions: keys and values."""
 
     @staticmethod
-    def of(graph: Graph, mask: Tensor, rows: slice) -> _Readers:
-        n = graph.n_positions
-        names = [name.partition("@")[0] for name in graph.readers[rows][::n]]
-        everywhere = torch.tensor([name.endswith(("<k>", "<v>")) for name in names])[:, None]
+    def of(graph: Graph, mask: Tensor, family: NodeFamily) -> _Readers:
+        n, rows = graph.n_positions, graph.readers_of(family)
+        everywhere = torch.tensor([ports.everywhere for ports in family.ports for _ in ports.names])[:, None]
         return _Readers(rows, mask[rows].cpu().unflatten(0, (-1, n)), graph.feeds[rows][::n].float(), everywhere)
 
     def forward(self, reached: Bool[Tensor, "writer position"]) -> Bool[Tensor, "writer position"]:
@@ -196,7 +188,7 @@ def _ends(graph: Graph, mask: Bool[Tensor, "reader writer"]) -> Iterator[tuple[i
         source = graph.node_name(w, here)
         if not fed:
             targets = ["logits"]
-        elif graph.positions and graph.readers[r].partition("@")[0][-2:] in ("k>", "v>"):
+        elif graph.positions and graph.everywhere[r]:
             targets = [graph.node_name(f, p) for f in fed for p in sorted(writes_at.get(f, ()))]
         else:
             targets = [graph.node_name(f, here) for f in fed if graph.plain or here in writes_at.get(f, ())]

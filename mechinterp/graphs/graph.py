@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import compress
+from itertools import accumulate, compress
 
 import torch
 from jaxtyping import Bool, Int
@@ -15,9 +16,14 @@ from torch import Tensor
 
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.base.registry import unknown
+from mechinterp.graphs.families.family import Moment, NodeFamily, Ports
+from mechinterp.graphs.families.heads import Heads
+from mechinterp.graphs.families.inputs import Input
+from mechinterp.graphs.families.mlp import Mlp
+from mechinterp.graphs.families.neurons import Neurons
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.layout import Dims
-from mechinterp.models.sites import Node, Site
+from mechinterp.models.sites import Site
 
 REST = "rest"
 """The position of every token that has no name of its own."""
@@ -32,7 +38,8 @@ class Graph:
 
     Writers: `input` (or `embed` and `pos_embed`), then per layer its heads, its MLP and the neurons that were taken out
     of the MLP. Readers: per layer the q inputs of its heads, the k and v inputs (per KV head), and its MLP; at last
-    `logits`. GPT-2 small has 157 writers, 445 readers and 32,491 edges.
+    `logits`. GPT-2 small has 157 writers, 445 readers and 32,491 edges. Both come from `families`, which know what
+    their nodes read and write.
 
     With named positions each reader is there once per position (`a9.h9<q>@end`, `a9.h9<q>@rest`): an edge is then
     between two nodes at one position. `logits` is one reader, where the answers are.
@@ -50,8 +57,8 @@ class Graph:
     """The positions that edges are told apart by, the last one `rest`; empty: an edge is one at all positions."""
     answers: str = ""
     """Where the answers are: one of `positions`, or ""."""
-    neurons: tuple[tuple[int, ...], ...] = ()
-    """Per layer the neurons that are writers by themselves; the MLP's own writer is the others together."""
+    families: tuple[NodeFamily, ...] = field(default=(), repr=False)
+    """The kinds of nodes in the order of the model, with their maps."""
     level: str = "edge"
     """What is chosen as one: an `edge`, or a `node`: all edges out of it (at one position, where those are named)."""
 
@@ -66,8 +73,14 @@ class Graph:
 
     @property
     def plain(self) -> bool:
-        """Whether its edges are at all positions, its level edges and its MLPs whole."""
-        return not self.positions and self.level == "edge" and not any(self.neurons)
+        """Whether its edges are at all positions, its level edges and its heads and MLPs whole."""
+        return not self.positions and self.level == "edge" and not self.split_writers
+
+    @property
+    def neurons(self) -> tuple[tuple[int, ...], ...]:
+        """Per layer the neurons that are writers by themselves; () if there are none at all."""
+        own = {family.layer: family.numbers for family in self.families if isinstance(family, Neurons)}
+        return tuple(own.get(layer, ()) for layer in range(self.dims.n_layers)) if own else ()
 
     @property
     def n_positions(self) -> int:
@@ -140,55 +153,114 @@ class Graph:
         """The row of each reader."""
         return {name: i for i, name in enumerate(self.readers)}
 
-    def head_writers(self, layer: int) -> slice:
-        """The rows of a layer's heads among the writers."""
-        neurons = sum(len(some) for some in self.neurons[:layer])
-        first = self.n_inputs + layer * (self.dims.n_heads + self.dims.has_mlp) + neurons
-        return slice(first, first + self.dims.n_heads)
+    # -- rows by family -------------------------------------------------------------------------------------------
 
-    def mlp_writer(self, layer: int) -> int:
-        """The row of a layer's MLP among the writers."""
-        return self.head_writers(layer).stop
+    @cached_property
+    def _rows(self) -> dict[NodeFamily, tuple[slice, slice]]:
+        """The writers and the ports of each family."""
+        rows: dict[NodeFamily, tuple[slice, slice]] = {}
+        writer = port = 0
+        for family in self.families:
+            n_writers, n_ports = len(family.writers), sum(len(ports.names) for ports in family.ports)
+            rows[family] = slice(writer, writer + n_writers), slice(port, port + n_ports)
+            writer, port = writer + n_writers, port + n_ports
+        return rows
 
-    def neurons_of(self, layer: int) -> tuple[int, ...]:
-        """The neurons of a layer that are writers by themselves."""
-        return self.neurons[layer] if self.neurons else ()
+    def writers_of(self, family: NodeFamily) -> slice:
+        """The rows of a family among the writers."""
+        return self._rows[family][0]
+
+    def ports_of(self, family: NodeFamily) -> slice:
+        """The rows of a family's inputs among the ports: the readers without their positions."""
+        return self._rows[family][1]
+
+    def readers_of(self, family: NodeFamily) -> slice:
+        """The rows of a family's inputs among the readers: by port, then by position."""
+        ports, n = self._rows[family][1], self.n_positions
+        return slice(n * ports.start, n * ports.stop)
+
+    def sites_of(self, family: NodeFamily) -> Iterator[tuple[Ports, slice]]:
+        """The inputs of a family with their rows among the ports, a site at a time."""
+        first = self._rows[family][1].start
+        for ports in family.ports:
+            yield ports, slice(first, first + len(ports.names))
+            first += len(ports.names)
 
     @property
-    def split_mlps(self) -> tuple[str, ...]:
-        """MLPs of which neurons are writers by themselves: `m3` is the others together, not what the MLP writes."""
-        return tuple(str(Node("mlp", layer)) for layer, own in enumerate(self.neurons) if own)
+    def n_ports(self) -> int:
+        """How many readers there are, positions not told apart; the last one is the logits."""
+        return self._rows[self.families[-1]][1].stop + 1
 
-    def neuron_writers(self, layer: int) -> slice:
-        """The rows of those neurons among the writers."""
-        first = self.mlp_writer(layer) + 1
-        return slice(first, first + len(self.neurons_of(layer)))
+    @cached_property
+    def everywhere(self) -> tuple[bool, ...]:
+        """Whether each reader serves its writers at all later positions, as keys and values do."""
+        sites = [ports for family in self.families for ports in family.ports]
+        return (*(p.everywhere for p in sites for _ in range(len(p.names) * self.n_positions)), False)
+
+    @cached_property
+    def readers_before(self) -> tuple[int, ...]:
+        """How many readers come before each layer; the last entry: before the logits."""
+        counts = [0] * (self.dims.n_layers + 1)
+        for family in self.families:
+            counts[family.layer + 1] += sum(len(ports.names) for ports in family.ports)
+        return tuple(n * self.n_positions for n in accumulate(counts))
+
+    def layer_of_reader(self, reader: int) -> int:
+        """The layer of a reader; the number of layers for the logits."""
+        return bisect_right(self.readers_before, reader) - 1 if reader < len(self.readers) - 1 else self.dims.n_layers
 
     def layer_of(self, writer: int) -> int:
         """The layer of a writer; 0 for the inputs."""
-        layers = range(self.dims.n_layers - 1)
-        return sum(writer >= self.head_writers(layer + 1).start for layer in layers)
+        return next(family.layer for family, (rows, _) in self._rows.items() if writer < rows.stop)
+
+    def n_writers_at(self, moment: Moment) -> int:
+        """How many writers are in the residual stream there: the first so many."""
+        return sum(len(family.writers) for family in self.families if family.written <= moment)
+
+    @cached_property
+    def split_writers(self) -> tuple[str, ...]:
+        """Writers of which parts are writers by themselves: `m3` is then the rest, not what the MLP writes."""
+        return tuple(dict.fromkeys(family.part_of for family in self.families if family.part_of is not None))
+
+    def parts_of(self, family: NodeFamily) -> Iterator[NodeFamily]:
+        """The families that are parts of writers of this one."""
+        return (part for part in self.families if part.part_of in family.writers)
+
+    # -- rows by layer --------------------------------------------------------------------------------------------
+
+    def _family(self, kind: type[NodeFamily], layer: int) -> NodeFamily:
+        for family in self.families:
+            if isinstance(family, kind) and family.layer == layer:
+                return family
+        raise InputError(f"Layer {layer} has no {'heads' if kind is Heads else 'MLP'}.")
+
+    def head_writers(self, layer: int) -> slice:
+        """The rows of a layer's heads among the writers."""
+        return self.writers_of(self._family(Heads, layer))
+
+    def mlp_writer(self, layer: int) -> int:
+        """The row of a layer's MLP among the writers."""
+        return self.writers_of(self._family(Mlp, layer)).start
+
+    def neuron_writers(self, layer: int) -> slice:
+        """The rows among the writers of the neurons that are writers by themselves."""
+        first = self.mlp_writer(layer) + 1
+        return slice(first, first + (len(self.neurons[layer]) if self.neurons else 0))
 
     def channel_readers(self, layer: int, channel: str) -> slice:
         """The rows of a layer's q, k or v inputs among the readers (by head, then by position)."""
-        d, n = self.dims, self.n_positions
-        first = layer * (d.n_heads + 2 * d.n_kv_heads + d.has_mlp)
-        counts = {"q": d.n_heads, "k": d.n_kv_heads, "v": d.n_kv_heads}
-        for name, count in counts.items():
-            if name == channel:
-                return slice(n * first, n * (first + count))
-            first += count
-        raise unknown("channel", channel, counts)
+        found = {ports.site.kind: rows for ports, rows in self.sites_of(self._family(Heads, layer))}
+        if channel not in found:
+            raise unknown("channel", channel, found)
+        return slice(found[channel].start * self.n_positions, found[channel].stop * self.n_positions)
 
     def mlp_readers(self, layer: int) -> slice:
         """The rows of a layer's MLP among the readers, one per position."""
-        first = self.channel_readers(layer, "v").stop
-        return slice(first, first + self.n_positions)
+        return self.readers_of(self._family(Mlp, layer))
 
     def n_writers_before(self, layer: int, *, mlp: bool) -> int:
         """How many writers come before the attention of `layer` (or before its MLP)."""
-        heads = self.head_writers(layer)
-        return heads.stop if mlp and not self.dims.parallel else heads.start
+        return self.n_writers_at((layer, int(mlp and not self.dims.parallel)))
 
     def edge_names(self) -> tuple[str, ...]:
         """Every edge's name, in order of reader, then writer."""
@@ -246,6 +318,7 @@ class Graph:
             made.update(b"]]")
         else:  # of every reader the first so many writers are possible
             rows = [self.writers, self.readers, self.possible.sum(1).tolist(), self.level, self.answers]
+            rows += [marks] if any(marks := [family.fingerprint for family in self.families]) else []
             made.update(json.dumps(rows).encode())
         return made.hexdigest()
 
@@ -258,6 +331,7 @@ def build_graph(
     positions: Sequence[str] = (),
     answers: str | None = None,
     neurons: Mapping[int, Sequence[int]] | None = None,
+    parts: Sequence[NodeFamily] = (),
 ) -> Graph:
     """The graph of all edges that the model has.
 
@@ -273,6 +347,7 @@ def build_graph(
             then separate.
         answers: The position where the metric reads; by default `end` if it is among `positions`, else `rest`.
         neurons: Neurons, by layer, that are writers of their own, apart from their MLP; see `top_neurons`.
+        parts: Families of nodes that are parts of what heads or MLPs write, as `mechinterp.graphs.families` describes.
     """
     if split_input:
         check_input_split(model)
@@ -285,8 +360,16 @@ def build_graph(
             if not all(type(n) is int and 0 <= n < d_mlp for n in neurons[layer]):
                 raise InputError(f"Layer {layer} has neurons 0 to {d_mlp - 1}; got {list(neurons[layer])[:5]}.")
         chosen = [tuple(sorted(neurons.get(layer, ()))) for layer in range(model.dims.n_layers)]
+    for part in parts:
+        part.check(model)
     return graph_of(
-        model.dims, split_input=split_input, level=level, positions=positions, answers=answers, neurons=chosen
+        model.dims,
+        split_input=split_input,
+        level=level,
+        positions=positions,
+        answers=answers,
+        neurons=chosen,
+        parts=parts,
     )
 
 
@@ -298,6 +381,7 @@ def graph_of(
     positions: Sequence[str] = (),
     answers: str | None = None,
     neurons: Sequence[Sequence[int]] = (),
+    parts: Sequence[NodeFamily] = (),
 ) -> Graph:
     """The graph of a model of these dimensions; for the arguments see `build_graph`."""
     names = _position_names(positions)
@@ -309,52 +393,58 @@ def graph_of(
     if any(neurons) and not dims.has_mlp:
         raise InputError("The model has no MLP, so it has no neurons.")
     _check_size(dims, len(names), sum(map(len, neurons)))
-    writers = [Node("embed"), Node("pos_embed")] if split_input else [Node("input")]
+    families = _with_parts(
+        whole_families(dims, split_input=split_input),
+        [*(Neurons(layer, tuple(own)) for layer, own in enumerate(neurons) if own), *parts],
+    )
     readers: list[str] = []
     before: list[int] = []  # per reader, how many writers come before it
     feeds: list[tuple[int, int]] = []
-    grouped = dims.n_kv_heads != dims.n_heads
-    group = dims.n_heads // dims.n_kv_heads
-    ends = [f"@{name}" for name in names] or [""]
-
-    def add(reader: str, n_before: int, fed: range) -> None:
-        for end in ends:
-            feeds.extend((len(readers), writer) for writer in fed)
-            readers.append(reader + end)
-            before.append(n_before)
-
-    for layer in range(dims.n_layers):
-        start = len(writers)
-        for channel, count in (("q", dims.n_heads), ("k", dims.n_kv_heads), ("v", dims.n_kv_heads)):
-            for head in range(count):
-                shared = channel != "q" and grouped
-                node = Node("kv_head" if shared else "head", layer, head)
-                width = group if shared else 1
-                add(f"{node}<{channel}>", start, range(start + head * width, start + (head + 1) * width))
-        writers += [Node("head", layer, head) for head in range(dims.n_heads)]
-        if dims.has_mlp:
-            own = neurons[layer] if neurons else ()
-            n_before = start if dims.parallel else len(writers)
-            add(str(Node("mlp", layer)), n_before, range(len(writers), len(writers) + 1 + len(own)))
-            writers.append(Node("mlp", layer))
-            writers += [Node("neuron", layer, neuron) for neuron in own]
+    writers = [name for family in families for name in family.writers]
+    row = {name: i for i, name in enumerate(writers)}
+    if len(row) != len(writers):
+        raise InputError(f"Two families have a node {next(n for n in row if writers.count(n) > 1)!r}.")
+    shared = [(family.part_of, name) for family in families for name in family.writers if not family.ports]
+    written = [family.written for family in families for _ in family.writers]
+    if written != sorted(written):
+        raise InputError("The families are not in the order in which the model computes their nodes.")
+    for family in families:
+        n_before = 0 if family.reads is None else bisect_right(written, family.reads)
+        for ports in family.ports:
+            for name, own in zip(ports.names, ports.feeds, strict=True):
+                fed = [family.writers[i] for i in own]
+                fed += [part for whole, part in shared if whole in fed]
+                for end in [f"@{position}" for position in names] or [""]:
+                    feeds.extend((len(readers), row[node]) for node in fed)
+                    readers.append(name + end)
+                    before.append(n_before)
     readers.append("logits")
     before.append(len(writers))
     possible = torch.arange(len(writers))[None, :] < torch.tensor(before)[:, None]
     fed = torch.zeros_like(possible)
     fed[tuple(torch.tensor(feeds, dtype=torch.long).reshape(-1, 2).T)] = True
-    return Graph(
-        dims,
-        split_input,
-        tuple(map(str, writers)),
-        tuple(readers),
-        possible,
-        fed,
-        names,
-        where,
-        tuple(tuple(some) for some in neurons) if any(neurons) else (),
-        level,
-    )
+    return Graph(dims, split_input, tuple(writers), tuple(readers), possible, fed, names, where, tuple(families), level)
+
+
+def whole_families(dims: Dims, *, split_input: bool = False) -> list[NodeFamily]:
+    """The inputs, and layer by layer the heads and the MLP."""
+    families: list[NodeFamily] = [Input("embed"), Input("pos_embed")] if split_input else [Input()]
+    for layer in range(dims.n_layers):
+        families.append(Heads(layer, dims.n_heads, dims.n_kv_heads, dims.parallel))
+        families += [Mlp(layer, dims.parallel)] * dims.has_mlp
+    return families
+
+
+def _with_parts(families: list[NodeFamily], parts: Sequence[NodeFamily]) -> list[NodeFamily]:
+    """The families, each followed by the parts of its writers."""
+    nodes = {name for family in families for name in family.writers}
+    for part in parts:
+        if part.part_of not in nodes:
+            raise InputError(f"{part.writers[0]!r} is part of {part.part_of!r}, which is not a node of the model.")
+    found: list[NodeFamily] = []
+    for family in families:
+        found += [family, *(part for part in parts if part.part_of in family.writers)]
+    return found
 
 
 def _position_names(positions: Sequence[str]) -> tuple[str, ...]:

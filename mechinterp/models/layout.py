@@ -6,6 +6,7 @@ so a map that is wrong for an architecture is an error at load, not a wrong numb
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,21 +184,22 @@ class Layout:
             raise UnsupportedError(f"Layer {layer} has no MLP with one input and one output matrix.")
         return maps
 
-    def neuron_writes(
-        self, layer: int, post: Float[Tensor, "*axes d_mlp"], chosen: Int[Tensor, " neuron"]
-    ) -> Float[Tensor, "neuron *axes d_model"]:
-        """What each of the chosen neurons adds to the residual stream, with the values `post` of all of them.
+    def neuron_parts(
+        self, layer: int, post: Float[Tensor, "*axes d_mlp"], chosen: Sequence[int]
+    ) -> tuple[Float[Tensor, "neuron ..."], Float[Tensor, "neuron d_model"]]:
+        """(value, direction) of the chosen neurons, whose product each adds to the residual stream.
 
-        Under a post-norm it is a neuron's share of the normed sum, as for heads.
+        `post` are the values of all of the MLP. Under a post-norm a neuron's value is divided by the scale of the
+        normed sum, so that it is its share of it, as for heads.
         """
         maps = self.neurons(layer)
         W_out = maps.W_out.to(post.dtype)
         values = post[..., chosen].movedim(-1, 0)
-        projected = maps.post.project(W_out[chosen])
+        directions = maps.post.project(W_out[chosen])
         if maps.post.kind == "none":
-            return einsum(values, projected, "neuron ..., neuron d_model -> neuron ... d_model")
+            return values, directions
         total = post @ W_out if maps.b_out is None else post @ W_out + maps.b_out.to(post.dtype)
-        return einsum(values / maps.post.scale(total)[..., 0], projected, "neuron ..., neuron d -> neuron ... d")
+        return values / maps.post.scale(total)[..., 0], directions
 
     def unembed(
         self, resid: Float[Tensor, "*axes d_model"], columns: Int[Tensor, " n_columns"] | None = None

@@ -273,7 +273,7 @@ def test_a_node_replaced_where_it_writes_is_all_its_edges_cut(
     replaced = whole_nodes(graph, cut.float()).nodes
     assert all(bool(own.any()) for own in replaced) and not bool(replaced.all())
     found = run_edges(model, graph, some, cut)
-    monkeypatch.setattr(mechinterp.engines.edge_patching, "_nodes_replaceable", lambda model: False)
+    monkeypatch.setattr(mechinterp.engines.edge_patching, "_nodes_replaceable", lambda model, graph: False)
     by_edges = run_edges(model, graph, some, cut)
     torch.testing.assert_close(found, by_edges, rtol=tolerance(name), atol=tolerance(name))
 

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import pytest
 import torch
 
 from mechinterp.base.errors import InputError
 from mechinterp.engines.edge_patching import run_edges
-from mechinterp.engines.replacement import build_replacement
-from mechinterp.graphs.graph import build_graph
+from mechinterp.engines.replacement import Values, build_replacement
+from mechinterp.graphs.graph import Graph, build_graph
+from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.pairs import Pairs
 from tests.support.models_tiny import ALL_FLOAT64, EVERY, N_LAYERS, as_installed, pairs, small_cut, tiny, tokens
+
+
+def replacements(
+    model: HookManager, graph: Graph, values: Values
+) -> Callable[[str, Mapping[Any, torch.Tensor]], torch.Tensor]:
+    """What a node's write is replaced by: the write less its difference to the replacement, `[batch, pos, d_model]`."""
+
+    def replaced(name: str, run: Mapping[Any, torch.Tensor]) -> torch.Tensor:
+        family = next(family for family in graph.families if name in family.writers)
+        now = {site: run[str(site)] for site in family.sites}
+        row = family.writers.index(name)
+        return (family.writes(model, now).dense() - values.differences(family, now).dense())[row]
+
+    return replaced
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -18,43 +36,44 @@ def test_means_are_over_real_tokens_and_per_node(name: str) -> None:
     """One mean per node (not one over all nodes), over prompts and positions that are not padding."""
     model, some = tiny(name), pairs(4, 7, padded=True)
     graph = build_graph(model)
-    values = build_replacement("mean", model, graph, some, batch_size=3).on(some)
+    replaced = replacements(model, graph, build_replacement("mean", model, graph, some, batch_size=3).on(some))
     record = ["resid_pre.0"] + [f"z.{layer}" for layer in range(N_LAYERS)]
     record += [f"mlp_out.{layer}" for layer in range(N_LAYERS)] if model.dims.has_mlp else []
     run = model.run(some.corrupt, some.mask, record=record).values
     real = some.mask
-    torch.testing.assert_close(values.inputs("input"), run["resid_pre.0"][real].mean(0))
+    torch.testing.assert_close(replaced("input", run)[0, 0], run["resid_pre.0"][real].mean(0))
     for layer in range(N_LAYERS):
-        z = run[f"z.{layer}"]
-        writes = model.layout.head_writes(layer, z)
+        writes = model.layout.head_writes(layer, run[f"z.{layer}"])
         means = torch.stack([head[real].mean(0) for head in writes])
-        # The difference of a write to its mean is the write less that mean, for each head.
-        found = writes - values.head_differences(layer, z)
+        found = torch.stack([replaced(f"a{layer}.h{head}", run) for head in range(4)])
         near = 1e-10 if name in ALL_FLOAT64 else 1e-5
         torch.testing.assert_close(found, means[:, None, None].expand_as(found), rtol=0, atol=near)
         if model.dims.has_mlp:
-            torch.testing.assert_close(values.mlp(layer), run[f"mlp_out.{layer}"][real].mean(0))
+            torch.testing.assert_close(replaced(f"m{layer}", run)[0, 0], run[f"mlp_out.{layer}"][real].mean(0))
     assert float((means[0] - means[1]).abs().max()) > 1e-3
 
 
 def test_positional_means_keep_the_positions() -> None:
     model, some = tiny("gpt2"), pairs(4, 6)
-    values = build_replacement("mean-positional", model, build_graph(model), some, batch_size=3).on(some)
+    graph = build_graph(model)
+    replaced = replacements(
+        model, graph, build_replacement("mean-positional", model, graph, some, batch_size=3).on(some)
+    )
     run = model.run(some.corrupt, record=["resid_pre.0", "mlp_out.1", "z.1"]).values
-    torch.testing.assert_close(values.inputs("input"), run["resid_pre.0"].mean(0))
-    torch.testing.assert_close(values.mlp(1), run["mlp_out.1"].mean(0))
+    torch.testing.assert_close(replaced("input", run)[0], run["resid_pre.0"].mean(0))
+    torch.testing.assert_close(replaced("m1", run)[0], run["mlp_out.1"].mean(0))
     writes = model.layout.head_writes(1, run["z.1"])
-    found = writes - values.head_differences(1, run["z.1"])
+    found = torch.stack([replaced(f"a1.h{head}", run) for head in range(4)])
     torch.testing.assert_close(found, writes.mean(1, keepdim=True).expand_as(found))
 
 
 def test_zero_is_zero() -> None:
     model, some = tiny("gpt2"), pairs(3, 6)
-    values = build_replacement("zero", model, build_graph(model)).on(some)
-    z = model.run(some.clean, record=["z.1"]).values["z.1"]
-    assert torch.equal(values.head_differences(1, z), model.layout.head_writes(1, z))
-    assert not bool(values.mlp(1).any())
-    assert not bool(values.inputs("input").any())
+    graph = build_graph(model)
+    replaced = replacements(model, graph, build_replacement("zero", model, graph).on(some))
+    run = model.run(some.clean, record=["resid_pre.0", "mlp_out.1", "z.1"]).values
+    for name in ("input", "a1.h2", "m1"):
+        assert not bool(replaced(name, run).any())
 
 
 @pytest.mark.parametrize("name", EVERY)

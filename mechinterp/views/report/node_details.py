@@ -111,7 +111,7 @@ def node_details(
 def _chosen(circuit: Circuit, most: int) -> tuple[list[str], list[str]]:
     """The nodes to measure, in the order of the model, and notes on the others."""
     own = list(dict.fromkeys(split_position(name)[0] for name in circuit.nodes))
-    split = set(circuit.graph.split_mlps)  # the remainder of a split MLP has no single output
+    split = set(circuit.graph.split_writers)  # the remainder of a split MLP has no single output
     found = [name for name in own if node_of(name).kind in ("head", "mlp", "neuron") and name not in split]
     notes = [f"No details for {', '.join(sorted(split & set(own)))}: some of their neurons are separate nodes."]
     notes = notes if split & set(own) else []

@@ -1,0 +1,185 @@
+"""`NodeFamily`: all that engines, methods, evaluation and files know of a kind of node.
+
+A family is what one part of the model (the heads of a layer, an MLP, some neurons of it) reads and writes. It is plain
+data: which writers and ports it has, and in which order; the maps take the model as an argument, so that a graph can
+be read from a file without one. `docs/how-to/add-node-family.md` adds one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp.base.errors import UnsupportedError
+from mechinterp.graphs.families.normed_ports import Projections, Step
+from mechinterp.graphs.families.write_block import WriteBlock
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.sites import Site
+
+Moment: TypeAlias = "tuple[int, int]"
+"""A state of the residual stream: (layer, 0) before a layer, (layer, 1) between its attention and its MLP."""
+Recorded: TypeAlias = "Mapping[Site, Tensor]"
+"""Activations of one run, in float32 or better."""
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Inputs that one site holds, such as the queries of a layer's heads, or the input of an MLP.
+
+    Args:
+        site: The site: `[batch, pos, port, ...]`, or `[batch, pos, ...]` for one port.
+        names: The names of the ports: `a5.h1<q>`.
+        feeds: For every port, which of the family's writers it is an input of, by number.
+        everywhere: Whether it serves its writers at all later positions, as keys and values do.
+        by_port: Whether the site has an axis of ports.
+    """
+
+    site: Site
+    names: tuple[str, ...]
+    feeds: tuple[range, ...]
+    everywhere: bool = False
+    by_port: bool = True
+
+
+class NodeFamily(ABC):
+    """The writers of one part of the model, with their inputs. Subclasses are frozen dataclasses.
+
+    What has a default here need not be defined by a family without ports: the inputs of a model, or parts of what
+    another writer writes.
+    """
+
+    # -- the order: who can reach whom follows from it ------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def layer(self) -> int:
+        """Its layer; 0 for the inputs."""
+
+    @property
+    @abstractmethod
+    def written(self) -> Moment:
+        """The first state of the residual stream that has its writes."""
+
+    @property
+    def reads(self) -> Moment | None:
+        """The state of the residual stream that its ports read; None without ports."""
+        return None
+
+    # -- the nodes ------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def writers(self) -> tuple[str, ...]:
+        """The names of its writers, in the order of its blocks."""
+
+    @property
+    def ports(self) -> tuple[Ports, ...]:
+        """Its inputs, a site at a time."""
+        return ()
+
+    @property
+    def part_of(self) -> str | None:
+        """The writer of which these are parts, whose ports feed them; it is then the rest of what it was."""
+        return None
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what the names do not say (such as a direction), which enters the digest of a graph."""
+        return ""
+
+    def check(self, model: HookManager) -> None:
+        """Return None if the model has these nodes. Raises InputError or UnsupportedError otherwise."""
+        return None
+
+    # -- what they write ------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def sites(self) -> tuple[Site, ...]:
+        """What must be recorded to know what they write, in the order of the model."""
+
+    @property
+    @abstractmethod
+    def output(self) -> Site:
+        """The site of what is added to the residual stream: their writes, and those of families with the same one."""
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether the blocks are `LowRank`."""
+        return False
+
+    @abstractmethod
+    def writes(self, model: HookManager, now: Recorded) -> WriteBlock:
+        """What every writer writes, from the values of `sites` in one run."""
+
+    def differences(self, model: HookManager, now: Recorded, then: Recorded) -> WriteBlock:
+        """What every writer writes, less what it writes in another run."""
+        return self.writes(model, now).minus(self.writes(model, then))
+
+    def writes_together(self, model: HookManager) -> bool:
+        """Whether what one writer writes depends on the others: they share the scale of a post-norm."""
+        return False
+
+    # -- what they read -------------------------------------------------------------------------------------------
+
+    @property
+    def stream(self) -> Site:
+        """The site of the residual stream that the ports read."""
+        assert self.reads is not None
+        layer, stage = self.reads
+        return Site("resid_mid" if stage else "resid_pre", layer)
+
+    def read(self, model: HookManager, ports: Ports, seen: Float[Tensor, "port rows pos d_model"]) -> Tensor:
+        """The value of the ports' site when each port sees its own residual stream."""
+        raise NotImplementedError
+
+    def projections(self, model: HookManager, dtype: torch.dtype) -> Projections | None:
+        """The ports as projections of one norm, where they are that: then sums over them are shared. None: they are
+        not, and `read` is differentiated as it is."""
+        return None
+
+    def pull_back(
+        self,
+        model: HookManager,
+        steps: Sequence[Step],
+        chunk: slice,
+        out: Float[Tensor, "port token d_model"],
+        *,
+        frozen: bool,
+    ) -> None:
+        """Writes to `out` the gradient at the residual stream of every port, summed over the steps.
+
+        It is the transposed Jacobian of `read` times the gradient at the ports' sites.
+
+        Args:
+            model: The model.
+            steps: Values at the stream and the ports' sites, and gradients at the latter.
+            chunk: Which examples.
+            out: Where to write it.
+            frozen: Whether the scales of norms are constants.
+        """
+        raise NotImplementedError
+
+    # -- their weights --------------------------------------------------------------------------------------------
+
+    def written_grams(self, model: HookManager) -> Iterator[Float[Tensor, "d_model d_model"]]:
+        """O' O for every writer, with O the matrix of what it can write; in float32 or better.
+
+        Raises UnsupportedError if that is not known.
+        """
+        raise UnsupportedError(f"The weights of {self.writers[0]} are not known; take a method that runs the model.")
+
+    def read_grams(self, model: HookManager) -> Iterator[Float[Tensor, "d_model d_model"]]:
+        """R R' for every port, with R the matrix by which it reads the standardized stream."""
+        yield from ()
+
+
+def gram(matrix: Float[Tensor, "d_model n"]) -> Float[Tensor, "d_model d_model"]:
+    """The product of a matrix with its transpose."""
+    return matrix @ matrix.T

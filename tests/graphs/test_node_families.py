@@ -1,0 +1,305 @@
+"""The contract of node families, for every family on every shape: what engines rely on, and nothing of one kind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mechinterp.engines.edge_attribution import activation_path_gradients, edge_gradients
+from mechinterp.engines.edge_patching import run_edges
+from mechinterp.engines.mask_gradients import mask_gradients
+from mechinterp.engines.replacement import build_replacement, corrupt_replacement, record_writes
+from mechinterp.graphs.families.family import NodeFamily, Recorded
+from mechinterp.graphs.families.neurons import Neurons
+from mechinterp.graphs.families.normed_ports import Step
+from mechinterp.graphs.families.write_block import Dense, LowRank, WriteBlock, less_parts
+from mechinterp.graphs.graph import Graph, build_graph
+from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.sites import Site
+from mechinterp.tasks.metrics import get_metric
+from tests.support.models_tiny import ALL_FLOAT64, D_MODEL, EVERY, pairs, small_cut, tiny
+
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "add-node-family.md"
+LOGIT_DIFF = get_metric("logit_diff")
+SEEDED = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64}
+KINDS = ("whole", "split input", "neurons", "direction", "positions")
+
+
+@cache
+def shown_on_the_page() -> type[NodeFamily]:
+    """The family of the page that says how to add one."""
+    block = re.findall(r"^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE)[0]
+    assert len(block.splitlines()) < 100
+    names: dict[str, Any] = {"__name__": "docs"}
+    exec(compile(block.partition("\nmodel = ")[0], PAGE.name, "exec", dont_inherit=True), names)
+    return names["Direction"]
+
+
+@cache
+def as_dense(kind: type[NodeFamily]) -> type[NodeFamily]:
+    """The same family with every write in full."""
+
+    class InFull(kind):
+        @property
+        def low_rank(self) -> bool:
+            return False
+
+        def writes(self, model: HookManager, now: Recorded) -> Dense:
+            return Dense(super().writes(model, now).dense())
+
+    return InFull
+
+
+def directions(kind: type[NodeFamily]) -> list[NodeFamily]:
+    """A direction of the write of two MLPs."""
+    made: Any = kind
+    drawn = torch.randn(2, D_MODEL, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return [made(layer, tuple((v / v.norm()).tolist())) for layer, v in zip((0, 2), drawn, strict=True)]
+
+
+@cache
+def graph_for(name: str, kind: str) -> Graph:
+    """A graph of the shape with these families."""
+    options: dict[str, Any] = {
+        "split input": {"split_input": True},
+        "neurons": {"neurons": {0: [3, 8], 2: [0, 1, 30]}},
+        "dense neurons": {"parts": [as_dense(Neurons)(0, (3, 8)), as_dense(Neurons)(2, (0, 1, 30))]},  # type: ignore[call-arg]
+        "direction": {"parts": directions(shown_on_the_page())},
+        "dense direction": {"parts": directions(as_dense(shown_on_the_page()))},
+        "positions": {"neurons": {1: [4, 5]}, "positions": ("a", "end")},
+    }.get(kind, {})
+    return build_graph(tiny(name), **options)
+
+
+def cases() -> Iterator[tuple[str, str]]:
+    """Every shape with every kind that it has."""
+    for name in EVERY:
+        for kind in KINDS:
+            with_mlp = name != "attention-only" or kind in ("whole", "split input")
+            if with_mlp and (kind != "split input" or name in ("gpt2", "attention-only", "no-norm")):
+                yield name, kind
+
+
+CASES = pytest.mark.parametrize(("name", "kind"), list(cases()))
+
+
+def some(n: int = 3, padded: bool = True) -> Any:
+    """Pairs of 6, 5 and 4 tokens with two named positions."""
+    return pairs(n, 6, padded=padded, positions={"a": [1, 2, 1][:n], "end": [5, 4, 3][:n] if padded else [5] * n})
+
+
+def close(name: str) -> dict[str, float]:
+    # The other shapes compute norms in float32.
+    return {"rtol": 1e-9, "atol": 1e-9} if name in ALL_FLOAT64 else {"rtol": 1e-4, "atol": 2e-5}
+
+
+def blocks_of(model: HookManager, graph: Graph, recorded: Recorded) -> dict[NodeFamily, WriteBlock]:
+    """What every family writes, of a writer with parts the rest."""
+    blocks = {family: family.writes(model, recorded) for family in graph.families}
+    for family in graph.families:
+        parts: dict[int, torch.Tensor] = {}
+        for part in graph.parts_of(family):
+            row = family.writers.index(str(part.part_of))
+            parts[row] = parts.get(row, 0) + blocks[part].total()
+        blocks[family] = less_parts(blocks[family], parts)
+    return blocks
+
+
+# -- the stream ----------------------------------------------------------------------------------------------------
+
+
+@CASES
+def test_writes_and_biases_add_up_to_the_stream(name: str, kind: str) -> None:
+    model, graph, ids = tiny(name), graph_for(name, kind), some()
+    streams = [family.stream for family in graph.families if family.ports]
+    run = model.run(ids.clean, ids.mask, record=[*dict.fromkeys(streams), Site("resid_final")])
+    recorded = record_writes(model, graph, ids.clean, ids).values
+    blocks = blocks_of(model, graph, recorded)
+    biases = {f.written: bias for f in graph.families if (bias := attention_bias(model, f, recorded)) is not None}
+    moments = [(f.stream, f.reads) for f in graph.families if f.reads is not None]
+    for site, moment in [*moments, (Site("resid_final"), (3, 0))]:
+        terms = [block.total() for family, block in blocks.items() if family.written <= moment]
+        terms += [bias for written, bias in biases.items() if written <= moment]
+        torch.testing.assert_close(sum(terms), run.values[site].double(), **close(name))
+        assert graph.n_writers_at(moment) == sum(len(f.writers) for f in graph.families if f.written <= moment)
+
+
+def attention_bias(model: HookManager, family: NodeFamily, recorded: Recorded) -> torch.Tensor | None:
+    """What a layer's attention adds besides its heads."""
+    z = recorded.get(Site("z", family.layer))
+    return model.layout.attention_bias(family.layer, z) if z is not None and family.writers[0][0] == "a" else None
+
+
+@pytest.mark.parametrize("replacement", ["corrupt", "mean", "zero"])
+@CASES
+def test_nothing_replaced_is_clean_and_all_replaced_is_the_replacement(name: str, kind: str, replacement: str) -> None:
+    model, graph, ids = tiny(name), graph_for(name, kind), some()
+    by = build_replacement(replacement, model, graph, ids)
+    whole = build_graph(model)
+    ends = run_edges(model, graph, ids, torch.stack([torch.zeros_like(graph.possible), graph.possible]), replacement=by)
+    clean, corrupt = (LOGIT_DIFF(_answer_logits(model, ids, prompts), ids) for prompts in (ids.clean, ids.corrupt))
+    torch.testing.assert_close(ends[0], clean.to(ends), **close(name))
+    if replacement == "corrupt":
+        torch.testing.assert_close(ends[1], corrupt.to(ends), **close(name))
+    else:  # parts and rest are replaced as the whole is
+        expected = run_edges(
+            model, whole, ids, whole.possible, replacement=build_replacement(replacement, model, whole, ids)
+        )
+        torch.testing.assert_close(ends[1], expected, **close(name))
+
+
+def _answer_logits(model: HookManager, ids: Any, prompts: torch.Tensor) -> torch.Tensor:
+    logits = model.run(prompts, ids.mask).logits
+    assert logits is not None
+    return logits.gather(1, ids.answer_pos[..., None].expand(-1, -1, logits.shape[-1]))
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_pull_back_is_the_transposed_jacobian_of_read(name: str) -> None:
+    model, graph = tiny(name), graph_for(name, "whole")
+    for family in (family for family in graph.families if family.ports):
+        resid = torch.randn(2, 3, D_MODEL, **SEEDED)
+        seen = resid.expand(graph.ports_of(family).stop - graph.ports_of(family).start, *resid.shape).clone()
+        seen.requires_grad_(True)
+        values, gradients = {family.stream: resid}, dict[Site, torch.Tensor]()
+        loss, first = torch.zeros((), dtype=torch.float64), 0
+        for ports in family.ports:
+            read = family.read(model, ports, seen[first : first + len(ports.names)])
+            gradients[ports.site] = torch.randn(read.shape, **SEEDED)
+            values[ports.site] = read.detach()
+            loss = loss + (read * gradients[ports.site]).sum()
+            first += len(ports.names)
+        (expected,) = torch.autograd.grad(loss, seen)
+        found = torch.empty(len(seen), 6, D_MODEL, dtype=torch.float64)
+        family.pull_back(model, [Step(values, gradients)], slice(None), found, frozen=False)
+        torch.testing.assert_close(found, expected.flatten(1, 2), rtol=1e-10, atol=1e-10)
+
+
+# -- blocks --------------------------------------------------------------------------------------------------------
+
+
+def test_low_rank_gives_what_dense_gives() -> None:
+    low = LowRank(torch.randn(5, 2, 3, 4, **SEEDED), torch.randn(5, 7, **SEEDED))
+    dense = Dense(low.dense())
+    weights, gradients = torch.randn(6, 5, **SEEDED), torch.randn(6, 2, 3, 4, 7, **SEEDED)
+    constant = LowRank(torch.randn(5, **SEEDED), low.directions)
+    mask, chosen = torch.rand(3, 4) < 0.5, torch.rand(5, 2, 1, 4) < 0.5
+    for of in (
+        lambda block: block.total(),
+        lambda block: block.total_where(chosen),
+        lambda block: block.weighted_sum(weights),
+        lambda block: block.inner(gradients),
+        lambda block: block.sums(mask, positional=False).dense(),
+        lambda block: block.sums(mask, positional=True).dense(),
+        lambda block: block.add(block).divided(3).dense(),
+        lambda block: block.minus(constant if block is low else Dense(constant.dense())).dense(),
+    ):
+        torch.testing.assert_close(of(low), of(dense), rtol=1e-12, atol=1e-12)
+    # `accumulate` is the gradient of <weighted_sum, gradients>, at the activations and at the writes.
+    for block, leaf in ((low, low.values), (dense, dense.writes)):
+        leaf.requires_grad_(True)
+        (expected,) = torch.autograd.grad((block.weighted_sum(weights) * gradients).sum(), leaf)
+        leaf.requires_grad_(False)
+        torch.testing.assert_close(block.accumulate(weights, gradients), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_more_writers_than_fit_at_once_are_taken_in_parts() -> None:
+    low = LowRank(torch.randn(300, 2, **SEEDED), torch.randn(300, 2, **SEEDED))
+    weights, gradients = torch.randn(9, 300, **SEEDED), torch.randn(9, 2, 2, **SEEDED)
+    dense = Dense(low.dense())
+    torch.testing.assert_close(low.weighted_sum(weights), dense.weighted_sum(weights), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(low.inner(gradients), dense.inner(gradients), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "attention-only"])
+@pytest.mark.parametrize("kind", ["neurons", "direction"])
+def test_engines_give_the_same_for_low_rank_and_dense(name: str, kind: str) -> None:
+    """Not to the last bit: activations times directions are summed in another order. Here in float64, where it is."""
+    model, ids = tiny(name), some()
+    low, dense = graph_for(name, kind), graph_for(name, f"dense {kind}")
+    assert low.writers == dense.writers
+    cuts = torch.stack([small_cut(low, 0.4, seed=1).double(), 0.7 * small_cut(low, 0.9, seed=2).double()])
+    near = {"rtol": 1e-6, "atol": 1e-9} if name in ALL_FLOAT64 else close(name)
+    found = []
+    for graph in (low, dense):
+        values = corrupt_replacement(model, graph).on(ids)
+        slopes = mask_gradients(model, graph, ids, cuts, values, lambda logits: logits[..., 1].sum(-1))[1]
+        found.append(
+            (
+                run_edges(model, graph, ids, cuts),
+                slopes,
+                edge_gradients(model, graph, ids, LOGIT_DIFF, alphas=(0.3, 1.0)),
+                activation_path_gradients(model, graph, ids, LOGIT_DIFF, (0.4,)),
+            )
+        )
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, **near)
+
+
+# -- examples ------------------------------------------------------------------------------------------------------
+
+
+@CASES
+def test_a_batch_is_its_examples_one_by_one_and_padding_changes_nothing(name: str, kind: str) -> None:
+    model, graph, ids = tiny(name), graph_for(name, kind), some()
+    cut = 0.8 * small_cut(graph, 0.5).double()
+    whole, total = run_edges(model, graph, ids, cut), edge_gradients(model, graph, ids, LOGIT_DIFF)
+    one_by_one, scores = [], torch.zeros_like(total)
+    for row in range(len(ids)):
+        n = int(ids.lengths[row])
+        twice = ids[[row, row]]  # Pairs have at least two rows
+        bare = replace(twice, clean=twice.clean[:, :n], corrupt=twice.corrupt[:, :n], mask=None)
+        one_by_one.append(run_edges(model, graph, bare, cut)[:1])
+        scores = scores + edge_gradients(model, graph, bare, LOGIT_DIFF) / 2
+    torch.testing.assert_close(whole, torch.cat(one_by_one), **close(name))
+    torch.testing.assert_close(total, scores, **close(name))
+
+
+# -- refinement ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A graph whose MLPs are split, and the same graph with whole ones."""
+
+    split: Graph
+    whole: Graph
+
+    def merged(self, table: torch.Tensor) -> torch.Tensor:
+        """Columns of parts added to the column of what they are parts of."""
+        row = {name: i for i, name in enumerate(self.whole.writers)}
+        owner = {w: f.part_of or w for f in self.split.families for w in f.writers}
+        columns = torch.tensor([row[owner[name]] for name in self.split.writers])
+        return table.new_zeros(len(table), len(row)).index_add(1, columns, table)
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "attention-only"])
+@pytest.mark.parametrize("kind", ["neurons", "direction", "dense direction"])
+def test_scores_of_parts_and_rest_add_up_to_those_of_the_whole(name: str, kind: str) -> None:
+    model, ids = tiny(name), some()
+    graphs = Refined(graph_for(name, kind), build_graph(model))
+    for alphas in ((1.0,), (0.25, 0.75)):
+        split, whole = (edge_gradients(model, g, ids, LOGIT_DIFF, alphas=alphas) for g in (graphs.split, graphs.whole))
+        torch.testing.assert_close(graphs.merged(split), whole, **close(name))
+    split, whole = (activation_path_gradients(model, g, ids, LOGIT_DIFF, (0.5,)) for g in (graphs.split, graphs.whole))
+    torch.testing.assert_close(graphs.merged(split), whole, **close(name))
+    # Exactly: parts and rest replaced together are the whole node replaced.
+    for layer in (0, 2):
+        cuts = [
+            g.possible & torch.tensor([name == f"m{layer}" or name.startswith(f"m{layer}.") for name in g.writers])
+            for g in (graphs.split, graphs.whole)
+        ]
+        split, whole = (
+            run_edges(model, g, ids, cut) for g, cut in zip((graphs.split, graphs.whole), cuts, strict=True)
+        )
+        torch.testing.assert_close(split, whole, **close(name))
