@@ -45,7 +45,7 @@ def test_a_circuit_of_a_real_model_says_where_its_weights_are(
     assert document.model.file.sha256 == SHA256 and document.model.name == (FOLDER / NAME).as_posix()
     assert document.roles and document.predictions and document.stability is not None
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelNotAvailable, match="claims that need no model hold.*not available"):
+    with pytest.raises(ModelNotAvailable, match=r"claims that need no model hold.*not available"):
         mi.verify(path)
 
 
