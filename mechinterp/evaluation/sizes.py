@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, takewhile
+from itertools import takewhile
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -107,13 +107,12 @@ def size_grid(n_units: int, fine: int = FINE, first: int = 4) -> tuple[int, ...]
     >>> size_grid(50, fine=1)
     (4, 8, 16, 32, 50)
     """
-    sizes, first = list[int](), min(first, n_units)
-    for i in count():
-        size = int(first * 2 ** (i / fine))
-        if size >= n_units:
-            return (*sizes, n_units)
+    sizes, i = list[int](), 0
+    while (size := int(min(first, n_units) * 2 ** (i / fine))) < n_units:
         if size not in sizes[-1:]:
             sizes.append(size)
+        i += 1
+    return (*sizes, n_units)
 
 
 def size_curve(

@@ -27,11 +27,11 @@ DOUBTED = {"ioi-bundled-cd-edges", "subject_verb_agreement-bundled-eap-ig"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", OWN, ids=lambda path: path.name.partition(".")[0])
+@pytest.mark.parametrize("path", OWN, ids=lambda path: path.name.removesuffix(".circuit.json"))
 def test_a_stored_circuit_verifies(path: Path) -> None:
     found = mi.verify(path)
     assert found.ok
-    doubt = ["not faithful beyond doubt"] if path.name.partition(".")[0] in DOUBTED else []
+    doubt = ["not faithful beyond doubt"] if path.name.removesuffix(".circuit.json") in DOUBTED else []
     assert [warning.name for warning in found.warnings] == [*doubt, "scores not recomputed"]
 
 
@@ -45,7 +45,7 @@ def test_a_circuit_of_a_real_model_says_where_its_weights_are(
     assert document.model.file.sha256 == SHA256 and document.model.name == (FOLDER / NAME).as_posix()
     assert document.roles and document.predictions and document.stability is not None
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelNotAvailable, match="claims that need no model hold.*not available"):
+    with pytest.raises(ModelNotAvailable, match=r"claims that need no model hold.*not available"):
         mi.verify(path)
 
 

@@ -85,7 +85,7 @@ def test_the_importer_writes_the_stored_files(tmp_path: Path) -> None:
 
 
 def test_every_published_file_is_the_importer_s() -> None:
-    found = [path.name.partition(".")[0] for path in CIRCUITS.glob("*.circuit.json")]
+    found = [path.name.removesuffix(".circuit.json") for path in CIRCUITS.glob("*.circuit.json")]
     assert {name for name in found if document(name).status == "published"} == set(COUNTS)
 
 
