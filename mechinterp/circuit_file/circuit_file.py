@@ -223,6 +223,7 @@ def stated_graph(document: CircuitFile, path: Path) -> Graph:
             positions=stated_parts.positions or (),
             answers=stated_parts.answers,
             neurons=stated_parts.neurons or (),
+            experts=stated_parts.experts or (),
         )
     except InputError as error:
         raise FormatError(f"{path}: {error}") from error
@@ -265,12 +266,13 @@ def graph_record(graph: Graph) -> GraphRecord:
         positions=graph.positions,
         answers=graph.answers or None,
         neurons=graph.neurons,
+        experts=graph.experts,
     )
     if described.digest() != graph.digest():
         others = next(name for name in graph.writers if name not in described.writer_index)
         raise UnsupportedError(
-            f"A circuit file describes graphs of heads, MLPs and neurons; this graph has {others!r}, so the circuit "
-            "cannot be stored. Evaluate it here, or store one of a graph without such nodes."
+            f"A circuit file describes graphs of heads, MLPs, neurons and experts; this graph has {others!r}, so the "
+            "circuit cannot be stored. Evaluate it here, or store one of a graph without such nodes."
         )
     return GraphRecord(
         granularity="node" if graph.level == "node" else "edge",
@@ -278,6 +280,7 @@ def graph_record(graph: Graph) -> GraphRecord:
         positions=graph.positions or None,
         answers=graph.answers or None,
         neurons=graph.neurons or None,
+        experts=graph.experts or None,
         n_writers=len(graph.writers),
         n_readers=len(graph.readers),
         n_edges=graph.n_edges,

@@ -104,12 +104,12 @@ class DimsRecord(Strict):
         self.check_graph()
         return self
 
-    def check_graph(self, n_positions: int = 1, n_neurons: int = 0) -> None:
-        """Return None when the graph of so many named positions and neurons is one that a file may describe.
+    def check_graph(self, n_positions: int = 1, n_parts: int = 0) -> None:
+        """Return None when the graph of so many named positions, neurons and experts is one that a file may describe.
 
         Raises ValueError otherwise.
         """
-        writers = 2 + self.n_layers * (self.n_heads + 1) + n_neurons
+        writers = 2 + self.n_layers * (self.n_heads + 1) + n_parts
         readers = 1 + self.n_layers * (self.n_heads + 2 * self.n_kv_heads + 1) * n_positions
         if writers * readers > MAX_GRAPH_CELLS:
             raise ValueError(f"a graph of {writers} writers and {readers} readers is larger than this version reads")
@@ -170,6 +170,8 @@ class GraphRecord(Strict):
     """Which of them the answers are at."""
     neurons: Annotated[tuple[Neurons, ...], Field(max_length=10_000)] | None = None
     """Per layer the neurons that are nodes by themselves; null: MLPs are whole."""
+    experts: Annotated[tuple[Count, ...], Field(max_length=10_000)] | None = None
+    """Per layer how many experts are nodes by themselves; null: none."""
     key_value: Literal["per kv head"] = "per kv head"
     n_writers: Count
     n_readers: Count
@@ -404,8 +406,8 @@ class CircuitFile(Strict):
             raise ValueError("a stability is stated, but some edges have no frequency")
         if self.selection.n_edges != len(self.edges):
             raise ValueError(f"selection.n_edges is {self.selection.n_edges}, but there are {len(self.edges)} edges")
-        positions, neurons = self.graph.positions or (), self.graph.neurons or ()
-        self.model.dims.check_graph(max(1, len(positions)), sum(map(len, neurons)))
+        n_parts = sum(map(len, self.graph.neurons or ())) + sum(self.graph.experts or ())
+        self.model.dims.check_graph(max(1, len(self.graph.positions or ())), n_parts)
         nodes = set(self.nodes)
         for role in self.roles.values():
             for node in role.nodes:

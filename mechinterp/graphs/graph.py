@@ -85,6 +85,12 @@ class Graph:
         return tuple(own.get(layer, ()) for layer in range(self.dims.n_layers)) if own else ()
 
     @property
+    def experts(self) -> tuple[int, ...]:
+        """Per layer how many experts are writers by themselves; () if there are none at all."""
+        own = {family.layer: family.count for family in self.families if isinstance(family, Experts)}
+        return tuple(own.get(layer, 0) for layer in range(self.dims.n_layers)) if own else ()
+
+    @property
     def n_positions(self) -> int:
         """Rows of each reader but `logits`: 1 when positions are not told apart."""
         return max(1, len(self.positions))
@@ -364,8 +370,6 @@ def build_graph(
             if not all(type(n) is int and 0 <= n < d_mlp for n in neurons[layer]):
                 raise InputError(f"Layer {layer} has neurons 0 to {d_mlp - 1}; got {list(neurons[layer])[:5]}.")
         chosen = [tuple(sorted(neurons.get(layer, ()))) for layer in range(model.dims.n_layers)]
-    if experts:
-        parts = [*parts, *experts_of(model)]
     for part in parts:
         part.check(model)
     return graph_of(
@@ -375,6 +379,7 @@ def build_graph(
         positions=positions,
         answers=answers,
         neurons=chosen,
+        experts=experts_of(model) if experts else (),
         parts=parts,
     )
 
@@ -387,21 +392,31 @@ def graph_of(
     positions: Sequence[str] = (),
     answers: str | None = None,
     neurons: Sequence[Sequence[int]] = (),
+    experts: Sequence[int] = (),
     parts: Sequence[NodeFamily] = (),
 ) -> Graph:
-    """The graph of a model of these dimensions; for the arguments see `build_graph`."""
+    """The graph of a model of these dimensions; for the arguments see `build_graph`.
+
+    `neurons` and `experts` are given layer by layer: the numbers of the neurons, and how many experts there are.
+    """
     names = _position_names(positions)
     where = "" if not names else answers or ("end" if "end" in names else REST)
     if where and where not in names:
         raise unknown("position of the answers", where, names)
     if any(len(set(some)) != len(some) for some in neurons) or len(neurons) not in (0, dims.n_layers):
         raise InputError("`neurons` names each neuron once, layer by layer.")
-    if any(neurons) and not dims.has_mlp:
-        raise InputError("The model has no MLP, so it has no neurons.")
-    _check_size(dims, len(names), sum(map(len, neurons)))
+    if len(experts) not in (0, dims.n_layers) or any(count < 0 for count in experts):
+        raise InputError("`experts` is the number of experts, layer by layer.")
+    if (any(neurons) or any(experts)) and not dims.has_mlp:
+        raise InputError("The model has no MLP, so it has no neurons or experts.")
+    _check_size(dims, len(names), sum(map(len, neurons)) + sum(experts))
     families = _with_parts(
         whole_families(dims, split_input=split_input),
-        [*(Neurons(layer, tuple(own)) for layer, own in enumerate(neurons) if own), *parts],
+        [
+            *(Neurons(layer, tuple(own)) for layer, own in enumerate(neurons) if own),
+            *(Experts(layer, count) for layer, count in enumerate(experts) if count),
+            *parts,
+        ],
     )
     readers: list[str] = []
     before: list[int] = []  # per reader, how many writers come before it
@@ -432,14 +447,14 @@ def graph_of(
     return Graph(dims, split_input, tuple(writers), tuple(readers), possible, fed, names, where, tuple(families), level)
 
 
-def experts_of(model: HookManager) -> list[NodeFamily]:
-    """The experts of every layer that has some. Raises UnsupportedError if no layer has, or they do not add up."""
+def experts_of(model: HookManager) -> list[int]:
+    """How many experts every layer has. Raises UnsupportedError if no layer has some, or they do not add up."""
     layers = [layer for layer in range(model.dims.n_layers) if is_routed(model, layer)]
     if not layers:
         raise UnsupportedError(f"{model.info.architecture} has no mixture of experts; leave out `experts`.")
     for layer in layers:
         check_experts(model, layer)
-    return [Experts(layer, n_experts(model, layer)) for layer in layers]
+    return [n_experts(model, layer) if layer in layers else 0 for layer in range(model.dims.n_layers)]
 
 
 def whole_families(dims: Dims, *, split_input: bool = False) -> list[NodeFamily]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,7 +27,8 @@ from mechinterp.graphs.graph import Graph, build_graph
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node, Site
 from mechinterp.tasks.metrics import get_metric
-from tests.support.models_tiny import ALL_FLOAT64, D_MODEL, EVERY, MIXTURES, pairs, small_cut, tiny
+from tests.support.models_tiny import ALL_FLOAT64, D_MODEL, EVERY, MIXTURES, build, pairs, small_cut, tiny
+from tests.support.odd_models import odd
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "add-node-family.md"
 LOGIT_DIFF = get_metric("logit_diff")
@@ -364,3 +366,32 @@ def test_an_expert_reads_what_the_cut_left_of_the_stream(name: str) -> None:
 def test_experts_of_a_model_without_them_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="has no mixture of experts"):
         build_graph(tiny("gpt2"), experts=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Qwen2-MoE, dense first", "experts of layer 1 .* do not add up .* shared expert"),
+        ("Llama 4", "cannot be run one by one"),
+        ("FlexOLMo (norm after)", "under a post-norm"),
+    ],
+)
+def test_experts_that_are_not_exact_are_refused_by_name(name: str, reason: str) -> None:
+    model = mi.load_model(odd(name))
+    with pytest.raises(UnsupportedError, match=reason) as caught:
+        build_graph(model, experts=True)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith("keep the MLP as one node.")
+
+
+def test_a_circuit_of_experts_is_stored_and_read(tmp_path: Path) -> None:
+    model, ids = build("mixtral", dtype=torch.float32), some()
+    graph = build_graph(model, level="node", experts=True)
+    assert graph.experts == (4, 4) and graph.unit_names()[-1] == "m1.e3"
+    circuit = mi.select(graph, mi.score_edges(model, graph, ids, method="eap"), nodes=8)
+    path = tmp_path / "x.circuit.json"
+    mi.save_circuit(path, circuit, model=model, title="x")
+    read = mi.load_circuit(path)
+    assert read.graph.digest() == graph.digest() and read.graph.experts == graph.experts
+    assert torch.equal(read.kept, circuit.kept)
+    document = json.loads(path.read_text("utf-8"))
+    assert document["graph"]["experts"] == [4, 4]
