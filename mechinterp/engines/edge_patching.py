@@ -118,8 +118,10 @@ class PatchedRun:
         return not bool(self.whole[:, ports].all())
 
     def _cut_sites(self, family: NodeFamily) -> list[tuple[Ports, slice]]:
-        """The sites of a family's inputs with a cut edge, with their ports."""
-        return [(ports, rows) for ports, rows in self.graph.sites_of(family) if self._cut(rows)]
+        """The sites of a family's inputs with a cut edge, or that follow one with a cut edge, with their ports."""
+        sites = list(self.graph.sites_of(family))
+        cut = {ports.site for ports, rows in sites if self._cut(rows)}
+        return [(ports, rows) for ports, rows in sites if ports.site in cut or ports.follows in cut]
 
     def run(self, columns: Tensor | None) -> Float[Tensor, "rows n_answer n_columns"]:
         """Logits at the answer positions; the rows are candidate by candidate."""
@@ -195,7 +197,11 @@ class PatchedRun:
 
     def _reading(self, family: NodeFamily) -> list[Intervention]:
         sites = self._cut_sites(family)
-        edits = [Intervention(ports.site, self._port_edit(ports, rows)) for ports, rows in sites]
+        whole = {ports.site: self.whole[:, rows] for ports, rows in sites}
+        for ports, _ in sites:
+            if ports.follows in whole:
+                whole[ports.site] = whole[ports.site] & whole[ports.follows]
+        edits = [Intervention(ports.site, self._port_edit(ports, whole[ports.site])) for ports, _ in sites]
         return [Intervention(family.stream, self._stream_tap(family)), *edits] if sites else []
 
     def _writing(self, family: NodeFamily) -> list[Intervention]:
@@ -302,11 +308,11 @@ class PatchedRun:
         n_ports = self.graph.n_ports
         return self.see(slice(n_ports - 1, n_ports), len(self.graph.writers), resid)[0]
 
-    def _port_edit(self, ports: Ports, rows: slice) -> Edit:
+    def _port_edit(self, ports: Ports, whole: Bool[Tensor, "candidate port"]) -> Edit:
         """Puts in what the ports read; a port without a cut edge keeps the model's own value, to the last bit."""
 
         def edit(value: Tensor) -> Tensor:
-            new, whole = self.seen.pop(ports.site).to(value.dtype), self.whole[:, rows]
+            new = self.seen.pop(ports.site).to(value.dtype)
             if not bool(whole.any()):
                 return new
             own = whole.repeat_interleave(len(self.pairs), 0).to(value.device)[:, None]  # [rows, 1, port]

@@ -117,7 +117,7 @@ def to_networkx(graph: Graph, mask: Bool[Tensor, "reader writer"]) -> NodeGraph:
     out: NodeGraph = nx.MultiDiGraph(positions=graph.positions)
     for r, w, source, targets in _ends(graph, mask):
         reader = graph.readers[r].partition("@")[0]
-        channel = reader[-2] if reader.endswith(">") else ""
+        channel = reader.partition("<")[2].rstrip(">")
         for node in targets:
             out.add_edge(source, node, name=graph.edge_name(r, w), channel=channel)
     return out

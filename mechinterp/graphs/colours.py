@@ -35,6 +35,7 @@ NODE_LOOKS = {
 """By kind, in the order in which nodes of one layer are listed."""
 SEVERAL = "several"
 CHANNEL_COLOURS = {"q": "#3b7dd8", "k": "#1f9e77", "v": "#e08214", "mlp": "#9467bd", "logits": "#8c8c8c"}
+CHANNEL_COLOURS["router"] = "#c77cff"
 CHANNEL_COLOURS[SEVERAL] = "#b5a642"
 """Colour of an edge by where it enters: query, key or value of a head, an MLP, the logits, or several of these."""
 CHOSEN_COLOUR = "#d1495b"

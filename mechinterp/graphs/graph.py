@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.base.registry import unknown
-from mechinterp.graphs.families.experts import Experts
+from mechinterp.graphs.families.experts import Experts, RoutedMlp
 from mechinterp.graphs.families.family import Moment, NodeFamily, Ports
 from mechinterp.graphs.families.heads import Heads
 from mechinterp.graphs.families.inputs import Input
@@ -356,7 +356,8 @@ def build_graph(
             then separate.
         answers: The position where the metric reads; by default `end` if it is among `positions`, else `rest`.
         neurons: Neurons, by layer, that are writers of their own, apart from their MLP; see `top_neurons`.
-        experts: Whether every expert of a mixture of experts is a writer of its own (`m3.e5`).
+        experts: Whether every expert of a mixture of experts is a writer of its own (`m3.e5`), and the router's input a
+            reader (`m3<router>`).
         parts: Families of nodes that are parts of what heads or MLPs write, as `mechinterp.graphs.families` describes.
     """
     if split_input:
@@ -411,7 +412,7 @@ def graph_of(
         raise InputError("The model has no MLP, so it has no neurons or experts.")
     _check_size(dims, len(names), sum(map(len, neurons)) + sum(experts))
     families = _with_parts(
-        whole_families(dims, split_input=split_input),
+        whole_families(dims, split_input=split_input, experts=experts),
         [
             *(Neurons(layer, tuple(own)) for layer, own in enumerate(neurons) if own),
             *(Experts(layer, count) for layer, count in enumerate(experts) if count),
@@ -457,12 +458,13 @@ def experts_of(model: HookManager) -> list[int]:
     return [n_experts(model, layer) if layer in layers else 0 for layer in range(model.dims.n_layers)]
 
 
-def whole_families(dims: Dims, *, split_input: bool = False) -> list[NodeFamily]:
+def whole_families(dims: Dims, *, split_input: bool = False, experts: Sequence[int] = ()) -> list[NodeFamily]:
     """The inputs, and layer by layer the heads and the MLP."""
     families: list[NodeFamily] = [Input("embed"), Input("pos_embed")] if split_input else [Input()]
     for layer in range(dims.n_layers):
         families.append(Heads(layer, dims.n_heads, dims.n_kv_heads, dims.parallel))
-        families += [Mlp(layer, dims.parallel)] * dims.has_mlp
+        mlp = RoutedMlp if experts and experts[layer] else Mlp
+        families += [mlp(layer, dims.parallel)] * dims.has_mlp
     return families
 
 

@@ -49,15 +49,19 @@ def n_experts(model: HookManager, layer: int) -> int:
 
 
 def expert_writes(
-    model: HookManager, layer: int, mlp_in: Float[Tensor, "*axes d_model"]
+    model: HookManager,
+    layer: int,
+    mlp_in: Float[Tensor, "*axes d_model"],
+    router_in: Float[Tensor, "*axes d_model"],
 ) -> Float[Tensor, "expert *axes d_model"]:
     """What each expert adds to the residual stream: its output times the router's weight, 0 where it is not chosen.
 
-    Cost: the router once, and every expert on every token.
+    `router_in` is what the router reads, which is `mlp_in` unless one of them is edited. Cost: the router once, and
+    every expert on every token.
     """
     router, experts = routed_mlp(model, layer)
-    flat = mlp_in.to(model.dtype).reshape(-1, mlp_in.shape[-1])
-    _, weights, chosen = router(flat)
+    flat, routed = (value.to(model.dtype).reshape(-1, value.shape[-1]) for value in (mlp_in, router_in))
+    _, weights, chosen = router(routed)
     count = n_experts(model, layer)
     by_expert = weights.new_zeros(len(flat), count).scatter(1, chosen, weights)
     post, written = model.layout.mlp_post[layer], []
@@ -74,13 +78,14 @@ def check_experts(model: HookManager, layer: int) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.dims.d_vocab, (2, min(4, model.dims.n_ctx)), generator=generator).to(model.device)
-    given, written = Site("mlp_in", layer), Site("mlp_out", layer)
-    run = model.run(tokens, record=[given, written], stop=written)
+    given, routed, written = (Site(kind, layer) for kind in ("mlp_in", "router_in", "mlp_out"))
+    model.resolve(routed)  # raises where the router's input cannot be read
+    run = model.run(tokens, record=[given, routed, written], stop=written)
     label = f"The experts of layer {layer} of {model.info.architecture}"
     if model.layout.mlp_post[layer].kind != "none":
         raise UnsupportedError(f"{label} are under a post-norm, which is not supported; keep the MLP as one node.")
     try:
-        total = expert_writes(model, layer, run.values[given]).detach().sum(0)
+        total = expert_writes(model, layer, run.values[given], run.values[routed]).detach().sum(0)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = str(error).partition("\n")[0]
         raise UnsupportedError(f"{label} cannot be run one by one ({reason}); keep the MLP as one node.") from error

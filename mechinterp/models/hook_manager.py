@@ -19,7 +19,7 @@ from mechinterp.base.errors import InputError, SiteNotReached, UnsupportedError
 from mechinterp.base.registry import unknown
 from mechinterp.models.exclusive_runs import Block, Turn, use_of
 from mechinterp.models.feature_basis import FeatureBasis
-from mechinterp.models.hook_names import HOOK_NAMES
+from mechinterp.models.hook_names import HOOK_NAMES, ROUTERS
 from mechinterp.models.interventions import (
     Carry,
     Edit,
@@ -95,6 +95,8 @@ class HookManager:
         if self.edited:
             raise InputError("This model is inside an `intervene` block, where it cannot be checked; load it outside.")
         self._points: dict[str, Any] = dict(bridge.hook_dict)
+        first, other = (f".mlp.{name}.hook_in" for name in ROUTERS)
+        self._points |= {name.replace(other, first): point for name, point in bridge.hook_dict.items() if other in name}
         self._layers_give_tuples = False
         self.layout: Layout
         self.refused: Mapping[Site, str] = {}
@@ -271,7 +273,7 @@ class HookManager:
                 at = check_at(at, tokens)
             plan = self._plan(wanted, [*self._outer_from(outer, start), *edits], grad_sites, stop)
             points = plan.points
-            self._register(turn, points, at)
+            self._register(turn, points, at, len(tokens))
             keeps = keep_past and self.keeps_past and self.dims.causal and mask is None and not outer
             cache = past.cache() if past is not None else empty_cache() if keeps else None
             logits, stopped = self._forward(tokens, mask, cache)
@@ -318,7 +320,7 @@ class HookManager:
         """The logits, and for each site how often it fired and its gradient (None: the loss does not depend on it)."""
         with Turn(self._use, self.bridge, self.info.name, currentframe(), True) as turn, turn:
             points = self._plan((), (), sites, None).points
-            self._register(turn, points, None)
+            self._register(turn, points, None, len(tokens))
             first = self.bridge.blocks[0]
             first.register_forward_hook(turn.hook(first, self._note_layer_output))
             logits, _ = self._forward(tokens, None)
@@ -374,8 +376,10 @@ class HookManager:
             plan.at(stop).stop = True
         return plan
 
-    def _register(self, turn: Turn, points: Mapping[str, Point], at: Tensor | None) -> None:
+    def _register(self, turn: Turn, points: Mapping[str, Point], at: Tensor | None, n_batch: int) -> None:
         def add(name: str, function: Callable[[Tensor], Tensor | None]) -> None:
+            if name.endswith(f".mlp.{ROUTERS[0]}.hook_in"):
+                function = _by_example(function, n_batch)
             self._points[name].add_hook(turn.hook(self._points[name], function), dir="fwd")
 
         carries = {name: Carry(points[name]) for name in self.branches if name in points}
@@ -443,6 +447,18 @@ class HookManager:
                 raise UnsupportedError(f"The loss does not depend on site '{site}': it is not in the computation.")
             gradients[site] = gradient
         return value.detach(), gradients
+
+
+def _by_example(function: Callable[[Tensor], Tensor | None], n_batch: int) -> Callable[[Tensor], Tensor | None]:
+    """The function of a value `[batch, pos, d]` for a hook that has it as `[batch * pos, d]`: a router's input."""
+
+    def flat(value: Tensor) -> Tensor | None:
+        if value.ndim != 2:
+            return function(value)
+        new = function(value.unflatten(0, (n_batch, -1)))
+        return None if new is None else new.flatten(0, 1)
+
+    return flat
 
 
 def load_model(

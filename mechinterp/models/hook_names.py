@@ -19,6 +19,7 @@ HOOK_NAMES = {
     "attn_out": "blocks.{}.hook_attn_out",
     "resid_mid": "blocks.{}.hook_resid_mid",
     "mlp_in": "blocks.{}.mlp.hook_in",
+    "router_in": "blocks.{}.mlp.gate.hook_in",
     "mlp_pre": "blocks.{}.mlp.hook_pre",
     "mlp_up": "blocks.{}.mlp.hook_pre_linear",
     "mlp_post": "blocks.{}.mlp.hook_post",
@@ -26,3 +27,6 @@ HOOK_NAMES = {
     "mlp_out": "blocks.{}.hook_mlp_out",
     "resid_post": "blocks.{}.hook_resid_post",
 }
+
+ROUTERS = ("gate", "router")
+"""What the router of a mixture of experts is called inside its MLP; the second name is an alias here."""

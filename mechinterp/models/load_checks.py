@@ -361,6 +361,8 @@ def _definitions(model: Any, values: Mapping[Site, Tensor]) -> Iterator[Definiti
             bias = getattr(model.bridge.blocks[layer].mlp, "b_gate", None)
             first = up if mlp.W_gate is None else _linear(here["mlp_in"], mlp.W_gate, bias)
             given["mlp_pre"] = ("the product of its weights and 'mlp_in'", first)
+        if "mlp_in" in here:
+            given["router_in"] = ("the MLP's input", here["mlp_in"])
         for kind in given.keys() & here.keys():
             yield Site(kind, layer), *given[kind], here[kind]
         post = getattr(model.bridge.blocks[layer], "ln2_post", None)

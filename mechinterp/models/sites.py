@@ -32,6 +32,7 @@ LAYER_SITES = (
     "attn_out",
     "resid_mid",
     "mlp_in",
+    "router_in",
     "mlp_pre",
     "mlp_up",
     "mlp_post",
@@ -41,8 +42,9 @@ LAYER_SITES = (
 )
 """Sites of one layer. `attn_in` and `mlp_in` are after the norm; `attn_out` and `mlp_out` are what is added to
 the residual stream (after a post-norm where the model has one; `attn_raw` and `mlp_raw` are before it, and exist only
-there); `q`, `k` are before any rotation. `mlp_pre` is the input of the activation function, `mlp_up` the factor by
-which a gated MLP multiplies its output, `mlp_post` the product (the neurons)."""
+there); `q`, `k` are before any rotation. `router_in` is what the router of a mixture of experts reads, by itself.
+`mlp_pre` is the input of the activation function, `mlp_up` the factor by which a gated MLP multiplies its output,
+`mlp_post` the product (the neurons)."""
 
 
 @dataclass(frozen=True, order=True)

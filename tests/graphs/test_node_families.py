@@ -24,6 +24,7 @@ from mechinterp.graphs.families.neurons import Neurons
 from mechinterp.graphs.families.normed_ports import Step
 from mechinterp.graphs.families.write_block import Dense, LowRank, WriteBlock, less_parts
 from mechinterp.graphs.graph import Graph, build_graph
+from mechinterp.models.experts import expert_writes
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node, Site
 from mechinterp.tasks.metrics import get_metric
@@ -170,9 +171,9 @@ def _answer_logits(model: HookManager, ids: Any, prompts: torch.Tensor) -> torch
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_pull_back_is_the_transposed_jacobian_of_read(name: str) -> None:
-    model, graph = tiny(name), graph_for(name, "whole")
+@pytest.mark.parametrize(("name", "kind"), [*((name, "whole") for name in EVERY), ("mixtral", "experts")])
+def test_pull_back_is_the_transposed_jacobian_of_read(name: str, kind: str) -> None:
+    model, graph = tiny(name), graph_for(name, kind)
     for family in (family for family in graph.families if family.ports):
         resid = torch.randn(2, 3, D_MODEL, **SEEDED)
         seen = resid.expand(graph.ports_of(family).stop - graph.ports_of(family).start, *resid.shape).clone()
@@ -186,6 +187,9 @@ def test_pull_back_is_the_transposed_jacobian_of_read(name: str) -> None:
             loss = loss + (read * gradients[ports.site]).sum()
             first += len(ports.names)
         (expected,) = torch.autograd.grad(loss, seen)
+        for ports in family.ports:
+            if ports.follows is not None:  # in a run the gradient there has that of what is computed from it
+                gradients[ports.follows] = gradients[ports.follows] + gradients[ports.site]
         found = torch.empty(len(seen), 6, D_MODEL, dtype=torch.float64)
         family.pull_back(model, [Step(values, gradients)], slice(None), found, frozen=False)
         torch.testing.assert_close(found, expected.flatten(1, 2), rtol=1e-10, atol=1e-10)
@@ -282,11 +286,13 @@ class Refined:
     whole: Graph
 
     def merged(self, table: torch.Tensor) -> torch.Tensor:
-        """Columns of parts added to the column of what they are parts of."""
+        """Columns of parts added to the column of what they are parts of, and a router's row to its MLP's."""
         row = {name: i for i, name in enumerate(self.whole.writers)}
         owner = {w: f.part_of or w for f in self.split.families for w in f.writers}
         columns = torch.tensor([row[owner[name]] for name in self.split.writers])
-        return table.new_zeros(len(table), len(row)).index_add(1, columns, table)
+        readers = torch.tensor([self.whole.reader_index[name.replace("<router>", "")] for name in self.split.readers])
+        merged = table.new_zeros(len(table), len(row)).index_add(1, columns, table)
+        return table.new_zeros(len(self.whole.readers), len(row)).index_add(0, readers, merged)
 
 
 SPLIT = [
@@ -351,16 +357,47 @@ def test_an_expert_writes_its_output_times_its_weight(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_an_expert_reads_what_the_cut_left_of_the_stream(name: str) -> None:
-    """Cutting edges into an MLP and the edge from one expert: as if the MLP were run on that input."""
+def test_router_and_experts_read_apart_and_together_as_the_mlp(name: str) -> None:
+    """Cutting an edge into both is cutting it into the MLP; into one of them, the MLP with that input alone changed."""
     model, ids = tiny(name), some()
     graph, whole = graph_for(name, "experts"), build_graph(tiny(name))
-    readers = ["input->m1", "a0.h1->m1"]
-    parts = [f"m1.e{i}->logits" for i in range(4)]
-    split = graph.mask_of([*readers, "m1->logits", *parts])
-    expected = run_edges(model, whole, ids, whole.mask_of([*readers, "m1->logits"]))
-    torch.testing.assert_close(run_edges(model, graph, ids, split), expected, **close(name))
-    assert not torch.allclose(run_edges(model, graph, ids, graph.mask_of([*readers, parts[0]])), expected)
+    both = graph.mask_of(["input->m1", "a0.h1->m1", "input->m1<router>", "a0.h1->m1<router>"])
+    expected = run_edges(model, whole, ids, whole.mask_of(["input->m1", "a0.h1->m1"]))
+    torch.testing.assert_close(run_edges(model, graph, ids, both), expected, **close(name))
+    stream = Site("resid_mid", 1)
+    now, then = (record_writes(model, graph, tokens, ids).values for tokens in (ids.clean, ids.corrupt))
+    family = graph.families[0]
+    change = (family.writes(model, now).dense() - family.writes(model, then).dense())[0]
+    resid = model.run(ids.clean, ids.mask, record=[stream]).values[stream]
+    changed = model.layout.read_mlp(1, resid - change)
+    own = model.layout.read_mlp(1, resid)
+    for reader, inputs in (("m1", (changed, own)), ("m1<router>", (own, changed))):
+        written = expert_writes(model, 1, *inputs).sum(0)
+        edits = {Site("mlp_out", 1): lambda value, written=written: written.to(value.dtype)}
+        logits = model.run(ids.clean, ids.mask, interventions=edits).logits
+        assert logits is not None
+        by_hand = LOGIT_DIFF(logits.gather(1, ids.answer_pos[..., None].expand(-1, -1, logits.shape[-1])), ids)
+        found = run_edges(model, graph, ids, graph.mask_of([f"input->{reader}"]))
+        torch.testing.assert_close(found, by_hand, **close(name))
+        assert not torch.allclose(found, expected)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_scores_into_router_and_experts_add_up_to_those_into_the_mlp(name: str) -> None:
+    model, ids = tiny(name), some()
+    graphs = Refined(graph_for(name, "experts"), build_graph(model))
+    split, whole = (edge_gradients(model, g, ids, LOGIT_DIFF) for g in (graphs.split, graphs.whole))
+    torch.testing.assert_close(graphs.merged(split), whole, **close(name))
+    assert bool((split[graphs.split.reader_index["m1<router>"]] != 0).any())
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_gradient_at_no_cut_is_minus_the_score(name: str) -> None:
+    model, graph, ids = tiny(name), graph_for(name, "experts"), some()
+    values = corrupt_replacement(model, graph).on(ids)
+    kept = torch.zeros(1, *graph.possible.shape, dtype=torch.float64)
+    slopes = mask_gradients(model, graph, ids, kept, values, lambda logits: LOGIT_DIFF(logits[0], ids)[None])[1][0]
+    torch.testing.assert_close(-slopes, edge_gradients(model, graph, ids, LOGIT_DIFF), **close(name))
 
 
 def test_experts_of_a_model_without_them_are_refused() -> None:

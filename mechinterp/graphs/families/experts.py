@@ -1,11 +1,20 @@
-"""The experts of one MLP as nodes of their own: each writes its output times its weight by the router."""
+"""A mixture of experts with its experts as nodes: each writes its output times its weight by the router.
+
+The MLP of such a layer has two inputs: what the experts read (`m5`) and what the router reads (`m5<router>`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jaxtyping import Float
+from torch import Tensor
+
 from mechinterp.base.errors import InputError
-from mechinterp.graphs.families.family import Moment, NodeFamily, Recorded
+from mechinterp.graphs.families.family import Moment, NodeFamily, Ports, Recorded
+from mechinterp.graphs.families.mlp import Mlp
+from mechinterp.graphs.families.normed_ports import Step, pull_back_norm
 from mechinterp.graphs.families.write_block import Dense
 from mechinterp.models.experts import expert_writes, n_experts
 from mechinterp.models.hook_manager import HookManager
@@ -13,8 +22,39 @@ from mechinterp.models.sites import Node, Site
 
 
 @dataclass(frozen=True)
+class RoutedMlp(Mlp):
+    """The MLP of such a layer: all that its experts leave of it is rounding."""
+
+    @property
+    def ports(self) -> tuple[Ports, ...]:
+        """`m5`, and `m5<router>`."""
+        (own,) = super().ports
+        router = Ports(
+            Site("router_in", self.layer), (f"{own.names[0]}<router>",), own.feeds, by_port=False, follows=own.site
+        )
+        return own, router
+
+    def pull_back(
+        self,
+        model: HookManager,
+        steps: Sequence[Step],
+        chunk: slice,
+        out: Float[Tensor, "port token d_model"],
+        *,
+        frozen: bool,
+    ) -> None:
+        """Through the norm; the gradient at the MLP's input has that at the router's in it."""
+        own, router = (ports.site for ports in self.ports)
+        alone = [Step(s.values, {own: s.gradients[own] - s.gradients[router]}) for s in steps]
+        norm = model.layout.mlp_norm[self.layer]
+        assert norm is not None
+        pull_back_norm(norm, own, self.stream, alone, chunk, out[:1], frozen=frozen)
+        pull_back_norm(norm, router, self.stream, steps, chunk, out[1:], frozen=frozen)
+
+
+@dataclass(frozen=True)
 class Experts(NodeFamily):
-    """The experts of a layer: `m5.e0`, `m5.e1`, ... Their input is the MLP's, which the router reads, too."""
+    """The experts of a layer: `m5.e0`, `m5.e1`, ... Their inputs are the MLP's."""
 
     of_layer: int
     count: int
@@ -36,13 +76,13 @@ class Experts(NodeFamily):
 
     @property
     def part_of(self) -> str:
-        """The MLP; all that the experts leave of it is rounding."""
+        """The MLP."""
         return str(Node("mlp", self.layer))
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The input, from which router and experts are computed again."""
-        return (Site("mlp_in", self.layer),)
+        """The inputs, from which router and experts are computed again."""
+        return Site("mlp_in", self.layer), Site("router_in", self.layer)
 
     @property
     def output(self) -> Site:
@@ -56,4 +96,4 @@ class Experts(NodeFamily):
 
     def writes(self, model: HookManager, now: Recorded) -> Dense:
         """Each expert's output times its weight."""
-        return Dense(expert_writes(model, self.layer, now[self.sites[0]]))
+        return Dense(expert_writes(model, self.layer, *(now[site] for site in self.sites)))

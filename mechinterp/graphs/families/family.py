@@ -38,6 +38,8 @@ class Ports:
         feeds: For every port, which of the family's writers it is an input of, by number.
         everywhere: Whether it serves its writers at all later positions, as keys and values do.
         by_port: Whether the site has an axis of ports.
+        follows: Another site of the family's ports, of which this one is computed (a router's input of the MLP's):
+            where that one is edited, this one is set too; and the gradient there has this one's in it.
     """
 
     site: Site
@@ -45,6 +47,7 @@ class Ports:
     feeds: tuple[range, ...]
     everywhere: bool = False
     by_port: bool = True
+    follows: Site | None = None
 
 
 class NodeFamily(ABC):
