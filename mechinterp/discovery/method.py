@@ -175,8 +175,8 @@ def check_graph(method: str, graph: Graph) -> None:
     if METHODS.get(method).graphs == "plain" and not graph.plain:
         others = ", ".join(sorted(name for name, one in METHODS.importable().items() if one.graphs != "plain"))
         raise InputError(
-            f"Method {method!r} scores edges at all positions between heads and whole MLPs. For nodes, named positions "
-            f"and neurons take one of: {others}."
+            f"Method {method!r} scores edges at all positions between heads and whole MLPs. For nodes, named "
+            f"positions, neurons and experts take one of: {others}."
         )
 
 

@@ -23,9 +23,9 @@ def top_neurons(
 ) -> dict[int, tuple[int, ...]]:
     """The `n` neurons of largest estimated effect (either sign), by layer: `neurons` of `build_graph`.
 
-    The effect is that of `attribution_patching` of `mlp_post`, summed over positions, mean over examples. A dense graph
-    of all neurons does not fit for most models: its engine holds `n_writers * batch * pos * d_model` numbers (37
-    thousand writers for GPT-2 small), so only the strongest become nodes. Ties go to the earlier neuron.
+    The effect is that of `attribution_patching` of `mlp_post`, summed over positions, mean over examples. A graph of
+    all neurons does not fit for most models: its tables hold readers x writers (37 thousand writers for GPT-2 small),
+    so only the strongest become nodes. Ties go to the earlier neuron.
 
     Raises InputError for more neurons than the model has, UnsupportedError for MLPs without neurons.
 

@@ -362,7 +362,7 @@ def run_edges(
 
     Cost: one forward of the corrupt prompts, and one patched forward per candidate up to the final residual stream;
     candidates share the layers before the first cut edge. Memory: the writes of one batch, `n_writers * batch * pos *
-    d_model` numbers per candidate.
+    d_model` numbers per candidate; neurons without the factor `d_model`.
 
     Args:
         model: The model.
