@@ -19,6 +19,7 @@ from mechinterp.engines.edge_attribution import activation_path_gradients, edge_
 from mechinterp.engines.edge_patching import run_edges
 from mechinterp.engines.mask_gradients import mask_gradients
 from mechinterp.engines.replacement import build_replacement, corrupt_replacement, record_writes
+from mechinterp.graphs.circuit import on_paths
 from mechinterp.graphs.families.family import NodeFamily, Recorded
 from mechinterp.graphs.families.neurons import Neurons
 from mechinterp.graphs.families.normed_ports import Step
@@ -28,6 +29,7 @@ from mechinterp.models.experts import expert_writes
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node, Site
 from mechinterp.tasks.metrics import get_metric
+from mechinterp.views.plots.circuit import circuit_figure
 from tests.support.models_tiny import ALL_FLOAT64, D_MODEL, EVERY, MIXTURES, build, pairs, small_cut, tiny
 from tests.support.odd_models import odd
 
@@ -432,3 +434,10 @@ def test_a_circuit_of_experts_is_stored_and_read(tmp_path: Path) -> None:
     assert torch.equal(read.kept, circuit.kept)
     document = json.loads(path.read_text("utf-8"))
     assert document["graph"]["experts"] == [4, 4]
+
+
+def test_a_circuit_of_experts_and_routers_is_drawn() -> None:
+    graph = graph_for("mixtral", "experts")
+    kept = graph.mask_of(["input->m0<router>", "input->m0", "m0.e1->a1.h0<q>", "a1.h0->logits"])
+    figure = circuit_figure(mi.Circuit(graph, on_paths(graph, kept), 4))
+    assert {"m0.e1", "a1.h0"} <= {text for trace in figure.data for text in trace.text or () if isinstance(text, str)}
