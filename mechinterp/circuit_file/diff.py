@@ -29,7 +29,9 @@ class Compared:
     """An edge or node of either circuit: which circuits have it, and its score and rank in each file.
 
     Positive scores help the task. The score of a node is the sum over the edges that leave it (if nodes were chosen,
-    its own score). Rank 1 has the largest absolute score; equal scores share a rank. None: the file does not say.
+    its own score). Rank 1 has the largest absolute score; equal scores share a rank. The frequency of an edge is the
+    share of resamples whose circuit has it; it is known for the edges of a file's own circuit. None: the file does not
+    say.
     """
 
     kind: Literal["edge", "node"]
@@ -39,6 +41,8 @@ class Compared:
     score_b: float | None = None
     rank_a: int | None = None
     rank_b: int | None = None
+    frequency_a: float | None = None
+    frequency_b: float | None = None
 
     @property
     def flipped(self) -> bool | None:
@@ -50,9 +54,12 @@ class Compared:
 
 @dataclass(frozen=True)
 class Overlap:
-    """The numbers of edges or nodes in both circuits and in one only; `jaccard` is both divided by either."""
+    """The numbers of edges or nodes in both circuits and in one only; `jaccard` is both divided by either.
 
-    kind: Literal["edges", "nodes"]
+    Core edges are those that a file counts as stable: in at least 90 % of its resamples.
+    """
+
+    kind: Literal["edges", "nodes", "core edges"]
     both: int
     only_a: int
     only_b: int
@@ -104,6 +111,8 @@ class CircuitDiff:
     scored_alike: bool
     """Whether method, parameters, metric and replacement agree, so that the scores are on one scale."""
     fields: tuple[FieldDifference, ...]
+    core: Overlap | None = None
+    """Of the edges that each file's resamples agree on; None unless both files say how stable they are."""
 
     @property
     def same_circuit(self) -> bool:
@@ -129,15 +138,17 @@ class CircuitDiff:
         return tuple(sorted((entry for entry in scored if size(entry) > 0), key=lambda entry: -size(entry)))
 
     def to_frame(self) -> pd.DataFrame:
-        """A tidy table of all edges and nodes: kind, name, where, score_a, score_b, rank_a, rank_b, flipped."""
+        """A tidy table of all edges and nodes: a column for each field of `Compared`, and `flipped`."""
         rows = [{**asdict(entry), "flipped": entry.flipped} for entry in (*self.edges, *self.nodes)]
         frame = _frame(rows, (*Compared.__dataclass_fields__, "flipped"))
-        types = {"score_a": "float64", "score_b": "float64", "rank_a": "Int64", "rank_b": "Int64", "flipped": "boolean"}
-        return frame.astype(types)
+        columns = {"score": "float64", "rank": "Int64", "frequency": "float64"}
+        types = {f"{name}_{side}": kind for name, kind in columns.items() for side in ("a", "b")}
+        return frame.astype({**types, "flipped": "boolean"})
 
-    def overlaps(self) -> tuple[Overlap, Overlap]:
-        """The overlap of the edges, and of the nodes."""
-        return _overlap("edges", self.edges), _overlap("nodes", self.nodes)
+    def overlaps(self) -> tuple[Overlap, ...]:
+        """The overlap of the edges, of the nodes and, if both files state frequencies, of the core edges."""
+        found = (_overlap("edges", self.edges), _overlap("nodes", self.nodes))
+        return found if self.core is None else (*found, self.core)
 
     def overlap_frame(self) -> pd.DataFrame:
         """A tidy table of the overlaps: kind, both, only_a, only_b, jaccard."""
@@ -160,6 +171,18 @@ class CircuitDiff:
 def _overlap(kind: Literal["edges", "nodes"], entries: Sequence[Compared]) -> Overlap:
     both, only_a, only_b = (sum(entry.where == where for entry in entries) for where in ("both", "only A", "only B"))
     return Overlap(kind, both, only_a, only_b, both / len(entries))
+
+
+def _core(a: CircuitFile, b: CircuitFile) -> Overlap | None:
+    """The overlap of the core edges; None if a file states no stability."""
+    if a.stability is None or b.stability is None:
+        return None
+    one, other = (
+        {edge.name for edge in file.edges if (edge.frequency or 0) >= stability.core_share - 1e-6}
+        for file, stability in ((a, a.stability), (b, b.stability))
+    )
+    both = len(one & other)
+    return Overlap("core edges", both, len(one - other), len(other - one), both / max(1, len(one | other)))
 
 
 def _frame(rows: Sequence[dict[str, Any]], columns: tuple[str, ...]) -> pd.DataFrame:
@@ -216,14 +239,15 @@ def diff_opened(files: tuple[OpenedFile, OpenedFile], circuits: tuple[Circuit, C
         b=files[1].path,
         circuit_sha256=(one.document.integrity.circuit_sha256, other.document.integrity.circuit_sha256),
         notes=tuple(_notes(one, other, same_graph, complete, unlike)),
-        edges=_compared("edge", kept, known),
-        nodes=_compared("node", used, nodes),
+        edges=_compared("edge", kept, known, (_frequencies(one.document), _frequencies(other.document))),
+        nodes=_compared("node", used, nodes, ({}, {})),
         roles=tuple(_roles(one.document, other.document)),
         roles_removed=_labels_beyond(one.document, other.document),
         roles_added=_labels_beyond(other.document, one.document),
         scores=tuple(_agreements(one, other, complete)),
         scored_alike=not unlike,
         fields=different_fields(one.document, other.document),
+        core=_core(one.document, other.document),
     )
 
 
@@ -280,8 +304,15 @@ def _ranked(scores: Mapping[str, float]) -> Scored:
     return {name: (score, int(rank)) for (name, score), rank in zip(scores.items(), ranks, strict=True)}
 
 
+def _frequencies(document: CircuitFile) -> dict[str, float]:
+    return {edge.name: edge.frequency for edge in document.edges if edge.frequency is not None}
+
+
 def _compared(
-    kind: Literal["edge", "node"], circuits: tuple[set[str], set[str]], known: tuple[Scored, ...]
+    kind: Literal["edge", "node"],
+    circuits: tuple[set[str], set[str]],
+    known: tuple[Scored, ...],
+    frequencies: tuple[Mapping[str, float], Mapping[str, float]],
 ) -> tuple[Compared, ...]:
     found: list[Compared] = []
     for name in circuits[0] | circuits[1]:
@@ -289,7 +320,8 @@ def _compared(
         if name not in circuits[0] or name not in circuits[1]:
             where = "only A" if name in circuits[0] else "only B"
         (score_a, rank_a), (score_b, rank_b) = (side.get(name, (None, None)) for side in known)
-        found.append(Compared(kind, name, where, score_a, score_b, rank_a, rank_b))
+        often = (side.get(name) for side in frequencies)
+        found.append(Compared(kind, name, where, score_a, score_b, rank_a, rank_b, *often))
 
     def place(entry: Compared) -> tuple[int, str]:
         return min((rank for rank in (entry.rank_a, entry.rank_b) if rank is not None), default=0), entry.name

@@ -89,17 +89,26 @@ def difference_tables(diff: CircuitDiff, most: int) -> Iterable[tuple[str, Table
 
 
 def _compared_table(entries: Iterable[Compared]) -> Table:
-    table = _table("", "in", "score A", "rank A", "score B", "rank B", "signs", text=2)
+    entries = list(entries)
+    often = any(entry.frequency_a is not None or entry.frequency_b is not None for entry in entries)
+    shares = ("resamples A", "resamples B") if often else ()
+    table = _table("", "in", "score A", "rank A", "score B", "rank B", *shares, "signs", text=2)
     for entry in entries:
         ranks = ["-" if rank is None else f"{rank:,}" for rank in (entry.rank_a, entry.rank_b)]
         signs = "opposite" if entry.flipped else ""
         scores = (_known(entry.score_a), _known(entry.score_b))
-        table.add_row(entry.name, entry.where, scores[0], ranks[0], scores[1], ranks[1], signs)
+        found = [share_of(one) for one in (entry.frequency_a, entry.frequency_b)] if often else []
+        table.add_row(entry.name, entry.where, scores[0], ranks[0], scores[1], ranks[1], *found, signs)
     return table
 
 
 def _known(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+def share_of(value: float | None) -> str:
+    """A share in percent; `-` if there is none."""
+    return "-" if value is None else f"{value:.0%}"
 
 
 def _first(most: int, n: int, words: str) -> str:

@@ -23,6 +23,9 @@ STORED = Path(__file__).parents[2] / "circuits"
 EAP, CD, ACDC = (
     STORED / f"{name}.circuit.json" for name in ("ioi-bundled-eap-ig", "ioi-bundled-cd", "ioi-wang2022-edges-acdc")
 )
+MATTR, PRONOUN = (
+    STORED / f"{name}-mattr.circuit.json" for name in ("ioi-bundled", "gendered_pronoun-SmolLM2-135M-Instruct.Q4_1")
+)
 
 
 def write(path: Path, circuit: Circuit, **changes: Any) -> Path:
@@ -61,6 +64,19 @@ def test_edges_scores_and_ranks_are_those_of_the_files() -> None:
     assert everything.pearson == pytest.approx(np.corrcoef(*values)[0, 1])
     assert everything.n_flipped == int((values[0] * values[1] < 0).sum())
     assert len(found.to_frame()) == len(found.edges) + len(found.nodes)
+
+
+def test_frequencies_stand_beside_the_scores_and_core_edges_are_compared() -> None:
+    found = mi.diff_circuits(MATTR, PRONOUN)
+    files = [json.loads(path.read_text("utf-8")) for path in (MATTR, PRONOUN)]
+    often = [{edge["name"]: edge["frequency"] for edge in file["edges"]} for file in files]
+    for entry in found.edges:
+        assert (entry.frequency_a, entry.frequency_b) == tuple(side.get(entry.name) for side in often)
+    assert found.core is not None
+    sizes = [file["stability"]["n_core"] for file in files]
+    assert (found.core.both + found.core.only_a, found.core.both + found.core.only_b) == tuple(sizes)
+    assert mi.diff_circuits(MATTR, EAP).core is None
+    assert {*often[0]} <= {*mi.diff_circuits(MATTR, EAP).to_frame().dropna(subset=["frequency_a"]).name}
 
 
 def test_the_other_way_round_is_the_mirror_image() -> None:

@@ -19,7 +19,7 @@ from mechinterp.circuit_file.schema import (
     Tolerance,
 )
 from mechinterp.circuit_file.setting_types import SELECTION
-from mechinterp.circuit_file.verify.claims import Ledger
+from mechinterp.circuit_file.verify.claims import Ledger, stated_limit
 from mechinterp.circuit_file.verify.coverage import RESCORED
 from mechinterp.discovery.method import METHODS, score_edges
 from mechinterp.discovery.stable import (
@@ -63,7 +63,7 @@ def check_task_performance(
         found = check_performance(
             model, mine, metric=stated.metric, templates=templates, batch_size=batch_size, seed=stated.seed
         )
-        limit = limit or tolerance_for(document.model.dtype)
+        limit = stated_limit(stated.tolerance, document.model.dtype, limit, "performance", ledger)
         ledger.equal("performance.n_examples", found.n_examples, stated.n_examples)
         for name in ("clean", "corrupt", "difference", "difference_ci", "accuracy", "accuracy_ci"):
             ledger.close(f"performance.{name}", getattr(found, name), getattr(stated, name), limit)

@@ -29,7 +29,7 @@ from mechinterp.circuit_file.records import (
 from mechinterp.circuit_file.schema import CircuitFile, TaskPairs, TaskRecord, Tolerance, circuit_sha256
 from mechinterp.circuit_file.setting_types import SELECTION
 from mechinterp.circuit_file.store import OpenedFile, inside, open_circuit_file
-from mechinterp.circuit_file.verify.claims import Ledger, UnverifiedModel, Verification
+from mechinterp.circuit_file.verify.claims import Ledger, UnverifiedModel, Verification, stated_limit
 from mechinterp.circuit_file.verify.coverage import applies_again, evaluation_name, extent_of
 from mechinterp.circuit_file.verify.discovery_claims import (
     BOOTSTRAP,
@@ -329,16 +329,6 @@ def _check_task(opened: OpenedFile, ledger: Ledger) -> Task | None:
     return task
 
 
-def _limit(stated: Tolerance, dtype: str, own: Tolerance | None, name: str, ledger: Ledger) -> Tolerance:
-    """The tolerance to use. A file that states a looser one than its dtype needs fails a claim."""
-    usual = tolerance_for(dtype)
-    strict = stated.relative <= usual.relative and stated.absolute <= usual.absolute
-    if not strict:
-        detail = f"looser than {dtype} needs (relative {usual.relative:g}, absolute {usual.absolute:g})"
-        ledger.failed(f"{name}.tolerance", detail)
-    return own or (stated if strict else usual)
-
-
 def _check_evaluation(
     document: CircuitFile,
     number: int,
@@ -356,7 +346,7 @@ def _check_evaluation(
         ledger.failed(name, f"not run: the pairs {absent[0]!r} are not what the file states")
         return
     with ledger.claimed(name):
-        limit = _limit(stated.tolerance, document.model.dtype, limit, name, ledger)
+        limit = stated_limit(stated.tolerance, document.model.dtype, limit, name, ledger)
         kind = stated.ablation.value
         ledger.equal(f"{name}.ablation", stated.ablation.model_dump(), asdict(ablation_of(circuit.graph, kind)))
         result = evaluate(

@@ -11,6 +11,7 @@ from mechinterp.circuit_file.diff import CircuitDiff, Compared
 from mechinterp.circuit_file.store import write_file
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.views.plots.difference import difference_svg
+from mechinterp.views.terminal_tables import share_of
 
 ENDINGS = (".html", ".svg")
 ROWS_SHOWN = 100
@@ -93,10 +94,11 @@ def _parts(title: str, entries: Sequence[Compared]) -> str:
             _rank(entry.rank_a),
             number(entry.score_b),
             _rank(entry.rank_b),
+            share_of(entry.frequency_a if entry.frequency_b is None else entry.frequency_b),
         )
         for entry in differing[:ROWS_SHOWN]
     )
-    head = ("name", "circuit", "score in A", "rank in A", "score in B", "rank in B")
+    head = ("name", "circuit", "score in A", "rank in A", "score in B", "rank in B", "resamples with it")
     more = f"<p>The first {ROWS_SHOWN} of {len(differing):,}.</p>" if len(differing) > ROWS_SHOWN else ""
     return f"<h2>{title} in one circuit only</h2>{_table(head, rows, 2)}{more}"
 
