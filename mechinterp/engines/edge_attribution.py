@@ -43,7 +43,7 @@ from mechinterp.engines.replacement import (
     write_sites,
 )
 from mechinterp.engines.write_table import PORTS_OF_A_BLOCK, layer_blocks
-from mechinterp.graphs.families.family import NodeFamily
+from mechinterp.graphs.families.family import NodeFamily, NodeSite
 from mechinterp.graphs.families.normed_ports import Step
 from mechinterp.graphs.families.write_block import LowRank
 from mechinterp.graphs.graph import Graph
@@ -148,7 +148,7 @@ def _input_ends(
     return {site: (run.values[site], corrupt.values[site].to(model.dtype)) for site in sites}
 
 
-def _reader_sites(graph: Graph) -> list[Site]:
+def _reader_sites(graph: Graph) -> list[NodeSite]:
     """The sites of every input of a node, and the logits' input."""
     return [*(ports.site for family in graph.families for ports in family.ports), FINAL]
 
@@ -183,7 +183,7 @@ def _step(
     return Step(_by_site(run.values), _by_site(run.grads))
 
 
-def _by_site(found: Mapping[Site | str, Tensor]) -> dict[Site, Tensor]:
+def _by_site(found: Mapping[NodeSite | str, Tensor]) -> dict[NodeSite, Tensor]:
     return {Site.parse(site) if isinstance(site, str) else site: value for site, value in found.items()}
 
 
@@ -327,18 +327,38 @@ def _score_layers(
     """Adds the scores of every edge into some layers, and numbers without a meaning where there is no edge."""
     d_model, ports = model.dims.d_model, _ports(graph, layers)
     n_tokens = writes.rows.shape[1] // d_model
+    here = [family for family in graph.families if family.ports and family.layer in layers]
+    n_writers = max((graph.n_writers_at(family.reads) for family in here if family.reads is not None), default=0)
     gradients = writes.rows.new_empty(len(ports), n_tokens, d_model)
-    n_writers = 0
-    for family in graph.families:
-        if family.ports and family.layer in layers:
-            assert family.reads is not None
-            n_writers = max(n_writers, graph.n_writers_at(family.reads))
-            own = graph.ports_of(family)
-            out = gradients[own.start - ports.start : own.stop - ports.start]
-            family.pull_back(model, steps, chunk, out, frozen=frozen)
+    pulled_back(model, graph, here, steps, chunk, gradients, frozen=frozen)
     n, first = graph.n_positions, graph.readers_before[layers.start]
     for i, tokens in enumerate([None] if places is None else places):  # the rows of a reader are its positions
         writes.score(gradients, slice(first + i, first + n * len(ports), n), scores, n_writers, tokens)
+
+
+def pulled_back(
+    model: HookManager,
+    graph: Graph,
+    families: Sequence[NodeFamily],
+    steps: Sequence[Step],
+    chunk: slice,
+    out: Float[Tensor, "port token d_model"],
+    *,
+    frozen: bool,
+) -> None:
+    """Writes to `out` the gradient at the residual stream of every port of families that stand side by side.
+
+    From that of a site are taken those of the sites that are computed from it and are ports themselves.
+    """
+    first = graph.ports_of(families[0]).start if families else 0
+    sites = [found for family in families for found in graph.sites_of(family)]
+    rows = {ports.site: slice(own.start - first, own.stop - first) for ports, own in sites}
+    for family in families:
+        own = graph.ports_of(family)
+        family.pull_back(model, steps, chunk, out[own.start - first : own.stop - first], frozen=frozen)
+    for ports, _ in sites:
+        if ports.follows is not None:
+            out[rows[ports.follows]] -= out[rows[ports.site]].sum(0, keepdim=True)
 
 
 def activation_path_gradients(
@@ -387,7 +407,7 @@ def _groups(graph: Graph) -> Iterator[list[NodeFamily]]:
 def _activation_step(
     model: HookManager,
     readout: Readout,
-    ends: Mapping[Site, tuple[Tensor, Tensor]],
+    ends: Mapping[NodeSite, tuple[Tensor, Tensor]],
     readers: Sequence[NodeFamily],
     start: tuple[int, Tensor] | None,
     alpha: float,
@@ -416,13 +436,16 @@ def _contract_activations(
     scores: Float[Tensor, "reader writer"],
 ) -> None:
     """Adds the scores of the edges out of one group, in place."""
-    d_model = model.dims.d_model
+    n_tokens = writes.rows.shape[1] // model.dims.d_model
     for family in readers:
-        ports = graph.ports_of(family)
-        n_tokens = writes.rows.shape[1] // d_model
-        pulled = writes.rows.new_empty(ports.stop - ports.start, n_tokens, d_model)
-        family.pull_back(model, steps, slice(None), pulled, frozen=False)
-        writes.score(pulled, graph.readers_of(family), scores)
+        if family.part_of is not None:
+            continue
+        together = [family, *(part for part in graph.parts_of(family) if part.ports)]
+        ports = slice(graph.ports_of(family).start, graph.ports_of(together[-1]).stop)
+        pulled = writes.rows.new_empty(ports.stop - ports.start, n_tokens, model.dims.d_model)
+        pulled_back(model, graph, together, steps, slice(None), pulled, frozen=False)
+        n = graph.n_positions
+        writes.score(pulled, slice(n * ports.start, n * ports.stop), scores)
     gradient = torch.stack([step.gradients[FINAL].to(writes.rows.dtype) for step in steps]).sum(0)
     writes.score(gradient[None], slice(-1, None), scores)
 

@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp.models.feature_basis import FeatureBasis
 from mechinterp.models.norm import Norm
 from mechinterp.models.sites import Site
 
@@ -23,8 +24,8 @@ from mechinterp.models.sites import Site
 class Step:
     """One forward and backward: values and gradients by site, `[batch, pos, ...]`."""
 
-    values: Mapping[Site, Tensor]
-    gradients: Mapping[Site, Tensor]
+    values: Mapping[Site | FeatureBasis, Tensor]
+    gradients: Mapping[Site | FeatureBasis, Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Projections:
 
 def pull_back_projections(
     projections: Projections,
-    sites: Sequence[Site],
+    sites: Sequence[Site | FeatureBasis],
     stream: Site,
     steps: Sequence[Step],
     chunk: slice,
@@ -72,7 +73,7 @@ def pull_back_projections(
 
 def pull_back_norm(
     norm: Norm,
-    site: Site,
+    site: Site | FeatureBasis,
     stream: Site,
     steps: Sequence[Step],
     chunk: slice,
@@ -93,3 +94,39 @@ def pull_back_norm(
         total = pulled if total is None else total + pulled
     assert total is not None
     out[0] = total
+
+
+def pull_back_directions(
+    norm: Norm,
+    directions: Float[Tensor, "port d_model"],
+    resids: Sequence[Float[Tensor, "batch pos d_model"]],
+    gradients: Sequence[Float[Tensor, "batch pos port"]],
+    out: Float[Tensor, "port token d_model"],
+    *,
+    frozen: bool,
+) -> None:
+    """The gradient at the residual stream of ports that are one number each: the norm's output along a direction.
+
+    Args:
+        norm: The norm.
+        directions: What each port reads of the norm's output.
+        resids: The residual stream of every step.
+        gradients: The gradient at the ports of every step; the results are summed.
+        out: Where to write it.
+        frozen: Whether the scale of the norm is a constant.
+    """
+    dtype = out.dtype
+    read = norm.project_transposed(directions.to(dtype))
+    total: Tensor | None = None
+    along: list[tuple[Tensor, Tensor]] = []
+    for resid, gradient in zip(resids, gradients, strict=True):
+        resid = resid.to(dtype).flatten(0, 1)
+        scaled = (gradient.to(dtype).flatten(0, 1) / norm.scale(resid)).T  # [port, token]
+        total = scaled if total is None else total + scaled
+        if norm.kind != "none" and not frozen:
+            standard = norm.standardize(resid)
+            along.append((standard, scaled * (read @ standard.T) / resid.shape[-1]))
+    assert total is not None
+    torch.mul(total[..., None], read[:, None], out=out)
+    for standard, weights in along:
+        out.addcmul_(standard, weights[..., None], value=-1)
