@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, compress
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -96,6 +97,24 @@ class Graph:
     def features(self) -> tuple[Features, ...]:
         """The features of dictionaries that are writers by themselves, a family for every basis."""
         return tuple(family for family in self.families if isinstance(family, Features))
+
+    def with_bases(self, bases: Iterable[NodeBasis]) -> Graph:
+        """The same graph with the bases of its features, so that it can be run.
+
+        Raises InputError, naming it, for a basis that is missing or has another sha256.
+        """
+        known = {basis.sha256: basis for basis in bases}
+        families: list[NodeFamily] = []
+        for family in self.families:
+            if isinstance(family, Features):
+                if family.sha256 not in known:
+                    raise InputError(
+                        f"The basis '{family.basis}' with sha256 {family.sha256[:12]}... is not among those given."
+                    )
+                chosen = known[family.sha256].chosen(family.numbers)
+                family = replace(family, chosen=chosen)
+            families.append(family)
+        return replace(self, families=tuple(families))
 
     @property
     def n_positions(self) -> int:
@@ -348,7 +367,7 @@ def build_graph(
     answers: str | None = None,
     neurons: Mapping[int, Sequence[int]] | None = None,
     experts: bool = False,
-    features: Mapping[NodeBasis, Sequence[int]] | Sequence[NodeBasis] = (),
+    features: Mapping[Any, Sequence[int]] | Sequence[NodeBasis] = (),
     parts: Sequence[NodeFamily] = (),
 ) -> Graph:
     """The graph of all edges that the model has.

@@ -27,6 +27,8 @@ class BasisSource:
         revision: The commit of the repository; "" otherwise.
         sha256: Of the files it was read from, by file name.
         about: Anything else that the files or the fit say, as text.
+        address: What `load_basis` loads it from, with its commit on the hub; "" for a basis made in memory.
+        options: What `load_basis` was told besides, such as the layer of a set.
     """
 
     where: str = ""
@@ -34,6 +36,8 @@ class BasisSource:
     revision: str = ""
     sha256: Mapping[str, str] = field(default_factory=dict[str, str])
     about: Mapping[str, str] = field(default_factory=dict[str, str])
+    address: str = ""
+    options: Mapping[str, str | int | float] = field(default_factory=dict[str, str | int | float])
 
     def __str__(self) -> str:
         at = f"@{self.revision[:12]}" * bool(self.revision)

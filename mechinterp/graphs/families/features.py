@@ -118,7 +118,7 @@ class Features(NodeFamily):
 
     def check(self, model: HookManager) -> None:
         """Return None if the basis is loaded and fits the model. Raises InputError or UnsupportedError otherwise."""
-        chosen = self._here()
+        chosen = self.loaded()
         model.resolve(chosen)
         rows = chosen.writes()
         if rows.device.type != model.device.type:
@@ -134,7 +134,8 @@ class Features(NodeFamily):
                 f"{wanted}; it is of another model."
             )
 
-    def _here(self) -> ChosenFeatures:
+    def loaded(self) -> ChosenFeatures:
+        """The features themselves. Raises InputError if the basis is not loaded."""
         if self.chosen is None:
             raise InputError(
                 f"The graph has features of the basis '{self.basis}' (sha256 {self.sha256[:12]}...), which is not "
@@ -160,15 +161,20 @@ class Features(NodeFamily):
 
     def writes(self, model: HookManager, now: Recorded) -> LowRank:
         """Values times directions; before a post-norm a feature's share of the normed sum, as for heads and neurons."""
-        values = now[self._here()].movedim(-1, 0)  # pyright: ignore[reportArgumentType]
+        values = now[self.loaded()].movedim(-1, 0)  # pyright: ignore[reportArgumentType]
         directions, post = self._directions(model, values)
         if post.kind == "none":
             return LowRank(values, directions)
         return LowRank(values / post.scale(self._normed(model, now[self.site_out]))[..., 0], directions)
 
+    def directions(self, model: HookManager) -> Float[Tensor, "feature d_model"]:
+        """What each adds to the residual stream at a value of 1; before a post-norm, times its scale."""
+        wide = torch.empty(0, dtype=torch.promote_types(model.dtype, torch.float32), device=model.device)
+        return self._directions(model, wide)[0]
+
     def _directions(self, model: HookManager, like: Tensor) -> tuple[Float[Tensor, "feature d_model"], Norm]:
         """What each adds to the stream at a value of 1, and the post-norm by whose scale this is divided."""
-        rows, layout, kind = self._here().writes().to(like), model.layout, self.site_out.kind
+        rows, layout, kind = self.loaded().writes().to(like), model.layout, self.site_out.kind
         if kind in ("mlp_out", "attn_out"):
             return rows, Norm("none")
         post = layout.attention[self.layer].post if self.of_attention else layout.mlp_post[self.layer]
@@ -191,7 +197,7 @@ class Features(NodeFamily):
 
     def read(self, model: HookManager, ports: Ports, seen: Float[Tensor, "port rows pos d_model"]) -> Tensor:
         """The features of the MLP's input, each from its own residual stream."""
-        return self._here().encode_each(model.layout.read_mlp(self.layer, seen))
+        return self.loaded().encode_each(model.layout.read_mlp(self.layer, seen))
 
     def pull_back(
         self,
@@ -203,7 +209,7 @@ class Features(NodeFamily):
         frozen: bool,
     ) -> None:
         """Through the activation function, the encoder's directions and the norm."""
-        chosen, norm = self._here(), model.layout.mlp_norm[self.layer]
+        chosen, norm = self.loaded(), model.layout.mlp_norm[self.layer]
         read = chosen.reads()
         assert norm is not None and read is not None
         gradients = [
@@ -215,14 +221,13 @@ class Features(NodeFamily):
 
     def written_grams(self, model: HookManager) -> Iterator[Float[Tensor, "d_model d_model"]]:
         """Of the directions."""
-        wide = torch.empty(0, dtype=torch.promote_types(model.dtype, torch.float32), device=model.device)
-        yield from (gram(row[:, None]) for row in self._directions(model, wide)[0])
+        yield from (gram(row[:, None]) for row in self.directions(model))
 
     def read_grams(self, model: HookManager) -> Iterator[Float[Tensor, "d_model d_model"]]:
         """Of the encoder's directions, with the norm's weights and centring."""
         if not self.of_transcoder:
             return
-        norm, read = model.layout.mlp_norm[self.layer], self._here().reads()
+        norm, read = model.layout.mlp_norm[self.layer], self.loaded().reads()
         assert norm is not None and read is not None
         rows = norm.project_transposed(read.to(torch.promote_types(model.dtype, torch.float32)))
         yield from (gram(row[:, None]) for row in rows)

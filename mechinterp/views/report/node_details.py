@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution
 from mechinterp.analysis.logit_lens import writes_lens
+from mechinterp.analysis.weights import top_tokens
 from mechinterp.base.errors import MechInterpError
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.models.components import NODES_WITH_SITES
@@ -73,6 +74,8 @@ class NodeDetails:
     n_direct: int = 0
     direction: str = ""
     notes: tuple[str, ...] = ()
+    tokens: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of every feature, the tokens that its direction raises most."""
 
 
 def node_details(
@@ -106,7 +109,22 @@ def node_details(
         direct, n_direct, direction = _direct(model, pairs, names)
     except MechInterpError as error:
         notes.append(f"Some details of nodes are left out: {error}")
-    return NodeDetails(pairs_name, len(pairs), tuple(prompts), direct, n_direct, direction, tuple(notes))
+    tokens = _feature_tokens(model, circuit)
+    return NodeDetails(pairs_name, len(pairs), tuple(prompts), direct, n_direct, direction, tuple(notes), tokens)
+
+
+def _feature_tokens(model: HookManager, circuit: Circuit) -> dict[str, str]:
+    """The tokens that the directions of the circuit's features raise most, through final norm and unembedding."""
+    used = {split_position(name)[0] for name in circuit.nodes}
+    found: dict[str, str] = {}
+    for family in circuit.graph.features:
+        if family.chosen is None:
+            continue
+        table = top_tokens(model, family.directions(model), TOP_TOKENS)
+        for row, part in table.groupby("row"):
+            if (name := family.writers[int(row)]) in used:  # pyright: ignore[reportArgumentType]
+                found[name] = ", ".join(_token(model, int(token)) for token in part["token"])
+    return found
 
 
 def _chosen(circuit: Circuit, most: int) -> tuple[list[str], list[str]]:
