@@ -44,7 +44,7 @@ from mechinterp.engines.replacement import (
 )
 from mechinterp.engines.write_table import PORTS_OF_A_BLOCK, layer_blocks
 from mechinterp.graphs.families.family import NodeFamily, NodeSite
-from mechinterp.graphs.families.normed_ports import Step
+from mechinterp.graphs.families.normed_ports import DirectionGradients, Step
 from mechinterp.graphs.families.write_block import LowRank
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import places_of
@@ -247,20 +247,25 @@ class WriteDifferences:
     rows: Float[Tensor, "dense_writer token_and_d_model"]
     writers: Int[Tensor, " dense_writer"]
     """The writer of every row."""
-    low_rank: dict[NodeFamily, LowRank]
-    """`[writer, token]` of those that are activations times directions."""
+    low_rank: LowRank | None
+    """`[writer, token]`, of those that are activations times directions."""
+    low_rank_writers: Int[Tensor, " low_rank_writer"]
 
     def of(self, families: Sequence[NodeFamily]) -> WriteDifferences:
         """Those of some families."""
-        wanted = [w for family in families for w in _range(self.graph.writers_of(family))]
-        rows = torch.isin(self.writers, torch.tensor(wanted, device=self.writers.device))
-        low_rank = {family: block for family, block in self.low_rank.items() if family in families}
-        return WriteDifferences(self.graph, self.rows[rows], self.writers[rows], low_rank)
+        own = [w for family in families for w in _range(self.graph.writers_of(family))]
+        wanted = torch.tensor(own, device=self.writers.device)
+        rows, others = torch.isin(self.writers, wanted), torch.isin(self.low_rank_writers, wanted)
+        block = self.low_rank
+        low_rank = None if block is None else LowRank(block.values[others], block.directions[others])
+        return WriteDifferences(
+            self.graph, self.rows[rows], self.writers[rows], low_rank, self.low_rank_writers[others]
+        )
 
     def score(
         self,
         gradients: Float[Tensor, "port *axes d_model"],
-        readers: slice,
+        readers: slice | Int[Tensor, " port"],
         scores: Float[Tensor, "reader writer"],
         n_writers: int | None = None,
         tokens: Int[Tensor, " token"] | None = None,
@@ -273,13 +278,37 @@ class WriteDifferences:
             d_model = gradients.shape[-1]
             gradients, rows = gradients[:, tokens], rows.unflatten(1, (-1, d_model))[:, tokens].flatten(1)
         flat = gradients.flatten(1)
-        found = (rows @ flat[0])[None] if readers.start == -1 else flat @ rows.T
-        scores[readers, self.writers[:n]] += found
-        for family, block in self.low_rank.items():
-            writers = self.graph.writers_of(family)
-            if writers.stop <= n_writers:
-                some = block if tokens is None else LowRank(block.values[:, tokens], block.directions)
-                scores[readers, writers] += some.inner(gradients)
+        found = (rows @ flat[0])[None] if len(flat) == 1 else flat @ rows.T
+        at = readers if isinstance(readers, slice) else readers[:, None]
+        scores[at, self.writers[:n]] += found
+        if (block := self._low_rank(n_writers, tokens)) is not None:
+            scores[at, self.low_rank_writers[: len(block.values)]] += block.inner(gradients)
+
+    def _low_rank(self, n_writers: int, tokens: Tensor | None) -> LowRank | None:
+        """Those of the first writers that are activations times directions, at all or some tokens; None: none are."""
+        n = 0 if self.low_rank is None else int((self.low_rank_writers < n_writers).sum())
+        if self.low_rank is None or not n:
+            return None
+        values = self.low_rank.values[:n]
+        return LowRank(values if tokens is None else values[:, tokens], self.low_rank.directions[:n])
+
+    def score_directions(
+        self,
+        gradients: DirectionGradients,
+        readers: slice,
+        scores: Float[Tensor, "reader writer"],
+        n_writers: int,
+        tokens: Int[Tensor, " token"] | None = None,
+    ) -> None:
+        """The same for ports that are one number each."""
+        n = int((self.writers < n_writers).sum())
+        rows = self.rows[:n].unflatten(1, (-1, gradients.directions.shape[1]))
+        if tokens is not None:
+            gradients, rows = gradients.at(tokens), rows[:, tokens]
+        scores[readers, self.writers[:n]] += gradients.inner(rows)
+        if (block := self._low_rank(n_writers, tokens)) is not None:
+            found = gradients.inner_low_rank(block.values, block.directions)
+            scores[readers, self.low_rank_writers[: len(found[0])]] += found
 
 
 def write_differences(
@@ -296,20 +325,25 @@ def write_differences(
     n_rows = len(clean.values[graph.families[-1].sites[0]][chunk])
     writers = [w for f in graph.families if not f.low_rank for w in _range(graph.writers_of(f))]
     out = torch.empty(len(writers), n_rows, n_pos, model.dims.d_model, dtype=dtype, device=model.device)
-    low_rank: dict[NodeFamily, LowRank] = {}
+    thin: list[LowRank] = []
+    others = [w for f in graph.families if f.low_rank for w in _range(graph.writers_of(f))]
     first = 0
     row_of: dict[str, int] = {}
     for family in graph.families:
         block = replaced.differences(family, kept.values)
         if isinstance(block, LowRank):
-            low_rank[family] = LowRank(block.values.flatten(1), block.directions)
+            thin.append(LowRank(block.values.flatten(1), block.directions))
         else:
             row_of |= {name: first + i for i, name in enumerate(family.writers)}
             out[first : first + len(family.writers)] = block.dense()
             first += len(family.writers)
         if family.part_of is not None:
             out[row_of[family.part_of]] -= block.total()
-    return WriteDifferences(graph, out.flatten(1), torch.tensor(writers, device=model.device), low_rank)
+    low_rank = None
+    if thin:
+        low_rank = LowRank(torch.cat([one.values for one in thin]), torch.cat([one.directions for one in thin]))
+    index, other_index = (torch.tensor(some, dtype=torch.long, device=model.device) for some in (writers, others))
+    return WriteDifferences(graph, out.flatten(1), index, low_rank, other_index)
 
 
 def _score_layers(
@@ -325,15 +359,33 @@ def _score_layers(
     frozen: bool,
 ) -> None:
     """Adds the scores of every edge into some layers, and numbers without a meaning where there is no edge."""
-    d_model, ports = model.dims.d_model, _ports(graph, layers)
+    d_model = model.dims.d_model
     n_tokens = writes.rows.shape[1] // d_model
     here = [family for family in graph.families if family.ports and family.layer in layers]
     n_writers = max((graph.n_writers_at(family.reads) for family in here if family.reads is not None), default=0)
-    gradients = writes.rows.new_empty(len(ports), n_tokens, d_model)
-    pulled_back(model, graph, here, steps, chunk, gradients, frozen=frozen)
+    thin: dict[NodeFamily, DirectionGradients] = {}
+    for family in here:
+        found = family.direction_gradients(model, steps, chunk, writes.rows.dtype, frozen=frozen)
+        if found is not None:
+            thin[family] = found
+    full = [family for family in here if family not in thin]
+    rows = [row for family in full for row in _range(graph.ports_of(family))]
+    gradients = writes.rows.new_empty(len(rows), n_tokens, d_model)
+    pulled_back(model, graph, full, steps, chunk, gradients, frozen=frozen)
+    at = {site.site: rows.index(own.start) for family in full for site, own in graph.sites_of(family)}
+    for family, found in thin.items():
+        for site in family.ports:
+            if site.follows is not None:
+                gradients[at[site.follows]] -= found.total()
     n, first = graph.n_positions, graph.readers_before[layers.start]
     for i, tokens in enumerate([None] if places is None else places):  # the rows of a reader are its positions
-        writes.score(gradients, slice(first + i, first + n * len(ports), n), scores, n_writers, tokens)
+        readers = slice(first + i, first + n * len(rows), n)
+        if thin:
+            readers = torch.tensor(rows, device=scores.device) * n + i
+        writes.score(gradients, readers, scores, n_writers, tokens)
+        for family, found in thin.items():
+            own = graph.readers_of(family)
+            writes.score_directions(found, slice(own.start + i, own.stop, n), scores, n_writers, tokens)
 
 
 def pulled_back(
@@ -346,17 +398,19 @@ def pulled_back(
     *,
     frozen: bool,
 ) -> None:
-    """Writes to `out` the gradient at the residual stream of every port of families that stand side by side.
+    """Writes to `out` the gradient at the residual stream of every port of some families, one after the other.
 
     From that of a site are taken those of the sites that are computed from it and are ports themselves.
     """
-    first = graph.ports_of(families[0]).start if families else 0
-    sites = [found for family in families for found in graph.sites_of(family)]
-    rows = {ports.site: slice(own.start - first, own.stop - first) for ports, own in sites}
+    rows: dict[NodeSite, slice] = {}
+    first = 0
     for family in families:
         own = graph.ports_of(family)
-        family.pull_back(model, steps, chunk, out[own.start - first : own.stop - first], frozen=frozen)
-    for ports, _ in sites:
+        family.pull_back(model, steps, chunk, out[first : first + own.stop - own.start], frozen=frozen)
+        for ports, its in graph.sites_of(family):
+            rows[ports.site] = slice(first + its.start - own.start, first + its.stop - own.start)
+        first += own.stop - own.start
+    for ports in (ports for family in families for ports in family.ports):
         if ports.follows is not None:
             out[rows[ports.follows]] -= out[rows[ports.site]].sum(0, keepdim=True)
 

@@ -22,7 +22,7 @@ from mechinterp.engines.replacement import build_replacement, corrupt_replacemen
 from mechinterp.graphs.circuit import on_paths
 from mechinterp.graphs.families.family import NodeFamily, NodeSite, Recorded
 from mechinterp.graphs.families.neurons import Neurons
-from mechinterp.graphs.families.normed_ports import Step
+from mechinterp.graphs.families.normed_ports import DirectionGradients, Step
 from mechinterp.graphs.families.write_block import Dense, LowRank, WriteBlock, less_parts
 from mechinterp.graphs.graph import Graph, build_graph
 from mechinterp.models.experts import expert_writes
@@ -275,6 +275,20 @@ def test_low_rank_gives_what_dense_gives() -> None:
         (expected,) = torch.autograd.grad((block.weighted_sum(weights) * gradients).sum(), leaf)
         leaf.requires_grad_(False)
         torch.testing.assert_close(block.accumulate(weights, gradients), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_along_directions_are_those_in_full() -> None:
+    steps = tuple((torch.randn(5, 8, **SEEDED), torch.randn(8, 7, **SEEDED)) for _ in range(2))
+    found = DirectionGradients(torch.randn(5, 8, **SEEDED), torch.randn(5, 7, **SEEDED), steps)
+    full, low = found.dense(), LowRank(torch.randn(3, 8, **SEEDED), torch.randn(3, 7, **SEEDED))
+    along = [weights[..., None] * standard for weights, standard in steps]
+    torch.testing.assert_close(full, found.weights[..., None] * found.directions[:, None] - along[0] - along[1])
+    exact = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(found.total(), full.sum(0), **exact)
+    torch.testing.assert_close(found.inner(low.dense()), Dense(low.dense()).inner(full), **exact)
+    torch.testing.assert_close(found.inner_low_rank(low.values, low.directions), low.inner(full), **exact)
+    some = torch.tensor([0, 5])
+    torch.testing.assert_close(found.at(some).dense(), full[:, some], **exact)
 
 
 def test_more_writers_than_fit_at_once_are_taken_in_parts() -> None:

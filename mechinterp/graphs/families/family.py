@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.base.errors import UnsupportedError
-from mechinterp.graphs.families.normed_ports import Projections, Step
+from mechinterp.graphs.families.normed_ports import DirectionGradients, Projections, Step
 from mechinterp.graphs.families.write_block import WriteBlock
 from mechinterp.models.feature_basis import FeatureBasis
 from mechinterp.models.hook_manager import HookManager
@@ -172,6 +172,12 @@ class NodeFamily(ABC):
             frozen: Whether the scales of norms are constants.
         """
         raise NotImplementedError
+
+    def direction_gradients(
+        self, model: HookManager, steps: Sequence[Step], chunk: slice, dtype: torch.dtype, *, frozen: bool
+    ) -> DirectionGradients | None:
+        """What `pull_back` gives, for ports that are one number each of a norm's output; None for others."""
+        return None
 
     # -- their weights --------------------------------------------------------------------------------------------
 

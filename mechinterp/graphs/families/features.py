@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.graphs.families.family import Moment, NodeFamily, Ports, Recorded, gram
-from mechinterp.graphs.families.normed_ports import Step, pull_back_directions
+from mechinterp.graphs.families.normed_ports import DirectionGradients, Step, direction_gradients
 from mechinterp.graphs.families.write_block import LowRank
 from mechinterp.models.feature_basis import ChosenFeatures, NodeBasis
 from mechinterp.models.hook_manager import HookManager
@@ -208,6 +208,14 @@ class Features(NodeFamily):
         *,
         frozen: bool,
     ) -> None:
+        """As `direction_gradients`, in full."""
+        found = self.direction_gradients(model, steps, chunk, out.dtype, frozen=frozen)
+        assert found is not None
+        out.copy_(found.dense())
+
+    def direction_gradients(
+        self, model: HookManager, steps: Sequence[Step], chunk: slice, dtype: torch.dtype, *, frozen: bool
+    ) -> DirectionGradients | None:
         """Through the activation function, the encoder's directions and the norm."""
         chosen, norm = self.loaded(), model.layout.mlp_norm[self.layer]
         read = chosen.reads()
@@ -217,7 +225,7 @@ class Features(NodeFamily):
             for step in steps
         ]
         resids = [step.values[self.stream][chunk] for step in steps]
-        pull_back_directions(norm, read, resids, gradients, out, frozen=frozen)
+        return direction_gradients(norm, read, resids, gradients, dtype, frozen=frozen)
 
     def written_grams(self, model: HookManager) -> Iterator[Float[Tensor, "d_model d_model"]]:
         """Of the directions."""
