@@ -35,10 +35,9 @@ def _record(family: Features) -> FeaturesRecord:
             f"The basis '{family.basis}' is in memory only, and a circuit file says where to load it from. Save it "
             "with mi.save_basis(folder, basis), load it with mi.load_basis(folder), and build the graph with that one."
         )
-    place = Path(source.address)
     stated = {
         "basis": family.basis,
-        "where": place.name if place.is_absolute() else source.address,
+        "where": source.address if _is_inside(source.address) else Path(source.address).name,
         "options": dict(source.options) or None,
         "format": source.format,
         "sha256": family.sha256,
@@ -74,6 +73,11 @@ def stated_basis(record: FeaturesRecord, path: Path, given: Sequence[Basis] = ()
     if any(basis.name == record.basis for basis in given):
         raise _another(record, [basis for basis in given if basis.name == record.basis], "that was given")
     where = record.where
+    if not _is_inside(where):  # an untrusted file must not choose which files are opened
+        raise FormatError(
+            f"{path}: the basis '{record.basis}' is said to be in {clip(where, 200)!r}, outside the working folder. If "
+            "you trust it, give it: --features WHERE."
+        )
     beside = path.parent / where
     if not where.startswith("bundled:") and not exists(where) and exists(beside):
         where = str(beside)
@@ -92,6 +96,12 @@ def stated_basis(record: FeaturesRecord, path: Path, given: Sequence[Basis] = ()
     if not matching:
         raise _another(record, found, f"in {clip(where, 200)}")
     return matching[0]
+
+
+def _is_inside(where: str) -> bool:
+    """Whether a place is in the package, on the hub, or a folder below the working one."""
+    place = Path(where)
+    return not place.is_absolute() and ".." not in place.parts and not where.startswith("~")
 
 
 def _another(record: FeaturesRecord, found: Sequence[Basis], where: str) -> FormatError:

@@ -188,6 +188,14 @@ def test_what_a_forged_file_says_of_features_is_refused_in_one_line(stored: Path
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
 
 
+@pytest.mark.parametrize("where", ["/etc", "../dictionary", "a/../../b", "~/x"])
+def test_a_file_does_not_choose_which_folders_are_opened(stored: Path, tmp_path: Path, where: str) -> None:
+    path = forged(stored, copied(stored, tmp_path), lambda content: content["graph"]["features"][1].update(where=where))
+    with pytest.raises(FormatError, match=r"outside the working folder.*give it: --features WHERE"):
+        mi.load_circuit(path, bases=True)
+    assert mi.load_circuit(path, bases=["bundled:m3"]).graph.features[1].chosen is not None
+
+
 def test_foreign_formats_say_what_they_do_not_hold(stored: Path) -> None:
     circuit, document = mi.load_circuit(stored), open_circuit_file(stored).document
     for name in ("eap-ig-json", "eap-ig-pt"):

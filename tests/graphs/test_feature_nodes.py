@@ -245,3 +245,20 @@ def test_a_circuit_with_features_is_evaluated_and_drawn() -> None:
     assert found.n_examples == 6
     drawn_names = {text for trace in circuit_figure(circuit).data for text in trace.text or () if isinstance(text, str)}
     assert {name for name in circuit.nodes if ".f" in name} & drawn_names
+
+
+def test_runs_side_by_side_and_from_a_shared_prefix_are_runs_one_by_one() -> None:
+    """`exact` cuts edges one at a time, sharing the layers before them; here by whole runs."""
+    model, ids = tiny("gpt2"), pairs(3, 6, padded=True)
+    graph = build_graph(model, features={a_transcoder(1): [2, 5], an_sae("attn_out.2"): [1]})
+    scores = mi.score_edges(model, graph, ids, method="exact").values
+    full = run_edges(model, graph, ids, torch.zeros_like(graph.possible))
+    names = ["input->m1.f2<in>", "a0.h1->m1.f5<in>", "m1.f5->m2", "m1.f2->a2.h0<k>", "a2.f1->logits", "m1->a2.h1<q>"]
+    for name in names:
+        alone = run_edges(model, graph, ids, graph.mask_of([name]))
+        assert float(scores[graph.edge_index(name)]) == pytest.approx(float((full - alone).mean()), rel=1e-6, abs=1e-7)
+    several = torch.stack([graph.mask_of([name]) for name in names])
+    together = run_edges(model, graph, ids, several)
+    one_by_one = torch.stack([run_edges(model, graph, ids, mask) for mask in several])
+    torch.testing.assert_close(together, one_by_one, **EXACT)
+    torch.testing.assert_close(run_edges(model, graph, ids, several, batch_size=2), together, **EXACT)
