@@ -22,6 +22,7 @@ from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Site
 from mechinterp.tasks.metrics import get_metric
 from mechinterp.views.plots.circuit import circuit_figure
+from mechinterp.views.report.charts import heat_view
 from tests.support.models_tiny import D_MODEL, build, pairs, tiny
 
 LOGIT_DIFF = get_metric("logit_diff")
@@ -243,6 +244,9 @@ def test_a_circuit_with_features_is_evaluated_and_drawn() -> None:
     circuit = mi.select(graph, mi.score_edges(model, graph, ids, method="eap-ig"), edges=40)
     found = mi.evaluate(model, circuit, ids)
     assert found.n_examples == 6
+    heat = heat_view(circuit)  # the attention that is one writer has its own value, not that of a feature
+    assert heat is not None and [name for name, _ in heat["rows"][0]] == ["a0"] * 4 + ["m0"]
+    assert [name for name, _ in heat["rows"][1]] == ["a1.h0", "a1.h1", "a1.h2", "a1.h3", "m1"]
     drawn_names = {text for trace in circuit_figure(circuit).data for text in trace.text or () if isinstance(text, str)}
     assert {name for name in circuit.nodes if ".f" in name} & drawn_names
 
