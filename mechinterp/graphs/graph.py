@@ -275,7 +275,7 @@ class Graph:
     def cells(self, layer: int) -> list[int]:
         """The rows among the writers of a layer's heads and its MLP; where all heads are one writer, its row for each."""
         rows = self.head_writers(layer)
-        heads = [*range(rows.start, rows.stop)]
+        heads = list(range(rows.start, rows.stop))
         heads = heads * self.dims.n_heads if len(heads) < self.dims.n_heads else heads
         return [*heads, *([self.mlp_writer(layer)] if self.dims.has_mlp else [])]
 
