@@ -273,7 +273,7 @@ class Graph:
         return self.writers_of(self._family(Heads, layer))
 
     def cells(self, layer: int) -> list[int]:
-        """The rows among the writers of a layer's heads and its MLP; where all heads are one writer, its row for each."""
+        """The rows among the writers of a layer's heads and its MLP; of heads that are one writer, its row for each."""
         rows = self.head_writers(layer)
         heads = list(range(rows.start, rows.stop))
         heads = heads * self.dims.n_heads if len(heads) < self.dims.n_heads else heads
