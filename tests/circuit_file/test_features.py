@@ -18,6 +18,7 @@ from mechinterp.circuit_file import bases as stated
 from mechinterp.circuit_file.formats.exports import export_circuit
 from mechinterp.circuit_file.schema import CircuitFile, circuit_sha256
 from mechinterp.circuit_file.store import file_sha256, open_circuit_file
+from mechinterp.circuit_file.summary import ranked_nodes
 from mechinterp.cli.app import main
 from mechinterp.features.load import BUNDLED
 from mechinterp.tasks.schema import checked
@@ -208,6 +209,14 @@ def test_foreign_formats_say_what_they_do_not_hold(stored: Path) -> None:
     nodes = json.loads(written)["nodes"]
     own = {node["node_id"]: node["feature"] for node in nodes}
     assert {f"m3.f{n}": n for n in circuit.graph.features[1].numbers if f"m3.f{n}" in own}.items() <= own.items()
+
+
+def test_edges_into_heads_count_for_the_attention_that_is_one_node(stored: Path) -> None:
+    document = open_circuit_file(stored).document
+    rows = {node.name: node for node in ranked_nodes(document)}
+    into = [edge.name for edge in document.edges if "->a1.h" in edge.name]
+    assert into and rows["a1"].n_in == len(into)
+    assert rows["a2.h0"].n_in == sum("->a2.h0<" in edge.name for edge in document.edges)
 
 
 def test_commands_show_and_draw_features(stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
