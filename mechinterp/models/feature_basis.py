@@ -36,8 +36,8 @@ class BasisSource:
     revision: str = ""
     sha256: Mapping[str, str] = field(default_factory=dict[str, str])
     about: Mapping[str, str] = field(default_factory=dict[str, str])
-    address: str = ""
-    options: Mapping[str, str | int | float] = field(default_factory=dict[str, str | int | float])
+    address: str = field(default="", compare=False)
+    options: Mapping[str, str | int | float] = field(default_factory=dict[str, str | int | float], compare=False)
 
     def __str__(self) -> str:
         at = f"@{self.revision[:12]}" * bool(self.revision)
