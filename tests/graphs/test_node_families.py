@@ -93,6 +93,8 @@ def features_for(name: str, kind: str) -> dict[Any, list[int]]:
     """Features of dictionaries of every sort that the shape has."""
     model = tiny(name)
     threshold = mi.JumpRelu(torch.tensor(0.2, dtype=torch.float64))
+    if kind == "features and experts":
+        return {some_transcoder(0, activation=threshold): [0, 3, 4, 9], some_sae("mlp_out.1"): [1, 10]}
     if kind == "features before a norm":  # and of what is inside an MLP or an attention
         found = {
             some_transcoder(0, site_out="mlp_raw", activation=threshold, label="m0"): [0, 3, 4],
@@ -112,8 +114,9 @@ def features_for(name: str, kind: str) -> dict[Any, list[int]]:
 def graph_for(name: str, kind: str) -> Graph:
     """A graph of the shape with these families."""
     if kind.startswith("features"):
-        positions = {"positions": ("a", "end")} if name in ("gpt2", "llama") else {}
-        return build_graph(tiny(name), features=features_for(name, kind), **positions)
+        more: dict[str, Any] = {"positions": ("a", "end")} if name in ("gpt2", "llama") else {}
+        more |= {"experts": True} if kind == "features and experts" else {}
+        return build_graph(tiny(name), features=features_for(name, kind), **more)
     options: dict[str, Any] = {
         "split input": {"split_input": True},
         "neurons": {"neurons": {0: [3, 8], 2: [0, 1, 30]}},
@@ -137,6 +140,7 @@ def cases() -> Iterator[tuple[str, str]]:
                 yield name, kind
     yield from ((name, "experts") for name in MIXTURES)
     yield from ((name, "features before a norm") for name in ("gpt2", "gemma2"))
+    yield "mixtral", "features and experts"
 
 
 MORE = [("gpt2", "positions"), ("llama", "positions"), ("gpt2", "direction"), ("gemma2", "direction")]
@@ -376,6 +380,7 @@ SPLIT = [(name, "neurons") for name in EVERY if name != "attention-only"]
 SPLIT += [("gpt2", "direction"), ("gemma2", "direction"), ("neox", "dense direction")]
 SPLIT += [(name, "features") for name, kind in cases() if kind == "features"]
 SPLIT += [(name, "features before a norm") for name in ("gpt2", "gemma2")]
+SPLIT += [("mixtral", "features and experts")]
 
 
 @pytest.mark.parametrize(("name", "kind"), [*SPLIT, *((name, "experts") for name in MIXTURES)])
