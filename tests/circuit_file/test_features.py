@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import suppress
 from dataclasses import replace
@@ -231,6 +232,7 @@ def test_commands_show_and_draw_features(stored: Path, tmp_path: Path, capsys: p
     text = (tmp_path / "x.html").read_text("utf-8")
     assert f'"{feature}": "{top["text"][0].replace(" ", "␣")}' in text.replace('":"', '": "')
     assert not any("features" in note for note in page.notes)
+    assert re.search(r'"fires": ?{[^}]*"(m3|a1)\.f\d+": ?"prompt 1: [^"]+ \d', text)
 
 
 def test_a_run_takes_the_strongest_features_and_its_file_verifies(tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ class NodeDetails:
     notes: tuple[str, ...] = ()
     tokens: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of every feature, the tokens that its direction raises most."""
+    fires: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of every feature, where it is most active in the prompts."""
 
 
 def node_details(
@@ -109,8 +111,26 @@ def node_details(
         direct, n_direct, direction = _direct(model, pairs, names)
     except MechInterpError as error:
         notes.append(f"Some details of nodes are left out: {error}")
-    tokens = _feature_tokens(model, circuit)
-    return NodeDetails(pairs_name, len(pairs), tuple(prompts), direct, n_direct, direction, tuple(notes), tokens)
+    tokens, fires = _feature_tokens(model, circuit), _fires(model, circuit, pairs, rows)
+    return NodeDetails(pairs_name, len(pairs), tuple(prompts), direct, n_direct, direction, tuple(notes), tokens, fires)
+
+
+def _fires(model: HookManager, circuit: Circuit, pairs: Pairs, rows: Sequence[int]) -> dict[str, str]:
+    """Of the circuit's features, the tokens of each prompt at which they are most active, with their activations."""
+    used = {split_position(name)[0] for name in circuit.nodes}
+    families = [family for family in circuit.graph.features if family.chosen is not None]
+    found: dict[str, list[str]] = {}
+    for row in rows if families else ():
+        one = pairs[[row]].to(model.device)
+        ids = one.clean[:, : int(one.lengths[0])]
+        values = model.run(ids, record=[family.loaded() for family in families]).values
+        for family in families:
+            for name, active in zip(family.writers, values[family.loaded()][0].T, strict=True):
+                best = [i for i in active.abs().argsort(descending=True).tolist()[:3] if float(active[i])]
+                if name in used and best:
+                    where = ", ".join(f"{_token(model, int(ids[0, i]))} {float(active[i]):.3g}" for i in best)
+                    found.setdefault(name, []).append(f"prompt {row + 1}: {where}")
+    return {name: "; ".join(several) for name, several in found.items()}
 
 
 def _feature_tokens(model: HookManager, circuit: Circuit) -> dict[str, str]:
