@@ -23,6 +23,7 @@ PARTS = {
     "acdc": ("acdc", "acdc"),
     "information-flow": ("information_flow", "information_flow"),
     "neurons": ("neurons", "neurons"),
+    "features": ("features", "features"),
 }
 """For each part, its module and the function that measures it."""
 

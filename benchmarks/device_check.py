@@ -120,8 +120,21 @@ def _edges_of(model: mi.HookManager, pairs: mi.Pairs, **how: Any) -> object:
     return [scores, mi.run_edges(model, graph, pairs, cut)]
 
 
-def _mask_gradients(model: mi.HookManager, pairs: mi.Pairs) -> object:
-    graph, metric = mi.build_graph(model), mi.get_metric("logit_diff")
+def _features(model: mi.HookManager, pairs: mi.Pairs) -> object:
+    """The engines on a graph with features of a transcoder and of an attention's output."""
+    d_model = model.dims.d_model
+    weights = [torch.randn(*shape, generator=_generator()) for shape in ((d_model, 8), (8, d_model))]
+    placed = [weight.to(model.device, model.dtype) for weight in weights]
+    found: dict[mi.Basis, list[int]] = {mi.sae("attn_out.0", *placed, activation=mi.TopK(3)): [1, 2]}
+    if model.dims.has_mlp:
+        found[mi.transcoder("mlp_in.1", "mlp_out.1", *placed)] = [0, 5]
+        top = mi.top_features(model, pairs, list(found), 3, steps=2)
+        assert sum(map(len, top.values())) == 3
+    return [_edges_of(model, pairs, features=found), _mask_gradients(model, pairs, features=found)]
+
+
+def _mask_gradients(model: mi.HookManager, pairs: mi.Pairs, **how: Any) -> object:
+    graph, metric = mi.build_graph(model, **how), mi.get_metric("logit_diff")
     gates = torch.rand(2, *graph.possible.shape, generator=_generator()) * graph.possible
     pairs = pairs.to(model.device)
     values = build_replacement("corrupt", model, graph, pairs, 32).on(pairs)
@@ -192,6 +205,7 @@ _ENGINES: dict[str, Item] = {
     **{f"run_edges, {kind}": partial(_edges, kind) for kind in KINDS},
     "graph with named positions": partial(_edges_of, positions=("second",)),
     "graph with neurons": partial(_edges_of, neurons={1: [0, 2]}),
+    "graph with features": _features,
     "graph with split input": partial(_edges_of, split_input=True),
     "mask_gradients": _mask_gradients,
     "run continued from its past": lambda model, pairs: _continued(model, pairs),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 import mechinterp as mi
-from benchmarks.engines import Row, _extra_memory, measure, small_gpt2
+from benchmarks.engines import Row, extra_memory, measure, small_gpt2
 from mechinterp.engines.edge_attribution import edge_gradients
 from mechinterp.engines.edge_patching import run_edges
 from mechinterp.engines.mask_gradients import mask_gradients
@@ -57,7 +57,7 @@ def neurons(device: torch.device, repeats: int) -> list[Row]:
     rows: list[Row] = []
     for name, label in labels.items():
         own, other = (seconds[f"{name} {kind}"] for kind in ("neurons", "plain"))
-        memory = [_extra_memory(work[f"{name} {kind}"], device) / 2**30 for kind in ("neurons", "plain")]
+        memory = [extra_memory(work[f"{name} {kind}"], device) / 2**30 for kind in ("neurons", "plain")]
         note = f"({own / other:.1f} times the graph without neurons; {memory[0]:.2f} GiB, there {memory[1]:.2f} GiB)"
         rows.append(Row(f"{N_NEURONS:,} neurons as nodes, {label}", own / seconds["forward"], "F", "", "", note))
     return rows

@@ -23,8 +23,8 @@ from mechinterp.tasks.task import load_task, task_names
 
 GRAPHS = {
     "plain": "edges only, at all positions",
-    "summed": "edges, nodes (the sum of a node's edges), named positions, neurons",
-    "own": "edges, nodes, named positions, neurons",
+    "summed": "edges, nodes (the sum of a node's edges), named positions, neurons, experts, features",
+    "own": "edges, nodes, named positions, neurons, experts, features",
 }
 GROUPS: dict[str, tuple[str, ...]] = {
     "models": ("models.", "base."),

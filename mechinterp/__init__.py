@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from mechinterp.discovery.acdc_orders import AcdcOrders as AcdcOrders
     from mechinterp.discovery.acdc_orders import acdc_orders as acdc_orders
     from mechinterp.discovery.ensemble import ensemble_scores as ensemble_scores
+    from mechinterp.discovery.features import top_features as top_features
     from mechinterp.discovery.method import score_edges as score_edges
     from mechinterp.discovery.methods import METHODS as METHODS
     from mechinterp.discovery.neurons import top_neurons as top_neurons
@@ -228,6 +229,7 @@ _HOMES = {
     "discovery.acdc": ("acdc_thresholds",),
     "discovery.acdc_orders": ("AcdcOrders", "acdc_orders"),
     "discovery.ensemble": ("ensemble_scores",),
+    "discovery.features": ("top_features",),
     "discovery.method": ("score_edges",),
     "discovery.methods": ("METHODS",),
     "discovery.neurons": ("top_neurons",),

@@ -25,6 +25,7 @@ from mechinterp.circuit_file.records import task_record
 from mechinterp.circuit_file.schema import CircuitFile, FileTaskRecord, TaskRecord
 from mechinterp.circuit_file.store import SUFFIX, sidecar_name
 from mechinterp.circuit_file.verify.verification import verify as verify
+from mechinterp.discovery.features import top_features
 from mechinterp.discovery.finished_parts import FinishedParts
 from mechinterp.discovery.method import METHODS, Method, check_graph, score_edges
 from mechinterp.discovery.neurons import top_neurons
@@ -42,12 +43,13 @@ from mechinterp.evaluation.faithfulness import Evaluation, evaluate_in
 from mechinterp.evaluation.roles import MeasuredRoles, measured_roles
 from mechinterp.evaluation.sizes import FOLDS, Curve, Levels, SizeSearch, search_size
 from mechinterp.evaluation.task_check import TaskCheck, check_performance
+from mechinterp.features.load import load_bases
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import Graph, build_graph
 from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select import check_selection, select, sized, unit_count
 from mechinterp.models.hook_manager import HookManager, load_model
-from mechinterp.run_spec import NEURONS, RESAMPLES, RunSpec, command_of, resolved
+from mechinterp.run_spec import FEATURES, NEURONS, RESAMPLES, RunSpec, command_of, resolved
 from mechinterp.tasks.metrics import get_metric
 from mechinterp.tasks.pair_files import load_pairs
 from mechinterp.tasks.pairs import Pairs
@@ -364,17 +366,21 @@ def _key(spec: RunSpec, model: HookManager, graph: Graph, examples: Examples) ->
 
 
 def graph_of_run(spec: RunSpec, model: HookManager, train: Pairs, metric: str) -> Graph:
-    """The graph to choose from; at level `neuron` with the strongest neurons on the train pairs."""
+    """The graph to choose from, with the strongest neurons (at level `neuron`) and features on the train pairs."""
     named = [] if spec.positions is None else spec.positions.split(",")
     positions = list(train.positions) if named == ["all"] else [name.strip() for name in named]
     if spec.positions is not None and not positions:
         raise InputError(
             "The pairs have no named positions; add `positions` to the task file, or leave --positions out."
         )
-    if spec.level != "neuron":
-        return build_graph(model, level=spec.level, positions=positions)
-    chosen = top_neurons(model, train, spec.neurons or NEURONS, metric=metric, batch_size=spec.batch_size)
-    return build_graph(model, level="node", positions=positions, neurons=chosen)
+    if spec.level == "feature" and not spec.features:
+        raise InputError("Level 'feature' needs `features`: where dictionaries are, such as 'bundled:m1'.")
+    how: dict[str, Any] = {"metric": metric, "batch_size": spec.batch_size}
+    neurons = top_neurons(model, train, spec.neurons or NEURONS, **how) if spec.level == "neuron" else None
+    bases = [basis for where in spec.features for basis in load_bases(where, model=model)]
+    features = top_features(model, train, bases, spec.top or FEATURES, **how) if bases else {}
+    level = "edge" if spec.level == "edge" else "node"
+    return build_graph(model, level=level, positions=positions, neurons=neurons, features=features)
 
 
 def _size(spec: RunSpec, graph: Graph) -> int | None:
@@ -383,7 +389,7 @@ def _size(spec: RunSpec, graph: Graph) -> int | None:
     if size is None:
         return None
     if spec.nodes is not None and graph.level == "edge":
-        raise InputError("`nodes` goes with level 'node' or 'neuron'; give `edges`.")
+        raise InputError("`nodes` goes with level 'node', 'neuron' or 'feature'; give `edges`.")
     return unit_count(graph, int(size) if str(size).isdecimal() else size)
 
 
@@ -410,7 +416,7 @@ def _forget_unfinished(path: Path) -> None:
 
 
 def output_path(spec: RunSpec) -> Path:
-    """Where the circuit file of a run goes: `OUT/{task}-{model}-{method}.circuit.json`.
+    """Where the circuit file of a run goes: `OUT/{task}-{model}-{method}.circuit.json`, with features `-features` more.
 
     Raises InputError if the folder cannot be made, before anything slow begins.
     """
@@ -422,7 +428,8 @@ def output_path(spec: RunSpec) -> Path:
         model = given.stem
     else:
         model = spec.model.rpartition("/")[2].replace("@", "-")
-    path = spec.out / f"{'-'.join([stem(spec.task), model, _method(spec)])}{SUFFIX}"
+    parts = [stem(spec.task), model, _method(spec), *(["features"] if spec.features else [])]
+    path = spec.out / f"{'-'.join(parts)}{SUFFIX}"
     sidecar_name(path)
     try:
         spec.out.mkdir(parents=True, exist_ok=True)

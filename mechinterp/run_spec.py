@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 from mechinterp.circuit_file.limits import MAX_EXAMPLES
 
-LEVELS = ("edge", "node", "neuron")
+LEVELS = ("edge", "node", "neuron", "feature")
 ORDERS = ("value", "magnitude")
 RULES = ("top", "greedy", "ilp")
 """The same as `mechinterp.graphs.select.RULES`."""
@@ -28,8 +28,8 @@ EFFORTS: dict[str, tuple[str, tuple[str, ...]]] = {
 """What runs by default at each effort: the method with its settings."""
 RESAMPLES = 100
 """Resamples of the examples where scores add up over examples, so that they cost no runs."""
-NEURONS = 50
-"""Neurons that become nodes by default."""
+NEURONS = FEATURES = 50
+"""Neurons, or features of dictionaries, that become nodes by default."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,15 @@ class RunSpec:
         effort: Which method runs by default, and how long: `quick`, `standard` or `thorough`.
         metric: Task performance: a name in `METRICS`; by default the task's own.
         steps: Integration steps of `eap-ig`; by default 5.
-        level: What is chosen: `edge`, `node`, or `neuron` (nodes, with the strongest neurons among them).
+        level: What is chosen: `edge`, `node`, `neuron` (nodes, with the strongest neurons among them) or `feature`
+            (nodes, with the strongest of `features` among them).
         positions: Named positions by which edges are separated: names separated by commas, or `all`.
         neurons: Number of neurons that become nodes at level `neuron`; by default 50.
+        features: Where dictionaries are whose features become nodes, as `load_bases` takes it: folders,
+            `org/name/folder@revision`, `bundled:m1`. At level `edge` the circuit is of edges between these nodes.
+        top: How many of their features become nodes, the strongest of all dictionaries; by default 50.
         edges: Edges to select: a number, or a share such as `5%`.
-        nodes: The same for nodes, at level `node` or `neuron`.
+        nodes: The same for nodes, at every other level.
         threshold: Selects every edge whose score (or its magnitude, see `by`) is above this, in the metric's unit.
         rule: How edges are selected: `top`, `greedy` or `ilp` (see `select`).
         by: The order of edges: `value` (the most helpful first) or `magnitude`.
@@ -135,7 +139,9 @@ class RunSpec:
     )
     level: str = field(
         default="edge",
-        metadata=option("What is chosen: {names} (heads, MLPs and single neurons).", kind="level", names=LEVELS),
+        metadata=option(
+            "What is chosen: {names} (nodes, with single neurons or features among them).", kind="level", names=LEVELS
+        ),
     )
     positions: str | None = field(
         default=None,
@@ -145,8 +151,22 @@ class RunSpec:
         default=None,
         metadata=option(f"The strongest neurons that become nodes, for --level neuron.  [default: {NEURONS}]", least=1),
     )
+    features: tuple[str, ...] = field(
+        default=(),
+        metadata=option(
+            "A dictionary whose strongest features become nodes: a folder, org/name/folder@revision or bundled:m1; "
+            "repeatable.",
+            metavar="WHERE",
+        ),
+    )
+    top: int | None = field(
+        default=None,
+        metadata=option(f"How many features of all dictionaries become nodes.  [default: {FEATURES}]", least=1),
+    )
     edges: int | str | None = field(default=None, metadata=option("Select this many edges, or a share such as 5%."))
-    nodes: int | str | None = field(default=None, metadata=option("The same for nodes, with --level node or neuron."))
+    nodes: int | str | None = field(
+        default=None, metadata=option("The same for nodes, with --level node, neuron or feature.")
+    )
     threshold: float | None = field(
         default=None, metadata=option("Select every edge whose score (or its magnitude, see --by) is above this.")
     )
@@ -225,8 +245,8 @@ def resolved(spec: RunSpec) -> RunSpec:
 
 
 COMPARE = (
-    *("task", "methods", "model", "revision", "metric", "settings", "level", "positions", "neurons", "replacement"),
-    *("sizes", "examples", "seed", "bos", "dtype", "device", "batch_size", "anyway", "out"),
+    *("task", "methods", "model", "revision", "metric", "settings", "level", "positions", "neurons", "features", "top"),
+    *("replacement", "sizes", "examples", "seed", "bos", "dtype", "device", "batch_size", "anyway", "out"),
 )
 """The options of `discover-circuit compare` as `--help` shows them; all but `methods` and `sizes` are fields."""
 

@@ -463,12 +463,13 @@ def node_attribution(
     replacement: Literal["pair", "mean", "zero"] = "pair",
     reference: Pairs | None = None,
     metric: Metric | str = "logit_diff",
+    features: Sequence[FeatureBasis] = (),
     batch_size: int | None = None,
 ) -> Grid:
     """The scores of `attribution_patching` for every writer: `input`, the heads (at z) and the MLPs (at mlp_out).
 
     Axes (node, pos, example), the nodes named and ordered as the writers of `build_graph`. All nodes come from the
-    same runs, so `atp` takes 2 forwards and 1 backward.
+    same runs, so `atp` takes 2 forwards and 1 backward; every basis takes as many again.
 
     Args:
         model: The model.
@@ -481,6 +482,7 @@ def node_attribution(
         replacement: `pair`, `mean` or `zero`.
         reference: The pairs whose corrupt prompts give the means; by default `pairs`.
         metric: What is measured; it must have a gradient.
+        features: Bases of an MLP's output: `m3` is then `m3.f0`, `m3.f1`, ..., `m3.err`, which add up to it.
         batch_size: Examples at a time; by default all.
 
     >>> import mechinterp as mi
@@ -499,10 +501,39 @@ def node_attribution(
             sites.append(Site("mlp_out", layer))
             names.append(str(Node("mlp", layer)))
     plan = Plan(method, steps, quadrature, direction, replacement, checked_metric(model, pairs, metric))
+    grids = {
+        basis.sites_out[0]: _of_features(model, pairs, basis, plan, positions, None, batch_size)
+        for basis in _of_mlps(features)
+    }
+    bases = {basis.sites_out[0]: basis.name for basis in features}
     found, sets, cost = _score(model, pairs, reference, sites, plan, positions, batch_size)
-    values = torch.cat([found[site] for site in sites])
-    axes = {"node": tuple(names), "pos": sets.labels, "example": numbered(len(pairs))}
+    parts: list[Tensor] = []
+    labels: list[str] = []
+    for site in sites:
+        first = sum(len(found[earlier]) for earlier in sites[: sites.index(site)])
+        own = names[first : first + len(found[site])]
+        if (grid := grids.get(site)) is not None:
+            own = [f"{bases[site]}.{name if name == 'err' else f'f{name}'}" for name in grid.labels["feature"]]
+            cost = {name: cost[name] + grid.cost[name] for name in cost}
+        parts.append(found[site] if grid is None else grid.values)
+        labels += own
+    values = torch.cat(parts)
+    axes = {"node": tuple(labels), "pos": sets.labels, "example": numbered(len(pairs))}
     return Grid(values, axes, "score", plan.metric.unit, {**_about(plan), "examples": len(pairs)}, cost)
+
+
+def _of_mlps(features: Sequence[FeatureBasis]) -> Sequence[FeatureBasis]:
+    """The bases, if each splits the output of another MLP. Raises InputError otherwise."""
+    sites: set[Site] = set()
+    for basis in features:
+        (site, *more) = basis.sites_out
+        if more or site.kind != "mlp_out" or site in sites:
+            raise InputError(
+                f"Each basis must write to the output of another MLP ('mlp_out.3'); '{basis.name}' writes to "
+                f"{', '.join(map(str, basis.sites_out))}. Score others by themselves: attribution_patching(..., basis)."
+            )
+        sites.add(site)
+    return features
 
 
 def _score(

@@ -29,6 +29,7 @@ from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.means import MEANS, check_means, site_means
 from mechinterp.engines.part_sets import Nodes, every_node, placed_parts, swept_parts
 from mechinterp.engines.patch_sweep import memory_budget
+from mechinterp.features.addresses import refuse_features
 from mechinterp.models.components import Position, Positions, as_pairs, position_index
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.modes import Gradients
@@ -36,6 +37,10 @@ from mechinterp.models.sites import Site
 from mechinterp.tasks.pairs import Pairs
 
 REPLACEMENTS = ("zero", "pair", *MEANS)
+_INSTEAD = (
+    "its rules know the model's own operations. The linear rules at features are attribution_patching(model, pairs, "
+    "basis, method='relp'), along edges score_edges(..., method='cd-edges') on a graph with features"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +197,7 @@ def decompose(
     """`contextual_decomposition` with the pairs to average over, or with the means themselves by site."""
     subject: Subject = model if isinstance(model, Encoder) else Decoder(model)
     rules = get_preset(preset)
+    refuse_features("Contextual decomposition", source, _INSTEAD)
     pairs = as_pairs(prompts, mask).to(model.device)
     pairs.check_vocabulary(model.dims.d_vocab, max(model.dims.d_vocab, model.dims.d_vocab_out))
     if replacement not in REPLACEMENTS:

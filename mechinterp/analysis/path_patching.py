@@ -20,12 +20,17 @@ from mechinterp.engines.patch_direction import PatchDirection, patch_direction
 from mechinterp.engines.patch_sweep import Base, Patch, entry, memory_budget, run_base, sweep
 from mechinterp.engines.readout import FINAL, Readout, checked_metric, metric_readout
 from mechinterp.engines.residual_paths import Senders, Values, mediate, walk
+from mechinterp.features.addresses import refuse_features
 from mechinterp.models.components import Part, Positions, parse_part, position_sets
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node, Site
 from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.pairs import Pairs
 
+_INSTEAD = (
+    "the direct path from or into a feature is an edge of a graph with features: run_edges(model, graph, pairs, "
+    "graph.mask_of(['m1.f17->a3.h0<q>'])) with build_graph(model, features=...)"
+)
 MEANINGS = {
     "direct": "direct edges only (Goldowsky-Dill et al. 2023)",
     "mlps-recomputed": "all other heads frozen, MLPs between recomputed (Wang et al. 2022)",
@@ -85,7 +90,8 @@ def path_patching(
     Memory: also the writes of `batch_size` examples.
 
     Raises InputError for names that do not exist, a sender that is not a writer, a receiver that is not an input of a
-    reader, and inside an `intervene` block; UnsupportedError for an MLP that cannot be run separately.
+    reader, and inside an `intervene` block; UnsupportedError for an MLP that cannot be run separately, and for features
+    of a dictionary: their direct paths are edges of `build_graph(features=)`.
 
     >>> import mechinterp as mi
     >>> model = mi.load_model("bundled")
@@ -103,6 +109,8 @@ def path_patching(
         raise unknown("meaning", meaning, MEANINGS)
     if model.edited:
         raise InputError("Paths cannot be patched inside `intervene`: its edits would not take effect along the paths.")
+    for names in (senders, receivers, *via):
+        refuse_features("Path patching", names, _INSTEAD)
     pairs = pairs.to(model.device)
     labels, sets = _senders(model, senders)
     into = _receivers(model, receivers)

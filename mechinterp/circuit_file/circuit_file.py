@@ -15,6 +15,7 @@ from torch import Tensor
 from mechinterp.base.canonical_json import parse_json, six_digits
 from mechinterp.base.errors import FormatError, InputError, UnsupportedError, clip
 from mechinterp.base.registry import unknown
+from mechinterp.circuit_file.bases import Bases, features_records, stated_bases, stated_features
 from mechinterp.circuit_file.provenance import dims_of, dtype_name, model_record, provenance_of, tokenizer_record
 from mechinterp.circuit_file.records import (
     AnyTaskRecord,
@@ -27,6 +28,7 @@ from mechinterp.circuit_file.records import (
 )
 from mechinterp.circuit_file.schema import (
     SCHEMA_VERSION,
+    WITH_FEATURES,
     CircuitFile,
     CurvePointRecord,
     CurveRecord,
@@ -143,7 +145,7 @@ def save_circuit(
     ]
     stem = path.name.partition(".circuit")[0]
     content: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": WITH_FEATURES if circuit.graph.features else SCHEMA_VERSION,
         "kind": "circuit",
         "id": stem,
         "title": f"Circuit {stem}" if record is None else f"{record.name} in {model.info.name}",
@@ -179,22 +181,28 @@ def save_circuit(
     return document
 
 
-def load_circuit(path: str | Path) -> Circuit:
+def load_circuit(path: str | Path, *, bases: Bases = False) -> Circuit:
     """The circuit in a file, with its graph and its scores; no model is needed.
 
     Args:
         path: the `NAME.circuit.json`; `NAME.scores.safetensors` is read from the same folder.
+        bases: whether the dictionaries of feature nodes are loaded, from where the file says, or the bases (or where
+            they are) to use instead. A circuit with features can be run only with them.
 
     Raises:
-        FormatError: if either file is missing, is not a circuit file, or was changed after it was written.
+        FormatError: if either file is missing, is not a circuit file, or was changed after it was written; if a basis
+            is not the one that the file states.
+        InputError: if a basis is not where the file says.
     """
-    return circuit_of(open_circuit_file(path))
+    return circuit_of(open_circuit_file(path), bases=bases)
 
 
-def circuit_of(opened: OpenedFile) -> Circuit:
-    """The circuit in an opened file, whose hashes are checked first. Raises FormatError as `load_circuit` does."""
+def circuit_of(opened: OpenedFile, *, bases: Bases = False) -> Circuit:
+    """The circuit in an opened file, whose hashes are checked first. Raises as `load_circuit` does."""
     check_hashes(opened)
     graph = stated_graph(opened.document, opened.path)
+    if bases is not False:
+        graph = graph.with_bases(stated_bases(opened.document, opened.path, bases))
     return stated_circuit(opened.document, graph, stated_scores(opened.document, graph, opened.path), opened.path)
 
 
@@ -224,8 +232,11 @@ def stated_graph(document: CircuitFile, path: Path) -> Graph:
             answers=stated_parts.answers,
             neurons=stated_parts.neurons or (),
             experts=stated_parts.experts or (),
+            parts=[
+                stated_features(record, parallel=document.model.dims.parallel) for record in stated_parts.features or ()
+            ],
         )
-    except InputError as error:
+    except (InputError, UnsupportedError) as error:
         raise FormatError(f"{path}: {error}") from error
     got = (len(graph.writers), len(graph.readers), graph.n_edges)
     stated = (document.graph.n_writers, document.graph.n_readers, document.graph.n_edges)
@@ -267,12 +278,13 @@ def graph_record(graph: Graph) -> GraphRecord:
         answers=graph.answers or None,
         neurons=graph.neurons,
         experts=graph.experts,
+        parts=graph.features,
     )
     if described.digest() != graph.digest():
         others = next(name for name in graph.writers if name not in described.writer_index)
         raise UnsupportedError(
-            f"A circuit file describes graphs of heads, MLPs, neurons and experts; this graph has {others!r}, so the "
-            "circuit cannot be stored. Evaluate it here, or store one of a graph without such nodes."
+            f"A circuit file describes graphs of heads, MLPs, neurons, experts and features; this graph has {others!r},"
+            " so the circuit cannot be stored. Evaluate it here, or store one of a graph without such nodes."
         )
     return GraphRecord(
         granularity="node" if graph.level == "node" else "edge",
@@ -281,6 +293,7 @@ def graph_record(graph: Graph) -> GraphRecord:
         answers=graph.answers or None,
         neurons=graph.neurons or None,
         experts=graph.experts or None,
+        features=features_records(graph),
         n_writers=len(graph.writers),
         n_readers=len(graph.readers),
         n_edges=graph.n_edges,

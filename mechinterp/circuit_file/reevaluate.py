@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import pandas as pd
 
 from mechinterp.base.errors import InputError, MechInterpError
 from mechinterp.base.progress import StageProgress, no_stages
+from mechinterp.circuit_file.bases import stated_bases
 from mechinterp.circuit_file.circuit_file import circuit_of
 from mechinterp.circuit_file.records import pairs_of, task_of
 from mechinterp.circuit_file.schema import CircuitFile, FileTaskRecord, TaskRecord
@@ -22,6 +23,7 @@ from mechinterp.evaluation.completeness import completeness
 from mechinterp.evaluation.faithfulness import Evaluation, evaluate
 from mechinterp.evaluation.hypotheses import HypothesisTest, equivalence_test, independence_test
 from mechinterp.evaluation.minimality import node_minimality
+from mechinterp.features.basis import Basis
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.pair_files import load_pairs
@@ -78,6 +80,7 @@ def reevaluate(
     seed: int = 0,
     device: str | None = None,
     batch_size: int = 32,
+    features: Sequence[Basis | str | Path] = (),
     progress: StageProgress = no_stages,
 ) -> Reevaluation:
     """The evaluation of a circuit file on held-out pairs; its hashes are checked first.
@@ -97,10 +100,11 @@ def reevaluate(
         seed: seed of the pairs, the bootstrap and the random circuits.
         device: where to load the model.
         batch_size: pairs run at once; it does not change the result.
+        features: the dictionaries of feature nodes, or where they are. By default they are where the file says.
         progress: called with a stage, the steps done and the total.
 
     Raises:
-        FormatError: if the file is not a circuit file or was changed after it was written.
+        FormatError: if the file is not a circuit file or was changed after it was written, or a dictionary was.
         ModelNotAvailable: if the model cannot be loaded and none is given.
     """
     opened = open_circuit_file(file)
@@ -108,6 +112,9 @@ def reevaluate(
     progress("model", 0, 1)
     manager = load_stated_model(document, opened.path, model, device)
     progress("model", 1, 1)
+    if circuit.graph.features:
+        found = stated_bases(document, opened.path, features or True)
+        circuit = circuit.on_graph(circuit.graph.with_bases(basis.to(manager.device) for basis in found))
     notes: list[str] = []
     if document.model.weights_sha256 is None:
         notes.append(f"the file does not state the weights of {document.model.name}; they were not compared.")

@@ -25,6 +25,7 @@ from mechinterp.circuit_file.field_types import (
     Named,
     Neurons,
     Number,
+    Parameter,
     Seed,
     Sha256,
     Share,
@@ -37,6 +38,7 @@ from mechinterp.circuit_file.limits import (
     MAX_EVALUATIONS,
     MAX_EXAMPLES,
     MAX_GRAPH_CELLS,
+    MAX_NAMED,
     MAX_NODES,
     MAX_PADDED,
     MAX_PAIRS,
@@ -104,13 +106,13 @@ class DimsRecord(Strict):
         self.check_graph()
         return self
 
-    def check_graph(self, n_positions: int = 1, n_parts: int = 0) -> None:
-        """Return None when the graph of so many named positions, neurons and experts is one that a file may describe.
+    def check_graph(self, n_positions: int = 1, n_parts: int = 0, n_inputs: int = 0) -> None:
+        """Return None when a file may describe the graph of so many named positions, parts of nodes and their inputs.
 
-        Raises ValueError otherwise.
+        Parts are neurons, experts and features; those of transcoders have inputs. Raises ValueError otherwise.
         """
         writers = 2 + self.n_layers * (self.n_heads + 1) + n_parts
-        readers = 1 + self.n_layers * (self.n_heads + 2 * self.n_kv_heads + 1) * n_positions
+        readers = 1 + (self.n_layers * (self.n_heads + 2 * self.n_kv_heads + 1) + n_inputs) * n_positions
         if writers * readers > MAX_GRAPH_CELLS:
             raise ValueError(f"a graph of {writers} writers and {readers} readers is larger than this version reads")
 
@@ -158,6 +160,27 @@ class TokenizerRecord(Strict):
     padding_side: Literal["right"] = "right"
 
 
+class FeaturesRecord(Strict):
+    """Features of one basis that are nodes by themselves, and where the basis is."""
+
+    basis: Label
+    """The name of the basis in the names of nodes: `m3` of `m3.f17`."""
+    where: Label
+    """What `load_basis` takes: a folder, `org/name/folder@commit`, or `bundled:NAME`."""
+    options: Annotated[dict[LoadOption, Parameter], Field(max_length=10)] | None = None
+    """What else it is told; null: nothing."""
+    format: Label
+    sha256: Sha256
+    """Over sites, settings and tensors of the basis; another basis is refused."""
+    site_in: Label
+    site_out: Label
+    numbers: Annotated[Neurons, Field(min_length=1)]
+    """The features, in order."""
+
+
+LoadOption = Literal["format", "site", "site_out", "k", "input_scale", "layer"]
+
+
 class GraphRecord(Strict):
     """Which edges could have been chosen."""
 
@@ -172,6 +195,8 @@ class GraphRecord(Strict):
     """Per layer the neurons that are nodes by themselves; null: MLPs are whole."""
     experts: Annotated[tuple[Count, ...], Field(max_length=10_000)] | None = None
     """Per layer how many experts are nodes by themselves; null: none."""
+    features: Annotated[tuple[FeaturesRecord, ...], Field(min_length=1, max_length=MAX_NAMED)] | None = None
+    """Per basis the features that are nodes by themselves; null: none. A file with features has version 2."""
     key_value: Literal["per kv head"] = "per kv head"
     n_writers: Count
     n_readers: Count
@@ -211,7 +236,7 @@ class RoleEdge(Strict):
 class EdgeRecord(Strict):
     """One edge of the circuit; its score has 6 significant digits, the sidecar has all of them."""
 
-    name: Annotated[str, Field(max_length=64)]
+    name: Annotated[str, Field(max_length=300)]
     score: Number | None = None
     frequency: Share | None = None
     """The share of resamples whose circuit has the edge; null: not measured."""
@@ -337,14 +362,14 @@ class PairsRecord(Strict):
         return self
 
 
-SCHEMA_VERSION = 1
-"""Sets of examples; each is made again."""
+SCHEMA_VERSION, WITH_FEATURES = 1, 2
+"""The version of a file, and of one whose graph has features of dictionaries."""
 
 
 class CircuitFile(Strict):
     """A circuit file: which circuit of which model, how it was found, what it does, and how to check that."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[1, 2]
     kind: Literal["circuit"]
     id: Label
     title: Label
@@ -406,8 +431,13 @@ class CircuitFile(Strict):
             raise ValueError("a stability is stated, but some edges have no frequency")
         if self.selection.n_edges != len(self.edges):
             raise ValueError(f"selection.n_edges is {self.selection.n_edges}, but there are {len(self.edges)} edges")
+        features = self.graph.features or ()
+        if self.schema_version != (WITH_FEATURES if features else SCHEMA_VERSION):
+            raise ValueError("schema_version is 2 if, and only if, the graph has features")
         n_parts = sum(map(len, self.graph.neurons or ())) + sum(self.graph.experts or ())
-        self.model.dims.check_graph(max(1, len(self.graph.positions or ())), n_parts)
+        n_parts += sum(len(entry.numbers) for entry in features)
+        n_inputs = sum(len(entry.numbers) for entry in features if entry.site_in != entry.site_out)
+        self.model.dims.check_graph(max(1, len(self.graph.positions or ())), n_parts, n_inputs)
         nodes = set(self.nodes)
         for role in self.roles.values():
             for node in role.nodes:
@@ -426,9 +456,13 @@ def circuit_sha256(document: CircuitFile) -> str:
     """The hash to cite: over model, graph, nodes, edges and positions; not over scores or results.
 
     The model counts by its weights, architecture, sizes and processing, not by where it was loaded from; by its name
-    and revision where no weights are stated.
+    and revision where no weights are stated. Feature bases count by their sha256, too.
     """
     model = document.model
+    graph = document.graph.model_dump(mode="json", exclude_none=True)
+    for entry in graph.get("features", ()):
+        for name in ("where", "options", "format"):
+            entry.pop(name, None)
     unhashed = {"name": model.name, "revision": model.revision} if model.weights_sha256 is None else {}
     return canonical_sha256(
         {
@@ -439,7 +473,7 @@ def circuit_sha256(document: CircuitFile) -> str:
                 "processing": model.processing,
                 **unhashed,
             },
-            "graph": document.graph.model_dump(mode="json", exclude_none=True),
+            "graph": graph,
             "nodes": sorted(document.nodes),
             "edges": sorted(edge.name for edge in document.edges),
             "positions": {name: entry.description for name, entry in document.positions.items()},

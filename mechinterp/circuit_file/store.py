@@ -22,7 +22,7 @@ from mechinterp.base.atomic_write import remove_leftovers, temporary_name
 from mechinterp.base.canonical_json import canonical_sha256, check_size, parse_json, render_json
 from mechinterp.base.errors import FormatError, InputError, clip
 from mechinterp.base.plain_files import is_file, read_bounded
-from mechinterp.circuit_file.schema import SCHEMA_VERSION, CircuitFile, Sidecar, circuit_sha256
+from mechinterp.circuit_file.schema import SCHEMA_VERSION, WITH_FEATURES, CircuitFile, Sidecar, circuit_sha256
 from mechinterp.tasks.schema import checked
 
 SUFFIX = ".circuit.json"
@@ -69,11 +69,14 @@ def parse_circuit_file(text: bytes, path: Path) -> OpenedFile:
     if not isinstance(content, dict):
         raise FormatError(f"{path} must hold a JSON object; got {type(content).__name__}.")
     content = cast(dict[str, Any], content)
-    for name, known in (("kind", "circuit"), ("schema_version", SCHEMA_VERSION)):
+    versions = (SCHEMA_VERSION, WITH_FEATURES)
+    for name, known in (("kind", ("circuit",)), ("schema_version", versions)):
         got = content.get(name)
-        if type(got) is not type(known) or got != known:
+        if type(got) is not type(known[0]) or got not in known:
             shown = clip(repr(got), 60) if name in content else "nothing"
-            raise FormatError(f"{path}: {name} is {shown}; this version of mechinterp reads {known!r}.")
+            raise FormatError(
+                f"{path}: {name} is {shown}; this version of mechinterp reads {' and '.join(map(repr, known))}."
+            )
     try:
         document = checked(CircuitFile, content, str(path))
     except FormatError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from mechinterp.circuit_file.schema import CircuitFile, EdgeRecord, Role
@@ -101,6 +101,7 @@ def ranked_nodes(document: CircuitFile) -> tuple[NodeSummary, ...]:
     """
     roles = {name: role.label for role in document.roles.values() for name in role.nodes}
     group = document.model.dims.n_heads // document.model.dims.n_kv_heads
+    whole = {node.layer for node in map(node_of, document.nodes) if node.kind == "attention"}
     logits_at = f"@{document.graph.answers}" if document.graph.answers else ""
     n_in: dict[str, int] = defaultdict(int)
     leaving: dict[str, list[float | None]] = defaultdict(list)
@@ -108,7 +109,7 @@ def ranked_nodes(document: CircuitFile) -> tuple[NodeSummary, ...]:
         edge = Edge.parse(record.name)
         at = f"@{edge.position}" if edge.position else logits_at
         leaving[f"{edge.writer}{at}"].append(record.score)
-        for node in _heads_of(edge.reader, group):
+        for node in _heads_of(edge.reader, group, whole):
             n_in[str(node) if node.kind == "logits" else f"{node}{at}"] += 1
     found: list[NodeSummary] = []
     for name in sorted(document.nodes, key=_order):
@@ -126,7 +127,10 @@ def verify_command(circuit_path: str) -> str:
     return f"discover-circuit verify {shlex.quote(circuit_path)}"
 
 
-def _heads_of(reader: Node, group: int) -> tuple[Node, ...]:
+def _heads_of(reader: Node, group: int, whole: Collection[int]) -> tuple[Node, ...]:
+    """The nodes that a reader is counted for; in the layers of `whole` all heads are one node."""
+    if reader.kind in ("head", "kv_head") and reader.layer in whole:
+        return (Node("attention", reader.layer),)
     if reader.kind != "kv_head":
         return (reader,)
     return tuple(Node("head", reader.layer, reader.head * group + i) for i in range(group))

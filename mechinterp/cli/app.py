@@ -139,13 +139,26 @@ def _compare(
 
 
 @app.command("eval", help=EVAL_HELP, short_help="Evaluate a circuit file on a task.")
-@options.takes("file", "task", "model", "metric", "replacement", "tests", "examples", "seed", "device", "batch_size")
+@options.takes(
+    "file",
+    "task",
+    "model",
+    "dictionaries",
+    "metric",
+    "replacement",
+    "tests",
+    "examples",
+    "seed",
+    "device",
+    "batch_size",
+)
 def _eval(
     file: options.File,
     task: Annotated[
         str | None, typer.Option(help="Another task, or a file of pairs.  [default: the file's own]")
     ] = None,
     model: options.OtherModel = None,
+    dictionaries: options.Dictionaries = None,
     replacement: Annotated[
         str | None, typer.Option(help="What a cut edge carries.  [default: as in the file's own evaluation]")
     ] = None,
@@ -153,7 +166,8 @@ def _eval(
     examples: Annotated[int, typer.Option(min=2, help="Held-out pairs.")] = 200,
     **values: Any,
 ) -> Action:
-    own = dict(task=task, model=model, replacement=replacement, tests=tests, examples=examples)
+    own: dict[str, Any] = dict(task=task, model=model, replacement=replacement, tests=tests, examples=examples)
+    own["features"] = dictionaries or ()
     return partial(_do_eval, file, own | values)
 
 

@@ -24,6 +24,12 @@ REGISTERED = {"method": METHODS, "metric": METRICS}
 FIELDS = declared()
 File = Annotated[str, typer.Argument(help="A circuit file, or the name of a stored circuit.")]
 OtherModel = Annotated[str | None, typer.Option(help="Use this model.  [default: the one that the file names]")]
+Dictionaries = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--features", metavar="WHERE", help="A dictionary of feature nodes; repeatable.  [default: where the file says]"
+    ),
+]
 Action = Callable[[], int]
 
 
@@ -72,6 +78,10 @@ def check(values: Mapping[str, Any]) -> None:
             raise InputError(f"--{name} is a whole number above 0, or a share such as 5%; got {size!r}.")
     if values.get("neurons") is not None and level != "neuron":
         raise InputError("--neurons goes with --level neuron.")
+    if level == "feature" and not values.get("features"):
+        raise InputError("--level feature needs dictionaries: --features bundled:m1, or a folder, or a repository.")
+    if values.get("top") is not None and "features" in values and not values["features"]:
+        raise InputError("--top goes with --features.")
 
 
 def compared(level: str, positions: str | None) -> str:

@@ -23,7 +23,7 @@ the normed sum; where all proximities are 0 the importances are 0 (there NaN).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from einops import einsum
@@ -34,6 +34,7 @@ from mechinterp.base.settings import Setting
 from mechinterp.discovery.method import REPLACEMENT, Job, Method
 from mechinterp.engines.edge_attribution import TOKEN_BUDGET_BYTES
 from mechinterp.engines.replacement import write_sites
+from mechinterp.graphs.families.family import Recorded
 from mechinterp.graphs.families.heads import Heads
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.scores import Scores
@@ -73,7 +74,7 @@ def streams_of(graph: Graph) -> tuple[list[Site], Int[Tensor, " reader"]]:
     return sites, torch.tensor([*index, len(sites) - 1])
 
 
-Values = Mapping[Site, Tensor]
+Values = Recorded
 
 
 def stream_importances(model: HookManager, graph: Graph, values: Values) -> Float[Tensor, "batch pos stream writer"]:

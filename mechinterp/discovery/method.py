@@ -176,7 +176,7 @@ def check_graph(method: str, graph: Graph) -> None:
         others = ", ".join(sorted(name for name, one in METHODS.importable().items() if one.graphs != "plain"))
         raise InputError(
             f"Method {method!r} scores edges at all positions between heads and whole MLPs. For nodes, named "
-            f"positions, neurons and experts take one of: {others}."
+            f"positions, neurons, experts and features take one of: {others}."
         )
 
 

@@ -43,8 +43,8 @@ from mechinterp.engines.replacement import (
     write_sites,
 )
 from mechinterp.engines.write_table import PORTS_OF_A_BLOCK, layer_blocks
-from mechinterp.graphs.families.family import NodeFamily
-from mechinterp.graphs.families.normed_ports import Step
+from mechinterp.graphs.families.family import NodeFamily, NodeSite
+from mechinterp.graphs.families.normed_ports import DirectionGradients, Step
 from mechinterp.graphs.families.write_block import LowRank
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import places_of
@@ -148,7 +148,7 @@ def _input_ends(
     return {site: (run.values[site], corrupt.values[site].to(model.dtype)) for site in sites}
 
 
-def _reader_sites(graph: Graph) -> list[Site]:
+def _reader_sites(graph: Graph) -> list[NodeSite]:
     """The sites of every input of a node, and the logits' input."""
     return [*(ports.site for family in graph.families for ports in family.ports), FINAL]
 
@@ -183,7 +183,7 @@ def _step(
     return Step(_by_site(run.values), _by_site(run.grads))
 
 
-def _by_site(found: Mapping[Site | str, Tensor]) -> dict[Site, Tensor]:
+def _by_site(found: Mapping[NodeSite | str, Tensor]) -> dict[NodeSite, Tensor]:
     return {Site.parse(site) if isinstance(site, str) else site: value for site, value in found.items()}
 
 
@@ -247,20 +247,25 @@ class WriteDifferences:
     rows: Float[Tensor, "dense_writer token_and_d_model"]
     writers: Int[Tensor, " dense_writer"]
     """The writer of every row."""
-    low_rank: dict[NodeFamily, LowRank]
-    """`[writer, token]` of those that are activations times directions."""
+    low_rank: LowRank | None
+    """`[writer, token]`, of those that are activations times directions."""
+    low_rank_writers: Int[Tensor, " low_rank_writer"]
 
     def of(self, families: Sequence[NodeFamily]) -> WriteDifferences:
         """Those of some families."""
-        wanted = [w for family in families for w in _range(self.graph.writers_of(family))]
-        rows = torch.isin(self.writers, torch.tensor(wanted, device=self.writers.device))
-        low_rank = {family: block for family, block in self.low_rank.items() if family in families}
-        return WriteDifferences(self.graph, self.rows[rows], self.writers[rows], low_rank)
+        own = [w for family in families for w in _range(self.graph.writers_of(family))]
+        wanted = torch.tensor(own, device=self.writers.device)
+        rows, others = torch.isin(self.writers, wanted), torch.isin(self.low_rank_writers, wanted)
+        block = self.low_rank
+        low_rank = None if block is None else LowRank(block.values[others], block.directions[others])
+        return WriteDifferences(
+            self.graph, self.rows[rows], self.writers[rows], low_rank, self.low_rank_writers[others]
+        )
 
     def score(
         self,
         gradients: Float[Tensor, "port *axes d_model"],
-        readers: slice,
+        readers: slice | Int[Tensor, " port"],
         scores: Float[Tensor, "reader writer"],
         n_writers: int | None = None,
         tokens: Int[Tensor, " token"] | None = None,
@@ -273,13 +278,37 @@ class WriteDifferences:
             d_model = gradients.shape[-1]
             gradients, rows = gradients[:, tokens], rows.unflatten(1, (-1, d_model))[:, tokens].flatten(1)
         flat = gradients.flatten(1)
-        found = (rows @ flat[0])[None] if readers.start == -1 else flat @ rows.T
-        scores[readers, self.writers[:n]] += found
-        for family, block in self.low_rank.items():
-            writers = self.graph.writers_of(family)
-            if writers.stop <= n_writers:
-                some = block if tokens is None else LowRank(block.values[:, tokens], block.directions)
-                scores[readers, writers] += some.inner(gradients)
+        found = (rows @ flat[0])[None] if len(flat) == 1 else flat @ rows.T
+        at = readers if isinstance(readers, slice) else readers[:, None]
+        scores[at, self.writers[:n]] += found
+        if (block := self._low_rank(n_writers, tokens)) is not None:
+            scores[at, self.low_rank_writers[: len(block.values)]] += block.inner(gradients)
+
+    def _low_rank(self, n_writers: int, tokens: Tensor | None) -> LowRank | None:
+        """Those of the first writers that are activations times directions, at all or some tokens; None: none are."""
+        n = 0 if self.low_rank is None else int((self.low_rank_writers < n_writers).sum())
+        if self.low_rank is None or not n:
+            return None
+        values = self.low_rank.values[:n]
+        return LowRank(values if tokens is None else values[:, tokens], self.low_rank.directions[:n])
+
+    def score_directions(
+        self,
+        gradients: DirectionGradients,
+        readers: slice,
+        scores: Float[Tensor, "reader writer"],
+        n_writers: int,
+        tokens: Int[Tensor, " token"] | None = None,
+    ) -> None:
+        """The same for ports that are one number each."""
+        n = int((self.writers < n_writers).sum())
+        rows = self.rows[:n].unflatten(1, (-1, gradients.directions.shape[1]))
+        if tokens is not None:
+            gradients, rows = gradients.at(tokens), rows[:, tokens]
+        scores[readers, self.writers[:n]] += gradients.inner(rows)
+        if (block := self._low_rank(n_writers, tokens)) is not None:
+            found = gradients.inner_low_rank(block.values, block.directions)
+            scores[readers, self.low_rank_writers[: len(found[0])]] += found
 
 
 def write_differences(
@@ -296,20 +325,25 @@ def write_differences(
     n_rows = len(clean.values[graph.families[-1].sites[0]][chunk])
     writers = [w for f in graph.families if not f.low_rank for w in _range(graph.writers_of(f))]
     out = torch.empty(len(writers), n_rows, n_pos, model.dims.d_model, dtype=dtype, device=model.device)
-    low_rank: dict[NodeFamily, LowRank] = {}
+    thin: list[LowRank] = []
+    others = [w for f in graph.families if f.low_rank for w in _range(graph.writers_of(f))]
     first = 0
     row_of: dict[str, int] = {}
     for family in graph.families:
         block = replaced.differences(family, kept.values)
         if isinstance(block, LowRank):
-            low_rank[family] = LowRank(block.values.flatten(1), block.directions)
+            thin.append(LowRank(block.values.flatten(1), block.directions))
         else:
             row_of |= {name: first + i for i, name in enumerate(family.writers)}
             out[first : first + len(family.writers)] = block.dense()
             first += len(family.writers)
         if family.part_of is not None:
             out[row_of[family.part_of]] -= block.total()
-    return WriteDifferences(graph, out.flatten(1), torch.tensor(writers, device=model.device), low_rank)
+    low_rank = None
+    if thin:
+        low_rank = LowRank(torch.cat([one.values for one in thin]), torch.cat([one.directions for one in thin]))
+    index, other_index = (torch.tensor(some, dtype=torch.long, device=model.device) for some in (writers, others))
+    return WriteDifferences(graph, out.flatten(1), index, low_rank, other_index)
 
 
 def _score_layers(
@@ -325,20 +359,60 @@ def _score_layers(
     frozen: bool,
 ) -> None:
     """Adds the scores of every edge into some layers, and numbers without a meaning where there is no edge."""
-    d_model, ports = model.dims.d_model, _ports(graph, layers)
+    d_model = model.dims.d_model
     n_tokens = writes.rows.shape[1] // d_model
-    gradients = writes.rows.new_empty(len(ports), n_tokens, d_model)
-    n_writers = 0
-    for family in graph.families:
-        if family.ports and family.layer in layers:
-            assert family.reads is not None
-            n_writers = max(n_writers, graph.n_writers_at(family.reads))
-            own = graph.ports_of(family)
-            out = gradients[own.start - ports.start : own.stop - ports.start]
-            family.pull_back(model, steps, chunk, out, frozen=frozen)
+    here = [family for family in graph.families if family.ports and family.layer in layers]
+    n_writers = max((graph.n_writers_at(family.reads) for family in here if family.reads is not None), default=0)
+    thin: dict[NodeFamily, DirectionGradients] = {}
+    for family in here:
+        found = family.direction_gradients(model, steps, chunk, writes.rows.dtype, frozen=frozen)
+        if found is not None:
+            thin[family] = found
+    full = [family for family in here if family not in thin]
+    rows = [row for family in full for row in _range(graph.ports_of(family))]
+    gradients = writes.rows.new_empty(len(rows), n_tokens, d_model)
+    pulled_back(model, graph, full, steps, chunk, gradients, frozen=frozen)
+    at = {site.site: rows.index(own.start) for family in full for site, own in graph.sites_of(family)}
+    for family, found in thin.items():
+        for site in family.ports:
+            if site.follows is not None:
+                gradients[at[site.follows]] -= found.total()
     n, first = graph.n_positions, graph.readers_before[layers.start]
     for i, tokens in enumerate([None] if places is None else places):  # the rows of a reader are its positions
-        writes.score(gradients, slice(first + i, first + n * len(ports), n), scores, n_writers, tokens)
+        readers = slice(first + i, first + n * len(rows), n)
+        if thin:
+            readers = torch.tensor(rows, device=scores.device) * n + i
+        writes.score(gradients, readers, scores, n_writers, tokens)
+        for family, found in thin.items():
+            own = graph.readers_of(family)
+            writes.score_directions(found, slice(own.start + i, own.stop, n), scores, n_writers, tokens)
+
+
+def pulled_back(
+    model: HookManager,
+    graph: Graph,
+    families: Sequence[NodeFamily],
+    steps: Sequence[Step],
+    chunk: slice,
+    out: Float[Tensor, "port token d_model"],
+    *,
+    frozen: bool,
+) -> None:
+    """Writes to `out` the gradient at the residual stream of every port of some families, one after the other.
+
+    From that of a site are taken those of the sites that are computed from it and are ports themselves.
+    """
+    rows: dict[NodeSite, slice] = {}
+    first = 0
+    for family in families:
+        own = graph.ports_of(family)
+        family.pull_back(model, steps, chunk, out[first : first + own.stop - own.start], frozen=frozen)
+        for ports, its in graph.sites_of(family):
+            rows[ports.site] = slice(first + its.start - own.start, first + its.stop - own.start)
+        first += own.stop - own.start
+    for ports in (ports for family in families for ports in family.ports):
+        if ports.follows is not None:
+            out[rows[ports.follows]] -= out[rows[ports.site]].sum(0, keepdim=True)
 
 
 def activation_path_gradients(
@@ -387,7 +461,7 @@ def _groups(graph: Graph) -> Iterator[list[NodeFamily]]:
 def _activation_step(
     model: HookManager,
     readout: Readout,
-    ends: Mapping[Site, tuple[Tensor, Tensor]],
+    ends: Mapping[NodeSite, tuple[Tensor, Tensor]],
     readers: Sequence[NodeFamily],
     start: tuple[int, Tensor] | None,
     alpha: float,
@@ -416,13 +490,16 @@ def _contract_activations(
     scores: Float[Tensor, "reader writer"],
 ) -> None:
     """Adds the scores of the edges out of one group, in place."""
-    d_model = model.dims.d_model
+    n_tokens = writes.rows.shape[1] // model.dims.d_model
     for family in readers:
-        ports = graph.ports_of(family)
-        n_tokens = writes.rows.shape[1] // d_model
-        pulled = writes.rows.new_empty(ports.stop - ports.start, n_tokens, d_model)
-        family.pull_back(model, steps, slice(None), pulled, frozen=False)
-        writes.score(pulled, graph.readers_of(family), scores)
+        if family.part_of is not None:
+            continue
+        together = [family, *(part for part in graph.parts_of(family) if part.ports)]
+        ports = slice(graph.ports_of(family).start, graph.ports_of(together[-1]).stop)
+        pulled = writes.rows.new_empty(ports.stop - ports.start, n_tokens, model.dims.d_model)
+        pulled_back(model, graph, together, steps, slice(None), pulled, frozen=False)
+        n = graph.n_positions
+        writes.score(pulled, slice(n * ports.start, n * ports.stop), scores)
     gradient = torch.stack([step.gradients[FINAL].to(writes.rows.dtype) for step in steps]).sum(0)
     writes.score(gradient[None], slice(-1, None), scores)
 

@@ -22,7 +22,7 @@ from mechinterp.engines.readout import metric_readout
 from mechinterp.engines.replacement import Replacement, Values, corrupt_replacement
 from mechinterp.engines.whole_nodes import Cuts, edges_only, whole_nodes
 from mechinterp.engines.write_table import PORTS_OF_A_BLOCK, WriteTable
-from mechinterp.graphs.families.family import NodeFamily, Ports
+from mechinterp.graphs.families.family import NodeFamily, NodeSite, Ports
 from mechinterp.graphs.families.write_block import Dense, WriteBlock, less_parts
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import places_of, take_positions
@@ -80,7 +80,7 @@ class PatchedRun:
         self.whole, self.replaced = self._whole(), cuts.nodes.any(0).any(-1).cpu()
         self.table = self._table()
         self.prefix = prefix
-        self.seen: dict[Site, Tensor] = {}
+        self.seen: dict[NodeSite, Tensor] = {}
         """Values of ports' sites that were read of the stream and are to be put there."""
         self.apart: dict[str, Tensor] = {}
         """What parts of a writer wrote minus their replacements, until the writer's own block is known."""
@@ -119,9 +119,16 @@ class PatchedRun:
 
     def _cut_sites(self, family: NodeFamily) -> list[tuple[Ports, slice]]:
         """The sites of a family's inputs with a cut edge, or that follow one with a cut edge, with their ports."""
-        sites = list(self.graph.sites_of(family))
-        cut = {ports.site for ports, rows in sites if self._cut(rows)}
-        return [(ports, rows) for ports, rows in sites if ports.site in cut or ports.follows in cut]
+        cut = {ports.site for ports, rows in self._sites_around(family) if self._cut(rows)}
+        return [
+            (ports, rows) for ports, rows in self.graph.sites_of(family) if ports.site in cut or ports.follows in cut
+        ]
+
+    def _sites_around(self, family: NodeFamily) -> Iterator[tuple[Ports, slice]]:
+        """The inputs of a family, and of the one of which it is a part."""
+        for one in self.graph.families:
+            if one is family or family.part_of in one.writers:
+                yield from self.graph.sites_of(one)
 
     def run(self, columns: Tensor | None) -> Float[Tensor, "rows n_answer n_columns"]:
         """Logits at the answer positions; the rows are candidate by candidate."""
@@ -197,7 +204,7 @@ class PatchedRun:
 
     def _reading(self, family: NodeFamily) -> list[Intervention]:
         sites = self._cut_sites(family)
-        whole = {ports.site: self.whole[:, rows] for ports, rows in sites}
+        whole = {ports.site: self.whole[:, rows] for ports, rows in self._sites_around(family)}
         for ports, _ in sites:
             if ports.follows in whole:
                 whole[ports.site] = whole[ports.site] & whole[ports.follows]
@@ -233,9 +240,9 @@ class PatchedRun:
 
     def _write_taps(self, family: NodeFamily) -> list[Intervention]:
         """Keeps what the family writes, when the last of its sites is there."""
-        now: dict[Site, Tensor] = {}
+        now: dict[NodeSite, Tensor] = {}
 
-        def tap(site: Site) -> Edit:
+        def tap(site: NodeSite) -> Edit:
             def note(value: Tensor) -> Tensor:
                 now[site] = self.fold(value).to(self.table.rows.dtype)
                 if site == family.sites[-1]:
@@ -281,7 +288,7 @@ class PatchedRun:
 
     def read(
         self, family: NodeFamily, resid: Float[Tensor, "candidate batch pos d_model"]
-    ) -> dict[Site, Float[Tensor, "rows pos ..."]]:
+    ) -> dict[NodeSite, Float[Tensor, "rows pos ..."]]:
         """The values of a family's sites with a cut edge, from what its ports see of the residual stream."""
         sites = self._cut_sites(family)  # together, so that their sums share one pass over the writes
         span = _span(sites)

@@ -24,7 +24,7 @@ from mechinterp.engines.edge_patching import PatchedRun, wide
 from mechinterp.engines.replacement import Values
 from mechinterp.engines.whole_nodes import edges_only
 from mechinterp.engines.write_table import Block, WriteTable, matrices
-from mechinterp.graphs.families.family import NodeFamily
+from mechinterp.graphs.families.family import NodeFamily, NodeSite
 from mechinterp.graphs.families.normed_ports import Projections
 from mechinterp.graphs.families.write_block import Dense, LowRank, WriteBlock
 from mechinterp.graphs.graph import Graph
@@ -111,7 +111,7 @@ class _DifferentiableRun(PatchedRun):
         seen, self.chain = _See.apply(self.chain, resid, self.gradients, ports, n_writers)
         return seen.flatten(1, 2)
 
-    def read(self, family: NodeFamily, resid: Tensor) -> dict[Site, Tensor]:
+    def read(self, family: NodeFamily, resid: Tensor) -> dict[NodeSite, Tensor]:
         projections = family.projections(self.model, self.table.rows.dtype)
         if projections is None:
             return super().read(family, resid)

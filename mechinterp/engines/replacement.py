@@ -12,7 +12,7 @@ from torch import Tensor
 from mechinterp.base.batches import batches
 from mechinterp.base.errors import InputError
 from mechinterp.base.registry import unknown
-from mechinterp.graphs.families.family import NodeFamily, Recorded
+from mechinterp.graphs.families.family import NodeFamily, NodeSite, Recorded
 from mechinterp.graphs.families.write_block import WriteBlock
 from mechinterp.graphs.graph import Graph
 from mechinterp.models.hook_manager import HookManager
@@ -50,11 +50,11 @@ class Replacement:
 
 def input_sites(graph: Graph) -> list[Site]:
     """The sites of the graph's input writers."""
-    return [site for family in graph.families[: graph.n_inputs] for site in family.sites]
+    return [family.output for family in graph.families[: graph.n_inputs]]
 
 
-def write_sites(graph: Graph) -> list[Site]:
-    """The sites with every write in compact form: inputs, `z`, `mlp_out`, and `mlp_post` for single neurons."""
+def write_sites(graph: Graph) -> list[NodeSite]:
+    """The sites with every write in compact form: inputs, `z`, `mlp_out`, `mlp_post` for neurons, and features."""
     return list(dict.fromkeys(site for family in graph.families for site in family.sites))
 
 
@@ -75,7 +75,7 @@ class CompactWrites:
     """Writes kept as `z` and `mlp_out`, so that `[..., head, d_model]` is never stored for the whole model."""
 
     model: HookManager
-    values: dict[Site, Tensor]
+    values: dict[NodeSite, Tensor]
 
     def writes(self, family: NodeFamily) -> WriteBlock:
         """What the family's writers wrote."""

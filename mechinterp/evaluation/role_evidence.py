@@ -177,7 +177,7 @@ def measure_evidence(setup: AblationSetup, circuit: Circuit, n_patched: int) -> 
     nodes = (*heads, *(name for name in mlps if name not in split))
     notes: list[str] = []
     if split:
-        notes.append(f"No roles for {', '.join(split)}, whose neurons are separate nodes, nor for those neurons.")
+        notes.append(f"No roles for {', '.join(split)}, parts of which are separate nodes, nor for those parts.")
 
     def of_heads(values: Tensor) -> Numbers:
         return Numbers.of(heads, values.flatten(0, 1))

@@ -17,6 +17,12 @@ class Activation(ABC):
     """Maps the encoder's outputs (the bias included) to activations."""
 
     name: ClassVar[str]
+    competes: ClassVar[bool] = False
+    """Whether the value of a feature depends on the other features."""
+
+    def slopes(self, values: Float[Tensor, "*axes feature"]) -> Float[Tensor, "*axes feature"]:
+        """The derivative of the activations, at these activations: 1 where a feature is active, else 0."""
+        return (values > 0).to(values)
 
     @property
     @abstractmethod
@@ -45,6 +51,10 @@ class Identity(Activation):
 
     def __call__(self, pre: Float[Tensor, "*axes feature"]) -> Float[Tensor, "*axes feature"]:
         return pre
+
+    def slopes(self, values: Tensor) -> Tensor:
+        """1."""
+        return torch.ones_like(values)
 
     def keep(self, ids: Tensor) -> Identity:
         """Itself."""
@@ -111,6 +121,7 @@ class TopK(Activation):
 
     k: int
     name: ClassVar[str] = "topk"
+    competes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -140,6 +151,7 @@ class GroupMax(Activation):
 
     k: int
     name: ClassVar[str] = "groupmax"
+    competes: ClassVar[bool] = True
 
     @property
     def about(self) -> str:
@@ -181,6 +193,10 @@ class Gated(Activation):
     def __call__(self, pre: Float[Tensor, "*axes feature"]) -> Float[Tensor, "*axes feature"]:
         magnitude = (pre * self.r_mag.to(pre).exp() + self.b_mag.to(pre)).relu()
         return torch.where(pre + self.b_gate.to(pre) > 0, magnitude, 0)
+
+    def slopes(self, values: Tensor) -> Tensor:
+        """exp(r_mag) where a feature is active."""
+        return torch.where(values > 0, self.r_mag.to(values).exp(), 0)
 
     def keep(self, ids: Tensor) -> Gated:
         """The biases of some features."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
-from mechinterp.base.errors import InputError
+from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.base.registry import unknown
 from mechinterp.features.basis import check_ids
 from mechinterp.models.components import Position, as_number
@@ -28,6 +29,21 @@ def is_feature(name: str) -> bool:
         return Address.parse(name).kind in ("feature", "error")
     except InputError:
         return False
+
+
+def refuse_features(analysis: str, given: object, instead: str) -> None:
+    """Return None if nothing of what is given is a basis or the name of a feature.
+
+    Raises UnsupportedError otherwise, with what to use instead.
+    """
+    several = (
+        [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(cast("Iterable[Any]", given))
+    )
+    for one in several:
+        members = [one] if isinstance(one, str) or not isinstance(one, Iterable) else list(cast("Iterable[Any]", one))
+        for member in members:
+            if isinstance(member, FeatureBasis) or (isinstance(member, str) and is_feature(member)):
+                raise UnsupportedError(f"{analysis} does not take features ('{member}'); {instead}.")
 
 
 def parse_feature(text: str, bases: Sequence[FeatureBasis]) -> FeaturePart:

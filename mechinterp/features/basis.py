@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from mechinterp.base.canonical_json import canonical_sha256
 from mechinterp.base.errors import InputError, UnsupportedError
+from mechinterp.features.chosen import Chosen
 from mechinterp.models.feature_basis import BasisSource, Features
 from mechinterp.models.sites import Site
 from mechinterp.models.source import hash_tensors
@@ -85,9 +86,13 @@ class Basis(ABC):
         site = self.sites_out[0]
         return _SHORT.get(site.kind, str(site)).format(site.layer)
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """sha256 (hex) over sites, settings and the bytes of all tensors; not over the label and the source."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
         sites = [[str(site) for site in several] for several in (self.sites_in, self.sites_out)]
         content = {"kind": self.stored_as, "sites": sites, "settings": self.settings()}
         return canonical_sha256({**content, "tensors": hash_tensors(self.tensors())})
@@ -142,6 +147,25 @@ class Basis(ABC):
         if isinstance(y, Mapping):
             return {site: value - decoded[site] for site, value in y.items()}
         return y - next(iter(decoded.values()))
+
+    @property
+    def reads_affinely(self) -> bool:
+        """Whether a value is an activation function of known slope of `x @ reads + constant`."""
+        return False
+
+    def alone(self, ids: Sequence[int] | Tensor) -> Basis | None:
+        """The basis of some features, whose activations stay the same; None where they depend on the others."""
+        return None
+
+    def chosen(self, ids: Sequence[int] | Tensor) -> Chosen:
+        """Some of its features as the nodes of a graph; see `build_graph(features=)`.
+
+        Raises InputError for features that it does not have, or that are named twice.
+        """
+        numbers = tuple(sorted(check_ids(self, ids).tolist()))
+        if len(set(numbers)) != len(numbers):
+            raise InputError(f"A feature of '{self.name}' is named twice.")
+        return Chosen(self, numbers)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """The same basis with its tensors on a device or in a dtype (another dtype is another sha256)."""

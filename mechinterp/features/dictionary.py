@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
@@ -227,6 +228,21 @@ class Dictionary(Basis):
             activation=self.activation.keep(chosen),
             prefixes=(),
         )
+
+    @property
+    def reads_affinely(self) -> bool:
+        """Whether a value is an activation function of `x @ reads + constant`: from one site, not normalised."""
+        return self.normalize == "none" and len(self.sites_in) == 1
+
+    def alone(self, ids: Sequence[int] | Tensor) -> Dictionary | None:
+        """`keep` of some features; None where they compete (top-k)."""
+        return None if self.activation.competes else self.keep(ids)
+
+    def encode_each(self, x: Float[Tensor, "feature *axes d"]) -> Float[Tensor, "*axes feature"]:
+        """The value of every feature when each reads an input of its own; for features that do not compete."""
+        given = x - self.b_dec[0].to(x) if self.subtract_b_dec else x
+        product = einsum(given, self.W_enc[0].to(x), "feature ... d, d feature -> ... feature")
+        return self.activation(product + self.b_enc.to(x))
 
     def prefix(self, n: int) -> Dictionary:
         """The dictionary of the first `n` features: of a Matryoshka dictionary, one of its nested dictionaries."""

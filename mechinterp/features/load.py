@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def load_bases(
     """
     if format is not None and format not in READERS:
         raise unknown("format", format, READERS)
-    folders = _folders(where)
+    folders, bundled = _folders(where), str(where).startswith("bundled:")
     asked = Asked(
         None if site is None else site_of(site),
         None if site_out is None else site_of(site_out),
@@ -101,7 +101,17 @@ def load_bases(
     for folder in folders:
         files = open_files(folder, revision)
         found = _format_of(files) if format is None else format
-        bases += READERS[found].read(files, asked)
+        several = READERS[found].read(files, asked)
+        options = {"format": format, "k": k, "input_scale": input_scale}
+        options |= {name: None if one is None else str(one) for name, one in (("site", site), ("site_out", site_out))}
+        address = (
+            f"bundled:{Path(folder).name}" if bundled else files.label + f"@{files.revision}" * bool(files.revision)
+        )
+        for basis in several:
+            own = {name: value for name, value in options.items() if value is not None}
+            if (len(several) > 1 or layers is not None) and (layer := basis.sites_in[0].layer) is not None:
+                own["layer"] = layer
+            bases.append(replace(basis, source=replace(basis.source, address=address, options=own)))  # pyright: ignore
     if not bases:
         raise InputError(f"{clip(str(where), 200)} has no basis of the layers {list(layers or ())}.")
     if model is None:

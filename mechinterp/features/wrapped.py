@@ -42,7 +42,7 @@ class Wrapped(Basis):
         return type(self.wrapped).__name__
 
     @cached_property
-    def sha256(self) -> str:
+    def _sha256(self) -> str:
         """sha256 over the sites and the tensors of the module; of another object over its identity in memory."""
         tensors = self.tensors()
         what = hash_tensors(tensors) if tensors else f"{id(self.wrapped):x}"

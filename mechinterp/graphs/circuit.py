@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,16 @@ class Circuit:
     def __repr__(self) -> str:
         how = ", ".join(f"{name}={value}" for name, value in self.selection.items())
         return f"Circuit({self.n_edges} of {self.graph.n_edges} edges, {self.n_selected} selected ({how}))"
+
+    def on_graph(self, graph: Graph) -> Circuit:
+        """The same circuit on a graph of the same nodes and edges, such as one with its feature bases.
+
+        Raises InputError for another graph.
+        """
+        if graph.digest() != self.graph.digest():
+            raise InputError("The graph is another one than that of the circuit.")
+        scores = None if self.scores is None else replace(self.scores, graph=graph)
+        return replace(self, graph=graph, scores=scores)
 
     @cached_property
     def edges(self) -> tuple[str, ...]:

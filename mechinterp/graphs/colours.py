@@ -25,6 +25,7 @@ NODE_LOOKS = {
     "embed": NodeLook("input", "#5c6773", "square", named=False),
     "pos_embed": NodeLook("input", "#5c6773", "square", named=False),
     "head": NodeLook("attention head", "#2f5f8f", "circle", named=True),
+    "attention": NodeLook("attention", "#2f5f8f", "square", named=True),
     "mlp": NodeLook("MLP", "#7b4fa3", "square", named=True),
     "neuron": NodeLook("neuron", "#a3568c", "diamond", named=True),
     "expert": NodeLook("expert", "#8c6bb1", "diamond", named=True),
@@ -35,9 +36,9 @@ NODE_LOOKS = {
 """By kind, in the order in which nodes of one layer are listed."""
 SEVERAL = "several"
 CHANNEL_COLOURS = {"q": "#3b7dd8", "k": "#1f9e77", "v": "#e08214", "mlp": "#9467bd", "logits": "#8c8c8c"}
-CHANNEL_COLOURS["router"] = "#c77cff"
+CHANNEL_COLOURS["router"], CHANNEL_COLOURS["in"] = "#c77cff", "#b5762a"
 CHANNEL_COLOURS[SEVERAL] = "#b5a642"
-"""Colour of an edge by where it enters: query, key or value of a head, an MLP, the logits, or several of these."""
+"""Colour of an edge by where it enters: query, key or value of a head, an MLP, a feature, the logits, or several."""
 CHOSEN_COLOUR = "#d1495b"
 GUIDE_COLOUR = "#999999"
 LEFT_PIXELS = 78

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, compress
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -18,11 +19,13 @@ from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.base.registry import unknown
 from mechinterp.graphs.families.experts import Experts, RoutedMlp
 from mechinterp.graphs.families.family import Moment, NodeFamily, Ports
-from mechinterp.graphs.families.heads import Heads
+from mechinterp.graphs.families.features import Features, features_of
+from mechinterp.graphs.families.heads import Heads, WholeAttention
 from mechinterp.graphs.families.inputs import Input
 from mechinterp.graphs.families.mlp import Mlp
 from mechinterp.graphs.families.neurons import Neurons
 from mechinterp.models.experts import check_experts, is_routed, n_experts
+from mechinterp.models.feature_basis import NodeBasis
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.layout import Dims
 from mechinterp.models.sites import Site
@@ -38,10 +41,10 @@ MOST_CELLS = 2**26
 class Graph:
     """Writers and readers of the residual stream in the order in which the model computes them.
 
-    Writers: `input` (or `embed` and `pos_embed`), then per layer its heads, its MLP and the neurons that were taken out
-    of the MLP. Readers: per layer the q inputs of its heads, the k and v inputs (per KV head), and its MLP; at last
-    `logits`. GPT-2 small has 157 writers, 445 readers and 32,491 edges. Both come from `families`, which know what
-    their nodes read and write.
+    Writers: `input` (or `embed` and `pos_embed`), then per layer its heads, its MLP and the neurons or features that
+    were taken out of the MLP. Readers: per layer the q inputs of its heads, the k and v inputs (per KV head), and its
+    MLP; at last `logits`. GPT-2 small has 157 writers, 445 readers and 32,491 edges. Both come from `families`, which
+    know what their nodes read and write.
 
     With named positions each reader is there once per position (`a9.h9<q>@end`, `a9.h9<q>@rest`): an edge is then
     between two nodes at one position. `logits` is one reader, where the answers are.
@@ -89,6 +92,29 @@ class Graph:
         """Per layer how many experts are writers by themselves; () if there are none at all."""
         own = {family.layer: family.count for family in self.families if isinstance(family, Experts)}
         return tuple(own.get(layer, 0) for layer in range(self.dims.n_layers)) if own else ()
+
+    @property
+    def features(self) -> tuple[Features, ...]:
+        """The features of dictionaries that are writers by themselves, a family for every basis."""
+        return tuple(family for family in self.families if isinstance(family, Features))
+
+    def with_bases(self, bases: Iterable[NodeBasis]) -> Graph:
+        """The same graph with the bases of its features, so that it can be run.
+
+        Raises InputError, naming it, for a basis that is missing or has another sha256.
+        """
+        known = {basis.sha256: basis for basis in bases}
+        families: list[NodeFamily] = []
+        for family in self.families:
+            if isinstance(family, Features):
+                if family.sha256 not in known:
+                    raise InputError(
+                        f"The basis '{family.basis}' with sha256 {family.sha256[:12]}... is not among those given."
+                    )
+                chosen = known[family.sha256].chosen(family.numbers)
+                family = replace(family, chosen=chosen)
+            families.append(family)
+        return replace(self, families=tuple(families))
 
     @property
     def n_positions(self) -> int:
@@ -246,6 +272,13 @@ class Graph:
         """The rows of a layer's heads among the writers."""
         return self.writers_of(self._family(Heads, layer))
 
+    def cells(self, layer: int) -> list[int]:
+        """The rows among the writers of a layer's heads and its MLP; of heads that are one writer, its row for each."""
+        rows = self.head_writers(layer)
+        heads = list(range(rows.start, rows.stop))
+        heads = heads * self.dims.n_heads if len(heads) < self.dims.n_heads else heads
+        return [*heads, *([self.mlp_writer(layer)] if self.dims.has_mlp else [])]
+
     def mlp_writer(self, layer: int) -> int:
         """The row of a layer's MLP among the writers."""
         return self.writers_of(self._family(Mlp, layer)).start
@@ -257,7 +290,8 @@ class Graph:
 
     def channel_readers(self, layer: int, channel: str) -> slice:
         """The rows of a layer's q, k or v inputs among the readers (by head, then by position)."""
-        found = {ports.site.kind: rows for ports, rows in self.sites_of(self._family(Heads, layer))}
+        sites = self.sites_of(self._family(Heads, layer))
+        found = {ports.site.kind: rows for ports, rows in sites if isinstance(ports.site, Site)}
         if channel not in found:
             raise unknown("channel", channel, found)
         return slice(found[channel].start * self.n_positions, found[channel].stop * self.n_positions)
@@ -340,13 +374,15 @@ def build_graph(
     answers: str | None = None,
     neurons: Mapping[int, Sequence[int]] | None = None,
     experts: bool = False,
+    features: Mapping[Any, Sequence[int]] | Sequence[NodeBasis] = (),
     parts: Sequence[NodeFamily] = (),
 ) -> Graph:
     """The graph of all edges that the model has.
 
     Raises InputError for invalid names and numbers and for a graph too large for a dense table; UnsupportedError if
     the model has no position embedding to split off, or its sum is not what enters the first layer (Gemma scales its
-    embedding), an MLP has no separate neurons, or its experts cannot be told apart exactly.
+    embedding), an MLP has no separate neurons, its experts cannot be told apart exactly, or a basis has features that
+    are not parts of one MLP or attention (of a state of the residual stream, for instance).
 
     Args:
         model: The model.
@@ -358,6 +394,10 @@ def build_graph(
         neurons: Neurons, by layer, that are writers of their own, apart from their MLP; see `top_neurons`.
         experts: Whether every expert of a mixture of experts is a writer of its own (`m3.e5`), and the router's input a
             reader (`m3<router>`).
+        features: Features of dictionaries that are writers of their own (`m3.f17`): the numbers of each basis, such as
+            `top_features` gives them, or bases, of which all features are then nodes. What is left of the MLP (other
+            features and the error) stays its writer, `m3`. Features of a transcoder also have an input, `m3.f17<in>`.
+            Where features are of the attention's output, all heads of the layer are one writer, `a3`.
         parts: Families of nodes that are parts of what heads or MLPs write, as `mechinterp.graphs.families` describes.
     """
     if split_input:
@@ -371,7 +411,9 @@ def build_graph(
             if not all(type(n) is int and 0 <= n < d_mlp for n in neurons[layer]):
                 raise InputError(f"Layer {layer} has neurons 0 to {d_mlp - 1}; got {list(neurons[layer])[:5]}.")
         chosen = [tuple(sorted(neurons.get(layer, ()))) for layer in range(model.dims.n_layers)]
-    for part in parts:
+    taken = features.items() if isinstance(features, Mapping) else [(basis, None) for basis in features]
+    own = [features_of(basis, numbers, parallel=model.dims.parallel) for basis, numbers in taken]
+    for part in (*own, *parts):
         part.check(model)
     return graph_of(
         model.dims,
@@ -381,7 +423,7 @@ def build_graph(
         answers=answers,
         neurons=chosen,
         experts=experts_of(model) if experts else (),
-        parts=parts,
+        parts=(*own, *parts),
     )
 
 
@@ -399,6 +441,7 @@ def graph_of(
     """The graph of a model of these dimensions; for the arguments see `build_graph`.
 
     `neurons` and `experts` are given layer by layer: the numbers of the neurons, and how many experts there are.
+    Features are given as families among `parts`.
     """
     names = _position_names(positions)
     where = "" if not names else answers or ("end" if "end" in names else REST)
@@ -410,9 +453,14 @@ def graph_of(
         raise InputError("`experts` is the number of experts, layer by layer.")
     if (any(neurons) or any(experts)) and not dims.has_mlp:
         raise InputError("The model has no MLP, so it has no neurons or experts.")
-    _check_size(dims, len(names), sum(map(len, neurons)) + sum(experts))
+    inputs = sum(len(ports.names) for part in parts for ports in part.ports)
+    n_parts = sum(map(len, neurons)) + sum(experts) + sum(len(part.writers) for part in parts)
+    _check_size(dims, len(names), n_parts, inputs)
+    features = [part for part in parts if isinstance(part, Features)]
+    _check_features(dims, features)
+    whole = {part.layer for part in features if part.of_attention}
     families = _with_parts(
-        whole_families(dims, split_input=split_input, experts=experts),
+        whole_families(dims, split_input=split_input, experts=experts, whole_attention=whole),
         [
             *(Neurons(layer, tuple(own)) for layer, own in enumerate(neurons) if own),
             *(Experts(layer, count) for layer, count in enumerate(experts) if count),
@@ -458,11 +506,34 @@ def experts_of(model: HookManager) -> list[int]:
     return [n_experts(model, layer) if layer in layers else 0 for layer in range(model.dims.n_layers)]
 
 
-def whole_families(dims: Dims, *, split_input: bool = False, experts: Sequence[int] = ()) -> list[NodeFamily]:
-    """The inputs, and layer by layer the heads and the MLP."""
+def _check_features(dims: Dims, features: Sequence[Features]) -> None:
+    """Return None if the features of several bases can be nodes of one graph. Raises InputError otherwise."""
+    by_part: dict[str, list[Features]] = {}
+    for one in features:
+        if one.layer >= dims.n_layers:
+            raise InputError(
+                f"The basis '{one.basis}' writes to layer {one.layer}; the model has layers 0 to {dims.n_layers - 1}."
+            )
+        if one.parallel != dims.parallel:
+            raise InputError(f"The features of '{one.basis}' are of a model whose layers have another order.")
+        by_part.setdefault(one.part_of, []).append(one)
+    for part, several in by_part.items():
+        if len({one.of_transcoder for one in several}) > 1:
+            names = " and ".join(f"'{one.basis}'" for one in several)
+            raise InputError(
+                f"{names} split {part}, one by what it reads and one by what it writes: the features of the second "
+                "would depend on those of the first. Take one of them."
+            )
+
+
+def whole_families(
+    dims: Dims, *, split_input: bool = False, experts: Sequence[int] = (), whole_attention: Collection[int] = ()
+) -> list[NodeFamily]:
+    """The inputs, and layer by layer the heads (in some layers as one writer) and the MLP."""
     families: list[NodeFamily] = [Input("embed"), Input("pos_embed")] if split_input else [Input()]
     for layer in range(dims.n_layers):
-        families.append(Heads(layer, dims.n_heads, dims.n_kv_heads, dims.parallel))
+        heads = WholeAttention if layer in whole_attention else Heads
+        families.append(heads(layer, dims.n_heads, dims.n_kv_heads, dims.parallel))
         mlp = RoutedMlp if experts and experts[layer] else Mlp
         families += [mlp(layer, dims.parallel)] * dims.has_mlp
     return families
@@ -494,13 +565,14 @@ def _position_names(positions: Sequence[str]) -> tuple[str, ...]:
     return (*names, REST) if names else ()
 
 
-def _check_size(dims: Dims, n_positions: int, n_neurons: int) -> None:
-    writers = 2 + dims.n_layers * (dims.n_heads + 1) + n_neurons
-    readers = 1 + dims.n_layers * (dims.n_heads + 2 * dims.n_kv_heads + 1) * max(1, n_positions)
+def _check_size(dims: Dims, n_positions: int, n_parts: int, n_inputs: int) -> None:
+    writers = 2 + dims.n_layers * (dims.n_heads + 1) + n_parts
+    readers = 1 + (dims.n_layers * (dims.n_heads + 2 * dims.n_kv_heads + 1) + n_inputs) * max(1, n_positions)
     if writers * readers > MOST_CELLS:
         raise InputError(
             f"A table of {readers:,} readers x {writers:,} writers takes {4 * writers * readers / 2**30:.1f} GiB "
-            "and is not made; take fewer neurons (the strongest first: top_neurons) or positions."
+            "and is not made; take fewer neurons or features (the strongest first: top_neurons, top_features) or "
+            "positions."
         )
 
 

@@ -27,6 +27,8 @@ class BasisSource:
         revision: The commit of the repository; "" otherwise.
         sha256: Of the files it was read from, by file name.
         about: Anything else that the files or the fit say, as text.
+        address: What `load_basis` loads it from, with its commit on the hub; "" for a basis made in memory.
+        options: What `load_basis` was told besides, such as the layer of a set.
     """
 
     where: str = ""
@@ -34,6 +36,8 @@ class BasisSource:
     revision: str = ""
     sha256: Mapping[str, str] = field(default_factory=dict[str, str])
     about: Mapping[str, str] = field(default_factory=dict[str, str])
+    address: str = field(default="", compare=False)
+    options: Mapping[str, str | int | float] = field(default_factory=dict[str, str | int | float], compare=False)
 
     def __str__(self) -> str:
         at = f"@{self.revision[:12]}" * bool(self.revision)
@@ -114,3 +118,49 @@ def shift(basis: FeatureBasis, features: Features, values: Tensor) -> Mapping[An
     """
     before, after = basis.decode(features), basis.decode(features.with_values(values))
     return {site: after[site] - before[site] for site in before}
+
+
+@runtime_checkable
+class ChosenFeatures(FeatureBasis, Protocol):
+    """Some features of a basis, as the nodes of a graph; all else that is at the output site is their error.
+
+    The value of a feature is how much of its direction it writes: its activation (under a normalisation of the basis,
+    times the scale of the token). So `decode` is values times `writes`, and the nodes need no other site of the run.
+    """
+
+    @property
+    def whole(self) -> NodeBasis:
+        """The basis of which these are some features."""
+        ...
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The numbers of the features."""
+        ...
+
+    def encode_each(self, x: Float[Tensor, "feature *axes d"], /) -> Float[Tensor, "*axes feature"]:
+        """The value of every feature when each reads an input of its own."""
+        ...
+
+    def slopes(self, values: Float[Tensor, "*axes feature"], /) -> Float[Tensor, "*axes feature"]:
+        """The derivative of every value with respect to the product of the input and the feature's `reads`."""
+        ...
+
+
+@runtime_checkable
+class NodeBasis(FeatureBasis, Protocol):
+    """A basis whose features can be nodes of a graph."""
+
+    @property
+    def sha256(self) -> str:
+        """sha256 over all that it computes with."""
+        ...
+
+    @property
+    def reads_affinely(self) -> bool:
+        """Whether a value is an activation function of `x @ reads + constant`, of known slope: then it has a port."""
+        ...
+
+    def chosen(self, ids: Sequence[int], /) -> ChosenFeatures:
+        """Some of its features."""
+        ...

@@ -191,10 +191,10 @@ class Node:
     """A node of the graph: a unit that writes to the residual stream, or the logits.
 
     Args:
-        kind: `input`, `embed`, `pos_embed`, `head`, `kv_head`, `mlp`, `neuron`, `expert`, `feature`, `error` or
-            `logits`. A `kv_head` (`a5.kv1`) is a reader only: the key/value head that several query heads share. A
-            `neuron` (`m3.n17`), an `expert` (`m3.e5`) or a `feature` (`m3.f17`) is a part of an MLP that is a separate
-            node.
+        kind: `input`, `embed`, `pos_embed`, `head`, `kv_head`, `attention`, `mlp`, `neuron`, `expert`, `feature`,
+            `error` or `logits`. A `kv_head` (`a5.kv1`) is a reader only: the key/value head that several query heads
+            share. A `neuron` (`m3.n17`), an `expert` (`m3.e5`) or a `feature` (`m3.f17`) is a part of an MLP that is a
+            separate node; features may also be parts of an `attention` (`a5`: all its heads).
         layer: The layer; -1 for input, embed, pos_embed and logits.
         head: The number of the head, neuron, expert or feature in its layer; -1 for the other kinds.
         base: The name of a feature's basis.
@@ -222,13 +222,13 @@ class Node:
         """The node with this text.
 
         Args:
-            text: `a9.h9`, `a5.kv1`, `m3`, `m3.n17`, `m3.e5`, `m3.f17`, `m3.err`, `input`, `embed`, `pos_embed` or
-                `logits`.
+            text: `a9.h9`, `a5.kv1`, `a5`, `m3`, `m3.n17`, `m3.e5`, `m3.f17`, `m3.err`, `input`, `embed`, `pos_embed`
+                or `logits`.
 
         Raises InputError for anything else.
         """
         found = Address.parse(text, "node")
-        if found.kind in ("site", "attention") or found.channel or found.position:
+        if found.kind == "site" or found.channel or found.position:
             raise not_a_name(text, "node")
         return Node(found.kind, _layer_of(found), found.number, found.base)
 

@@ -18,6 +18,7 @@ ITEMS = items()
 TRIED = (
     *("method eap", "method relp", "method information-flow", "method weight-magnitude", "method edge-pruning"),
     *("run_edges, corrupt", "run_edges, mean-positional", "graph with named positions", "graph with neurons"),
+    "graph with features",
     *("mask_gradients", "run continued from its past", "activation_patching, mean", "attribution_patching, relp"),
     *("path_patching, MLPs recomputed", "direct_logit_attribution", "relevance", "logit_lens", "weights", "steering"),
     *("attention edits", "contextual_decomposition, patch", "contextual_decomposition, one backward", "evaluate"),

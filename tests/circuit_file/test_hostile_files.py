@@ -106,7 +106,7 @@ def table(path: Path) -> torch.Tensor:
         (b'{"a": 1, "a": 2}', "the key 'a' is given twice"),
         (b'{"a": "\\ud800"}', "surrogate"),
         (b'{"\\ud800": 1}', "surrogate"),
-        (b'{"kind": "circuit", "schema_version": 2}', "schema_version is 2; this version of mechinterp reads 1"),
+        (b'{"kind": "circuit", "schema_version": 3}', "schema_version is 3; this version of mechinterp reads 1 and 2"),
         (b'{"kind": "circuit", "schema_version": "1"}', "schema_version is '1'"),
         (b'{"kind": "circuit", "schema_version": true}', "schema_version is True"),
         (b'{"kind": "task", "schema_version": 1}', "kind is 'task'"),

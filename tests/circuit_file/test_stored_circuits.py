@@ -1,5 +1,6 @@
 """Every circuit that ships with the package holds what it claims, and is warned of for nothing but what was not run."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 import mechinterp as mi
 from mechinterp.base.errors import ModelNotAvailable
 from mechinterp.circuit_file.store import open_circuit_file
+from mechinterp.features import load
 from tools.smollm2 import FOLDER, NAME, SHA256
 
 STORED = sorted((Path(__file__).parents[2] / "circuits").glob("*.circuit.json"))
@@ -47,6 +49,22 @@ def test_a_circuit_of_a_real_model_says_where_its_weights_are(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelNotAvailable, match=r"claims that need no model hold.*not available"):
         mi.verify(path)
+
+
+def test_a_stored_circuit_of_features_does_not_verify_with_another_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = (path for path in OWN if "features" in path.name)
+    document = open_circuit_file(path).document
+    assert document.schema_version == 2 and len(document.graph.features or ()) == 4
+    shutil.copytree(load.BUNDLED, tmp_path / "bundled")
+    (tensors,) = (tmp_path / "bundled" / "m2").glob("*.safetensors")
+    content = tensors.read_bytes()
+    tensors.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    monkeypatch.setattr(load, "BUNDLED", tmp_path / "bundled")
+    found = mi.verify(path)
+    assert [claim.name for claim in found.failed] == ["basis m2", "evaluation"]
+    assert "was changed after it was written" in found.failed[0].detail
 
 
 def test_there_are_circuits_of_a_real_model() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import typer
 
+from mechinterp.base.errors import InputError
 from mechinterp.cli.app import app
 from mechinterp.run_spec import COMPARE, RunSpec, command_of, compare_command, declared, shown_order
 
@@ -51,7 +52,8 @@ OTHER = RunSpec(
 EXCLUSIVE = (RunSpec("ioi", edges="12"), RunSpec("ioi", threshold=0.5))
 # On the command line as many test pairs as train pairs are the default; in Python 200 are.
 PAIRS = (RunSpec("ioi", examples=50), RunSpec("ioi", examples=50, test_examples=50), RunSpec("ioi", test_examples=50))
-SPECS = [RunSpec("ioi"), RunSpec("ioi", bos=True), OTHER, *EXCLUSIVE, *PAIRS]
+FEATURES = RunSpec("ioi", level="feature", features=("bundled:m1", "my folder"), top=7)
+SPECS = [RunSpec("ioi"), RunSpec("ioi", bos=True), FEATURES, OTHER, *EXCLUSIVE, *PAIRS]
 
 
 def parsed(command: str) -> tuple[Any, ...]:
@@ -108,3 +110,16 @@ def test_the_docstring_of_a_spec_names_every_field() -> None:
     assert RunSpec.__doc__ is not None
     block = RunSpec.__doc__.split("Args:")[1]
     assert re.findall(r"^ {8}(\w+): ", block, re.MULTILINE) == list(declared())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--level feature", "--level feature needs dictionaries"),
+        ("--top 5", "--top goes with --features"),
+        ("--features bundled:m1 --level node --edges 9", "--edges does not go with --level node"),
+    ],
+)
+def test_options_of_features_go_together(line: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parsed(f"discover-circuit run ioi {line}")

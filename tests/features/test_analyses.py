@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mechinterp as mi
-from mechinterp.base.errors import InputError
+from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.features.dictionary import cross_layer_transcoder, sae, transcoder
 from mechinterp.models.interventions import Intervention
 from tests.support.models_tiny import D_MODEL, SHAPES, pairs, tiny
@@ -286,3 +286,32 @@ def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(InputError, match=message) as caught:
         call(tiny("gpt2"), an_sae("resid_pre.1"))
     assert "\n" not in str(caught.value)
+
+
+def test_node_attribution_splits_mlps_into_features_and_error() -> None:
+    model, bases = tiny("gpt2"), [a_transcoder(1), an_sae("mlp_out.2")]
+    plain = mi.node_attribution(model, PAIRS, method="eap-ig-inputs", steps=2)
+    split = mi.node_attribution(model, PAIRS, method="eap-ig-inputs", steps=2, features=bases)
+    of = dict(zip(split.labels["node"], split.values, strict=True))
+    for name, value in zip(plain.labels["node"], plain.values, strict=True):
+        if name in ("m1", "m2"):
+            parts = [of[f"{name}.f{i}"] for i in range(F)] + [of[f"{name}.err"]]
+            torch.testing.assert_close(torch.stack(parts).sum(0), value, rtol=1e-9, atol=1e-9)
+        else:
+            assert torch.equal(of.pop(name), value)
+    assert len(of) == 2 * (F + 1) and split.cost["backwards"] == 3 * plain.cost["backwards"]
+    for wrong in ([an_sae("attn_out.1")], [a_transcoder(1), an_sae("mlp_out.1", label="o.1")]):
+        with pytest.raises(InputError, match="must write to the output of another MLP"):
+            mi.node_attribution(model, PAIRS, features=wrong)
+
+
+@pytest.mark.parametrize("given", [["m1.f3"], [("a0.h1", "m1.err")], "m1.f3", [a_transcoder()]], ids=str)
+def test_analyses_without_features_say_what_to_use(given: object) -> None:
+    model = tiny("gpt2")
+    with pytest.raises(UnsupportedError, match=r"Contextual decomposition does not take features.*method='relp'"):
+        mi.contextual_decomposition(model, PAIRS, given)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match=r"Path patching does not take features.*edge of a graph"):
+        mi.path_patching(model, PAIRS, given, "logits")  # type: ignore[arg-type]
+    if isinstance(given, list) and isinstance(given[0], str):
+        with pytest.raises(UnsupportedError, match="Path patching does not take features"):
+            mi.path_patching(model, PAIRS, "heads", [f"{given[0]}<in>"])

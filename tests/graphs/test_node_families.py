@@ -20,9 +20,9 @@ from mechinterp.engines.edge_patching import run_edges
 from mechinterp.engines.mask_gradients import mask_gradients
 from mechinterp.engines.replacement import build_replacement, corrupt_replacement, record_writes
 from mechinterp.graphs.circuit import on_paths
-from mechinterp.graphs.families.family import NodeFamily, Recorded
+from mechinterp.graphs.families.family import NodeFamily, NodeSite, Recorded
 from mechinterp.graphs.families.neurons import Neurons
-from mechinterp.graphs.families.normed_ports import Step
+from mechinterp.graphs.families.normed_ports import DirectionGradients, Step
 from mechinterp.graphs.families.write_block import Dense, LowRank, WriteBlock, less_parts
 from mechinterp.graphs.graph import Graph, build_graph
 from mechinterp.models.experts import expert_writes
@@ -36,7 +36,7 @@ from tests.support.odd_models import odd
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "add-node-family.md"
 LOGIT_DIFF = get_metric("logit_diff")
 SEEDED = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64}
-KINDS = ("whole", "split input", "neurons", "direction", "positions")
+KINDS = ("whole", "split input", "neurons", "direction", "positions", "features")
 
 
 @cache
@@ -71,9 +71,52 @@ def directions(kind: type[NodeFamily]) -> list[NodeFamily]:
     return [made(layer, tuple((v / v.norm()).tolist())) for layer, v in zip((0, 2), drawn, strict=True)]
 
 
+def drawn(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def some_transcoder(layer: int, n: int = 12, *, site_out: str = "mlp_out", **settings: Any) -> mi.FeatureBasis:
+    """A transcoder with random weights, of which about half of the features are active."""
+    weights = drawn(D_MODEL, n, seed=layer), 0.3 * drawn(n, D_MODEL, seed=10 + layer)
+    biases = {"b_enc": 0.1 * drawn(n, seed=20 + layer), "b_dec": drawn(D_MODEL, seed=30 + layer)}
+    return mi.transcoder(f"mlp_in.{layer}", f"{site_out}.{layer}", *weights, **biases, **settings)
+
+
+def some_sae(site: str, n: int = 12, width: int = D_MODEL, **settings: Any) -> mi.FeatureBasis:
+    """A dictionary with random weights at one site."""
+    weights = drawn(width, n, seed=1), drawn(n, width, seed=2)
+    return mi.sae(site, *weights, b_dec=drawn(width, seed=3), subtract_b_dec=True, **settings)
+
+
+@cache
+def features_for(name: str, kind: str) -> dict[Any, list[int]]:
+    """Features of dictionaries of every sort that the shape has."""
+    model = tiny(name)
+    threshold = mi.JumpRelu(torch.tensor(0.2, dtype=torch.float64))
+    if kind == "features and experts":
+        return {some_transcoder(0, activation=threshold): [0, 3, 4, 9], some_sae("mlp_out.1"): [1, 10]}
+    if kind == "features before a norm":  # and of what is inside an MLP or an attention
+        found = {
+            some_transcoder(0, site_out="mlp_raw", activation=threshold, label="m0"): [0, 3, 4],
+            some_sae("z.1", width=model.dims.n_heads * model.dims.d_head): [2, 5],
+            mi.neuron_basis("mlp_post.2", len(model.layout.neurons(2).W_out), label="m2"): [1, 7],
+            some_sae("attn_raw.0", label="a0"): [0, 1],
+        }
+        return {basis: ids for basis, ids in found.items() if name == "gemma2" or "raw" not in repr(basis)}
+    found = {some_sae("attn_out.1", activation=mi.TopK(4), normalize="layer_norm"): [0, 1, 11]}
+    if not model.dims.has_mlp:
+        return found
+    found |= {some_transcoder(0, activation=threshold): [0, 3, 4, 9], some_transcoder(1, activation=mi.TopK(5)): [2, 8]}
+    return found | {some_sae("mlp_out.2"): [1, 10]}
+
+
 @cache
 def graph_for(name: str, kind: str) -> Graph:
     """A graph of the shape with these families."""
+    if kind.startswith("features"):
+        more: dict[str, Any] = {"positions": ("a", "end")} if name in ("gpt2", "llama") else {}
+        more |= {"experts": True} if kind == "features and experts" else {}
+        return build_graph(tiny(name), features=features_for(name, kind), **more)
     options: dict[str, Any] = {
         "split input": {"split_input": True},
         "neurons": {"neurons": {0: [3, 8], 2: [0, 1, 30]}},
@@ -90,10 +133,14 @@ def cases() -> Iterator[tuple[str, str]]:
     """Every shape with every kind that it has."""
     for name in EVERY:
         for kind in KINDS:
-            with_mlp = name != "attention-only" or kind in ("whole", "split input")
+            if kind == "features" and name in ("qwen2", "no-norm"):
+                continue  # nothing that llama and gpt2 do not have
+            with_mlp = name != "attention-only" or kind in ("whole", "split input", "features")
             if with_mlp and (kind != "split input" or name in ("gpt2", "attention-only", "no-norm")):
                 yield name, kind
     yield from ((name, "experts") for name in MIXTURES)
+    yield from ((name, "features before a norm") for name in ("gpt2", "gemma2"))
+    yield "mixtral", "features and experts"
 
 
 MORE = [("gpt2", "positions"), ("llama", "positions"), ("gpt2", "direction"), ("gemma2", "direction")]
@@ -132,7 +179,11 @@ def test_writes_and_biases_add_up_to_the_stream(name: str, kind: str) -> None:
     run = model.run(ids.clean, ids.mask, record=[*dict.fromkeys(streams), Site("resid_final")])
     recorded = record_writes(model, graph, ids.clean, ids).values
     blocks = blocks_of(model, graph, recorded)
-    biases = {f.written: bias for f in graph.families if (bias := attention_bias(model, f, recorded)) is not None}
+    biases = {
+        f.written: bias
+        for f in graph.families
+        if f.part_of is None and (bias := attention_bias(model, f, recorded)) is not None
+    }
     moments = [(f.stream, f.reads) for f in graph.families if f.reads is not None]
     for site, moment in [*moments, (Site("resid_final"), (model.dims.n_layers, 0))]:
         terms = [block.total() for family, block in blocks.items() if family.written <= moment]
@@ -176,14 +227,19 @@ def _answer_logits(model: HookManager, ids: Any, prompts: torch.Tensor) -> torch
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "kind"), [*((name, "whole") for name in EVERY), ("mixtral", "experts")])
+READING = [*((name, "whole") for name in EVERY), ("mixtral", "experts"), ("gemma2", "features before a norm")]
+READING += [(name, "features") for name in ("gpt2", "neox", "llama", "gemma2")]
+
+
+@pytest.mark.parametrize(("name", "kind"), READING)
 def test_pull_back_is_the_transposed_jacobian_of_read(name: str, kind: str) -> None:
     model, graph = tiny(name), graph_for(name, kind)
     for family in (family for family in graph.families if family.ports):
         resid = torch.randn(2, 3, D_MODEL, **SEEDED)
         seen = resid.expand(graph.ports_of(family).stop - graph.ports_of(family).start, *resid.shape).clone()
         seen.requires_grad_(True)
-        values, gradients = {family.stream: resid}, dict[Site, torch.Tensor]()
+        values: dict[NodeSite, torch.Tensor] = {family.stream: resid}
+        gradients: dict[NodeSite, torch.Tensor] = {}
         loss, first = torch.zeros((), dtype=torch.float64), 0
         for ports in family.ports:
             read = family.read(model, ports, seen[first : first + len(ports.names)])
@@ -192,9 +248,6 @@ def test_pull_back_is_the_transposed_jacobian_of_read(name: str, kind: str) -> N
             loss = loss + (read * gradients[ports.site]).sum()
             first += len(ports.names)
         (expected,) = torch.autograd.grad(loss, seen)
-        for ports in family.ports:
-            if ports.follows is not None:  # in a run the gradient there has that of what is computed from it
-                gradients[ports.follows] = gradients[ports.follows] + gradients[ports.site]
         found = torch.empty(len(seen), 6, D_MODEL, dtype=torch.float64)
         family.pull_back(model, [Step(values, gradients)], slice(None), found, frozen=False)
         torch.testing.assert_close(found, expected.flatten(1, 2), rtol=1e-10, atol=1e-10)
@@ -226,6 +279,20 @@ def test_low_rank_gives_what_dense_gives() -> None:
         (expected,) = torch.autograd.grad((block.weighted_sum(weights) * gradients).sum(), leaf)
         leaf.requires_grad_(False)
         torch.testing.assert_close(block.accumulate(weights, gradients), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_along_directions_are_those_in_full() -> None:
+    steps = tuple((torch.randn(5, 8, **SEEDED), torch.randn(8, 7, **SEEDED)) for _ in range(2))
+    found = DirectionGradients(torch.randn(5, 8, **SEEDED), torch.randn(5, 7, **SEEDED), steps)
+    full, low = found.dense(), LowRank(torch.randn(3, 8, **SEEDED), torch.randn(3, 7, **SEEDED))
+    along = [weights[..., None] * standard for weights, standard in steps]
+    torch.testing.assert_close(full, found.weights[..., None] * found.directions[:, None] - along[0] - along[1])
+    exact = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(found.total(), full.sum(0), **exact)
+    torch.testing.assert_close(found.inner(low.dense()), Dense(low.dense()).inner(full), **exact)
+    torch.testing.assert_close(found.inner_low_rank(low.values, low.directions), low.inner(full), **exact)
+    some = torch.tensor([0, 5])
+    torch.testing.assert_close(found.at(some).dense(), full[:, some], **exact)
 
 
 def test_more_writers_than_fit_at_once_are_taken_in_parts() -> None:
@@ -266,7 +333,7 @@ def test_engines_give_the_same_for_low_rank_and_dense(name: str, kind: str) -> N
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(name, kind) for name, kind in cases() if kind in ("neurons", "experts") or (name, kind) in MORE],
+    [(name, kind) for name, kind in cases() if kind in ("neurons", "experts", "features") or (name, kind) in MORE],
 )
 def test_a_batch_is_its_examples_one_by_one_and_padding_changes_nothing(name: str, kind: str) -> None:
     model, graph, ids = tiny(name), graph_for(name, kind), some()
@@ -294,32 +361,45 @@ class Refined:
     whole: Graph
 
     def merged(self, table: torch.Tensor) -> torch.Tensor:
-        """Columns of parts added to the column of what they are parts of, and a router's row to its MLP's."""
-        row = {name: i for i, name in enumerate(self.whole.writers)}
-        owner = {w: f.part_of or w for f in self.split.families for w in f.writers}
-        columns = torch.tensor([row[owner[name]] for name in self.split.writers])
-        readers = torch.tensor([self.whole.reader_index[name.replace("<router>", "")] for name in self.split.readers])
+        """Columns of parts added to that of what they are parts of, and a router's or feature's row to its MLP's."""
+        row = {name: i for i, name in enumerate(dict.fromkeys(self.owners(self.split)))}
+        graph = self.split if table.shape == self.split.possible.shape else self.whole
+        columns = torch.tensor([row[name] for name in self.owners(graph)])
+        names = [re.sub(r"<router>|\.f\d+<in>", "", name) for name in graph.readers]
+        readers = torch.tensor([self.whole.reader_index[name] for name in names])
         merged = table.new_zeros(len(table), len(row)).index_add(1, columns, table)
         return table.new_zeros(len(self.whole.readers), len(row)).index_add(0, readers, merged)
+
+    def owners(self, graph: Graph) -> list[str]:
+        """Of every writer the one that has it as a part; of a head of an attention that is split, all of that."""
+        own = [f.part_of or w for f in graph.families for w in f.writers]
+        return [part if (part := name.partition(".")[0]) in self.split.split_writers else name for name in own]
 
 
 SPLIT = [(name, "neurons") for name in EVERY if name != "attention-only"]
 SPLIT += [("gpt2", "direction"), ("gemma2", "direction"), ("neox", "dense direction")]
+SPLIT += [(name, "features") for name, kind in cases() if kind == "features"]
+SPLIT += [(name, "features before a norm") for name in ("gpt2", "gemma2")]
+SPLIT += [("mixtral", "features and experts")]
 
 
 @pytest.mark.parametrize(("name", "kind"), [*SPLIT, *((name, "experts") for name in MIXTURES)])
 def test_scores_of_parts_and_rest_add_up_to_those_of_the_whole(name: str, kind: str) -> None:
     model, ids = tiny(name), some()
-    graphs = Refined(graph_for(name, kind), build_graph(model))
+    graphs = Refined(graph_for(name, kind), build_graph(model, positions=graph_for(name, kind).positions))
     for alphas in ((1.0,), (0.25, 0.75)):
         split, whole = (edge_gradients(model, g, ids, LOGIT_DIFF, alphas=alphas) for g in (graphs.split, graphs.whole))
-        torch.testing.assert_close(graphs.merged(split), whole, **close(name))
-    split, whole = (activation_path_gradients(model, g, ids, LOGIT_DIFF, (0.5,)) for g in (graphs.split, graphs.whole))
-    torch.testing.assert_close(graphs.merged(split), whole, **close(name))
+        torch.testing.assert_close(graphs.merged(split), graphs.merged(whole), **close(name))
+    # Activation paths are of edges at all positions; under a post-norm, a split attention has another path than heads.
+    if not graphs.whole.positions and not (name == "gemma2" and kind.startswith("features")):
+        split, whole = (
+            activation_path_gradients(model, g, ids, LOGIT_DIFF, (0.5,)) for g in (graphs.split, graphs.whole)
+        )
+        torch.testing.assert_close(graphs.merged(split), graphs.merged(whole), **close(name))
     # Exactly: parts and rest replaced together are the whole node replaced.
-    for layer in (0, model.dims.n_layers - 1):
+    for part in {"m0", f"m{model.dims.n_layers - 1}", *graphs.split.split_writers}:
         cuts = [
-            g.possible & torch.tensor([name == f"m{layer}" or name.startswith(f"m{layer}.") for name in g.writers])
+            g.possible & torch.tensor([owner.partition(".")[0] == part for owner in graphs.owners(g)])
             for g in (graphs.split, graphs.whole)
         ]
         split, whole = (
@@ -394,7 +474,7 @@ def test_scores_into_router_and_experts_add_up_to_those_into_the_mlp(name: str) 
     model, ids = tiny(name), some()
     graphs = Refined(graph_for(name, "experts"), build_graph(model))
     split, whole = (edge_gradients(model, g, ids, LOGIT_DIFF) for g in (graphs.split, graphs.whole))
-    torch.testing.assert_close(graphs.merged(split), whole, **close(name))
+    torch.testing.assert_close(graphs.merged(split), graphs.merged(whole), **close(name))
     assert bool((split[graphs.split.reader_index["m1<router>"]] != 0).any())
 
 

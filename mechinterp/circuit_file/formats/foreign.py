@@ -44,6 +44,7 @@ def check_holds(graph: Graph, tool: str, takes: Collection[str] = ()) -> None:
         part = "edges at named positions" if graph.positions else "nodes chosen as one"
         if graph.split_writers:
             part = "neurons as separate nodes" if graph.neurons else "parts of MLPs as separate nodes"
+            part = "features of dictionaries as nodes" if graph.features else part
         raise _unsupported(tool, part)
     if graph.split_input and SPLIT_INPUT not in takes:
         raise _unsupported(tool, SPLIT_INPUT)

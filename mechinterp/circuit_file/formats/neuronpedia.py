@@ -24,6 +24,7 @@ from mechinterp.circuit_file.formats.node_link_graph import CircuitNode, links_o
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.colours import NODE_LOOKS
+from mechinterp.models.sites import Node
 
 ALL_POSITIONS = "(all positions)"
 _TYPES = {
@@ -43,8 +44,9 @@ def to_neuronpedia(circuit: Circuit, document: CircuitFile) -> bytes:
             weights[link.source, link.target] = 1.0
         else:
             weights[link.source, link.target] += link.score
+    kinds = "heads, MLPs and features" if circuit.graph.features else "heads and MLPs, not features"
     info: dict[str, Any] = {
-        "description": f"{document.title}. Nodes are heads and MLPs, not features; positions stand for tokens.",
+        "description": f"{document.title}. Nodes are {kinds}; positions stand for tokens.",
         "generator": {"name": "mechinterp", "version": document.provenance.versions.get("mechinterp", "unknown")},
     }
     if document.created_utc is not None:
@@ -69,7 +71,7 @@ def _node(node: CircuitNode, positions: list[str], answers: str) -> dict[str, An
     place = positions.index(node.position or (answers if node.kind == "logits" else positions[0]))
     return {
         "node_id": node.name,
-        "feature": None,
+        "feature": Node.parse(node.name.partition("@")[0]).head if node.kind == "feature" else None,
         "layer": "E" if node.layer < 0 else str(node.layer),
         "ctx_idx": place,
         "feature_type": _TYPES[node.kind],
@@ -83,5 +85,5 @@ def _node(node: CircuitNode, positions: list[str], answers: str) -> dict[str, An
 EXPORT = Export(
     ".json",
     to_neuronpedia,
-    "Lost: q, k and v (one link); heads and MLPs stand for features, positions for tokens; results.",
+    "Lost: q, k and v (one link); heads and MLPs stand for features, positions for tokens; dictionaries; results.",
 )

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from mechinterp.base.errors import clip
-from mechinterp.circuit_file.schema import CircuitFile, TaskRecord
+from mechinterp.circuit_file.schema import CircuitFile, FeaturesRecord, TaskRecord
 from mechinterp.circuit_file.setting_types import SELECTION
 from mechinterp.circuit_file.verify.role_support import support_of_roles
 
@@ -82,6 +82,11 @@ def evaluation_name(document: CircuitFile, number: int) -> str:
     return "evaluation" if len(document.evaluation) == 1 else f"evaluation[{number}]"
 
 
+def basis_claim(record: FeaturesRecord) -> str:
+    """The name of the claim that a basis is the one of the file."""
+    return f"basis {record.basis}"
+
+
 def applies_again(document: CircuitFile) -> bool:
     """Whether the selection is a rule that can be applied to the scores again."""
     stated = set(document.selection.parameters)
@@ -111,6 +116,8 @@ def _parts(document: CircuitFile) -> Iterable[tuple[Part, tuple[str, ...]]]:
     if model.file is not None:
         yield Part("model", "the file that the model was opened from"), ("model.file",)
     yield Part("model", f"name of the model ({model.name})"), ("model.origin",) * (model.origin != "memory")
+    for record in document.graph.features or ():
+        yield Part("graph", f"dictionary of {record.basis} ({record.where})"), (basis_claim(record),)
     if document.tokenizer is not None:
         yield Part("tokenizer", "tokenizer"), ("tokenizer",)
     yield from _examples(document)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 
 from mechinterp.base.canonical_json import six_digits
-from mechinterp.base.errors import InputError, MechInterpError, ModelNotAvailable, clip
+from mechinterp.base.errors import HubNotReached, InputError, MechInterpError, ModelNotAvailable, clip
 from mechinterp.base.plain_files import is_file, is_folder, read_bounded
 from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.base.settings import check_settings
+from mechinterp.circuit_file.bases import stated_basis
 from mechinterp.circuit_file.circuit_file import stated_circuit, stated_graph, stated_scores
 from mechinterp.circuit_file.provenance import model_record, tokenizer_record, versions
 from mechinterp.circuit_file.records import (
@@ -30,7 +32,7 @@ from mechinterp.circuit_file.schema import CircuitFile, TaskPairs, TaskRecord, T
 from mechinterp.circuit_file.setting_types import SELECTION
 from mechinterp.circuit_file.store import OpenedFile, inside, open_circuit_file
 from mechinterp.circuit_file.verify.claims import Ledger, UnverifiedModel, Verification, stated_limit
-from mechinterp.circuit_file.verify.coverage import applies_again, evaluation_name, extent_of
+from mechinterp.circuit_file.verify.coverage import applies_again, basis_claim, evaluation_name, extent_of
 from mechinterp.circuit_file.verify.discovery_claims import (
     BOOTSTRAP,
     check_curve,
@@ -45,6 +47,8 @@ from mechinterp.discovery.stable import STABLE
 from mechinterp.evaluation.faithfulness import ablation_of, evaluate
 from mechinterp.evaluation.measurements import Checked, check_predictions
 from mechinterp.evaluation.predictions import Prediction
+from mechinterp.features.basis import Basis
+from mechinterp.features.load import load_bases
 from mechinterp.graphs.circuit import Circuit, on_paths
 from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select import select
@@ -62,6 +66,7 @@ def verify(
     rescore: bool = False,
     device: torch.device | str | None = None,
     batch_size: int = 32,
+    features: Sequence[Basis | str | Path] = (),
     progress: StageProgress = no_stages,
 ) -> Verification:
     """Which claims of a circuit file hold: hashes, model, tokenizer, task, pairs, scores, selection, every number.
@@ -78,11 +83,13 @@ def verify(
         rescore: also run the discovery again and compare all scores.
         device: where to load the model.
         batch_size: pairs run at once; it does not change the result.
+        features: the dictionaries of feature nodes, or where they are. By default they are where the file says.
         progress: called with a stage, the steps done and the total.
 
     Raises:
         FormatError: if the file is not a circuit file at all.
-        UnverifiedModel: (a ModelNotAvailable) if all claims that need no model hold, but the model cannot be loaded.
+        UnverifiedModel: (a ModelNotAvailable) if all claims that need no model hold, but the model (or a dictionary, as
+            the hub is not reached) cannot be loaded.
     """
     opened = open_circuit_file(path)
     document, ledger = opened.document, Ledger()
@@ -97,6 +104,9 @@ def verify(
     loaded = _loaded(opened, model, device, ledger)
     if loaded is not None:
         _check_model(document, loaded, model is not None, ledger)
+        if circuit is not None and circuit.graph.features:
+            circuit = _with_bases(opened, circuit, loaded, features, ledger)
+            scores = None if circuit is None else circuit.scores
     pairs = _check_pairs(opened, loaded, ledger)
     limit = None if tolerance is None else Tolerance(relative=tolerance, absolute=tolerance / 10)
     if loaded is not None and circuit is not None and loaded.dims == circuit.graph.dims:
@@ -236,6 +246,44 @@ def _loaded(opened: OpenedFile, model: Any, device: torch.device | str | None, l
             raise UnverifiedModel(found, _found(opened, {}, False, ledger)) from error
         ledger.failed("model", str(error))
         return None
+
+
+def _with_bases(
+    opened: OpenedFile,
+    circuit: Circuit,
+    model: HookManager,
+    given: Sequence[Basis | str | Path],
+    ledger: Ledger,
+) -> Circuit | None:
+    """The circuit with the feature bases that the file states; None if one of them failed its claim.
+
+    Raises UnverifiedModel if no claim failed, but the hub cannot be reached.
+    """
+    found: list[Basis] = []
+    loaded = [basis for one in given for basis in (load_bases(one) if isinstance(one, (str, Path)) else [one])]
+    for record in opened.document.graph.features or ():
+        name = basis_claim(record)
+        try:
+            basis = stated_basis(record, opened.path, loaded)
+        except HubNotReached as error:
+            if all(claim.ok for claim in ledger.claims):
+                n = len(ledger.claims)
+                text = f"{opened.path}: {n} claims hold, the others are unchecked: {error}"
+                raise UnverifiedModel(text, _found(opened, {}, False, ledger)) from error
+            ledger.failed(name, str(error))
+            continue
+        except MechInterpError as error:
+            ledger.failed(name, str(error))
+            continue
+        ledger.equal(name, basis.sha256, record.sha256)
+        found.append(basis.to(model.device))
+    with ledger.claimed("features"):
+        if len(found) == len(circuit.graph.features):
+            graph = circuit.graph.with_bases(found)
+            for family in graph.features:
+                family.check(model)
+            return circuit.on_graph(graph)
+    return None
 
 
 def load_stated_model(document: CircuitFile, path: Path, model: Any, device: torch.device | str | None) -> HookManager:

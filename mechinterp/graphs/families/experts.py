@@ -43,13 +43,11 @@ class RoutedMlp(Mlp):
         *,
         frozen: bool,
     ) -> None:
-        """Through the norm; the gradient at the MLP's input has that at the router's in it."""
-        own, router = (ports.site for ports in self.ports)
-        alone = [Step(s.values, {own: s.gradients[own] - s.gradients[router]}) for s in steps]
+        """Through the norm, for each of the two."""
         norm = model.layout.mlp_norm[self.layer]
         assert norm is not None
-        pull_back_norm(norm, own, self.stream, alone, chunk, out[:1], frozen=frozen)
-        pull_back_norm(norm, router, self.stream, steps, chunk, out[1:], frozen=frozen)
+        for row, ports in enumerate(self.ports):
+            pull_back_norm(norm, ports.site, self.stream, steps, chunk, out[row : row + 1], frozen=frozen)
 
 
 @dataclass(frozen=True)

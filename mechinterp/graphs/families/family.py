@@ -17,14 +17,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.base.errors import UnsupportedError
-from mechinterp.graphs.families.normed_ports import Projections, Step
+from mechinterp.graphs.families.normed_ports import DirectionGradients, Projections, Step
 from mechinterp.graphs.families.write_block import WriteBlock
+from mechinterp.models.feature_basis import FeatureBasis
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Site
 
 Moment: TypeAlias = "tuple[int, int]"
 """A state of the residual stream: (layer, 0) before a layer, (layer, 1) between its attention and its MLP."""
-Recorded: TypeAlias = "Mapping[Site, Tensor]"
+NodeSite: TypeAlias = "Site | FeatureBasis"
+"""Where a node's numbers are in a run: a site, or the features of a basis."""
+Recorded: TypeAlias = "Mapping[NodeSite, Tensor]"
 """Activations of one run, in float32 or better."""
 
 
@@ -33,28 +36,29 @@ class Ports:
     """Inputs that one site holds, such as the queries of a layer's heads, or the input of an MLP.
 
     Args:
-        site: The site: `[batch, pos, port, ...]`, or `[batch, pos, ...]` for one port.
+        site: The site: `[batch, pos, port, ...]`, or `[batch, pos, ...]` for one port; or the features of a basis.
         names: The names of the ports: `a5.h1<q>`.
         feeds: For every port, which of the family's writers it is an input of, by number.
         everywhere: Whether it serves its writers at all later positions, as keys and values do.
         by_port: Whether the site has an axis of ports.
-        follows: Another site of the family's ports, of which this one is computed (a router's input of the MLP's):
-            where that one is edited, this one is set too; and the gradient there has this one's in it.
+        follows: Another port's site, of this family or of that of which it is a part, from which this one is computed
+            (a router's input from the MLP's): where that one is edited, this one is set too; and the gradient there
+            has this one's in it, which engines take out (`pull_back` is of the site alone).
     """
 
-    site: Site
+    site: NodeSite
     names: tuple[str, ...]
     feeds: tuple[range, ...]
     everywhere: bool = False
     by_port: bool = True
-    follows: Site | None = None
+    follows: NodeSite | None = None
 
 
 class NodeFamily(ABC):
     """The writers of one part of the model, with their inputs. Subclasses are frozen dataclasses.
 
     What has a default here need not be defined by a family without ports: the inputs of a model, or parts of what
-    another writer writes.
+    another writer writes, fed by its inputs.
     """
 
     # -- the order: who can reach whom follows from it ------------------------------------------------------------
@@ -104,7 +108,7 @@ class NodeFamily(ABC):
 
     @property
     @abstractmethod
-    def sites(self) -> tuple[Site, ...]:
+    def sites(self) -> tuple[NodeSite, ...]:
         """What must be recorded to know what they write, in the order of the model."""
 
     @property
@@ -168,6 +172,12 @@ class NodeFamily(ABC):
             frozen: Whether the scales of norms are constants.
         """
         raise NotImplementedError
+
+    def direction_gradients(
+        self, model: HookManager, steps: Sequence[Step], chunk: slice, dtype: torch.dtype, *, frozen: bool
+    ) -> DirectionGradients | None:
+        """What `pull_back` gives, for ports that are one number each of a norm's output; None for others."""
+        return None
 
     # -- their weights --------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -86,6 +86,7 @@ class Heads(NodeFamily):
 
     def read(self, model: HookManager, ports: Ports, seen: Float[Tensor, "port rows pos d_model"]) -> Tensor:
         """q, k or v of every head, `[rows, pos, head, d_head]`."""
+        assert isinstance(ports.site, Site)
         return model.layout.read_heads(self.layer, ports.site.kind, seen).permute(1, 2, 0, 3)
 
     def projections(self, model: HookManager, dtype: torch.dtype) -> Projections:
@@ -116,3 +117,38 @@ class Heads(NodeFamily):
         maps, dtype = model.layout.attention[self.layer], torch.promote_types(model.dtype, torch.float32)
         for channel in "qkv":
             yield from (gram(maps.norm.project_transposed(weight.T).T) for weight in maps.W[channel].to(dtype))
+
+
+@dataclass(frozen=True)
+class WholeAttention(Heads):
+    """The attention of a layer as one writer, `a5`, of which features are parts; its inputs are the heads'."""
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """`a5`."""
+        return (str(Node("attention", self.layer)),)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The heads' outputs, and last what the attention adds: then the features of that are known."""
+        return (*super().sites, self.output)
+
+    def _channel(self, channel: str) -> Ports:
+        ports = super()._channel(channel)
+        return replace(ports, feeds=(range(1),) * len(ports.names))
+
+    def writes(self, model: HookManager, now: Recorded) -> Dense:
+        """The sum of all heads."""
+        return Dense(super().writes(model, now).total()[None])
+
+    def differences(self, model: HookManager, now: Recorded, then: Recorded) -> Dense:
+        """The sum of all heads."""
+        return Dense(super().differences(model, now, then).total()[None])
+
+    def writes_together(self, model: HookManager) -> bool:
+        """There is one writer."""
+        return False
+
+    def written_grams(self, model: HookManager) -> Iterator[Float[Tensor, "d_model d_model"]]:
+        """Of the output matrices side by side."""
+        yield torch.stack(list(super().written_grams(model))).sum(0)

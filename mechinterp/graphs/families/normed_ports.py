@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp.models.feature_basis import FeatureBasis
 from mechinterp.models.norm import Norm
 from mechinterp.models.sites import Site
 
@@ -23,8 +24,8 @@ from mechinterp.models.sites import Site
 class Step:
     """One forward and backward: values and gradients by site, `[batch, pos, ...]`."""
 
-    values: Mapping[Site, Tensor]
-    gradients: Mapping[Site, Tensor]
+    values: Mapping[Site | FeatureBasis, Tensor]
+    gradients: Mapping[Site | FeatureBasis, Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Projections:
 
 def pull_back_projections(
     projections: Projections,
-    sites: Sequence[Site],
+    sites: Sequence[Site | FeatureBasis],
     stream: Site,
     steps: Sequence[Step],
     chunk: slice,
@@ -72,7 +73,7 @@ def pull_back_projections(
 
 def pull_back_norm(
     norm: Norm,
-    site: Site,
+    site: Site | FeatureBasis,
     stream: Site,
     steps: Sequence[Step],
     chunk: slice,
@@ -93,3 +94,89 @@ def pull_back_norm(
         total = pulled if total is None else total + pulled
     assert total is not None
     out[0] = total
+
+
+@dataclass(frozen=True)
+class DirectionGradients:
+    """The gradients at the residual stream of ports that are one number each: no `[port, token, d_model]` is made.
+
+    That of port p at token t is `weights[p, t] * directions[p]`, less `along[p, t] * standard[t]` of every step: what
+    the scale of the norm takes away.
+    """
+
+    weights: Float[Tensor, "port token"]
+    directions: Float[Tensor, "port d_model"]
+    steps: tuple[tuple[Float[Tensor, "port token"], Float[Tensor, "token d_model"]], ...]
+    """(along, standard) of every step; none where the scale is a constant."""
+
+    def dense(self) -> Float[Tensor, "port token d_model"]:
+        """Every gradient in full; for tests and small graphs."""
+        found = self.weights[..., None] * self.directions[:, None]
+        for along, standard in self.steps:
+            found = found.addcmul(standard, along[..., None], value=-1)
+        return found
+
+    def total(self) -> Float[Tensor, "token d_model"]:
+        """The sum over the ports."""
+        found = self.weights.T @ self.directions
+        for along, standard in self.steps:
+            found = found - along.sum(0)[:, None] * standard
+        return found
+
+    def at(self, tokens: Tensor) -> DirectionGradients:
+        """Those at some tokens."""
+        steps = tuple((along[:, tokens], standard[tokens]) for along, standard in self.steps)
+        return DirectionGradients(self.weights[:, tokens], self.directions, steps)
+
+    def inner(self, writes: Float[Tensor, "writer token d_model"]) -> Float[Tensor, "port writer"]:
+        """The product of every gradient with every write, summed over tokens."""
+        found = ((writes @ self.directions.T) * self.weights.T).sum(1).T
+        for along, standard in self.steps:
+            found = found - along @ _dots(writes, standard)
+        return found
+
+    def inner_low_rank(
+        self, values: Float[Tensor, "writer token"], directions: Float[Tensor, "writer d_model"]
+    ) -> Float[Tensor, "port writer"]:
+        """The same for writes that are values times directions: only products of directions have d_model."""
+        found = (self.directions @ directions.T) * (self.weights @ values.T)
+        for along, standard in self.steps:
+            found = found - along @ (values * (directions @ standard.T)).T
+        return found
+
+
+def _dots(writes: Float[Tensor, "writer token d_model"], of: Float[Tensor, "token d_model"]) -> Tensor:
+    """The product of every write with the vector of its token, `[token, writer]`."""
+    return torch.einsum("wtd,td->tw", writes, of)
+
+
+def direction_gradients(
+    norm: Norm,
+    directions: Float[Tensor, "port d_model"],
+    resids: Sequence[Float[Tensor, "batch pos d_model"]],
+    gradients: Sequence[Float[Tensor, "batch pos port"]],
+    dtype: torch.dtype,
+    *,
+    frozen: bool,
+) -> DirectionGradients:
+    """The gradients at the residual stream of ports that are one number each: the norm's output along a direction.
+
+    Args:
+        norm: The norm.
+        directions: What each port reads of the norm's output.
+        resids: The residual stream of every step.
+        gradients: The gradient at the ports of every step; the results are summed.
+        dtype: Of the results.
+        frozen: Whether the scale of the norm is a constant.
+    """
+    read = norm.project_transposed(directions.to(dtype))
+    total = torch.zeros((), dtype=dtype, device=read.device)
+    steps: list[tuple[Tensor, Tensor]] = []
+    for resid, gradient in zip(resids, gradients, strict=True):
+        resid = resid.to(dtype).flatten(0, 1)
+        scaled = (gradient.to(dtype).flatten(0, 1) / norm.scale(resid)).T  # [port, token]
+        total = total + scaled
+        if norm.kind != "none" and not frozen:
+            standard = norm.standardize(resid)
+            steps.append((scaled * (read @ standard.T) / resid.shape[-1], standard))
+    return DirectionGradients(total, read, tuple(steps))

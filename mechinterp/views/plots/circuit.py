@@ -18,7 +18,7 @@ from mechinterp.graphs.layered_layout import Drawing, Net, Strand, draw_layered
 from mechinterp.models.sites import node_of, split_position
 
 CHANNEL_LABELS = {"q": "into query", "k": "into key", "v": "into value", "mlp": "into MLP", "logits": "into logits"}
-CHANNEL_LABELS["router"] = "into router"
+CHANNEL_LABELS["router"], CHANNEL_LABELS["in"] = "into router", "into feature"
 CHANNEL_LABELS[SEVERAL] = "into several inputs"
 WIDTHS = (0.7, 6.0)
 """Width of an edge in pixels, from score 0 to the largest absolute score, linear."""

@@ -36,10 +36,8 @@ def head_heatmap(scores: Scores, circuit: Circuit | None = None) -> go.Figure:
     values: list[list[float]] = []
     names: list[list[str]] = []
     for layer in range(dims.n_layers):
-        heads = graph.head_writers(layer)
-        stop = heads.stop + dims.has_mlp
-        values.append(totals[heads.start : stop])
-        names.append(list(graph.writers[heads.start : stop]))
+        values.append([totals[row] for row in graph.cells(layer)])
+        names.append([graph.writers[row] for row in graph.cells(layer)])
     largest = max((abs(value) for row in values for value in row), default=0.0) or 1.0
     figure = go.Figure(
         go.Heatmap(

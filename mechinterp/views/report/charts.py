@@ -41,9 +41,7 @@ def heat_view(circuit: Circuit) -> dict[str, Any] | None:
     totals = [six_digits(value) for value in circuit.scores.by_writer().tolist()]
     rows: list[list[tuple[str, float]]] = []
     for layer in range(graph.dims.n_layers):
-        heads = graph.head_writers(layer)
-        places = slice(heads.start, heads.stop + graph.dims.has_mlp)
-        rows.append(list(zip(graph.writers[places], totals[places], strict=True)))
+        rows.append([(graph.writers[row], totals[row]) for row in graph.cells(layer)])
     columns = [str(head) for head in range(graph.dims.n_heads)] + ["MLP"] * graph.dims.has_mlp
     chosen = sorted({split_position(name)[0] for name in circuit.nodes})
     return {"rows": rows, "columns": columns, "chosen": chosen, "metric": circuit.scores.metric}

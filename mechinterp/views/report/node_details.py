@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution
 from mechinterp.analysis.logit_lens import writes_lens
+from mechinterp.analysis.weights import top_tokens
 from mechinterp.base.errors import MechInterpError
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.models.components import NODES_WITH_SITES
@@ -73,6 +74,10 @@ class NodeDetails:
     n_direct: int = 0
     direction: str = ""
     notes: tuple[str, ...] = ()
+    tokens: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of every feature, the tokens that its direction raises most."""
+    fires: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of every feature, where it is most active in the prompts."""
 
 
 def node_details(
@@ -106,7 +111,40 @@ def node_details(
         direct, n_direct, direction = _direct(model, pairs, names)
     except MechInterpError as error:
         notes.append(f"Some details of nodes are left out: {error}")
-    return NodeDetails(pairs_name, len(pairs), tuple(prompts), direct, n_direct, direction, tuple(notes))
+    tokens, fires = _feature_tokens(model, circuit), _fires(model, circuit, pairs, rows)
+    return NodeDetails(pairs_name, len(pairs), tuple(prompts), direct, n_direct, direction, tuple(notes), tokens, fires)
+
+
+def _fires(model: HookManager, circuit: Circuit, pairs: Pairs, rows: Sequence[int]) -> dict[str, str]:
+    """Of the circuit's features, the tokens of each prompt at which they are most active, with their activations."""
+    used = {split_position(name)[0] for name in circuit.nodes}
+    families = [family for family in circuit.graph.features if family.chosen is not None]
+    found: dict[str, list[str]] = {}
+    for row in rows if families else ():
+        one = pairs[[row]].to(model.device)
+        ids = one.clean[:, : int(one.lengths[0])]
+        values = model.run(ids, record=[family.loaded() for family in families]).values
+        for family in families:
+            for name, active in zip(family.writers, values[family.loaded()][0].T, strict=True):
+                best = [i for i in active.abs().argsort(descending=True).tolist()[:3] if float(active[i])]
+                if name in used and best:
+                    where = ", ".join(f"{_token(model, int(ids[0, i]))} {float(active[i]):.3g}" for i in best)
+                    found.setdefault(name, []).append(f"prompt {row + 1}: {where}")
+    return {name: "; ".join(several) for name, several in found.items()}
+
+
+def _feature_tokens(model: HookManager, circuit: Circuit) -> dict[str, str]:
+    """The tokens that the directions of the circuit's features raise most, through final norm and unembedding."""
+    used = {split_position(name)[0] for name in circuit.nodes}
+    found: dict[str, str] = {}
+    for family in circuit.graph.features:
+        if family.chosen is None:
+            continue
+        table = top_tokens(model, family.directions(model), TOP_TOKENS)
+        for row, part in table.groupby("row"):
+            if (name := family.writers[int(row)]) in used:  # pyright: ignore[reportArgumentType]
+                found[name] = ", ".join(_token(model, int(token)) for token in part["token"])
+    return found
 
 
 def _chosen(circuit: Circuit, most: int) -> tuple[list[str], list[str]]:

@@ -170,6 +170,8 @@ def _details(details: NodeDetails) -> dict[str, Any]:
         "n_direct": details.n_direct,
         "direction": details.direction,
         "direct": {name: _digits(value) for name, value in details.direct.items()},
+        "tokens": details.tokens,
+        "fires": details.fires,
         "prompts": [_prompt(prompt) for prompt in details.prompts],
     }
 

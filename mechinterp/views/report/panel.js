@@ -52,6 +52,8 @@ class Panel {
     rows.push(this.graph.level === "node" ? ["neighbours", `${into.length} in, ${out.length} out`] : ["edges", `${into.length} in, ${leaving.size} out`]);
     const direct = this.details.direct[node.bare];
     if (direct !== undefined) rows.push(["direct effect", `${signed(direct)} logits (mean of ${this.details.n_direct})`]);
+    if (this.details.tokens?.[node.bare]) rows.push(["raises most", this.details.tokens[node.bare]]);
+    if (this.details.fires?.[node.bare]) rows.push(["most active at", this.details.fires[node.bare]]);
     this.show(
       element("h3", {}, node.name),
       role?.description ? element("p", { class: "note" }, role.description) : null,

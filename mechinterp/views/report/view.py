@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mechinterp.base.errors import MechInterpError, ModelNotAvailable
 from mechinterp.base.progress import StageProgress, no_stages
+from mechinterp.circuit_file.bases import stated_bases
 from mechinterp.circuit_file.circuit_file import circuit_of
 from mechinterp.circuit_file.records import pairs_of, task_of
 from mechinterp.circuit_file.schema import CircuitFile, TaskRecord
@@ -82,6 +83,13 @@ def _details(
     if manager.dims != circuit.graph.dims or (stated is not None and manager.info.weights_sha256() != stated):
         return NodeDetails(notes=(f"{LEFT_OUT}: {manager.info.name} does not have the weights that the file states.",))
     progress("details", 0, 1)
+    left_out: tuple[str, ...] = ()
+    if circuit.graph.features:
+        try:
+            found = [basis.to(manager.device) for basis in stated_bases(document, path)]
+            circuit = circuit.on_graph(circuit.graph.with_bases(found))
+        except MechInterpError as error:
+            left_out = (f"The tokens of features are left out: {error}",)
     try:
         task = task_of(document.task) if isinstance(document.task, TaskRecord) else None
         pairs = pairs_of(document.pairs[name], task, manager)
@@ -89,4 +97,5 @@ def _details(
         return NodeDetails(notes=(f"{LEFT_OUT}: the pairs {name!r} cannot be made: {error}",))
     if pairs.digest() != document.pairs[name].sha256:
         return NodeDetails(notes=(f"{LEFT_OUT}: the pairs {name!r} are not those that the file states.",))
-    return node_details(manager, circuit, pairs, name)
+    details = node_details(manager, circuit, pairs, name)
+    return replace(details, notes=(*details.notes, *left_out))
