@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mechinterp.circuit_file.schema import CircuitFile, EdgeRecord, Role
+from mechinterp.evaluation.role_names import plain_role
 from mechinterp.models.sites import Edge, Node, node_of
 
 METRIC_WORDS = {
@@ -99,7 +100,7 @@ def ranked_nodes(document: CircuitFile) -> tuple[NodeSummary, ...]:
     An edge into a shared key or value head counts as one edge into every head of its group. At named positions an edge
     into a key or value counts for the head at the position of that key.
     """
-    roles = {name: role.label for role in document.roles.values() for name in role.nodes}
+    roles = {name: plain_role(role.label) for role in document.roles.values() for name in role.nodes}
     group = document.model.dims.n_heads // document.model.dims.n_kv_heads
     logits_at = f"@{document.graph.answers}" if document.graph.answers else ""
     n_in: dict[str, int] = defaultdict(int)

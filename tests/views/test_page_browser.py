@@ -182,9 +182,40 @@ def test_pointing_at_a_head_shows_what_it_does(page: Any, circuit: Circuit) -> N
     assert details["prompts"][1]["written"]["a2.h1"][0][0][0] in panel.inner_text()
 
 
+def test_a_click_opens_a_role_into_its_heads_and_their_edges(page: Any) -> None:
+    """The arrows of the heads of an opened box add up to those of the closed box."""
+    label, diagram = "heads that write toward the answer", "#figure-diagram"
+    box = page.locator(f'{diagram} .box.role [aria-label^="{label},"]')
+    (found,) = data_of(page)["graph"]["diagrams"]
+    b = next(i for i, one in enumerate(found["boxes"]) if one["label"] == label)
+    logits = next(i for i, one in enumerate(found["boxes"]) if one["kind"] == "logits")
+    (whole,) = (arrow for arrow in found["arrows"] if (arrow["from"], arrow["to"]) == (b, logits))
+    box.click(position={"x": 6, "y": 6})
+    assert box.get_attribute("aria-expanded") == "true"
+    assert label in page.locator("#diagram-panel h3").inner_text()
+    parts = page.evaluate(
+        f"diagrams[0].drawn.filter(arrow => arrow.from === {b} && arrow.to === {logits})"
+        ".map(arrow => [arrow.source, arrow.weight])"
+    )
+    heads = {page.evaluate(f"graph.nodes[{source[1:]}].name") for source, _ in parts}
+    assert heads <= set(found["boxes"][b]["nodes"]) and len(parts) == whole["n"] > 1
+    assert sum(weight for _, weight in parts) == pytest.approx(whole["weight"], rel=1e-4)
+    page.locator(f"{diagram} .box.open .pill").first.click()
+    assert page.locator("#diagram-panel h3").inner_text() in found["boxes"][b]["nodes"]
+    page.locator("#diagram-panel canvas").wait_for()  # its attention pattern
+    box.click(position={"x": 6, "y": 6})
+    assert page.locator(f"{diagram} .box.open").count() == 0
+    page.locator("#plain").check()
+    assert page.locator(f"{diagram} .box.plain").count() > 0
+    page.locator("#plain").uncheck()
+    assert page.locator(f"{diagram} .box.plain").count() == 0
+
+
 @pytest.mark.slow
 def test_pointing_at_an_edge_shows_its_name_and_score(page: Any, circuit: Circuit) -> None:
     strongest = page.locator(LINE).last  # the strongest is drawn last
+    page.locator("#graph").scroll_into_view_if_needed()
+    page.evaluate("document.querySelector('#figure-circuit').scrollIntoView()")
     box = strongest.evaluate(
         "path => { const at = path.getPointAtLength(path.getTotalLength() / 2).matrixTransform(path.getScreenCTM());"
         "return [at.x, at.y]; }"
@@ -260,6 +291,6 @@ def test_hostile_names_stay_texts(browser: Any, tmp_path: Path) -> None:
     node(page, head).hover()
     page.get_by_text("role", exact=True).first.wait_for()
     assert evil in page.locator("#panel").inner_text() and page.title() != "taken"
-    own = page.locator("#size-says b, .warnings li > b:first-child").count()  # the page's own markup
+    own = page.locator("#size-says b, .warnings b").count()  # the page's own markup
     assert page.locator("img").count() == page.locator("main b").count() - own == 0
     assert page.complaints == [] and len(page.asked) == 1

@@ -13,18 +13,21 @@ from torch import Tensor
 from mechinterp.base.canonical_json import six_digits
 from mechinterp.circuit_file.schema import CircuitFile, Role
 from mechinterp.circuit_file.summary import coloured
+from mechinterp.evaluation.role_names import plain_role
 from mechinterp.graphs.circuit import Circuit, to_networkx
 from mechinterp.graphs.colours import CHANNEL_COLOURS
 from mechinterp.graphs.layered_layout import POINTS_PER_ROW, Net, draw_layered
 from mechinterp.models.sites import split_position
 from mechinterp.views.plots.circuit import CHANNEL_LABELS, KINDS, kind_of, merged, node_kinds
+from mechinterp.views.report.diagrams import diagrams
 from mechinterp.views.report.measured_sizes import MAX_EDGES, MeasuredSize, measured_sizes
+from mechinterp.views.report.prompt_example import PromptExample
 
 Line = tuple[str, str, str]
 """Writer, reader, name of the edge. An edge into a shared key or value head is one line to each of its heads."""
 
 
-def graph_view(circuit: Circuit, document: CircuitFile) -> dict[str, Any]:
+def graph_view(circuit: Circuit, document: CircuitFile, example: PromptExample | None = None) -> dict[str, Any]:
     """Everything that the script draws, as JSON values.
 
     `nodes` and `edges` (writer, reader, channel, name, score, share of resamples) are numbered. Each of the `stops` of
@@ -33,7 +36,12 @@ def graph_view(circuit: Circuit, document: CircuitFile) -> dict[str, Any]:
     all edges between two of them.
 
     The circuit has a layout of its own; sizes with other edges share a second drawing. If there are more than
-    `MAX_EDGES` lines, the strongest are drawn, and `about` says so.
+    `MAX_EDGES` lines, the strongest are drawn, and `about` says so. `diagrams` are boxes by role or by layer.
+
+    Args:
+        circuit: the circuit.
+        document: its file.
+        example: a pair of prompts, for the columns of the diagram of roles.
     """
     stops, about = measured_sizes(circuit, document)
     own = _net(circuit, circuit.kept)
@@ -51,6 +59,7 @@ def graph_view(circuit: Circuit, document: CircuitFile) -> dict[str, Any]:
         "nodes": [_node(name, document.roles) for name in nodes],
         "edges": [_edge(line, nodes, data[line], shares.get(line[2])) for line in lines],
         "roles": _roles(document.roles),
+        "diagrams": diagrams(own, document, example),
         "drawings": [_drawing(net, nodes, lines) for net in drawings],
         "stops": [
             _stop(net, number, stop, circuit, document, lines)
@@ -136,7 +145,7 @@ def _edge(line: Line, nodes: Mapping[str, int], found: Mapping[str, Any], freque
 def _roles(roles: Mapping[str, Role]) -> list[dict[str, Any]]:
     return [
         {
-            "label": role.label,
+            "label": plain_role(role.label),
             "description": role.description,
             "colour": colour,
             "n": len(role.nodes),

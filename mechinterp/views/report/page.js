@@ -316,6 +316,17 @@ if (data.heat) {
     }
   });
 }
+const own = Math.max(0, ownStop());
+const diagrams = graph.diagrams.map((one) => new Diagram(byId("figure-diagram"), new Panel(byId("diagram-panel"), graph, data.details), graph, one, () => members[own]));
+for (const diagram of diagrams) {
+  diagram.render();
+  diagram.summary();
+  window.addEventListener("resize", () => diagram.render());
+  byId("plain")?.addEventListener("change", () => {
+    diagram.plain = byId("plain").checked;
+    diagram.render();
+  });
+}
 watchControls();
 watchGraph();
 themeButton();

@@ -17,7 +17,9 @@ from mechinterp.circuit_file.schema import CircuitFile, EvaluationRecord
 from mechinterp.circuit_file.store import write_file
 from mechinterp.circuit_file.summary import finding, steadiness
 from mechinterp.graphs.circuit import Circuit
+from mechinterp.views.report.asked import asked_section
 from mechinterp.views.report.charts import curve_view, heat_view
+from mechinterp.views.report.diagrams import MAIN_SHARE
 from mechinterp.views.report.graph_view import graph_view
 from mechinterp.views.report.node_details import NodeDetails, PromptDetails
 from mechinterp.views.report.tables import (
@@ -33,7 +35,7 @@ from mechinterp.views.report.tables import (
     warnings_section,
 )
 
-SCRIPTS = ("draw.js", "panel.js", "charts.js", "page.js")
+SCRIPTS = ("draw.js", "panel.js", "charts.js", "diagram.js", "page.js")
 NO_MODEL = NodeDetails(notes=("Attention patterns and written tokens are left out: no model was available.",))
 
 
@@ -55,12 +57,14 @@ def render_report(circuit: Circuit, document: CircuitFile, circuit_path: str, de
     """
     evaluation = document.evaluation[0] if document.evaluation else None
     title = finding(document)
-    graph, curve, heat = graph_view(circuit, document), curve_view(document), heat_view(circuit)
+    graph, curve, heat = graph_view(circuit, document, details.example), curve_view(document), heat_view(circuit)
     parts = [
         f"<h1>{text(title)}</h1>",
         _lead(document),
-        warnings_section(document),
         cards(evaluation) if evaluation else "",
+        warnings_section(document),
+        asked_section(document, details.example),
+        *(_diagram_section(diagram) for diagram in graph["diagrams"]),
         _graph_section(graph, details),
         _measures_section(evaluation, heat is not None, document.graph.granularity == "node"),
         f'<div class="pair"><section>{edges_part(document)}</section><section>{nodes_part(document)}</section></div>',
@@ -102,6 +106,28 @@ def _task_words(document: CircuitFile) -> str:
     if task is None:
         return ""
     return f"{text(task.name)} ({text(task.title)})" if task.kind == "task" else text(task.name)
+
+
+def _diagram_section(diagram: dict[str, Any]) -> str:
+    by_role = diagram["by"] == "roles"
+    words = (
+        ["A box stands at the token position at which its nodes write, where the file states one."] if by_role else []
+    )
+    if diagram["claimed"]:
+        words.append("An arrow is what the source states that one role sends to another: into q, k or v of its heads.")
+    elif diagram["weights"] == "scores":
+        words.append(
+            "The weight of an arrow is the sum of the scores of its edges; dashed: negative, against the task."
+        )
+    else:
+        words.append("The wider an arrow, the more edges it stands for.")
+    words.append("Information flows upward.")
+    if not diagram["claimed"]:
+        words.append(f"Arrows below {MAIN_SHARE:.0%} of the largest are left out.")
+    plain = by_role and any(box["kind"] == "plain" for box in diagram["boxes"])
+    check = '<div class="controls"><label><input type="checkbox" id="plain"> nodes without a role</label></div>'
+    heading = "The circuit by role" if by_role else "The circuit by layer"
+    return _DIAGRAM.format(heading=heading, check=check if plain else "", caption=" ".join(words))
 
 
 def _graph_section(graph: dict[str, Any], details: NodeDetails) -> str:
@@ -217,7 +243,12 @@ def _resource(name: str) -> str:
     return (resources.files("mechinterp.views.report") / name).read_text("utf-8")
 
 
-_GRAPH = """<section id="graph"><h2>The circuit</h2>
+_DIAGRAM = """<section id="by-group"><h2>{heading}</h2>{check}
+<div class="stage"><div class="canvas" id="figure-diagram"></div>
+<aside class="panel" id="diagram-panel" aria-live="polite" aria-label="Details"></aside></div>
+<p class="note">{caption}</p></section>"""
+
+_GRAPH = """<section id="graph"><h2>Heads and edges</h2>
 <div class="controls" role="group" aria-label="What the graph shows">
 <div class="control" id="size-control" hidden><label for="size">Size</label>
 <input type="range" id="size" min="0" value="0" step="1"><output id="size-says" for="size"></output></div>
@@ -234,7 +265,7 @@ _GRAPH = """<section id="graph"><h2>The circuit</h2>
 </div>
 <div class="legend" id="legend"></div>
 <div class="stage"><div class="canvas" id="figure-circuit"></div>
-<aside id="panel" aria-live="polite" aria-label="Details"></aside></div>
+<aside class="panel" id="panel" aria-live="polite" aria-label="Details"></aside></div>
 <p class="note">{caption}</p>{notes}
 <noscript><p>The pictures need JavaScript; the tables below have every number.</p></noscript>
 </section>"""

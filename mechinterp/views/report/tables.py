@@ -11,6 +11,7 @@ from mechinterp.circuit_file.summary import ranked_edges, ranked_nodes, stated_p
 from mechinterp.circuit_file.verify.coverage import extent_of
 from mechinterp.circuit_file.verify.role_support import support_of_roles
 from mechinterp.circuit_file.verify.warnings import stated_warnings
+from mechinterp.evaluation.role_names import plain_role
 from mechinterp.models.source import ModelFile
 
 ROWS_SHOWN = 20
@@ -179,7 +180,11 @@ def warnings_section(document: CircuitFile) -> str:
     if not found:
         return ""
     items = (f"<li><b>{text(warning.name)}</b>: {text(warning.text)}</li>" for warning in found)
-    return f'<section class="warnings"><h2>What could mislead</h2><ul>{"".join(items)}</ul></section>'
+    names = text(", ".join(dict.fromkeys(warning.name for warning in found)))
+    return (
+        f'<details class="warnings"><summary><b>What could mislead</b>: {names}</summary>'
+        f"<ul>{''.join(items)}</ul></details>"
+    )
 
 
 def roles_section(document: CircuitFile) -> str:
@@ -187,7 +192,7 @@ def roles_section(document: CircuitFile) -> str:
     rows: list[tuple[str, ...]] = []
     for entry in support_of_roles(document):
         predicted = [repr(prediction) for prediction in entry.predictions]
-        rows.append((entry.role.label, _few(entry.role.nodes), _few(predicted, "; "), _few(entry.without)))
+        rows.append((plain_role(entry.role.label), _few(entry.role.nodes), _few(predicted, "; "), _few(entry.without)))
     if not rows:
         return ""
     head = ("role", "nodes", "predictions that support it", "nodes without one")
