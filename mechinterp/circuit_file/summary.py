@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mechinterp.circuit_file.schema import CircuitFile, EdgeRecord, Role
 from mechinterp.evaluation.role_names import plain_role
-from mechinterp.models.sites import Edge, Node, node_of
+from mechinterp.models.sites import Node, node_of, split_position
 
 METRIC_WORDS = {
     "logit_diff": "the logit difference",
@@ -105,12 +105,16 @@ def ranked_nodes(document: CircuitFile) -> tuple[NodeSummary, ...]:
     logits_at = f"@{document.graph.answers}" if document.graph.answers else ""
     n_in: dict[str, int] = defaultdict(int)
     leaving: dict[str, list[float | None]] = defaultdict(list)
+    names: dict[str, tuple[str, ...]] = {}  # of the nodes that each reader feeds; there are fewer readers than edges
     for record in document.edges:
-        edge = Edge.parse(record.name)
-        at = f"@{edge.position}" if edge.position else logits_at
-        leaving[f"{edge.writer}{at}"].append(record.score)
-        for node in _heads_of(edge.reader, group):
-            n_in[str(node) if node.kind == "logits" else f"{node}{at}"] += 1
+        writer, _, rest = record.name.partition("->")
+        reader, position = split_position(rest)
+        if reader not in names:
+            names[reader] = tuple(str(node) for node in _heads_of(Node.parse(reader.partition("<")[0]), group))
+        at = f"@{position}" if position else logits_at
+        leaving[f"{writer}{at}"].append(record.score)
+        for node in names[reader]:
+            n_in[node if node == "logits" else f"{node}{at}"] += 1
     found: list[NodeSummary] = []
     for name in sorted(document.nodes, key=_order):
         scores = [score for score in leaving[name] if score is not None]

@@ -66,11 +66,11 @@ class Diagram {
       middles.push(left + (w + spare) / 2);
       left += w + spare;
     }
-    const bands = [], tall = cells.map((row) => Math.max(...row.flat().map((entry) => entry.height)));
-    let y = 14 + LEVEL_GAP * used.length + tall.reduce((a, b) => a + b, 0);
+    const gap = data.by === "layers" ? 46 : LEVEL_GAP, bands = [], tall = cells.map((row) => Math.max(...row.flat().map((entry) => entry.height)));
+    let y = 14 + gap * used.length + tall.reduce((a, b) => a + b, 0);
     const bottom = y + 30, height = bottom + 26;
     cells.forEach((row, k) => {
-      y -= LEVEL_GAP;
+      y -= gap;
       const top = y - tall[k];
       row.forEach((list, c) => {
         let x = middles[c] - across(list) / 2;
@@ -89,8 +89,9 @@ class Diagram {
 
   // The size of a box with its label in lines and its nodes as pills.
   sized(box, b) {
-    const open = this.opened.has(b), per = open ? 4 : 3, lines = wrapped(box.label, MAX_LETTERS);
-    const names = box.kind === "logits" ? [] : box.nodes, shown = open ? names : names.slice(0, names.length > SHOWN_PILLS ? SHOWN_PILLS - 1 : SHOWN_PILLS);
+    const open = this.opened.has(b), per = open ? (box.kind === "layers" ? 9 : 4) : 3, label = box.kind === "layers" ? `${box.label} (${box.nodes.length})` : box.label;
+    const lines = wrapped(label, box.kind === "layers" ? 40 : MAX_LETTERS);
+    const names = box.kind === "logits" || (box.kind === "layers" && !open) ? [] : box.nodes, shown = open ? names : names.slice(0, names.length > SHOWN_PILLS ? SHOWN_PILLS - 1 : SHOWN_PILLS);
     const labels = shown.map((name) => name.split("@")[0]), gap = open ? 12 : 5;
     const wide = Math.max(30, ...labels.map((label) => 6.6 * label.length + 12)), rows = Math.ceil((labels.length + (shown.length < names.length ? 1 : 0)) / per);
     const inner = Math.min(per, Math.max(1, labels.length + (shown.length < names.length ? 1 : 0))) * (wide + gap) - gap;

@@ -137,7 +137,7 @@ def _graph_section(graph: dict[str, Any], details: NodeDetails) -> str:
         else "The edges have no scores, so all are equally wide."
     )
     lines = " One line stands for all edges between two nodes." if graph["level"] == "node" else ""
-    if any(edge[5] is not None for edge in graph["edges"]):
+    if graph["lines"]["frequency"]:
         lines += " The fainter an edge, the fewer circuits of resampled examples have it."
     caption = (
         f"Information flows upward. {scored}{lines} q, k and v enter a head on the left, in the middle and on the "
@@ -255,6 +255,8 @@ _GRAPH = """<section id="graph"><h2>Heads and edges</h2>
 <div class="control"><label for="search">Search</label>
 <input type="search" id="search" placeholder="node, edge or role" autocomplete="off" spellcheck="false">
 <output id="search-says" for="search"></output></div>
+<div class="control" id="lines-control" hidden><label for="lines">Lines</label>
+<input type="range" id="lines" min="0" max="100" step="1"><output id="lines-says" for="lines"></output></div>
 <fieldset class="control" id="colour-control"><legend>Edge colour</legend>
 <label><input type="radio" name="colour" value="input" checked> where it enters</label>
 <label><input type="radio" name="colour" value="sign"> sign of the score</label></fieldset>
