@@ -100,12 +100,12 @@ def names(page: Any, selector: str) -> set[str]:
 
 
 def strongest(page: Any) -> tuple[float, float]:
-    """The middle of the strongest line, in pixels of the window."""
+    """A point of the strongest line between two rows, in pixels of the window."""
     page.evaluate("byId('figure-circuit').scrollIntoView()")
     return tuple(
         page.evaluate(
             """() => { const e = [...state.drawn].sort((a, b) => drawing.share(b) - drawing.share(a))[0];
-                const points = sampled(drawing.curve(e), 6), k = 2 * Math.floor(points.length / 4);
+                const points = sampled(drawing.curve(e), 6), k = 6;
                 const box = drawing.svg.getBoundingClientRect();
                 return [box.left + points[k], box.top + points[k + 1]]; }"""
         )
@@ -190,7 +190,7 @@ def test_pointing_at_a_head_shows_what_it_does(page: Any, circuit: Circuit) -> N
     words = panel.inner_text()
     assert circuit.scores is not None
     own = [value for name, value in circuit.scores.to_dict().items() if name in circuit.edges and "a2.h1->" in name]
-    assert f"{sum(own):.4g}" in words and f"{len(own)} out" in words
+    assert f"{sum(own):.3g}" in words and f"{len(own)} out" in words
     details = data_of(page)["details"]
     prompt = details["prompts"][0]
     top, by = prompt["written"]["a2.h1"][0][0]
@@ -241,7 +241,7 @@ def test_pointing_at_an_edge_shows_its_name_and_score(page: Any, circuit: Circui
     assert circuit.scores is not None
     scores = {name: score for name, score in circuit.scores.to_dict().items() if name in circuit.edges}
     best = max(scores, key=lambda name: abs(scores[name]))
-    assert best in words and f"{scores[best]:.6g}" in words and "helps the task" in words
+    assert best in words and f"{scores[best]:+.3g}" in words and "helps the task" in words
 
 
 def test_signs_themes_and_keys(page: Any) -> None:
@@ -276,6 +276,30 @@ def test_dark_is_followed_and_a_narrow_window_does_not_overflow(browser: Any, bu
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 28)"
     page.set_viewport_size({"width": 400, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
+
+
+def test_pointing_does_not_move_the_page(page: Any) -> None:
+    height = "document.documentElement.scrollHeight"
+    before = page.evaluate(height)
+    for name in ("a2.h1", "m1", "input"):
+        node(page, name).hover()
+        assert name in page.locator("#panel h3").inner_text() and page.evaluate(height) == before
+    page.locator("#figure-diagram .arrow .touch").first.hover(force=True)
+    assert page.evaluate(height) == before
+
+
+def test_a_finger_opens_roles_nodes_and_edges(browser: Any, bundled: Path) -> None:
+    page = load(browser, bundled, has_touch=True, is_mobile=True, device_scale_factor=1)
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.locator("#figure-diagram .box.role rect[role=button]").first.tap(position={"x": 6, "y": 6})
+    assert page.locator("#figure-diagram .box.open").count() == 1
+    node(page, "a2.h1").tap()
+    assert page.locator("#panel h3").inner_text() == "a2.h1"
+    page.evaluate("everything()")
+    at = strongest(page)
+    page.touchscreen.tap(*at)
+    assert "->" in page.locator("#panel h3").inner_text()
 
 
 @pytest.mark.slow

@@ -217,7 +217,14 @@ def test_hostile_texts_stay_texts(circuit: Circuit) -> None:
 
 def test_the_numbers_of_the_evaluation_are_on_the_page(circuit: Circuit) -> None:
     page, _ = page_of(circuit)
-    for words in ("0.9261 [0.9083, 0.9514]", "3.6 logits", "198 of 200", "0.020, -0.010, 0.050", "a" * 64):
+    for words in (
+        "0.926",
+        "95% interval 0.908 to 0.951",
+        "3.400 logits",
+        "198 of 200",
+        "0.020, -0.010, 0.050",
+        "a" * 64,
+    ):
         assert words in page.text
     for axis in ("granularity", "component", "value", "positions", "direction", "set"):
         assert axis in page.text
@@ -227,6 +234,38 @@ def test_the_numbers_of_the_evaluation_are_on_the_page(circuit: Circuit) -> None
 def test_the_command_is_quoted_for_a_shell(circuit: Circuit) -> None:
     page, _ = page_of(circuit, path="out/my circuit; rm.circuit.json")
     assert "discover-circuit verify 'out/my circuit; rm.circuit.json'" in page.text
+
+
+def test_the_page_names_no_folder_of_this_machine(circuit: Circuit) -> None:
+    folder = "/home/ann b/secret"
+    record = toy_document(circuit).model_dump(mode="json", exclude_none=True)
+    page, text = page_of(
+        circuit,
+        path=f"{folder}/toy.circuit.json",
+        title=f"ioi in {folder.replace(' ', '')}/my-model",
+        model={**record["model"], "name": f"{folder}/my-model", "origin": "directory"},
+        provenance={
+            "versions": {},
+            "device": "cpu",
+            "command": f"discover-circuit run ioi --model '{folder}/my-model'",
+        },
+        evaluation=[],
+    )
+    assert "secret" not in text and "ioi in my-model (no evaluation)" in page.text
+    assert "discover-circuit verify toy.circuit.json" in page.text and "run ioi --model my-model" in page.text
+
+
+def test_how_to_verify_says_what_the_command_does_for_this_file(circuit: Circuit) -> None:
+    page, _ = page_of(circuit)
+    assert "checks every hash and the graph, makes the examples again and repeats the evaluation." in page.text
+    assert "was in memory" in page.text and "pip install" not in page.text and "beside the file" not in page.text
+    known = open_circuit_file(STORED / "ioi-bundled-mattr.circuit.json")
+    text = render_report(load_circuit(known.path), known.document, "x")
+    assert "measures the predictions and their controls again" in text and "The model is in the package." in text
+    assert "ioi-bundled-mattr.scores.safetensors" in text
+    known = open_circuit_file(STORED / "ioi-wang2022-naive.circuit.json")
+    text = render_report(load_circuit(known.path), known.document, "x")
+    assert "The command checks every hash and the graph. " in text and "nothing that needs the model" in text
 
 
 def test_a_circuit_without_scores_and_results_has_a_page(circuit: Circuit) -> None:

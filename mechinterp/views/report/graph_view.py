@@ -17,7 +17,7 @@ from mechinterp.evaluation.role_names import plain_role
 from mechinterp.graphs.circuit import Circuit, to_networkx
 from mechinterp.graphs.colours import CHANNEL_COLOURS
 from mechinterp.graphs.layered_layout import POINTS_PER_ROW, Net, draw_grid, draw_layered
-from mechinterp.models.sites import split_position
+from mechinterp.models.sites import node_of, split_position
 from mechinterp.views.plots.circuit import CHANNEL_LABELS, KINDS, kind_of, merged, node_kinds
 from mechinterp.views.report.diagrams import diagrams
 from mechinterp.views.report.measured_sizes import MeasuredSize, measured_sizes
@@ -25,8 +25,8 @@ from mechinterp.views.report.prompt_example import PromptExample
 
 CHANNELS = tuple(CHANNEL_COLOURS)
 MAX_LINES = 150_000
-MAX_LED = 2500
-"""With more lines than this, the layout leads none of them past the nodes between its ends."""
+MAX_LED, MAX_ROWS = 700, 30
+"""With more lines or rows than this, a node stands at its layer and number, and no line is led past other nodes."""
 Line = tuple[str, str, str]
 """Writer, reader, name of the edge. An edge into a shared key or value head is one line to each of its heads."""
 
@@ -36,8 +36,9 @@ def graph_view(circuit: Circuit, document: CircuitFile, example: PromptExample |
 
     `nodes` and `lines` (columns: writer, reader, channel, name of the reader, score, share of resamples) are numbered.
     Each of the `stops` of the slider (one per measured size) gives its lines as ranges of these numbers. The `drawing`
-    has the place of every node, the same for all sizes, and for each line its x in every row that it passes; none if
-    there are more than `MAX_LED` lines. If nodes were chosen, one line stands for all edges between two of them.
+    has the place of every node, the same for all sizes, and for each line its x in every row that it passes; none in
+    a grid, with more than `MAX_LED` lines or `MAX_ROWS` rows. If nodes were chosen, one line stands for all edges
+    between two of them.
 
     Of more than `MAX_LINES` lines the strongest are drawn, and `about` says so. `diagrams` are boxes by role or layer.
 
@@ -135,7 +136,8 @@ def _columns(
 
 
 def _drawing(net: Net, nodes: Mapping[str, int], lines: Mapping[Line, int]) -> dict[str, Any]:
-    led = net.number_of_edges() <= MAX_LED
+    n_rows = len({(node_of(str(name)).layer, node_of(str(name)).in_mlp) for name in net.nodes})
+    led = net.number_of_edges() <= MAX_LED and n_rows <= MAX_ROWS
     drawing = draw_layered(net) if led else draw_grid(net)
     low, high = drawing.x_range
     return {

@@ -110,7 +110,7 @@ function render() {
 // Weak lines fade, more so where there are many; a line also fades with the share of resamples that have it.
 function paint() {
   const crowd = Math.min(1, Math.log(1 + state.drawn.length / 60) / Math.log(1 + 1000 / 60)), base = graph.scored ? 0.75 - 0.63 * crowd : 0.75 - 0.5 * crowd;
-  const opacity = (e, share) => (state.lit && !state.lit.has(e) ? 0.05 : (0.25 + 0.75 * (graph.edges[e][5] ?? 1)) * (base + (0.95 - base) * Math.sqrt(share)));
+  const opacity = (e, share) => (state.lit && !state.lit.has(e) ? 0.05 : (0.25 + 0.75 * (graph.edges[e][5] ?? 1)) * (base + (0.95 - base) * share));
   drawing.paint(drawing.base, state.drawn, opacity, tint());
 }
 

@@ -6,10 +6,7 @@ scripts and styles in this folder.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,9 @@ from mechinterp.views.report.asked import asked_section
 from mechinterp.views.report.charts import curve_view, heat_view
 from mechinterp.views.report.diagrams import MAIN_SHARE
 from mechinterp.views.report.graph_view import graph_view
+from mechinterp.views.report.html_page import html_page, resource
 from mechinterp.views.report.node_details import NodeDetails, PromptDetails
+from mechinterp.views.report.shown_paths import shown_document, shown_path, without_folders
 from mechinterp.views.report.tables import (
     cards,
     edges_part,
@@ -55,6 +54,7 @@ def render_report(circuit: Circuit, document: CircuitFile, circuit_path: str, de
         circuit_path: the path of the file in the `verify` command that the page shows.
         details: measurements with the model, from `node_details`.
     """
+    document = shown_document(document)
     evaluation = document.evaluation[0] if document.evaluation else None
     title = finding(document)
     graph, curve, heat = graph_view(circuit, document, details.example), curve_view(document), heat_view(circuit)
@@ -72,22 +72,11 @@ def render_report(circuit: Circuit, document: CircuitFile, circuit_path: str, de
         roles_section(document),
         predictions_section(document),
         provenance_section(document),
-        verify_section(document, circuit_path),
+        verify_section(document, shown_path(circuit_path)),
     ]
     data = {"graph": graph, "curve": curve, "heat": heat, "details": _details(details)}
-    style, script = _resource("page.css"), "\n".join(_resource(name) for name in SCRIPTS)
-    policy = (
-        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; "
-        "form-action 'none'"
-    )
-    return _PAGE.format(
-        policy=text(policy),
-        title=text(title),
-        style=style,
-        body="\n".join(part for part in parts if part),
-        data=_json(data),
-        script=script,
-    )
+    script = "\n".join(resource(name) for name in SCRIPTS)
+    return html_page(title, "\n".join(part for part in parts if part), script=script, data=_json(data))
 
 
 def _lead(document: CircuitFile) -> str:
@@ -143,7 +132,8 @@ def _graph_section(graph: dict[str, Any], details: NodeDetails) -> str:
         f"Information flows upward. {scored}{lines} q, k and v enter a head on the left, in the middle and on the "
         f"right. {graph['about']}"
     )
-    notes = "".join(f'<p class="note">{text(note)}</p>' for note in (_measured(details), *details.notes) if note)
+    said = [without_folders(note) for note in (_measured(details), *details.notes) if note]
+    notes = "".join(f'<p class="note">{text(note)}</p>' for note in said)
     return _GRAPH.format(caption=text(caption), notes=notes)
 
 
@@ -235,17 +225,9 @@ def _json(data: object) -> str:
     return packed.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _hash(content: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode("utf-8")).digest()).decode("ascii")
-
-
-def _resource(name: str) -> str:
-    return (resources.files("mechinterp.views.report") / name).read_text("utf-8")
-
-
 _DIAGRAM = """<section id="by-group"><h2>{heading}</h2>{check}
 <div class="stage"><div class="canvas" id="figure-diagram"></div>
-<aside class="panel" id="diagram-panel" aria-live="polite" aria-label="Details"></aside></div>
+<div class="side"><aside class="panel" id="diagram-panel" aria-live="polite" aria-label="Details"></aside></div></div>
 <p class="note">{caption}</p></section>"""
 
 _GRAPH = """<section id="graph"><h2>Heads and edges</h2>
@@ -267,26 +249,7 @@ _GRAPH = """<section id="graph"><h2>Heads and edges</h2>
 </div>
 <div class="legend" id="legend"></div>
 <div class="stage"><div class="canvas" id="figure-circuit"></div>
-<aside class="panel" id="panel" aria-live="polite" aria-label="Details"></aside></div>
+<div class="side"><aside class="panel" id="panel" aria-live="polite" aria-label="Details"></aside></div></div>
 <p class="note">{caption}</p>{notes}
 <noscript><p>The pictures need JavaScript; the tables below have every number.</p></noscript>
 </section>"""
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-<script type="application/json" id="data">{data}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
