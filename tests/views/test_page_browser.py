@@ -15,6 +15,7 @@ import pytest
 
 from mechinterp.circuit_file.circuit_file import load_circuit
 from mechinterp.graphs.circuit import Circuit
+from mechinterp.views.plots import circuit_figure, save_html
 from mechinterp.views.report.page import write_report
 from mechinterp.views.report.view import write_page
 from tests.support.toy_circuits import scores_of, toy_circuit, toy_document
@@ -343,6 +344,17 @@ def test_seventy_thousand_edges_open_in_two_seconds_and_stay_fluid(browser: Any,
     page.keyboard.press("Escape")
     page.locator("#lines").fill("100")
     assert page.locator("#lines-says").inner_text().startswith("all ")
+
+
+@pytest.mark.slow
+def test_a_saved_figure_is_drawn_from_the_file_beside_it(browser: Any, tmp_path: Path) -> None:
+    save_html(circuit_figure(toy_circuit(edges=30)), tmp_path / "figure.html", title="A circuit")
+    page = load(browser, tmp_path / "figure.html")
+    page.locator(".main-svg").first.wait_for()
+    assert page.complaints == [] and page.title() == "A circuit" == page.locator("h1").inner_text()
+    assert len(page.asked) == 2 and all(url.startswith(tmp_path.as_uri()) for url in page.asked)
+    next(tmp_path.glob("plotly-*.js")).unlink()
+    assert "needs the file plotly-" in load(browser, tmp_path / "figure.html").locator("body").inner_text()
 
 
 @pytest.mark.slow
