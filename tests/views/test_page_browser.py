@@ -176,7 +176,7 @@ def test_search_finds_nodes_edges_and_nothing(page: Any, circuit: Circuit) -> No
     box.fill("a2.h1->logits")
     assert lit(page) == {"a2.h1->logits"}
     box.fill("a7.h7")
-    assert page.locator("#search-says").inner_text() == "nothing here" and lit(page) == set()
+    assert page.locator("#search-says").inner_text() == "no match" and lit(page) == set()
     box.fill("a2.h1")
     box.press("Enter")
     assert page.locator(f"{NODE}.chosen").count() == 1

@@ -6,7 +6,7 @@ class Diagram {
   constructor(place, panel, graph, data, edges) {
     Object.assign(this, { place, panel, graph, data, edges });
     this.opened = new Set();
-    this.plain = !data.boxes.some((box) => box.kind === "role");
+    this.plain = data.plain;
     this.index = new Map(graph.nodes.map((node, i) => [node.name, i]));
     this.boxOf = new Map(data.boxes.flatMap((box, b) => box.nodes.map((name) => [this.index.get(name), b])));
     this.claims = data.claimed ? new Set(data.arrows.map((arrow) => `${arrow.from},${arrow.to}`)) : null;
@@ -95,7 +95,7 @@ class Diagram {
     const labels = shown.map((name) => name.split("@")[0]), gap = open ? 12 : 5;
     const wide = Math.max(30, ...labels.map((label) => 6.6 * label.length + 12)), rows = Math.ceil((labels.length + (shown.length < names.length ? 1 : 0)) / per);
     const inner = Math.min(per, Math.max(1, labels.length + (shown.length < names.length ? 1 : 0))) * (wide + gap) - gap;
-    const width = Math.max(70, Math.max(...lines.map((line) => 7 * line.length)), names.length ? inner : 0) + 20;
+    const width = Math.max(70, Math.max(...lines.map((line) => 7.4 * line.length)), names.length ? inner : 0) + 20;
     return { lines, shown, labels, rest: names.length - shown.length, open, per, gap, wide, width, height: 12 + LINE * lines.length + rows * (PILL + gap) + (rows ? 3 : 0) };
   }
 
@@ -272,7 +272,7 @@ class Diagram {
     const { data } = this, [inside, total] = [data.inside, data.total], kinds = new Set(data.boxes.map((box) => box.kind));
     const rest = total - inside;
     const about = data.claimed ? `${count(data.stated, "edge")} between roles, as the source of the circuit states them.`
-      : data.by === "roles" && kinds.has("plain") ? `${count(inside, "edge")} of ${total.toLocaleString("en")} are between boxes shown here; ${rest.toLocaleString("en")} lead to or from nodes without a role.` : `All ${count(total, "edge")}, summed by ${data.by === "roles" ? "role" : "layer"}.`;
+      : data.by === "roles" && kinds.has("plain") ? `Between roles, input and logits: ${inside.toLocaleString("en")} of ${count(total, "edge")}. The others (${rest.toLocaleString("en")}) lead to or from nodes without a role.` : `All ${count(total, "edge")}, summed by ${data.by === "roles" ? "role" : "layer"}.`;
     this.panel.again = () => this.summary();
     this.panel.show(
       element("h3", {}, data.by === "roles" ? count(data.boxes.filter((box) => box.kind === "role").length, "role") : "By layer"),

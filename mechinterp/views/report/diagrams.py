@@ -31,6 +31,8 @@ MAIN_SHARE, MAIN_ARROWS = 0.03, 40
 """The arrows of the first view: at least this share of the largest, and at most so many."""
 CROWDED = 500
 """With more lines than this, and no roles, the first view is by layer."""
+FEW_ROLES = 3
+"""With fewer roles than this, the first view also has the nodes without a role."""
 MAX_BESIDE = 3
 """At most so many roles stand side by side in one column."""
 MAX_BLOCKS = 12
@@ -95,13 +97,16 @@ def _of_roles(net: Net, document: CircuitFile, example: PromptExample | None, sc
         arrows = _with_read_positions(found, boxes, document)
     main = set(range(len(arrows))) if claimed else _main(arrows, boxes)
     named = {i for i, box in enumerate(boxes) if box.kind != "plain"}
-    levels = _levels(boxes, [arrow for i, arrow in enumerate(arrows) if i in main], named)
+    few = not claimed and len(document.roles) < FEW_ROLES
+    shown = set(range(len(boxes))) if few else named
+    levels = _levels(boxes, [arrow for i, arrow in enumerate(arrows) if i in main], shown)
     names = {box.column for box in boxes if box.kind != "input"} | {arrow.at for arrow in arrows}
     inside, total = _share(found, named)
     return {
         "by": "roles",
         "claimed": claimed,
         "stated": len(document.role_edges or ()),
+        "plain": few,
         "weights": "scores" if scored and not claimed else "none" if claimed else "edges",
         "columns": _columns(names, [arrow for i, arrow in enumerate(arrows) if i in main], boxes, document, example),
         "boxes": [_box(box, levels[i]) for i, box in enumerate(boxes)],
@@ -143,6 +148,7 @@ def _of_layers(net: Net, document: CircuitFile, scored: bool) -> dict[str, Any]:
         "by": "layers",
         "claimed": False,
         "stated": 0,
+        "plain": False,
         "weights": "scores" if scored else "edges",
         "columns": [{"name": name, "token": ""} for name in ("heads", "MLPs")],
         "boxes": [_box(box, level) for box, level in zip(boxes, levels, strict=True)],
@@ -287,7 +293,9 @@ def _share(arrows: Iterable[Arrow], named: set[int]) -> tuple[int, int]:
 
 
 def _depth(box: Box) -> float:
-    return fmean(node_of(name).layer for name in box.nodes) if box.nodes else -1.0
+    """The mean layer of its nodes; an MLP counts half a layer more than the heads before it."""
+    nodes = [node_of(name) for name in box.nodes]
+    return fmean(node.layer + 0.5 * node.in_mlp for node in nodes) if nodes else -1.0
 
 
 def _levels(boxes: Sequence[Box], arrows: Sequence[Arrow], named: set[int]) -> list[int]:
@@ -303,7 +311,7 @@ def _levels(boxes: Sequence[Box], arrows: Sequence[Arrow], named: set[int]) -> l
     order = list(TopologicalSorter(below).static_order())
     for i in order:
         levels[i] = max((levels[j] + 1 for j in below[i]), default=0 if boxes[i].kind == "input" else 1)
-    roles = [i for i in order if boxes[i].kind not in ("input", "logits", "plain")]
+    roles = [i for i in order if boxes[i].kind not in ("input", "logits")]
     joined = [i for i in roles if below[i] or any(i in below[j] for j in roles)]
     for i in reversed(roles):  # what nothing shown feeds stands just below what it feeds, else beside what is as deep
         above = [levels[j] for j in roles if i in below[j]]
@@ -312,7 +320,7 @@ def _levels(boxes: Sequence[Box], arrows: Sequence[Arrow], named: set[int]) -> l
         elif not below[i] and joined:
             levels[i] = levels[min(joined, key=lambda j: abs(depth[j] - depth[i]))]
     for i, box in enumerate(boxes):
-        if box.kind == "plain" and roles:
+        if i not in named and roles:
             levels[i] = levels[min(roles, key=lambda j: abs(depth[j] - depth[i]))]
     return _not_too_wide(boxes, levels, depth)
 

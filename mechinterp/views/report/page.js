@@ -91,7 +91,7 @@ function render() {
   }
   rove();
   byId("everything").disabled = state.chosen === null && !state.query;
-  byId("search-says").textContent = hits ? (hits.nodes.length || hits.named.length ? `${count(hits.nodes.length, "node")}, ${count(hits.edges.length, "edge")}` : "nothing here") : "";
+  byId("search-says").textContent = hits ? (hits.nodes.length || hits.named.length ? `${count(hits.nodes.length, "node")}, ${count(hits.edges.length, "edge")}` : "no match") : "";
   if (stops.length > 1) {
     byId("size").value = state.stop;
     byId("size-says").replaceChildren(
@@ -361,6 +361,7 @@ const diagrams = graph.diagrams.map((one) => new Diagram(byId("figure-diagram"),
 for (const diagram of diagrams) {
   diagram.render();
   diagram.summary();
+  if (byId("plain")) byId("plain").checked = diagram.plain;
   window.addEventListener("resize", () => diagram.render());
   byId("plain")?.addEventListener("change", () => {
     diagram.plain = byId("plain").checked;

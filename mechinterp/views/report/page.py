@@ -99,9 +99,9 @@ def _task_words(document: CircuitFile) -> str:
 
 def _diagram_section(diagram: dict[str, Any]) -> str:
     by_role = diagram["by"] == "roles"
-    words = (
-        ["A box stands at the token position at which its nodes write, where the file states one."] if by_role else []
-    )
+    words: list[str] = []
+    if by_role and any(column["name"] for column in diagram["columns"]):
+        words.append("A box stands at the token position at which its nodes write, where the file states one.")
     if diagram["claimed"]:
         words.append("An arrow is what the source states that one role sends to another: into q, k or v of its heads.")
     elif diagram["weights"] == "scores":

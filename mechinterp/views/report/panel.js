@@ -33,7 +33,7 @@ class Panel {
         ["score", score === null ? "none in the file" : `${signed(score)}${meaning && ` (${meaning})`}`],
         ["from", this.graph.nodes[from].name],
         ["to", this.graph.nodes[to].name],
-        ["enters", this.graph.channels[channel][0].replace("into ", "")],
+        ["into", this.graph.channels[channel][0].replace("into ", "")],
       ]),
     );
   }
@@ -66,7 +66,7 @@ class Panel {
     const has = (prompt) => prompt.patterns[node.bare] || prompt.written[node.bare];
     if (!prompts.some(has)) {
       const could = ["head", "mlp", "neuron"].includes(node.kind);
-      return could ? [element("p", { class: "note" }, "No attention pattern or written tokens: see below the graph.")] : [];
+      return could ? [element("p", { class: "note" }, "Attention pattern and written tokens were not measured; the notes below the graph say why.")] : [];
     }
     const prompt = prompts[this.prompt], pattern = prompt.patterns[node.bare], written = prompt.written[node.bare];
     const choose = element("select", { "aria-label": "Prompt" }, ...prompts.map((one, k) =>
