@@ -163,6 +163,20 @@ def test_without_a_model_the_task_shows_a_template() -> None:
     assert not any(tag in made for tag in ("<p><", "<i>", "<u>", "<s>", "<td><b>"))
 
 
+def test_nodes_at_positions_stand_in_their_columns_and_read_the_input_there() -> None:
+    circuit, document = stored("ioi-wang2022-naive")
+    found = diagram(circuit, document)
+    assert not found["claimed"] and found["weights"] == "edges"  # a score of a node is not one of its edges
+    columns = {one["label"]: one["column"] for one in found["boxes"] if one["kind"] == "role"}
+    assert columns["name mover"] == "end" and columns["induction"] == "S2" and columns["previous token"] == "S1+1"
+    for arrow in found["arrows"]:
+        assert bool(arrow["at"]) == (found["boxes"][arrow["from"]]["kind"] == "input")
+    names = [column["name"] for column in found["columns"]]
+    assert names[-1] == "rest" and {"S1+1", "S2", "end"} < set(names)
+    heads = diagram(*stored("docstring-heimersheim2023-heads"))
+    assert {one["column"] for one in heads["boxes"]} == {""} and [c["name"] for c in heads["columns"]] == [""]
+
+
 def test_every_pair_of_boxes_and_input_has_one_arrow() -> None:
     circuit = toy_circuit()
     heads = [name for name in circuit.nodes if name.startswith("a")]

@@ -92,7 +92,7 @@ class Diagram {
     const open = this.opened.has(b), per = open ? (box.kind === "layers" ? 9 : 4) : 3, label = box.kind === "layers" ? `${box.label} (${box.nodes.length})` : box.label;
     const lines = wrapped(label, box.kind === "layers" ? 40 : MAX_LETTERS);
     const names = box.kind === "logits" || (box.kind === "layers" && !open) ? [] : box.nodes, shown = open ? names : names.slice(0, names.length > SHOWN_PILLS ? SHOWN_PILLS - 1 : SHOWN_PILLS);
-    const labels = shown.map((name) => name.split("@")[0]), gap = open ? 12 : 5;
+    const labels = shown.map((name) => (name.endsWith(`@${box.column}`) ? name.slice(0, -box.column.length - 1) : name)), gap = open ? 12 : 5;
     const wide = Math.max(30, ...labels.map((label) => 6.6 * label.length + 12)), rows = Math.ceil((labels.length + (shown.length < names.length ? 1 : 0)) / per);
     const inner = Math.min(per, Math.max(1, labels.length + (shown.length < names.length ? 1 : 0))) * (wide + gap) - gap;
     const width = Math.max(70, Math.max(...lines.map((line) => 7.4 * line.length)), names.length ? inner : 0) + 20;

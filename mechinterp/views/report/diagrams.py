@@ -319,7 +319,7 @@ def _levels(boxes: Sequence[Box], arrows: Sequence[Arrow], named: set[int]) -> l
             levels[i] = max(1, min(above) - 1)
         elif not below[i] and joined:
             levels[i] = levels[min(joined, key=lambda j: abs(depth[j] - depth[i]))]
-    for i, box in enumerate(boxes):
+    for i in range(len(boxes)):
         if i not in named and roles:
             levels[i] = levels[min(roles, key=lambda j: abs(depth[j] - depth[i]))]
     return _not_too_wide(boxes, levels, depth)

@@ -86,7 +86,7 @@ class Drawing {
     const { columns, rows, led, range: [low, high] } = this.data, names = Object.keys(this.data.places).map(Number);
     this.label = (i) => (columns.length ? graph.nodes[i].bare : graph.nodes[i].name);
     const widest = Math.max(36, ...names.map((i) => this.nodeWidth(i))), n = rows.length;
-    const least = columns.length || !led ? widest + 8 : Math.max(80, widest / 0.54);
+    const least = columns.length || !led ? widest + 4 : Math.max(80, widest / 0.54);
     this.unit = Math.max(Math.min(least, led ? least : widest + 8), Math.min(2.2 * least, (room - LEFT) / (high - low + 1))) * zoom;
     this.row = (led || columns.length ? Math.max(GRID_ROW, Math.min(ROW, 1300 / n)) : GRID_ROW) * zoom;
     this.width = LEFT + (high - low + 1) * this.unit;
