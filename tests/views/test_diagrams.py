@@ -177,6 +177,13 @@ def test_nodes_at_positions_stand_in_their_columns_and_read_the_input_there() ->
     assert {one["column"] for one in heads["boxes"]} == {""} and [c["name"] for c in heads["columns"]] == [""]
 
 
+def test_a_thousand_roles_are_not_drawn() -> None:
+    circuit = toy_circuit()
+    head = next(name for name in circuit.nodes if name.startswith("a"))
+    many = {f"r{i}": {"label": f"role {i}", "nodes": [head]} for i in range(1000)}
+    assert graph_view(circuit, toy_document(circuit, roles=many))["diagrams"] == []
+
+
 def test_every_pair_of_boxes_and_input_has_one_arrow() -> None:
     circuit = toy_circuit()
     heads = [name for name in circuit.nodes if name.startswith("a")]

@@ -279,6 +279,23 @@ def test_dark_is_followed_and_a_narrow_window_does_not_overflow(browser: Any, bu
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
+@pytest.mark.slow
+def test_an_opened_role_of_a_publication_keeps_to_what_its_source_states(browser: Any, tmp_path: Path) -> None:
+    """S-inhibition in Wang et al. 2022: reads duplicate token and induction heads, and `end` as its query."""
+    page = load(browser, write_page(STORED / "ioi-wang2022-heads.circuit.json", tmp_path / "page.html").path)
+    box = page.locator('#figure-diagram .box.role [aria-label^="S-inhibition,"]')
+    box.click(position={"x": 6, "y": 6})
+    script = """diagrams[0].drawn.filter(arrow => diagrams[0].data.boxes[arrow.to].label === "S-inhibition")
+        .map(arrow => [diagrams[0].data.boxes[arrow.from].label, arrow.inputs.join(), arrow.at, arrow.target])"""
+    found = [tuple(arrow) for arrow in page.evaluate(script)]
+    assert {arrow[:3] for arrow in found} == {
+        ("duplicate token", "k,v", ""),
+        ("induction", "k,v", ""),
+        ("input", "q", "end"),
+    }
+    assert len(found) == len(set(found)) == 3 * 4 and page.complaints == []
+
+
 def test_pointing_does_not_move_the_page(page: Any) -> None:
     height = "document.documentElement.scrollHeight"
     before = page.evaluate(height)

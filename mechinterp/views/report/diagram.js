@@ -9,7 +9,6 @@ class Diagram {
     this.plain = data.plain;
     this.index = new Map(graph.nodes.map((node, i) => [node.name, i]));
     this.boxOf = new Map(data.boxes.flatMap((box, b) => box.nodes.map((name) => [this.index.get(name), b])));
-    this.claims = data.claimed ? new Set(data.arrows.map((arrow) => `${arrow.from},${arrow.to}`)) : null;
     this.watch();
   }
 
@@ -25,11 +24,12 @@ class Diagram {
     const whole = data.arrows.filter((arrow) => arrow.main && arrow.from !== arrow.to && visible(arrow) && !opened.has(arrow.from) && !opened.has(arrow.to));
     const found = whole.map((arrow) => ({ ...arrow, source: `b${arrow.from}`, target: `b${arrow.to}` }));
     if (!opened.size) return found;
+    if (data.claimed) return found.concat(data.arrows.filter((arrow) => visible(arrow) && (opened.has(arrow.from) || opened.has(arrow.to))).flatMap((arrow) => this.ofNodes(arrow)));
     const single = new Map();
     for (const e of this.edges()) {
       const [i, j, channel, name, score] = this.graph.edges[e], from = this.boxOf.get(i), to = this.boxOf.get(j);
       if (!opened.has(from) && !opened.has(to)) continue;
-      if (!this.shows(from) || !this.shows(to) || (this.claims && !this.claims.has(`${from},${to}`))) continue;
+      if (!this.shows(from) || !this.shows(to)) continue;
       const like = data.arrows.find((arrow) => arrow.from === from && arrow.to === to && arrow.inputs.includes(channel));
       const at = data.boxes[from].kind === "input" ? this.graph.nodes[i].position || (like?.at ?? "") : "";
       const source = opened.has(from) ? `n${i}` : `b${from}`, target = opened.has(to) ? `n${j}` : `b${to}`, key = `${source}>${target}:${channel}:${at}`;
@@ -41,6 +41,19 @@ class Diagram {
       if (this.data.weights === "scores") arrow.weight = (arrow.weight ?? 0) + score;
     }
     return found.concat([...single.values()].sort((a, b) => this.size(b) - this.size(a)).slice(0, MAX_OPENED));
+  }
+
+  // A stated arrow for each node of the opened boxes at its ends that has an edge to the other end.
+  ofNodes(arrow) {
+    const lines = this.between(arrow), single = new Map();
+    for (const e of lines) {
+      const [i, j, , name] = this.graph.edges[e], source = this.opened.has(arrow.from) ? `n${i}` : `b${arrow.from}`, target = this.opened.has(arrow.to) ? `n${j}` : `b${arrow.to}`, key = `${source}>${target}`;
+      const one = single.get(key) ?? { ...arrow, source, target, n: 0, names: new Set() };
+      single.set(key, one);
+      one.names.add(name);
+      one.n = one.names.size;
+    }
+    return [...single.values()];
   }
 
   shows(b) {
@@ -91,7 +104,7 @@ class Diagram {
   sized(box, b) {
     const open = this.opened.has(b), per = open ? (box.kind === "layers" ? 9 : 4) : 3, label = box.kind === "layers" ? `${box.label} (${box.nodes.length})` : box.label;
     const lines = wrapped(label, box.kind === "layers" ? 40 : MAX_LETTERS);
-    const names = box.kind === "logits" || (box.kind === "layers" && !open) ? [] : box.nodes, shown = open ? names : names.slice(0, names.length > SHOWN_PILLS ? SHOWN_PILLS - 1 : SHOWN_PILLS);
+    const names = box.kind === "logits" || (box.kind === "layers" && !open) ? [] : box.nodes.filter((name) => this.index.has(name)), shown = open ? names : names.slice(0, names.length > SHOWN_PILLS ? SHOWN_PILLS - 1 : SHOWN_PILLS);
     const labels = shown.map((name) => (name.endsWith(`@${box.column}`) ? name.slice(0, -box.column.length - 1) : name)), gap = open ? 12 : 5;
     const wide = Math.max(30, ...labels.map((label) => 6.6 * label.length + 12)), rows = Math.ceil((labels.length + (shown.length < names.length ? 1 : 0)) / per);
     const inner = Math.min(per, Math.max(1, labels.length + (shown.length < names.length ? 1 : 0))) * (wide + gap) - gap;
@@ -202,7 +215,7 @@ class Diagram {
       shape("path", { d, class: "line", stroke: colour, "stroke-width": width.toFixed(2), "stroke-dasharray": negative ? `${(4 + width).toFixed(1)} ${(3 + 0.6 * width).toFixed(1)}` : undefined }),
       shape("path", { d: `M${x1 - tip} ${y1 + 2}L${x1 + tip} ${y1 + 2}L${x1} ${y1 - 6}z`, class: "tip", fill: colour }),
     ]);
-    const label = this.data.claimed ? (arrow.inputs[0] === "logits" || arrow.inputs[0] === "mlp" ? "" : arrow.inputs.join(", ")) : k < LABELLED && this.data.weights === "scores" ? signed(arrow.weight, 2) : "";
+    const label = this.data.claimed ? (arrow.target[0] === "n" || arrow.source[0] === "n" ? "" : arrow.inputs[0] === "logits" || arrow.inputs[0] === "mlp" ? "" : arrow.inputs.join(", ")) : k < LABELLED && this.data.weights === "scores" ? signed(arrow.weight, 2) : "";
     arrow.words = label ? shape("text", { x: x1 + tip + 1, y: y1 + 13 + 11 * (arrow.slot % 2), class: "weight" }, label) : null;
   }
 
@@ -290,15 +303,21 @@ class Diagram {
   between(arrow) {
     return this.edges().filter((e) => {
       const [i, j, channel] = this.graph.edges[e];
-      return this.boxOf.get(i) === arrow.from && this.boxOf.get(j) === arrow.to && (this.data.claimed || arrow.inputs.includes(channel)) && (!arrow.at || !this.graph.nodes[i].position || this.graph.nodes[i].position === arrow.at);
+      return this.boxOf.get(i) === arrow.from && this.boxOf.get(j) === arrow.to && (this.data.claimed || arrow.inputs.includes(channel)) && this.readsAt(arrow, i);
     });
+  }
+
+  // Whether node i stands at the position of an arrow from the input; what the graph does not name is its `rest`.
+  readsAt(arrow, i) {
+    const here = this.graph.nodes[i].position, named = (position) => this.graph.drawing.columns.some(([name]) => name === position);
+    return !arrow.at || !here || here === arrow.at || (here === "rest" && !named(arrow.at));
   }
 
   showBox(b) {
     this.panel.again = () => this.showBox(b);
     const box = this.data.boxes[b], touching = this.data.arrows.filter((arrow) => (arrow.from === b) !== (arrow.to === b)).sort((p, q) => this.size(q) - this.size(p));
     const list = (title, some) => (some.length ? [element("h4", {}, title), element("ul", { class: "plain" }, ...some.slice(0, 8).map((arrow) => element("li", {}, this.words(arrow))))] : []);
-    const buttons = box.nodes.map((name) => {
+    const buttons = box.nodes.filter((name) => this.index.has(name)).slice(0, 60).map((name) => {
       const made = element("button", { type: "button" }, name);
       made.addEventListener("click", () => this.pick(this.index.get(name)));
       return made;
@@ -306,7 +325,7 @@ class Diagram {
     this.panel.show(
       element("h3", {}, box.label),
       box.description ? element("p", { class: "note" }, box.description) : null,
-      box.kind === "logits" ? null : element("p", { class: "nodes" }, ...buttons.slice(0, 60)),
+      box.kind === "logits" ? null : element("p", { class: "nodes" }, ...buttons),
       ...list("Reads from", touching.filter((arrow) => arrow.to === b)),
       ...list("Writes to", touching.filter((arrow) => arrow.from === b)),
       ...this.strongest(this.edges().filter((e) => this.boxOf.get(this.graph.edges[e][0]) === b || this.boxOf.get(this.graph.edges[e][1]) === b)),

@@ -35,6 +35,8 @@ FEW_ROLES = 3
 """With fewer roles than this, the first view also has the nodes without a role."""
 MAX_BESIDE = 3
 """At most so many roles stand side by side in one column."""
+MAX_ROLES = 60
+"""With more roles than this, there is no diagram of them."""
 MAX_BLOCKS = 12
 """Layers are drawn in at most so many blocks."""
 INPUT, LOGITS = "input", "logits"
@@ -72,7 +74,7 @@ class Arrow:
 
 
 def diagrams(net: Net, document: CircuitFile, example: PromptExample | None) -> list[dict[str, Any]]:
-    """The diagram of roles if the file has roles; else that of layers if there are more than `CROWDED` lines.
+    """The diagram of roles if the file has some (and not too many to be read); else by layer above `CROWDED` lines.
 
     Args:
         net: all lines of the circuit, as they are drawn, with `score` where they have one.
@@ -80,7 +82,7 @@ def diagrams(net: Net, document: CircuitFile, example: PromptExample | None) -> 
         example: a pair of prompts, whose tokens and positions name the columns.
     """
     scored = document.graph.granularity == "edge" and all("score" in data for *_, data in net.edges(data=True))
-    if document.roles:
+    if 0 < len(document.roles) <= MAX_ROLES:
         return [_of_roles(net, document, example, scored)]
     return [_of_layers(net, document, scored)] if net.number_of_edges() > CROWDED else []
 
