@@ -65,7 +65,9 @@ function found(edges, nodes) {
 // The lines to draw: the strongest of those shown, all lines of the chosen node, and what the search found.
 function strongest(edges, hits) {
   if (edges.length <= state.most) return edges;
-  const strength = (e) => Math.abs(graph.edges[e][4] ?? 0), kept = new Set([...edges].sort((a, b) => strength(b) - strength(a)).slice(0, state.most));
+  const sizes = Float64Array.from(edges, (e) => Math.abs(graph.edges[e][4] ?? 0)), limit = sizes.slice().sort()[edges.length - state.most];
+  const kept = new Set(edges.filter((_, k) => sizes[k] > limit));
+  for (let k = 0; kept.size < state.most; k++) if (sizes[k] === limit) kept.add(edges[k]);
   if (state.chosen !== null) for (const e of edges) if (graph.edges[e][0] === state.chosen || graph.edges[e][1] === state.chosen) kept.add(e);
   for (const e of hits?.edges.slice(0, 5000) ?? []) kept.add(e);
   return [...kept];
