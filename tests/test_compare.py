@@ -84,7 +84,8 @@ def test_the_command_writes_a_table_and_a_page(tmp_path: Path, capsys: pytest.Ca
     assert "CPR" in said and "random" in said
     page = (tmp_path / "ioi-comparison.html").read_text()
     assert "discover-circuit compare ioi --methods eap,random --sizes 0.1,0.5,1 --examples 8" in page
-    assert 'src="http' not in page and "<td>eap</td>" in page
+    assert "<td>eap</td>" in page and page.count("<polyline") == 2 and len(page) < 60_000
+    assert "<script" not in page and "unsafe" not in page and "style=" not in page
 
 
 @pytest.mark.parametrize(

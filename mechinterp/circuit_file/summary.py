@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from mechinterp.circuit_file.schema import CircuitFile, EdgeRecord, Role
-from mechinterp.models.sites import Edge, Node, node_of
+from mechinterp.evaluation.role_names import plain_role
+from mechinterp.models.sites import Node, node_of, split_position
 
 METRIC_WORDS = {
     "logit_diff": "the logit difference",
@@ -99,18 +100,22 @@ def ranked_nodes(document: CircuitFile) -> tuple[NodeSummary, ...]:
     An edge into a shared key or value head counts as one edge into every head of its group. At named positions an edge
     into a key or value counts for the head at the position of that key.
     """
-    roles = {name: role.label for role in document.roles.values() for name in role.nodes}
+    roles = {name: plain_role(role.label) for role in document.roles.values() for name in role.nodes}
     group = document.model.dims.n_heads // document.model.dims.n_kv_heads
     whole = {node.layer for node in map(node_of, document.nodes) if node.kind == "attention"}
     logits_at = f"@{document.graph.answers}" if document.graph.answers else ""
     n_in: dict[str, int] = defaultdict(int)
     leaving: dict[str, list[float | None]] = defaultdict(list)
+    names: dict[str, tuple[str, ...]] = {}  # of the nodes that each reader feeds; there are fewer readers than edges
     for record in document.edges:
-        edge = Edge.parse(record.name)
-        at = f"@{edge.position}" if edge.position else logits_at
-        leaving[f"{edge.writer}{at}"].append(record.score)
-        for node in _heads_of(edge.reader, group, whole):
-            n_in[str(node) if node.kind == "logits" else f"{node}{at}"] += 1
+        writer, _, rest = record.name.partition("->")
+        reader, position = split_position(rest)
+        if reader not in names:
+            names[reader] = tuple(str(node) for node in _heads_of(Node.parse(reader.partition("<")[0]), group, whole))
+        at = f"@{position}" if position else logits_at
+        leaving[f"{writer}{at}"].append(record.score)
+        for node in names[reader]:
+            n_in[node if node == "logits" else f"{node}{at}"] += 1
     found: list[NodeSummary] = []
     for name in sorted(document.nodes, key=_order):
         scores = [score for score in leaving[name] if score is not None]

@@ -55,6 +55,7 @@ from mechinterp.evaluation.role_evidence import (
     with_effects,
     with_movers,
 )
+from mechinterp.evaluation.role_names import attends
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import REST
 from mechinterp.models.hook_manager import HookManager
@@ -439,8 +440,7 @@ def _attending(evidence: Evidence, limits: RoleLimits) -> Iterable[_Role]:
         own = frozenset(head for head in evidence.heads if strongest[head] == (query, key))
         first, last = _quoted(query), _quoted(key)
         condition = Condition(partial(_attention, query, key), numbers, limits.attention, evidence.heads)
-        label = f"heads from {first} to {last}"
-        yield _Role(f"{first}_to_{last}", label, described, (condition,), own, query)
+        yield _Role(f"{first}_to_{last}", attends(query, key), described, (condition,), own, query)
 
 
 def _quoted(position: str) -> str:

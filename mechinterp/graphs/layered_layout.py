@@ -76,15 +76,42 @@ def draw_layered(net: Net) -> Drawing:
 
     At named positions every position has columns of its own instead, in the order of the graph.
     """
-    keys = {str(name): _row_key(node_of(str(name))) for name in net.nodes}
-    occupied = sorted(set(keys.values()))
-    rows = [sorted((name for name, key in keys.items() if key == row), key=node_of) for row in occupied]
-    labels, columns = tuple(_row_label(key) for key in occupied), dict[str, float]()
-    if any(split_position(name)[1] for name in keys):
+    rows, labels = _rows({str(name): node_of(str(name)) for name in net.nodes})
+    columns = dict[str, float]()
+    if any(split_position(str(name))[1] for name in net.nodes):
         rows, places, columns = _in_columns(net, rows)
     else:
         places = _places(rows, _neighbours(net))
     return Drawing(places, labels, _strands(net, rows, places), columns)
+
+
+def draw_grid(net: Net) -> Drawing:
+    """Places without curves, for circuits with too many edges to be led past each other; linear in the edges.
+
+    One row per layer: the heads at their numbers, then the MLP, half a row higher, and its parts. A node has the same
+    place in every circuit of the model. At named positions the places are those of `draw_layered`.
+    """
+    nodes = {str(name): node_of(str(name)) for name in net.nodes}
+    if any(split_position(name)[1] for name in nodes):
+        rows, labels = _rows(nodes)
+        _, places, columns = _in_columns(net, rows)
+        return Drawing(places, labels, (), columns)
+    layers = sorted({node.layer for node in nodes.values() if node.kind != "logits"})
+    height = {layer: float(row) for row, layer in enumerate(layers)}
+    n_heads = 1 + max((node.head for node in nodes.values() if node.kind == "head"), default=0)
+    places, parts = dict[str, Point](), dict[int, int]()
+    for name, node in sorted(nodes.items(), key=lambda entry: entry[1]):
+        if node.kind == "logits":
+            places[name] = ((n_heads - 1) / 2, float(len(layers)))
+        elif node.layer < 0:
+            place = parts[node.layer] = parts.get(node.layer, -1) + 1
+            places[name] = ((n_heads - 1) / 2 + place, height[node.layer])
+        elif node.in_mlp:
+            place = parts[node.layer] = parts.get(node.layer, -1) + 1
+            places[name] = (n_heads + 0.2 + place, height[node.layer] + 0.45)
+        else:
+            places[name] = (float(node.head), height[node.layer])
+    return Drawing(places, (*("input" if layer < 0 else f"layer {layer}" for layer in layers), "output"), ())
 
 
 def spread(wanted: Sequence[float], apart: float = 1.0, low: float = -math.inf, high: float = math.inf) -> list[float]:
@@ -191,6 +218,15 @@ def _strands(net: Net, rows: Sequence[Sequence[str]], places: Mapping[str, Point
 def _gap(row: Sequence[float], wanted: float) -> int:
     """How many nodes of the row an edge leaves on its left when it passes nearest to where it wants to."""
     return bisect_left(row, wanted)
+
+
+def _rows(nodes: Mapping[str, Node]) -> tuple[list[list[str]], tuple[str, ...]]:
+    """The nodes of every row from the input up, and its label."""
+    rows: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for name in sorted(nodes, key=lambda name: nodes[name]):
+        rows[_row_key(nodes[name])].append(name)
+    occupied = sorted(rows)
+    return [rows[key] for key in occupied], tuple(_row_label(key) for key in occupied)
 
 
 def _row_key(node: Node) -> tuple[int, int]:

@@ -158,7 +158,7 @@ def test_what_is_drawn_has_every_edge_once_and_runs_nothing(
         assert group is not None and group[1].count("<path") == n_here
     n_flipped = sum(bool(entry.flipped) for entry in found.edges)
     assert page.count('class="flip"') == n_flipped
-    assert "<script" not in page and "a&b<c" not in page
+    assert "<script" not in page and "a&b<c" not in page and "unsafe" not in page and str(tmp_path) not in page
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
 
 

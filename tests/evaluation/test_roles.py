@@ -151,7 +151,7 @@ def test_names_of_positions_that_contain_the_word_to(bundled: Bundled) -> None:
     named = {"IO": "A", "S1": "B to C", "S1+1": "C", "S2": "A to B", "end": "end"}
     renamed = [replace(p, positions={named[k]: v for k, v in p.positions.items()}) for p in (train, test)]
     labels = [role["label"] for role in mi.measured_roles(model, whole(mi.build_graph(model)), *renamed).roles.values()]
-    assert len(set(labels)) == len(labels) and "heads from 'A to B' to 'B to C'" in labels
+    assert len(set(labels)) == len(labels) and "attends 'A to B' -> 'B to C'" in labels
 
 
 @pytest.mark.parametrize("name", ["induction", "copy_head"])

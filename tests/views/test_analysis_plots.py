@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from mechinterp.base.errors import InputError
 from mechinterp.engines.grid import Grid, numbered
 from mechinterp.views.plots import (
     attention_figure,
+    circuit_figure,
     heatmap,
     lens_figure,
     save_html,
@@ -22,6 +24,7 @@ from mechinterp.views.plots import (
     waterfall,
 )
 from tests.support.models_tiny import pairs, tiny
+from tests.support.toy_circuits import toy_circuit
 
 
 def grid() -> Grid:
@@ -134,11 +137,21 @@ def test_labels_need_a_tokenizer_and_a_row_that_is_there() -> None:
         token_labels(model, mi.load_task("ioi").pairs(model, n=4), 4)
 
 
-def test_a_page_needs_no_network_and_is_whole(tmp_path: Path) -> None:
-    save_html(heatmap(grid()), tmp_path / "figure.html")
-    page = (tmp_path / "figure.html").read_text(encoding="utf-8")
-    assert "<script src=" not in page.replace("'", '"') and "Plotly.newPlot" in page
-    assert [path.name for path in tmp_path.iterdir()] == ["figure.html"]
+def test_a_page_is_small_beside_one_file_of_plotly_and_has_a_title(tmp_path: Path) -> None:
+    save_html(heatmap(grid()), tmp_path / "heads_by-layer.html")
+    save_html(heatmap(grid(), title="Effect of <heads>"), tmp_path / "second.html")
+    save_html(circuit_figure(toy_circuit(6, 8, 8, 380)), tmp_path / "circuit.html", title="A & B")
+    (library,) = tmp_path.glob("plotly-*.min.js")
+    assert library.stat().st_size > 1e6 and len(list(tmp_path.iterdir())) == 4
+    titles = {"heads_by-layer": "heads by layer", "second": "Effect of &lt;heads&gt;", "circuit": "A &amp; B"}
+    for name, title in titles.items():
+        page = (tmp_path / f"{name}.html").read_text(encoding="utf-8")
+        assert re.findall(r'<script[^>]* src="([^"]*)"', page) == [library.name]
+        assert f"<title>{title}</title>" in page and "Plotly.newPlot" in page and len(page) < 300_000
+        assert ("<h1>" in page) == (name != "second")
+    written = library.stat().st_mtime_ns
+    save_html(heatmap(grid()), tmp_path / "third.html")
+    assert library.stat().st_mtime_ns == written
     with pytest.raises(InputError, match="Cannot write"):
         save_html(heatmap(grid()), tmp_path / "nowhere" / "figure.html")
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mechinterp.base.errors import InputError
 from mechinterp.circuit_file.schema import Role
-from mechinterp.graphs.layered_layout import CLEARANCE, draw_layered, smooth, spread
+from mechinterp.graphs.layered_layout import CLEARANCE, draw_grid, draw_layered, smooth, spread
 from mechinterp.graphs.scores import Scores
 from mechinterp.models.sites import Node
 from mechinterp.views.plots import MAX_EDGES_DRAWN, circuit_figure, faithfulness_figure, head_heatmap
@@ -71,6 +71,18 @@ def test_nodes_are_apart_and_rows_follow_the_computation(layers: int, heads: int
         assert drawing.places[strand.writer][1] < drawing.places[strand.reader][1]
     assert drawing.places["input"][1] == 0
     assert drawing.places["logits"][1] == len(drawing.rows) - 1
+
+
+@pytest.mark.parametrize(("layers", "heads", "kv_heads", "edges"), SHAPES)
+def test_in_a_grid_nodes_are_apart_and_every_edge_goes_up(layers: int, heads: int, kv_heads: int, edges: int) -> None:
+    net = toy_circuit(layers, heads, kv_heads, edges).to_networkx()
+    places = draw_grid(net).places
+    assert set(places) == set(net.nodes) and len(set(places.values())) == len(places)
+    assert all(places[a][1] < places[b][1] for a, b in net.edges())
+    smaller = draw_grid(toy_circuit(layers, heads, kv_heads, max(1, edges // 2)).to_networkx()).places
+    assert {name: place[0] for name, place in smaller.items() if name[0] == "a"}.items() <= {
+        name: place[0] for name, place in places.items()
+    }.items()
 
 
 @pytest.mark.parametrize(("layers", "heads", "kv_heads", "edges"), SHAPES)

@@ -63,10 +63,17 @@ class Page(HTMLParser):
 
     def lines(self, stop: Any) -> list[tuple[str, str, str]]:
         """(writer, reader, name) of every line that a stop of the slider draws."""
+        lines = self.all_lines
+        return [lines[i][:3] for first, last in stop["edges"] for i in range(first, last + 1)]
+
+    @property
+    def all_lines(self) -> list[tuple[str, str, str, float | None]]:
+        """(writer, reader, name, score) of every line, from the columns."""
         graph = self.data["graph"]
-        nodes = [node["name"] for node in graph["nodes"]]
-        chosen = [graph["edges"][i] for first, last in stop["edges"] for i in range(first, last + 1)]
-        return [(nodes[writer], nodes[reader], name) for writer, reader, _, name, *_ in chosen]
+        lines, nodes = graph["lines"], [node["name"] for node in graph["nodes"]]
+        ends = [(nodes[a], nodes[b]) for a, b in zip(lines["from"], lines["to"], strict=True)]
+        names = [f"{a}->{lines['readers'][r]}" for (a, _), r in zip(ends, lines["reader"], strict=True)]
+        return [(*end, name, score) for end, name, score in zip(ends, names, lines["score"], strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +124,10 @@ def test_every_kept_edge_has_its_nodes_and_its_name_on_the_page(circuit: Circuit
     (stop,) = graph["stops"]
     net = circuit.to_networkx()
     assert sorted(page.lines(stop)) == sorted((a, b, data["name"]) for a, b, data in net.edges(data=True))
-    places = {graph["nodes"][int(i)]["name"] for i in graph["drawings"][0]["places"]}
+    places = {graph["nodes"][int(i)]["name"] for i in graph["drawing"]["places"]}
     assert {node["name"] for node in graph["nodes"]} == places == set(circuit.nodes)
     scores = scores_of(circuit).to_dict()
-    for _, _, _, name, score, _ in graph["edges"]:
+    for _, _, name, score in page.all_lines:
         assert score == pytest.approx(scores[name], rel=1e-5) and name in page.text
 
 
@@ -145,7 +152,7 @@ def test_every_stop_of_the_slider_is_what_select_selects(kv_heads: int) -> None:
         if stop["n_edges"]:
             chosen = select(circuit.graph, scores_of(circuit), edges=stop["n_selected"], by="magnitude")
             assert names == set(chosen.edges)
-            drawn = page.data["graph"]["drawings"][stop["drawing"]]["knots"]
+            drawn = page.data["graph"]["drawing"]["knots"]
             assert {str(i) for first, last in stop["edges"] for i in range(first, last + 1)} <= set(drawn)
         else:
             assert names == set()
@@ -171,9 +178,9 @@ def test_no_slider_where_the_curve_is_not_of_these_scores(circuit: Circuit) -> N
 def test_a_line_bends_where_the_layout_has_it(circuit: Circuit) -> None:
     page, _ = page_of(circuit)
     graph = page.data["graph"]
-    knots = graph["drawings"][0]["knots"]
+    knots = graph["drawing"]["knots"]
     for strand in draw_layered(circuit.to_networkx()).strands:
-        (i,) = (i for i, edge in enumerate(graph["edges"]) if edge[3] == strand.name)
+        (i,) = (i for i, (*_, name, _) in enumerate(page.all_lines) if name == strand.name)
         rows = [y for _, y in strand.curve[::POINTS_PER_ROW]]
         assert len(knots[str(i)]) == len(rows)
         assert knots[str(i)] == pytest.approx([x for x, _ in strand.curve[::POINTS_PER_ROW]], abs=1e-3)
@@ -210,7 +217,14 @@ def test_hostile_texts_stay_texts(circuit: Circuit) -> None:
 
 def test_the_numbers_of_the_evaluation_are_on_the_page(circuit: Circuit) -> None:
     page, _ = page_of(circuit)
-    for words in ("0.9261 [0.9083, 0.9514]", "3.6 logits", "198 of 200", "0.020, -0.010, 0.050", "a" * 64):
+    for words in (
+        "0.926",
+        "95% interval 0.908 to 0.951",
+        "3.400 logits",
+        "198 of 200",
+        "0.020, -0.010, 0.050",
+        "a" * 64,
+    ):
         assert words in page.text
     for axis in ("granularity", "component", "value", "positions", "direction", "set"):
         assert axis in page.text
@@ -220,6 +234,38 @@ def test_the_numbers_of_the_evaluation_are_on_the_page(circuit: Circuit) -> None
 def test_the_command_is_quoted_for_a_shell(circuit: Circuit) -> None:
     page, _ = page_of(circuit, path="out/my circuit; rm.circuit.json")
     assert "discover-circuit verify 'out/my circuit; rm.circuit.json'" in page.text
+
+
+def test_the_page_names_no_folder_of_this_machine(circuit: Circuit) -> None:
+    folder = "/home/ann b/secret"
+    record = toy_document(circuit).model_dump(mode="json", exclude_none=True)
+    page, text = page_of(
+        circuit,
+        path=f"{folder}/toy.circuit.json",
+        title=f"ioi in {folder.replace(' ', '')}/my-model",
+        model={**record["model"], "name": f"{folder}/my-model", "origin": "directory"},
+        provenance={
+            "versions": {},
+            "device": "cpu",
+            "command": f"discover-circuit run ioi --model '{folder}/my-model'",
+        },
+        evaluation=[],
+    )
+    assert "secret" not in text and "ioi in my-model (no evaluation)" in page.text
+    assert "discover-circuit verify toy.circuit.json" in page.text and "run ioi --model my-model" in page.text
+
+
+def test_how_to_verify_says_what_the_command_does_for_this_file(circuit: Circuit) -> None:
+    page, _ = page_of(circuit)
+    assert "checks every hash and the graph, makes the examples again and repeats the evaluation." in page.text
+    assert "was in memory" in page.text and "pip install" not in page.text and "beside the file" not in page.text
+    known = open_circuit_file(STORED / "ioi-bundled-mattr.circuit.json")
+    text = render_report(load_circuit(known.path), known.document, "x")
+    assert "measures the predictions and their controls again" in text and "The model is in the package." in text
+    assert "ioi-bundled-mattr.scores.safetensors" in text
+    known = open_circuit_file(STORED / "ioi-wang2022-naive.circuit.json")
+    text = render_report(load_circuit(known.path), known.document, "x")
+    assert "The command checks every hash and the graph. " in text and "nothing that needs the model" in text
 
 
 def test_a_circuit_without_scores_and_results_has_a_page(circuit: Circuit) -> None:

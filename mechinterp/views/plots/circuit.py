@@ -28,8 +28,8 @@ NARROW_PIXELS = 58
 """The same if positions have columns: there are more nodes, and edges may pass over them."""
 MIN_WIDTH = 5.0
 """The minimum width of a drawing in node spacings, so that the legend fits."""
-HOVER_STEP = 5
-"""One in so many points of an edge's curve shows its text on hover."""
+STEP, HOVER_STEP = 2, 10
+"""One in so many points of an edge's curve is drawn, and shows its text on hover."""
 
 
 KINDS = NODE_LOOKS
@@ -131,10 +131,10 @@ def _widened(low: float, high: float) -> list[float]:
 
 
 def _edge_trace(strand: Strand, largest: float) -> go.Scatter:
-    key = _colour_key(strand)
+    key, points = _colour_key(strand), (*strand.curve[:-1:STEP], strand.curve[-1])
     return go.Scatter(
-        x=[round(x, 3) for x, _ in strand.curve],
-        y=[round(y, 3) for _, y in strand.curve],
+        x=[round(x, 3) for x, _ in points],
+        y=[round(y, 3) for _, y in points],
         mode="lines",
         line={
             "color": CHANNEL_COLOURS[key],
@@ -156,7 +156,7 @@ def _legend_line(key: str) -> go.Scatter:
 
 def _hover_trace(strands: Sequence[Strand]) -> go.Scatter:
     """Invisible points on the edges, which show their text on hover."""
-    points = [(point, strand) for strand in strands for point in strand.curve[HOVER_STEP - 1 :: HOVER_STEP]]
+    points = [(point, strand) for strand in strands for point in strand.curve[HOVER_STEP // 2 :: HOVER_STEP]]
     return go.Scatter(
         x=[round(x, 3) for (x, _), _ in points],
         y=[round(y, 3) for (_, y), _ in points],

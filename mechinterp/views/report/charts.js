@@ -27,13 +27,13 @@ function drawCurve(place, readout, curve, choose) {
   );
   if (points.length > 1) svg.append(shape("polyline", { points: points.map(([n, v]) => `${x(n)},${y(v)}`).join(" "), class: "curve" }));
   const marks = [];
-  for (const [n, v] of points) marks.push([n, v, `${count(n, "edge")}: faithfulness ${number(v, 6)} (${curve.pairs} pairs)`, shape("circle", { cx: x(n), cy: y(v), r: 3, class: "point" })]);
+  for (const [n, v] of points) marks.push([n, v, `${count(n, "edge")}: faithfulness ${v.toFixed(3)} (${curve.pairs} pairs)`, shape("circle", { cx: x(n), cy: y(v), r: 3, class: "point" })]);
   for (const v of random) {
     const [a, b] = [x(circuit.n_edges), y(v)];
-    marks.push([circuit.n_edges, v, `a random circuit of this size: ${number(v)} (${circuit.pairs} pairs)`, shape("path", { d: `M${a - 4} ${b - 4}l8 8m0 -8l-8 8`, class: "random" })]);
+    marks.push([circuit.n_edges, v, `a random circuit of this size: ${v.toFixed(3)} (${circuit.pairs} pairs)`, shape("path", { d: `M${a - 4} ${b - 4}l8 8m0 -8l-8 8`, class: "random" })]);
   }
   const [a, b] = [x(circuit.n_edges), y(circuit.value)], [low, high] = circuit.ci.map(y);
-  marks.push([circuit.n_edges, circuit.value, `this circuit, ${count(circuit.n_edges, "edge")}: ${number(circuit.value, 6)} [${number(circuit.ci[0])}, ${number(circuit.ci[1])}] (${Math.round(circuit.level * 100)} % interval, ${circuit.pairs} pairs)`,
+  marks.push([circuit.n_edges, circuit.value, `this circuit, ${count(circuit.n_edges, "edge")}: ${circuit.value.toFixed(3)} [${circuit.ci[0].toFixed(3)}, ${circuit.ci[1].toFixed(3)}] (${Math.round(circuit.level * 100)} % interval, ${circuit.pairs} pairs)`,
     shape("path", { d: `M${a} ${low}V${high}m-4 0h8M${a - 4} ${low}h8M${a} ${b - 6}l6 6l-6 6l-6 -6z`, class: "chosen" })]);
   svg.append(...marks.map((mark) => mark[3]));
   const ring = shape("circle", { r: 7, class: "ring", visibility: "hidden" });
@@ -78,7 +78,7 @@ function drawHeat(place, readout, heat, choose) {
       );
       if (n * m <= 80 && cell >= 34) group.append(shape("text", { x: at + cell / 2, y: top + tall / 2 + 4, "text-anchor": "middle", class: Math.abs(value) > 0.55 * largest ? "strong" : "" }, number(value, 2)));
       if (chosen.has(name)) group.append(shape("circle", { cx: at + cell - 6, cy: top + 5, r: 2.5, class: "dot" }));
-      group.addEventListener("pointerenter", () => { readout.textContent = `${name}: ${number(value, 6)}${chosen.has(name) ? "" : " (not in the circuit)"}`; });
+      group.addEventListener("pointerenter", () => { readout.textContent = `${name}: ${signed(value)}${chosen.has(name) ? "" : " (not in the circuit)"}`; });
       group.addEventListener("click", () => choose(name));
       svg.append(group);
     });
@@ -87,7 +87,7 @@ function drawHeat(place, readout, heat, choose) {
     if (m <= 24 || k % 4 === 0 || label === "MLP") svg.append(shape("text", { x: left + (k + 0.5) * cell, y: n * tall + 14, "text-anchor": "middle" }, label));
   });
   svg.append(shape("text", { x: left + (m * cell) / 2, y: n * tall + 32, "text-anchor": "middle" }, "head; layers grow upward"));
-  const usual = `The darkest cell is ${number(largest)} (${heat.metric}). Click a cell to see the paths through its node.`;
+  const usual = `The darkest cell is ${number(largest, 3)} (${heat.metric}). Click a cell to see the paths through its node.`;
   svg.addEventListener("pointerleave", () => { readout.textContent = usual; });
   readout.textContent = usual;
   place.append(svg);

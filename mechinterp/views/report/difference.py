@@ -10,19 +10,20 @@ from mechinterp.base.errors import InputError
 from mechinterp.circuit_file.diff import CircuitDiff, Compared
 from mechinterp.circuit_file.store import write_file
 from mechinterp.graphs.circuit import Circuit
-from mechinterp.views.plots.difference import difference_svg
+from mechinterp.views.plots.difference import STYLE, difference_svg
+from mechinterp.views.report.html_page import html_page
+from mechinterp.views.report.shown_paths import shown_path, without_folders
 from mechinterp.views.terminal_tables import share_of
 
 ENDINGS = (".html", ".svg")
 ROWS_SHOWN = 100
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;margin:0;padding:1.5rem;background:#fff;color:#1c2126}
-h1{font-size:1.4rem;margin:0 0 .3rem;overflow-wrap:anywhere} h2{font-size:1.1rem;margin:2rem 0 .4rem}
-.scroll{overflow-x:auto} table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{text-align:left;padding:.25rem 1.2rem .25rem 0;border-bottom:1px solid #d8dde2;vertical-align:top}
-td{overflow-wrap:anywhere;max-width:34rem} td.number,th.number{text-align:right} label{margin-right:1.4rem}
-.only-a{color:#2b6fd0} .only-b{color:#b35c00} code{font-size:.85em;overflow-wrap:anywhere}
+main .difference .ground { fill: var(--page); }
+main .difference text { fill: var(--ink); }
+main .difference .soft { fill: var(--soft); }
+main .difference .node:not(.a):not(.b) rect { fill: var(--cell); }
+main .difference .node.a text, main .difference .node.b text { fill: #fff; }
+main .difference .edge:hover path { stroke: var(--ink); }
 """
 _HIDE = (
     "".join(f"#{name}:not(:checked)~.scroll .{name}.edges{{display:none}}" for name in ("a", "b", "both"))
@@ -45,18 +46,23 @@ def _page(diff: CircuitDiff, picture: str) -> str:
         f'<input type="checkbox" id="{name}" checked><label for="{name}"> {words}</label>'
         for name, words in (("a", "only in A"), ("b", "only in B"), ("both", "in both"), ("marks", "signs"))
     )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
-        f'content="{escape(POLICY)}"><title>{escape(title)}</title><style>{_STYLE}{_HIDE}</style></head><body>'
-        f"<h1>{escape(title)}</h1><p>{'The same circuit.' if diff.same_circuit else ''} A is "
-        f"<code>{escape(str(diff.a))}</code>, B is <code>{escape(str(diff.b))}</code>.</p>"
-        f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in diff.notes)}</ul>{_overlap(diff)}{_scores(diff)}"
-        f'<h2>The circuits</h2>{switches}<div class="scroll">{picture}</div>'
+    a, b = (escape(shown_path(str(path))) for path in (diff.a, diff.b))
+    body = (
+        f'<h1>{escape(title)}</h1><p class="lead">{"The same circuit. " if diff.same_circuit else ""}A is '
+        f"<code>{a}</code>, B is <code>{b}</code>.</p>"
+        f"<ul>{''.join(f'<li>{escape(without_folders(note))}</li>' for note in diff.notes)}</ul>"
+        f"{_overlap(diff)}{_scores(diff)}"
+        f'<h2>The circuits</h2><div class="switches">{switches}<div class="scroll">{picture}</div></div>'
         f"{_parts('Edges', diff.edges)}{_parts('Nodes', diff.nodes)}{_roles(diff)}"
-        f"<h2>Other fields that differ</h2>"
-        f"{_table(('field', 'A', 'B'), ((row.field, row.a or '-', row.b or '-') for row in diff.fields), 3)}"
-        f"{hashes}</body></html>\n"
+        f"<h2>Other fields that differ</h2>{_table(('field', 'A', 'B'), _fields(diff), 3)}"
+        f"{hashes}"
     )
+    return html_page(title, body, styles=(STYLE, _STYLE + _HIDE))
+
+
+def _fields(diff: CircuitDiff) -> Iterable[tuple[str, str, str]]:
+    for row in diff.fields:
+        yield row.field, without_folders(row.a or "-"), without_folders(row.b or "-")
 
 
 def _hashes(diff: CircuitDiff) -> Iterable[tuple[str, str]]:
@@ -111,8 +117,8 @@ def _roles(diff: CircuitDiff) -> str:
 
 
 def number(value: float | None) -> str:
-    """The number at 4 significant digits; `-` if there is none."""
-    return "-" if value is None else f"{value:.4g}"
+    """The number at 3 significant digits; `-` if there is none."""
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _rank(value: int | None) -> str:
@@ -129,4 +135,5 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) ->
         )
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{cells("th", head)}</tr></thead><tbody>{body}</tbody></table></div>'
+    top = f"<thead><tr>{cells('th', head)}</tr></thead>"
+    return f'<div class="scroll"><table class="data">{top}<tbody>{body}</tbody></table></div>'

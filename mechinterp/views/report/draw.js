@@ -1,9 +1,9 @@
 "use strict";
-// Draws the graph: nodes, lines, rows and columns. Knows nothing of what is selected, searched or pointed at.
+// Draws the graph: nodes, rows and columns as SVG, lines on a canvas. Knows nothing of what is chosen or pointed at.
 
 const SVG = "http://www.w3.org/2000/svg";
-const ROW = 72, LEFT = 84, TOP = 16, NODE_HALF = 0.2, NODE_HEIGHT = 24;
-const WIDTHS = [0.7, 6];
+const ROW = 72, GRID_ROW = 48, LEFT = 84, TOP = 16, NODE_HALF = 0.2, NODE_HEIGHT = 24;
+const WIDTHS = [0.7, 6], MAX_PIXELS = 24e6, AT_ONCE = 2000, PER_FRAME = 3000;
 
 function element(tag, attributes = {}, ...children) {
   return fill(document.createElement(tag), attributes, children);
@@ -70,34 +70,53 @@ function sampled(curves, perPiece) {
   return Float32Array.from(out);
 }
 
+// The lines of the page as [writer, reader, channel, name, score, share of resamples].
+function unpacked(graph) {
+  const { from, to, channel, channels, reader, readers, score, frequency } = graph.lines, nodes = graph.nodes;
+  return from.map((a, i) => {
+    const name = graph.level === "node" ? `${nodes[a].name} -> ${nodes[to[i]].name}` : `${nodes[a].bare}->${readers[reader[i]]}`;
+    return [a, to[i], channels[channel[i]], name, score[i], frequency[i] ?? null];
+  });
+}
+
 class Drawing {
-  constructor(graph, number) {
-    this.graph = graph;
-    this.data = graph.drawings[number];
-    this.paths = new Map();
-    this.nodes = new Map();
-    this.samples = new Map();
-    const columns = this.data.columns, names = Object.keys(this.data.places).map(Number);
+  // `room` is the width to fill, `zoom` a factor on all distances.
+  constructor(graph, room, zoom) {
+    Object.assign(this, { graph, room, zoom, data: graph.drawing, nodes: new Map(), curves: new Map(), points: new Map() });
+    const { columns, rows, led, range: [low, high] } = this.data, names = Object.keys(this.data.places).map(Number);
     this.label = (i) => (columns.length ? graph.nodes[i].bare : graph.nodes[i].name);
-    const widest = Math.max(36, ...names.map((i) => this.nodeWidth(i)));
-    this.unit = columns.length ? widest + 8 : Math.max(80, widest / 0.54);
-    const [low, high] = this.data.range, n = this.data.rows.length;
-    this.low = low;
+    const widest = Math.max(36, ...names.map((i) => this.nodeWidth(i))), n = rows.length;
+    const least = columns.length || !led ? widest + 4 : Math.max(80, widest / 0.54);
+    this.unit = Math.max(Math.min(least, led ? least : widest + 8), Math.min(2.2 * least, (room - LEFT) / (high - low + 1))) * zoom;
+    this.row = (led || columns.length ? Math.max(GRID_ROW, Math.min(ROW, 1300 / n)) : GRID_ROW) * zoom;
     this.width = LEFT + (high - low + 1) * this.unit;
     this.top = TOP + (columns.length ? 14 : 0);
-    this.height = this.top * 2 + n * ROW;
+    this.height = this.top * 2 + n * this.row;
     this.x = (x) => LEFT + (x - low + 0.5) * this.unit;
-    this.y = (y) => this.top + (n - 0.5 - y) * ROW;
-    this.lines = shape("g", { class: "lines" });
-    this.hot = shape("g", { class: "hot" });
+    this.y = (y) => this.top + (n - 0.5 - y) * this.row;
+    this.largest = graph.edges.reduce((most, edge) => Math.max(most, Math.abs(edge[4] ?? 0)), 0);
     this.boxes = shape("g", { class: "boxes" });
     this.svg = shape("svg", {
-      viewBox: `0 0 ${this.width.toFixed(1)} ${this.height}`,
+      width: Math.round(this.width),
+      height: Math.round(this.height),
       role: "group",
       "aria-label": "The circuit as a graph; arrow keys go from node to node, Enter shows the paths through one",
-    }, this.rows(), this.lines, this.hot, this.boxes);
-    this.addLines();
+    }, this.rows(), this.boxes);
+    this.base = this.canvas("lines");
+    this.hot = this.canvas("hot");
+    this.stack = element("div", { class: "stack" }, this.base, this.hot, this.svg);
+    this.stack.style.width = `${Math.round(this.width)}px`;
+    this.stack.style.height = `${Math.round(this.height)}px`;
     for (const i of names) this.addNode(i);
+  }
+
+  canvas(name) {
+    const ratio = Math.min(window.devicePixelRatio || 1, Math.sqrt(MAX_PIXELS / (this.width * this.height)));
+    const made = element("canvas", { class: name, width: Math.ceil(this.width * ratio), height: Math.ceil(this.height * ratio), "aria-hidden": "true" });
+    made.style.width = `${Math.round(this.width)}px`;
+    made.style.height = `${Math.round(this.height)}px`;
+    made.ratio = ratio;
+    return made;
   }
 
   nodeWidth(i) {
@@ -114,36 +133,6 @@ class Drawing {
       for (const y of [18, this.height - 10]) group.append(shape("text", { x: this.x(x), y, "text-anchor": "middle", class: "column" }, name));
     }
     return group;
-  }
-
-  // The strong lines come last and so lie on top.
-  addLines() {
-    const { edges } = this.graph, strength = (i) => Math.abs(edges[i][4] ?? 0);
-    const largest = Math.max(...edges.map((edge) => Math.abs(edge[4] ?? 0)));
-    const order = Object.keys(this.data.knots).map(Number).sort((a, b) => strength(a) - strength(b) || a - b);
-    for (const i of order) {
-      const [from, to, channel, , score] = edges[i];
-      const knots = knotsOf(this.data.knots[i], this.data.places[from][1], this.data.places[to][1]);
-      const curves = pieces(knots.map(([x, y]) => [x, y])).map((curve) =>
-        curve.map((value, k) => (k % 2 ? this.y(value) : this.x(value))));
-      const round = (values) => values.map((value) => value.toFixed(1)).join(" ");
-      const d = `M${round(curves[0].slice(0, 2))}` + curves.map((curve) => `C${round(curve.slice(2))}`).join("");
-      const share = score === null || largest === 0 ? null : Math.abs(score) / largest;
-      const width = share === null ? 1.2 : WIDTHS[0] + (WIDTHS[1] - WIDTHS[0]) * share;
-      const path = shape("path", {
-        d,
-        class: score < 0 ? "against" : "helps",
-        stroke: this.graph.channels[channel][1],
-        "stroke-width": width.toFixed(2),
-        "stroke-dasharray": score < 0 ? `${(4 + width).toFixed(1)} ${(3 + 0.6 * width).toFixed(1)}` : undefined,
-        "data-edge": i,
-      });
-      path.share = share ?? 0;
-      path.frequency = edges[i][5] ?? 1;
-      this.paths.set(i, path);
-      this.samples.set(i, sampled(curves, 6));
-      this.lines.append(path);
-    }
   }
 
   addNode(i) {
@@ -164,20 +153,76 @@ class Drawing {
     this.boxes.append(box);
   }
 
+  // The curve of a line, in pixels.
+  curve(e) {
+    if (!this.curves.has(e)) {
+      const [from, to] = this.graph.edges[e], [x0, y0] = this.data.places[from], [x1, y1] = this.data.places[to], xs = this.data.knots[e];
+      let found;
+      if (xs) found = pieces(knotsOf(xs, y0, y1));
+      else {
+        const half = NODE_HEIGHT / 2 / this.row, third = Math.max(0.3, (y1 - y0 - 2 * half) / 3);
+        found = [[x0, y0 + half, x0, y0 + half + third, x1, y1 - half - third, x1, y1 - half]];
+      }
+      this.curves.set(e, found.map((curve) => curve.map((value, k) => (k % 2 ? this.y(value) : this.x(value)))));
+    }
+    return this.curves.get(e);
+  }
+
+  share(e) {
+    const score = this.graph.edges[e][4];
+    return score === null || score === undefined || this.largest === 0 ? null : Math.abs(score) / this.largest;
+  }
+
+  clear(canvas) {
+    const pen = canvas.getContext("2d");
+    pen.setTransform(1, 0, 0, 1, 0, 0);
+    pen.clearRect(0, 0, canvas.width, canvas.height);
+    pen.setTransform(canvas.ratio, 0, 0, canvas.ratio, 0, 0);
+    pen.globalCompositeOperation = "source-over";
+    return pen;
+  }
+
+  // Paints lines, the strong ones on top; `opacity` of a line with its share of the largest score, `colour` of its channel and sign.
+  // Of very many the strongest come at once, the others beneath them as thin lines, some in every frame.
+  paint(canvas, lines, opacity, colour) {
+    const pen = this.clear(canvas), strength = (e) => this.share(e) ?? 0;
+    const order = [...lines].sort((a, b) => strength(b) - strength(a) || b - a), rest = order.slice(AT_ONCE);
+    const stroke = (e, thin) => {
+      const share = this.share(e), width = share === null || thin ? 1.2 - 0.4 * thin : WIDTHS[0] + (WIDTHS[1] - WIDTHS[0]) * share, [, , channel, , score] = this.graph.edges[e];
+      Object.assign(pen, { strokeStyle: colour(channel, score), lineWidth: width, globalAlpha: opacity(e, share ?? 0) });
+      pen.setLineDash(score < 0 && !thin ? [4 + width, 3 + 0.6 * width] : []);
+      const curves = this.curve(e);
+      pen.beginPath();
+      pen.moveTo(curves[0][0], curves[0][1]);
+      for (const c of curves) pen.bezierCurveTo(c[2], c[3], c[4], c[5], c[6], c[7]);
+      pen.stroke();
+    };
+    for (const e of order.slice(0, AT_ONCE).reverse()) stroke(e, 0);
+    cancelAnimationFrame(canvas.next);
+    pen.globalCompositeOperation = "destination-over";
+    const more = (from) => {
+      for (const e of rest.slice(from, from + PER_FRAME)) stroke(e, 1);
+      if (from + PER_FRAME < rest.length) canvas.next = requestAnimationFrame(() => more(from + PER_FRAME));
+    };
+    if (rest.length) canvas.next = requestAnimationFrame(() => more(0));
+  }
+
   // The line nearest to a point of the drawing, among those given; undefined when none is within `reach`.
   nearest(x, y, among, reach) {
     let best, bestDistance = reach * reach;
-    for (const i of among) {
-      const points = this.samples.get(i);
-      if (!points || y < points[points.length - 1] - reach || y > points[1] + reach) continue;
+    for (const e of among) {
+      const [from, to] = this.graph.edges[e];
+      if (y > this.y(this.data.places[from][1]) + reach || y < this.y(this.data.places[to][1]) - reach) continue;
+      if (!this.points.has(e)) this.points.set(e, sampled(this.curve(e), 6));
+      const points = this.points.get(e);
       for (let k = 0; k + 3 < points.length; k += 2) {
         const ax = points[k], ay = points[k + 1], dx = points[k + 2] - ax, dy = points[k + 3] - ay;
-        if (y > ay + reach || y < ay + dy - reach) continue;
+        if (y > Math.max(ay, ay + dy) + reach || y < Math.min(ay, ay + dy) - reach) continue;
         const along = dx * dx + dy * dy;
         const t = along ? Math.max(0, Math.min(1, ((x - ax) * dx + (y - ay) * dy) / along)) : 0;
         const distance = (x - ax - t * dx) ** 2 + (y - ay - t * dy) ** 2;
         if (distance < bestDistance || (distance === bestDistance && best !== undefined)) {
-          best = i;
+          best = e;
           bestDistance = distance;
         }
       }

@@ -23,6 +23,7 @@ from mechinterp.models.components import NODES_WITH_SITES
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node, Site, node_of, split_position
 from mechinterp.tasks.pairs import Pairs
+from mechinterp.views.report.prompt_example import PromptExample, answer_texts, prompt_example, token_text
 
 MAX_NODES = 200
 """The most heads, MLPs and neurons with details; GPT-2 small has 156 heads and MLPs."""
@@ -78,6 +79,8 @@ class NodeDetails:
     """Of every feature, the tokens that its direction raises most."""
     fires: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of every feature, where it is most active in the prompts."""
+    example: PromptExample | None = None
+    """The first of the prompts beside its corrupt one."""
 
 
 def node_details(
@@ -112,7 +115,10 @@ def node_details(
     except MechInterpError as error:
         notes.append(f"Some details of nodes are left out: {error}")
     tokens, fires = _feature_tokens(model, circuit), _fires(model, circuit, pairs, rows)
-    return NodeDetails(pairs_name, len(pairs), tuple(prompts), direct, n_direct, direction, tuple(notes), tokens, fires)
+    example = prompt_example(model, pairs, rows[0], pairs_name) if rows else None
+    return NodeDetails(
+        pairs_name, len(pairs), tuple(prompts), direct, n_direct, direction, tuple(notes), tokens, fires, example
+    )
 
 
 def _fires(model: HookManager, circuit: Circuit, pairs: Pairs, rows: Sequence[int]) -> dict[str, str]:
@@ -178,10 +184,10 @@ def _prompt(model: HookManager, pairs: Pairs, row: int, names: Sequence[str], he
             written[str(name)] = Written(_top(model, part, "raised"), _top(model, part, "lowered"))
     return PromptDetails(
         row,
-        tuple(_token(model, token) for token in ids[0].tolist()),
+        tuple(token_text(model, token) for token in ids[0].tolist()),
         int(one.answer_pos[0, 0]),
-        _answers(model, one.right),
-        _answers(model, one.wrong),
+        answer_texts(model, one.right, 0),
+        answer_texts(model, one.wrong, 0),
         _patterns(model, ids, heads),
         written,
     )
@@ -189,7 +195,7 @@ def _prompt(model: HookManager, pairs: Pairs, row: int, names: Sequence[str], he
 
 def _top(model: HookManager, table: pd.DataFrame, which: str) -> TokenLogits:
     ids, by = table[which].tolist(), table[f"{which}_by"].tolist()
-    return tuple((_token(model, int(token)), float(value)) for token, value in zip(ids, by, strict=True))
+    return tuple((token_text(model, int(token)), float(value)) for token, value in zip(ids, by, strict=True))
 
 
 def _patterns(model: HookManager, ids: Tensor, heads: Sequence[str]) -> dict[str, Float[Tensor, "query key"]]:
@@ -214,15 +220,3 @@ def _direct(model: HookManager, pairs: Pairs, names: Sequence[str]) -> tuple[dic
         len(some),
         str(parts.about["direction"]),
     )
-
-
-def _answers(model: HookManager, table: Tensor | None) -> tuple[str, ...]:
-    return () if table is None else tuple(_token(model, int(i)) for i in table[0].tolist() if i >= 0)
-
-
-def _token(model: HookManager, token: int) -> str:
-    """The token as text, with visible spaces and line ends; its number if there is no tokenizer."""
-    if model.tokenizer is None:
-        return f"#{token}"
-    text = str(model.tokenizer.decode([token]))
-    return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or f"#{token}"

@@ -3,10 +3,11 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const graph = data.graph, stops = graph.stops, curveOn = data.curve?.pairs ?? "";
 const byId = (id) => document.getElementById(id);
-const state = { stop: Math.max(0, ownStop()), chosen: null, query: "", scale: null };
+graph.edges = unpacked(graph);
+const FIRST_LINES = 500; // more lines than this are not drawn at once
+const state = { stop: Math.max(0, ownStop()), chosen: null, query: "", zoom: 1, most: FIRST_LINES, drawn: [] };
 const panel = new Panel(byId("panel"), graph, data.details);
 const members = stops.map((stop) => stop.edges.flatMap(([first, last]) => Array.from({ length: last - first + 1 }, (_, i) => first + i)));
-const drawings = [];
 let drawing, hovered = null, markCurve = () => {};
 
 function ownStop() {
@@ -18,7 +19,11 @@ function ownStop() {
 function through(node, edges) {
   const reach = (near, far) => {
     const next = new Map();
-    for (const e of edges) next.set(graph.edges[e][near], [...(next.get(graph.edges[e][near]) ?? []), graph.edges[e][far]]);
+    for (const e of edges) {
+      const from = graph.edges[e][near];
+      if (!next.has(from)) next.set(from, []);
+      next.get(from).push(graph.edges[e][far]);
+    }
     const seen = new Set([node]), open = [node];
     while (open.length) for (const other of next.get(open.pop()) ?? []) if (!seen.has(other)) {
       seen.add(other);
@@ -31,14 +36,16 @@ function through(node, edges) {
 }
 
 function ends(edges) {
-  return new Set(edges.flatMap((e) => graph.edges[e].slice(0, 2)));
+  const found = new Set();
+  for (const e of edges) found.add(graph.edges[e][0]).add(graph.edges[e][1]);
+  return found;
 }
 
 // The faithfulness of a size: what was measured, and on which pairs.
 function measured(stop) {
   const values = [];
-  if (stop.faithfulness !== null) values.push([number(stop.faithfulness, 6), ` on the ${curveOn} pairs`]);
-  if (stop.held_out) values.push([number(stop.held_out.value, 6), ` [${stop.held_out.ci.map((v) => number(v)).join(", ")}] on the ${stop.held_out.pairs} pairs`]);
+  if (stop.faithfulness !== null) values.push([stop.faithfulness.toFixed(3), ` on the ${curveOn} pairs`]);
+  if (stop.held_out) values.push([stop.held_out.value.toFixed(3), ` [${stop.held_out.ci.map((v) => v.toFixed(3)).join(", ")}] on the ${stop.held_out.pairs} pairs`]);
   return values.length ? values : [["not stated", " in the file"]];
 }
 
@@ -55,21 +62,29 @@ function found(edges, nodes) {
   return { nodes: matched, edges: lines, lit: new Set([...matched, ...ends(byName)]), named: byName };
 }
 
+// The lines to draw: the strongest of those shown, all lines of the chosen node, and what the search found.
+function strongest(edges, hits) {
+  if (edges.length <= state.most) return edges;
+  const sizes = Float64Array.from(edges, (e) => Math.abs(graph.edges[e][4] ?? 0)), limit = sizes.slice().sort()[edges.length - state.most];
+  const kept = new Set(edges.filter((_, k) => sizes[k] > limit));
+  for (let k = 0; kept.size < state.most; k++) if (sizes[k] === limit) kept.add(edges[k]);
+  if (state.chosen !== null) for (const e of edges) if (graph.edges[e][0] === state.chosen || graph.edges[e][1] === state.chosen) kept.add(e);
+  for (const e of hits?.edges.slice(0, 5000) ?? []) kept.add(e);
+  return [...kept];
+}
+
 function render() {
   const stop = stops[state.stop], all = members[state.stop], inStop = ends(all);
   if (state.chosen !== null && !inStop.has(state.chosen)) state.chosen = null;
   const edges = state.chosen === null ? all : through(state.chosen, all);
   const nodes = ends(edges);
   if (state.chosen !== null) nodes.add(state.chosen);
-  place(stop.drawing);
-  const hits = found(edges, [...nodes]), shown = new Set(edges), lit = hits && new Set(hits.edges);
-  const crowd = Math.min(1, Math.log(1 + edges.length / 60) / Math.log(1 + 1000 / 60)), base = 0.75 - 0.5 * crowd;
-  for (const [i, path] of drawing.paths) {
-    path.classList.toggle("gone", !shown.has(i));
-    path.classList.toggle("off", Boolean(lit) && !lit.has(i));
-    const steady = 0.25 + 0.75 * path.frequency; // an edge fades with the share of resamples that have it
-    path.setAttribute("stroke-opacity", (steady * (base + (0.95 - base) * path.share)).toFixed(2));
-  }
+  place();
+  const hits = found(edges, [...nodes]);
+  state.edges = edges;
+  state.lit = hits && new Set(hits.edges);
+  state.drawn = strongest(edges, hits);
+  paint();
   for (const [i, box] of drawing.nodes) {
     box.classList.toggle("gone", !inStop.has(i));
     box.classList.toggle("off", !nodes.has(i) || Boolean(hits && !hits.lit.has(i)));
@@ -77,9 +92,8 @@ function render() {
     box.setAttribute("aria-pressed", i === state.chosen);
   }
   rove();
-  state.edges = edges;
   byId("everything").disabled = state.chosen === null && !state.query;
-  byId("search-says").textContent = hits ? (hits.nodes.length || hits.named.length ? `${count(hits.nodes.length, "node")}, ${count(hits.edges.length, "edge")}` : "nothing here") : "";
+  byId("search-says").textContent = hits ? (hits.nodes.length || hits.named.length ? `${count(hits.nodes.length, "node")}, ${count(hits.edges.length, "edge")}` : "no match") : "";
   if (stops.length > 1) {
     byId("size").value = state.stop;
     byId("size-says").replaceChildren(
@@ -89,23 +103,38 @@ function render() {
     byId("size").setAttribute("aria-valuetext", byId("size-says").textContent);
   }
   markCurve(stop);
+  sayLines();
   light(null);
   if (state.chosen !== null) panel.node(state.chosen, all, true);
   else panel.summary(stop);
 }
 
-function place(number) {
-  drawings[number] ??= new Drawing(graph, number);
-  if (drawing === drawings[number]) return;
-  drawing = drawings[number];
-  byId("figure-circuit").replaceChildren(drawing.svg);
-  resize();
+// Weak lines fade, more so where there are many; a line also fades with the share of resamples that have it.
+function paint() {
+  const crowd = Math.min(1, Math.log(1 + state.drawn.length / 60) / Math.log(1 + 1000 / 60)), base = graph.scored ? 0.75 - 0.63 * crowd : 0.75 - 0.5 * crowd;
+  const opacity = (e, share) => (state.lit && !state.lit.has(e) ? 0.05 : (0.25 + 0.75 * (graph.edges[e][5] ?? 1)) * (base + (0.95 - base) * share));
+  drawing.paint(drawing.base, state.drawn, opacity, tint());
 }
 
-function resize() {
-  const room = byId("figure-circuit").clientWidth, scale = state.scale ?? Math.max(0.7, Math.min(1, room / drawing.width));
-  drawing.svg.setAttribute("width", Math.round(drawing.width * scale));
-  drawing.svg.setAttribute("height", Math.round(drawing.height * scale));
+// The colour of a line: of the input that it enters, or of its sign.
+function tint() {
+  const look = getComputedStyle(document.documentElement), signs = byId("graph").classList.contains("signs");
+  const [gain, loss] = [look.getPropertyValue("--gain").trim(), look.getPropertyValue("--loss").trim()];
+  return (channel, score) => (signs ? (score < 0 ? loss : gain) : graph.channels[channel][1]);
+}
+
+function sayLines() {
+  const control = byId("lines-control"), n = state.edges.length;
+  control.hidden = members.every((edges) => edges.length <= FIRST_LINES);
+  if (control.hidden) return;
+  byId("lines-says").textContent = state.drawn.length >= n ? `all ${n.toLocaleString("en")}` : `the ${graph.scored ? "strongest" : "first"} ${state.drawn.length.toLocaleString("en")} of ${n.toLocaleString("en")}`;
+}
+
+function place() {
+  const figure = byId("figure-circuit"), room = figure.clientWidth - 2;
+  if (drawing && drawing.zoom === state.zoom && Math.abs(drawing.room - room) < 24) return;
+  drawing = new Drawing(graph, room, state.zoom);
+  figure.replaceChildren(drawing.stack);
 }
 
 // One node is reached with Tab; the arrow keys go on from it.
@@ -118,13 +147,9 @@ function rove() {
 
 // Brings the lines of a node, or one line, to the front; null: none.
 function light(edges) {
-  drawing.lines.classList.toggle("faded", edges !== null);
-  drawing.hot.replaceChildren(...(edges ?? []).map((e) => {
-    const copy = drawing.paths.get(e).cloneNode();
-    copy.setAttribute("stroke-opacity", 1);
-    copy.removeAttribute("data-edge");
-    return copy;
-  }));
+  drawing.base.classList.toggle("faded", edges !== null);
+  if (edges === null) drawing.clear(drawing.hot);
+  else drawing.paint(drawing.hot, edges, () => 1, tint());
 }
 
 function pointAt(kind, i) {
@@ -166,10 +191,16 @@ function nodeOf(event) {
   return box && !box.classList.contains("gone") ? Number(box.dataset.node) : null;
 }
 
+function edgeAt(x, y, reach) {
+  const box = drawing.svg.getBoundingClientRect();
+  return drawing.nearest(x - box.left, y - box.top, state.drawn, reach);
+}
+
 function watchGraph() {
   const figure = byId("figure-circuit");
   let waiting = null;
   figure.addEventListener("pointermove", (event) => {
+    if (event.pointerType === "touch") return;
     const last = { target: event.target, x: event.clientX, y: event.clientY };
     if (waiting) {
       waiting.event = last;
@@ -181,15 +212,15 @@ function watchGraph() {
       waiting = null;
       const node = nodeOf(at);
       if (node !== null) return pointAt("node", node);
-      const box = drawing.svg.getBoundingClientRect(), k = drawing.width / box.width;
-      const edge = drawing.nearest((at.x - box.left) * k, (at.y - box.top) * k, state.edges, 7 * k);
+      const edge = edgeAt(at.x, at.y, 7);
       return edge === undefined ? pointAt(null) : pointAt("edge", edge);
     });
   });
-  figure.addEventListener("pointerleave", () => pointAt(null));
+  figure.addEventListener("pointerleave", (event) => event.pointerType === "touch" || pointAt(null));
   figure.addEventListener("click", (event) => {
-    const node = nodeOf(event);
+    const node = nodeOf(event), edge = node === null && event.pointerType === "touch" ? edgeAt(event.clientX, event.clientY, 14) : undefined;
     if (node !== null) choose(node);
+    else if (edge !== undefined) pointAt("edge", edge);
     else if (state.chosen !== null) choose(state.chosen);
   });
   figure.addEventListener("focusin", (event) => {
@@ -262,6 +293,12 @@ function themeButton() {
   byId("theme").setAttribute("aria-label", dark() ? "Light colours" : "Dark colours");
 }
 
+function themed() {
+  themeButton();
+  paint();
+  panel.again();
+}
+
 function watchControls() {
   if (stops.length > 1) {
     byId("size").max = stops.length - 1;
@@ -276,28 +313,33 @@ function watchControls() {
     if (hits?.nodes.length) choose(hits.nodes[0]);
   });
   for (const radio of document.querySelectorAll("input[name=colour]")) {
-    radio.addEventListener("change", () => byId("graph").classList.toggle("signs", radio.value === "sign" && radio.checked));
+    radio.addEventListener("change", () => {
+      byId("graph").classList.toggle("signs", radio.value === "sign" && radio.checked);
+      paint();
+    });
   }
   const zoom = (factor) => {
-    state.scale = Math.max(0.25, Math.min(3, (Number(drawing.svg.getAttribute("width")) / drawing.width) * factor));
-    resize();
+    state.zoom = Math.max(0.4, Math.min(3, state.zoom * factor));
+    render();
   };
+  byId("lines").addEventListener("input", () => {
+    const most = Math.max(...members.map((edges) => edges.length)), least = 50;
+    state.most = Math.round(least * (most / least) ** (Number(byId("lines").value) / 100));
+    render();
+  });
+  byId("lines").value = Math.round((100 * Math.log(FIRST_LINES / 50)) / Math.log(Math.max(FIRST_LINES, ...members.map((edges) => edges.length)) / 50));
   byId("smaller").addEventListener("click", () => zoom(1 / 1.25));
   byId("larger").addEventListener("click", () => zoom(1.25));
   byId("everything").addEventListener("click", everything);
   byId("theme").addEventListener("click", () => {
     document.documentElement.dataset.theme = dark() ? "light" : "dark";
-    themeButton();
-    panel.again();
+    themed();
   });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") everything();
   });
-  window.addEventListener("resize", resize);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-    themeButton();
-    panel.again();
-  });
+  window.addEventListener("resize", render);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", themed);
 }
 
 legend();
@@ -316,7 +358,20 @@ if (data.heat) {
     }
   });
 }
+const own = Math.max(0, ownStop());
+const diagrams = graph.diagrams.map((one) => new Diagram(byId("figure-diagram"), new Panel(byId("diagram-panel"), graph, data.details), graph, one, () => members[own]));
+for (const diagram of diagrams) {
+  diagram.render();
+  diagram.summary();
+  if (byId("plain")) byId("plain").checked = diagram.plain;
+  window.addEventListener("resize", () => diagram.render());
+  byId("plain")?.addEventListener("change", () => {
+    diagram.plain = byId("plain").checked;
+    diagram.render();
+  });
+}
 watchControls();
 watchGraph();
 themeButton();
 render();
+performance.mark("drawn");

@@ -6,10 +6,7 @@ scripts and styles in this folder.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +14,13 @@ from mechinterp.circuit_file.schema import CircuitFile, EvaluationRecord
 from mechinterp.circuit_file.store import write_file
 from mechinterp.circuit_file.summary import finding, steadiness
 from mechinterp.graphs.circuit import Circuit
+from mechinterp.views.report.asked import asked_section
 from mechinterp.views.report.charts import curve_view, heat_view
+from mechinterp.views.report.diagrams import MAIN_SHARE
 from mechinterp.views.report.graph_view import graph_view
+from mechinterp.views.report.html_page import html_page, resource
 from mechinterp.views.report.node_details import NodeDetails, PromptDetails
+from mechinterp.views.report.shown_paths import shown_document, shown_path, without_folders
 from mechinterp.views.report.tables import (
     cards,
     edges_part,
@@ -33,7 +34,7 @@ from mechinterp.views.report.tables import (
     warnings_section,
 )
 
-SCRIPTS = ("draw.js", "panel.js", "charts.js", "page.js")
+SCRIPTS = ("draw.js", "panel.js", "charts.js", "diagram.js", "page.js")
 NO_MODEL = NodeDetails(notes=("Attention patterns and written tokens are left out: no model was available.",))
 
 
@@ -53,14 +54,17 @@ def render_report(circuit: Circuit, document: CircuitFile, circuit_path: str, de
         circuit_path: the path of the file in the `verify` command that the page shows.
         details: measurements with the model, from `node_details`.
     """
+    document = shown_document(document)
     evaluation = document.evaluation[0] if document.evaluation else None
     title = finding(document)
-    graph, curve, heat = graph_view(circuit, document), curve_view(document), heat_view(circuit)
+    graph, curve, heat = graph_view(circuit, document, details.example), curve_view(document), heat_view(circuit)
     parts = [
         f"<h1>{text(title)}</h1>",
         _lead(document),
-        warnings_section(document),
         cards(evaluation) if evaluation else "",
+        warnings_section(document),
+        asked_section(document, details.example),
+        *(_diagram_section(diagram) for diagram in graph["diagrams"]),
         _graph_section(graph, details),
         _measures_section(evaluation, heat is not None, document.graph.granularity == "node"),
         f'<div class="pair"><section>{edges_part(document)}</section><section>{nodes_part(document)}</section></div>',
@@ -68,22 +72,11 @@ def render_report(circuit: Circuit, document: CircuitFile, circuit_path: str, de
         roles_section(document),
         predictions_section(document),
         provenance_section(document),
-        verify_section(document, circuit_path),
+        verify_section(document, shown_path(circuit_path)),
     ]
     data = {"graph": graph, "curve": curve, "heat": heat, "details": _details(details)}
-    style, script = _resource("page.css"), "\n".join(_resource(name) for name in SCRIPTS)
-    policy = (
-        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; "
-        "form-action 'none'"
-    )
-    return _PAGE.format(
-        policy=text(policy),
-        title=text(title),
-        style=style,
-        body="\n".join(part for part in parts if part),
-        data=_json(data),
-        script=script,
-    )
+    script = "\n".join(resource(name) for name in SCRIPTS)
+    return html_page(title, "\n".join(part for part in parts if part), script=script, data=_json(data))
 
 
 def _lead(document: CircuitFile) -> str:
@@ -104,6 +97,28 @@ def _task_words(document: CircuitFile) -> str:
     return f"{text(task.name)} ({text(task.title)})" if task.kind == "task" else text(task.name)
 
 
+def _diagram_section(diagram: dict[str, Any]) -> str:
+    by_role = diagram["by"] == "roles"
+    words: list[str] = []
+    if by_role and any(column["name"] for column in diagram["columns"]):
+        words.append("A box stands at the token position at which its nodes write, where the file states one.")
+    if diagram["claimed"]:
+        words.append("An arrow is what the source states that one role sends to another: into q, k or v of its heads.")
+    elif diagram["weights"] == "scores":
+        words.append(
+            "The weight of an arrow is the sum of the scores of its edges; dashed: negative, against the task."
+        )
+    else:
+        words.append("The wider an arrow, the more edges it stands for.")
+    words.append("Information flows upward.")
+    if not diagram["claimed"]:
+        words.append(f"Arrows below {MAIN_SHARE:.0%} of the largest are left out.")
+    plain = by_role and any(box["kind"] == "plain" for box in diagram["boxes"])
+    check = '<div class="controls"><label><input type="checkbox" id="plain"> nodes without a role</label></div>'
+    heading = "The circuit by role" if by_role else "The circuit by layer"
+    return _DIAGRAM.format(heading=heading, check=check if plain else "", caption=" ".join(words))
+
+
 def _graph_section(graph: dict[str, Any], details: NodeDetails) -> str:
     scored = (
         "The wider an edge, the larger its score; a dashed edge has a negative score (it works against the task)."
@@ -111,13 +126,14 @@ def _graph_section(graph: dict[str, Any], details: NodeDetails) -> str:
         else "The edges have no scores, so all are equally wide."
     )
     lines = " One line stands for all edges between two nodes." if graph["level"] == "node" else ""
-    if any(edge[5] is not None for edge in graph["edges"]):
+    if graph["lines"]["frequency"]:
         lines += " The fainter an edge, the fewer circuits of resampled examples have it."
     caption = (
         f"Information flows upward. {scored}{lines} q, k and v enter a head on the left, in the middle and on the "
         f"right. {graph['about']}"
     )
-    notes = "".join(f'<p class="note">{text(note)}</p>' for note in (_measured(details), *details.notes) if note)
+    said = [without_folders(note) for note in (_measured(details), *details.notes) if note]
+    notes = "".join(f'<p class="note">{text(note)}</p>' for note in said)
     return _GRAPH.format(caption=text(caption), notes=notes)
 
 
@@ -211,21 +227,20 @@ def _json(data: object) -> str:
     return packed.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _hash(content: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode("utf-8")).digest()).decode("ascii")
+_DIAGRAM = """<section id="by-group"><h2>{heading}</h2>{check}
+<div class="stage"><div class="canvas" id="figure-diagram"></div>
+<div class="side"><aside class="panel" id="diagram-panel" aria-live="polite" aria-label="Details"></aside></div></div>
+<p class="note">{caption}</p></section>"""
 
-
-def _resource(name: str) -> str:
-    return (resources.files("mechinterp.views.report") / name).read_text("utf-8")
-
-
-_GRAPH = """<section id="graph"><h2>The circuit</h2>
+_GRAPH = """<section id="graph"><h2>Heads and edges</h2>
 <div class="controls" role="group" aria-label="What the graph shows">
 <div class="control" id="size-control" hidden><label for="size">Size</label>
 <input type="range" id="size" min="0" value="0" step="1"><output id="size-says" for="size"></output></div>
 <div class="control"><label for="search">Search</label>
 <input type="search" id="search" placeholder="node, edge or role" autocomplete="off" spellcheck="false">
 <output id="search-says" for="search"></output></div>
+<div class="control" id="lines-control" hidden><label for="lines">Lines</label>
+<input type="range" id="lines" min="0" max="100" step="1"><output id="lines-says" for="lines"></output></div>
 <fieldset class="control" id="colour-control"><legend>Edge colour</legend>
 <label><input type="radio" name="colour" value="input" checked> where it enters</label>
 <label><input type="radio" name="colour" value="sign"> sign of the score</label></fieldset>
@@ -236,26 +251,7 @@ _GRAPH = """<section id="graph"><h2>The circuit</h2>
 </div>
 <div class="legend" id="legend"></div>
 <div class="stage"><div class="canvas" id="figure-circuit"></div>
-<aside id="panel" aria-live="polite" aria-label="Details"></aside></div>
+<div class="side"><aside class="panel" id="panel" aria-live="polite" aria-label="Details"></aside></div></div>
 <p class="note">{caption}</p>{notes}
 <noscript><p>The pictures need JavaScript; the tables below have every number.</p></noscript>
 </section>"""
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-<script type="application/json" id="data">{data}</script>
-<script>{script}</script>
-</body>
-</html>
-"""

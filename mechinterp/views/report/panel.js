@@ -16,10 +16,9 @@ class Panel {
 
   summary(stop) {
     this.again = () => this.summary(stop);
-    const hint = "Point at a node or an edge. Click a node to see only the paths through it.";
+    const hint = "Point at a node or an edge; click a node to see only the paths through it. Click again, or press Escape, for everything.";
     this.show(
       element("h3", {}, `${count(stop.n_edges, "edge")}, ${count(stop.n_nodes, "node")}`),
-      measured(stop).map(([value, on]) => element("p", {}, `Faithfulness ${value}${on}.`)),
       element("p", { class: "note" }, hint),
     );
   }
@@ -31,10 +30,10 @@ class Panel {
     this.show(
       element("h3", {}, name),
       facts([
-        ["score", score === null ? "none in the file" : `${number(score, 6)}${meaning && ` (${meaning})`}`],
+        ["score", score === null ? "none in the file" : `${signed(score)}${meaning && ` (${meaning})`}`],
         ["from", this.graph.nodes[from].name],
         ["to", this.graph.nodes[to].name],
-        ["enters", this.graph.channels[channel][0].replace("into ", "")],
+        ["into", this.graph.channels[channel][0].replace("into ", "")],
       ]),
     );
   }
@@ -48,7 +47,7 @@ class Panel {
     const scores = [...leaving.values()];
     const total = this.graph.level === "node" ? scores[0] : scores.reduce((sum, score) => sum + score, 0);
     const rows = [["role", role ? role.label : `none stated (${node.what})`]];
-    if (this.graph.scored && scores.length) rows.push([this.graph.level === "node" ? "score" : "score, its edges summed", number(total)]);
+    if (this.graph.scored && scores.length) rows.push([this.graph.level === "node" ? "score" : "score, its edges summed", signed(total)]);
     rows.push(this.graph.level === "node" ? ["neighbours", `${into.length} in, ${out.length} out`] : ["edges", `${into.length} in, ${leaving.size} out`]);
     const direct = this.details.direct[node.bare];
     if (direct !== undefined) rows.push(["direct effect", `${signed(direct)} logits (mean of ${this.details.n_direct})`]);
@@ -69,7 +68,7 @@ class Panel {
     const has = (prompt) => prompt.patterns[node.bare] || prompt.written[node.bare];
     if (!prompts.some(has)) {
       const could = ["head", "mlp", "neuron"].includes(node.kind);
-      return could ? [element("p", { class: "note" }, "No attention pattern or written tokens: see below the graph.")] : [];
+      return could ? [element("p", { class: "note" }, "Attention pattern and written tokens were not measured; the notes below the graph say why.")] : [];
     }
     const prompt = prompts[this.prompt], pattern = prompt.patterns[node.bare], written = prompt.written[node.bare];
     const choose = element("select", { "aria-label": "Prompt" }, ...prompts.map((one, k) =>

@@ -11,10 +11,13 @@ from mechinterp.circuit_file.summary import ranked_edges, ranked_nodes, stated_p
 from mechinterp.circuit_file.verify.coverage import extent_of
 from mechinterp.circuit_file.verify.role_support import support_of_roles
 from mechinterp.circuit_file.verify.warnings import stated_warnings
+from mechinterp.evaluation.role_names import plain_role
 from mechinterp.models.source import ModelFile
 
 ROWS_SHOWN = 20
 MAX_ROWS = 2000
+LONG = 40
+"""Cells with more letters are wrapped, in a column that keeps some width."""
 
 
 def cards(entry: EvaluationRecord) -> str:
@@ -41,7 +44,7 @@ def edges_part(document: CircuitFile) -> str:
     head = ("", "edge", "score", "of the largest") if scored else ("", "edge")
     rows: list[tuple[str, ...]] = []
     for rank, edge in enumerate(edges, 1):
-        score = () if edge.score is None else (f"{edge.score:.4g}", f"{edge.score / largest:.1%}")
+        score = () if edge.score is None else (f"{edge.score:.3g}", f"{edge.score / largest:.0%}")
         rows.append((str(rank), edge.name, *score))
     heading = "Strongest edges" if scored else "Edges"
     return f"<h2>{heading}</h2>{_folded(head, rows, (0, 2, 3), 'edges')}"
@@ -55,7 +58,7 @@ def nodes_part(document: CircuitFile) -> str:
     head = ("node", *role, "edges in", "edges out", *((score_name,) if scored else ()))
     rows: list[tuple[str, ...]] = []
     for node in nodes:
-        score = ("" if node.score is None else f"{node.score:.4g}",) if scored else ()
+        score = ("" if node.score is None else f"{node.score:.3g}",) if scored else ()
         rows.append((node.name, *((node.role,) if role else ()), str(node.n_in), str(node.n_out), *score))
     first = 1 + len(role)
     note = "Only edges of the circuit are counted."
@@ -86,27 +89,22 @@ def evaluation_section(document: CircuitFile, entry: EvaluationRecord) -> str:
     drawn = f"split {made.split}, seed {made.seed}" if isinstance(made, TaskPairs) else "given as token ids"
     first, middle, third = entry.example_quartiles
     unit = entry.metric.unit
-    gap = entry.full_value - entry.empty_value
     numbers = [
         ("examples", f"{entry.n_examples:,} ({entry.pairs}; {drawn})"),
         ("metric", f"{entry.metric.name}, in {unit}, {entry.metric.direction}"),
-        ("m(C): the circuit alone", f"{entry.circuit_value:.4g} {unit}"),
-        ("m(full): the whole model", f"{entry.full_value:.4g} {unit}"),
-        ("m(empty): every edge replaced", f"{entry.empty_value:.4g} {unit}"),
-        ("denominator m(full) - m(empty)", f"{gap:.4g} {unit}"),
-        ("faithfulness (m(C) - m(empty)) / (m(full) - m(empty))", _with_interval(entry)),
-        ("the same ratio per example: quartiles", f"{first:.3f}, {middle:.3f}, {third:.3f}"),
+        ("m(C): the circuit alone", f"{entry.circuit_value:.3f} {unit}"),
+        ("m(full): the whole model", f"{entry.full_value:.3f} {unit}"),
+        ("m(empty): every edge replaced", f"{entry.empty_value:.3f} {unit}"),
+        ("faithfulness per example: quartiles", f"{first:.3f}, {middle:.3f}, {third:.3f}"),
         ("examples that have a ratio of their own", f"{entry.n_ratio:,} of {entry.n_examples:,}"),
-        ("KL(full model || circuit)", f"{entry.kl:.4g} nats"),
-        ("accuracy, circuit", "not defined" if entry.accuracy is None else f"{entry.accuracy:.4f}"),
-        ("accuracy, full model", "not defined" if entry.accuracy_full is None else f"{entry.accuracy_full:.4f}"),
         ("random circuits of this size", ", ".join(map(_rounded, entry.random_faithfulness)) or "not run"),
         ("seed of random circuits and bootstrap", str(entry.seed)),
     ]
     axes = [(name, str(value)) for name, value in entry.ablation.model_dump().items()]
     return (
-        '<div class="pair"><section><h2>Evaluation</h2>'
-        f"{_table(None, numbers)}</section><section><h2>Ablation</h2>{_table(None, axes)}"
+        f'<div class="pair"><section><h2>Evaluation</h2>{_table(None, numbers)}'
+        '<p class="note">Faithfulness is (m(C) - m(empty)) / (m(full) - m(empty)), m the mean over examples; its '
+        f"interval is a bootstrap over examples.</p></section><section><h2>Ablation</h2>{_table(None, axes)}"
         '<p class="note">The six axes of Miller et al. 2024, arXiv 2407.08734; faithfulness means nothing without '
         "them.</p></section></div>"
     )
@@ -121,11 +119,6 @@ def predictions_section(document: CircuitFile) -> str:
         f"<h2>Predictions</h2>{_folded(('prediction', 'measured', 'negative controls'), rows, (1,), 'predictions')}"
         '<p class="note"><code>verify</code> measures each prediction and its negative controls again.</p>'
     )
-
-
-def _with_interval(entry: EvaluationRecord) -> str:
-    low, high = entry.faithfulness_ci
-    return f"{entry.faithfulness:.4f} [{low:.4f}, {high:.4f}], {entry.ci_level:.0%} bootstrap over examples"
 
 
 def provenance_section(document: CircuitFile) -> str:
@@ -179,7 +172,11 @@ def warnings_section(document: CircuitFile) -> str:
     if not found:
         return ""
     items = (f"<li><b>{text(warning.name)}</b>: {text(warning.text)}</li>" for warning in found)
-    return f'<section class="warnings"><h2>What could mislead</h2><ul>{"".join(items)}</ul></section>'
+    names = text(", ".join(dict.fromkeys(warning.name for warning in found)))
+    return (
+        f'<details class="warnings"><summary><b>What could mislead</b>: {names}</summary>'
+        f"<ul>{''.join(items)}</ul></details>"
+    )
 
 
 def roles_section(document: CircuitFile) -> str:
@@ -187,7 +184,7 @@ def roles_section(document: CircuitFile) -> str:
     rows: list[tuple[str, ...]] = []
     for entry in support_of_roles(document):
         predicted = [repr(prediction) for prediction in entry.predictions]
-        rows.append((entry.role.label, _few(entry.role.nodes), _few(predicted, "; "), _few(entry.without)))
+        rows.append((plain_role(entry.role.label), _few(entry.role.nodes), _few(predicted, "; "), _few(entry.without)))
     if not rows:
         return ""
     head = ("role", "nodes", "predictions that support it", "nodes without one")
@@ -204,18 +201,46 @@ def _few(names: Sequence[str], between: str = ", ", most: int = 12) -> str:
 
 
 def verify_section(document: CircuitFile, circuit_path: str) -> str:
-    """The `verify` command and what it covers; nothing is run for the page itself."""
+    """The `verify` command and what it does for this file; nothing is run for the page itself."""
     reach = extent_of(document).lines()
     rows = [(f"{heading} by verify" if heading == "recomputed" else heading, words) for heading, words in reach]
-    scored = "" if document.discovery is None else " With <code>--rescore</code> the scores are made again, too."
+    steps = ["checks every hash and the graph"]
+    if any(pairs.made_from.kind == "task" for pairs in document.pairs.values()):
+        steps.append("makes the examples again")
+    if document.evaluation:
+        steps.append("repeats the evaluation")
+    if document.predictions:
+        steps.append("measures the predictions and their controls again")
+    does = ", ".join(steps[:-1]) + (" and " if len(steps) > 1 else "") + steps[-1]
+    sidecar, scored = document.integrity.sidecar, ""
+    if document.discovery is not None:
+        scored = " With <code>--rescore</code> the scores are made again, too."
+    beside = f" The scores are in <code>{text(sidecar.file)}</code>, beside the file." if sidecar else ""
     return (
         "<h2>How to verify this</h2><p>This page shows what the file states; nothing was run again for it. The command "
-        "makes the examples again, checks every hash, repeats the evaluation, and reports claims that do not "
-        f"hold (exit code 1) and what could mislead (exit code 1, too, with <code>--strict</code>)."
-        f"{scored}</p>"
-        f"<pre><code>pip install mechinterp-circuits\n{text(verify_command(circuit_path))}</code></pre>"
+        f"{does}. A claim that does not hold is exit code 1; so is what could mislead, with <code>--strict</code>."
+        f"{scored}{beside} {_needs(document)}</p>"
+        f"<pre><code>{text(verify_command(circuit_path))}</code></pre>"
         f"{_table(None, rows)}"
     )
+
+
+def _needs(document: CircuitFile) -> str:
+    """What the command needs: the package, and the model if anything is to be run."""
+    package = "The command comes with the Python package <code>mechinterp-circuits</code>."
+    name, origin = f"<code>{text(document.model.name)}</code>", document.model.origin
+    if not (document.evaluation or document.predictions):
+        return f"{package} The file states nothing that needs the model {name} to be run."
+    model = {
+        "bundled": "The model is in the package.",
+        "hub": f"The model {name} is downloaded from the Hugging Face hub if it is not there yet.",
+        "memory": (
+            f"The model {name} was in memory: without it the command ends with exit code 3; in Python, "
+            "<code>mi.verify(file, model=...)</code> takes it."
+        ),
+    }
+    local = f"The model {name} is a local file or folder; where it is another one, <code>--model</code> names it."
+    return f"{package} {model.get(origin, local)}"
 
 
 def _table(head: Sequence[str] | None, rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
@@ -224,16 +249,19 @@ def _table(head: Sequence[str] | None, rows: Iterable[Sequence[str]], numbers: S
     def cell(column: int, value: str) -> str:
         if head is None and column == 0:
             return f'<th scope="row">{text(value)}</th>'
-        return f'<td class="number">{text(value)}</td>' if column in numbers else f"<td>{text(value)}</td>"
+        kind = "number" if column in numbers else "name" if " " not in value else "wide" if len(value) > LONG else ""
+        shown = f' class="{kind}"' if kind and head is not None else ""
+        return f"<td{shown}>{text(value)}</td>"
 
-    top = ""
+    top, kind = "", ' class="facts-of"'
     if head is not None:
+        kind = ' class="data"'
         names = (
             f'<th class="number">{text(n)}</th>' if i in numbers else f"<th>{text(n)}</th>" for i, n in enumerate(head)
         )
         top = f"<thead><tr>{''.join(names)}</tr></thead>"
     body = "".join(f"<tr>{''.join(cell(i, value) for i, value in enumerate(row))}</tr>" for row in rows)
-    return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll"><table{kind}>{top}<tbody>{body}</tbody></table></div>'
 
 
 def _number(value: float) -> str:
