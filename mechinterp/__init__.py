@@ -167,9 +167,14 @@ if TYPE_CHECKING:
     from mechinterp.models.hook_manager import Intervention as Intervention
     from mechinterp.models.hook_manager import Run as Run
     from mechinterp.models.hook_manager import load_model as load_model
+    from mechinterp.models.interventions import Hook as Hook
     from mechinterp.models.sites import Edge as Edge
     from mechinterp.models.sites import Node as Node
     from mechinterp.models.sites import Site as Site
+    from mechinterp.models.texts import Prompts as Prompts
+    from mechinterp.models.texts import ReadsTexts as ReadsTexts
+    from mechinterp.models.weight_names import LayerWeights as LayerWeights
+    from mechinterp.models.weight_names import WeightsByName as WeightsByName
     from mechinterp.pipeline import Discovery as Discovery
     from mechinterp.pipeline import discover as discover
     from mechinterp.run_spec import RunSpec as RunSpec
@@ -288,7 +293,10 @@ _HOMES = {
     "graphs.select": ("select",),
     "models.feature_basis": ("FeatureBasis", "Features"),
     "models.hook_manager": ("HookManager", "Intervention", "Run", "load_model"),
+    "models.interventions": ("Hook",),
     "models.sites": ("Edge", "Node", "Site"),
+    "models.texts": ("Prompts", "ReadsTexts"),
+    "models.weight_names": ("LayerWeights", "WeightsByName"),
     "pipeline": ("Discovery", "discover"),
     "run_spec": ("RunSpec",),
     "tasks.metric_names": ("METRICS",),

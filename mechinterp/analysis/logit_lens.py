@@ -64,7 +64,7 @@ class LogitLens:
 
 def logit_lens(
     model: HookManager,
-    prompts: Pairs | Int[Tensor, "batch pos"],
+    prompts: Pairs | str | Sequence[str] | Int[Tensor, "batch pos"],
     *,
     sites: Sequence[str | Site] | None = None,
     positions: Sequence[Position] | str | None = None,
@@ -78,7 +78,7 @@ def logit_lens(
 
     Args:
         model: The model.
-        prompts: Pairs (their clean prompts) or token ids.
+        prompts: Pairs (their clean prompts), texts, or token ids.
         sites: Residual streams; by default every `resid_pre` and `resid_mid`, and `resid_final`. A tuned lens has no
             map for `resid_mid`, so with one the default leaves it out.
         positions: Names (`end`), numbers (-1 is the last real token) or `each`; by default the first answer position.
@@ -105,7 +105,7 @@ def logit_lens(
     >>> read.target_rank.at(site="resid_final", target=0).values.flatten().tolist()[:2], read.kl.axes
     ([0.0, 0.0], ('site', 'pos', 'example'))
     """
-    pairs = as_pairs(prompts).to(model.device)
+    pairs = as_pairs(prompts, model=model).to(model.device)
     pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
     if isinstance(lens, TunedLens):
         lens.check_model(model)
@@ -160,7 +160,7 @@ def logit_lens(
 
 def writes_lens(
     model: HookManager,
-    prompts: Pairs | Int[Tensor, "batch pos"],
+    prompts: Pairs | str | Sequence[str] | Int[Tensor, "batch pos"],
     nodes: Sequence[str],
     *,
     position: Position | None = None,
@@ -174,7 +174,7 @@ def writes_lens(
 
     Args:
         model: The model.
-        prompts: Pairs (their clean prompts) or token ids.
+        prompts: Pairs (their clean prompts), texts, or token ids.
         nodes: Heads (`a9.h9`), MLPs (`m3`), neurons (`m3.n17`) and `input`.
         position: Where the writes are read; by default the first answer position.
         top_k: How many tokens per direction.
@@ -188,7 +188,7 @@ def writes_lens(
     >>> table.columns.tolist()
     ['node', 'example', 'rank', 'raised', 'raised_by', 'lowered', 'lowered_by']
     """
-    pairs = as_pairs(prompts).to(model.device)
+    pairs = as_pairs(prompts, model=model).to(model.device)
     if not nodes or isinstance(nodes, str):
         raise InputError("`nodes` is a list of at least one node, such as ['a9.h9', 'm3'].")
     at = pairs.answer_pos[:, 0] if position is None else position_index(pairs, position)
