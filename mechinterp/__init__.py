@@ -183,6 +183,8 @@ if TYPE_CHECKING:
     from mechinterp.tasks.metrics import get_metric as get_metric
     from mechinterp.tasks.metrics import metric_names as metric_names
     from mechinterp.tasks.metrics import register_metric as register_metric
+    from mechinterp.tasks.own_metric import FunctionMetric as FunctionMetric
+    from mechinterp.tasks.own_metric import metric as metric
     from mechinterp.tasks.pair_files import load_pairs as load_pairs
     from mechinterp.tasks.pairs import Pairs as Pairs
     from mechinterp.tasks.task import Task as Task
@@ -301,6 +303,7 @@ _HOMES = {
     "run_spec": ("RunSpec",),
     "tasks.metric_names": ("METRICS",),
     "tasks.metrics": ("Metric", "get_metric", "metric_names", "register_metric"),
+    "tasks.own_metric": ("FunctionMetric", "metric"),
     "tasks.pair_files": ("load_pairs",),
     "tasks.pairs": ("Pairs",),
     "tasks.task": ("Task", "load_task", "task_names"),

@@ -25,6 +25,7 @@ from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import Graph
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.metrics import Metric, get_metric
+from mechinterp.tasks.own_metric import MetricLike
 from mechinterp.tasks.pairs import Pairs
 
 CI_LEVEL = 0.95
@@ -117,7 +118,7 @@ def evaluate(
     circuit: Circuit,
     pairs: Pairs,
     *,
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     replacement: str = "corrupt",
     reference: Pairs | None = None,
     n_random: int = 5,
@@ -212,7 +213,7 @@ def faithfulness_curve(
     graph: Graph,
     pairs: Pairs,
     *,
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     replacement: str = "corrupt",
     batch_size: int = 32,
     progress: Progress = no_progress,
