@@ -19,11 +19,13 @@ from mechinterp.base.errors import InputError, MechInterpError, NoSmallCircuit, 
 from mechinterp.base.plain_files import is_file, is_folder
 from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.base.settings import Parameter, check_settings, unknown_setting
+from mechinterp.base.shown import Shown
 from mechinterp.circuit_file.circuit_file import save_circuit
 from mechinterp.circuit_file.limits import FEW
 from mechinterp.circuit_file.records import task_record
 from mechinterp.circuit_file.schema import CircuitFile, FileTaskRecord, TaskRecord
 from mechinterp.circuit_file.store import SUFFIX, sidecar_name
+from mechinterp.circuit_file.summary import finding, steadiness
 from mechinterp.circuit_file.verify.verification import verify as verify
 from mechinterp.discovery.finished_parts import FinishedParts
 from mechinterp.discovery.method import METHODS, Method, check_graph, score_edges
@@ -78,8 +80,8 @@ class Examples:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Discovery:
+@dataclass(frozen=True, repr=False)
+class Discovery(Shown):
     """The result of a run.
 
     `performance` is how well the model does the task, `curve` faithfulness against size on the pairs that chose the
@@ -98,6 +100,9 @@ class Discovery:
     roles: MeasuredRoles | None = None
     notes: tuple[str, ...] = ()
     """What could not be measured, and why."""
+
+    def _facts(self) -> list[tuple[str, object]]:
+        return [("", finding(self.document)), *(("", line) for line in steadiness(self.document)), ("file", self.path)]
 
     @property
     def train(self) -> Pairs:

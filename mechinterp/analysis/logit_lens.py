@@ -18,6 +18,7 @@ from torch import Tensor
 from mechinterp.analysis.tuned_lens import TunedLens
 from mechinterp.base.batches import batches
 from mechinterp.base.errors import InputError, UnsupportedError
+from mechinterp.base.shown import Shown
 from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.projected_logits import Reading, extremes, logits_of, read_vocabulary
 from mechinterp.models.components import Position, as_pairs, parse_part, position_index
@@ -30,8 +31,8 @@ Lens = Callable[[Site, Tensor], Tensor]
 """Maps the residual stream at a site to one that the final norm can read; the identity is the plain lens."""
 
 
-@dataclass(frozen=True, eq=False)
-class LogitLens:
+@dataclass(frozen=True, eq=False, repr=False)
+class LogitLens(Shown):
     """The distributions that the lens gives, by site, position and example."""
 
     top_tokens: Int[Tensor, "site pos example k"]
@@ -47,6 +48,16 @@ class LogitLens:
     """KL(model's own distribution || lens), in nats; axes site, pos, example."""
     entropy: Grid
     """Of the lens's distribution, in nats."""
+
+    def _facts(self) -> list[tuple[str, object]]:
+        sites, kl = self.kl.labels["site"], self.kl.values.double()
+        ends = f"{float(kl[0].nanmean()):.3g} at {sites[0]}, {float(kl[-1].nanmean()):.3g} at {sites[-1]}"
+        sizes = [(axis, len(self.kl.labels[axis])) for axis in ("pos", "example")]
+        return [
+            ("sites", f"{len(sites)}, {sites[0]} to {sites[-1]}"),
+            *sizes,
+            ("mean KL to the output", f"{ends} nats"),
+        ]
 
     def to_frame(self, tokenizer: Any = None) -> pd.DataFrame:
         """A row per site, position and example: KL, entropy and the most probable token with its probability.

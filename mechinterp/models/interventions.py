@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mechinterp.base.errors import InputError, clip
-from mechinterp.base.shown import facts_table
+from mechinterp.base.shown import Shown
 from mechinterp.models.feature_basis import FeatureBasis
 from mechinterp.models.past import Past
 from mechinterp.models.sites import Site
@@ -151,7 +151,7 @@ def _takes_hook(edit: Callable[..., Any], site: SiteName) -> bool:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Run:
+class Run(Shown):
     """The results of one run of a model, as `HookManager.run` returns them.
 
     Args:
@@ -203,12 +203,6 @@ class Run:
     def keys(self) -> tuple[Any, ...]:
         """The sites that were recorded, as they were given."""
         return tuple(self.values)
-
-    def __repr__(self) -> str:
-        return f"Run({', '.join(f'{name} {text}' for name, text in self._facts())})"
-
-    def _repr_html_(self) -> str:
-        return facts_table("Run", self._facts())
 
     def _facts(self) -> list[tuple[str, str]]:
         facts = [] if self.prompts is None else [("of", repr(self.prompts))]

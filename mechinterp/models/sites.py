@@ -179,6 +179,16 @@ def canonical(text: str) -> str:
     return text if found is None else f"a{found['a'] or found['b']}.h{found['head']}{text[found.end() :]}"
 
 
+def canonical_edge(text: str) -> str:
+    """The name of an edge with its heads written as the package writes them; of a node as `canonical` gives it.
+
+    >>> canonical_edge("L0H0->5.5<q>@end")
+    'a0.h0->a5.h5<q>@end'
+    """
+    writer, arrow, reader = text.partition("->")
+    return canonical(writer) + arrow + canonical(reader)
+
+
 def not_a_name(text: str, expected: str) -> InputError:
     """The error for a text that is not a name of the expected sort, with the nearest name.
 
