@@ -4,7 +4,10 @@ The public names are imported when they are first used, so that `import mechinte
 """
 
 from importlib import import_module
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
+
+from mechinterp.base.notebook import in_notebook, with_bar
 
 if TYPE_CHECKING:
     from mechinterp.analysis.activation_patching import activation_patching as activation_patching
@@ -322,6 +325,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'mechinterp' has no attribute {name!r}")
     value = getattr(import_module(f"mechinterp.{_HOME_OF[name]}"), name)
+    if isinstance(value, FunctionType) and in_notebook():
+        value = with_bar(value)
     globals()[name] = value
     return value
 

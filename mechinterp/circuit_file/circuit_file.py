@@ -50,6 +50,7 @@ from mechinterp.circuit_file.store import (
     sidecar_name,
     write_pair,
 )
+from mechinterp.circuit_file.stored import find_file
 from mechinterp.discovery.stable import CORE, MeasuredStability
 from mechinterp.evaluation.faithfulness import Evaluation
 from mechinterp.evaluation.measurements import Checked
@@ -183,12 +184,19 @@ def load_circuit(path: str | Path) -> Circuit:
     """The circuit in a file, with its graph and its scores; no model is needed.
 
     Args:
-        path: the `NAME.circuit.json`; `NAME.scores.safetensors` is read from the same folder.
+        path: the `NAME.circuit.json`; `NAME.scores.safetensors` is read from the same folder. Or the name of a stored
+            circuit (see `discover-circuit list`).
 
     Raises:
         FormatError: if either file is missing, is not a circuit file, or was changed after it was written.
+        InputError: if no stored circuit has that name.
+
+    Example:
+        >>> import mechinterp as mi
+        >>> len(mi.load_circuit("ioi-bundled-mattr"))
+        89
     """
-    return circuit_of(open_circuit_file(path))
+    return circuit_of(open_circuit_file(find_file(path)))
 
 
 def circuit_of(opened: OpenedFile) -> Circuit:
