@@ -4,7 +4,10 @@ The public names are imported when they are first used, so that `import mechinte
 """
 
 from importlib import import_module
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
+
+from mechinterp.base.notebook import in_notebook, with_bar
 
 if TYPE_CHECKING:
     from mechinterp.analysis.activation_patching import activation_patching as activation_patching
@@ -168,9 +171,14 @@ if TYPE_CHECKING:
     from mechinterp.models.hook_manager import Intervention as Intervention
     from mechinterp.models.hook_manager import Run as Run
     from mechinterp.models.hook_manager import load_model as load_model
+    from mechinterp.models.interventions import Hook as Hook
     from mechinterp.models.sites import Edge as Edge
     from mechinterp.models.sites import Node as Node
     from mechinterp.models.sites import Site as Site
+    from mechinterp.models.texts import Prompts as Prompts
+    from mechinterp.models.texts import ReadsTexts as ReadsTexts
+    from mechinterp.models.weight_names import LayerWeights as LayerWeights
+    from mechinterp.models.weight_names import WeightsByName as WeightsByName
     from mechinterp.pipeline import Discovery as Discovery
     from mechinterp.pipeline import discover as discover
     from mechinterp.run_spec import RunSpec as RunSpec
@@ -179,6 +187,8 @@ if TYPE_CHECKING:
     from mechinterp.tasks.metrics import get_metric as get_metric
     from mechinterp.tasks.metrics import metric_names as metric_names
     from mechinterp.tasks.metrics import register_metric as register_metric
+    from mechinterp.tasks.own_metric import FunctionMetric as FunctionMetric
+    from mechinterp.tasks.own_metric import metric as metric
     from mechinterp.tasks.pair_files import load_pairs as load_pairs
     from mechinterp.tasks.pairs import Pairs as Pairs
     from mechinterp.tasks.task import Task as Task
@@ -290,11 +300,15 @@ _HOMES = {
     "graphs.select": ("select",),
     "models.feature_basis": ("FeatureBasis", "Features"),
     "models.hook_manager": ("HookManager", "Intervention", "Run", "load_model"),
+    "models.interventions": ("Hook",),
     "models.sites": ("Edge", "Node", "Site"),
+    "models.texts": ("Prompts", "ReadsTexts"),
+    "models.weight_names": ("LayerWeights", "WeightsByName"),
     "pipeline": ("Discovery", "discover"),
     "run_spec": ("RunSpec",),
     "tasks.metric_names": ("METRICS",),
     "tasks.metrics": ("Metric", "get_metric", "metric_names", "register_metric"),
+    "tasks.own_metric": ("FunctionMetric", "metric"),
     "tasks.pair_files": ("load_pairs",),
     "tasks.pairs": ("Pairs",),
     "tasks.task": ("Task", "load_task", "task_names"),
@@ -313,6 +327,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'mechinterp' has no attribute {name!r}")
     value = getattr(import_module(f"mechinterp.{_HOME_OF[name]}"), name)
+    if isinstance(value, FunctionType) and in_notebook():
+        value = with_bar(value)
     globals()[name] = value
     return value
 

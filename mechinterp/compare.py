@@ -19,7 +19,7 @@ from mechinterp.graphs.graph import Graph
 from mechinterp.models.hook_manager import HookManager, load_model
 from mechinterp.pipeline import check_task, examples_of, graph_of_run, parsed_setting, stem
 from mechinterp.run_spec import RunSpec, compare_command
-from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike, as_metric
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.views.report.comparison import write_comparison
 
@@ -31,7 +31,7 @@ def compare_methods(
     test: Pairs,
     methods: Sequence[str],
     *,
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     replacement: str = "corrupt",
     shares: Sequence[float] = MIB_SHARES,
     settings: Mapping[str, Mapping[str, Parameter]] | None = None,
@@ -99,7 +99,7 @@ def compare_methods(
         )
         results[name] = MethodResult(scores, values[: len(sizes)], values[len(sizes) :], seconds)
     about: dict[str, Parameter] = {
-        "metric": metric if isinstance(metric, str) else metric.name,
+        "metric": as_metric(metric).name,
         "replacement": replacement,
         "train": len(train),
         "test": len(test),

@@ -18,12 +18,15 @@ from torch import Tensor
 from mechinterp.base.errors import InputError, MechInterpError, NoSmallCircuit, TaskNotDone
 from mechinterp.base.plain_files import is_file, is_folder
 from mechinterp.base.progress import StageProgress, no_stages
+from mechinterp.base.registry import unknown
 from mechinterp.base.settings import Parameter, check_settings, unknown_setting
+from mechinterp.base.shown import Shown
 from mechinterp.circuit_file.circuit_file import save_circuit
 from mechinterp.circuit_file.limits import FEW
 from mechinterp.circuit_file.records import task_record
 from mechinterp.circuit_file.schema import CircuitFile, FileTaskRecord, TaskRecord
 from mechinterp.circuit_file.store import SUFFIX, sidecar_name
+from mechinterp.circuit_file.summary import finding, steadiness
 from mechinterp.circuit_file.verify.verification import verify as verify
 from mechinterp.discovery.features import top_features
 from mechinterp.discovery.finished_parts import FinishedParts
@@ -49,7 +52,7 @@ from mechinterp.graphs.graph import Graph, build_graph
 from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select import check_selection, select, sized, unit_count
 from mechinterp.models.hook_manager import HookManager, load_model
-from mechinterp.run_spec import FEATURES, NEURONS, RESAMPLES, RunSpec, command_of, resolved
+from mechinterp.run_spec import FEATURES, NEURONS, RESAMPLES, RunSpec, command_of, declared, resolved
 from mechinterp.tasks.metrics import get_metric
 from mechinterp.tasks.pair_files import load_pairs
 from mechinterp.tasks.pairs import Pairs
@@ -80,8 +83,8 @@ class Examples:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Discovery:
+@dataclass(frozen=True, repr=False)
+class Discovery(Shown):
     """The result of a run.
 
     `performance` is how well the model does the task, `curve` faithfulness against size on the pairs that chose the
@@ -101,6 +104,9 @@ class Discovery:
     notes: tuple[str, ...] = ()
     """What could not be measured, and why."""
 
+    def _facts(self) -> list[tuple[str, object]]:
+        return [("", finding(self.document)), *(("", line) for line in steadiness(self.document)), ("file", self.path)]
+
     @property
     def train(self) -> Pairs:
         """The pairs that the circuit was found with."""
@@ -112,15 +118,21 @@ class Discovery:
         return self.examples.test
 
 
-def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
+def discover(
+    spec: RunSpec | str, progress: StageProgress = no_stages, *, model: Any = None, **options: Any
+) -> Discovery:
     """The circuit of a task in a model, evaluated on held-out pairs, and its file, which is written.
 
     First the model must do the task. Then edges are scored on the train pairs, the size is chosen on the validation
     pairs, and the circuit is evaluated on the test pairs; its stability is measured by drawing the train pairs again.
 
     Args:
-        spec: The task, the model, the method and all other options of the run.
+        spec: The task, with the model, method and all other options of the run as a `RunSpec`; or the task alone: its
+            name, a task file, a file of pairs.
         progress: Called as `progress(stage, done, total)`.
+        model: A loaded model, or anything that `load_model` takes; by default the one of the spec.
+        **options: Fields of `RunSpec`, such as `method="eap-ig"` and `edges=60`; `settings` may be a mapping. As on the
+            command line, `examples` also counts for the validation and the test pairs.
 
     Cost: that of the method, about ten sizes on the validation pairs, the evaluation and, by default, the roles. A
     killed run resumes: finished stages are not computed again, and scoring goes on from its last saved state.
@@ -129,12 +141,15 @@ def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
         InputError: If the spec is invalid; nothing is written then.
         TaskNotDone: If the model does not do the task (and `spec.anyway` is false).
         NoSmallCircuit: If no size up to half of the graph reaches the levels.
+
+    `mi.discover("ioi", effort="quick")` is the run of `discover-circuit run ioi --effort quick`.
     """
+    spec, given = _asked(spec, model, options)
     spec = resolved(spec)
     settings = _settings(spec)
     path = output_path(spec)
     progress("model", 0, 1)
-    model = load_model(spec.model, revision=spec.revision, dtype=spec.dtype, device=spec.device)
+    model = given or load_model(spec.model, revision=spec.revision, dtype=spec.dtype, device=spec.device)
     progress("model", 1, 1)
     examples = examples_of(spec, model)
     train, metric = examples.train, spec.metric or examples.metric
@@ -198,12 +213,39 @@ def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
         curve=curve,
         performance=(performance, train),
         stability=stability,
-        command=command_of(spec),
+        command=None if model.info.origin == "memory" else command_of(spec),
     )
     done.clear()
     return Discovery(
         circuit, evaluation, performance, curve, stability, model, examples, path, document, roles, tuple(unmeasured)
     )
+
+
+def _asked(spec: RunSpec | str, model: Any, options: Mapping[str, Any]) -> tuple[RunSpec, HookManager | None]:
+    """(the spec with these options, the model if it is loaded already). Raises InputError for unknown options."""
+    known = declared()
+    for name in options:
+        if name not in known or name == "task":
+            raise unknown("option of a run", name, [*known, "model"])
+    changes = dict(options)
+    for name, field in known.items():
+        if isinstance(spec, str) and field.option.default_of in options:
+            changes.setdefault(name, options[field.option.default_of])
+    if isinstance(settings := changes.get("settings"), Mapping):
+        changes["settings"] = tuple(f"{name}={value}" for name, value in settings.items())
+    if isinstance(positions := changes.get("positions"), (list, tuple)):
+        changes["positions"] = ",".join(positions)
+    spec = RunSpec(task=spec, **changes) if isinstance(spec, str) else replace(spec, **changes)
+    if model is None:
+        return spec, None
+    if isinstance(model, (str, Path)):
+        return replace(spec, model=str(model)), None
+    loaded = load_model(model)
+    if model_options := [name for name in ("revision", "dtype", "device") if getattr(spec, name) is not None]:
+        raise InputError(f"The model is loaded already; give {', '.join(model_options)} to load_model.")
+    info, dtype = loaded.info, str(loaded.dtype).removeprefix("torch.")
+    own: dict[str, Any] = {"revision": info.revision} if info.origin == "hub" else {}
+    return replace(spec, model=info.name, dtype=None if dtype == "float32" else dtype, **own), loaded
 
 
 def _method(spec: RunSpec) -> str:

@@ -454,3 +454,36 @@ def test_every_public_name_is_there() -> None:
     assert callable(mi.verify) and callable(mi.select) and callable(mi.discover)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = mi.nothing
+
+
+@pytest.mark.slow
+def test_a_run_by_name_is_the_run_of_the_spec(made: Discovery, folder: Path, tmp_path: Path) -> None:
+    """Options as keywords, as on the command line; the command that it states names the model."""
+    loaded = mi.load_model(str(folder / "small"))
+    found = mi.discover("ioi", model=loaded, out=tmp_path, **SMALL)
+    assert found.circuit.digest() == made.circuit.digest() and found.model is loaded
+    assert found.document.provenance.command == made.document.provenance.command
+    assert repr(found).startswith(f"Discovery({len(made.circuit)} of")
+
+
+@pytest.mark.slow
+def test_a_run_with_a_model_in_memory_states_no_command(folder: Path, tmp_path: Path) -> None:
+    loaded = mi.load_model(str(folder / "small"))
+    model = mi.load_model(loaded.bridge.original_model, tokenizer=loaded.tokenizer)
+    quick = {"method": "eap", "examples": 10, "edges": 20, "roles": False, "curve": False, "anyway": True}
+    found = mi.discover("ioi", model=model, out=tmp_path, settings={}, positions=["S2", "end"], **quick)
+    assert found.document.provenance.command is None and found.document.model.origin == "memory"
+    assert len(found.train) == len(found.test) == 10 and found.circuit.graph.positions == ("S2", "end", "rest")
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "said"),
+    [
+        ("ioi", {"edgse": 3}, "Unknown option of a run 'edgse'. Did you mean 'edges'"),
+        ("ioi", {"task": "ioi"}, "Unknown option of a run 'task'"),
+        ("ioy", {"model": "./none"}, "no model directory"),
+    ],
+)
+def test_a_wrong_option_of_a_run_by_name_is_named(task: str, options: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises((InputError, TypeError), match=said):
+        mi.discover(task, out=tmp_path, **options)

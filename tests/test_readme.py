@@ -20,7 +20,9 @@ def test_python_block_runs(number: int, tmp_path: Path, monkeypatch: pytest.Monk
     exec(compile(BLOCKS[number], f"README block {number}", "exec"), namespace)
     if "circuit" in namespace:
         assert (tmp_path / "ioi.circuit.json").exists()
-        assert len(namespace["circuit"].edges) <= 60  # type: ignore[attr-defined]
+        stated = re.search(r"# (Evaluation\(.*), \.\.\.$", BLOCKS[number], re.MULTILINE)
+        assert stated is not None and repr(namespace["result"]).startswith(stated[1])
+        assert namespace["result"].faithfulness > 0.95  # type: ignore[attr-defined]
         verification = namespace["mi"].verify("ioi.circuit.json")  # type: ignore[attr-defined]
         assert verification.ok, str(verification)
 

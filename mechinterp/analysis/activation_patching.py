@@ -30,6 +30,7 @@ from mechinterp.models.feature_basis import FeatureBasis
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Site
 from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike
 from mechinterp.tasks.pairs import Pairs
 
 Replacing: TypeAlias = "str | Tensor | Callable[[Tensor, Site], Tensor]"
@@ -46,7 +47,7 @@ def activation_patching(
     direction: Literal["noise", "denoise"] = "noise",
     replacement: Replacing = "pair",
     reference: Pairs | None = None,
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     layers: Sequence[int] | None = None,
     units: Sequence[int] | None = None,
     batch_size: int | None = None,

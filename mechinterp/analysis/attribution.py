@@ -56,6 +56,7 @@ from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.modes import Gradients
 from mechinterp.models.sites import Node, Site
 from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike
 from mechinterp.tasks.pairs import Pairs
 
 
@@ -74,7 +75,11 @@ def patched_patterns(
     depends on its own queries and keys only.
     """
     at = where[:, :, None, None]
-    edits = [Intervention(site, lambda old, new=new: torch.where(at, new, old)) for site, new in replaced.items()]
+
+    def write(new: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda old: torch.where(at, new, old)
+
+    edits = [Intervention(site, write(new)) for site, new in replaced.items()]
     edits += [Intervention(site, value) for site, value in z.items()]
     layers = [int(site.layer or 0) for site in replaced]
     patterns = {layer: Site("pattern", layer) for layer in layers}
@@ -350,7 +355,7 @@ def attribution_patching(
     direction: Literal["noise", "denoise"] = "noise",
     replacement: Literal["pair", "mean", "zero"] = "pair",
     reference: Pairs | None = None,
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     layers: Sequence[int] | None = None,
     batch_size: int | None = None,
 ) -> Grid:
@@ -462,7 +467,7 @@ def node_attribution(
     direction: Literal["noise", "denoise"] = "noise",
     replacement: Literal["pair", "mean", "zero"] = "pair",
     reference: Pairs | None = None,
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     features: Sequence[FeatureBasis] = (),
     batch_size: int | None = None,
 ) -> Grid:

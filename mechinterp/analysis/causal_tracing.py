@@ -22,7 +22,7 @@ from mechinterp.engines.readout import checked_metric, metric_readout
 from mechinterp.models.components import Part, Positions, layer_range, position_sets
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.sites import Site
-from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike
 from mechinterp.tasks.pairs import Pairs
 
 RESTORABLE = ("resid_post", "resid_mid", "resid_pre", "attn_out", "mlp_out")
@@ -39,7 +39,7 @@ def causal_tracing(
     noise: float = 3.0,
     samples: int = 10,
     seed: int = 0,
-    metric: Metric | str = "prob",
+    metric: MetricLike = "prob",
     layers: Sequence[int] | None = None,
     batch_size: int | None = None,
     memory: int | None = None,

@@ -19,6 +19,7 @@ from mechinterp.base.batches import batches
 from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.registry import unknown
+from mechinterp.base.shown import Shown
 from mechinterp.engines.decomposition.encoder import Encoder
 from mechinterp.engines.decomposition.one_backward import linear_scores, suits
 from mechinterp.engines.decomposition.rules import Preset, get_preset
@@ -43,8 +44,8 @@ _INSTEAD = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Decomposition:
+@dataclass(frozen=True, eq=False, repr=False)
+class Decomposition(Shown):
     """The relevant and the irrelevant part of every target, for every source.
 
     Where nothing of a source reaches a target, the relevant part is 0; relevant + irrelevant = total, exactly.
@@ -62,6 +63,11 @@ class Decomposition:
     about: Mapping[str, Any] = field(default_factory=dict[str, Any])
     cost: Mapping[str, float] = field(default_factory=dict[str, float])
     """Of all examples, in forwards (a source counts from its layer and first position on) and backwards."""
+
+    def _facts(self) -> list[tuple[str, object]]:
+        sources = ", ".join(f"{axis} {len(labels)}" for axis, labels in self.labels.items())
+        targets = ", ".join(f"{name} {list(value.shape)}" for name, value in self.total.items())
+        return [("sources", sources), ("targets", targets), ("completeness", f"{self.completeness:.2g}")]
 
     def irrelevant(self, target: str | None = None) -> Tensor:
         """Total minus relevant, with the sources' axes."""

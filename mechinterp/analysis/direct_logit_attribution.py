@@ -33,7 +33,7 @@ from mechinterp.tasks.pairs import Pairs
 
 def direct_logit_attribution(
     model: HookManager,
-    prompts: Pairs | Int[Tensor, "batch pos"],
+    prompts: Pairs | str | Sequence[str] | Int[Tensor, "batch pos"],
     direction: DirectionLike = "answers",
     *,
     position: Position | None = None,
@@ -52,7 +52,7 @@ def direct_logit_attribution(
 
     Args:
         model: The model.
-        prompts: Pairs, or token ids without padding.
+        prompts: Pairs, texts, or token ids without padding.
         direction: `answers` (mean right logit minus mean wrong logit), `right`, `wrong`, token ids (one, or one per
             example), a pair of these (difference), or float weights `[d_vocab]` or `[batch, d_vocab]`.
         position: Where it is read; by default the answer positions (their mean where an example has several).
@@ -94,7 +94,7 @@ def direct_logit_attribution(
     >>> [name for name in parts.labels["node"] if name.startswith("a3.h1")]
     ['a3.h1@IO', 'a3.h1@S1', 'a3.h1@S2', 'a3.h1@rest']
     """
-    pairs = as_pairs(prompts).to(model.device)
+    pairs = as_pairs(prompts, model=model).to(model.device)
     if prompt not in ("clean", "corrupt"):
         raise InputError(f"`prompt` is 'clean' or 'corrupt'; got {prompt!r}.")
     pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)

@@ -23,7 +23,7 @@ from mechinterp.engines.readout import FINAL, checked_metric, metric_readout
 from mechinterp.engines.site_gradients import check_differentiable, site_gradients
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.sites import Site
-from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike
 from mechinterp.tasks.pairs import Pairs
 
 Baseline: TypeAlias = "str | int | Tensor"
@@ -65,7 +65,7 @@ def integrated_gradients(
     site: str = "embed",
     steps: int = 32,
     quadrature: str = "midpoint",
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     batch_size: int | None = None,
 ) -> Grid:
     """How much every token of the clean prompt adds to the metric, against a baseline: axes (pos, example).

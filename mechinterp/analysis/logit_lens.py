@@ -18,6 +18,7 @@ from torch import Tensor
 from mechinterp.analysis.tuned_lens import TunedLens
 from mechinterp.base.batches import batches
 from mechinterp.base.errors import InputError, UnsupportedError
+from mechinterp.base.shown import Shown
 from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.projected_logits import Reading, extremes, logits_of, read_vocabulary
 from mechinterp.models.components import Position, as_pairs, parse_part, position_index
@@ -30,8 +31,8 @@ Lens = Callable[[Site, Tensor], Tensor]
 """Maps the residual stream at a site to one that the final norm can read; the identity is the plain lens."""
 
 
-@dataclass(frozen=True, eq=False)
-class LogitLens:
+@dataclass(frozen=True, eq=False, repr=False)
+class LogitLens(Shown):
     """The distributions that the lens gives, by site, position and example."""
 
     top_tokens: Int[Tensor, "site pos example k"]
@@ -47,6 +48,16 @@ class LogitLens:
     """KL(model's own distribution || lens), in nats; axes site, pos, example."""
     entropy: Grid
     """Of the lens's distribution, in nats."""
+
+    def _facts(self) -> list[tuple[str, object]]:
+        sites, kl = self.kl.labels["site"], self.kl.values.double()
+        ends = f"{float(kl[0].nanmean()):.3g} at {sites[0]}, {float(kl[-1].nanmean()):.3g} at {sites[-1]}"
+        sizes = [(axis, len(self.kl.labels[axis])) for axis in ("pos", "example")]
+        return [
+            ("sites", f"{len(sites)}, {sites[0]} to {sites[-1]}"),
+            *sizes,
+            ("mean KL to the output", f"{ends} nats"),
+        ]
 
     def to_frame(self, tokenizer: Any = None) -> pd.DataFrame:
         """A row per site, position and example: KL, entropy and the most probable token with its probability.
@@ -64,7 +75,7 @@ class LogitLens:
 
 def logit_lens(
     model: HookManager,
-    prompts: Pairs | Int[Tensor, "batch pos"],
+    prompts: Pairs | str | Sequence[str] | Int[Tensor, "batch pos"],
     *,
     sites: Sequence[str | Site] | None = None,
     positions: Sequence[Position] | str | None = None,
@@ -78,7 +89,7 @@ def logit_lens(
 
     Args:
         model: The model.
-        prompts: Pairs (their clean prompts) or token ids.
+        prompts: Pairs (their clean prompts), texts, or token ids.
         sites: Residual streams; by default every `resid_pre` and `resid_mid`, and `resid_final`. A tuned lens has no
             map for `resid_mid`, so with one the default leaves it out.
         positions: Names (`end`), numbers (-1 is the last real token) or `each`; by default the first answer position.
@@ -105,7 +116,7 @@ def logit_lens(
     >>> read.target_rank.at(site="resid_final", target=0).values.flatten().tolist()[:2], read.kl.axes
     ([0.0, 0.0], ('site', 'pos', 'example'))
     """
-    pairs = as_pairs(prompts).to(model.device)
+    pairs = as_pairs(prompts, model=model).to(model.device)
     pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
     if isinstance(lens, TunedLens):
         lens.check_model(model)
@@ -160,7 +171,7 @@ def logit_lens(
 
 def writes_lens(
     model: HookManager,
-    prompts: Pairs | Int[Tensor, "batch pos"],
+    prompts: Pairs | str | Sequence[str] | Int[Tensor, "batch pos"],
     nodes: Sequence[str],
     *,
     position: Position | None = None,
@@ -174,7 +185,7 @@ def writes_lens(
 
     Args:
         model: The model.
-        prompts: Pairs (their clean prompts) or token ids.
+        prompts: Pairs (their clean prompts), texts, or token ids.
         nodes: Heads (`a9.h9`), MLPs (`m3`), neurons (`m3.n17`) and `input`.
         position: Where the writes are read; by default the first answer position.
         top_k: How many tokens per direction.
@@ -188,7 +199,7 @@ def writes_lens(
     >>> table.columns.tolist()
     ['node', 'example', 'rank', 'raised', 'raised_by', 'lowered', 'lowered_by']
     """
-    pairs = as_pairs(prompts).to(model.device)
+    pairs = as_pairs(prompts, model=model).to(model.device)
     if not nodes or isinstance(nodes, str):
         raise InputError("`nodes` is a list of at least one node, such as ['a9.h9', 'm3'].")
     at = pairs.answer_pos[:, 0] if position is None else position_index(pairs, position)

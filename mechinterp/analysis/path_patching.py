@@ -24,7 +24,7 @@ from mechinterp.features.addresses import refuse_features
 from mechinterp.models.components import Part, Positions, parse_part, position_sets
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node, Site
-from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike
 from mechinterp.tasks.pairs import Pairs
 
 _INSTEAD = (
@@ -47,7 +47,7 @@ def path_patching(
     meaning: Literal["direct", "mlps-recomputed"] = "mlps-recomputed",
     positions: Positions = None,
     direction: Literal["noise", "denoise"] = "noise",
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     batch_size: int | None = None,
     memory: int | None = None,
     progress: Progress = no_progress,

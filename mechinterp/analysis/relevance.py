@@ -31,7 +31,7 @@ from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.modes import Gradients
 from mechinterp.models.norm import Norm
 from mechinterp.models.sites import Site
-from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike
 from mechinterp.tasks.pairs import Pairs
 
 
@@ -57,7 +57,7 @@ def relevance(
     what: str = "input",
     *,
     rules: str | Rules = "relp",
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     batch_size: int | None = None,
 ) -> Relevance:
     """How much of the clean run's output each token (`what="input"`), or each unit of a kind of site, carries.

@@ -24,7 +24,7 @@ from mechinterp.models.components import BY_QUERY, Part, Position, parse_part, p
 from mechinterp.models.feature_basis import FeatureBasis, shift
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.interchange import das, interchange, placebo, random_basis
-from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike
 from mechinterp.tasks.pairs import Pairs
 
 
@@ -38,7 +38,7 @@ def subspace_interchange(
     placebos: int = 5,
     seed: int = 0,
     direction: Literal["noise", "denoise"] = "noise",
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     batch_size: int | None = None,
 ) -> Grid:
     """The effect of giving a subspace of one state the other prompt's value, together with its controls.

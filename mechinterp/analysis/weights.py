@@ -7,6 +7,7 @@ out: these are the linear maps of the model, exact up to a positive factor per i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -333,7 +334,7 @@ def _check_linear(model: HookManager, layer: int) -> None:
     tokens = torch.arange(min(3, model.dims.d_vocab), device=model.device)[None]
     found: list[Tensor] = []
     for factor in (0.0, 0.25, 0.5):
-        edit = Intervention(Site("q", layer), lambda value, factor=factor: value * factor)
+        edit = Intervention(Site("q", layer), partial(torch.mul, factor))
         site = Site("pattern", layer)
         pattern = model.run(tokens, record=[site], interventions=[edit], stop=site).values[site].double()
         found.append(pattern[..., -1, :].log() - pattern[..., -1, :1].log())

@@ -52,6 +52,7 @@ from mechinterp.circuit_file.store import (
     sidecar_name,
     write_pair,
 )
+from mechinterp.circuit_file.stored import find_file
 from mechinterp.discovery.stable import CORE, MeasuredStability
 from mechinterp.evaluation.faithfulness import Evaluation
 from mechinterp.evaluation.measurements import Checked
@@ -185,16 +186,22 @@ def load_circuit(path: str | Path, *, bases: Bases = False) -> Circuit:
     """The circuit in a file, with its graph and its scores; no model is needed.
 
     Args:
-        path: the `NAME.circuit.json`; `NAME.scores.safetensors` is read from the same folder.
+        path: the `NAME.circuit.json`; `NAME.scores.safetensors` is read from the same folder. Or the name of a stored
+            circuit (see `discover-circuit list`).
         bases: whether the dictionaries of feature nodes are loaded, from where the file says, or the bases (or where
             they are) to use instead. A circuit with features can be run only with them.
 
     Raises:
         FormatError: if either file is missing, is not a circuit file, or was changed after it was written; if a basis
             is not the one that the file states.
-        InputError: if a basis is not where the file says.
+        InputError: if no stored circuit has that name, or a basis is not where the file says.
+
+    Example:
+        >>> import mechinterp as mi
+        >>> len(mi.load_circuit("ioi-bundled-mattr"))
+        89
     """
-    return circuit_of(open_circuit_file(path), bases=bases)
+    return circuit_of(open_circuit_file(find_file(path)), bases=bases)
 
 
 def circuit_of(opened: OpenedFile, *, bases: Bases = False) -> Circuit:

@@ -17,6 +17,7 @@ from mechinterp.circuit_file.field_differences import FieldDifference, different
 from mechinterp.circuit_file.records import score_table
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.circuit_file.store import OpenedFile, open_circuit_file
+from mechinterp.circuit_file.stored import find_file
 from mechinterp.circuit_file.summary import ranked_nodes
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import Graph
@@ -213,13 +214,13 @@ def diff_circuits(a: str | Path, b: str | Path) -> CircuitDiff:
     files hard to compare: different graphs, different models, scores that were made differently.
 
     Args:
-        a: one circuit file.
+        a: one circuit file, or the name of a stored circuit.
         b: the other one.
 
     Raises:
         FormatError: if one of them is not a circuit file or was changed after it was written.
     """
-    files = open_circuit_file(a), open_circuit_file(b)
+    files = open_circuit_file(find_file(a)), open_circuit_file(find_file(b))
     return diff_opened(files, (circuit_of(files[0]), circuit_of(files[1])))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechinterp.base.canonical_json import six_digits
 from mechinterp.base.errors import FormatError, InputError
+from mechinterp.base.registry import suggestion
 from mechinterp.circuit_file.limits import MAX_TOKEN_IDS
 from mechinterp.circuit_file.schema import (
     DiscoveryRecord,
@@ -30,6 +31,7 @@ from mechinterp.discovery.method import METHODS
 from mechinterp.evaluation.faithfulness import Evaluation
 from mechinterp.graphs.scores import Scores
 from mechinterp.tasks.check import check_task
+from mechinterp.tasks.metric_names import METRICS
 from mechinterp.tasks.metrics import get_metric
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.schema import checked
@@ -60,6 +62,11 @@ def tolerance_for(dtype: str) -> Tolerance:
 
 def metric_record(name: str) -> MetricRecord:
     """The metric by name, with its direction and unit. Raises InputError if it is not registered."""
+    if name not in METRICS:
+        raise InputError(
+            f"Metric {name!r} is not registered, so a circuit file cannot state it: nobody could run it again. Call "
+            f"mi.register_metric; for others, put it into a package with an entry point.{suggestion(name, METRICS)}"
+        )
     metric = get_metric(name)
     direction = "higher is better" if metric.direction > 0 else "lower is better"
     return MetricRecord(name=name, direction=direction, unit=metric.unit)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mechinterp.base.errors import InputError
 from mechinterp.base.plain_files import exists
+from mechinterp.base.registry import unknown
 
 
 def stored_files() -> dict[str, Path]:
@@ -20,11 +21,18 @@ def stored_files() -> dict[str, Path]:
     return found
 
 
-def find_file(file: str) -> Path:
-    """The path of a circuit file that is given by path, or by name if it is a stored one."""
+def find_file(file: str | Path) -> Path:
+    """The path of a circuit file that is given by path, or by name if it is a stored one.
+
+    Raises InputError for a name (no path, no ending) of no stored file, with the nearest one.
+    """
+    if isinstance(file, Path) or exists(file):
+        return Path(file)
     stored = stored_files()
-    if not exists(file) and file in stored:
+    if file in stored:
         return stored[file]
+    if Path(file).name == file and not Path(file).suffix and file not in ("", ".", ".."):
+        raise unknown("circuit", file, stored)
     return Path(file)
 
 

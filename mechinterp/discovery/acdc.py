@@ -37,7 +37,7 @@ from mechinterp.engines.edge_patching import check_model
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.scores import Scores
 from mechinterp.models.hook_manager import HookManager
-from mechinterp.tasks.metrics import Metric, get_metric
+from mechinterp.tasks.own_metric import MetricLike, as_metric
 from mechinterp.tasks.pairs import Pairs
 
 MOST_AT_ONCE = 64
@@ -112,7 +112,7 @@ def acdc_thresholds(
     pairs: Pairs,
     taus: Sequence[float],
     *,
-    metric: Metric | str = "kl_to_clean",
+    metric: MetricLike = "kl_to_clean",
     replacement: str = "corrupt",
     order: str = "reverse",
     order_seed: int = 0,
@@ -145,7 +145,7 @@ def acdc_thresholds(
     check_model(model, graph, pairs)
     given = {"replacement": replacement, "order": order, "order_seed": order_seed, "at_once": at_once}
     settings: dict[str, Parameter] = check_settings("acdc_thresholds", SHARED, given)
-    chosen = get_metric(metric) if isinstance(metric, str) else metric
+    chosen = as_metric(metric)
     job = Job(model, graph, pairs, chosen, settings, batch_size, progress, Checkpoint())
     search, first = _begin(job, tuple(float(tau) for tau in taus))
     open_states, finished = [first], dict[float, _State]()

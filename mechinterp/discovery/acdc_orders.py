@@ -18,7 +18,7 @@ from mechinterp.discovery.method import score_edges
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.scores import Scores
 from mechinterp.models.hook_manager import HookManager
-from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike
 from mechinterp.tasks.pairs import Pairs
 
 
@@ -75,7 +75,7 @@ def acdc_orders(
     *,
     tau: float,
     seeds: int = 3,
-    metric: Metric | str = "kl_to_clean",
+    metric: MetricLike = "kl_to_clean",
     replacement: str = "corrupt",
     at_once: int = 8,
     batch_size: int = 32,

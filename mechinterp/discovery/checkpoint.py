@@ -22,6 +22,7 @@ from mechinterp.base.errors import InputError
 from mechinterp.base.settings import Parameter
 from mechinterp.graphs.graph import Graph
 from mechinterp.models.hook_manager import HookManager
+from mechinterp.tasks.metric_names import METRICS
 from mechinterp.tasks.pairs import Pairs
 
 EVERY_SECONDS = 30.0
@@ -148,6 +149,10 @@ def open_checkpoint(
         return Checkpoint()
     if not Path(path).parent.is_dir():
         raise InputError(f"The folder {str(Path(path).parent)!r}, for the state of the run, does not exist.")
+    if metric not in METRICS:
+        raise InputError(
+            f"`resume` knows a metric by its name, and {metric!r} is not registered; call mi.register_metric first."
+        )
     arguments = [
         metadata.version("mechinterp-circuits"),
         model.info.weights_sha256(),

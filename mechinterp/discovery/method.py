@@ -21,7 +21,8 @@ from mechinterp.engines.replacement import KINDS
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.scores import Scores
 from mechinterp.models.hook_manager import HookManager
-from mechinterp.tasks.metrics import Metric, get_metric
+from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike, as_metric
 from mechinterp.tasks.pairs import Pairs
 
 
@@ -133,7 +134,7 @@ def score_edges(
     pairs: Pairs,
     *,
     method: str = "eap-ig",
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     batch_size: int = 32,
     progress: Progress = no_progress,
     resume: str | os.PathLike[str] | None = None,
@@ -162,7 +163,7 @@ def score_edges(
         raise InputError(f"batch_size must be at least 1; got {batch_size}.")
     check_graph(method, graph)
     check_model(model, graph, pairs)
-    metric = get_metric(metric) if isinstance(metric, str) else metric
+    metric = as_metric(metric)
     checkpoint = open_checkpoint(resume, model, graph, pairs, method, metric.name, settings, batch_size)
     scores = chosen.run(Job(model, graph, pairs, metric, settings, batch_size, progress, checkpoint))
     checkpoint.clear()

@@ -7,7 +7,7 @@ import torch
 from mechinterp.analysis.attribution import attribution_patching
 from mechinterp.base.errors import InputError
 from mechinterp.models.hook_manager import HookManager
-from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike
 from mechinterp.tasks.pairs import Pairs
 
 
@@ -16,7 +16,7 @@ def top_neurons(
     pairs: Pairs,
     n: int,
     *,
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     method: str = "eap-ig-inputs",
     steps: int = 5,
     batch_size: int = 32,

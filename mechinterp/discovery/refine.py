@@ -40,6 +40,7 @@ from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select import EmptyCircuit
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike
 from mechinterp.tasks.pairs import Pairs
 
 REFINE = {
@@ -106,7 +107,7 @@ def refine_circuit(
     pairs: Pairs,
     *,
     scores: Scores | None = None,
-    metric: Metric | str = "kl_to_clean",
+    metric: MetricLike = "kl_to_clean",
     tau: float = 0.01,
     drop: int | None = None,
     add: int = 0,

@@ -25,7 +25,7 @@ from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select import EmptyCircuit, select, sized, unit_count
 from mechinterp.models.hook_manager import HookManager
-from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike
 from mechinterp.tasks.pairs import Pairs
 
 STABLE = {
@@ -132,7 +132,7 @@ def stable_scores(
     pairs: Pairs,
     *,
     method: str = "eap-ig",
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     resamples: int = 100,
     agreement: float = 0.975,
     seed: int = 0,

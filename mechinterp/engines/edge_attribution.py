@@ -51,6 +51,7 @@ from mechinterp.graphs.token_positions import places_of
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.sites import Site
 from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike, as_metric
 from mechinterp.tasks.pairs import Pairs
 
 TOKEN_BUDGET_BYTES = 2**28
@@ -71,7 +72,7 @@ def edge_gradients(
     model: HookManager,
     graph: Graph,
     pairs: Pairs,
-    metric: Metric,
+    metric: MetricLike,
     *,
     replacement: Replacement | None = None,
     alphas: Sequence[float] = (1.0,),
@@ -88,7 +89,7 @@ def edge_gradients(
         model: The model.
         graph: Its graph, from `build_graph`.
         pairs: The examples, in one batch.
-        metric: A differentiable metric.
+        metric: A differentiable metric, its name, or a function of logits and pairs.
         replacement: What a cut edge carries; by default the corrupt run's writes.
         alphas: Gradients are averaged over runs on the inputs `corrupt + alpha * (clean - corrupt)`; by default only
             the clean run.
@@ -104,6 +105,7 @@ def edge_gradients(
     >>> scores.shape == graph.possible.shape
     True
     """
+    metric = as_metric(metric)
     metric.check_answers(pairs)
     check_model(model, graph, pairs)
     if not metric.differentiable:

@@ -30,7 +30,7 @@ from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.interventions import Edit, Intervention
 from mechinterp.models.modes import Gradients
 from mechinterp.models.sites import Site
-from mechinterp.tasks.metrics import Metric, get_metric
+from mechinterp.tasks.own_metric import MetricLike, as_metric
 from mechinterp.tasks.pairs import Pairs
 
 
@@ -358,7 +358,7 @@ def run_edges(
     pairs: Pairs,
     cut: Cut,
     *,
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     replacement: Replacement | None = None,
     batch_size: int | None = None,
 ) -> Float[Tensor, "*candidate batch"]:
@@ -388,7 +388,7 @@ def run_edges(
     >>> tuple(mi.run_edges(model, graph, pairs, graph.possible).shape)
     (2,)
     """
-    metric = get_metric(metric) if isinstance(metric, str) else metric
+    metric = as_metric(metric)
     metric.check_answers(pairs)
     check_model(model, graph, pairs)
     masks = check_cut(graph, cut)

@@ -20,7 +20,7 @@ from mechinterp.models.components import (
     unit_range,
 )
 from mechinterp.models.layout import Dims
-from mechinterp.models.sites import LAYER_SITES, Site
+from mechinterp.models.sites import LAYER_SITES, Site, canonical
 from mechinterp.tasks.pairs import Pairs
 
 Nodes: TypeAlias = "Sequence[str | Sequence[str]]"
@@ -68,7 +68,7 @@ def parse_sets(
     entries = [nodes] if isinstance(nodes, str) else list(nodes)
     if not entries:
         raise InputError(_NOTHING[noun])
-    members = [[entry] if isinstance(entry, str) else list(entry) for entry in entries]
+    members = [[canonical(name) for name in ([entry] if isinstance(entry, str) else entry)] for entry in entries]
     for several in members:
         if not several or len(set(several)) != len(several):
             raise InputError(f"A set of {noun}s is empty or names one twice: {several}.")

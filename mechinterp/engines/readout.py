@@ -16,7 +16,8 @@ from mechinterp.graphs.token_positions import take_positions
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.layout import Layout
 from mechinterp.models.sites import Site
-from mechinterp.tasks.metrics import Metric, get_metric
+from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike, as_metric
 from mechinterp.tasks.pairs import Pairs
 
 FINAL = Site("resid_final")
@@ -57,12 +58,12 @@ class Readout:
         return self.of_answers(answer_rows(resid, at).unflatten(0, (n, len(self.pairs))))
 
 
-def checked_metric(model: HookManager, pairs: Pairs, metric: Metric | str) -> Metric:
+def checked_metric(model: HookManager, pairs: Pairs, metric: MetricLike) -> Metric:
     """The metric, or that of the name, when the pairs have the answers it needs and tokens of the model.
 
     Raises InputError for an unknown name, missing answers, and token ids outside the model's vocabulary.
     """
-    metric = get_metric(metric) if isinstance(metric, str) else metric
+    metric = as_metric(metric)
     metric.check_answers(pairs)
     pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
     return metric

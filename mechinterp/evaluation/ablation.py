@@ -10,7 +10,8 @@ from mechinterp.engines.replacement import Replacement, build_replacement
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import Graph
 from mechinterp.models.hook_manager import HookManager
-from mechinterp.tasks.metrics import Metric, get_metric
+from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike, as_metric
 from mechinterp.tasks.pairs import Pairs
 
 
@@ -62,14 +63,14 @@ class AblationSetup:
         model: HookManager,
         graph: Graph,
         pairs: Pairs,
-        metric: Metric | str,
+        metric: MetricLike,
         replacement: str,
         reference: Pairs | None,
         batch_size: int,
         progress: Progress,
     ) -> AblationSetup:
         """The setup, from the arguments of a public function. Raises InputError for an unknown metric."""
-        metric = get_metric(metric) if isinstance(metric, str) else metric
+        metric = as_metric(metric)
         return cls(model, graph, pairs, metric, replacement, reference, batch_size, progress)
 
     @property

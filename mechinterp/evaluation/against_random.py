@@ -31,7 +31,7 @@ from mechinterp.evaluation.masks import mask_values, with_axes
 from mechinterp.graphs.circuit import Circuit, on_paths
 from mechinterp.graphs.graph import Graph
 from mechinterp.models.hook_manager import HookManager
-from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike
 from mechinterp.tasks.pairs import Pairs
 
 SOURCES = ("graph", "complement")
@@ -76,7 +76,7 @@ def minimality_test(
     n_random: int = 100,
     quantile: float = 0.9,
     alpha: float = 0.05,
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     replacement: str = "corrupt",
     reference: Pairs | None = None,
     batch_size: int = 32,
@@ -164,7 +164,7 @@ def sufficiency_test(
     random_edges: int | None = None,
     quantile: float = 0.9,
     alpha: float = 0.05,
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     replacement: str = "corrupt",
     reference: Pairs | None = None,
     batch_size: int = 32,
@@ -231,7 +231,7 @@ def necessity_test(
     drawn_from: str = "graph",
     quantile: float = 0.9,
     alpha: float = 0.05,
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     replacement: str = "corrupt",
     reference: Pairs | None = None,
     batch_size: int = 32,

@@ -17,6 +17,7 @@ from mechinterp.base.batches import over_batches
 from mechinterp.base.errors import InputError
 from mechinterp.base.keep import Keep, compute_always
 from mechinterp.base.progress import Progress, no_progress
+from mechinterp.base.shown import Shown
 from mechinterp.engines.edge_patching import check_cut, check_model, edge_logits
 from mechinterp.engines.readout import clean_logits
 from mechinterp.evaluation.ablation import Ablation, AblationSetup
@@ -25,6 +26,7 @@ from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import Graph
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.metrics import Metric, get_metric
+from mechinterp.tasks.own_metric import MetricLike
 from mechinterp.tasks.pairs import Pairs
 
 CI_LEVEL = 0.95
@@ -57,8 +59,8 @@ def bootstrap_interval(
     return low, high
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
     """How the circuit alone performs. All numbers are over examples; metric values are in the metric's unit.
 
     `faithfulness` is (m(C) - m(empty)) / (m(full) - m(empty)) with m the mean over examples: a ratio of means. The
@@ -95,6 +97,24 @@ class Evaluation:
     reference: Pairs | None = field(default=None, repr=False)
     """The pairs whose corrupt prompts gave the means; None: `pairs`."""
 
+    def _facts(self) -> list[tuple[str, object]]:
+        low, high = self.faithfulness_ci
+        ends = f"full model {self.full_value:.4g}, every edge replaced {self.empty_value:.4g}"
+        random = sum(self.random_faithfulness) / max(1, len(self.random_faithfulness))
+        facts: list[tuple[str, object]] = [
+            ("faithfulness", f"{self.faithfulness:.3f} [{low:.3f}, {high:.3f}]"),
+            ("edges", f"{self.n_edges:,} of {self.n_edges_graph:,}"),
+            (self.metric, f"{self.circuit_value:.4g} ({ends})"),
+            ("KL to the full model", f"{self.kl:.3g} nats"),
+            ("examples", f"{self.n_examples:,}"),
+            ("replaced by", self.ablation.value),
+        ]
+        if self.random_faithfulness:
+            facts.insert(1, ("of random circuits", f"{random:.3f}"))
+        if self.accuracy is not None:
+            facts.insert(-2, ("accuracy", f"{self.accuracy:.1%}"))
+        return facts
+
     def per_example_frame(self) -> pd.DataFrame:
         """One row per example: example, circuit, full, empty (the metric of each), ratio, usable.
 
@@ -117,7 +137,7 @@ def evaluate(
     circuit: Circuit,
     pairs: Pairs,
     *,
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     replacement: str = "corrupt",
     reference: Pairs | None = None,
     n_random: int = 5,
@@ -212,7 +232,7 @@ def faithfulness_curve(
     graph: Graph,
     pairs: Pairs,
     *,
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     replacement: str = "corrupt",
     batch_size: int = 32,
     progress: Progress = no_progress,

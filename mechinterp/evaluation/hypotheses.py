@@ -25,7 +25,8 @@ from mechinterp.evaluation.ablation import Ablation, AblationSetup
 from mechinterp.evaluation.masks import mask_values, with_axes
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.models.hook_manager import HookManager
-from mechinterp.tasks.metrics import Metric, get_metric
+from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike, as_metric
 from mechinterp.tasks.pairs import Pairs
 
 TIE = 1e-5
@@ -97,7 +98,7 @@ def equivalence_test(
     *,
     epsilon: float = 0.1,
     alpha: float = 0.05,
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     replacement: str = "corrupt",
     reference: Pairs | None = None,
     batch_size: int = 32,
@@ -172,7 +173,7 @@ def independence_test(
     *,
     n_permutations: int = 1000,
     alpha: float = 0.05,
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     replacement: str = "corrupt",
     reference: Pairs | None = None,
     batch_size: int = 32,
@@ -275,9 +276,9 @@ def _is_constant(values: Float[Tensor, " example"]) -> bool:
     return float(values.max() - values.min()) <= TIE * float(values.abs().mean())
 
 
-def _own_performance(metric: Metric | str, test: str) -> Metric:
+def _own_performance(metric: MetricLike, test: str) -> Metric:
     """The metric, if it does not compare with the model itself. Raises InputError otherwise."""
-    metric = get_metric(metric) if isinstance(metric, str) else metric
+    metric = as_metric(metric)
     if metric.needs_reference:
         raise InputError(
             f"{test} compares how well the circuit and the model do the task, but {metric.name!r} measures the "

@@ -24,7 +24,7 @@ from mechinterp.evaluation.faithfulness import check_denominator
 from mechinterp.evaluation.masks import check_members, knock_out, mask_values, with_axes, writers_of
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.models.hook_manager import HookManager
-from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike
 from mechinterp.tasks.pairs import Pairs
 
 
@@ -96,7 +96,7 @@ def node_minimality(
     pairs: Pairs,
     *,
     given: Mapping[str, Sequence[str]] | None = None,
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     replacement: str = "corrupt",
     reference: Pairs | None = None,
     batch_size: int = 32,
@@ -139,7 +139,7 @@ def edge_minimality(
     circuit: Circuit,
     pairs: Pairs,
     *,
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     replacement: str = "corrupt",
     reference: Pairs | None = None,
     batch_size: int = 32,

@@ -18,7 +18,8 @@ from mechinterp.base.errors import InputError
 from mechinterp.engines.readout import answer_logits
 from mechinterp.evaluation.faithfulness import bootstrap_interval
 from mechinterp.models.hook_manager import HookManager
-from mechinterp.tasks.metrics import Metric, get_metric
+from mechinterp.tasks.metrics import get_metric
+from mechinterp.tasks.own_metric import MetricLike, as_metric
 from mechinterp.tasks.pairs import Pairs
 
 CHANCE = 0.5
@@ -72,7 +73,7 @@ def check_performance(
     model: HookManager,
     pairs: Pairs,
     *,
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     templates: Sequence[str] | None = None,
     batch_size: int = 32,
     seed: int = 0,
@@ -90,7 +91,7 @@ def check_performance(
     Raises:
         InputError: If the metric needs answers that the pairs do not have, or `templates` has another length.
     """
-    metric = get_metric(metric) if isinstance(metric, str) else metric
+    metric = as_metric(metric)
     if templates is not None and len(templates) != len(pairs):
         raise InputError(f"There are {len(pairs)} pairs, but {len(templates)} templates.")
     has_answers = pairs.right is not None and pairs.wrong is not None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 import torch
@@ -15,20 +15,29 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
+from mechinterp.base.pictures import PICTURES
+from mechinterp.base.registry import unknown
 from mechinterp.base.settings import Parameter
+from mechinterp.base.shown import facts_table
 from mechinterp.graphs.families.family import NodeFamily
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.scores import Scores
+from mechinterp.models.sites import canonical, canonical_edge
 
 if TYPE_CHECKING:
     NodeGraph = nx.MultiDiGraph[str]
 else:  # networkx's types take arguments in its stubs only
     NodeGraph = nx.MultiDiGraph
 
+MOST_SHOWN = 12
+"""Nodes that a notebook shows of a circuit."""
+
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
     """Edges of `graph` that make up the circuit: `kept`, every one on a path from an input to the logits.
+
+    `a | b`, `a & b` and `a - b` are circuits of the same graph; `len` counts edges, `in` takes nodes and edges.
 
     `n_selected` counts the edges of the selection before those on no path were dropped.
     """
@@ -58,6 +67,116 @@ class Circuit:
             raise InputError("The graph is another one than that of the circuit.")
         scores = None if self.scores is None else replace(self.scores, graph=graph)
         return replace(self, graph=graph, scores=scores)
+
+    def _repr_html_(self) -> str:
+        how = ", ".join(f"{name}={value}" for name, value in self.selection.items())
+        facts = [("edges", f"{self.n_edges:,} of {self.graph.n_edges:,}"), ("selected", f"{self.n_selected:,} ({how})")]
+        shown = ", ".join(self.nodes[:MOST_SHOWN]) + f", ... ({len(self.nodes)})" * (len(self.nodes) > MOST_SHOWN)
+        return facts_table("Circuit", [*facts, ("nodes", shown)])
+
+    @staticmethod
+    def from_edges(graph: Graph, edges: Iterable[str]) -> Circuit:
+        """The circuit of the named edges, without those on no path from an input to the logits.
+
+        Args:
+            graph: The graph that they are of.
+            edges: Their names, such as `a0.h0->a5.h5<q>` (or `L0H0->L5H5<q>`).
+
+        Raises InputError for unknown and doubled edges, and where nodes are chosen, not edges.
+
+        >>> import mechinterp as mi
+        >>> graph = mi.build_graph(mi.load_model("bundled"))
+        >>> circuit = mi.Circuit.from_edges(graph, ["input->L0H1<v>", "L0H1->logits", "input->m0"])
+        >>> len(circuit), circuit.n_selected, "L0H1" in circuit
+        (2, 3, True)
+        """
+        if graph.level == "node":
+            raise InputError("In this graph nodes are chosen, with all edges out of them; use Circuit.from_nodes.")
+        names = [edges] if isinstance(edges, str) else list(edges)
+        return _pruned(graph, graph.mask_of(map(canonical_edge, names)), {"rule": "edges"})
+
+    @staticmethod
+    def from_nodes(graph: Graph, nodes: Iterable[str]) -> Circuit:
+        """The circuit of all edges between the named nodes; the inputs and the logits always belong to it.
+
+        Args:
+            graph: The graph that they are of. Where nodes are chosen at named positions, their names have one.
+            nodes: Heads (`a9.h9`, `L9H9`), MLPs (`m3`) and other nodes of the graph.
+
+        Raises InputError for unknown nodes, and for edges at named positions, which `from_edges` takes.
+        """
+        names = [canonical(name) for name in ([nodes] if isinstance(nodes, str) else nodes)]
+        if graph.level == "node":
+            known = {name: unit for unit, name in enumerate(graph.unit_names())}
+            for name in names:
+                if name not in known and name != "logits":
+                    raise unknown("node", name, known)
+            inputs = [unit for name, unit in known.items() if name.partition("@")[0] in graph.inputs]
+            units = torch.tensor([*inputs, *(known[name] for name in names if name != "logits")])
+            mask = torch.isin(graph.unit, units) & graph.possible
+            return _pruned(graph, mask, {"rule": "nodes"})
+        if graph.positions:
+            raise InputError("This graph has edges at named positions; name them in Circuit.from_edges.")
+        for name in names:
+            if name not in graph.writer_index and name != "logits":
+                raise unknown("node", name, graph.writers)
+        chosen = torch.tensor([name in names or name in graph.inputs for name in graph.writers])
+        into = (graph.feeds & chosen).any(1)
+        into[-1] = True
+        return _pruned(graph, graph.possible & chosen & into[:, None], {"rule": "nodes"})
+
+    def __len__(self) -> int:
+        return self.n_edges
+
+    def __bool__(self) -> bool:
+        return True  # an empty circuit is a circuit, too
+
+    def __contains__(self, name: object) -> bool:
+        """Whether it has the node (`a9.h9`, `L9H9`) or edge. Raises InputError for what its graph does not have."""
+        text = canonical_edge(str(name))
+        if "->" in text:
+            reader, writer = self.graph.edge_index(text)
+            return bool(self.kept[reader, writer])
+        bare = text.partition("@")[0]
+        if bare != "logits" and bare not in self.graph.writer_index:
+            raise unknown("node or edge", text, (*self.graph.writers, "logits"))
+        position = text.partition("@")[2]
+        if position and position not in self.graph.positions:
+            raise unknown("position of the graph", position, self.graph.positions)
+        return any(node == text or (not position and node.partition("@")[0] == text) for node in self.nodes)
+
+    def __or__(self, other: Circuit) -> Circuit:
+        """The edges of either."""
+        return self._with(other, self.members | self._other(other), "union")
+
+    def __and__(self, other: Circuit) -> Circuit:
+        """The edges of both, without those that are then on no path; `n_selected` counts them before."""
+        return self._with(other, self.members & self._other(other), "intersection")
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        """The edges of this one only, without those that are then on no path; `n_selected` counts them before.
+
+        Where nodes are chosen, all inputs stay, so that the other nodes can be reached.
+        """
+        less = self._other(other)
+        if self.graph.level == "node":
+            less[:, : self.graph.n_inputs] = False
+        return self._with(other, self.members & ~less, "difference")
+
+    def _other(self, other: Circuit) -> Tensor:
+        if not isinstance(other, Circuit):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"A circuit is combined with a circuit; got {type(other).__name__}.")
+        if other.graph.digest() != self.graph.digest():
+            raise InputError(f"The circuits are of two graphs, {self.graph!r} and {other.graph!r}.")
+        return other.members
+
+    def _with(self, other: Circuit, mask: Tensor, rule: str) -> Circuit:
+        scores = self.scores if self.scores is other.scores else None
+        return replace(_pruned(self.graph, mask, {"rule": rule}), scores=scores)
+
+    def plot(self, **how: Any) -> Any:
+        """The circuit as a plotly figure, input at the bottom and logits at the top; `roles=` colours its nodes."""
+        return PICTURES.get("circuit")(self, **how)
 
     @cached_property
     def edges(self) -> tuple[str, ...]:
@@ -116,6 +235,11 @@ class Circuit:
             for _, _, data in out.edges(data=True):
                 data["score"] = float(values[self.graph.edge_index(data["name"])])
         return out
+
+
+def _pruned(graph: Graph, mask: Tensor, selection: Mapping[str, Parameter]) -> Circuit:
+    """The circuit of a mask, without the edges on no path."""
+    return Circuit(graph, on_paths(graph, mask), int(mask.sum()), selection)
 
 
 def to_networkx(graph: Graph, mask: Bool[Tensor, "reader writer"]) -> NodeGraph:

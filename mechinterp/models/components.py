@@ -26,6 +26,7 @@ from mechinterp.base.registry import unknown
 from mechinterp.models.layout import Dims
 from mechinterp.models.sites import LAYER_SITES, Address, Site, not_a_name
 from mechinterp.models.source import ModelInfo
+from mechinterp.models.texts import ReadsTexts, is_text
 from mechinterp.tasks.pairs import Pairs
 
 UNIT_AXES = {
@@ -269,13 +270,21 @@ def _mask_of(pairs: Pairs, members: Sequence[Position]) -> Bool[Tensor, "batch p
     return found
 
 
-def as_pairs(prompts: object, mask: Bool[Tensor, "batch pos"] | None = None) -> Pairs:
-    """The pairs as they are, or pairs made from token ids `[batch, pos]` and their mask; else raises InputError."""
+def as_pairs(prompts: object, mask: Bool[Tensor, "batch pos"] | None = None, model: ReadsTexts | None = None) -> Pairs:
+    """The pairs as they are, or pairs made from token ids `[batch, pos]` and their mask; else raises InputError.
+
+    With a model also from texts, in its tokens (see `HookManager.prompts`).
+    """
     if isinstance(prompts, Pairs):
         return prompts
+    if model is not None and is_text(prompts):
+        made = model.prompts(prompts)
+        prompts, mask = made.tokens, made.mask
     if not isinstance(prompts, Tensor) or prompts.ndim != 2 or not len(prompts):
         got = f"shape {list(prompts.shape)}" if isinstance(prompts, Tensor) else type(prompts).__name__
-        raise InputError(f"Give Pairs, or token ids as a tensor [batch, pos]; got {got}.")
+        raise InputError(
+            f"Give Pairs,{' texts,' * (model is not None)} or token ids as a tensor [batch, pos]; got {got}."
+        )
     twice = torch.cat([prompts, prompts])  # Pairs need two rows; here one prompt is enough
     real = None if mask is None else torch.cat([mask, mask])
     return Pairs(clean=twice, corrupt=twice, mask=real)[: len(prompts)]

@@ -5,6 +5,7 @@ This is the only file that registers hooks; `models/hook_names.py` maps sites to
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -19,16 +20,19 @@ from mechinterp.base.errors import InputError, SiteNotReached, UnsupportedError
 from mechinterp.base.registry import unknown
 from mechinterp.models.exclusive_runs import Block, Turn, use_of
 from mechinterp.models.feature_basis import FeatureBasis
-from mechinterp.models.hook_names import HOOK_NAMES, ROUTERS
+from mechinterp.models.hook_names import HOOK_NAMES, ROUTERS, site_of_tuple
 from mechinterp.models.interventions import (
+    BoundEdit,
     Carry,
     Edit,
     Intervention,
     Point,
     Run,
     SiteLike,
+    SiteName,
     Stopped,
     as_interventions,
+    bound,
     fire,
 )
 from mechinterp.models.layout import Dims, Layout
@@ -40,7 +44,9 @@ from mechinterp.models.past import Past, empty_cache, past_of
 from mechinterp.models.sites import GLOBAL_SITES, LAYER_SITES, Site
 from mechinterp.models.source import ModelInfo
 from mechinterp.models.splice import Splice
+from mechinterp.models.texts import Prompts, ReadsTexts, is_text
 from mechinterp.models.tokens import check_at, check_past, check_tokens
+from mechinterp.models.weight_names import WeightsByName
 
 
 class Plan:
@@ -66,16 +72,16 @@ class Plan:
             found = self._splices[basis] = Splice(basis)
             found.point.names.append(basis)
             for site in basis.sites_in:
-                self.at(site).edits.append(Intervention(site, found.read(site)))
+                self.at(site).edits.append(BoundEdit(site, found.read(site)))
         found = self._splices[basis]
         if writing and not found.writing:
             found.writing = True
             for site in basis.sites_out:
-                self.at(site).edits.append(Intervention(site, found.write(site)))
+                self.at(site).edits.append(BoundEdit(site, found.write(site)))
         return found
 
 
-class HookManager:
+class HookManager(ReadsTexts, WeightsByName):
     """Wraps one TransformerBridge: `run` reads and edits activations at sites and leaves the model unchanged.
 
     Made by `mechinterp.load_model`. The constructor checks every site and every map of the layout on a short prompt:
@@ -97,6 +103,7 @@ class HookManager:
         self._points: dict[str, Any] = dict(bridge.hook_dict)
         first, other = (f".mlp.{name}.hook_in" for name in ROUTERS)
         self._points |= {name.replace(other, first): point for name, point in bridge.hook_dict.items() if other in name}
+        self._first_names = {id(point): name for name, point in reversed(self._points.items())}
         self._layers_give_tuples = False
         self.layout: Layout
         self.refused: Mapping[Site, str] = {}
@@ -123,14 +130,20 @@ class HookManager:
         sizes = f"{self.dims.n_layers} layers x {self.dims.n_heads} heads, d_model {self.dims.d_model}"
         return f"HookManager({self.info.name}, {sizes}, {self.dtype})"
 
+    @property
+    def cfg(self) -> Any:
+        """A copy of TransformerLens's configuration (`n_layers`, `act_fn`, ...); changing it has no effect."""
+        return copy.deepcopy(self.bridge.cfg)
+
     def sites(self) -> tuple[Site, ...]:
         """Every site that this model has and that can be used, in a fixed order."""
         every = [Site(kind) for kind in GLOBAL_SITES]
         every += [Site(kind, layer) for layer in range(self.dims.n_layers) for kind in LAYER_SITES]
         return tuple(site for site in every if self.has(site))
 
-    def has(self, site: SiteLike) -> bool:
+    def has(self, site: SiteName) -> bool:
         """Whether the model has the site (a Site, its text or a hook name) and it can be used; of a basis, all its."""
+        site = self._plain(site)
         if not isinstance(site, (str, Site)):
             return all(self.has(one) for one in (*site.sites_in, *site.sites_out))
         site = Site.parse(site) if isinstance(site, str) else site
@@ -140,16 +153,18 @@ class HookManager:
     def _hook_name(site: Site) -> str:
         return HOOK_NAMES[site.kind].format(site.layer)
 
-    def resolve(self, site: SiteLike) -> str:
+    def resolve(self, site: SiteName) -> str:
         """The hook name of a site.
 
         Args:
-            site: A Site, its text (`z.3`), or a raw TransformerLens hook name, which is returned as it is. Of a
-                feature basis all sites are looked up, and the name of the first that it reads is returned.
+            site: A Site, its text (`z.3`), its kind and layer (`("z", 3)`), or a raw TransformerLens hook name, which
+                is returned as it is. Of a feature basis all sites are looked up, and the name of the first that it
+                reads is returned.
 
         Raises InputError for an unknown name or layer, UnsupportedError for a site that the model does not have or
         that cannot be used on it.
         """
+        site = self._plain(site)
         if not isinstance(site, (str, Site)):
             if not isinstance(site, FeatureBasis):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise InputError(f"A site is a Site, its name or a feature basis; got {type(site).__name__}.")
@@ -173,6 +188,21 @@ class HookManager:
         if name not in self._points:
             raise UnsupportedError(f"{self.info.architecture} has no site '{site}' (hook {name}).")
         return name
+
+    def _plain(self, site: Any) -> SiteLike:
+        """The site of a tuple, such as `("z", 3)`; anything else as it is."""
+        return site_of_tuple(site, self.dims.n_layers) if isinstance(site, tuple) else site
+
+    def _same_as(self, site: Any) -> str:
+        """The one name that all names of a site share."""
+        site = self._plain(site)
+        name = self.resolve(site)
+        return self._first_names[id(self._points[name])] if isinstance(site, (str, Site)) else f"basis {id(site)}"
+
+    def _bound(self, interventions: Iterable[Intervention]) -> list[BoundEdit]:
+        """The interventions at plain sites, with edits of the value alone."""
+        sites = [(one, self._plain(one.site)) for one in interventions]
+        return [bound(one, site, self.resolve(site)) for one, site in sites]
 
     def select(self, which: Callable[[str], bool]) -> tuple[Site, ...]:
         """The sites that pass a filter, in the order of `sites()`.
@@ -203,24 +233,23 @@ class HookManager:
         Raises InputError or UnsupportedError for a site that `resolve` refuses, BusyError when another thread is
         running the model.
         """
-        for intervention in interventions:
-            self.resolve(intervention.site)
-        return Block(self._use, self.info.name, interventions, self)
+        return Block(self._use, self.info.name, tuple(self._bound(interventions)), self)
 
     def run(
         self,
-        tokens: Int[Tensor, "batch pos"] | Sequence[Sequence[int]],
+        tokens: Int[Tensor, "batch pos"] | Sequence[Sequence[int]] | str | Sequence[str] | Prompts,
         mask: Bool[Tensor, "batch pos"] | None = None,
         *,
-        record: Iterable[SiteLike] | Callable[[str], bool] = (),
-        interventions: Iterable[Intervention] | Mapping[SiteLike, Edit | Tensor] = (),
-        grads: Iterable[SiteLike] = (),
+        prepend_bos: bool | None = None,
+        record: Iterable[SiteName] | Callable[[str], bool] = (),
+        interventions: Iterable[Intervention] | Mapping[Any, Edit | Tensor] = (),
+        grads: Iterable[SiteName] = (),
         loss: Callable[[Tensor], Tensor] | None = None,
         at: Int[Tensor, "batch n_at"] | None = None,
         start: tuple[int, Float[Tensor, "batch pos d_model"]] | None = None,
         past: Past | None = None,
         keep_past: bool = False,
-        stop: SiteLike | None = None,
+        stop: SiteName | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Run:
@@ -229,8 +258,9 @@ class HookManager:
         Gradients are tracked only if `loss` is given. Cost: one forward, with `loss` one backward.
 
         Args:
-            tokens: Token ids `[batch, pos]`.
-            mask: True at real tokens; padding is not attended to. None: every token is real.
+            tokens: A text, a list of texts (`Run.prompts` then says what they became), or token ids `[batch, pos]`.
+            mask: True at real tokens; padding is not attended to. None: every token is real. Texts have their own.
+            prepend_bos: For texts: whether each begins with the BOS token; by default as the tokenizer does it.
             record: The sites to record, or a filter over their names; values are detached and include the edits. A
                 feature basis among them records its activations; `Run.values[basis]` is `[batch, pos, feature]`.
             interventions: Edits of values and gradients, or a mapping from sites to edits of their values.
@@ -251,16 +281,23 @@ class HookManager:
 
         >>> import mechinterp as mi
         >>> model = mi.load_model("bundled")
+        >>> model.run("When Mary and John", record=[("pattern", 0)])["pattern", 0].shape
+        torch.Size([1, 4, 5, 5])
         >>> run = model.run([[1, 2, 3]], record=["z.0"], interventions={"resid_pre.0": lambda value: 2 * value})
         >>> tuple(run.values["z.0"].shape) == (1, 3, model.dims.n_heads, model.dims.d_head)
         True
         """
+        prompts = self._prompts_of(tokens, mask, prepend_bos)
+        tokens, mask = (tokens, mask) if prompts is None else (prompts.tokens, prompts.mask)
         tokens, mask = check_tokens(tokens, mask, self.dims, self.device)
         if isinstance(record, str) or isinstance(grads, str):
             raise InputError("`record` and `grads` take a list of sites, as in record=['z.0'].")
         wanted = self.select(record) if callable(record) else tuple(record)
-        edits = as_interventions(interventions)
-        grad_sites = tuple(grads)
+        recorded = {site: self._plain(site) for site in wanted}
+        edits = self._bound(as_interventions(interventions))
+        grad_keys = tuple(grads)
+        grad_sites = tuple(self._plain(site) for site in grad_keys)
+        stop = None if stop is None else self._plain(stop)
         if bool(grad_sites) != (loss is not None):
             raise InputError("Gradients need both `loss` and `grads`; only one of them was given.")
         with Turn(self._use, self.bridge, self.info.name, currentframe(), loss is not None) as turn, turn:
@@ -271,7 +308,7 @@ class HookManager:
                 edits = [self._start(turn, tokens, *start), *edits]
             if at is not None:
                 at = check_at(at, tokens)
-            plan = self._plan(wanted, [*self._outer_from(outer, start), *edits], grad_sites, stop)
+            plan = self._plan(tuple(recorded.values()), [*self._outer_from(outer, start), *edits], grad_sites, stop)
             points = plan.points
             self._register(turn, points, at, len(tokens))
             keeps = keep_past and self.keeps_past and self.dims.causal and mask is None and not outer
@@ -284,10 +321,49 @@ class HookManager:
             if loss is not None:
                 target = logits if stop is None else points[self.resolve(stop)].end
                 value, gradients = self._backward(loss, target, plan, grad_sites)
-        values = {site: plan.at(site).value for site in wanted}
+        values = {key: plan.at(site).value for key, site in recorded.items()}
         moved = {site: v.to(device=device, dtype=dtype) for site, v in values.items() if v is not None}
         kept = past_of(cache, self.dims.n_layers) if keeps else None
-        return Run(None if logits is None else logits.detach(), moved, gradients or {}, value, kept)
+        found = {key: gradients[site] for key, site in zip(grad_keys, grad_sites, strict=True)} if gradients else {}
+        return Run(
+            None if logits is None else logits.detach(), moved, found, value, kept, prompts, same_as=self._same_as
+        )
+
+    def cache(
+        self,
+        tokens: Int[Tensor, "batch pos"] | Sequence[Sequence[int]] | str | Sequence[str] | Prompts,
+        mask: Bool[Tensor, "batch pos"] | None = None,
+        *,
+        record: Iterable[SiteName] | Callable[[str], bool] | None = None,
+        **how: Any,
+    ) -> Run:
+        """A run that records every site: `cache["pattern", 5]`, `cache["z.1"]`, `cache["blocks.5.attn.hook_pattern"]`.
+
+        Args:
+            tokens: A text, a list of texts, or token ids `[batch, pos]`.
+            mask: True at real tokens; texts have their own.
+            record: The sites to record, or a filter over their names; by default every site of the model, which takes
+                about as much memory as the activations of a backward pass.
+            **how: Anything else that `run` takes, such as `interventions` or `prepend_bos`.
+
+        Cost: one forward. Raises as `run` does.
+
+        >>> import mechinterp as mi
+        >>> cache = mi.load_model("bundled").cache("When Mary and John went to the store")
+        >>> bool((cache["pattern", 1] == cache["blocks.1.attn.hook_pattern"]).all()), cache.prompts
+        (True, 1 text of 9 tokens, BOS '<bos>' before each)
+        """
+        return self.run(tokens, mask, record=self.sites() if record is None else record, **how)
+
+    def _prompts_of(self, given: Any, mask: Any, prepend_bos: bool | None) -> Prompts | None:
+        """The prompts of a run of texts; None for token ids."""
+        if not isinstance(given, Prompts) and not is_text(given):
+            if prepend_bos is not None:
+                raise InputError("`prepend_bos` is for texts; these are token ids.")
+            return None
+        if mask is not None or (isinstance(given, Prompts) and prepend_bos is not None):
+            raise InputError("Prompts have their own mask and BOS token; leave out `mask` and `prepend_bos`.")
+        return given if isinstance(given, Prompts) else self.prompts(given, prepend_bos)
 
     @property
     def edited(self) -> bool:
@@ -331,7 +407,7 @@ class HookManager:
             found = dict(zip(live, torch.autograd.grad(loss(logits), inputs, allow_unused=True), strict=True))
         return logits.detach(), {s: (points[self.resolve(s)].fired, found.get(s)) for s in sites}
 
-    def _start(self, turn: Turn, tokens: Tensor, layer: int, resid: Tensor) -> Intervention:
+    def _start(self, turn: Turn, tokens: Tensor, layer: int, resid: Tensor) -> BoundEdit:
         """Makes the layers before `layer` pass `resid` on without computing anything, until the turn ends."""
         if not 0 <= layer < self.dims.n_layers:
             raise InputError(f"Cannot start at layer {layer}: the model has layers 0 to {self.dims.n_layers - 1}.")
@@ -347,7 +423,7 @@ class HookManager:
 
         for block in list(self.bridge.blocks)[:layer]:
             turn.replace_forward(block, pass_on)
-        return Intervention(Site("resid_pre", layer), resid)
+        return BoundEdit(Site("resid_pre", layer), resid)
 
     def _note_layer_output(self, module: Any, inputs: Any, output: Any) -> None:
         self._layers_give_tuples = isinstance(output, tuple)
@@ -355,7 +431,7 @@ class HookManager:
     def _plan(
         self,
         record: Sequence[SiteLike],
-        edits: Sequence[Intervention],
+        edits: Sequence[BoundEdit],
         grads: Sequence[SiteLike],
         stop: SiteLike | None,
     ) -> Plan:
@@ -395,7 +471,7 @@ class HookManager:
 
             add(HOOK_NAMES["final_norm"], gather)
 
-    def _outer_from(self, outer: list[Intervention], start: tuple[int, Tensor] | None) -> list[Intervention]:
+    def _outer_from(self, outer: list[BoundEdit], start: tuple[int, Tensor] | None) -> list[BoundEdit]:
         """The outer interventions except those in skipped layers, whose effect is already in the `start` value."""
         skipped = tuple(f"blocks.{layer}." for layer in range(start[0])) if start is not None else ()
         if not skipped:

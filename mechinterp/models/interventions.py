@@ -2,23 +2,55 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from types import FunctionType
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
-from mechinterp.base.errors import InputError
+from mechinterp.base.errors import InputError, clip
+from mechinterp.base.shown import Shown
 from mechinterp.models.feature_basis import FeatureBasis
 from mechinterp.models.past import Past
 from mechinterp.models.sites import Site
+from mechinterp.models.texts import Prompts
 
 SiteLike = Site | str | FeatureBasis
 """A Site, its text (`z.3`), or a raw TransformerLens hook name (`blocks.3.attn.hook_z`); or a feature basis, whose
 value is the activations of its features, `[batch, pos, feature]`."""
+SiteName = SiteLike | tuple[str, int]
+"""A SiteLike, or its kind and layer: `("pattern", 5)`."""
 
-Edit = Callable[[Tensor], Tensor]
+MOST_SHOWN = 4
+"""Recorded sites that a `Run` shows when it is printed."""
+
+OfValue = Callable[[Tensor], Tensor]
+Edit = OfValue | Callable[[Tensor, "Hook"], Tensor]
+"""`edit(value)`, or `edit(value, hook)` as in TransformerLens."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Where an edit acts: the second argument of an edit `(value, hook)`.
+
+    Args:
+        name: TransformerLens's name of the hook point, such as `blocks.3.attn.hook_z`.
+        site: The site as the caller wrote it.
+    """
+
+    name: str
+    site: SiteName
+
+    def layer(self) -> int:
+        """The layer of the hook point. Raises InputError for one outside the layers."""
+        found = re.match(r"blocks\.([0-9]+)\.", self.name)
+        if found is None:
+            raise InputError(f"The hook point {self.name!r} is in no layer.")
+        return int(found[1])
 
 
 @dataclass(frozen=True)
@@ -28,8 +60,9 @@ class Intervention:
     Args:
         site: A Site, its text (`z.3`), a TransformerLens hook name, or a feature basis (its activations are edited,
             the error of its reconstruction stays).
-        value: Maps the activation to a new one of the same shape, dtype and device; or the new one itself.
-        grad: Maps the gradient at the site to a new one of the same shape, dtype and device.
+        value: Maps the activation to a new one of the same shape, dtype and device; or the new one itself. A function
+            of two arguments also gets the `Hook`, and a copy of the activation, which it may change in place.
+        grad: Maps the gradient at the site to a new one of the same shape, dtype and device; with `Hook` alike.
 
     Raises InputError when neither `value` nor `grad` is given.
 
@@ -37,7 +70,7 @@ class Intervention:
     'z.3'
     """
 
-    site: SiteLike
+    site: SiteName
     value: Edit | Tensor | None = None
     grad: Edit | None = None
 
@@ -47,17 +80,78 @@ class Intervention:
 
 
 def as_interventions(
-    given: Iterable[Intervention] | Mapping[SiteLike, Edit | Tensor],
+    given: Iterable[Intervention] | Mapping[Any, Edit | Tensor],
 ) -> list[Intervention]:
     """Interventions from a list of them or from a mapping of sites to edits."""
     if isinstance(given, Mapping):
-        edits = cast("Mapping[SiteLike, Edit | Tensor]", given)
+        edits = cast("Mapping[SiteName, Edit | Tensor]", given)
         return [Intervention(site, value) for site, value in edits.items()]
     return list(given)
 
 
 @dataclass(frozen=True)
-class Run:
+class BoundEdit:
+    """An intervention as a run applies it: at a plain site, with functions of the value (or gradient) alone."""
+
+    site: SiteLike
+    value: OfValue | Tensor | None = None
+    grad: OfValue | None = None
+
+
+def bound(intervention: Intervention, site: SiteLike, name: str) -> BoundEdit:
+    """The intervention at `site` (hook `name`) as functions of the value alone; one that takes the hook has it."""
+    hook, value = Hook(name, intervention.site), intervention.value
+    return BoundEdit(
+        site,
+        value if value is None or isinstance(value, Tensor) else _of_value(value, hook),
+        None if intervention.grad is None else _of_value(intervention.grad, hook),
+    )
+
+
+def _of_value(edit: Edit, hook: Hook) -> OfValue:
+    function = cast("Callable[..., Tensor]", edit)
+    if not _takes_hook(function, hook.site):
+        return function
+
+    def with_hook(value: Tensor) -> Tensor:
+        return function(value.clone(), hook=hook) if _by_name(function) else function(value.clone(), hook)
+
+    return with_hook
+
+
+def _parameters(edit: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters that can be given by position, or are named `hook`; none if Python does not know them."""
+    try:
+        known = inspect.signature(edit).parameters.values()
+    except (TypeError, ValueError):  # functions written in C, such as torch.relu
+        return []
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p for p in known if p.kind in by_position or p.name == "hook"]
+
+
+def _by_name(edit: Callable[..., Any]) -> bool:
+    return any(p.name == "hook" and p.kind is not inspect.Parameter.POSITIONAL_ONLY for p in _parameters(edit)[1:])
+
+
+def _takes_hook(edit: Callable[..., Any], site: SiteName) -> bool:
+    """Whether an edit is `(value, hook)`: it needs a second argument, or has one named `hook`."""
+    if isinstance(edit, FunctionType) and not hasattr(edit, "__wrapped__"):  # most edits, a hundred in some runs
+        code = edit.__code__
+        needed = code.co_argcount - len(edit.__defaults__ or ())
+        if needed == 1 and not code.co_kwonlyargcount and "hook" not in code.co_varnames[1 : code.co_argcount]:
+            return False
+    parameters = _parameters(edit)
+    needed = [p.name for p in parameters if p.default is inspect.Parameter.empty]
+    if len([name for name in needed if name != "hook"]) > 2 - ("hook" in needed):
+        raise InputError(
+            f"The edit at {site!s} needs {len(needed)} arguments ({', '.join(needed)}); an edit takes (value) or "
+            "(value, hook). Fix the others with functools.partial."
+        )
+    return len(needed) == 2 or any(p.name == "hook" for p in parameters[1:])
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Run(Shown):
     """The results of one run of a model, as `HookManager.run` returns them.
 
     Args:
@@ -66,6 +160,10 @@ class Run:
         grads: The gradients, keyed in the same way.
         loss: The value of the loss, detached, if one was given.
         past: The keys and values, if they were kept.
+        prompts: What the texts became, if texts were given: tokens, mask, and whether a BOS token was put before them.
+        same_as: Maps any name of a site to the one name that all its names share.
+
+    `run["z.1"]`, `run["z", 1]` and `run["blocks.1.attn.hook_z"]` are the same recorded value.
     """
 
     logits: Tensor | None
@@ -73,6 +171,49 @@ class Run:
     grads: Mapping[Any, Tensor]
     loss: Tensor | None = None
     past: Past | None = None
+    prompts: Prompts | None = None
+    same_as: Callable[[Any], str] = field(default=str, repr=False)
+
+    def __getitem__(self, name: SiteName | tuple[str, int, str]) -> Tensor:
+        """The recorded value at a site, under any of its names.
+
+        Args:
+            name: As for `record`: `"z.1"`, `("z", 1)`, a Site, or a hook name of TransformerLens, also in its short
+                forms (`("post", 1)`, `("scale", 1, "ln1")`).
+
+        Raises InputError for a site that was not recorded, and for what is no name of a site.
+        """
+        if name in self:
+            wanted = self.same_as(name)
+            return next(value for key, value in self.values.items() if self.same_as(key) == wanted)
+        known = ", ".join(str(key) for key in self.values) or "none"
+        raise InputError(
+            f"{name!s} was not recorded in this run; give record=[{name!r}], or use model.cache, which records every "
+            f"site. Recorded: {clip(known, 300)}."
+        )
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the site was recorded. Raises InputError for what is no name of a site of the model."""
+        wanted = self.same_as(name)
+        return any(self.same_as(key) == wanted for key in self.values)
+
+    def __iter__(self) -> NoReturn:
+        raise InputError("A run is one object: run.logits, run['z', 1]; run.values holds what was recorded.")
+
+    def keys(self) -> tuple[Any, ...]:
+        """The sites that were recorded, as they were given."""
+        return tuple(self.values)
+
+    def _facts(self) -> list[tuple[str, str]]:
+        facts = [] if self.prompts is None else [("of", repr(self.prompts))]
+        facts.append(("logits", "none: stopped early" if self.logits is None else str(list(self.logits.shape))))
+        for name, values in (("recorded", self.values), ("grads", self.grads)):
+            shown = [f"{site} {list(value.shape)}" for site, value in list(values.items())[:MOST_SHOWN]]
+            more = [f"and {len(values) - MOST_SHOWN} more"] if len(values) > MOST_SHOWN else []
+            facts += [(name, ", ".join(shown + more))] if shown else []
+        if self.loss is not None:
+            facts.append(("loss", f"{float(self.loss.sum()):.4g}"))
+        return facts
 
 
 class Stopped(BaseException):
@@ -84,7 +225,7 @@ class Point:
     """Everything that happens at one hook point in one run; `names` are the sites as the caller wrote them."""
 
     names: list[SiteLike] = field(default_factory=list[SiteLike])
-    edits: list[Intervention] = field(default_factory=list[Intervention])
+    edits: list[BoundEdit] = field(default_factory=list[BoundEdit])
     record: bool = False
     grad: bool = False
     stop: bool = False

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -217,15 +218,16 @@ def _from_pretrained(
     if revision is None:
         del keywords["revision"]
     try:
-        loaded: Any = getattr(transformers, auto_class).from_pretrained(
-            where,
-            dtype=dtype or torch.float32,
-            attn_implementation="eager",
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are listed in the report and refused below
-            **keywords,
-        )
+        with _without_bars():
+            loaded: Any = getattr(transformers, auto_class).from_pretrained(
+                where,
+                dtype=dtype or torch.float32,
+                attn_implementation="eager",
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are listed in the report and refused below
+                **keywords,
+            )
     except Exception as error:  # damaged files make Hugging Face raise anything
         kind = ModelNotAvailable if origin == "hub" and _out_of_reach(error) else InputError
         raise kind(f"Cannot load the model {where!r} from {origin}: {reason(error)}.") from error
@@ -237,6 +239,21 @@ def _from_pretrained(
         except Exception as error:  # a damaged tokenizer raises anything; the model works without it
             logger.warning("No tokenizer in %s (%s); prompts must be given as token ids.", where, type(error).__name__)
     return module, tokenizer
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without transformers' bars of weights that are put in place; a download from the hub still shows its own."""
+    from transformers.utils.logging import set_tqdm_hook
+
+    def hidden(factory: Any, args: Any, how: Any) -> Any:
+        return factory(*args, **{**how, "disable": True})
+
+    before = set_tqdm_hook(hidden)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
 
 
 def _check_report(where: str, module: nn.Module, report: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ A *site* is one tensor of the forward pass (`z.3`: the head outputs of layer 3 b
 A *node* is a unit that writes to the residual stream (`a9.h9`, `m3`, `input`) or `logits`.
 An *edge* goes from a writer to one input of a reader: `a0.h0->a5.h5<q>`, `m11->logits`.
 An *address* is any name that a user writes: `a9.h9`, `a9.h9<q>`, `m3`, `m3.n17`, `m3.f17`, `m3.err`, `m3.e5`,
-`resid_pre.5`, `resid_pre.5.f17`, each with `@S2`.
+`resid_pre.5`, `resid_pre.5.f17`, each with `@S2`. `L9H9` and `9.9` are `a9.h9` (see `canonical`).
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ _NUMBERED = {
     "error": "{base}.err",
 }
 """How names with numbers are written, kind by kind; the names of other kinds are the kind."""
+_HEAD_AS_IN_PAPERS = re.compile(r"(?:[Ll](?P<a>[0-9]{1,4})\.?[Hh]|(?P<b>[0-9]{1,4})\.)(?P<head>[0-9]{1,9})(?=[<@]|\Z)")
 BARE = ("input", "embed", "pos_embed", "logits")
 _PARTS = {"layer": r"(?P<layer>[0-9]{1,4})", "number": r"(?P<number>[0-9]{1,9})", "base": r"(?P<base>[^@<>]{1,200})"}
 _PATTERNS = {kind: re.compile(text.replace(".", r"\.").format(**_PARTS)) for kind, text in _NUMBERED.items()}
@@ -149,7 +150,7 @@ class Address:
         >>> Address.parse("a9.h6<q>@S2")
         Address(kind='head', layer=9, number=6, base='', channel='q', position='S2')
         """
-        around = _AROUND.fullmatch(text)
+        around = _AROUND.fullmatch(canonical(text))
         if around is None:
             raise not_a_name(text, expected)
         if around["at"] and not around["position"]:
@@ -166,6 +167,26 @@ class Address:
             site = Site.parse(name)
             return Address("site", -1 if site.layer is None else site.layer, -1, str(site), channel, position)
         raise not_a_name(text, expected)
+
+
+def canonical(text: str) -> str:
+    """The name with a head written as the package writes it; every other text is returned as it is.
+
+    >>> canonical("L9H9"), canonical("9.9<q>@S2"), canonical("a9.h9"), canonical("resid_pre.5")
+    ('a9.h9', 'a9.h9<q>@S2', 'a9.h9', 'resid_pre.5')
+    """
+    found = _HEAD_AS_IN_PAPERS.match(text)
+    return text if found is None else f"a{found['a'] or found['b']}.h{found['head']}{text[found.end() :]}"
+
+
+def canonical_edge(text: str) -> str:
+    """The name of an edge with its heads written as the package writes them; of a node as `canonical` gives it.
+
+    >>> canonical_edge("L0H0->5.5<q>@end")
+    'a0.h0->a5.h5<q>@end'
+    """
+    writer, arrow, reader = text.partition("->")
+    return canonical(writer) + arrow + canonical(reader)
 
 
 def not_a_name(text: str, expected: str) -> InputError:
@@ -227,7 +248,7 @@ class Node:
 
         Raises InputError for anything else.
         """
-        found = Address.parse(text, "node")
+        found = Address.parse(text, "node")  # `L9H9` and `9.9`, too
         if found.kind == "site" or found.channel or found.position:
             raise not_a_name(text, "node")
         return Node(found.kind, _layer_of(found), found.number, found.base)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from mechinterp.base.errors import FormatError, InputError
 from mechinterp.base.plain_files import read_bounded
 from mechinterp.base.registry import unknown
+from mechinterp.base.shown import Shown
 from mechinterp.tasks.check import check_task, lists_used
 from mechinterp.tasks.schema import MAX_BYTES, checked, parse_yaml
 from mechinterp.tasks.spec import TaskSpec
@@ -26,8 +27,8 @@ _FOLDER = Path(__file__).parent
 _WORDS = _FOLDER / "words.yaml"
 
 
-@dataclass(frozen=True)
-class Task:
+@dataclass(frozen=True, repr=False)
+class Task(Shown):
     """A task: a kind of question to a model, from which `pairs` draws any number of examples.
 
     Made by `load_task`.
@@ -40,6 +41,15 @@ class Task:
     spec: TaskSpec
     lists: Mapping[str, tuple[str, ...]]
     """The word lists that the task draws from, by name."""
+
+    def _facts(self) -> list[tuple[str, object]]:
+        positions = ", ".join(self.positions) or "none"
+        return [
+            ("", f"{self.name}: {self.title}"),
+            ("metric", self.metric),
+            ("positions", positions),
+            ("source", self.source),
+        ]
 
     @property
     def name(self) -> str:

@@ -104,9 +104,17 @@ def encoder_of(model_or_tokenizer: Any, prepend_bos: bool | None) -> Encoder:
             f"{type(tokenizer).__name__} has no character offsets, which the named positions need; load "
             "the fast version of the tokenizer (PreTrainedTokenizerFast)."
         )
-    if prepend_bos is None:
+    return Encoder(tokenizer, prepends_bos(tokenizer, prepend_bos))
+
+
+def prepends_bos(tokenizer: Any, wanted: bool | None) -> bool:
+    """Whether prompts begin with the BOS token; None does what the tokenizer itself does.
+
+    Raises InputError for True if the tokenizer has no BOS.
+    """
+    if wanted is None:
         own: list[int] = list(tokenizer("a")["input_ids"])
-        prepend_bos = tokenizer.bos_token_id is not None and own[:1] == [tokenizer.bos_token_id]
-    if prepend_bos and tokenizer.bos_token_id is None:
+        return tokenizer.bos_token_id is not None and own[:1] == [tokenizer.bos_token_id]
+    if wanted and tokenizer.bos_token_id is None:
         raise InputError("`prepend_bos` is True, but the tokenizer has no BOS token.")
-    return Encoder(tokenizer, prepend_bos)
+    return wanted

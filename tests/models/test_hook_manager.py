@@ -550,7 +550,7 @@ def test_one_string_is_not_a_list_of_sites() -> None:
         ((X[0],), r"\[batch, pos\]"),
         (([[1, 2], [1]],), "do not form a rectangle"),
         ((X[:0],), "whole numbers"),
-        (("hello",), "do not form a rectangle"),
+        (("hello",), "no tokenizer for texts"),
         ((X, torch.ones(3, 6)), "must agree"),
         ((X, torch.tensor([[1] * 7, [0] * 7, [1] * 7])), "no real token"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mechinterp.base.errors import MechInterpError, ModelNotAvailable
+from mechinterp.base.shown import Shown
 from mechinterp.circuit_file.records import tolerance_for
 from mechinterp.circuit_file.schema import Tolerance
 from mechinterp.circuit_file.verify.coverage import NOTHING, Extent
@@ -44,8 +45,12 @@ class FileWarning:
         return f"warning {self.name}: {self.text}"
 
 
-@dataclass(frozen=True)
-class Verification:
+MOST_SHOWN = 5
+"""Failed claims, and warnings, that are named when a verification is printed."""
+
+
+@dataclass(frozen=True, repr=False)
+class Verification(Shown):
     """All claims of one circuit file, warnings, and how much of the file was checked (`extent`).
 
     `notes` are differences that are not failures, such as other versions. `verify --strict` passes a file only if it
@@ -57,6 +62,13 @@ class Verification:
     notes: tuple[str, ...] = ()
     warnings: tuple[FileWarning, ...] = ()
     extent: Extent = NOTHING
+
+    def _facts(self) -> list[tuple[str, object]]:
+        failed = ", ".join(claim.name for claim in self.failed[:MOST_SHOWN])
+        more = f" and {len(self.failed) - MOST_SHOWN} more" if len(self.failed) > MOST_SHOWN else ""
+        found = f"failed: {failed}{more}" if self.failed else "all hold" if self.ok else "nothing was checked"
+        warnings = ", ".join(warning.name for warning in self.warnings[:MOST_SHOWN]) or "none"
+        return [("file", self.path), ("claims", f"{len(self.claims)}, {found}"), ("warnings", warnings)]
 
     @property
     def ok(self) -> bool:

@@ -31,6 +31,7 @@ from mechinterp.circuit_file.records import (
 from mechinterp.circuit_file.schema import CircuitFile, TaskPairs, TaskRecord, Tolerance, circuit_sha256
 from mechinterp.circuit_file.setting_types import SELECTION
 from mechinterp.circuit_file.store import OpenedFile, inside, open_circuit_file
+from mechinterp.circuit_file.stored import find_file
 from mechinterp.circuit_file.verify.claims import Ledger, UnverifiedModel, Verification, stated_limit
 from mechinterp.circuit_file.verify.coverage import applies_again, basis_claim, evaluation_name, extent_of
 from mechinterp.circuit_file.verify.discovery_claims import (
@@ -76,7 +77,7 @@ def verify(
     mislead although every claim holds, and `extent` what was recomputed, only hash-checked, or is free text.
 
     Args:
-        path: the circuit file.
+        path: the circuit file, or the name of a stored circuit.
         model: anything that `load_model` takes. None: loaded as the file states. Required if the file's model was in
             memory only.
         tolerance: relative tolerance for numbers (a tenth of it is absolute). None: the tolerance in the file.
@@ -91,7 +92,7 @@ def verify(
         UnverifiedModel: (a ModelNotAvailable) if all claims that need no model hold, but the model (or a dictionary, as
             the hub is not reached) cannot be loaded.
     """
-    opened = open_circuit_file(path)
+    opened = open_circuit_file(find_file(path))
     document, ledger = opened.document, Ledger()
     if tolerance is not None and not 0 < tolerance < 1:
         raise InputError(f"tolerance must be between 0 and 1; got {tolerance!r}.")

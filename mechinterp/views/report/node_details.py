@@ -134,7 +134,7 @@ def _fires(model: HookManager, circuit: Circuit, pairs: Pairs, rows: Sequence[in
             for name, active in zip(family.writers, values[family.loaded()][0].T, strict=True):
                 best = [i for i in active.abs().argsort(descending=True).tolist()[:3] if float(active[i])]
                 if name in used and best:
-                    where = ", ".join(f"{_token(model, int(ids[0, i]))} {float(active[i]):.3g}" for i in best)
+                    where = ", ".join(f"{token_text(model, int(ids[0, i]))} {float(active[i]):.3g}" for i in best)
                     found.setdefault(name, []).append(f"prompt {row + 1}: {where}")
     return {name: "; ".join(several) for name, several in found.items()}
 
@@ -149,7 +149,7 @@ def _feature_tokens(model: HookManager, circuit: Circuit) -> dict[str, str]:
         table = top_tokens(model, family.directions(model), TOP_TOKENS)
         for row, part in table.groupby("row"):
             if (name := family.writers[int(row)]) in used:  # pyright: ignore[reportArgumentType]
-                found[name] = ", ".join(_token(model, int(token)) for token in part["token"])
+                found[name] = ", ".join(token_text(model, int(token)) for token in part["token"])
     return found
 
 
