@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from mechinterp.analysis.attention_edits import knock_out_attention as knock_out_attention
     from mechinterp.analysis.attribution import attribution_patching as attribution_patching
     from mechinterp.analysis.attribution import node_attribution as node_attribution
+    from mechinterp.analysis.causal_inner_product import CausalInnerProduct as CausalInnerProduct
+    from mechinterp.analysis.causal_inner_product import ConceptDirection as ConceptDirection
+    from mechinterp.analysis.causal_inner_product import causal_inner_product as causal_inner_product
+    from mechinterp.analysis.causal_inner_product import concept_direction as concept_direction
     from mechinterp.analysis.causal_tracing import causal_tracing as causal_tracing
     from mechinterp.analysis.compensation import compensation as compensation
     from mechinterp.analysis.composition import composition_scores as composition_scores
@@ -20,6 +24,10 @@ if TYPE_CHECKING:
     from mechinterp.analysis.contextual import contextual_decomposition as contextual_decomposition
     from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution as direct_logit_attribution
     from mechinterp.analysis.direct_logit_attribution import group_parts as group_parts
+    from mechinterp.analysis.directions import Direction as Direction
+    from mechinterp.analysis.directions import find_direction as find_direction
+    from mechinterp.analysis.directions import given_direction as given_direction
+    from mechinterp.analysis.directions import read_direction as read_direction
     from mechinterp.analysis.head_detectors import attention_between as attention_between
     from mechinterp.analysis.head_detectors import attention_to as attention_to
     from mechinterp.analysis.head_detectors import copying_scores as copying_scores
@@ -33,6 +41,8 @@ if TYPE_CHECKING:
     from mechinterp.analysis.path_patching import path_patching as path_patching
     from mechinterp.analysis.phrases import PhraseRelevance as PhraseRelevance
     from mechinterp.analysis.phrases import phrase_relevance as phrase_relevance
+    from mechinterp.analysis.probes import Probes as Probes
+    from mechinterp.analysis.probes import probe_directions as probe_directions
     from mechinterp.analysis.relevance import Relevance as Relevance
     from mechinterp.analysis.relevance import relevance as relevance
     from mechinterp.analysis.steering import ablate_direction as ablate_direction
@@ -41,6 +51,8 @@ if TYPE_CHECKING:
     from mechinterp.analysis.steering import mean_difference as mean_difference
     from mechinterp.analysis.subspace import learn_subspace as learn_subspace
     from mechinterp.analysis.subspace import subspace_interchange as subspace_interchange
+    from mechinterp.analysis.text_span import TextSpan as TextSpan
+    from mechinterp.analysis.text_span import text_span as text_span
     from mechinterp.analysis.tuned_lens import TunedLens as TunedLens
     from mechinterp.analysis.tuned_lens import load_lens as load_lens
     from mechinterp.analysis.tuned_lens import save_lens as save_lens
@@ -128,6 +140,8 @@ if TYPE_CHECKING:
     from mechinterp.features.activations import JumpRelu as JumpRelu
     from mechinterp.features.activations import Relu as Relu
     from mechinterp.features.activations import TopK as TopK
+    from mechinterp.features.affine_fits import AffineFit as AffineFit
+    from mechinterp.features.affine_fits import fit_affine as fit_affine
     from mechinterp.features.basis import Basis as Basis
     from mechinterp.features.dictionary import Dictionary as Dictionary
     from mechinterp.features.dictionary import cross_layer_transcoder as cross_layer_transcoder
@@ -135,6 +149,8 @@ if TYPE_CHECKING:
     from mechinterp.features.dictionary import relative_norms as relative_norms
     from mechinterp.features.dictionary import sae as sae
     from mechinterp.features.dictionary import transcoder as transcoder
+    from mechinterp.features.direction_fits import DirectionFit as DirectionFit
+    from mechinterp.features.direction_fits import fit_direction as fit_direction
     from mechinterp.features.edits import ablate_features as ablate_features
     from mechinterp.features.edits import add_features as add_features
     from mechinterp.features.edits import reconstructed as reconstructed
@@ -150,6 +166,7 @@ if TYPE_CHECKING:
     from mechinterp.features.snmf import snmf_basis as snmf_basis
     from mechinterp.features.store import save_basis as save_basis
     from mechinterp.features.subspaces import concept_basis as concept_basis
+    from mechinterp.features.subspaces import direction_basis as direction_basis
     from mechinterp.features.subspaces import leace_basis as leace_basis
     from mechinterp.features.subspaces import subspace_basis as subspace_basis
     from mechinterp.features.subspaces import svd_basis as svd_basis
@@ -215,6 +232,17 @@ _HOMES = {
     "analysis.subspace": ("learn_subspace", "subspace_interchange"),
     "analysis.tuned_lens": ("TunedLens", "load_lens", "save_lens", "train_tuned_lens"),
     "analysis.weights": ("feature_tokens", "neuron_tokens", "ov_circuit", "qk_circuit", "top_tokens"),
+    "analysis.directions": ("Direction", "find_direction", "given_direction", "read_direction"),
+    "analysis.probes": ("Probes", "probe_directions"),
+    "analysis.causal_inner_product": (
+        "CausalInnerProduct",
+        "ConceptDirection",
+        "causal_inner_product",
+        "concept_direction",
+    ),
+    "analysis.text_span": ("TextSpan", "text_span"),
+    "features.affine_fits": ("AffineFit", "fit_affine"),
+    "features.direction_fits": ("DirectionFit", "fit_direction"),
     "base.errors": (
         *("FormatError", "InputError", "MechInterpError", "NoSmallCircuit", "SiteNotReached", "TaskNotDone"),
         "UnsupportedError",
@@ -279,7 +307,7 @@ _HOMES = {
     "features.neurons": ("neuron_basis",),
     "features.snmf": ("Factorised", "snmf_basis"),
     "features.store": ("save_basis",),
-    "features.subspaces": ("concept_basis", "leace_basis", "subspace_basis", "svd_basis"),
+    "features.subspaces": ("concept_basis", "direction_basis", "leace_basis", "subspace_basis", "svd_basis"),
     "features.supervised": ("Supervised", "supervised_basis"),
     "features.wrapped": ("wrap_basis",),
     "graphs.circuit": ("Circuit",),

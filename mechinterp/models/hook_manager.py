@@ -136,8 +136,7 @@ class HookManager:
         site = Site.parse(site) if isinstance(site, str) else site
         return self._hook_name(site) in self._points and site not in self.refused
 
-    @staticmethod
-    def _hook_name(site: Site) -> str:
+    def _hook_name(self, site: Site) -> str:
         return HOOK_NAMES[site.kind].format(site.layer)
 
     def resolve(self, site: SiteLike) -> str:

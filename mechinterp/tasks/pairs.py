@@ -189,6 +189,22 @@ class Pairs:
             positions={name: at.to(device) for name, at in self.positions.items()},
         )
 
+    def read_at(self, answer_pos: Ids) -> Pairs:
+        """The same prompts without answers, with the metric read elsewhere: for metrics that need no answers.
+
+        Args:
+            answer_pos: Where the metric reads, `[batch]` or `[batch, n_answer]` with -1 for no entry.
+
+        Raises InputError for positions that are not in the prompts.
+        """
+        at = entries("answer_pos", answer_pos, len(self), self.device)
+        if bool((at >= self.lengths[:, None]).any()):
+            row = int((at >= self.lengths[:, None]).any(1).nonzero()[0])
+            raise InputError(
+                f"answer_pos is {at[row].tolist()} in row {row}, which has {int(self.lengths[row])} tokens."
+            )
+        return self._with(right=None, wrong=None, answer_pos=at, source=None)
+
     def chunks(self, batch_size: int) -> Iterator[Pairs]:
         """The pairs in order, in parts.
 
