@@ -45,10 +45,13 @@ if TYPE_CHECKING:
     from mechinterp.analysis.probes import probe_directions as probe_directions
     from mechinterp.analysis.relevance import Relevance as Relevance
     from mechinterp.analysis.relevance import relevance as relevance
+    from mechinterp.analysis.scrubbing import Scrubbing as Scrubbing
+    from mechinterp.analysis.scrubbing import scrub_concept as scrub_concept
     from mechinterp.analysis.steering import ablate_direction as ablate_direction
     from mechinterp.analysis.steering import add_direction as add_direction
     from mechinterp.analysis.steering import affine as affine
     from mechinterp.analysis.steering import mean_difference as mean_difference
+    from mechinterp.analysis.steering_sweep import steering_sweep as steering_sweep
     from mechinterp.analysis.subspace import learn_subspace as learn_subspace
     from mechinterp.analysis.subspace import subspace_interchange as subspace_interchange
     from mechinterp.analysis.text_span import TextSpan as TextSpan
@@ -180,6 +183,7 @@ if TYPE_CHECKING:
     from mechinterp.graphs.select import select as select
     from mechinterp.models.feature_basis import FeatureBasis as FeatureBasis
     from mechinterp.models.feature_basis import Features as Features
+    from mechinterp.models.generation import Generated as Generated
     from mechinterp.models.hook_manager import HookManager as HookManager
     from mechinterp.models.hook_manager import Intervention as Intervention
     from mechinterp.models.hook_manager import Run as Run
@@ -209,6 +213,7 @@ if TYPE_CHECKING:
     from mechinterp.views.plots.grids import waterfall as waterfall
     from mechinterp.views.plots.save import save_html as save_html
     from mechinterp.views.plots.save import save_image as save_image
+    from mechinterp.views.plots.steering import steering_curve as steering_curve
     from mechinterp.views.plots.text import text_page as text_page
     from mechinterp.views.report.view import write_page as write_page
 
@@ -243,6 +248,10 @@ _HOMES = {
     "analysis.text_span": ("TextSpan", "text_span"),
     "features.affine_fits": ("AffineFit", "fit_affine"),
     "features.direction_fits": ("DirectionFit", "fit_direction"),
+    "analysis.scrubbing": ("Scrubbing", "scrub_concept"),
+    "analysis.steering_sweep": ("steering_sweep",),
+    "views.plots.steering": ("steering_curve",),
+    "models.generation": ("Generated",),
     "base.errors": (
         *("FormatError", "InputError", "MechInterpError", "NoSmallCircuit", "SiteNotReached", "TaskNotDone"),
         "UnsupportedError",

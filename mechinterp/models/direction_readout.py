@@ -90,6 +90,10 @@ class DirectionReadout(HookManager):
     def __repr__(self) -> str:
         return f"DirectionReadout({self.info.name}, {self.dims.n_layers} layers before it)"
 
+    def generate(self, *_: Any, **__: Any) -> Any:
+        """Raises InputError: a reading is not a token."""
+        raise InputError("A direction's reading is not a token; generate with the model itself.")
+
     def has(self, site: SiteLike) -> bool:
         """Whether the site exists before the direction's; of a basis, all its sites."""
         if not isinstance(site, (str, Site)):

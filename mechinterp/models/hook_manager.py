@@ -19,6 +19,7 @@ from mechinterp.base.errors import InputError, SiteNotReached, UnsupportedError
 from mechinterp.base.registry import unknown
 from mechinterp.models.exclusive_runs import Block, Turn, use_of
 from mechinterp.models.feature_basis import FeatureBasis
+from mechinterp.models.generation import Generated, Request, generated
 from mechinterp.models.hook_names import HOOK_NAMES, ROUTERS
 from mechinterp.models.interventions import (
     Carry,
@@ -254,6 +255,29 @@ class HookManager:
         >>> tuple(run.values["z.0"].shape) == (1, 3, model.dims.n_heads, model.dims.d_head)
         True
         """
+        given: Any = dict(record=record, interventions=interventions, grads=grads, loss=loss, at=at, start=start)
+        given |= dict(past=past, keep_past=keep_past, stop=stop, device=device, dtype=dtype)
+        return self._run(None, tokens, mask, **given)
+
+    def _run(
+        self,
+        outer: list[Intervention] | None,
+        tokens: Any,
+        mask: Any,
+        *,
+        record: Iterable[SiteLike] | Callable[[str], bool] = (),
+        interventions: Iterable[Intervention] | Mapping[SiteLike, Edit | Tensor] = (),
+        grads: Iterable[SiteLike] = (),
+        loss: Callable[[Tensor], Tensor] | None = None,
+        at: Any = None,
+        start: tuple[int, Tensor] | None = None,
+        past: Past | None = None,
+        keep_past: bool = False,
+        stop: SiteLike | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Run:
+        """`run`, with the edits of the blocks around it (None), or with others in their place."""
         tokens, mask = check_tokens(tokens, mask, self.dims, self.device)
         if isinstance(record, str) or isinstance(grads, str):
             raise InputError("`record` and `grads` take a list of sites, as in record=['z.0'].")
@@ -263,7 +287,7 @@ class HookManager:
         if bool(grad_sites) != (loss is not None):
             raise InputError("Gradients need both `loss` and `grads`; only one of them was given.")
         with Turn(self._use, self.bridge, self.info.name, currentframe(), loss is not None) as turn, turn:
-            outer = self._use.edits()
+            outer = self._use.edits() if outer is None else outer
             if past is not None:
                 check_past(past, tokens, mask, self.dims, edited=bool(outer))
             if start is not None:
@@ -287,6 +311,52 @@ class HookManager:
         moved = {site: v.to(device=device, dtype=dtype) for site, v in values.items() if v is not None}
         kept = past_of(cache, self.dims.n_layers) if keeps else None
         return Run(None if logits is None else logits.detach(), moved, gradients or {}, value, kept)
+
+    def generate(
+        self,
+        prompts: Int[Tensor, "batch pos"] | Sequence[Sequence[int]] | Sequence[str] | str,
+        n: int = 20,
+        *,
+        mask: Bool[Tensor, "batch pos"] | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        seed: int = 0,
+        stop: Sequence[int] | None = None,
+        interventions: Iterable[Intervention] = (),
+        cache: bool | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> Generated:
+        """Up to `n` new tokens for every prompt, under the edits of `intervene` blocks and of `interventions`.
+
+        Edits act while the prompt is read and on every generated token; edits at `positions` of prompts act on those
+        only. With the key/value cache each new token is a run of one token. That is the same as running the whole
+        text again if an edit treats every token by itself, which is known of the edits of this package and tested for
+        your own; `cache=False` runs the whole text for every token, for edits that look at several tokens.
+
+        Args:
+            prompts: Token ids, or texts (with a tokenizer, tokenised as it does by default).
+            n: How many tokens at most.
+            mask: True at the real tokens of right-padded token ids.
+            temperature: 0: the most probable token; otherwise the logits are divided by it and a token is drawn.
+            top_k: Draw among the k most probable tokens only.
+            seed: Of the draws. They are the same for a prompt whatever else is in the batch before or after it.
+            stop: Token ids after which a prompt ends; by default the tokenizer's end of text, if any.
+            interventions: Edits of these runs, besides those of the blocks.
+            cache: Whether to keep keys and values; by default, if the model can.
+            on_token: Called with (row, token id) as soon as there is a token: streaming.
+
+        Cost: one run of the prompts, and one run of one token per new token (without cache: of all tokens).
+
+        Raises InputError for prompts and `n` beyond the context, an edit that cannot be continued from the cache, and
+        texts without a tokenizer.
+
+        >>> import mechinterp as mi
+        >>> model = mi.load_model("bundled")
+        >>> model.generate([[5, 6, 7]], 4).tokens.shape
+        torch.Size([1, 4])
+        """
+        asked = Request(n, temperature, top_k, seed, stop, cache, on_token)
+        return generated(self, prompts, mask, [*self._use.edits(), *interventions], asked)
 
     @property
     def edited(self) -> bool:
