@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mechinterp.analysis.contextual import contextual_decomposition as contextual_decomposition
     from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution as direct_logit_attribution
     from mechinterp.analysis.direct_logit_attribution import group_parts as group_parts
+    from mechinterp.analysis.direction_paths import direction_readers as direction_readers
     from mechinterp.analysis.directions import Direction as Direction
     from mechinterp.analysis.directions import find_direction as find_direction
     from mechinterp.analysis.directions import given_direction as given_direction
@@ -252,6 +253,7 @@ _HOMES = {
     "analysis.steering_sweep": ("steering_sweep",),
     "views.plots.steering": ("steering_curve",),
     "models.generation": ("Generated",),
+    "analysis.direction_paths": ("direction_readers",),
     "base.errors": (
         *("FormatError", "InputError", "MechInterpError", "NoSmallCircuit", "SiteNotReached", "TaskNotDone"),
         "UnsupportedError",
