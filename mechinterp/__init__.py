@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mechinterp.analysis.directions import Direction as Direction
     from mechinterp.analysis.directions import find_direction as find_direction
     from mechinterp.analysis.directions import given_direction as given_direction
+    from mechinterp.analysis.directions import orient_pairs as orient_pairs
     from mechinterp.analysis.directions import read_direction as read_direction
     from mechinterp.analysis.head_detectors import attention_between as attention_between
     from mechinterp.analysis.head_detectors import attention_to as attention_to
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from mechinterp.analysis.phrases import PhraseRelevance as PhraseRelevance
     from mechinterp.analysis.phrases import phrase_relevance as phrase_relevance
     from mechinterp.analysis.probes import Probes as Probes
+    from mechinterp.analysis.probes import held_out as held_out
     from mechinterp.analysis.probes import probe_directions as probe_directions
     from mechinterp.analysis.relevance import Relevance as Relevance
     from mechinterp.analysis.relevance import relevance as relevance
@@ -77,6 +79,8 @@ if TYPE_CHECKING:
     from mechinterp.circuit_file.circuit_file import save_circuit as save_circuit
     from mechinterp.circuit_file.diff import CircuitDiff as CircuitDiff
     from mechinterp.circuit_file.diff import diff_circuits as diff_circuits
+    from mechinterp.circuit_file.direction_claims import verify_direction as verify_direction
+    from mechinterp.circuit_file.direction_file import load_direction as load_direction
     from mechinterp.circuit_file.hub import pull_circuit as pull_circuit
     from mechinterp.circuit_file.hub import push_circuit as push_circuit
     from mechinterp.circuit_file.reevaluate import Reevaluation as Reevaluation
@@ -85,6 +89,8 @@ if TYPE_CHECKING:
     from mechinterp.circuit_file.verify.claims import Verification as Verification
     from mechinterp.circuit_file.verify.verification import verify as verify
     from mechinterp.compare import compare_methods as compare_methods
+    from mechinterp.direct import DirectSpec as DirectSpec
+    from mechinterp.direct import discover_direction as discover_direction
     from mechinterp.discovery.acdc import acdc_thresholds as acdc_thresholds
     from mechinterp.discovery.acdc_orders import AcdcOrders as AcdcOrders
     from mechinterp.discovery.acdc_orders import acdc_orders as acdc_orders
@@ -238,8 +244,8 @@ _HOMES = {
     "analysis.subspace": ("learn_subspace", "subspace_interchange"),
     "analysis.tuned_lens": ("TunedLens", "load_lens", "save_lens", "train_tuned_lens"),
     "analysis.weights": ("feature_tokens", "neuron_tokens", "ov_circuit", "qk_circuit", "top_tokens"),
-    "analysis.directions": ("Direction", "find_direction", "given_direction", "read_direction"),
-    "analysis.probes": ("Probes", "probe_directions"),
+    "analysis.directions": ("Direction", "find_direction", "given_direction", "orient_pairs", "read_direction"),
+    "analysis.probes": ("Probes", "held_out", "probe_directions"),
     "analysis.causal_inner_product": (
         "CausalInnerProduct",
         "ConceptDirection",
@@ -254,6 +260,9 @@ _HOMES = {
     "views.plots.steering": ("steering_curve",),
     "models.generation": ("Generated",),
     "analysis.direction_paths": ("direction_readers",),
+    "circuit_file.direction_claims": ("verify_direction",),
+    "circuit_file.direction_file": ("load_direction",),
+    "direct": ("DirectSpec", "discover_direction"),
     "base.errors": (
         *("FormatError", "InputError", "MechInterpError", "NoSmallCircuit", "SiteNotReached", "TaskNotDone"),
         "UnsupportedError",

@@ -57,7 +57,7 @@ def direction_readers(
 
     >>> import mechinterp as mi
     >>> model = mi.load_model("bundled")
-    >>> pairs = mi.load_task("subject_verb_agreement").pairs(model, n=8)
+    >>> pairs = mi.orient_pairs(mi.load_task("subject_verb_agreement").pairs(model, n=8))
     >>> direction = mi.find_direction(model, pairs, "resid_pre.3", "end")
     >>> grid = mi.direction_readers(model, pairs, direction, ["m3", "logits"], positions="end")
     >>> grid.labels["reader"]

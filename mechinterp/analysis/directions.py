@@ -87,6 +87,44 @@ class Direction:
         return f"Direction({self.site} at {self.position}, {self.method}, sha256 {self.sha256[:12]})"
 
 
+def orient_pairs(pairs: Pairs, positive: int | None = None) -> Pairs:
+    """The same pairs with the prompts of one answer as the clean ones: from a task to a concept.
+
+    In many tasks the clean prompt is of either class (singular or plural, he or she), and the corrupt one of the other.
+    A difference of clean and corrupt means is then the difference of nothing. Here pairs whose right answer is the
+    other one are exchanged.
+
+    Args:
+        pairs: Pairs with one right and one wrong answer, the same two tokens in all of them.
+        positive: Which of the two is the right answer of the clean prompts; by default the lower token id.
+
+    Raises InputError for pairs with other answers.
+
+    >>> import mechinterp as mi
+    >>> pairs = mi.load_task("subject_verb_agreement").pairs(mi.load_model("bundled"), n=8)
+    >>> len(pairs.right.unique()), len(mi.orient_pairs(pairs).right.unique())
+    (2, 1)
+    """
+    found = two_answers(pairs)
+    if found is None:
+        raise InputError(
+            "The pairs do not have the same two answers, so there are no two classes of answers; the clean prompts are "
+            "the positive class as they are."
+        )
+    if positive is not None and positive not in found:
+        raise InputError(f"The answers of the pairs are tokens {found[0]} and {found[1]}; got {positive}.")
+    assert pairs.right is not None
+    return pairs.exchanged(pairs.right[:, 0] != (found[0] if positive is None else positive))
+
+
+def two_answers(pairs: Pairs) -> tuple[int, int] | None:
+    """The two tokens that are the answers of all pairs, each right in some and wrong in the others; None otherwise."""
+    if pairs.right is None or pairs.wrong is None or pairs.right.shape[1] != 1 or pairs.wrong.shape[1] != 1:
+        return None
+    found = torch.cat([pairs.right, pairs.wrong]).unique(sorted=True).tolist()
+    return (found[0], found[1]) if len(found) == 2 else None
+
+
 def find_direction(
     model: HookManager,
     pairs: Pairs,
@@ -98,6 +136,8 @@ def find_direction(
     **settings: Any,
 ) -> Direction:
     """The direction from the corrupt to the clean prompts at one site and position.
+
+    The clean prompts must be one class and the corrupt ones the other; `orient_pairs` makes them so.
 
     Args:
         model: The model.
@@ -115,7 +155,7 @@ def find_direction(
 
     >>> import mechinterp as mi
     >>> model = mi.load_model("bundled")
-    >>> pairs = mi.load_task("subject_verb_agreement").pairs(model, n=16)
+    >>> pairs = mi.orient_pairs(mi.load_task("subject_verb_agreement").pairs(model, n=16))
     >>> direction = mi.find_direction(model, pairs, "resid_pre.3", "end")
     >>> steered = model.run(pairs.corrupt, pairs.mask, interventions=[mi.add_features(direction.basis, {0: 1.0})])
     """
@@ -160,7 +200,7 @@ def read_direction(model: HookManager, direction: Direction) -> DirectionReadout
 
     >>> import mechinterp as mi
     >>> model = mi.load_model("bundled")
-    >>> pairs = mi.load_task("subject_verb_agreement").pairs(model, n=8)
+    >>> pairs = mi.orient_pairs(mi.load_task("subject_verb_agreement").pairs(model, n=8))
     >>> direction = mi.find_direction(model, pairs, "resid_pre.3", "end")
     >>> readout = mi.read_direction(model, direction)
     >>> scores = mi.score_edges(readout, mi.build_graph(readout), direction.pairs(pairs), "eap", metric="direction")

@@ -104,7 +104,8 @@ def probe_directions(
 
     >>> import mechinterp as mi
     >>> model, task = mi.load_model("bundled"), mi.load_task("subject_verb_agreement")
-    >>> train, test = (task.pairs(model, n=32, split=split) for split in ("train", "test"))
+    >>> train, test = (mi.orient_pairs(task.pairs(model, n=32, split=split)) for split in ("train", "test"))
+    >>> test = mi.held_out(train, test)
     >>> found = mi.probe_directions(model, train, test, "resid_pre", "end")
     >>> found.grid.axes, found.best().site.kind
     (('site', 'pos', 'measure'), 'resid_pre')
@@ -224,18 +225,35 @@ def _control(fit: Any, train: Class, test: Class, tokens: Sequence[Tensor], gene
     return _judged(fit, parts[0], parts[1])
 
 
+def held_out(train: Pairs, test: Pairs) -> Pairs:
+    """The pairs of `test` neither prompt of which is one of `train`.
+
+    Args:
+        train: The pairs of a fit.
+        test: Others, which may share prompts with them.
+
+    Raises InputError if none is left.
+    """
+    seen = set().union(*_prompts(train))
+    kept = [i for i, both in enumerate(zip(*_prompts(test), strict=True)) if seen.isdisjoint(both)]
+    return test if len(kept) == len(test) else test[kept]
+
+
+def _prompts(pairs: Pairs) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """The clean and the corrupt prompts, without padding."""
+    lengths = pairs.lengths.tolist()
+
+    def rows(ids: Tensor) -> list[tuple[int, ...]]:
+        return [tuple(row[:n]) for row, n in zip(ids.tolist(), lengths, strict=True)]
+
+    return rows(pairs.clean), rows(pairs.corrupt)
+
+
 def _check_held_out(train: Pairs, test: Pairs) -> None:
     """Return None when no prompt of `test` is one of `train`. Raises InputError otherwise."""
-
-    def rows(pairs: Pairs) -> list[tuple[int, ...]]:
-        lengths = pairs.lengths.tolist()
-        return [
-            tuple(row[:n]) for ids in (pairs.clean, pairs.corrupt) for row, n in zip(ids.tolist(), lengths, strict=True)
-        ]
-
-    shared = set(rows(train)) & set(rows(test))
+    shared = set().union(*_prompts(train)) & set().union(*_prompts(test))
     if shared:
         raise InputError(
             f"{len(shared)} prompts of `test` are also in `train`, so the accuracy would not be held out. Take the "
-            "test split of the task, or rows that are not in train."
+            "test split of the task, or `held_out(train, test)`."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -32,7 +33,7 @@ def steering_sweep(
     direction: Direction,
     strengths: Sequence[float],
     pairs: Pairs,
-    neutral: Pairs | Int[Tensor, "batch pos"],
+    neutral: Pairs | Int[Tensor, "batch pos"] | None,
     *,
     how: Literal["add", "set", "scale"] = "add",
     prompt: Literal["clean", "corrupt"] = "corrupt",
@@ -57,7 +58,8 @@ def steering_sweep(
         strengths: Added to the reading (`add`; 1 = the distance of the classes' means), or what it is set to (`set`) or
             multiplied by (`scale`).
         pairs: The target's prompts.
-        neutral: Text that has nothing to do with the concept: token ids, or pairs, whose clean prompts are taken.
+        neutral: Text that has nothing to do with the concept: token ids, or pairs, whose clean prompts are taken. None:
+            damage is not measured, `kl` and `perplexity` are NaN.
         how: `add`, `set` or `scale`.
         prompt: Which prompts of the pairs are steered.
         positions: Where in the target's prompts; by default everywhere. Neutral text and the second concept are always
@@ -75,7 +77,7 @@ def steering_sweep(
 
     >>> import mechinterp as mi
     >>> model = mi.load_model("bundled")
-    >>> pairs = mi.load_task("subject_verb_agreement").pairs(model, n=8)
+    >>> pairs = mi.orient_pairs(mi.load_task("subject_verb_agreement").pairs(model, n=8))
     >>> other = mi.load_task("ioi").pairs(model, n=4)
     >>> direction = mi.find_direction(model, pairs, "resid_pre.3", "end")
     >>> sweep = mi.steering_sweep(model, direction, [0.0, 1.0], pairs, other, positions="end", controls=1)
@@ -90,8 +92,8 @@ def steering_sweep(
         raise InputError(f"`prompt` is 'clean' or 'corrupt'; got {prompt!r}.")
     target_metric = checked_metric(model, pairs, metric)
     other_metric = None if side is None else checked_metric(model, side, side_metric or metric)
-    text = as_pairs(neutral)
-    if not bool((text.lengths > 1).any()):
+    text = None if neutral is None else as_pairs(neutral)
+    if text is not None and not bool((text.lengths > 1).any()):
         raise InputError("Neutral text needs prompts of at least two tokens: the perplexity is that of the next token.")
     generator = torch.Generator().manual_seed(seed)
     edits = {"direction": direction}
@@ -110,7 +112,8 @@ def steering_sweep(
 
     plain = task_value(pairs, target_metric, prompt, lambda _: [])
     side_plain = None if side is None or other_metric is None else task_value(side, other_metric, "clean", lambda _: [])
-    reference = [_log_probabilities(model, batch, []) for _, batch in batches(text, batch_size)]
+    listed = [] if text is None else [batch for _, batch in batches(text, batch_size)]
+    reference = [_log_probabilities(model, batch, []) for batch in listed]
     values = torch.full((len(edits), len(strengths), len(MEASURES)), torch.nan, dtype=torch.float64)
     for i, own in enumerate(edits.values()):
         for j, strength in enumerate(strengths):
@@ -120,7 +123,7 @@ def steering_sweep(
                 return [HOW[how](own.basis, {0: float(strength)}, pairs=batch, positions=positions)]
 
             target = task_value(pairs, target_metric, prompt, there)
-            kl, loss = _damage(model, text, batch_size, reference, everywhere)
+            kl, loss = _damage(model, listed, reference, everywhere)
             values[i, j, :4] = torch.tensor([target, target - plain, kl, loss]).double()
             if side is not None and other_metric is not None and side_plain is not None:
                 values[i, j, 4] = task_value(side, other_metric, "clean", lambda _, e=everywhere: e) - side_plain
@@ -133,7 +136,7 @@ def steering_sweep(
         "positions": positions,
         "metric": target_metric.name,
         "without the edit": plain,
-        "perplexity without": _damage(model, text, batch_size, reference, [])[1],
+        "perplexity without": _damage(model, listed, reference, [])[1],
         "neutral text is steered": "at every token",
         "seed": seed,
     }
@@ -147,12 +150,14 @@ def _log_probabilities(model: HookManager, text: Pairs, edits: list[Intervention
 
 
 def _damage(
-    model: HookManager, text: Pairs, batch_size: int | None, reference: Sequence[Tensor], edits: list[Intervention]
+    model: HookManager, text: Sequence[Pairs], reference: Sequence[Tensor], edits: list[Intervention]
 ) -> tuple[float, float]:
     """(mean KL per token in nats, perplexity of the next token) of neutral text under the edits."""
     kl = loss = 0.0
     n_tokens = n_next = 0
-    for (_, batch), before in zip(batches(text, batch_size), reference, strict=True):
+    if not text:
+        return math.nan, math.nan
+    for batch, before in zip(text, reference, strict=True):
         after = _log_probabilities(model, batch, edits)
         mask = batch.mask.to(after.device)
         divergence = (before.exp() * (before - after)).sum(-1)

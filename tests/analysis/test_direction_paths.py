@@ -29,7 +29,8 @@ def test_all_readers_together_are_the_direction_patched_at_its_site(name: str) -
         new[rows, p.positions["S"]] += (amount[:, None] * direction.write).to(value)
         return new
 
-    logits = [model.run(p.clean, p.mask, interventions=edits).logits for edits in ({}, {site: patch})]
+    edit = mi.Intervention(site, patch)
+    logits = [model.run(p.clean, p.mask, interventions=edits).logits for edits in ([], [edit])]
     last = [own[rows, p.lengths - 1] for own in logits]  # type: ignore[index]
     difference = [(own.gather(1, p.right) - own.gather(1, p.wrong))[:, 0] for own in last]  # type: ignore[arg-type]
     expected = difference[0] - difference[1]
