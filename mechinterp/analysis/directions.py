@@ -203,7 +203,8 @@ def read_direction(model: HookManager, direction: Direction) -> DirectionReadout
     >>> pairs = mi.orient_pairs(mi.load_task("subject_verb_agreement").pairs(model, n=8))
     >>> direction = mi.find_direction(model, pairs, "resid_pre.3", "end")
     >>> readout = mi.read_direction(model, direction)
-    >>> scores = mi.score_edges(readout, mi.build_graph(readout), direction.pairs(pairs), "eap", metric="direction")
+    >>> own = direction.pairs(pairs)
+    >>> scores = mi.score_edges(readout, mi.build_graph(readout), own, method="eap", metric="direction")
     """
     return DirectionReadout(model, direction.site, direction.read, direction.offset, direction.sha256)
 
