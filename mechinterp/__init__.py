@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from mechinterp.analysis.attention_edits import knock_out_attention as knock_out_attention
     from mechinterp.analysis.attribution import attribution_patching as attribution_patching
     from mechinterp.analysis.attribution import node_attribution as node_attribution
+    from mechinterp.analysis.causal_inner_product import CausalInnerProduct as CausalInnerProduct
+    from mechinterp.analysis.causal_inner_product import ConceptDirection as ConceptDirection
+    from mechinterp.analysis.causal_inner_product import causal_inner_product as causal_inner_product
+    from mechinterp.analysis.causal_inner_product import concept_direction as concept_direction
     from mechinterp.analysis.causal_tracing import causal_tracing as causal_tracing
     from mechinterp.analysis.compensation import compensation as compensation
     from mechinterp.analysis.composition import composition_scores as composition_scores
@@ -23,6 +27,12 @@ if TYPE_CHECKING:
     from mechinterp.analysis.contextual import contextual_decomposition as contextual_decomposition
     from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution as direct_logit_attribution
     from mechinterp.analysis.direct_logit_attribution import group_parts as group_parts
+    from mechinterp.analysis.direction_paths import direction_readers as direction_readers
+    from mechinterp.analysis.directions import Direction as Direction
+    from mechinterp.analysis.directions import find_direction as find_direction
+    from mechinterp.analysis.directions import given_direction as given_direction
+    from mechinterp.analysis.directions import orient_pairs as orient_pairs
+    from mechinterp.analysis.directions import read_direction as read_direction
     from mechinterp.analysis.head_detectors import attention_between as attention_between
     from mechinterp.analysis.head_detectors import attention_to as attention_to
     from mechinterp.analysis.head_detectors import copying_scores as copying_scores
@@ -36,14 +46,22 @@ if TYPE_CHECKING:
     from mechinterp.analysis.path_patching import path_patching as path_patching
     from mechinterp.analysis.phrases import PhraseRelevance as PhraseRelevance
     from mechinterp.analysis.phrases import phrase_relevance as phrase_relevance
+    from mechinterp.analysis.probes import Probes as Probes
+    from mechinterp.analysis.probes import held_out as held_out
+    from mechinterp.analysis.probes import probe_directions as probe_directions
     from mechinterp.analysis.relevance import Relevance as Relevance
     from mechinterp.analysis.relevance import relevance as relevance
+    from mechinterp.analysis.scrubbing import Scrubbing as Scrubbing
+    from mechinterp.analysis.scrubbing import scrub_concept as scrub_concept
     from mechinterp.analysis.steering import ablate_direction as ablate_direction
     from mechinterp.analysis.steering import add_direction as add_direction
     from mechinterp.analysis.steering import affine as affine
     from mechinterp.analysis.steering import mean_difference as mean_difference
+    from mechinterp.analysis.steering_sweep import steering_sweep as steering_sweep
     from mechinterp.analysis.subspace import learn_subspace as learn_subspace
     from mechinterp.analysis.subspace import subspace_interchange as subspace_interchange
+    from mechinterp.analysis.text_span import TextSpan as TextSpan
+    from mechinterp.analysis.text_span import text_span as text_span
     from mechinterp.analysis.tuned_lens import TunedLens as TunedLens
     from mechinterp.analysis.tuned_lens import load_lens as load_lens
     from mechinterp.analysis.tuned_lens import save_lens as save_lens
@@ -64,6 +82,8 @@ if TYPE_CHECKING:
     from mechinterp.circuit_file.circuit_file import save_circuit as save_circuit
     from mechinterp.circuit_file.diff import CircuitDiff as CircuitDiff
     from mechinterp.circuit_file.diff import diff_circuits as diff_circuits
+    from mechinterp.circuit_file.direction_claims import verify_direction as verify_direction
+    from mechinterp.circuit_file.direction_file import load_direction as load_direction
     from mechinterp.circuit_file.hub import pull_circuit as pull_circuit
     from mechinterp.circuit_file.hub import push_circuit as push_circuit
     from mechinterp.circuit_file.reevaluate import Reevaluation as Reevaluation
@@ -72,6 +92,8 @@ if TYPE_CHECKING:
     from mechinterp.circuit_file.verify.claims import Verification as Verification
     from mechinterp.circuit_file.verify.verification import verify as verify
     from mechinterp.compare import compare_methods as compare_methods
+    from mechinterp.direct import DirectSpec as DirectSpec
+    from mechinterp.direct import discover_direction as discover_direction
     from mechinterp.discovery.acdc import acdc_thresholds as acdc_thresholds
     from mechinterp.discovery.acdc_orders import AcdcOrders as AcdcOrders
     from mechinterp.discovery.acdc_orders import acdc_orders as acdc_orders
@@ -132,6 +154,8 @@ if TYPE_CHECKING:
     from mechinterp.features.activations import JumpRelu as JumpRelu
     from mechinterp.features.activations import Relu as Relu
     from mechinterp.features.activations import TopK as TopK
+    from mechinterp.features.affine_fits import AffineFit as AffineFit
+    from mechinterp.features.affine_fits import fit_affine as fit_affine
     from mechinterp.features.basis import Basis as Basis
     from mechinterp.features.dictionary import Dictionary as Dictionary
     from mechinterp.features.dictionary import cross_layer_transcoder as cross_layer_transcoder
@@ -139,6 +163,8 @@ if TYPE_CHECKING:
     from mechinterp.features.dictionary import relative_norms as relative_norms
     from mechinterp.features.dictionary import sae as sae
     from mechinterp.features.dictionary import transcoder as transcoder
+    from mechinterp.features.direction_fits import DirectionFit as DirectionFit
+    from mechinterp.features.direction_fits import fit_direction as fit_direction
     from mechinterp.features.edits import ablate_features as ablate_features
     from mechinterp.features.edits import add_features as add_features
     from mechinterp.features.edits import reconstructed as reconstructed
@@ -154,6 +180,7 @@ if TYPE_CHECKING:
     from mechinterp.features.snmf import snmf_basis as snmf_basis
     from mechinterp.features.store import save_basis as save_basis
     from mechinterp.features.subspaces import concept_basis as concept_basis
+    from mechinterp.features.subspaces import direction_basis as direction_basis
     from mechinterp.features.subspaces import leace_basis as leace_basis
     from mechinterp.features.subspaces import subspace_basis as subspace_basis
     from mechinterp.features.subspaces import svd_basis as svd_basis
@@ -167,6 +194,7 @@ if TYPE_CHECKING:
     from mechinterp.graphs.select import select as select
     from mechinterp.models.feature_basis import FeatureBasis as FeatureBasis
     from mechinterp.models.feature_basis import Features as Features
+    from mechinterp.models.generation import Generated as Generated
     from mechinterp.models.hook_manager import HookManager as HookManager
     from mechinterp.models.hook_manager import Intervention as Intervention
     from mechinterp.models.hook_manager import Run as Run
@@ -203,6 +231,7 @@ if TYPE_CHECKING:
     from mechinterp.views.plots.grids import waterfall as waterfall
     from mechinterp.views.plots.save import save_html as save_html
     from mechinterp.views.plots.save import save_image as save_image
+    from mechinterp.views.plots.steering import steering_curve as steering_curve
     from mechinterp.views.plots.text import text_page as text_page
     from mechinterp.views.report.view import write_page as write_page
 
@@ -226,6 +255,25 @@ _HOMES = {
     "analysis.subspace": ("learn_subspace", "subspace_interchange"),
     "analysis.tuned_lens": ("TunedLens", "load_lens", "save_lens", "train_tuned_lens"),
     "analysis.weights": ("feature_tokens", "neuron_tokens", "ov_circuit", "qk_circuit", "top_tokens"),
+    "analysis.directions": ("Direction", "find_direction", "given_direction", "orient_pairs", "read_direction"),
+    "analysis.probes": ("Probes", "held_out", "probe_directions"),
+    "analysis.causal_inner_product": (
+        "CausalInnerProduct",
+        "ConceptDirection",
+        "causal_inner_product",
+        "concept_direction",
+    ),
+    "analysis.text_span": ("TextSpan", "text_span"),
+    "features.affine_fits": ("AffineFit", "fit_affine"),
+    "features.direction_fits": ("DirectionFit", "fit_direction"),
+    "analysis.scrubbing": ("Scrubbing", "scrub_concept"),
+    "analysis.steering_sweep": ("steering_sweep",),
+    "views.plots.steering": ("steering_curve",),
+    "models.generation": ("Generated",),
+    "analysis.direction_paths": ("direction_readers",),
+    "circuit_file.direction_claims": ("verify_direction",),
+    "circuit_file.direction_file": ("load_direction",),
+    "direct": ("DirectSpec", "discover_direction"),
     "base.errors": (
         *("FormatError", "InputError", "MechInterpError", "NoSmallCircuit", "SiteNotReached", "TaskNotDone"),
         "UnsupportedError",
@@ -291,7 +339,7 @@ _HOMES = {
     "features.neurons": ("neuron_basis",),
     "features.snmf": ("Factorised", "snmf_basis"),
     "features.store": ("save_basis",),
-    "features.subspaces": ("concept_basis", "leace_basis", "subspace_basis", "svd_basis"),
+    "features.subspaces": ("concept_basis", "direction_basis", "leace_basis", "subspace_basis", "svd_basis"),
     "features.supervised": ("Supervised", "supervised_basis"),
     "features.wrapped": ("wrap_basis",),
     "graphs.circuit": ("Circuit",),

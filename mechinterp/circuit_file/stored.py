@@ -1,4 +1,4 @@
-"""The circuit files that can be given by name instead of path: those of the package, and those in ./out."""
+"""The circuit and direction files that can be given by name: those of the package, and those in ./out."""
 
 from __future__ import annotations
 
@@ -8,32 +8,44 @@ from pathlib import Path
 from mechinterp.base.errors import InputError
 from mechinterp.base.plain_files import exists
 from mechinterp.base.registry import unknown
+from mechinterp.circuit_file.direction_schema import SUFFIX as DIRECTION_SUFFIX
+from mechinterp.circuit_file.direction_schema import direction_finding, open_direction_file
+from mechinterp.circuit_file.store import SUFFIX
 
 
-def stored_files() -> dict[str, Path]:
-    """The circuit files that come with the package, and those in ./out, by name."""
+def stored_files(suffix: str = SUFFIX) -> dict[str, Path]:
+    """The circuit files (or direction files) that come with the package, and those in ./out, by name."""
     package = Path(str(resources.files("mechinterp")))
     found: dict[str, Path] = {}
     for folder in (package / "_circuits", package.parent / "circuits", Path("out")):
         if folder.is_dir():
-            for path in sorted(folder.rglob("*.circuit.json")):
-                found.setdefault(path.name.removesuffix(".circuit.json"), path)
+            for path in sorted(folder.rglob(f"*{suffix}")):
+                found.setdefault(path.name.removesuffix(suffix), path)
     return found
 
 
 def find_file(file: str | Path) -> Path:
-    """The path of a circuit file that is given by path, or by name if it is a stored one.
+    """The path of a circuit or direction file that is given by path, or by name if it is a stored one.
 
     Raises InputError for a name (no path, no ending) of no stored file, with the nearest one.
     """
     if isinstance(file, Path) or exists(file):
         return Path(file)
-    stored = stored_files()
+    stored = {**stored_files(DIRECTION_SUFFIX), **stored_files()}
     if file in stored:
         return stored[file]
     if Path(file).name == file and not Path(file).suffix and file not in ("", ".", ".."):
         raise unknown("circuit", file, stored)
     return Path(file)
+
+
+def about_direction(path: Path) -> str:
+    """One line on a direction file: its finding, or why it cannot be read."""
+    try:
+        document = open_direction_file(path).document
+    except InputError as error:
+        return f"cannot be read: {error}"
+    return f"{direction_finding(document)} ({document.model.name}); {path}"
 
 
 def about_file(path: Path) -> str:

@@ -19,7 +19,9 @@ from rich.console import Console
 
 from mechinterp.base.errors import HubNotReached, InputError, MechInterpError, ModelNotAvailable, NoSmallCircuit, clip
 from mechinterp.base.plain_files import is_file
-from mechinterp.circuit_file.stored import about_file, find_file, stored_files
+from mechinterp.circuit_file.direction_schema import SUFFIX, is_direction_name
+from mechinterp.circuit_file.stored import about_direction, about_file, find_file, stored_files
+from mechinterp.cli import direct as cli_direct
 from mechinterp.cli import exchange as cli_exchange
 from mechinterp.cli import hub as cli_hub
 from mechinterp.cli import options
@@ -184,7 +186,7 @@ def _list() -> Action:
     return _do_list
 
 
-for others in (cli_verify, cli_exchange, cli_view, cli_hub):
+for others in (cli_direct, cli_verify, cli_exchange, cli_view, cli_hub):
     app.registered_commands += others.commands.registered_commands
 
 
@@ -263,9 +265,12 @@ def _do_show(file: str, top: int) -> int:
     from mechinterp.circuit_file.store import check_hashes, open_circuit_file
     from mechinterp.views.terminal_tables import edges_table, nodes_table, predictions_table
 
-    opened = open_circuit_file(find_file(file))
+    console, path = Terminal(), find_file(file)
+    if is_direction_name(path):
+        cli_direct.show_direction(path, console)
+        return OK
+    opened = open_circuit_file(path)
     check_hashes(opened)
-    console = Terminal()
     _print_result(console, opened.document)
     n_nodes, n_edges = len(opened.document.nodes), len(opened.document.edges)
     predictions = opened.document.predictions or ()
@@ -299,6 +304,7 @@ def _do_list() -> int:
         ("metric", METRICS.about()),
         ("model", models),
         ("stored circuit", {str(name): about_file(path) for name, path in stored_files().items()}),
+        ("stored direction", {name: about_direction(path) for name, path in stored_files(SUFFIX).items()}),
     ):
         console.print(names_table(kind, about))
         console.print()

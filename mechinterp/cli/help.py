@@ -18,6 +18,7 @@ HELP = f"""Find the circuit of a task in a transformer, write it to a file, and 
   discover-circuit export|import FILE       other tools' formats
   discover-circuit diff A B                 how two circuit files differ
   discover-circuit push|pull                share files through the Hugging Face hub
+  discover-circuit direct ioi               the direction of a task in the residual stream
   discover-circuit list                     tasks, methods, models, stored circuits
 
 {EXIT_CODES}
@@ -88,6 +89,18 @@ holds: parts that were left out, few examples, names that do not mean what they 
 \b
   discover-circuit verify out/ioi-bundled-eap-ig.circuit.json
   discover-circuit verify ioi-bundled-eap-ig --rescore --strict
+
+{EXIT_CODES}
+"""
+DIRECT_HELP = f"""Find the direction from the corrupt to the clean prompts of a task, test it, and write its file.
+
+It is fitted on train pairs at every site, the site is chosen on validation pairs, and the numbers are of held-out
+pairs: accuracy beside the controls (shuffled labels, control task, embeddings), and what adding it to the corrupt
+prompts changes, beside random directions. `show` and `verify` take the file, too.
+
+\b
+  discover-circuit direct subject_verb_agreement
+  discover-circuit direct ioi --method logistic --site resid_pre --layers 1,2,3 --position S2
 
 {EXIT_CODES}
 """

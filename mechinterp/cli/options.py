@@ -46,7 +46,7 @@ def takes(*names: str) -> Callable[[Callable[..., Action]], Callable[..., Action
 
         def parsed(**given: Any) -> Action:
             values = {name: value if name in own else _value(FIELDS[name], given) for name, value in given.items()}
-            check(values)
+            check({name: value for name, value in values.items() if not (name in own and name in REGISTERED)})
             return command(**values)
 
         shown = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]

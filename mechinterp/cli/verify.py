@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from mechinterp.circuit_file.direction_schema import is_direction_name
 from mechinterp.circuit_file.stored import find_file
+from mechinterp.cli import direct as cli_direct
 from mechinterp.cli import options
 from mechinterp.cli.help import VERIFY_HELP
 from mechinterp.cli.terminal import Terminal, quiet_libraries, say
@@ -44,6 +47,11 @@ def _do_verify(file: str, strict: bool, values: dict[str, Any]) -> int:
 
     path, console = find_file(file), Terminal()
     absent: UnverifiedModel | None = None
+    if is_direction_name(path):
+        with stages(Console(stderr=True)) as progress:
+            quiet_libraries()
+            found = cli_direct.verify_direction_file(path, values | {"progress": progress})
+        return _judged(console, path, found, strict)
     with stages(Console(stderr=True)) as progress:
         from mechinterp.circuit_file.verify.claims import UnverifiedModel
         from mechinterp.circuit_file.verify.cost_estimate import plan_of_file
@@ -56,6 +64,14 @@ def _do_verify(file: str, strict: bool, values: dict[str, Any]) -> int:
             result = verify(path, progress=progress, **values)
         except UnverifiedModel as error:
             result, absent = error.verification, error
+    code = _judged(console, path, result, strict, absent is not None)
+    if absent is not None and code == 0:
+        raise absent
+    return code
+
+
+def _judged(console: Terminal, path: Path, result: Verification, strict: bool, absent: bool = False) -> int:
+    """Print the result; 1 if a claim failed (or, when strict, for a warning)."""
     _print_found(console, result)
     n, some = len(result.claims), f"{len(result.warnings)} warning{'' if len(result.warnings) == 1 else 's'}"
     if not result.ok:
@@ -64,8 +80,8 @@ def _do_verify(file: str, strict: bool, values: dict[str, Any]) -> int:
     if strict and result.warnings:
         say(console, f"NOT verified: {some} about {path} (--strict); the {n} claims that were checked hold")
         return 1
-    if absent is not None:
-        raise absent
+    if absent:
+        return 0
     say(console, f"verified: all {n} claims of {path} hold, {some}")
     return 0
 

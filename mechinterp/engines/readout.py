@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechinterp.base.errors import InputError
 from mechinterp.graphs.token_positions import take_positions
+from mechinterp.models.direction_readout import DirectionReadout
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.layout import Layout
 from mechinterp.models.sites import Site
@@ -65,6 +67,11 @@ def checked_metric(model: HookManager, pairs: Pairs, metric: MetricLike) -> Metr
     """
     metric = as_metric(metric)
     metric.check_answers(pairs)
+    if isinstance(model, DirectionReadout) and pairs.right is not None:
+        raise InputError(
+            "The model reads a direction, which has no right answers; give `direction.pairs(pairs)`, the same prompts "
+            "without answers, read at the direction's position."
+        )
     pairs.check_vocabulary(model.dims.d_vocab, model.dims.d_vocab_out)
     return metric
 

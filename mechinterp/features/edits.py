@@ -15,7 +15,7 @@ from mechinterp.base.errors import InputError
 from mechinterp.features.basis import Basis, check_ids
 from mechinterp.models.components import Positions, position_sets
 from mechinterp.models.feature_basis import FeatureBasis
-from mechinterp.models.interventions import Intervention
+from mechinterp.models.interventions import EditAt, Intervention
 from mechinterp.models.sites import Site
 from mechinterp.tasks.pairs import Pairs
 
@@ -134,21 +134,7 @@ def edit_at(
     if where is not None and len(where.labels) != 1:
         raise InputError(f"`positions` must be one set here; write [({', '.join(map(repr, where.labels))})].")
 
-    def edit(value: Tensor) -> Tensor:
-        new = change(value)
-        if where is None:
-            return new
-        mask = where.masks[0].to(value.device)
-        times, rest = divmod(len(value), len(mask))
-        if rest or value.shape[1] != mask.shape[1]:
-            raise InputError(
-                f"The edit at '{site}' is for {len(mask)} prompts of {mask.shape[1]} tokens; the run has "
-                f"{list(value.shape[:2])}."
-            )
-        mask = mask.repeat(times, 1)
-        return torch.where(mask.reshape(*mask.shape, *[1] * (value.ndim - 2)), new, value)
-
-    return Intervention(site, edit)
+    return Intervention(site, EditAt(site, change, None if where is None else where.masks[0]))
 
 
 def _edited(

@@ -135,6 +135,40 @@ def concept_basis(
     return _linear(site, reads, directions, mean, label, BasisSource(format="concept"))
 
 
+def direction_basis(
+    site: str | Site,
+    read: Float[Tensor, " d"],
+    write: Float[Tensor, " d"],
+    offset: float = 0.0,
+    *,
+    label: str = "",
+    source: BasisSource | None = None,
+) -> Dictionary:
+    """One direction that is read along one vector and written along another: the feature is `x @ read - offset`.
+
+    Args:
+        site: Where.
+        read: What is read.
+        write: What an activation of 1 adds; `read @ write` must be 1, so that what is added is what is read.
+        offset: The reading that counts as 0.
+        label: Its name in addresses.
+        source: Where it comes from.
+
+    Raises InputError for vectors that do not fit, and for `read @ write` other than 1.
+    """
+    if read.shape != write.shape or not bool(torch.isfinite(torch.cat([read, write])).all()):
+        raise InputError(
+            f"A direction has two finite vectors of one length; got {list(read.shape)}, {list(write.shape)}."
+        )
+    product = float(read.double() @ write.double())
+    if not abs(product - 1) < 1e-3:
+        raise InputError(
+            f"What a direction writes must be read as 1: `read @ write` is {product:.4g}. Divide one by it."
+        )
+    zero = (offset / product) * write
+    return _linear(site, read[:, None], write[None], zero, label, source or BasisSource(format="direction"))
+
+
 def _linear(
     site: str | Site, reads: Tensor, writes: Tensor, mean: Tensor | None, label: str, source: BasisSource
 ) -> Dictionary:

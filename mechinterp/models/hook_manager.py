@@ -20,6 +20,7 @@ from mechinterp.base.errors import InputError, SiteNotReached, UnsupportedError
 from mechinterp.base.registry import unknown
 from mechinterp.models.exclusive_runs import Block, Turn, use_of
 from mechinterp.models.feature_basis import FeatureBasis
+from mechinterp.models.generation import Generates
 from mechinterp.models.hook_names import HOOK_NAMES, ROUTERS, site_of_tuple
 from mechinterp.models.interventions import (
     BoundEdit,
@@ -44,7 +45,7 @@ from mechinterp.models.past import Past, empty_cache, past_of
 from mechinterp.models.sites import GLOBAL_SITES, LAYER_SITES, Site
 from mechinterp.models.source import ModelInfo
 from mechinterp.models.splice import Splice
-from mechinterp.models.texts import Prompts, ReadsTexts, is_text
+from mechinterp.models.texts import Prompts, ReadsTexts
 from mechinterp.models.tokens import check_at, check_past, check_tokens
 from mechinterp.models.weight_names import WeightsByName
 
@@ -81,7 +82,7 @@ class Plan:
         return found
 
 
-class HookManager(ReadsTexts, WeightsByName):
+class HookManager(ReadsTexts, WeightsByName, Generates):
     """Wraps one TransformerBridge: `run` reads and edits activations at sites and leaves the model unchanged.
 
     Made by `mechinterp.load_model`. The constructor checks every site and every map of the layout on a short prompt:
@@ -149,8 +150,7 @@ class HookManager(ReadsTexts, WeightsByName):
         site = Site.parse(site) if isinstance(site, str) else site
         return self._hook_name(site) in self._points and site not in self.refused
 
-    @staticmethod
-    def _hook_name(site: Site) -> str:
+    def _hook_name(self, site: Site) -> str:
         return HOOK_NAMES[site.kind].format(site.layer)
 
     def resolve(self, site: SiteName) -> str:
@@ -289,19 +289,43 @@ class HookManager(ReadsTexts, WeightsByName):
         """
         prompts = self._prompts_of(tokens, mask, prepend_bos)
         tokens, mask = (tokens, mask) if prompts is None else (prompts.tokens, prompts.mask)
+        given: Any = dict(record=record, grads=grads, loss=loss, at=at, start=start, past=past, keep_past=keep_past)
+        given |= dict(stop=stop, device=device, dtype=dtype, prompts=prompts)
+        return self._run(tokens, mask, interventions, **given)
+
+    def _run(
+        self,
+        tokens: Any,
+        mask: Any,
+        interventions: Iterable[Intervention] | Mapping[Any, Edit | Tensor] = (),
+        *,
+        only: Sequence[BoundEdit] | None = None,
+        record: Iterable[SiteName] | Callable[[str], bool] = (),
+        grads: Iterable[SiteName] = (),
+        loss: Callable[[Tensor], Tensor] | None = None,
+        at: Any = None,
+        start: tuple[int, Tensor] | None = None,
+        past: Past | None = None,
+        keep_past: bool = False,
+        stop: SiteName | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        prompts: Prompts | None = None,
+    ) -> Run:
+        """`run` of token ids; with `only`, these edits take the place of all others, those of the blocks, too."""
         tokens, mask = check_tokens(tokens, mask, self.dims, self.device)
         if isinstance(record, str) or isinstance(grads, str):
             raise InputError("`record` and `grads` take a list of sites, as in record=['z.0'].")
         wanted = self.select(record) if callable(record) else tuple(record)
         recorded = {site: self._plain(site) for site in wanted}
-        edits = self._bound(as_interventions(interventions))
+        edits = self._bound(as_interventions(interventions)) if only is None else list(only)
         grad_keys = tuple(grads)
         grad_sites = tuple(self._plain(site) for site in grad_keys)
         stop = None if stop is None else self._plain(stop)
         if bool(grad_sites) != (loss is not None):
             raise InputError("Gradients need both `loss` and `grads`; only one of them was given.")
         with Turn(self._use, self.bridge, self.info.name, currentframe(), loss is not None) as turn, turn:
-            outer = self._use.edits()
+            outer = self._use.edits() if only is None else []
             if past is not None:
                 check_past(past, tokens, mask, self.dims, edited=bool(outer))
             if start is not None:
@@ -355,15 +379,9 @@ class HookManager(ReadsTexts, WeightsByName):
         """
         return self.run(tokens, mask, record=self.sites() if record is None else record, **how)
 
-    def _prompts_of(self, given: Any, mask: Any, prepend_bos: bool | None) -> Prompts | None:
-        """The prompts of a run of texts; None for token ids."""
-        if not isinstance(given, Prompts) and not is_text(given):
-            if prepend_bos is not None:
-                raise InputError("`prepend_bos` is for texts; these are token ids.")
-            return None
-        if mask is not None or (isinstance(given, Prompts) and prepend_bos is not None):
-            raise InputError("Prompts have their own mask and BOS token; leave out `mask` and `prepend_bos`.")
-        return given if isinstance(given, Prompts) else self.prompts(given, prepend_bos)
+    def edits_around(self, interventions: Iterable[Intervention] = ()) -> list[BoundEdit]:
+        """The edits of the `intervene` blocks of this thread, and then these."""
+        return [*self._use.edits(), *self._bound(interventions)]
 
     @property
     def edited(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FunctionType
 from typing import Any, NoReturn, cast
 
@@ -77,6 +77,52 @@ class Intervention:
     def __post_init__(self) -> None:
         if self.value is None and self.grad is None:
             raise InputError(f"The intervention at '{self.site}' has no edit; give `value` or `grad`.")
+
+
+@dataclass(frozen=True, eq=False)
+class EditAt:
+    """An edit that acts on every token alike, or on the tokens of a mask only.
+
+    Args:
+        site: Where, for messages.
+        change: Maps the value of any number of tokens to a new one; each token's depends on that token's value only.
+        mask: Where it acts, `[prompt, pos]`; None: everywhere.
+        grows: Whether the run may have more tokens than the mask, on which it does not act: tokens that are generated.
+    """
+
+    site: Any
+    change: OfValue
+    mask: Tensor | None = None
+    grows: bool = False
+
+    def __call__(self, value: Tensor) -> Tensor:
+        new = self.change(value)
+        if self.mask is None:
+            return new
+        mask = self.mask.to(value.device)
+        times, rest = divmod(len(value), len(mask))
+        missing = value.shape[1] - mask.shape[1]
+        if rest or missing < 0 or (missing and not self.grows):
+            raise InputError(
+                f"The edit at '{self.site}' is for {len(mask)} prompts of {mask.shape[1]} tokens; the run has "
+                f"{list(value.shape[:2])}."
+            )
+        mask = torch.nn.functional.pad(mask, (0, missing)).repeat(times, 1)
+        return torch.where(mask.reshape(*mask.shape, *[1] * (value.ndim - 2)), new, value)
+
+    def of(self, rows: Tensor, length: int, first: int) -> EditAt:
+        """The edit for some of the prompts, `length` tokens long, in a run that begins with token `first`.
+
+        Raises InputError for prompts that the mask does not have.
+        """
+        if self.mask is None:
+            return self
+        if int(rows.max()) >= len(self.mask) or length > self.mask.shape[1]:
+            raise InputError(
+                f"The edit at '{self.site}' is for {len(self.mask)} prompts of {self.mask.shape[1]} tokens; got prompt "
+                f"{int(rows.max())} of {length} tokens."
+            )
+        return replace(self, mask=self.mask[rows.to(self.mask.device), :length][:, first:], grows=True)
 
 
 def as_interventions(

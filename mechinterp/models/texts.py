@@ -63,6 +63,16 @@ class ReadsTexts:
     tokenizer: Any
     device: Any
 
+    def _prompts_of(self, given: Any, mask: Any, prepend_bos: bool | None) -> Prompts | None:
+        """The prompts of a run of texts; None for token ids."""
+        if not isinstance(given, Prompts) and not is_text(given):
+            if prepend_bos is not None:
+                raise InputError("`prepend_bos` is for texts; these are token ids.")
+            return None
+        if mask is not None or (isinstance(given, Prompts) and prepend_bos is not None):
+            raise InputError("Prompts have their own mask and BOS token; leave out `mask` and `prepend_bos`.")
+        return given if isinstance(given, Prompts) else self.prompts(given, prepend_bos)
+
     def prompts(self, texts: str | Sequence[str], prepend_bos: bool | None = None) -> Prompts:
         """The texts as the model reads them: token ids, mask, and what was put before them.
 

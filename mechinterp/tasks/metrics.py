@@ -230,6 +230,16 @@ def _l2_to_clean(
     return torch.linalg.vector_norm(at_least_float32(logits) - _given(reference), dim=-1)
 
 
+def _direction(
+    logits: Tensor, right: Tensor | None, wrong: Tensor | None, reference: Tensor | None
+) -> Float[Tensor, "batch n_answer"]:
+    if logits.shape[-1] != 2:
+        raise InputError(
+            "The metric 'direction' reads a direction; the model must be `read_direction(model, direction)`."
+        )
+    return at_least_float32(logits[..., 0]) - at_least_float32(logits[..., 1])
+
+
 logit_diff = Metric("logit_diff", _logit_diff, +1, "logits", True, False, columns_suffice=True)
 """Mean logit of the right answers minus mean logit of the wrong ones."""
 
@@ -250,6 +260,10 @@ kl_to_clean = Metric("kl_to_clean", _kl_to_clean, -1, "nats", False, True)
 
 l2_to_clean = Metric("l2_to_clean", _l2_to_clean, -1, "logits", False, True)
 """Euclidean distance of the logit vectors. Unlike KL it also sees a shift of all logits alike."""
+
+
+direction = Metric("direction", _direction, +1, "units of the direction", False, False)
+"""The reading of a direction (1 = the distance of the classes' means), of a model that `read_direction` has made."""
 
 
 def get_metric(name: str) -> Metric:

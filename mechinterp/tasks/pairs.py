@@ -189,6 +189,56 @@ class Pairs:
             positions={name: at.to(device) for name, at in self.positions.items()},
         )
 
+    def read_at(self, answer_pos: Ids) -> Pairs:
+        """The same prompts without answers, with the metric read elsewhere: for metrics that need no answers.
+
+        Args:
+            answer_pos: Where the metric reads, `[batch]` or `[batch, n_answer]` with -1 for no entry.
+
+        Raises InputError for positions that are not in the prompts.
+        """
+        at = entries("answer_pos", answer_pos, len(self), self.device)
+        if bool((at >= self.lengths[:, None]).any()):
+            row = int((at >= self.lengths[:, None]).any(1).nonzero()[0])
+            raise InputError(
+                f"answer_pos is {at[row].tolist()} in row {row}, which has {int(self.lengths[row])} tokens."
+            )
+        return self._with(right=None, wrong=None, answer_pos=at, source=None)
+
+    def exchanged(self, rows: Bool[Tensor, " batch"]) -> Pairs:
+        """The pairs with clean and corrupt prompts, and right and wrong answers, exchanged in some rows.
+
+        That is a pair of the same task only where the wrong answer is the right one of the corrupt prompt.
+
+        Args:
+            rows: True where they are exchanged.
+
+        Raises InputError for a different number of right and wrong answers, and other rows.
+        """
+        if rows.shape != (len(self),) or rows.dtype != torch.bool:
+            raise InputError(
+                f"`rows` must be a boolean per example ({len(self)}); got {rows.dtype} {list(rows.shape)}."
+            )
+        right, wrong = self.right, self.wrong
+        if right is None or wrong is None or right.shape != wrong.shape:
+            raise InputError("Only pairs with as many wrong answers as right ones can be exchanged.")
+        at, which = rows.to(self.device)[:, None], rows.tolist()
+
+        def texts(first: tuple[str, ...] | None, second: tuple[str, ...] | None) -> tuple[str, ...] | None:
+            if first is None or second is None:
+                return None
+            return tuple(b if swap else a for a, b, swap in zip(first, second, which, strict=True))
+
+        return self._with(
+            clean=torch.where(at, self.corrupt, self.clean),
+            corrupt=torch.where(at, self.clean, self.corrupt),
+            right=torch.where(at, wrong, right),
+            wrong=torch.where(at, right, wrong),
+            clean_text=texts(self.clean_text, self.corrupt_text),
+            corrupt_text=texts(self.corrupt_text, self.clean_text),
+            source=None if bool(rows.any()) else self.source,
+        )
+
     def chunks(self, batch_size: int) -> Iterator[Pairs]:
         """The pairs in order, in parts.
 

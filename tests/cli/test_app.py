@@ -359,7 +359,7 @@ def test_show_knows_roles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_a_stored_circuit_has_a_name(
     toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(stored, "stored_files", lambda: {"toy": toy})
+    monkeypatch.setattr(stored, "stored_files", lambda *_: {"toy": toy})
     monkeypatch.chdir(toy.parent)
     assert cli.main(["show", "toy"]) == 0
     assert "edges recover" in capsys.readouterr().out
