@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from mechinterp.analysis.activation_patching import fraction as fraction
     from mechinterp.analysis.attention_edits import edit_pattern as edit_pattern
     from mechinterp.analysis.attention_edits import knock_out_attention as knock_out_attention
+    from mechinterp.analysis.attribution_graph.build import attribution_graph as attribution_graph
+    from mechinterp.analysis.attribution_graph.graph import AttributionGraph as AttributionGraph
+    from mechinterp.analysis.attribution_graph.graph import GraphNode as GraphNode
+    from mechinterp.analysis.attribution_graph.graph import Supernode as Supernode
+    from mechinterp.analysis.attribution_graph.validate import EdgeValidation as EdgeValidation
+    from mechinterp.analysis.attribution_graph.validate import GraphValidation as GraphValidation
+    from mechinterp.analysis.attribution_graph.validate import validate_edges as validate_edges
+    from mechinterp.analysis.attribution_graph.validate import validate_graph as validate_graph
     from mechinterp.analysis.attribution import attribution_patching as attribution_patching
     from mechinterp.analysis.attribution import node_attribution as node_attribution
     from mechinterp.analysis.causal_tracing import causal_tracing as causal_tracing
@@ -61,6 +69,8 @@ if TYPE_CHECKING:
     from mechinterp.circuit_file.circuit_file import save_circuit as save_circuit
     from mechinterp.circuit_file.diff import CircuitDiff as CircuitDiff
     from mechinterp.circuit_file.diff import diff_circuits as diff_circuits
+    from mechinterp.circuit_file.formats.attribution_graphs import load_attribution_graph as load_attribution_graph
+    from mechinterp.circuit_file.formats.attribution_graphs import save_attribution_graph as save_attribution_graph
     from mechinterp.circuit_file.hub import pull_circuit as pull_circuit
     from mechinterp.circuit_file.hub import push_circuit as push_circuit
     from mechinterp.circuit_file.reevaluate import Reevaluation as Reevaluation
@@ -200,6 +210,9 @@ _HOMES = {
     "analysis.compensation": ("compensation",),
     "analysis.attention_edits": ("edit_pattern", "knock_out_attention"),
     "analysis.attribution": ("attribution_patching", "node_attribution"),
+    "analysis.attribution_graph.build": ("attribution_graph",),
+    "analysis.attribution_graph.graph": ("AttributionGraph", "GraphNode", "Supernode"),
+    "analysis.attribution_graph.validate": ("EdgeValidation", "GraphValidation", "validate_edges", "validate_graph"),
     "analysis.causal_tracing": ("causal_tracing",),
     "analysis.composition": ("composition_scores",),
     "analysis.contextual": ("Decomposition", "contextual_decomposition"),
@@ -221,6 +234,7 @@ _HOMES = {
     ),
     "circuit_file.circuit_file": ("load_circuit", "save_circuit"),
     "circuit_file.diff": ("CircuitDiff", "diff_circuits"),
+    "circuit_file.formats.attribution_graphs": ("load_attribution_graph", "save_attribution_graph"),
     "circuit_file.hub": ("pull_circuit", "push_circuit"),
     "circuit_file.reevaluate": ("Reevaluation", "reevaluate"),
     "circuit_file.verify.claims": ("Claim", "Verification"),

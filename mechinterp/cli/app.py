@@ -21,6 +21,7 @@ from mechinterp.base.errors import HubNotReached, InputError, MechInterpError, M
 from mechinterp.base.plain_files import is_file
 from mechinterp.circuit_file.stored import about_file, find_file, stored_files
 from mechinterp.cli import exchange as cli_exchange
+from mechinterp.cli import graph as cli_graph
 from mechinterp.cli import hub as cli_hub
 from mechinterp.cli import options
 from mechinterp.cli import verify as cli_verify
@@ -170,7 +171,7 @@ def _list() -> Action:
     return _do_list
 
 
-for others in (cli_verify, cli_exchange, cli_view, cli_hub):
+for others in (cli_verify, cli_exchange, cli_view, cli_graph, cli_hub):
     app.registered_commands += others.commands.registered_commands
 
 
