@@ -78,8 +78,10 @@ def _do_graph(prompt: str, transcoders: str, values: dict[str, Any]) -> int:
         if values["n"] and len(graph.features) > 1:
             progress("evaluation", 0, 1)
             checks.append(mi.validate_edges(model, graph, bases, n=min(8, values["n"])))
-            checks.append(mi.validate_graph(model, graph, bases, n=values["n"]))
-            checks.append(mi.validate_graph(model, graph, bases, n=values["n"], patterns="frozen"))
+            checks += [
+                mi.validate_graph(model, graph, bases, n=values["n"], held=held)
+                for held in ("norms", "patterns", "nothing")
+            ]
     say(console, f"{len(graph.features):,} active features, {graph.n_edges:,} edges; {graph.scores!r}")
     say(console, f"edges into a node add up to what it reads, to {graph.about['gap']:.1e} of their sizes")
     say(

@@ -249,7 +249,7 @@ def test_predictions_are_exact_where_the_model_is_linear():
     ]
     graph = mi.attribution_graph(model, PROMPT, bases, targets=[3, 4])
     assert len(graph.features) == 3 * 7 * 32  # all neurons are on
-    found = mi.validate_graph(model, graph, bases, n=20, patterns="frozen")
+    found = mi.validate_graph(model, graph, bases, n=20, held="patterns")
     torch.testing.assert_close(
         torch.tensor(found.frame["predicted"].to_numpy()), torch.tensor(found.frame["measured"].to_numpy()), rtol=1e-8, atol=1e-12
     )  # fmt: skip
@@ -316,7 +316,7 @@ def test_bad_input_is_one_line():
         (lambda: mi.validate_edges(model, graph.pruned(), bases), "pruned"),
         (lambda: mi.validate_edges(model, graph, a_set(W_skip=drawn(D_MODEL, D_MODEL))), "same ones"),
         (lambda: mi.validate_edges(build("gpt2", seed=5), graph, bases), "other logits"),
-        (lambda: mi.validate_graph(model, graph, bases, patterns="held"), "free or frozen"),
+        (lambda: mi.validate_graph(model, graph, bases, held="all"), "Unknown part to hold"),
         (lambda: graph.with_supernodes([mi.Supernode("a", ("nothing",))]), "Unknown node"),
         (lambda: graph.with_texts({"m0.f999": "x"}), "Unknown feature"),
     ):

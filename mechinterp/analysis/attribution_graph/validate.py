@@ -8,7 +8,7 @@ feature's column says. A *graph* claims more: that the model, in which nothing i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -19,11 +19,14 @@ from torch import Tensor
 from mechinterp.analysis.attribution_graph.frozen_run import FrozenRun, check_transcoders, freeze
 from mechinterp.analysis.attribution_graph.graph import AttributionGraph, GraphNode
 from mechinterp.base.errors import InputError
+from mechinterp.base.registry import unknown
 from mechinterp.features.basis import Basis
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.modes import Gradients
+from mechinterp.models.norm import Norm
 from mechinterp.models.sites import Site
 
+HELD = ("nothing", "patterns", "norms")
 SHUFFLES = 1000
 """How often predictions are shuffled for the control of a correlation."""
 
@@ -61,7 +64,7 @@ class GraphValidation:
         spearman: The same of their ranks.
         direct: The correlation (Pearson) with the direct edge alone: the control of paths through other features.
         shuffled: The 95 % quantile of the size of the correlation (Pearson) when predictions are shuffled.
-        patterns: Whether attention patterns were `free` or `frozen` in the model.
+        held: What was held in the model: `nothing`, `patterns`, or `norms` (with the patterns).
     """
 
     frame: pd.DataFrame
@@ -69,12 +72,13 @@ class GraphValidation:
     spearman: float
     direct: float
     shuffled: float
-    patterns: str
+    held: str
 
     def __repr__(self) -> str:
+        words = {"norms": "patterns and norms"}.get(self.held, self.held)
         return (
-            f"GraphValidation({self.frame['feature'].nunique()} features ablated in the model, patterns {self.patterns}: "
-            f"measured against predicted changes of logits, Pearson {self.pearson:.3f}, Spearman {self.spearman:.3f}; "
+            f"GraphValidation({self.frame['feature'].nunique()} features ablated in the model, {words} held: measured against "
+            f"predicted changes of logits, Pearson {self.pearson:.3f}, Spearman {self.spearman:.3f}; "
             f"controls: direct edges alone {self.direct:.3f}, shuffled predictions below {self.shuffled:.3f})"
         )
 
@@ -127,7 +131,7 @@ def validate_graph(
     transcoders: Sequence[Basis],
     *,
     n: int = 32,
-    patterns: str = "free",
+    held: str = "nothing",
     batch_size: int = 32,
 ) -> GraphValidation:
     """Ablations of features in the model, at their positions, beside what the graph predicts for its targets.
@@ -140,25 +144,26 @@ def validate_graph(
         graph: A graph, pruned or not; predictions are those of its edges.
         transcoders: Those that it was made with.
         n: So many features, those of the largest influence.
-        patterns: `free`, or `frozen`: attention patterns are those of the prompt.
+        held: What is held at its value on the prompt in the model: `nothing`, the attention `patterns`, or these and the
+            scales of all `norms`. What fails with one and not with the next says which assumption of the graph fails.
         batch_size: Features per run.
 
     Cost: `n` forwards of the prompt.
 
     Raises InputError for another model, other transcoders, and a graph of fewer than two features.
     """
-    if patterns not in ("free", "frozen"):
-        raise InputError(f"`patterns` is free or frozen; got {patterns!r}.")
+    if held not in HELD:
+        raise unknown("part to hold", held, HELD)
     if len(graph.features) < 2:
         raise InputError("A correlation needs at least two features; the graph has fewer.")
     run = _frozen(model, graph, transcoders)
     chosen = _strongest(graph, n)
     rows: list[Tensor] = []
     with Gradients(False) as off, off:
-        plain = _target_logits(run, graph, [], patterns)
+        plain = _target_logits(run, graph, [], held)
         for first in range(0, len(chosen), batch_size):
             some = [graph.features[i] for i in chosen[first : first + batch_size]]
-            rows.append(_target_logits(run, graph, some, patterns) - plain)
+            rows.append(_target_logits(run, graph, some, held) - plain)
     measured = torch.cat(rows).double().cpu()
     predicted = -graph.total_effects()[:, chosen].T.cpu()
     direct = -graph.weights[len(graph.features) :, [graph.n_leaves + i for i in chosen]].T.double().cpu()
@@ -184,7 +189,7 @@ def validate_graph(
         float(_correlation(_ranks(flat), _ranks(real))),
         float(_correlation(direct.flatten(), real)),
         float(chance),
-        patterns,
+        held,
     )
 
 
@@ -201,7 +206,7 @@ def _frozen(model: HookManager, graph: AttributionGraph, transcoders: Sequence[B
     with Gradients(False) as off, off:
         tokens = torch.tensor(graph.tokens, device=model.device)
         run = freeze(model, tokens, check_transcoders(model, transcoders))
-        target = _target_logits(run, graph, [], "free")[0]
+        target = _target_logits(run, graph, [], "nothing")[0]
     known = torch.tensor([node.pre for node in graph.targets], dtype=target.dtype, device=target.device)
     if not torch.allclose(target, known, rtol=1e-3, atol=1e-3 * float(known.abs().max())):
         raise InputError(f"On {model.info.name} the prompt has other logits than in the graph, which is of {graph.model}.")
@@ -229,15 +234,12 @@ def _target_weights(run: FrozenRun, graph: AttributionGraph) -> Float[Tensor, "d
 
 
 def _target_logits(
-    run: FrozenRun, graph: AttributionGraph, ablated: Sequence[GraphNode], patterns: str
+    run: FrozenRun, graph: AttributionGraph, ablated: Sequence[GraphNode], held: str
 ) -> Float[Tensor, "feature target"]:
     """The targets in a run of the model for every ablated feature (none: one run of the prompt)."""
     n = max(1, len(ablated))
-    edits: list[Intervention] = []
-    if patterns == "frozen":
-        for layer in range(run.model.dims.n_layers):
-            pattern = run.at("pattern", layer).to(run.model.dtype).expand(n, -1, -1, -1)
-            edits.append(Intervention(Site("pattern", layer), pattern))
+    holding = _Held(run, n)
+    edits = [] if held == "nothing" else holding.patterns()
     for layer, basis in run.transcoders.items():
         own = [(row, node) for row, node in enumerate(ablated) if node.layer == layer]
         if own:
@@ -249,9 +251,11 @@ def _target_logits(
                 return values
 
             edits.append(Intervention(basis, off))
-    site = Site("resid_final")
+    # Norms after the features, whose edits then come before what the norms read.
+    edits += holding.norms() if held == "norms" else []
+    site = Site("final_norm")
     final = run.model.run(run.tokens.expand(n, -1), record=[site], interventions=edits).values[site][:, -1]
-    return _unembedded(run, run.model.layout.final_norm(final.to(run.dtype)), graph)
+    return _unembedded(run, final.to(run.dtype), graph)
 
 
 def _unembedded(run: FrozenRun, normed: Float[Tensor, "n d_model"], graph: AttributionGraph) -> Float[Tensor, "n target"]:
@@ -260,52 +264,84 @@ def _unembedded(run: FrozenRun, normed: Float[Tensor, "n d_model"], graph: Attri
     return out if layout.b_U is None else out + layout.b_U.to(normed) @ weights
 
 
-def _readings(
-    run: FrozenRun, graph: AttributionGraph, scaled: Sequence[GraphNode], factor: float = 1.0
-) -> Float[Tensor, "feature reader"]:
-    """What every reader reads in runs of the model in which one feature is scaled and all else is held."""
-    model, layout, n = run.model, run.model.layout, max(1, len(scaled))
-    now: dict[str, Tensor] = {}
-    edits: list[Intervention] = []
+class _Held:
+    """The edits that hold patterns and norm scales at those of the prompt, in a run of `n` rows of it."""
 
-    def note(name: str):
+    def __init__(self, run: FrozenRun, n: int) -> None:
+        self.run, self.n = run, n
+        self.now: dict[str, Tensor] = {}
+        """The streams of the run so far, by name."""
+
+    def note(self, name: str) -> Callable[[Tensor], Tensor]:
+        """Keeps a value and changes nothing."""
+
         def seen(value: Tensor) -> Tensor:
-            now[name] = value
+            self.now[name] = value
             return value
 
         return seen
 
-    def normed(norm, stream: str, scale: Tensor):
+    def normed(self, norm: Norm, stream: str, scale: Float[Tensor, "pos 1"]) -> Callable[[Tensor], Tensor]:
+        """The output of a norm with a scale that is held."""
+
         def held(value: Tensor) -> Tensor:
-            out = norm.project(now[stream].to(run.dtype)) / scale
+            out = norm.project(self.now[stream].to(self.run.dtype)) / scale
             return (out if norm.bias is None else out + norm.bias.to(out)).to(value.dtype)
 
         return held
 
-    for layer in range(model.dims.n_layers):
-        maps = layout.attention[layer]
-        scale = maps.norm.scale(run.at("resid_pre", layer))
-        edits.append(Intervention(Site("resid_pre", layer), note("pre")))
-        edits.append(Intervention(Site("attn_in", layer), normed(maps.norm, "pre", scale)))
-        pattern = run.at("pattern", layer).to(model.dtype).expand(n, -1, -1, -1)
-        edits.append(Intervention(Site("pattern", layer), pattern))
-        if maps.post.kind != "none":
-            edits.append(Intervention(Site("attn_raw", layer), note("raw")))
-            edits.append(Intervention(Site("attn_out", layer), normed(maps.post, "raw", run.attention_post(layer)[1])))
-        if not run.has_mlp(layer):
-            continue
-        stream = "pre"
-        if not model.dims.parallel:
-            stream = "mid"
-            edits.append(Intervention(Site("resid_mid", layer), note("mid")))
-        edits.append(Intervention(Site("mlp_in", layer), normed(run.mlp_norm(layer), stream, run.mlp_scale(layer))))
-        edits.append(Intervention(Site("mlp_in", layer), note(f"mlp_in.{layer}")))
-        edits.append(Intervention(Site("mlp_out", layer), _held_mlp(run, layer, scaled, factor, n, now, stream)))
-    final_scale = layout.final_norm.scale(run.at("resid_final"))
-    edits.append(Intervention(Site("resid_final"), note("final")))
-    edits.append(Intervention(Site("final_norm"), normed(layout.final_norm, "final", final_scale)))
+    def patterns(self) -> list[Intervention]:
+        """The attention patterns of all layers."""
+        run = self.run
+        return [
+            Intervention(
+                Site("pattern", layer), run.at("pattern", layer).to(run.model.dtype).expand(self.n, -1, -1, -1)
+            )
+            for layer in range(run.model.dims.n_layers)
+        ]
+
+    def norms(self, mlp: Callable[[int, str], Callable[[Tensor], Tensor]] | None = None) -> list[Intervention]:
+        """The scales of all norms; `mlp` makes the edit of a layer's MLP output (the name of its stream is given)."""
+        run, dims, layout = self.run, self.run.model.dims, self.run.model.layout
+        edits: list[Intervention] = []
+        for layer in range(dims.n_layers):
+            maps = layout.attention[layer]
+            scale = maps.norm.scale(run.at("resid_pre", layer))
+            edits.append(Intervention(Site("resid_pre", layer), self.note("pre")))
+            edits.append(Intervention(Site("attn_in", layer), self.normed(maps.norm, "pre", scale)))
+            if maps.post.kind != "none":
+                edits.append(Intervention(Site("attn_raw", layer), self.note("raw")))
+                post = self.normed(maps.post, "raw", run.attention_post(layer)[1])
+                edits.append(Intervention(Site("attn_out", layer), post))
+            if not run.has_mlp(layer):
+                continue
+            stream = "pre" if dims.parallel else "mid"
+            if stream == "mid":
+                edits.append(Intervention(Site("resid_mid", layer), self.note("mid")))
+            normed = self.normed(run.mlp_norm(layer), stream, run.mlp_scale(layer))
+            edits.append(Intervention(Site("mlp_in", layer), normed))
+            edits.append(Intervention(Site("mlp_in", layer), self.note("mlp_in")))
+            post, post_scale = run.mlp_post(layer)
+            if mlp is not None:
+                edits.append(Intervention(Site("mlp_out", layer), mlp(layer, stream)))
+            elif post.kind != "none":
+                edits.append(Intervention(Site("mlp_raw", layer), self.note("mlp_raw")))
+                edits.append(Intervention(Site("mlp_out", layer), self.normed(post, "mlp_raw", post_scale)))
+        edits.append(Intervention(Site("resid_final"), self.note("final")))
+        scale = layout.final_norm.scale(run.at("resid_final"))
+        edits.append(Intervention(Site("final_norm"), self.normed(layout.final_norm, "final", scale)))
+        return edits
+
+
+def _readings(
+    run: FrozenRun, graph: AttributionGraph, scaled: Sequence[GraphNode], factor: float = 1.0
+) -> Float[Tensor, "feature reader"]:
+    """What every reader reads in runs of the model in which one feature is scaled and all else is held."""
+    n = max(1, len(scaled))
+    held = _Held(run, n)
+    edits = [*held.patterns(), *held.norms(lambda layer, stream: _held_mlp(held, layer, scaled, factor, stream))]
     read = dict.fromkeys([*(basis.sites_in[0] for basis in run.transcoders.values()), Site("final_norm")])
-    values = model.run(run.tokens.expand(n, -1), record=list(read), interventions=edits).values
+    values = run.model.run(run.tokens.expand(n, -1), record=list(read), interventions=edits).values
     columns: list[Tensor] = []
     for layer, basis in sorted(run.transcoders.items()):
         nodes = [node for node in graph.features if node.layer == layer]
@@ -319,15 +355,10 @@ def _readings(
 
 
 def _held_mlp(
-    run: FrozenRun,
-    layer: int,
-    scaled: Sequence[GraphNode],
-    factor: float,
-    n: int,
-    now: dict[str, Tensor],
-    stream: str,
-):
+    held: _Held, layer: int, scaled: Sequence[GraphNode], factor: float, stream: str
+) -> Callable[[Tensor], Tensor]:
     """The edit of an MLP's output: the recorded one, plus what the scaled features and the skip connection change."""
+    run, n = held.run, held.n
     change = run.at("mlp_out", layer).new_zeros(n, run.n_pos, run.model.dims.d_model)
     for row, node in enumerate(scaled):
         basis = run.transcoders[node.layer]
@@ -338,17 +369,17 @@ def _held_mlp(
                 change[row, node.position] += run.written(site.kind, layer, vector[None], at)[0]
     skip = run.transcoders.get(layer)
 
-    def held(value: Tensor) -> Tensor:
+    def edit(value: Tensor) -> Tensor:
         out = run.at("mlp_out", layer) + change
         if skip is not None and skip.W_skip is not None:
             kind, every = skip.sites_in[0].kind, torch.arange(run.n_pos, device=out.device)
-            seen = now[f"mlp_in.{layer}" if kind == "mlp_in" else "pre" if kind == "resid_pre" else stream]
+            seen = held.now["mlp_in" if kind == "mlp_in" else "pre" if kind == "resid_pre" else stream]
             moved = (seen.to(out) - run.values[skip.sites_in[0]]) @ skip.W_skip.to(out)
             moved = run.written(skip.sites_out[0].kind, layer, moved.flatten(0, 1), every.repeat(n)).view_as(out)
             out = out + moved
         return out.to(value.dtype)
 
-    return held
+    return edit
 
 
 def _correlation(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> Tensor:
