@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from mechinterp.analysis.activation_patching import fraction as fraction
     from mechinterp.analysis.attention_edits import edit_pattern as edit_pattern
     from mechinterp.analysis.attention_edits import knock_out_attention as knock_out_attention
+    from mechinterp.analysis.attribution import attribution_patching as attribution_patching
+    from mechinterp.analysis.attribution import node_attribution as node_attribution
     from mechinterp.analysis.attribution_graph.build import attribution_graph as attribution_graph
     from mechinterp.analysis.attribution_graph.graph import AttributionGraph as AttributionGraph
     from mechinterp.analysis.attribution_graph.graph import GraphNode as GraphNode
@@ -19,13 +21,19 @@ if TYPE_CHECKING:
     from mechinterp.analysis.attribution_graph.validate import GraphValidation as GraphValidation
     from mechinterp.analysis.attribution_graph.validate import validate_edges as validate_edges
     from mechinterp.analysis.attribution_graph.validate import validate_graph as validate_graph
-    from mechinterp.analysis.attribution import attribution_patching as attribution_patching
-    from mechinterp.analysis.attribution import node_attribution as node_attribution
     from mechinterp.analysis.causal_tracing import causal_tracing as causal_tracing
     from mechinterp.analysis.compensation import compensation as compensation
     from mechinterp.analysis.composition import composition_scores as composition_scores
     from mechinterp.analysis.contextual import Decomposition as Decomposition
     from mechinterp.analysis.contextual import contextual_decomposition as contextual_decomposition
+    from mechinterp.analysis.describe import Description as Description
+    from mechinterp.analysis.describe import Examples as Examples
+    from mechinterp.analysis.describe import describe as describe
+    from mechinterp.analysis.describe import strongest_examples as strongest_examples
+    from mechinterp.analysis.description_scores import DescriptionScore as DescriptionScore
+    from mechinterp.analysis.description_scores import SeparationScores as SeparationScores
+    from mechinterp.analysis.description_scores import score_description as score_description
+    from mechinterp.analysis.description_scores import separation_scores as separation_scores
     from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution as direct_logit_attribution
     from mechinterp.analysis.direct_logit_attribution import group_parts as group_parts
     from mechinterp.analysis.head_detectors import attention_between as attention_between
@@ -216,6 +224,8 @@ _HOMES = {
     "analysis.causal_tracing": ("causal_tracing",),
     "analysis.composition": ("composition_scores",),
     "analysis.contextual": ("Decomposition", "contextual_decomposition"),
+    "analysis.describe": ("Description", "Examples", "describe", "strongest_examples"),
+    "analysis.description_scores": ("DescriptionScore", "SeparationScores", "score_description", "separation_scores"),
     "analysis.direct_logit_attribution": ("direct_logit_attribution", "group_parts"),
     "analysis.head_detectors": ("attention_between", "attention_to", "copying_scores", "head_scores"),
     "analysis.integrated_gradients": ("integrated_gradients",),

@@ -134,7 +134,9 @@ def _checked(span: object, length: int) -> Span:
     return start, stop
 
 
-def read_prompt(model: HookManager | Encoder, prompt: object) -> tuple[Int[Tensor, " pos"], list[Span], tuple[str, ...]]:
+def read_prompt(
+    model: HookManager | Encoder, prompt: object
+) -> tuple[Int[Tensor, " pos"], list[Span], tuple[str, ...]]:
     """The token ids, the words as spans of tokens, and the text of every token, a space before each word."""
     if isinstance(prompt, Tensor):
         if prompt.ndim != 1 or not len(prompt) or prompt.is_floating_point():

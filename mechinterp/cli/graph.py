@@ -22,7 +22,41 @@ Action = Callable[[], int]
 
 @commands.command("graph", help=GRAPH_HELP, short_help="The attribution graph of a prompt, through transcoders.")
 @options.takes(
-    "prompt", "transcoders", "model", "revision", "targets", "out", "nodes_kept", "edges_kept", "max_features", "validated",
+    "prompt", "transcoders", "model", "revision", "targets", "out", "nodes_kept", "edges_kept", "max_features", "
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""
+    ""validated",
     "dtype", "device",
 )  # fmt: skip
 def _graph(
@@ -95,7 +129,9 @@ def _do_graph(prompt: str, transcoders: str, values: dict[str, Any]) -> int:
         say(console, f"the largest edges into {target.name} (probability {target.value:.3f}, logit {target.pre:+.3f})")
         edges = small.edges(into=target.name).head(8)
         token = frame.set_index("node")["token"]
-        console.print(frame_table(edges.assign(token=[token[name] for name in edges["source"]])[["source", "token", "weight"]]))
+        console.print(
+            frame_table(edges.assign(token=[token[name] for name in edges["source"]])[["source", "token", "weight"]])
+        )
     for check in checks:
         say(console, repr(check))
     path = values["out"] or Path("out") / f"{_name(prompt)}.graph.json"

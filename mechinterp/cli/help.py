@@ -52,8 +52,8 @@ EVAL_HELP = f"""Evaluate a circuit file on held-out pairs of its own task, or of
 
 {EXIT_CODES}
 """
-GRAPH_HELP = f"""The attribution graph of one prompt: what tokens, features of transcoders, errors and constants add to the
-model's next token, directly and through each other. It is checked against the model, pruned, and written as
+GRAPH_HELP = f"""The attribution graph of one prompt: what tokens, features of transcoders, errors and constants add to
+the model's next token, directly and through each other. It is checked against the model, pruned, and written as
 Neuronpedia's JSON.
 
 \b

@@ -75,7 +75,9 @@ def test_edges_add_up_and_are_what_the_held_model_does(shape):
     logits = model.run(PROMPT[None]).logits[0, -1].double()
     if model.layout.soft_cap is None:
         expected = (logits - logits.mean())[[3, 4]]
-        torch.testing.assert_close(torch.tensor([t.pre for t in graph.targets]).double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor([t.pre for t in graph.targets]).double(), expected, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_a_wrong_edge_is_noticed():
@@ -129,7 +131,7 @@ def test_batches_and_order_do_not_matter():
 
 
 def test_neurons_of_a_relu_model_have_no_error():
-    """Identity 10: a transcoder that is the MLP leaves nothing out, and its edges to logits are those of the neurons."""
+    """Identity 10: a transcoder that is the MLP misses nothing, and its edges to logits are those of the neurons."""
     model = build("no-norm", act_fn="relu")
     bases = [
         transcoder(f"mlp_in.{i}", f"mlp_out.{i}", m.W_in, m.W_out, b_enc=m.b_in, b_dec=m.b_out)
@@ -184,10 +186,17 @@ def test_influence_scores_and_pruning_are_those_of_circuit_tracer():
     model, bases = tiny("gpt2"), a_set()
     graph = mi.attribution_graph(model, PROMPT, bases, targets=[3, 4, 5])
     matrix, weight = square(graph)
-    kind = {k: torch.tensor([node.kind == k for node in graph.nodes]) for k in ("token", "error", "feature", "target", "bias")}
+    kind = {
+        k: torch.tensor([node.kind == k for node in graph.nodes])
+        for k in ("token", "error", "feature", "target", "bias")
+    }
     influence = series(normalised(matrix), weight)
     torch.testing.assert_close(influence[: len(graph.writers)], graph.influence())
-    leaves = [graph.influence(constants=True)[i] for i, node in enumerate(graph.nodes) if node.kind in ("token", "bias", "error")]
+    leaves = [
+        graph.influence(constants=True)[i]
+        for i, node in enumerate(graph.nodes)
+        if node.kind in ("token", "bias", "error")
+    ]
     torch.testing.assert_close(sum(leaves), weight.sum())
     tokens_, errors = float(influence[kind["token"]].sum()), float(influence[kind["error"]].sum())
     assert graph.scores.replacement == pytest.approx(tokens_ / (tokens_ + errors))
@@ -206,13 +215,17 @@ def test_influence_scores_and_pruning_are_those_of_circuit_tracer():
         edge &= kept[:, None] & kept[None]
     pruned = graph.pruned(0.8, 0.9)
     kept |= kind["bias"]
-    assert [node.name for node in pruned.nodes] == [n.name for n, k in zip(graph.nodes, kept.tolist(), strict=True) if k]
+    assert [node.name for node in pruned.nodes] == [
+        n.name for n, k in zip(graph.nodes, kept.tolist(), strict=True) if k
+    ]
     without_bias = torch.tensor([node.kind != "bias" for node in pruned.writers])
     assert int((pruned.weights[:, without_bias] != 0).sum()) == int(edge.sum())
     assert 5 < len(pruned.features) < len(graph.features)
     rest = graph.weights.sum(1)[[graph.index[n.name] - graph.n_leaves for n in pruned.readers]] - pruned.weights.sum(1)
     torch.testing.assert_close(pruned.left_out(), rest, rtol=1e-9, atol=1e-9)
-    assert len(graph.pruned(1.0, 1.0).features) == len([n for n in graph.features if influence[graph.index[n.name]] > 0])
+    assert len(graph.pruned(1.0, 1.0).features) == len(
+        [n for n in graph.features if influence[graph.index[n.name]] > 0]
+    )
 
 
 def test_features_beyond_the_limit_are_one_node():
@@ -226,7 +239,9 @@ def test_features_beyond_the_limit_are_one_node():
     columns = [i for i, node in enumerate(part.writers) if node.kind != "rest"]
     torch.testing.assert_close(part.weights[:, columns], whole.weights[rows][:, same])
     held = whole.influence()[whole.n_leaves :].sort(descending=True).values
-    assert sum(float(whole.influence()[whole.index[node.name]]) for node in part.features) > 0.9 * float(held[:40].sum())
+    assert sum(float(whole.influence()[whole.index[node.name]]) for node in part.features) > 0.9 * float(
+        held[:40].sum()
+    )
 
 
 def test_first_positions_can_count_as_constants():
@@ -250,9 +265,8 @@ def test_predictions_are_exact_where_the_model_is_linear():
     graph = mi.attribution_graph(model, PROMPT, bases, targets=[3, 4])
     assert len(graph.features) == 3 * 7 * 32  # all neurons are on
     found = mi.validate_graph(model, graph, bases, n=20, held="patterns")
-    torch.testing.assert_close(
-        torch.tensor(found.frame["predicted"].to_numpy()), torch.tensor(found.frame["measured"].to_numpy()), rtol=1e-8, atol=1e-12
-    )  # fmt: skip
+    predicted, measured = (torch.tensor(found.frame[name].to_numpy()) for name in ("predicted", "measured"))
+    torch.testing.assert_close(predicted, measured, rtol=1e-8, atol=1e-12)
     assert found.pearson > 1 - 1e-9 and found.spearman > 1 - 1e-9 and found.direct < 1 - 1e-9 and found.shuffled < 0.6
 
 

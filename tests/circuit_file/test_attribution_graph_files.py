@@ -63,6 +63,7 @@ def test_it_obeys_their_schema():
 
 def of_circuit_tracer() -> dict:
     """A file as circuit-tracer writes it: its ids, its types, no keys of ours."""
+
     def node(node_id, kind, layer, pos, feature, **more):
         return {"node_id": node_id, "feature_type": kind, "layer": layer, "ctx_idx": pos, "feature": feature,
                 "jsNodeId": node_id, "clerp": "", "influence": 0.1, "activation": None, **more}  # fmt: skip

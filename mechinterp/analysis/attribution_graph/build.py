@@ -16,7 +16,6 @@ from mechinterp.analysis.phrases import read_prompt, token_of
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.base.progress import Progress, no_progress
 from mechinterp.features.basis import Basis
-from mechinterp.features.dictionary import Dictionary
 from mechinterp.features.load import load_bases
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.modes import Gradients
@@ -85,8 +84,9 @@ def attribution_graph(
         prompt: A text, read by the model's tokenizer as it is, or token ids.
         transcoders: One transcoder per layer, with or without skip, or the layers of a cross-layer transcoder; or where
             `load_bases` finds them. A layer without one is an error as a whole.
-        targets: Tokens, as text or ids; or named combinations of tokens, as in `{"he - she": {" he": 1, " she": -1}}`. By
-            default the fewest tokens that together have a probability of 0.95, at most ten. All at the last position.
+        targets: Tokens, as text or ids; or named combinations of tokens, as in `{"he - she": {" he": 1, " she": -1}}`.
+            By default the fewest tokens that together have a probability of 0.95, at most ten. All at the last
+            position.
         max_features: How many features become nodes at most. If more are active, those of the largest influence are
             chosen, batch by batch, and the others are one node, `rest`.
         constant_positions: Features and errors of so many positions at the beginning count as constants. circuit-tracer
@@ -105,7 +105,8 @@ def attribution_graph(
     Raises InputError for bases that are no transcoders, unknown targets and graphs that are too large, UnsupportedError
     for a model whose sums do not come out: its pre-activations are not what the frozen map gives.
 
-    Source: Ameisen et al. 2025 (transformer-circuits.pub/2025/attribution-graphs); circuit-tracer. Deviations: constants
+    Source: Ameisen et al. 2025 (transformer-circuits.pub/2025/attribution-graphs); circuit-tracer. Deviations:
+        constants
     are a node, so that sums are exact; the transpose is in closed form instead of by autograd; nothing is set to zero.
 
     >>> import mechinterp as mi
@@ -333,7 +334,9 @@ def _expanded(
     return torch.cat([every[:n_targets], every[n_targets:][order]]), done[order]
 
 
-def _influence_so_far(edges: _Edges, rows: Tensor, done: Tensor, targets: Sequence[Target]) -> Float[Tensor, " feature"]:
+def _influence_so_far(
+    edges: _Edges, rows: Tensor, done: Tensor, targets: Sequence[Target]
+) -> Float[Tensor, " feature"]:
     """The influence of all active features along the edges that are known."""
     size = rows.abs()
     size[:, edges.run.n_pos] = 0
@@ -357,7 +360,9 @@ def _graph(
     logits = final @ model.layout.W_U.to(final)
     logits = logits if model.layout.b_U is None else logits + model.layout.b_U.to(logits)
     logits = logits - logits.mean()
-    read = torch.stack([sum((logits[t] * by for t, by in one.weights.items()), logits.new_zeros(())) for one in targets])
+    read = torch.stack(
+        [sum((logits[t] * by for t, by in one.weights.items()), logits.new_zeros(())) for one in targets]
+    )
     gap = _gap(run, rows, torch.cat([read, active.pre[chosen]]))
     n = edges.first_feature
     every = torch.cat([rows[n_targets:], rows[:n_targets]])  # features, then targets
@@ -375,7 +380,9 @@ def _graph(
         nodes.append(GraphNode("feature", layer, position, feature, run.transcoders[layer].name, "", value, pre))
     for target, logit in zip(targets, read.tolist(), strict=True):
         nodes.append(
-            GraphNode("target", -1, run.n_pos - 1, target.token, "", target.text, target.probability, logit, target.weight)
+            GraphNode(
+                "target", -1, run.n_pos - 1, target.token, "", target.text, target.probability, logit, target.weight
+            )
         )
     about: dict[str, Any] = {
         "gap": gap,
@@ -398,7 +405,8 @@ def _gap(run: FrozenRun, rows: Float[Tensor, "row column"], read: Float[Tensor, 
     coarse = run.model.dtype not in (torch.float32, torch.float64)
     if not worst < (5e-2 if coarse else 1e-3):
         raise UnsupportedError(
-            f"{run.model.info.architecture}: with frozen patterns and scales the edges into a node do not add up to what "
+            f"{run.model.info.architecture}: with frozen patterns and scales the edges into a node do not add up to "
+            "what "
             f"it reads (off by {worst:.2g} of their sizes), so an attribution graph would not be exact on this model."
         )
     return worst

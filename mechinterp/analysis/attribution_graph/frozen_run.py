@@ -2,7 +2,8 @@
 
 With the patterns, the scales of all norms and the activations of the features frozen, the residual stream is an affine
 function of what is written to it: tokens, constants, features, and what the transcoders miss. `FrozenRun.backward` goes
-through this map from the readers to the writers, many readers side by side, and holds one `[reader, pos, d_model]` tensor.
+through this map from the readers to the writers, many readers side by side, and holds one `[reader, pos, d_model]`
+tensor.
 """
 
 from __future__ import annotations
@@ -230,9 +231,7 @@ class FrozenRun:
             seeded(layer, "resid_pre")
         yield ("input", -1), here
 
-    def _through_attention(
-        self, layer: int, g: Float[Tensor, "row pos d_model"]
-    ) -> Float[Tensor, "row pos d_model"]:
+    def _through_attention(self, layer: int, g: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
         """The gradient at the layer's input from the one at what its heads add."""
         maps, dims = self.model.layout.attention[layer], self.model.dims
         post, scale = self.attention_post(layer)
@@ -259,7 +258,7 @@ class FrozenRun:
 
 
 def check_transcoders(model: HookManager, bases: Sequence[Basis]) -> dict[int, Dictionary]:
-    """The transcoders by the layer that they read. Raises InputError or UnsupportedError for what has no exact graph."""
+    """The transcoders by the layer they read. Raises InputError or UnsupportedError for what has no exact graph."""
     found: dict[int, Dictionary] = {}
     for basis in bases:
         if not isinstance(basis, Dictionary) or isinstance(basis.activation, Gated) or basis.normalize != "none":
@@ -293,7 +292,9 @@ def check_transcoders(model: HookManager, bases: Sequence[Basis]) -> dict[int, D
             raise InputError(f"Layer {layer} is written at {' and '.join(sorted(several))}; use one of them.")
         if len(owners) > 1 and not all(basis.cross_layer for basis in owners):
             names = ", ".join(basis.name for basis in owners)
-            raise InputError(f"{names} all reconstruct the MLP of layer {layer}, and are not one cross-layer transcoder.")
+            raise InputError(
+                f"{names} all reconstruct the MLP of layer {layer}, and are not one cross-layer transcoder."
+            )
     if not found:
         raise InputError("Give at least one transcoder, such as mi.load_bases('bundled:transcoders').")
     return found

@@ -33,7 +33,8 @@ class GraphNode:
         basis: The name of the feature's transcoder.
         text: A token's or target's text; of a feature a description, if one was given.
         value: A feature's activation; a target's probability.
-        pre: What the incoming edges of a feature or target sum to: its pre-activation, or its logit less the mean logit.
+        pre: What the incoming edges of a feature or target sum to: its pre-activation, or its logit less the mean
+            logit.
         weight: Of a target, its weight in influences.
     """
 
@@ -93,7 +94,8 @@ class GraphScores:
         rest = f", {self.of_rest:.3f} from features not expanded" if self.of_rest else ""
         return (
             f"GraphScores(replacement {self.replacement:.3f}, completeness {self.completeness:.3f}; with constants: "
-            f"{self.of_tokens:.3f} from tokens, {self.of_constants:.3f} from constants, {self.of_errors:.3f} from errors"
+            f"{self.of_tokens:.3f} from tokens, {self.of_constants:.3f} from constants, {self.of_errors:.3f} from "
+            "errors"
             f"{rest})"
         )
 
@@ -103,7 +105,8 @@ class AttributionGraph:
     """The direct effects between tokens, features, errors and logits of one prompt. Made by `attribution_graph`.
 
     `weights[r, w]` is what writer w adds to the pre-activation of reader r (of a target: to its logit less the mean
-    logit), in the run's own units; positive = it raises it. A row sums to `GraphNode.pre` in a graph that is not pruned.
+    logit), in the run's own units; positive = it raises it. A row sums to `GraphNode.pre` in a graph that is not
+    pruned.
 
     Args:
         tokens: The ids of the prompt.

@@ -1,8 +1,8 @@
 """Two checks of an attribution graph against runs of the model: of its edges (exact), and of its predictions.
 
 An *edge* says by how much a reader changes when one feature is scaled and everything else is held: patterns, scales of
-norms, all other MLP outputs. `validate_edges` makes such runs of the model itself, so that every reader must move as the
-feature's column says. A *graph* claims more: that the model, in which nothing is held, behaves like it.
+norms, all other MLP outputs. `validate_edges` makes such runs of the model itself, so that every reader must move as
+the feature's column says. A *graph* claims more: that the model, in which nothing is held, behaves like it.
 `validate_graph` ablates features in the real model and compares the logits with what the graph predicts.
 """
 
@@ -49,7 +49,8 @@ class EdgeValidation:
 
     def __repr__(self) -> str:
         return (
-            f"EdgeValidation({self.features} features times {self.factor:g}, {self.readers:,} readers each: the largest "
+            f"EdgeValidation({self.features} features times {self.factor:g}, {self.readers:,} readers each: the "
+            "largest "
             f"difference from an edge is {self.worst:.1e} of the largest edge of its feature)"
         )
 
@@ -77,7 +78,8 @@ class GraphValidation:
     def __repr__(self) -> str:
         words = {"norms": "patterns and norms"}.get(self.held, self.held)
         return (
-            f"GraphValidation({self.frame['feature'].nunique()} features ablated in the model, {words} held: measured against "
+            f"GraphValidation({self.frame['feature'].nunique()} features ablated in the model, {words} held: measured "
+            "against "
             f"predicted changes of logits, Pearson {self.pearson:.3f}, Spearman {self.spearman:.3f}; "
             f"controls: direct edges alone {self.direct:.3f}, shuffled predictions below {self.shuffled:.3f})"
         )
@@ -137,15 +139,17 @@ def validate_graph(
     """Ablations of features in the model, at their positions, beside what the graph predicts for its targets.
 
     The graph's prediction for a feature is minus the sum over all paths to the target: later features stay active and
-    respond linearly. In the model all is free: other MLPs run as they are, features may switch on or off, norms rescale.
+    respond linearly. In the model all is free: other MLPs run as they are, features may switch on or off, norms
+    rescale.
 
     Args:
         model: The model.
         graph: A graph, pruned or not; predictions are those of its edges.
         transcoders: Those that it was made with.
         n: So many features, those of the largest influence.
-        held: What is held at its value on the prompt in the model: `nothing`, the attention `patterns`, or these and the
-            scales of all `norms`. What fails with one and not with the next says which assumption of the graph fails.
+        held: What is held at its value on the prompt in the model: `nothing`, the attention `patterns`, or these and
+            the scales of all `norms`. What fails with one and not with the next says which assumption of the graph
+            fails.
         batch_size: Features per run.
 
     Cost: `n` forwards of the prompt.
@@ -209,7 +213,9 @@ def _frozen(model: HookManager, graph: AttributionGraph, transcoders: Sequence[B
         target = _target_logits(run, graph, [], "nothing")[0]
     known = torch.tensor([node.pre for node in graph.targets], dtype=target.dtype, device=target.device)
     if not torch.allclose(target, known, rtol=1e-3, atol=1e-3 * float(known.abs().max())):
-        raise InputError(f"On {model.info.name} the prompt has other logits than in the graph, which is of {graph.model}.")
+        raise InputError(
+            f"On {model.info.name} the prompt has other logits than in the graph, which is of {graph.model}."
+        )
     return run
 
 
@@ -258,7 +264,9 @@ def _target_logits(
     return _unembedded(run, final.to(run.dtype), graph)
 
 
-def _unembedded(run: FrozenRun, normed: Float[Tensor, "n d_model"], graph: AttributionGraph) -> Float[Tensor, "n target"]:
+def _unembedded(
+    run: FrozenRun, normed: Float[Tensor, "n d_model"], graph: AttributionGraph
+) -> Float[Tensor, "n target"]:
     weights, layout = _target_weights(run, graph), run.model.layout
     out = normed @ (layout.W_U.to(normed) @ weights)
     return out if layout.b_U is None else out + layout.b_U.to(normed) @ weights

@@ -1,9 +1,9 @@
 """Attribution graphs as Neuronpedia's JSON ("Anthropic Attribution Graph"), written and read.
 
 What their schema has no word for is in keys of our own: `metadata.mechinterp` (ids of the tokens, sha256 of the
-transcoders, the targets' combinations), and for every node `basis`, `pre_activation` and `target_weight`. The bias and the
-features that were not expanded are nodes of the types `bias` and `rest`. An error has the id `LAYER_err_POSITION`, since
-circuit-tracer's `0_LAYER_POSITION` is also the id of a feature of layer 0.
+transcoders, the targets' combinations), and for every node `basis`, `pre_activation` and `target_weight`. The bias and
+the features that were not expanded are nodes of the types `bias` and `rest`. An error has the id `LAYER_err_POSITION`,
+since circuit-tracer's `0_LAYER_POSITION` is also the id of a feature of layer 0.
 
 Sources: github.com/hijohnnylin/neuronpedia, `apps/webapp/app/api/graph/graph-schema.json`; circuit-tracer.
 """
@@ -57,7 +57,8 @@ def load_attribution_graph(path: str | Path) -> AttributionGraph:
     Args:
         path: The file. Descriptions (`clerp`) and supernodes are kept, and pinned nodes in `about["pinned"]`.
 
-    Files of other tools do not say pre-activations (they are NaN then), constants, and token ids of targets' combinations.
+    Files of other tools do not say pre-activations (they are NaN then), constants, and token ids of targets'
+    combinations.
 
     Raises FormatError, in one line, for a file that is too large or no such graph, for ids that name two nodes, and for
     edges that do not go from earlier to later layers.
@@ -148,7 +149,8 @@ def from_neuronpedia(content: Mapping[str, Any], where: str) -> AttributionGraph
         node = _read_node(entry, len(words), where)
         if by_id.setdefault(str(entry["node_id"]), node) is not node:
             raise FormatError(
-                f"{where}: two nodes have the id {clipped(entry['node_id'])}, so its links are ambiguous (circuit-tracer "
+                f"{where}: two nodes have the id {clipped(entry['node_id'])}, so its links are ambiguous "
+                "(circuit-tracer "
                 "gives errors the ids of features of layer 0)."
             )
     nodes = sorted(by_id.values(), key=_order)
@@ -162,7 +164,9 @@ def from_neuronpedia(content: Mapping[str, Any], where: str) -> AttributionGraph
     for link in content["links"]:
         source, target = (by_id.get(str(link[end])) for end in ("source", "target"))
         if source is None or target is None:
-            raise FormatError(f"{where}: a link joins {clipped(link['source'])} and {clipped(link['target'])}; a node is missing.")
+            raise FormatError(
+                f"{where}: a link joins {clipped(link['source'])} and {clipped(link['target'])}; a node is missing."
+            )
         place = index[id(target)] - n_leaves, index[id(source)]
         late = source.kind == "target" or (source.kind == target.kind == "feature" and source.layer >= target.layer)
         if target.kind in LEAVES or late or place in seen:
@@ -180,9 +184,7 @@ def from_neuronpedia(content: Mapping[str, Any], where: str) -> AttributionGraph
         about["pinned"] = pinned
     bases = {str(name): str(digest) for name, digest in (own.get("bases") or {}).items()}
     scan = content["metadata"].get("scan")
-    return AttributionGraph(
-        tokens, words, tuple(nodes), weights.float(), str(scan or ""), bases, tuple(groups), about
-    )
+    return AttributionGraph(tokens, words, tuple(nodes), weights.float(), str(scan or ""), bases, tuple(groups), about)
 
 
 def _read_node(entry: Mapping[str, Any], n_pos: int, where: str) -> GraphNode:
@@ -241,4 +243,6 @@ def _second(pair: int) -> int:
 
 
 def _slug(path: Path) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", path.name.lower().removesuffix(".json").removesuffix(".graph")).strip("-") or "graph"
+    return (
+        re.sub(r"[^a-z0-9]+", "-", path.name.lower().removesuffix(".json").removesuffix(".graph")).strip("-") or "graph"
+    )
