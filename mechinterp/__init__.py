@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mechinterp.analysis.description_scores import separation_scores as separation_scores
     from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution as direct_logit_attribution
     from mechinterp.analysis.direct_logit_attribution import group_parts as group_parts
+    from mechinterp.analysis.feature_weights import feature_weights as feature_weights
     from mechinterp.analysis.head_detectors import attention_between as attention_between
     from mechinterp.analysis.head_detectors import attention_to as attention_to
     from mechinterp.analysis.head_detectors import copying_scores as copying_scores
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from mechinterp.analysis.path_patching import path_patching as path_patching
     from mechinterp.analysis.phrases import PhraseRelevance as PhraseRelevance
     from mechinterp.analysis.phrases import phrase_relevance as phrase_relevance
+    from mechinterp.analysis.qk_attribution import qk_attribution as qk_attribution
     from mechinterp.analysis.relevance import Relevance as Relevance
     from mechinterp.analysis.relevance import relevance as relevance
     from mechinterp.analysis.steering import ablate_direction as ablate_direction
@@ -227,12 +229,14 @@ _HOMES = {
     "analysis.describe": ("Description", "Examples", "describe", "strongest_examples"),
     "analysis.description_scores": ("DescriptionScore", "SeparationScores", "score_description", "separation_scores"),
     "analysis.direct_logit_attribution": ("direct_logit_attribution", "group_parts"),
+    "analysis.feature_weights": ("feature_weights",),
     "analysis.head_detectors": ("attention_between", "attention_to", "copying_scores", "head_scores"),
     "analysis.integrated_gradients": ("integrated_gradients",),
     "analysis.logit_lens": ("LogitLens", "logit_lens", "writes_lens"),
     "analysis.patchscopes": ("Patchscope", "patchscope"),
     "analysis.path_patching": ("path_patching",),
     "analysis.phrases": ("PhraseRelevance", "phrase_relevance"),
+    "analysis.qk_attribution": ("qk_attribution",),
     "analysis.relevance": ("Relevance", "relevance"),
     "analysis.steering": ("ablate_direction", "add_direction", "affine", "mean_difference"),
     "analysis.subspace": ("learn_subspace", "subspace_interchange"),

@@ -22,43 +22,9 @@ Action = Callable[[], int]
 
 @commands.command("graph", help=GRAPH_HELP, short_help="The attribution graph of a prompt, through transcoders.")
 @options.takes(
-    "prompt", "transcoders", "model", "revision", "targets", "out", "nodes_kept", "edges_kept", "max_features", "
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""validated",
-    "dtype", "device",
-)  # fmt: skip
+    *("prompt", "transcoders", "model", "revision", "targets", "out", "nodes_kept", "edges_kept"),
+    *("max_features", "validated", "dtype", "device"),
+)
 def _graph(
     prompt: Annotated[str, typer.Argument(help="The text; the model's next token after it is explained.")],
     transcoders: Annotated[
@@ -118,20 +84,15 @@ def _do_graph(prompt: str, transcoders: str, values: dict[str, Any]) -> int:
             ]
     say(console, f"{len(graph.features):,} active features, {graph.n_edges:,} edges; {graph.scores!r}")
     say(console, f"edges into a node add up to what it reads, to {graph.about['gap']:.1e} of their sizes")
-    say(
-        console,
-        f"kept: {len(small.features):,} features, {small.n_edges:,} edges "
-        f"({values['nodes']:.0%} of the influence of nodes, {values['edges']:.0%} of edges)",
-    )
-    frame = small.to_frame()
+    shares = f"{values['nodes']:.0%} of the influence of nodes, {values['edges']:.0%} of edges"
+    say(console, f"kept: {len(small.features):,} features, {small.n_edges:,} edges ({shares})")
+    token = small.to_frame().set_index("node")["token"]
     for target in small.targets[:3]:
         say(console, "")
         say(console, f"the largest edges into {target.name} (probability {target.value:.3f}, logit {target.pre:+.3f})")
         edges = small.edges(into=target.name).head(8)
-        token = frame.set_index("node")["token"]
-        console.print(
-            frame_table(edges.assign(token=[token[name] for name in edges["source"]])[["source", "token", "weight"]])
-        )
+        edges = edges.assign(token=[token[name] for name in edges["source"]])
+        console.print(frame_table(edges[["source", "token", "weight"]]))
     for check in checks:
         say(console, repr(check))
     path = values["out"] or Path("out") / f"{_name(prompt)}.graph.json"
