@@ -57,15 +57,17 @@ def _do_graph(prompt: str, transcoders: str, values: dict[str, Any]) -> int:
     console = Terminal()
     with stages(Console(stderr=True)) as progress:
         progress("model", 0, 1)
-        import mechinterp as mi
+        from mechinterp.analysis.attribution_graph.build import attribution_graph
+        from mechinterp.analysis.attribution_graph.validate import validate_edges, validate_graph
+        from mechinterp.circuit_file.formats.attribution_graphs import save_attribution_graph
+        from mechinterp.features.load import load_bases
+        from mechinterp.models.hook_manager import load_model
         from mechinterp.views.terminal_tables import frame_table
 
         quiet_libraries()
-        model = mi.load_model(
-            values["model"], revision=values["revision"], dtype=values["dtype"], device=values["device"]
-        )
-        bases = mi.load_bases("bundled:transcoders" if transcoders == "bundled" else transcoders, model=model)
-        graph = mi.attribution_graph(
+        model = load_model(values["model"], revision=values["revision"], dtype=values["dtype"], device=values["device"])
+        bases = load_bases("bundled:transcoders" if transcoders == "bundled" else transcoders, model=model)
+        graph = attribution_graph(
             model,
             prompt,
             bases,
@@ -77,9 +79,9 @@ def _do_graph(prompt: str, transcoders: str, values: dict[str, Any]) -> int:
         checks: list[object] = []
         if values["n"] and len(graph.features) > 1:
             progress("evaluation", 0, 1)
-            checks.append(mi.validate_edges(model, graph, bases, n=min(8, values["n"])))
+            checks.append(validate_edges(model, graph, bases, n=min(8, values["n"])))
             checks += [
-                mi.validate_graph(model, graph, bases, n=values["n"], held=held)
+                validate_graph(model, graph, bases, n=values["n"], held=held)
                 for held in ("norms", "patterns", "nothing")
             ]
     say(console, f"{len(graph.features):,} active features, {graph.n_edges:,} edges; {graph.scores!r}")
@@ -97,7 +99,7 @@ def _do_graph(prompt: str, transcoders: str, values: dict[str, Any]) -> int:
         say(console, repr(check))
     path = values["out"] or Path("out") / f"{_name(prompt)}.graph.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    mi.save_attribution_graph(path, small)
+    save_attribution_graph(path, small)
     say(console, f"wrote {path}")
     return 0
 
