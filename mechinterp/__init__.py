@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from mechinterp.analysis.attention_edits import knock_out_attention as knock_out_attention
     from mechinterp.analysis.attribution import attribution_patching as attribution_patching
     from mechinterp.analysis.attribution import node_attribution as node_attribution
+    from mechinterp.analysis.attribution_graph.build import attribution_graph as attribution_graph
+    from mechinterp.analysis.attribution_graph.graph import AttributionGraph as AttributionGraph
+    from mechinterp.analysis.attribution_graph.graph import GraphNode as GraphNode
+    from mechinterp.analysis.attribution_graph.graph import Supernode as Supernode
+    from mechinterp.analysis.attribution_graph.validate import EdgeValidation as EdgeValidation
+    from mechinterp.analysis.attribution_graph.validate import GraphValidation as GraphValidation
+    from mechinterp.analysis.attribution_graph.validate import validate_edges as validate_edges
+    from mechinterp.analysis.attribution_graph.validate import validate_graph as validate_graph
     from mechinterp.analysis.causal_inner_product import CausalInnerProduct as CausalInnerProduct
     from mechinterp.analysis.causal_inner_product import ConceptDirection as ConceptDirection
     from mechinterp.analysis.causal_inner_product import causal_inner_product as causal_inner_product
@@ -25,6 +33,14 @@ if TYPE_CHECKING:
     from mechinterp.analysis.composition import composition_scores as composition_scores
     from mechinterp.analysis.contextual import Decomposition as Decomposition
     from mechinterp.analysis.contextual import contextual_decomposition as contextual_decomposition
+    from mechinterp.analysis.describe import Description as Description
+    from mechinterp.analysis.describe import Examples as Examples
+    from mechinterp.analysis.describe import describe as describe
+    from mechinterp.analysis.describe import strongest_examples as strongest_examples
+    from mechinterp.analysis.description_scores import DescriptionScore as DescriptionScore
+    from mechinterp.analysis.description_scores import SeparationScores as SeparationScores
+    from mechinterp.analysis.description_scores import score_description as score_description
+    from mechinterp.analysis.description_scores import separation_scores as separation_scores
     from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution as direct_logit_attribution
     from mechinterp.analysis.direct_logit_attribution import group_parts as group_parts
     from mechinterp.analysis.direction_paths import direction_readers as direction_readers
@@ -33,6 +49,7 @@ if TYPE_CHECKING:
     from mechinterp.analysis.directions import given_direction as given_direction
     from mechinterp.analysis.directions import orient_pairs as orient_pairs
     from mechinterp.analysis.directions import read_direction as read_direction
+    from mechinterp.analysis.feature_weights import feature_weights as feature_weights
     from mechinterp.analysis.head_detectors import attention_between as attention_between
     from mechinterp.analysis.head_detectors import attention_to as attention_to
     from mechinterp.analysis.head_detectors import copying_scores as copying_scores
@@ -49,6 +66,7 @@ if TYPE_CHECKING:
     from mechinterp.analysis.probes import Probes as Probes
     from mechinterp.analysis.probes import held_out as held_out
     from mechinterp.analysis.probes import probe_directions as probe_directions
+    from mechinterp.analysis.qk_attribution import qk_attribution as qk_attribution
     from mechinterp.analysis.relevance import Relevance as Relevance
     from mechinterp.analysis.relevance import relevance as relevance
     from mechinterp.analysis.scrubbing import Scrubbing as Scrubbing
@@ -84,6 +102,8 @@ if TYPE_CHECKING:
     from mechinterp.circuit_file.diff import diff_circuits as diff_circuits
     from mechinterp.circuit_file.direction_claims import verify_direction as verify_direction
     from mechinterp.circuit_file.direction_file import load_direction as load_direction
+    from mechinterp.circuit_file.formats.attribution_graphs import load_attribution_graph as load_attribution_graph
+    from mechinterp.circuit_file.formats.attribution_graphs import save_attribution_graph as save_attribution_graph
     from mechinterp.circuit_file.hub import pull_circuit as pull_circuit
     from mechinterp.circuit_file.hub import push_circuit as push_circuit
     from mechinterp.circuit_file.reevaluate import Reevaluation as Reevaluation
@@ -240,16 +260,23 @@ _HOMES = {
     "analysis.compensation": ("compensation",),
     "analysis.attention_edits": ("edit_pattern", "knock_out_attention"),
     "analysis.attribution": ("attribution_patching", "node_attribution"),
+    "analysis.attribution_graph.build": ("attribution_graph",),
+    "analysis.attribution_graph.graph": ("AttributionGraph", "GraphNode", "Supernode"),
+    "analysis.attribution_graph.validate": ("EdgeValidation", "GraphValidation", "validate_edges", "validate_graph"),
     "analysis.causal_tracing": ("causal_tracing",),
     "analysis.composition": ("composition_scores",),
     "analysis.contextual": ("Decomposition", "contextual_decomposition"),
+    "analysis.describe": ("Description", "Examples", "describe", "strongest_examples"),
+    "analysis.description_scores": ("DescriptionScore", "SeparationScores", "score_description", "separation_scores"),
     "analysis.direct_logit_attribution": ("direct_logit_attribution", "group_parts"),
+    "analysis.feature_weights": ("feature_weights",),
     "analysis.head_detectors": ("attention_between", "attention_to", "copying_scores", "head_scores"),
     "analysis.integrated_gradients": ("integrated_gradients",),
     "analysis.logit_lens": ("LogitLens", "logit_lens", "writes_lens"),
     "analysis.patchscopes": ("Patchscope", "patchscope"),
     "analysis.path_patching": ("path_patching",),
     "analysis.phrases": ("PhraseRelevance", "phrase_relevance"),
+    "analysis.qk_attribution": ("qk_attribution",),
     "analysis.relevance": ("Relevance", "relevance"),
     "analysis.steering": ("ablate_direction", "add_direction", "affine", "mean_difference"),
     "analysis.subspace": ("learn_subspace", "subspace_interchange"),
@@ -280,6 +307,7 @@ _HOMES = {
     ),
     "circuit_file.circuit_file": ("load_circuit", "save_circuit"),
     "circuit_file.diff": ("CircuitDiff", "diff_circuits"),
+    "circuit_file.formats.attribution_graphs": ("load_attribution_graph", "save_attribution_graph"),
     "circuit_file.hub": ("pull_circuit", "push_circuit"),
     "circuit_file.reevaluate": ("Reevaluation", "reevaluate"),
     "circuit_file.verify.claims": ("Claim", "Verification"),

@@ -104,7 +104,7 @@ def phrase_relevance(
     >>> found.to_frame().columns.tolist()
     ['start', 'stop', 'text', 'relevance', 'interaction']
     """
-    ids, words, pieces = _read(model, prompt)
+    ids, words, pieces = read_prompt(model, prompt)
     if type(max_words) is not int or max_words < 1:
         raise InputError(f"`max_words` must be a whole number, at least 1; got {max_words!r}.")
     chosen = [(words[i][0], words[i + n][1]) for n in range(max_words) for i in range(len(words) - n)]
@@ -134,7 +134,9 @@ def _checked(span: object, length: int) -> Span:
     return start, stop
 
 
-def _read(model: HookManager | Encoder, prompt: object) -> tuple[Int[Tensor, " pos"], list[Span], tuple[str, ...]]:
+def read_prompt(
+    model: HookManager | Encoder, prompt: object
+) -> tuple[Int[Tensor, " pos"], list[Span], tuple[str, ...]]:
     """The token ids, the words as spans of tokens, and the text of every token, a space before each word."""
     if isinstance(prompt, Tensor):
         if prompt.ndim != 1 or not len(prompt) or prompt.is_floating_point():
@@ -203,15 +205,16 @@ def _direction(
     model: HookManager | Encoder, target: str | DirectionLike, against: str | int | None
 ) -> tuple[DirectionLike, str]:
     """The direction of logits, and its name."""
-    one = _logit(model, target) if isinstance(target, (str, int)) else target
+    one = token_of(model, target) if isinstance(target, (str, int)) else target
     if against is None:
         return one, str(target).strip() if isinstance(target, (str, int)) else "a direction"
     if not isinstance(one, int) or not isinstance(against, (str, int)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError("`against` needs a target that is one token or class.")
-    return (one, _logit(model, against)), f"{str(target).strip()} rather than {str(against).strip()}"
+    return (one, token_of(model, against)), f"{str(target).strip()} rather than {str(against).strip()}"
 
 
-def _logit(model: HookManager | Encoder, target: str | int) -> int:
+def token_of(model: HookManager | Encoder, target: str | int) -> int:
+    """The id of a target: of one token, or of a class of a classifier."""
     if isinstance(target, int):
         return target
     if isinstance(model, Encoder) and model.classifies:

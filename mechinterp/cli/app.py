@@ -23,6 +23,7 @@ from mechinterp.circuit_file.direction_schema import SUFFIX, is_direction_name
 from mechinterp.circuit_file.stored import about_direction, about_file, find_file, stored_files
 from mechinterp.cli import direct as cli_direct
 from mechinterp.cli import exchange as cli_exchange
+from mechinterp.cli import graph as cli_graph
 from mechinterp.cli import hub as cli_hub
 from mechinterp.cli import options
 from mechinterp.cli import verify as cli_verify
@@ -186,7 +187,7 @@ def _list() -> Action:
     return _do_list
 
 
-for others in (cli_direct, cli_verify, cli_exchange, cli_view, cli_hub):
+for others in (cli_direct, cli_verify, cli_exchange, cli_view, cli_graph, cli_hub):
     app.registered_commands += others.commands.registered_commands
 
 

@@ -13,6 +13,7 @@ HELP = f"""Find the circuit of a task in a transformer, write it to a file, and 
   discover-circuit eval FILE --task other   how faithful is it on that task?
   discover-circuit verify FILE              run the file again: does every claim hold?
   discover-circuit show FILE                its heads and edges
+  discover-circuit graph "PROMPT"           an attribution graph: features of transcoders on one prompt
   discover-circuit view FILE                its page in the browser
   discover-circuit validate|cite FILE       check its form and hashes; print BibTeX
   discover-circuit export|import FILE       other tools' formats
@@ -49,6 +50,16 @@ EVAL_HELP = f"""Evaluate a circuit file on held-out pairs of its own task, or of
   discover-circuit eval out/ioi-bundled-eap-ig.circuit.json
   discover-circuit eval ioi-bundled-eap-ig --task ioi_distractor
   discover-circuit eval ioi-bundled-eap-ig --tests
+
+{EXIT_CODES}
+"""
+GRAPH_HELP = f"""The attribution graph of one prompt: what tokens, features of transcoders, errors and constants add to
+the model's next token, directly and through each other. It is checked against the model, pruned, and written as
+Neuronpedia's JSON.
+
+\b
+  discover-circuit graph "When Mary and John went to the store, John gave a drink to"
+  discover-circuit graph "PROMPT" --model ./my_model --transcoders ./my_transcoders --target " Mary"
 
 {EXIT_CODES}
 """

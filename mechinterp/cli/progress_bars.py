@@ -30,6 +30,7 @@ STAGES = {
     "saving": "write the files",
     "file": "read the file",
     "rescore": "score the edges again",
+    "edges": "trace the edges",
     "report": "draw the report",
 }
 

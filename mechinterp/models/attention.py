@@ -32,11 +32,12 @@ class AttentionScores:
     ) -> Float[Tensor, "*_axes head query key"]:
         """The scores; `at` are the positions of the queries (default: 0, 1, ...), the last axis before is the batch."""
         group = q.shape[-2] // k.shape[-2]
-        rotated = self._rotated(k, None).repeat_interleave(group, -2).transpose(-3, -2)
-        scores = self._rotated(q, at).transpose(-3, -2) @ rotated.transpose(-2, -1) * self.scale
+        rotated = self.rotated(k, None).repeat_interleave(group, -2).transpose(-3, -2)
+        scores = self.rotated(q, at).transpose(-3, -2) @ rotated.transpose(-2, -1) * self.scale
         return scores if self.cap is None else self.cap * torch.tanh(scores / self.cap)
 
-    def _rotated(self, x: Tensor, at: Tensor | None) -> Tensor:
+    def rotated(self, x: Tensor, at: Tensor | None) -> Tensor:
+        """`[.., pos, head, d_head]` after the rotation of its positions `at` (default: 0, 1, ...); linear in x."""
         if self.cos is None or self.sin is None:
             return x
         where = torch.arange(x.shape[-3], device=x.device) if at is None else at

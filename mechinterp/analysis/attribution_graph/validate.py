@@ -1,0 +1,402 @@
+"""Two checks of an attribution graph against runs of the model: of its edges (exact), and of its predictions.
+
+An *edge* says by how much a reader changes when one feature is scaled and everything else is held: patterns, scales of
+norms, all other MLP outputs. `validate_edges` makes such runs of the model itself, so that every reader must move as
+the feature's column says. A *graph* claims more: that the model, in which nothing is held, behaves like it.
+`validate_graph` ablates features in the real model and compares the logits with what the graph predicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp.analysis.attribution_graph.frozen_run import FrozenRun, check_transcoders, freeze
+from mechinterp.analysis.attribution_graph.graph import AttributionGraph, GraphNode
+from mechinterp.base.errors import InputError
+from mechinterp.base.registry import unknown
+from mechinterp.features.basis import Basis
+from mechinterp.models.hook_manager import HookManager, Intervention
+from mechinterp.models.modes import Gradients
+from mechinterp.models.norm import Norm
+from mechinterp.models.sites import Site
+
+HELD = ("nothing", "patterns", "norms")
+SHUFFLES = 1000
+"""How often predictions are shuffled for the control of a correlation."""
+
+
+@dataclass(frozen=True)
+class EdgeValidation:
+    """How exactly readers move as the edges say when a feature is scaled and everything else is held.
+
+    Args:
+        features: How many features were scaled.
+        readers: How many readers were compared for each.
+        factor: By what.
+        worst: The largest difference from an edge, as a share of the largest edge out of the same feature.
+    """
+
+    features: int
+    readers: int
+    factor: float
+    worst: float
+
+    def __repr__(self) -> str:
+        return (
+            f"EdgeValidation({self.features} features times {self.factor:g}, {self.readers:,} readers each: the "
+            "largest "
+            f"difference from an edge is {self.worst:.1e} of the largest edge of its feature)"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class GraphValidation:
+    """What ablating features does to the targets in the model, beside what the graph predicts.
+
+    Args:
+        frame: A row per feature and target: feature, target, predicted, measured, in logits (less the mean logit).
+        pearson: The correlation of the two.
+        spearman: The same of their ranks.
+        direct: The correlation (Pearson) with the direct edge alone: the control of paths through other features.
+        shuffled: The 95 % quantile of the size of the correlation (Pearson) when predictions are shuffled.
+        held: What was held in the model: `nothing`, `patterns`, or `norms` (with the patterns).
+    """
+
+    frame: pd.DataFrame
+    pearson: float
+    spearman: float
+    direct: float
+    shuffled: float
+    held: str
+
+    def __repr__(self) -> str:
+        words = {"norms": "patterns and norms"}.get(self.held, self.held)
+        return (
+            f"GraphValidation({self.frame['feature'].nunique()} features ablated in the model, {words} held: measured "
+            "against "
+            f"predicted changes of logits, Pearson {self.pearson:.3f}, Spearman {self.spearman:.3f}; "
+            f"controls: direct edges alone {self.direct:.3f}, shuffled predictions below {self.shuffled:.3f})"
+        )
+
+
+def validate_edges(
+    model: HookManager,
+    graph: AttributionGraph,
+    transcoders: Sequence[Basis],
+    *,
+    n: int = 8,
+    factor: float = 2.0,
+    batch_size: int = 16,
+) -> EdgeValidation:
+    """How exactly every reader moves as the edges say, in runs of the model in which all else is held.
+
+    Args:
+        model: The model.
+        graph: A graph that is not pruned.
+        transcoders: Those that it was made with.
+        n: So many features, those of the largest influence.
+        factor: By what each is multiplied; not 1.
+        batch_size: Features per run.
+
+    The runs are the model's own, with patterns, norm scales and MLP outputs edited; only readings are ours. Cost: `n`
+    forwards of the prompt.
+
+    Raises InputError for another model, other transcoders, a pruned graph or a graph without features.
+    """
+    if factor == 1 or n < 1:
+        raise InputError("`factor` must not be 1, and `n` at least 1.")
+    if "pruned" in graph.about:
+        raise InputError("Edges are validated in the whole graph; this one is pruned.")
+    run = _frozen(model, graph, transcoders)
+    chosen = _strongest(graph, n)
+    worst = 0.0
+    with Gradients(False) as off, off:
+        plain = _readings(run, graph, [])
+        for first in range(0, len(chosen), batch_size):
+            some = chosen[first : first + batch_size]
+            moved = (_readings(run, graph, [graph.features[i] for i in some], factor) - plain) / (factor - 1)
+            edges = graph.weights[:, [graph.n_leaves + i for i in some]].T.to(moved)
+            size = edges.abs().amax(1).clamp(min=1e-9)
+            worst = max(worst, float(((moved - edges).abs().amax(1) / size).max()))
+    return EdgeValidation(len(chosen), len(graph.readers), factor, worst)
+
+
+def validate_graph(
+    model: HookManager,
+    graph: AttributionGraph,
+    transcoders: Sequence[Basis],
+    *,
+    n: int = 32,
+    held: str = "nothing",
+    batch_size: int = 32,
+) -> GraphValidation:
+    """Ablations of features in the model, at their positions, beside what the graph predicts for its targets.
+
+    The graph's prediction for a feature is minus the sum over all paths to the target: later features stay active and
+    respond linearly. In the model all is free: other MLPs run as they are, features may switch on or off, norms
+    rescale.
+
+    Args:
+        model: The model.
+        graph: A graph, pruned or not; predictions are those of its edges.
+        transcoders: Those that it was made with.
+        n: So many features, those of the largest influence.
+        held: What is held at its value on the prompt in the model: `nothing`, the attention `patterns`, or these and
+            the scales of all `norms`. What fails with one and not with the next says which assumption of the graph
+            fails.
+        batch_size: Features per run.
+
+    Cost: `n` forwards of the prompt.
+
+    Raises InputError for another model, other transcoders, and a graph of fewer than two features.
+    """
+    if held not in HELD:
+        raise unknown("part to hold", held, HELD)
+    if len(graph.features) < 2:
+        raise InputError("A correlation needs at least two features; the graph has fewer.")
+    run = _frozen(model, graph, transcoders)
+    chosen = _strongest(graph, n)
+    rows: list[Tensor] = []
+    with Gradients(False) as off, off:
+        plain = _target_logits(run, graph, [], held)
+        for first in range(0, len(chosen), batch_size):
+            some = [graph.features[i] for i in chosen[first : first + batch_size]]
+            rows.append(_target_logits(run, graph, some, held) - plain)
+    measured = torch.cat(rows).double().cpu()
+    predicted = -graph.total_effects()[:, chosen].T.cpu()
+    direct = -graph.weights[len(graph.features) :, [graph.n_leaves + i for i in chosen]].T.double().cpu()
+    frame = pd.DataFrame(
+        [
+            {
+                "feature": graph.features[i].name,
+                "target": target.name,
+                "predicted": float(predicted[row, column]),
+                "measured": float(measured[row, column]),
+            }
+            for row, i in enumerate(chosen)
+            for column, target in enumerate(graph.targets)
+        ]
+    )
+    flat, real = predicted.flatten(), measured.flatten()
+    generator = torch.Generator().manual_seed(0)
+    shuffles = torch.stack([flat[torch.randperm(len(flat), generator=generator)] for _ in range(SHUFFLES)])
+    chance = torch.stack([_correlation(row, real).abs() for row in shuffles]).quantile(0.95)
+    return GraphValidation(
+        frame,
+        float(_correlation(flat, real)),
+        float(_correlation(_ranks(flat), _ranks(real))),
+        float(_correlation(direct.flatten(), real)),
+        float(chance),
+        held,
+    )
+
+
+def _frozen(model: HookManager, graph: AttributionGraph, transcoders: Sequence[Basis]) -> FrozenRun:
+    found = {basis.name: basis.sha256 for basis in transcoders}
+    if found != dict(graph.bases):
+        raise InputError(f"The graph was made with {', '.join(graph.bases) or 'no transcoders'}; give the same ones.")
+    if not graph.features:
+        raise InputError("The graph has no features.")
+    own = {basis.name: basis.sites_in[0].layer for basis in transcoders}
+    for node in graph.features:
+        if own[node.basis] != node.layer or node.position >= len(graph.tokens):
+            raise InputError(f"The graph's feature {node.name} is not one of its transcoders' on this prompt.")
+    with Gradients(False) as off, off:
+        tokens = torch.tensor(graph.tokens, device=model.device)
+        run = freeze(model, tokens, check_transcoders(model, transcoders))
+        target = _target_logits(run, graph, [], "nothing")[0]
+    known = torch.tensor([node.pre for node in graph.targets], dtype=target.dtype, device=target.device)
+    if not torch.allclose(target, known, rtol=1e-3, atol=1e-3 * float(known.abs().max())):
+        raise InputError(
+            f"On {model.info.name} the prompt has other logits than in the graph, which is of {graph.model}."
+        )
+    return run
+
+
+def _strongest(graph: AttributionGraph, n: int) -> list[int]:
+    """The numbers of the features of the largest influence."""
+    influence = graph.influence()[graph.n_leaves :]
+    return influence.argsort(descending=True, stable=True)[:n].tolist()
+
+
+def _target_weights(run: FrozenRun, graph: AttributionGraph) -> Float[Tensor, "d_vocab target"]:
+    """The targets as combinations of logits, less the mean logit."""
+    known = graph.about.get("targets", {})
+    weights = torch.zeros(run.model.dims.d_vocab_out, graph.n_targets, dtype=run.dtype, device=run.model.device)
+    for column, node in enumerate(graph.targets):
+        if node.feature < 0 and node.text not in known:
+            raise InputError(f"The graph does not say which tokens {node.name} is made of, so it cannot be measured.")
+        for token, by in known.get(node.text, {str(node.feature): 1.0}).items():
+            if not 0 <= int(token) < len(weights):
+                raise InputError(f"{node.name} is made of token {token}; the model has {len(weights)} outputs.")
+            weights[int(token), column] += by
+    return weights - weights.sum(0) / len(weights)
+
+
+def _target_logits(
+    run: FrozenRun, graph: AttributionGraph, ablated: Sequence[GraphNode], held: str
+) -> Float[Tensor, "feature target"]:
+    """The targets in a run of the model for every ablated feature (none: one run of the prompt)."""
+    n = max(1, len(ablated))
+    holding = _Held(run, n)
+    edits = [] if held == "nothing" else holding.patterns()
+    for layer, basis in run.transcoders.items():
+        own = [(row, node) for row, node in enumerate(ablated) if node.layer == layer]
+        if own:
+
+            def off(values: Tensor, own: Sequence[tuple[int, GraphNode]] = own) -> Tensor:
+                values = values.clone()
+                for row, node in own:
+                    values[row, node.position, node.feature] = 0
+                return values
+
+            edits.append(Intervention(basis, off))
+    # Norms after the features, whose edits then come before what the norms read.
+    edits += holding.norms() if held == "norms" else []
+    site = Site("final_norm")
+    final = run.model.run(run.tokens.expand(n, -1), record=[site], interventions=edits).values[site][:, -1]
+    return _unembedded(run, final.to(run.dtype), graph)
+
+
+def _unembedded(
+    run: FrozenRun, normed: Float[Tensor, "n d_model"], graph: AttributionGraph
+) -> Float[Tensor, "n target"]:
+    weights, layout = _target_weights(run, graph), run.model.layout
+    out = normed @ (layout.W_U.to(normed) @ weights)
+    return out if layout.b_U is None else out + layout.b_U.to(normed) @ weights
+
+
+class _Held:
+    """The edits that hold patterns and norm scales at those of the prompt, in a run of `n` rows of it."""
+
+    def __init__(self, run: FrozenRun, n: int) -> None:
+        self.run, self.n = run, n
+        self.now: dict[str, Tensor] = {}
+        """The streams of the run so far, by name."""
+
+    def note(self, name: str) -> Callable[[Tensor], Tensor]:
+        """Keeps a value and changes nothing."""
+
+        def seen(value: Tensor) -> Tensor:
+            self.now[name] = value
+            return value
+
+        return seen
+
+    def normed(self, norm: Norm, stream: str, scale: Float[Tensor, "pos 1"]) -> Callable[[Tensor], Tensor]:
+        """The output of a norm with a scale that is held."""
+
+        def held(value: Tensor) -> Tensor:
+            out = norm.project(self.now[stream].to(self.run.dtype)) / scale
+            return (out if norm.bias is None else out + norm.bias.to(out)).to(value.dtype)
+
+        return held
+
+    def patterns(self) -> list[Intervention]:
+        """The attention patterns of all layers."""
+        run = self.run
+        return [
+            Intervention(
+                Site("pattern", layer), run.at("pattern", layer).to(run.model.dtype).expand(self.n, -1, -1, -1)
+            )
+            for layer in range(run.model.dims.n_layers)
+        ]
+
+    def norms(self, mlp: Callable[[int, str], Callable[[Tensor], Tensor]] | None = None) -> list[Intervention]:
+        """The scales of all norms; `mlp` makes the edit of a layer's MLP output (the name of its stream is given)."""
+        run, dims, layout = self.run, self.run.model.dims, self.run.model.layout
+        edits: list[Intervention] = []
+        for layer in range(dims.n_layers):
+            maps = layout.attention[layer]
+            scale = maps.norm.scale(run.at("resid_pre", layer))
+            edits.append(Intervention(Site("resid_pre", layer), self.note("pre")))
+            edits.append(Intervention(Site("attn_in", layer), self.normed(maps.norm, "pre", scale)))
+            if maps.post.kind != "none":
+                edits.append(Intervention(Site("attn_raw", layer), self.note("raw")))
+                post = self.normed(maps.post, "raw", run.attention_post(layer)[1])
+                edits.append(Intervention(Site("attn_out", layer), post))
+            if not run.has_mlp(layer):
+                continue
+            stream = "pre" if dims.parallel else "mid"
+            if stream == "mid":
+                edits.append(Intervention(Site("resid_mid", layer), self.note("mid")))
+            normed = self.normed(run.mlp_norm(layer), stream, run.mlp_scale(layer))
+            edits.append(Intervention(Site("mlp_in", layer), normed))
+            edits.append(Intervention(Site("mlp_in", layer), self.note("mlp_in")))
+            post, post_scale = run.mlp_post(layer)
+            if mlp is not None:
+                edits.append(Intervention(Site("mlp_out", layer), mlp(layer, stream)))
+            elif post.kind != "none":
+                edits.append(Intervention(Site("mlp_raw", layer), self.note("mlp_raw")))
+                edits.append(Intervention(Site("mlp_out", layer), self.normed(post, "mlp_raw", post_scale)))
+        edits.append(Intervention(Site("resid_final"), self.note("final")))
+        scale = layout.final_norm.scale(run.at("resid_final"))
+        edits.append(Intervention(Site("final_norm"), self.normed(layout.final_norm, "final", scale)))
+        return edits
+
+
+def _readings(
+    run: FrozenRun, graph: AttributionGraph, scaled: Sequence[GraphNode], factor: float = 1.0
+) -> Float[Tensor, "feature reader"]:
+    """What every reader reads in runs of the model in which one feature is scaled and all else is held."""
+    n = max(1, len(scaled))
+    held = _Held(run, n)
+    edits = [*held.patterns(), *held.norms(lambda layer, stream: _held_mlp(held, layer, scaled, factor, stream))]
+    read = dict.fromkeys([*(basis.sites_in[0] for basis in run.transcoders.values()), Site("final_norm")])
+    values = run.model.run(run.tokens.expand(n, -1), record=list(read), interventions=edits).values
+    columns: list[Tensor] = []
+    for layer, basis in sorted(run.transcoders.items()):
+        nodes = [node for node in graph.features if node.layer == layer]
+        if nodes:
+            x = values[basis.sites_in[0]].to(run.dtype)[:, [node.position for node in nodes]]
+            rows = basis.reads([node.feature for node in nodes]).to(run.dtype)
+            pre = (x * rows).sum(-1) + basis.b_enc[[node.feature for node in nodes]].to(run.dtype)
+            columns.append(pre - rows @ basis.b_dec[0].to(run.dtype) if basis.subtract_b_dec else pre)
+    columns.append(_unembedded(run, values[Site("final_norm")][:, -1].to(run.dtype), graph))
+    return torch.cat(columns, 1)
+
+
+def _held_mlp(
+    held: _Held, layer: int, scaled: Sequence[GraphNode], factor: float, stream: str
+) -> Callable[[Tensor], Tensor]:
+    """The edit of an MLP's output: the recorded one, plus what the scaled features and the skip connection change."""
+    run, n = held.run, held.n
+    change = run.at("mlp_out", layer).new_zeros(n, run.n_pos, run.model.dims.d_model)
+    for row, node in enumerate(scaled):
+        basis = run.transcoders[node.layer]
+        for i, site in enumerate(basis.sites_out):
+            if site.layer == layer:
+                vector = (factor - 1) * node.value * basis.W_dec[node.feature, i].to(change)
+                at = torch.tensor([node.position], device=change.device)
+                change[row, node.position] += run.written(site.kind, layer, vector[None], at)[0]
+    skip = run.transcoders.get(layer)
+
+    def edit(value: Tensor) -> Tensor:
+        out = run.at("mlp_out", layer) + change
+        if skip is not None and skip.W_skip is not None:
+            kind, every = skip.sites_in[0].kind, torch.arange(run.n_pos, device=out.device)
+            seen = held.now["mlp_in" if kind == "mlp_in" else "pre" if kind == "resid_pre" else stream]
+            moved = (seen.to(out) - run.values[skip.sites_in[0]]) @ skip.W_skip.to(out)
+            moved = run.written(skip.sites_out[0].kind, layer, moved.flatten(0, 1), every.repeat(n)).view_as(out)
+            out = out + moved
+        return out.to(value.dtype)
+
+    return edit
+
+
+def _correlation(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> Tensor:
+    a, b = a - a.mean(), b - b.mean()
+    return (a @ b) / (a.norm() * b.norm()).clamp(min=1e-300)
+
+
+def _ranks(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Ranks; ties have their mean."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts.double() - 1) / 2)[inverse]
