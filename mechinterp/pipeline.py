@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,18 @@ import torch
 from torch import Tensor
 
 from mechinterp.base.errors import InputError, MechInterpError, NoSmallCircuit, TaskNotDone
+from mechinterp.base.keep import Compute
 from mechinterp.base.plain_files import is_file, is_folder
 from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.base.settings import Parameter, check_settings, unknown_setting
+from mechinterp.base.shards import from_first
 from mechinterp.circuit_file.circuit_file import save_circuit
 from mechinterp.circuit_file.limits import FEW
 from mechinterp.circuit_file.records import task_record
 from mechinterp.circuit_file.schema import CircuitFile, FileTaskRecord, TaskRecord
 from mechinterp.circuit_file.store import SUFFIX, sidecar_name
 from mechinterp.circuit_file.verify.verification import verify as verify
+from mechinterp.discovery.checkpoint import Checkpoint
 from mechinterp.discovery.finished_parts import FinishedParts
 from mechinterp.discovery.method import METHODS, Method, check_graph, score_edges
 from mechinterp.discovery.neurons import top_neurons
@@ -54,6 +57,8 @@ from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.source import FileSource
 from mechinterp.tasks.task import Task, load_task
 
+Parts = Mapping[str, Tensor]
+"""Tensors by name."""
 CROSS_FITTED = "The size was chosen by cross-fitting on the train pairs, since"
 OWN_OPTIONS = ("replacement", "steps")
 """Parameters of methods that have their own option."""
@@ -110,24 +115,30 @@ class Discovery:
         return self.examples.test
 
 
-def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
-    """The circuit of a task in a model, evaluated on held-out pairs, and its file, which is written.
+@dataclass(frozen=True)
+class Prepared:
+    """A run before anything is measured: its options are checked, its model and its examples are there.
 
-    First the model must do the task. Then edges are scored on the train pairs, the size is chosen on the validation
-    pairs, and the circuit is evaluated on the test pairs; its stability is measured by drawing the train pairs again.
-
-    Args:
-        spec: The task, the model, the method and all other options of the run.
-        progress: Called as `progress(stage, done, total)`.
-
-    Cost: that of the method, about ten sizes on the validation pairs, the evaluation and, by default, the roles. A
-    killed run resumes: finished stages are not computed again, and scoring goes on from its last saved state.
-
-    Raises:
-        InputError: If the spec is invalid; nothing is written then.
-        TaskNotDone: If the model does not do the task (and `spec.anyway` is false).
-        NoSmallCircuit: If no size up to half of the graph reaches the levels.
+    `threshold` is the run's own, or its method's.
     """
+
+    spec: RunSpec
+    settings: Mapping[str, Any]
+    path: Path
+    model: HookManager
+    examples: Examples
+    metric: str
+    graph: Graph
+    threshold: float | None
+
+    @cached_property
+    def key(self) -> str:
+        """A digest of everything that decides the results."""
+        return _key(self.spec, self.model, self.graph, self.examples)
+
+
+def prepare(spec: RunSpec, progress: StageProgress = no_stages) -> Prepared:
+    """The run of a spec, before anything is measured. Raises InputError for whatever cannot be run."""
     spec = resolved(spec)
     settings = _settings(spec)
     path = output_path(spec)
@@ -140,17 +151,48 @@ def discover(spec: RunSpec, progress: StageProgress = no_stages) -> Discovery:
     threshold = spec.threshold
     if spec.edges is None and spec.nodes is None and threshold is None:
         threshold = METHODS.get(_method(spec)).threshold
-    size = _size(spec, graph)
+    _size(spec, graph)
     check_selection(graph, rule=spec.rule, by=spec.by, ratio=spec.ratio, threshold=threshold)
     check_graph(_method(spec), graph)
     check_model(model, graph, train)
+    return Prepared(spec, settings, path, model, examples, metric, graph, threshold)
+
+
+def discover(
+    spec: RunSpec, progress: StageProgress = no_stages, *, scoring: Callable[[Prepared], Parts] | None = None
+) -> Discovery:
+    """The circuit of a task in a model, evaluated on held-out pairs, and its file, which is written.
+
+    First the model must do the task. Then edges are scored on the train pairs, the size is chosen on the validation
+    pairs, and the circuit is evaluated on the test pairs; its stability is measured by drawing the train pairs again.
+
+    Args:
+        spec: The task, the model, the method and all other options of the run.
+        progress: Called as `progress(stage, done, total)`.
+        scoring: Gives what scoring gives, if shards have done it (see `mechinterp.shard_files`).
+
+    Where processes share the work (see `mechinterp.base.processes`), all of them return the result, and the first one
+    writes the file.
+
+    Cost: that of the method, about ten sizes on the validation pairs, the evaluation and, by default, the roles. A
+    killed run resumes: finished stages are not computed again, and scoring goes on from its last saved state.
+
+    Raises:
+        InputError: If the spec is invalid; nothing is written then.
+        TaskNotDone: If the model does not do the task (and `spec.anyway` is false).
+        NoSmallCircuit: If no size up to half of the graph reaches the levels.
+    """
+    ready = prepare(spec, progress)
+    spec, model, graph, metric, examples = ready.spec, ready.model, ready.graph, ready.metric, ready.examples
+    train, path, threshold = examples.train, ready.path, ready.threshold
+    size = _size(spec, graph)
     progress("task", 0, 1)
     performance = check_task(spec, model, examples, metric)
     progress("task", 1, 1)
     if spec.restart:
-        _forget_unfinished(path)
-    done = FinishedParts(_state_path(path, spec), _key(spec, model, graph, examples))
-    ranking = Ranking(spec, model, graph, metric, settings, done, progress)
+        from_first(partial(_forget_unfinished, path))
+    done = FinishedParts(_state_path(path, spec), ready.key)
+    ranking = Ranking(spec, model, graph, metric, ready.settings, done, progress, scoring and scoring(ready))
     scores, samples = ranking.scores(train)
     how: dict[str, Any] = {"rule": spec.rule, "by": spec.by, "ratio": spec.ratio}
     measured: dict[str, Any] = {"metric": metric, "replacement": spec.replacement, "batch_size": spec.batch_size}
@@ -263,6 +305,8 @@ class Ranking:
     settings: Mapping[str, Any]
     done: FinishedParts
     progress: StageProgress
+    given: Parts | None = None
+    """What scoring the train pairs gives, if it is known."""
 
     def scores(self, pairs: Pairs) -> tuple[Scores, Samples | None]:
         """The scores on all train pairs, and those on resamples of them where these cost little or were asked for."""
@@ -277,19 +321,28 @@ class Ranking:
             if scores.samples is None:
                 return scores, None
             return scores, Samples(scores.samples, RUNS, int(scores.parameters["seed"]))
-        n = self._affordable(RESAMPLES if wanted is None else wanted)
-        rows = block_resamples(len(pairs), n, spec.seed)
-        asked = {"method": method.name, "metric": self.metric, "batch_size": spec.batch_size, **self.settings}
+        rows = self.resamples(pairs)
+        kept = Checkpoint(self.done.path.with_name(f"{self.done.path.name}.scores"), self.done.key)
 
         def compute() -> dict[str, Tensor]:
-            scores, samples = resampled_scores(
-                self.model, self.graph, pairs, rows, asked, partial(self.progress, "scores")
-            )
-            return {**_tensors(scores), "samples": samples}
+            report = partial(self.progress, "scores")
+            scores, samples = resampled_scores(self.model, self.graph, pairs, rows, self.asked, report, kept)
+            return {**tensors_of(scores), "samples": samples}
 
-        found = self.done.keep("scores", compute)
+        found = self._kept("scores", compute)
         scores = self._scores_of(found, pairs, method.additive)
         return scores, Samples(found["samples"], BLOCKS, spec.seed)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The arguments of `score_edges`."""
+        about = {"method": _method(self.spec), "metric": self.metric, "batch_size": self.spec.batch_size}
+        return {**about, **self.settings}
+
+    def resamples(self, pairs: Pairs) -> Tensor:
+        """The examples of every resample."""
+        n = self._affordable(RESAMPLES if self.spec.resamples is None else self.spec.resamples)
+        return block_resamples(len(pairs), n, self.spec.seed)
 
     def _affordable(self, wanted: int) -> int:
         """At most so many resamples that their scores take a quarter of a GiB, but at least two."""
@@ -297,7 +350,7 @@ class Ranking:
 
     def scored(self, pairs: Pairs, name: str) -> Scores:
         """The scores on these pairs."""
-        spec, method = self.spec, METHODS.get(_method(self.spec))
+        method = METHODS.get(_method(self.spec))
         checkpoint = self.done.path.with_name(f"{self.done.path.name}.{name}")
 
         def compute() -> dict[str, Tensor]:
@@ -305,16 +358,16 @@ class Ranking:
                 self.model,
                 self.graph,
                 pairs,
-                method=method.name,
-                metric=self.metric,
-                batch_size=spec.batch_size,
+                **self.asked,
                 progress=partial(self.progress, "scores"),
                 resume=checkpoint,
-                **self.settings,
             )
-            return _tensors(scores)
+            return tensors_of(scores)
 
-        return self._scores_of(self.done.keep(name, compute), pairs, method.additive)
+        return self._scores_of(self._kept(name, compute), pairs, method.additive)
+
+    def _kept(self, name: str, compute: Compute) -> Parts:
+        return self.given if name == "scores" and self.given is not None else self.done.keep(name, compute)
 
     def folds(self, pairs: Pairs) -> list[tuple[Scores, Pairs]]:
         """Every fold of the pairs with the scores of the others."""
@@ -343,7 +396,7 @@ class Ranking:
         )
 
 
-def _tensors(scores: Scores) -> dict[str, Tensor]:
+def tensors_of(scores: Scores) -> dict[str, Tensor]:
     """What of scores depends on the examples."""
     costs = {f"cost {name}": torch.tensor(n) for name, n in scores.cost.items()}
     samples = {} if scores.samples is None else {"samples": scores.samples}

@@ -25,7 +25,7 @@ LAYERS = (
     ("views",),
     ("run_spec",),
     ("pipeline", "exchange"),
-    ("compare",),
+    ("compare", "shard_files"),
     ("cli",),
     ("__init__", "__main__"),  # the public names: import everything, and are imported by nothing here
 )
