@@ -17,7 +17,8 @@ from mechinterp.evaluation.faithfulness import faithfulness_curve
 from mechinterp.graphs.circuit import on_paths
 from mechinterp.graphs.graph import Graph
 from mechinterp.models.hook_manager import HookManager, load_model
-from mechinterp.pipeline import check_task, examples_of, graph_of_run, parsed_setting, stem
+from mechinterp.pipeline import check_task, graph_of_run, parsed_setting
+from mechinterp.run_examples import examples_of, stem
 from mechinterp.run_spec import RunSpec, compare_command
 from mechinterp.tasks.own_metric import MetricLike, as_metric
 from mechinterp.tasks.pairs import Pairs

@@ -19,7 +19,7 @@ from mechinterp.circuit_file.records import pairs_record, tolerance_for
 from mechinterp.features.direction_fits import FITS
 from mechinterp.models.hook_manager import HookManager, load_model
 from mechinterp.models.sites import GLOBAL_SITES, Site
-from mechinterp.pipeline import examples_of, stem
+from mechinterp.run_examples import examples_of, stem
 from mechinterp.run_spec import RunSpec
 from mechinterp.tasks.pairs import Pairs
 

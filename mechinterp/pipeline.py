@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 
 from mechinterp.base.errors import InputError, MechInterpError, NoSmallCircuit, TaskNotDone
+from mechinterp.base.keep import Compute
 from mechinterp.base.plain_files import is_file, is_folder
 from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.base.registry import unknown
 from mechinterp.base.settings import Parameter, check_settings, unknown_setting
+from mechinterp.base.shards import from_first
 from mechinterp.base.shown import Shown
 from mechinterp.circuit_file.circuit_file import save_circuit
-from mechinterp.circuit_file.limits import FEW
-from mechinterp.circuit_file.records import task_record
-from mechinterp.circuit_file.schema import CircuitFile, FileTaskRecord, TaskRecord
+from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.circuit_file.store import SUFFIX, sidecar_name
 from mechinterp.circuit_file.summary import finding, steadiness
 from mechinterp.circuit_file.verify.verification import verify as verify
+from mechinterp.discovery.checkpoint import Checkpoint
 from mechinterp.discovery.features import top_features
 from mechinterp.discovery.finished_parts import FinishedParts
 from mechinterp.discovery.method import METHODS, Method, check_graph, score_edges
@@ -52,35 +53,17 @@ from mechinterp.graphs.graph import Graph, build_graph
 from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select import check_selection, select, sized, unit_count
 from mechinterp.models.hook_manager import HookManager, load_model
+from mechinterp.run_examples import Examples, examples_of, stem
 from mechinterp.run_spec import FEATURES, NEURONS, RESAMPLES, RunSpec, command_of, declared, resolved
 from mechinterp.tasks.metrics import get_metric
-from mechinterp.tasks.pair_files import load_pairs
 from mechinterp.tasks.pairs import Pairs
-from mechinterp.tasks.source import FileSource
-from mechinterp.tasks.task import Task, load_task
 
-CROSS_FITTED = "The size was chosen by cross-fitting on the train pairs, since"
+Parts = Mapping[str, Tensor]
+"""Tensors by name."""
 OWN_OPTIONS = ("replacement", "steps")
 """Parameters of methods that have their own option."""
 ROLE_EXAMPLES = 100
 """Train and test pairs on which roles are measured."""
-
-
-@dataclass(frozen=True)
-class Examples:
-    """The examples of a run, with the record of the task that they are of.
-
-    `validation` is None where there are too few pairs to hold some out for the size: it is then chosen by
-    cross-fitting on the train pairs. `templates` are those of the train pairs.
-    """
-
-    task: TaskRecord | FileTaskRecord
-    train: Pairs
-    validation: Pairs | None
-    test: Pairs
-    metric: str
-    templates: tuple[str, ...] | None = None
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,33 +101,36 @@ class Discovery(Shown):
         return self.examples.test
 
 
-def discover(
-    spec: RunSpec | str, progress: StageProgress = no_stages, *, model: Any = None, **options: Any
-) -> Discovery:
-    """The circuit of a task in a model, evaluated on held-out pairs, and its file, which is written.
+@dataclass(frozen=True)
+class Prepared:
+    """A run before anything is measured: its options are checked, its model and its examples are there.
 
-    First the model must do the task. Then edges are scored on the train pairs, the size is chosen on the validation
-    pairs, and the circuit is evaluated on the test pairs; its stability is measured by drawing the train pairs again.
+    `threshold` is the run's own, or its method's.
+    """
+
+    spec: RunSpec
+    settings: Mapping[str, Any]
+    path: Path
+    model: HookManager
+    examples: Examples
+    metric: str
+    graph: Graph
+    threshold: float | None
+
+    @cached_property
+    def key(self) -> str:
+        """A digest of everything that decides the results."""
+        return _key(self.spec, self.model, self.graph, self.examples)
+
+
+def prepare(spec: RunSpec, progress: StageProgress = no_stages, given: HookManager | None = None) -> Prepared:
+    """The run of a spec, before anything is measured. Raises InputError for whatever cannot be run.
 
     Args:
-        spec: The task, with the model, method and all other options of the run as a `RunSpec`; or the task alone: its
-            name, a task file, a file of pairs.
+        spec: The options of the run.
         progress: Called as `progress(stage, done, total)`.
-        model: A loaded model, or anything that `load_model` takes; by default the one of the spec.
-        **options: Fields of `RunSpec`, such as `method="eap-ig"` and `edges=60`; `settings` may be a mapping. As on the
-            command line, `examples` also counts for the validation and the test pairs.
-
-    Cost: that of the method, about ten sizes on the validation pairs, the evaluation and, by default, the roles. A
-    killed run resumes: finished stages are not computed again, and scoring goes on from its last saved state.
-
-    Raises:
-        InputError: If the spec is invalid; nothing is written then.
-        TaskNotDone: If the model does not do the task (and `spec.anyway` is false).
-        NoSmallCircuit: If no size up to half of the graph reaches the levels.
-
-    `mi.discover("ioi", effort="quick")` is the run of `discover-circuit run ioi --effort quick`.
+        given: The model if it is loaded already.
     """
-    spec, given = _asked(spec, model, options)
     spec = resolved(spec)
     settings = _settings(spec)
     path = output_path(spec)
@@ -157,17 +143,60 @@ def discover(
     threshold = spec.threshold
     if spec.edges is None and spec.nodes is None and threshold is None:
         threshold = METHODS.get(_method(spec)).threshold
-    size = _size(spec, graph)
+    _size(spec, graph)
     check_selection(graph, rule=spec.rule, by=spec.by, ratio=spec.ratio, threshold=threshold)
     check_graph(_method(spec), graph)
     check_model(model, graph, train)
+    return Prepared(spec, settings, path, model, examples, metric, graph, threshold)
+
+
+def discover(
+    spec: RunSpec | str,
+    progress: StageProgress = no_stages,
+    *,
+    model: Any = None,
+    scoring: Callable[[Prepared], Parts] | None = None,
+    **options: Any,
+) -> Discovery:
+    """The circuit of a task in a model, evaluated on held-out pairs, and its file, which is written.
+
+    First the model must do the task. Then edges are scored on the train pairs, the size is chosen on the validation
+    pairs, and the circuit is evaluated on the test pairs; its stability is measured by drawing the train pairs again.
+
+    Args:
+        spec: The task, with the model, method and all other options of the run as a `RunSpec`; or the task alone: its
+            name, a task file, a file of pairs.
+        progress: Called as `progress(stage, done, total)`.
+        model: A loaded model, or anything that `load_model` takes; by default the one of the spec.
+        scoring: Gives what scoring gives, if shards have done it (see `mechinterp.shard_files`).
+        **options: Fields of `RunSpec`, such as `method="eap-ig"` and `edges=60`; `settings` may be a mapping. As on the
+            command line, `examples` also counts for the validation and the test pairs.
+
+    Where processes share the work (see `mechinterp.base.processes`), all of them return the result, and the first one
+    writes the file.
+
+    Cost: that of the method, about ten sizes on the validation pairs, the evaluation and, by default, the roles. A
+    killed run resumes: finished stages are not computed again, and scoring goes on from its last saved state.
+
+    Raises:
+        InputError: If the spec is invalid; nothing is written then.
+        TaskNotDone: If the model does not do the task (and `spec.anyway` is false).
+        NoSmallCircuit: If no size up to half of the graph reaches the levels.
+
+    `mi.discover("ioi", effort="quick")` is the run of `discover-circuit run ioi --effort quick`.
+    """
+    spec, given = _asked(spec, model, options)
+    ready = prepare(spec, progress, given)
+    spec, model, graph, metric, examples = ready.spec, ready.model, ready.graph, ready.metric, ready.examples
+    train, path, threshold = examples.train, ready.path, ready.threshold
+    size = _size(spec, graph)
     progress("task", 0, 1)
     performance = check_task(spec, model, examples, metric)
     progress("task", 1, 1)
     if spec.restart:
-        _forget_unfinished(path)
-    done = FinishedParts(_state_path(path, spec), _key(spec, model, graph, examples))
-    ranking = Ranking(spec, model, graph, metric, settings, done, progress)
+        from_first(partial(_forget_unfinished, path))
+    done = FinishedParts(_state_path(path, spec), ready.key)
+    ranking = Ranking(spec, model, graph, metric, ready.settings, done, progress, scoring and scoring(ready))
     scores, samples = ranking.scores(train)
     how: dict[str, Any] = {"rule": spec.rule, "by": spec.by, "ratio": spec.ratio}
     measured: dict[str, Any] = {"metric": metric, "replacement": spec.replacement, "batch_size": spec.batch_size}
@@ -307,6 +336,8 @@ class Ranking:
     settings: Mapping[str, Any]
     done: FinishedParts
     progress: StageProgress
+    given: Parts | None = None
+    """What scoring the train pairs gives, if it is known."""
 
     def scores(self, pairs: Pairs) -> tuple[Scores, Samples | None]:
         """The scores on all train pairs, and those on resamples of them where these cost little or were asked for."""
@@ -321,19 +352,28 @@ class Ranking:
             if scores.samples is None:
                 return scores, None
             return scores, Samples(scores.samples, RUNS, int(scores.parameters["seed"]))
-        n = self._affordable(RESAMPLES if wanted is None else wanted)
-        rows = block_resamples(len(pairs), n, spec.seed)
-        asked = {"method": method.name, "metric": self.metric, "batch_size": spec.batch_size, **self.settings}
+        rows = self.resamples(pairs)
+        kept = Checkpoint(self.done.path.with_name(f"{self.done.path.name}.scores"), self.done.key)
 
         def compute() -> dict[str, Tensor]:
-            scores, samples = resampled_scores(
-                self.model, self.graph, pairs, rows, asked, partial(self.progress, "scores")
-            )
-            return {**_tensors(scores), "samples": samples}
+            report = partial(self.progress, "scores")
+            scores, samples = resampled_scores(self.model, self.graph, pairs, rows, self.asked, report, kept)
+            return {**tensors_of(scores), "samples": samples}
 
-        found = self.done.keep("scores", compute)
+        found = self._kept("scores", compute)
         scores = self._scores_of(found, pairs, method.additive)
         return scores, Samples(found["samples"], BLOCKS, spec.seed)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The arguments of `score_edges`."""
+        about = {"method": _method(self.spec), "metric": self.metric, "batch_size": self.spec.batch_size}
+        return {**about, **self.settings}
+
+    def resamples(self, pairs: Pairs) -> Tensor:
+        """The examples of every resample."""
+        n = self._affordable(RESAMPLES if self.spec.resamples is None else self.spec.resamples)
+        return block_resamples(len(pairs), n, self.spec.seed)
 
     def _affordable(self, wanted: int) -> int:
         """At most so many resamples that their scores take a quarter of a GiB, but at least two."""
@@ -341,7 +381,7 @@ class Ranking:
 
     def scored(self, pairs: Pairs, name: str) -> Scores:
         """The scores on these pairs."""
-        spec, method = self.spec, METHODS.get(_method(self.spec))
+        method = METHODS.get(_method(self.spec))
         checkpoint = self.done.path.with_name(f"{self.done.path.name}.{name}")
 
         def compute() -> dict[str, Tensor]:
@@ -349,16 +389,16 @@ class Ranking:
                 self.model,
                 self.graph,
                 pairs,
-                method=method.name,
-                metric=self.metric,
-                batch_size=spec.batch_size,
+                **self.asked,
                 progress=partial(self.progress, "scores"),
                 resume=checkpoint,
-                **self.settings,
             )
-            return _tensors(scores)
+            return tensors_of(scores)
 
-        return self._scores_of(self.done.keep(name, compute), pairs, method.additive)
+        return self._scores_of(self._kept(name, compute), pairs, method.additive)
+
+    def _kept(self, name: str, compute: Compute) -> Parts:
+        return self.given if name == "scores" and self.given is not None else self.done.keep(name, compute)
 
     def folds(self, pairs: Pairs) -> list[tuple[Scores, Pairs]]:
         """Every fold of the pairs with the scores of the others."""
@@ -387,7 +427,7 @@ class Ranking:
         )
 
 
-def _tensors(scores: Scores) -> dict[str, Tensor]:
+def tensors_of(scores: Scores) -> dict[str, Tensor]:
     """What of scores depends on the examples."""
     costs = {f"cost {name}": torch.tensor(n) for name, n in scores.cost.items()}
     samples = {} if scores.samples is None else {"samples": scores.samples}
@@ -480,10 +520,6 @@ def output_path(spec: RunSpec) -> Path:
     return path
 
 
-def stem(task: str) -> str:
-    return Path(task).stem if Path(task).suffix else task
-
-
 def _settings(spec: RunSpec) -> dict[str, Any]:
     """The parameters for the method, checked before anything slow begins."""
     method = METHODS.get(_method(spec))
@@ -513,40 +549,3 @@ def parsed_setting(
     if name not in method.settings:
         raise unknown_setting(f"method {method.name!r}", name, method.settings)
     return name, method.settings[name].parse(name, text)
-
-
-def examples_of(spec: RunSpec, model: HookManager) -> Examples:
-    """The task's record, its examples and its metric."""
-    if Path(spec.task).suffix.lower() in (".jsonl", ".csv"):
-        return _file_examples(spec, model)
-    task: Task = load_task(spec.task)
-    make = partial(task.pairs, model, seed=spec.seed, prepend_bos=spec.bos)
-    test = make(n=spec.test_examples, split="test")
-    record, n = task_record(task, path=spec.task), spec.examples
-    train = make(n=n, split="train")
-    try:
-        validation, notes = make(n=spec.validation_examples, split="train", skip=n), ()
-    except InputError:  # too few different examples for both
-        validation = None
-        notes = (f"{CROSS_FITTED} the task makes no {n + spec.validation_examples} different train pairs.",)
-    templates = task.row_templates("train", spec.seed, len(train))
-    return Examples(record, train, validation, test, task.metric, templates, notes)
-
-
-def _file_examples(spec: RunSpec, model: HookManager) -> Examples:
-    """Train, validation and test pairs of a file in thirds; with few pairs, the size is chosen by cross-fitting."""
-    pairs = load_pairs(spec.task, model, prepend_bos=spec.bos)
-    source = pairs.source
-    assert isinstance(source, FileSource)
-    if len(pairs) < 4:
-        raise InputError(f"{spec.task} has {len(pairs)} usable pairs; at least 4 are needed, half of them held out.")
-    record = FileTaskRecord(name=stem(spec.task), path=spec.task, sha256=source.sha256)
-    metric = "logit_diff" if pairs.right is not None and pairs.wrong is not None else "kl_to_clean"
-    n_parts = 3 if len(pairs) >= 3 * FEW else 2
-    n_train = min(spec.examples, len(pairs) // n_parts)
-    n_validation = min(spec.validation_examples, len(pairs) // n_parts) if n_parts == 3 else 0
-    n_test = min(spec.test_examples, len(pairs) - n_train - n_validation)
-    train, rest = pairs[:n_train], pairs[n_train:]
-    validation = rest[:n_validation] if n_validation else None
-    notes = () if n_validation else (f"{CROSS_FITTED} {len(pairs)} pairs are too few for three parts of {FEW}.",)
-    return Examples(record, train, validation, rest[n_validation : n_validation + n_test], metric, None, notes)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from mechinterp.base.errors import InputError, clip
 from mechinterp.circuit_file.limits import MAX_EXAMPLES
 
 LEVELS = ("edge", "node", "neuron", "feature")
@@ -113,6 +114,7 @@ class RunSpec:
         restart: Start again instead of resuming a killed run, and delete the states of all unfinished runs that write
             the same file.
         out: Folder for the files.
+        shard: Only the scores of one shard of the train pairs, such as `3/8`, for `discover-circuit merge`.
     """
 
     task: str = field(metadata=option("The name of a task, or a file.", metavar="TASK|PAIRS_FILE", recorded=False))
@@ -234,6 +236,28 @@ class RunSpec:
         metadata=option("Start again, and delete the states of unfinished runs that write this file.", recorded=False),
     )
     out: Path = field(default=Path("out"), metadata=option("Folder for the files.", after="batch_size", recorded=False))
+    shard: str | None = field(
+        default=None,
+        metadata=option(
+            "Only score shard I of N of the train pairs, for `merge` (methods whose scores add up).",
+            metavar="I/N",
+            after="restart",
+            recorded=False,
+        ),
+    )
+
+
+def parsed_shard(text: str) -> tuple[int, int]:
+    """The number of a shard, from 1, and of how many.
+
+    >>> parsed_shard("3/8")
+    (3, 8)
+    """
+    number, slash, count = text.partition("/")
+    digits = slash and text.isascii() and number.isdecimal() and count.isdecimal() and len(text) <= 11
+    if not digits or not 1 <= int(number) <= int(count):
+        raise InputError(f"A shard is I/N with I from 1 to N, such as 3/8; got {clip(text, 40)!r}.")
+    return int(number), int(count)
 
 
 def resolved(spec: RunSpec) -> RunSpec:

@@ -24,8 +24,9 @@ LAYERS = (
     ("circuit_file",),
     ("views",),
     ("run_spec",),
+    ("run_examples",),
     ("pipeline", "exchange"),
-    ("compare", "direct"),
+    ("compare", "direct", "shard_files"),
     ("cli",),
     ("__init__", "__main__"),  # the public names: import everything, and are imported by nothing here
 )

@@ -263,8 +263,8 @@ def _read(
     for tokens, mask in batches_of_texts(model, texts, batch_size, so_far.read):
         value = model.run(tokens, mask, record=[subject.site]).values[subject.site]
         activation = subject.activation(value).float().masked_fill(~mask, -torch.inf)
-        if subject.write is not None:
-            write = subject.write(value)[mask].double().sum(0)
+        if (writes := subject.write) is not None:
+            write = writes(value)[mask].double().sum(0)
             total = write if total is None else total + write
         strongest = activation.max(1)
         for row, (most, position) in enumerate(zip(*(part.tolist() for part in strongest), strict=True)):

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.analysis.weights import FOLDED, embedded, reading, unembedding, writing
-from mechinterp.base.batches import batches
+from mechinterp.base.batches import batches, over_batches
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.base.registry import unknown
 from mechinterp.engines.grid import Grid, numbered
@@ -83,15 +83,17 @@ def detector_scores(
         if kind not in TARGETS:
             raise unknown("detector", kind, TARGETS)
     tokens = repeated_tokens(model, n, length, seed)
-    columns: list[Float[Tensor, "kind layer head batch"]] = []
-    for _, batch in batches(tokens, batch_size):
+
+    def scored(batch: Tensor, _: slice) -> dict[str, Tensor]:
         targets = torch.stack([TARGETS[kind](batch) for kind in kinds])
-        columns.append(_scores_of_targets(model, batch, targets, None))
+        return {"scores": _scores_of_targets(model, batch, targets, None)}
+
+    found = over_batches(tokens, batch_size, scored, {"scores": -1})["scores"]
     dims = model.dims
     labels = {"layer": numbered(dims.n_layers), "head": numbered(dims.n_heads), "example": numbered(n)}
     return {
         kind: Grid(values, labels, kind, "attention", {"kind": kind, "length": length, "seed": seed}, {"forwards": 1.0})
-        for kind, values in zip(kinds, torch.cat(columns, -1), strict=True)
+        for kind, values in zip(kinds, found, strict=True)
     }
 
 
@@ -186,20 +188,23 @@ def attention_between(
     if not named or len({str(name) for name in named}) != len(named):  # the name "1" and the number 1 are the same
         raise InputError(f"Give each position once, and at least one; got {named or 'none'}.")
     pairs = pairs.to(model.device)
-    dims, columns = model.dims, list[Tensor]()
-    for _, chunk in batches(pairs, batch_size):
+    dims = model.dims
+
+    def read(chunk: Pairs, _: slice) -> dict[str, Tensor]:
         at = torch.stack([position_index(chunk, name) for name in named], 1)  # batch position
         rows = torch.arange(len(chunk), device=model.device)[:, None, None]
         found: list[Tensor] = []
 
-        def note(pattern: Tensor, at: Tensor = at, rows: Tensor = rows, found: list[Tensor] = found) -> Tensor:
+        def note(pattern: Tensor) -> Tensor:
             found.append(pattern[rows, :, at[:, :, None], at[:, None, :]])  # batch query key head
             return pattern
 
         tokens = chunk.clean if prompt == "clean" else chunk.corrupt
         edits = [Intervention(Site("pattern", layer), note) for layer in range(dims.n_layers)]
         model.run(tokens, chunk.mask, interventions=edits, stop=Site("pattern", dims.n_layers - 1))
-        columns.append(rearrange(torch.stack(found), "layer batch query key head -> layer head query key batch"))
+        return {"values": rearrange(torch.stack(found), "layer batch query key head -> layer head query key batch")}
+
+    found = over_batches(pairs, batch_size, read, {"values": -1})["values"]
     names = tuple(str(name) for name in named)
     labels = {
         "layer": numbered(dims.n_layers),
@@ -208,7 +213,7 @@ def attention_between(
         "key": names,
         "example": numbered(len(pairs)),
     }
-    values = torch.cat(columns, -1).to(torch.promote_types(model.dtype, torch.float32))
+    values = found.to(torch.promote_types(model.dtype, torch.float32))
     return Grid(values, labels, "attention", "attention", {"prompt": prompt}, {"forwards": 1.0})
 
 

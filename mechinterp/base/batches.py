@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
+from mechinterp.base.shards import State, current, fold_shared
 
 Examples = TypeVar("Examples", bound="Batched")
 Combine = Literal["sum"] | int
@@ -45,7 +46,9 @@ def over_batches(
     """The results of `function` on every batch, combined by name: summed, or joined along an axis.
 
     Sums are over examples, in the dtype that the function returns; a number counts as a float64 tensor. The result
-    does not depend on the batch size, up to the order of the sums.
+    does not depend on the batch size, up to the order of the sums. Where processes share the work (see
+    `mechinterp.base.shards`), each computes some of the batches; all get the result, to the last bit that of one
+    process, then on the CPU.
 
     Args:
         examples: The pairs.
@@ -53,16 +56,28 @@ def over_batches(
         function: Called with a batch and its rows.
         combine: `"sum"` or the axis to join along, for every name that the function returns.
     """
-    found: dict[str, list[Tensor]] = {name: [] for name in combine}
-    for rows, batch in batches(examples, size):
-        for name, value in function(batch, rows).items():
-            tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-            how = combine[name]
-            if how == "sum" and found[name]:
-                found[name][0] = found[name][0] + tensor
+    pieces, shared = list(batches(examples, size)), current().count > 1
+
+    def compute(number: int) -> tuple[int, State]:
+        rows, batch = pieces[number]
+        found = {name: _tensor(value) for name, value in function(batch, rows).items()}
+        return number, {name: value.cpu() for name, value in found.items()} if shared else found
+
+    def add(state: State, found: tuple[int, State]) -> State:
+        number, values = found
+        for name, how in combine.items():
+            if how == "sum":
+                state[name] = state[name] + values[name] if name in state else values[name]
             else:
-                found[name].append(tensor)
+                state[f"{name} {number}"] = values[name]
+        return state
+
+    state, numbers = fold_shared(len(pieces), compute, add), range(len(pieces))
     return {
-        name: parts[0] if combine[name] == "sum" else torch.cat(parts, int(combine[name]))
-        for name, parts in found.items()
+        name: state[name] if how == "sum" else torch.cat([state[f"{name} {number}"] for number in numbers], how)
+        for name, how in combine.items()
     }
+
+
+def _tensor(value: Tensor | float) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)

@@ -45,6 +45,10 @@ class BusyError(MechInterpError):
     """Another thread is running the model; two threads cannot use one model at the same time."""
 
 
+class ProcessLost(BaseException):
+    """Another process of the same run has ended, so this one ends, too. As with Ctrl-C nothing goes on after it."""
+
+
 def clip(text: str, most: int) -> str:
     """The text for a message, with its middle left out if it is longer than `most` characters.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from mechinterp.base.canonical_json import parse_json, six_digits
 from mechinterp.base.errors import FormatError, InputError, UnsupportedError, clip
 from mechinterp.base.registry import unknown
+from mechinterp.base.shards import from_first
 from mechinterp.circuit_file.bases import Bases, features_records, stated_bases, stated_features
 from mechinterp.circuit_file.provenance import dims_of, dtype_name, model_record, provenance_of, tokenizer_record
 from mechinterp.circuit_file.records import (
@@ -178,7 +180,7 @@ def save_circuit(
     sidecar = None if scores is None else scores_bytes(scores)
     stated = None if sidecar is None else Sidecar(file=name, sha256=hashlib.sha256(sidecar).hexdigest())
     document = seal(content, stated)
-    write_pair(path, document, sidecar)
+    from_first(partial(write_pair, path, document, sidecar))
     return document
 
 

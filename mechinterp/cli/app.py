@@ -17,7 +17,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mechinterp.base.errors import HubNotReached, InputError, MechInterpError, ModelNotAvailable, NoSmallCircuit, clip
+from mechinterp.base.errors import (
+    HubNotReached,
+    InputError,
+    MechInterpError,
+    ModelNotAvailable,
+    NoSmallCircuit,
+    ProcessLost,
+    clip,
+)
 from mechinterp.base.plain_files import is_file
 from mechinterp.circuit_file.direction_schema import SUFFIX, is_direction_name
 from mechinterp.circuit_file.stored import about_direction, about_file, find_file, stored_files
@@ -25,7 +33,7 @@ from mechinterp.cli import direct as cli_direct
 from mechinterp.cli import exchange as cli_exchange
 from mechinterp.cli import graph as cli_graph
 from mechinterp.cli import hub as cli_hub
-from mechinterp.cli import options
+from mechinterp.cli import options, processes
 from mechinterp.cli import verify as cli_verify
 from mechinterp.cli import view as cli_view
 from mechinterp.cli.help import (
@@ -33,6 +41,7 @@ from mechinterp.cli.help import (
     EVAL_HELP,
     EXIT_CODES,
     HELP,
+    MERGE_HELP,
     RUN_HELP,
 )
 from mechinterp.cli.terminal import Terminal, print_what_the_terminal_can, quiet_libraries, say
@@ -77,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(error.format_message(), BAD_INPUT)
     except KeyboardInterrupt:
         return _complain("interrupted; no file was left half-written.", INTERRUPTED)
+    except ProcessLost as error:
+        return _complain(str(error), INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python prints an error at exit
         return PIPE_CLOSED
@@ -115,6 +126,16 @@ def _run(
     **values: Any,
 ) -> Action:
     return partial(_do_run, values, open_report)
+
+
+@app.command("merge", help=MERGE_HELP, short_help="Finish a run whose edges were scored in shards.")
+@options.takes("files", "device", "out", "open_report")
+def _merge(
+    files: Annotated[list[Path], typer.Argument(metavar="SHARD...", help="The files of all shards of one run.")],
+    open_report: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser.")] = False,
+    **values: Any,
+) -> Action:
+    return partial(_do_merge, files, values, open_report)
 
 
 @app.command("compare", help=COMPARE_HELP, short_help="Compare methods on one task.")
@@ -192,18 +213,43 @@ for others in (cli_direct, cli_verify, cli_exchange, cli_view, cli_graph, cli_hu
 
 
 def _do_run(values: dict[str, Any], open_report: bool) -> int:
+    _check_task(values["task"])
+    if values["shard"] is not None:
+        return processes.score_shard(RunSpec(**values))
+
+    def run(progress: Any) -> Any:
+        from mechinterp.pipeline import discover
+
+        return discover(processes.spec_here(values), progress)
+
+    return processes.together(partial(_report_on, run, open_report))
+
+
+def _do_merge(files: list[Path], values: dict[str, Any], open_report: bool) -> int:
+    from mechinterp.shard_files import merge, read_shards
+
+    shards = read_shards(files)
+    say(Terminal(), f"{len(shards)} shards of: {clip(shards[0].command, MOST_LETTERS // 2)}")
+    action: Any = app(processes.words_of_run(shards[0]), standalone_mode=False)
+    values = {**action.args[0], **values}
+    _check_task(values["task"])
+    return _report_on(lambda progress: merge(RunSpec(**values), shards, progress), open_report)
+
+
+def _report_on(run: Callable[[Any], Any], open_report: bool, first: bool = True) -> int:
+    """Writes the report of the run and prints its result, in the first of several processes."""
     from mechinterp.circuit_file.summary import verify_command
     from mechinterp.cli.progress_bars import stages
 
-    _check_task(values["task"])
     console = Terminal()
-    with stages(Console(stderr=True)) as progress:
-        from mechinterp.pipeline import discover
+    with stages(Console(stderr=True, quiet=not first)) as progress:
         from mechinterp.views.report.node_details import node_details
         from mechinterp.views.report.page import write_report
 
         quiet_libraries()
-        discovery = discover(RunSpec(**values), progress)
+        discovery = run(progress)
+        if not first:
+            return OK
         progress("report", 0, 1)
         report = discovery.path.with_name(discovery.path.name.replace(".circuit.json", ".report.html"))
         details = node_details(
@@ -356,5 +402,7 @@ def _print_roles(console: Console, measured: Any) -> None:
 def _complain(message: str, code: int) -> int:
     from mechinterp.views.terminal_tables import plain
 
+    if not processes.first_to_say(message):
+        return code
     print(f"discover-circuit: {clip(plain(message), MOST_LETTERS)}", file=sys.stderr)
     return code

@@ -9,6 +9,7 @@ HELP = f"""Find the circuit of a task in a transformer, write it to a file, and 
 
 \b
   discover-circuit run ioi                  a circuit of the bundled model, no network needed
+  discover-circuit merge SHARD...           finish a run that was scored in shards
   discover-circuit compare ioi              several methods on one task, as a table and a page
   discover-circuit eval FILE --task other   how faithful is it on that task?
   discover-circuit verify FILE              run the file again: does every claim hold?
@@ -41,6 +42,18 @@ printed. A run that was killed resumes when the same command is given again.
   discover-circuit run ioi --level node --positions IO,S1,S2,end --nodes 40
   discover-circuit run greater_than --model gpt2 --device cuda
   discover-circuit run my_pairs.jsonl --model ./my_model --metric prob_diff
+
+{EXIT_CODES}
+"""
+MERGE_HELP = f"""Finish a run whose edges were scored in shards, each by `run ... --shard I/N` on any machine.
+
+The tables of scores are added in the order of the examples, in float64, so the circuit is the one that a single run
+finds. The shards say which run it is; the model and the pairs must be the same here. docs: "Run on a cluster".
+
+\b
+  discover-circuit run ioi --method eap-ig --shard 1/2
+  discover-circuit run ioi --method eap-ig --shard 2/2
+  discover-circuit merge out/ioi-bundled-eap-ig.*-of-2.shard
 
 {EXIT_CODES}
 """

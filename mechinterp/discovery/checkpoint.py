@@ -9,7 +9,7 @@ import os
 import stat
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from mechinterp.base.atomic_write import write_whole
 from mechinterp.base.errors import InputError
 from mechinterp.base.settings import Parameter
+from mechinterp.base.shards import current, from_first
 from mechinterp.graphs.graph import Graph
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.metric_names import METRICS
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 class Checkpoint:
     """Tensors by name in one file: a line with the run's key and the hash of the rest, then safetensors.
 
-    Without a path nothing is saved.
+    Without a path nothing is saved. Where processes share the work, the first one writes and reads it for all.
     """
 
     path: Path | None = None
@@ -44,6 +45,15 @@ class Checkpoint:
     """A digest of the run's arguments; a state of another run is refused."""
     last: float = field(default_factory=time.monotonic)
     failed: bool = False
+    apart: bool = False
+    """Whether the state is this process's own."""
+
+    def of_process(self) -> Checkpoint:
+        """The checkpoint of this process's share of the work; the same one if it is alone."""
+        if self.path is None or current().count == 1:
+            return self
+        own = f"{current().index + 1}-of-{current().count}"
+        return replace(self, path=self.path.with_name(f"{self.path.name}.{own}"), key=f"{self.key}-{own}", apart=True)
 
     def load(self, like: Mapping[str, Tensor], most: Mapping[str, int]) -> dict[str, Tensor] | None:
         """The state that was saved, or None; its tensors have the names, dtypes and shapes of `like`.
@@ -66,25 +76,18 @@ class Checkpoint:
 
     def read(self) -> dict[str, Tensor] | None:
         """The tensors that were saved, whatever they are, or None. Raises InputError as `load` does."""
+        if self.path is None:
+            return None
+        return self._read() if self.apart else from_first(self._read)
+
+    def _read(self) -> dict[str, Tensor] | None:
         if self.path is None or not os.path.lexists(self.path):
             return None
-        first, _, content = _read(self.path).partition(b"\n")
-        words = first.split(b" ")
-        if len(words) != 4 or b" ".join(words[:2]) != _MAGIC:
-            raise InputError(f"{self.path} is not the state of a run; {_HINT}")
-        if hashlib.sha256(content).hexdigest().encode() != words[3]:
-            raise InputError(f"{self.path} is damaged: it is not what was written; {_HINT}")
-        if words[2] != self.key.encode():
+        key, found = read_state(self.path)
+        if key != self.key:
             raise InputError(
                 f"{self.path} is the state of another run (other model, pairs, settings or version); {_HINT}"
             )
-        try:
-            found = load(content)
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise InputError(f"{self.path} is not the state of a run ({error}); {_HINT}") from error
-        for name, value in found.items():
-            if value.is_floating_point() and bool(value.isnan().any()):
-                raise InputError(f"{self.path} is not a state of this run: {name} holds NaN; {_HINT}")
         return found
 
     def save(self, state: Mapping[str, Tensor], *, now: bool = False) -> None:
@@ -92,13 +95,11 @@ class Checkpoint:
 
         If it cannot be written, the run continues, with a warning.
         """
-        if self.path is None or (not now and time.monotonic() - self.last < EVERY_SECONDS):
+        if self.path is None or (not now and time.monotonic() - self.last < EVERY_SECONDS) or self._others:
             return
-        content = save({k: v.contiguous() for k, v in state.items()})
-        first = b" ".join([_MAGIC, self.key.encode(), hashlib.sha256(content).hexdigest().encode()])
         self.last = time.monotonic()
         try:
-            write_whole(self.path, first + b"\n" + content)
+            write_state(self.path, self.key, state)
         except InputError as error:
             if not self.failed:
                 logger.warning("The run continues without saving its state, so it cannot be resumed: %s", error)
@@ -108,15 +109,49 @@ class Checkpoint:
 
     def clear(self) -> None:
         """Return None after deleting the file: the run is done."""
-        if self.path is None:
+        if self.path is None or self._others:
             return
         try:
             self.path.unlink(missing_ok=True)
         except OSError as error:
             logger.warning("%s is no longer needed and cannot be deleted: %s.", self.path, error.strerror or error)
 
+    @property
+    def _others(self) -> bool:
+        """Whether another process writes it."""
+        return not self.apart and current().index > 0
 
-def _read(path: Path) -> bytes:
+
+UNSAVED = Checkpoint()
+"""The state is not saved."""
+
+
+def write_state(path: Path, key: str, state: Mapping[str, Tensor]) -> None:
+    """Return None after writing a state, whole or not at all. Raises InputError if it cannot be written."""
+    content = save({k: v.contiguous() for k, v in state.items()})
+    first = b" ".join([_MAGIC, key.encode(), hashlib.sha256(content).hexdigest().encode()])
+    write_whole(path, first + b"\n" + content)
+
+
+def read_state(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """The key and the tensors of a state. Raises InputError, in one line, for anything else; never unpickles."""
+    first, _, content = _bytes(path).partition(b"\n")
+    words = first.split(b" ")
+    if len(words) != 4 or b" ".join(words[:2]) != _MAGIC:
+        raise InputError(f"{path} is not the state of a run; {_HINT}")
+    if hashlib.sha256(content).hexdigest().encode() != words[3]:
+        raise InputError(f"{path} is damaged: it is not what was written; {_HINT}")
+    try:
+        found = load(content)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is not the state of a run ({error}); {_HINT}") from error
+    for name, value in found.items():
+        if value.is_floating_point() and bool(value.isnan().any()):
+            raise InputError(f"{path} is not a state of this run: {name} holds NaN; {_HINT}")
+    return words[2].decode("ascii", "replace"), found
+
+
+def _bytes(path: Path) -> bytes:
     """The bytes of a plain file. Raises InputError for anything else; never waits for a pipe."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechinterp.base.shards import computed, current, relayed, share
 from mechinterp.engines.edge_patching import Prefix, edge_logits, run_prefix
 from mechinterp.engines.readout import Readout, metric_readout
 from mechinterp.engines.replacement import Values, build_replacement
@@ -19,7 +20,10 @@ from mechinterp.tasks.pairs import Pairs
 
 @dataclass
 class CutLoss:
-    """The batches, and what their patched runs share. The loss is the metric, turned so that lower is better."""
+    """The batches, and what their patched runs share. The loss is the metric, turned so that lower is better.
+
+    Processes that share the work have some of the batches each.
+    """
 
     model: HookManager
     graph: Graph
@@ -31,6 +35,8 @@ class CutLoss:
     prefixes: list[Prefix] = field(default_factory=list[Prefix])
     begun: Bool[Tensor, "reader writer"] = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
     """The edges that are cut in the prefixes, of the readers before their layer."""
+    begun_at: int = -1
+    """The layer of the prefixes."""
     n_runs: int = 0
     """Masks that were run, on all examples."""
     n_prefixes: int = 0
@@ -41,29 +47,37 @@ class CutLoss:
         cls, model: HookManager, graph: Graph, pairs: Pairs, metric: Metric, replacement: str, batch_size: int
     ) -> CutLoss:
         """The loss on the pairs. Cost: a forward of the corrupt prompts, and of the clean ones for some metrics."""
-        replaced = build_replacement(replacement, model, graph, pairs, batch_size)
+        replaced, here = build_replacement(replacement, model, graph, pairs, batch_size), current()
         chunks = list(pairs.to(model.device).chunks(batch_size))
+        mine = share(len(chunks), here.index, here.count)
+        chunks = chunks[mine.start : mine.stop]
         readouts = [metric_readout(model, chunk, metric) for chunk in chunks]
         return cls(model, graph, metric, len(pairs), chunks, [replaced.on(chunk) for chunk in chunks], readouts)
 
     def of_masks(self, masks: Float[Tensor, "candidate reader writer"], layer: int) -> Float[Tensor, " candidate"]:
         """The mean loss over all examples with each mask's edges cut. Before `layer` all masks cut the same edges."""
         begins = masks[0, : self.graph.readers_before[layer]].cpu() != 0
-        if not self.prefixes or self.prefixes[0].layer != layer or not torch.equal(begins, self.begun):
+        new = self.begun_at != layer or not torch.equal(begins, self.begun)
+        if new:
             self.prefixes = []  # frees the last layer's before the next one's are made
-            pairs = zip(self.chunks, self.values, strict=True)
-            self.prefixes = [
-                run_prefix(self.model, self.graph, chunk, values, layer, masks[0]) for chunk, values in pairs
-            ]
-            self.begun = begins
+            self.begun, self.begun_at = begins, layer
             self.n_prefixes += 1
-        total = torch.zeros(len(masks), dtype=torch.float64)
-        for chunk, values, readout, prefix in zip(self.chunks, self.values, self.readouts, self.prefixes, strict=True):
+
+        def of_chunk(number: int) -> Float[Tensor, " candidate"]:
+            chunk, values, readout = self.chunks[number], self.values[number], self.readouts[number]
+            if new:
+                self.prefixes.append(run_prefix(self.model, self.graph, chunk, values, layer, masks[0]))
+            prefix, total = self.prefixes[number], torch.zeros(len(masks), dtype=torch.float64)
             runs = edge_logits(self.model, self.graph, chunk, masks, values, readout.columns, prefix)
             for i, logits in enumerate(runs):
                 total[i] -= self.metric.direction * readout.of_logits(logits).double().sum().cpu()
+            return total
+
+        own = computed(range(len(self.chunks)), of_chunk)
+        nothing = torch.zeros(len(masks), dtype=torch.float64)
+        found = relayed(lambda state: {"total": sum(own, state.get("total", nothing))})
         self.n_runs += len(masks)
-        return total / self.n_examples
+        return found["total"] / self.n_examples
 
 
 def layer_of(graph: Graph, unit: int) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from mechinterp.base.shards import State
 from mechinterp.discovery.method import REPLACEMENT, Job, Method
+from mechinterp.discovery.table_sums import sum_tables
 from mechinterp.engines.edge_patching import edge_logits
 from mechinterp.engines.readout import answer_logits
-from mechinterp.engines.replacement import build_replacement
+from mechinterp.engines.replacement import Values, build_replacement
 from mechinterp.graphs.scores import Scores
 
 UNITS_AT_ONCE = 64
@@ -15,33 +18,48 @@ UNITS_AT_ONCE = 64
 
 
 def _exact(job: Job) -> Scores:
-    """Drop of the metric when one edge (or node) is cut; those that begin in one layer share the run before it."""
+    """Drop of the metric when one edge (or node) is cut; those that begin in one layer share the run before it.
+
+    A piece of work is some units on one batch.
+    """
     model, graph, metric = job.model, job.graph, job.metric
     replacement = build_replacement(job.replacement, model, graph, job.pairs, job.batch_size)
-    units = list(range(graph.n_units))
-    total, before = job.zeros(), 0
-    done, n_runs = 0, len(units) * len(job.pairs)
-    saved = job.checkpoint.load({"total": total, "done": torch.tensor(0)}, {"done": n_runs})
-    if saved is not None:
-        total, before = saved["total"], int(saved["done"])
-    job.progress(before, n_runs)
-    for chunk in job.pairs.to(model.device).chunks(job.batch_size):
-        if done + len(units) * len(chunk) <= before:
-            done += len(units) * len(chunk)
-            continue
-        clean = answer_logits(model, chunk.clean, chunk)
-        full = metric(clean, chunk, clean)
-        values = replacement.on(chunk)
-        for some in (units[i : i + UNITS_AT_ONCE] for i in range(0, len(units), UNITS_AT_ONCE)):
-            done += len(some) * len(chunk)
-            if done <= before:
-                continue
-            cut = torch.stack([graph.unit == unit for unit in some])
-            for mask, logits in zip(cut, edge_logits(model, graph, chunk, cut.float(), values), strict=True):
-                drop = metric.direction * (full - metric(logits, chunk, clean)).sum()
-                total[mask] += drop.cpu().to(total.dtype)
-            job.checkpoint.save({"total": total, "done": torch.tensor(done)})
-            job.progress(done, n_runs)
+    batches = list(job.pairs.to(model.device).chunks(job.batch_size))
+    first_units = range(0, graph.n_units, UNITS_AT_ONCE)
+    n_pieces, n_runs = len(batches) * len(first_units), graph.n_units * len(job.pairs)
+    begun: list[tuple[int, Tensor, Tensor, Values]] = []
+    """The batch of the last piece, its clean logits, their metric, and what replaces writes."""
+
+    def units_of(number: int) -> range:
+        first = first_units[number % len(first_units)]
+        return range(first, min(first + UNITS_AT_ONCE, graph.n_units))
+
+    def piece(number: int) -> State:
+        at, units = number // len(first_units), units_of(number)
+        batch = batches[at]
+        if not begun or begun[0][0] != at:
+            clean = answer_logits(model, batch.clean, batch)
+            begun[:] = [(at, clean, metric(clean, batch, clean), replacement.on(batch))]
+        _, clean, full, values = begun[0]
+        drops = torch.zeros(UNITS_AT_ONCE, dtype=torch.float64)
+        cut = torch.stack([graph.unit == unit for unit in units])
+        for i, logits in enumerate(edge_logits(model, graph, batch, cut.float(), values)):
+            drops[i] = (metric.direction * (full - metric(logits, batch, clean)).sum()).cpu()
+        return {"drops": drops}
+
+    def add(sums: State, number: int, found: State) -> None:
+        units = units_of(number)
+        sums["units"][units.start : units.stop] += found["drops"][: len(units)]
+
+    like = {"drops": torch.zeros(UNITS_AT_ONCE, dtype=torch.float64)}
+    start = {"units": torch.zeros(graph.n_units, dtype=torch.float64)}
+
+    def report(done: int, total: int) -> None:
+        job.progress(done * n_runs // max(1, total), n_runs)
+
+    sums = sum_tables(n_pieces, piece, like, start, add, job.checkpoint, report)
+    total = job.zeros()
+    total[graph.possible] = sums["units"][graph.unit[graph.possible]].to(total.dtype)
     return job.scores("exact", total, {"forwards": n_runs + 2 * len(job.pairs), "backwards": 0})
 
 

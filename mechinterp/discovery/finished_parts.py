@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mechinterp.base.keep import Compute
+from mechinterp.base.shards import current
 from mechinterp.discovery.checkpoint import Checkpoint
 
 WORTH_SECONDS = 2.0
@@ -45,6 +46,8 @@ class FinishedParts:
 
     def clear(self) -> None:
         """Return None after deleting the files, those of other runs with this state, too: the run is done."""
+        if current().index:
+            return
         name = re.compile(re.escape(self.path.name) + r"\.[0-9a-f]{8}")
         for entry in list(self.path.parent.iterdir()):
             if name.fullmatch(entry.name):

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from mechinterp.base.errors import InputError
 from mechinterp.base.settings import Setting
+from mechinterp.base.shards import ALONE, State, agree, current, fold_shared, relayed, share, sharing
+from mechinterp.discovery.checkpoint import Checkpoint
 from mechinterp.discovery.method import REPLACEMENT, Job
 from mechinterp.engines.mask_gradients import mask_gradients
 from mechinterp.engines.readout import clean_logits
@@ -48,10 +50,11 @@ KEPT_BYTES = 2**29
 
 @dataclass(frozen=True)
 class Block:
-    """The examples of one step, with what every run of them shares: pairs, replacements, logits of the full model."""
+    """Some examples of a step, with what every run of them shares: replacements and logits of the full model."""
 
-    chunks: Sequence[tuple[Pairs, Values, Tensor]]
-    n: int
+    pairs: Pairs
+    values: Values
+    reference: Tensor
 
 
 class GateLearning:
@@ -61,7 +64,8 @@ class GateLearning:
         job: What the method was given; its settings have those of `SHARED`.
         parameters: What is learned, in float64, by name.
         maximized: The names of the parameters that ascend.
-        runs: The examples of several runs that take turns at the steps; by default one run with all examples.
+        runs: The examples of several runs that take turns at the steps, each with the parameter of its number; by
+            default one run with all examples. Processes that share the work take some runs each.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class GateLearning:
         self.drawings = int(asked["drawings"])
         self.replacement = build_replacement(job.replacement, job.model, job.graph, job.pairs, job.batch_size)
         self.turns = [self._shuffled(pairs, number) for number, pairs in enumerate(runs)]
-        self.kept: dict[tuple[int, int], Block] = {}
+        self.kept: dict[tuple[int, int, int], Block] = {}
         self.keeps = sum(map(len, runs)) * self._bytes_of_example() <= KEPT_BYTES
         self.n_runs = 0
 
@@ -103,17 +107,20 @@ class GateLearning:
         writes = pairs.clean.shape[1] * dims.d_model * (1 + 2 * dims.n_layers)
         return 4 * (writes + dims.d_vocab_out * pairs.answer_pos.shape[1])
 
-    def block(self, step: int) -> Block:
-        """The examples of a step: the runs take turns, and each goes round its examples."""
+    def examples(self, step: int) -> list[tuple[tuple[int, int, int], Pairs]]:
+        """The examples of a step, some at a time, each with its place: the runs take turns, and each goes round its
+        examples."""
         run, at = step % len(self.turns), (step // len(self.turns)) % len(self.turns[step % len(self.turns)])
-        if (run, at) in self.kept:
-            return self.kept[run, at]
-        job, pairs = self.job, self.turns[run][at]
-        at_once = max(1, job.batch_size // self.drawings)  # the drawings run side by side
-        chunks = [(c, self.replacement.on(c), clean_logits(job.model, c)) for c in pairs.chunks(at_once)]
-        block = Block(chunks, len(pairs))
+        at_once = max(1, self.job.batch_size // self.drawings)  # the drawings run side by side
+        return [((run, at, i), chunk) for i, chunk in enumerate(self.turns[run][at].chunks(at_once))]
+
+    def block(self, place: tuple[int, int, int], chunk: Pairs) -> Block:
+        """Some examples of a step, with what every run of them shares."""
+        if place in self.kept:
+            return self.kept[place]
+        block = Block(chunk, self.replacement.on(chunk), clean_logits(self.job.model, chunk))
         if self.keeps:
-            self.kept[run, at] = block
+            self.kept[place] = block
         return block
 
     def learn(
@@ -129,22 +136,70 @@ class GateLearning:
             penalty: What is added to the loss at a step.
             decay: The share of the learning rate when a share of the steps is done; by default always 1.
         """
-        done = self._resume()
+        if len(self.turns) == 1 or current().count == 1:
+            self._learn(draw, penalty, decay, range(len(self.turns)), self.job.checkpoint)
+            return
+        own = share(len(self.turns), current().index, current().count)
+        checkpoint, error = self.job.checkpoint.of_process(), None
+        try:
+            with sharing(ALONE):
+                self._learn(draw, penalty, decay, own, checkpoint)
+        except Exception as raised:
+            error = raised
+        agree(error)
+        self._exchange(own)
+        checkpoint.clear()
+
+    def _learn(
+        self,
+        draw: Callable[[int, torch.Generator], Tensor],
+        penalty: Callable[[int], Tensor] | None,
+        decay: Callable[[float], float] | None,
+        runs: range,
+        checkpoint: Checkpoint,
+    ) -> None:
+        """The steps of some of the runs."""
+        done = self._resume(checkpoint)
         self.job.progress(done, self.n_steps)
         while done < self.n_steps:
-            self.optimizer.zero_grad()
-            if decay is not None:
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.lr * decay(done / self.n_steps)
-            if penalty is not None:
-                penalty(done).backward()
-            gates, block = draw(done, torch.Generator().manual_seed(self.seed * SEEDS_APART + done)), self.block(done)
-            gates.backward(self._gate_gradient(gates.detach(), block))
-            self.n_runs += len(gates) * block.n
-            self.optimizer.step()
+            if done % len(self.turns) in runs:
+                self._step(done, draw, penalty, decay)
             done += 1
-            self.job.checkpoint.save(self._state(done))
+            checkpoint.save(self._state(done))
             self.job.progress(done, self.n_steps)
+
+    def _step(
+        self,
+        step: int,
+        draw: Callable[[int, torch.Generator], Tensor],
+        penalty: Callable[[int], Tensor] | None,
+        decay: Callable[[float], float] | None,
+    ) -> None:
+        self.optimizer.zero_grad()
+        if decay is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * decay(step / self.n_steps)
+        if penalty is not None:
+            penalty(step).backward()
+        gates = draw(step, torch.Generator().manual_seed(self.seed * SEEDS_APART + step))
+        chunks = self.examples(step)
+        gates.backward(self._gate_gradient(gates.detach(), chunks))
+        self.n_runs += len(gates) * sum(len(chunk) for _, chunk in chunks)
+        self.optimizer.step()
+
+    def _exchange(self, own: range) -> None:
+        """Gives every process what the others have learned: each parameter is that of the run with its number."""
+        names = list(self.parameters)
+
+        def add_own(state: State) -> State:
+            count = state.get("n_runs", torch.tensor(0)) + self.n_runs
+            return {**state, **{names[run]: self.parameters[names[run]].detach() for run in own}, "n_runs": count}
+
+        found = relayed(add_own)
+        self.n_runs = int(found["n_runs"])
+        with Gradients(False) as off, off:
+            for name, parameter in self.parameters.items():
+                parameter.copy_(found[name])
 
     def _state(self, done: int) -> dict[str, Tensor]:
         state = {"done": torch.tensor(done), "n_runs": torch.tensor(self.n_runs)}
@@ -153,11 +208,11 @@ class GateLearning:
             state |= {f"{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
         return state
 
-    def _resume(self) -> int:
+    def _resume(self, checkpoint: Checkpoint) -> int:
         like = {"done": torch.tensor(0), "n_runs": torch.tensor(0)}
         for name, parameter in self.parameters.items():
             like |= _fresh(name, parameter)
-        saved = self.job.checkpoint.load(like, {"done": self.n_steps})
+        saved = checkpoint.load(like, {"done": self.n_steps})
         if saved is None:
             return 0
         with Gradients(False) as off, off:
@@ -168,19 +223,31 @@ class GateLearning:
         self.n_runs = int(saved["n_runs"])
         return int(saved["done"])
 
-    def _gate_gradient(self, gates: Float[Tensor, "drawing unit"], block: Block) -> Float[Tensor, "drawing unit"]:
-        """The derivative in every gate of the mean loss over examples and drawings."""
-        job, possible, total, metric = self.job, self.job.graph.possible, torch.zeros_like(gates), self.metric
+    def _gate_gradient(
+        self, gates: Float[Tensor, "drawing unit"], chunks: Sequence[tuple[tuple[int, int, int], Pairs]]
+    ) -> Float[Tensor, "drawing unit"]:
+        """The derivative in every gate of the mean loss over examples and drawings; processes take some chunks each."""
+        job, possible, metric = self.job, self.job.graph.possible, self.metric
         cut = torch.zeros(len(gates), *possible.shape, dtype=torch.float64)
         cut[:, possible] = 1 - gates[:, self.unit]
-        for chunk, values, reference in block.chunks:
+        n = len(gates) * sum(len(chunk) for _, chunk in chunks)
 
-            def loss(logits: Tensor, chunk: Pairs = chunk, reference: Tensor = reference) -> Tensor:
-                return torch.stack([-metric.direction * metric(drawn, chunk, reference) for drawn in logits])
+        def gradient_of(number: int) -> Tensor:
+            block = self.block(*chunks[number])
 
-            _, gradient = mask_gradients(job.model, job.graph, chunk, cut, values, loss)
-            total.index_add_(1, self.unit, -gradient.cpu().double()[:, possible] / (block.n * len(gates)))
-        return total
+            def loss(logits: Tensor) -> Tensor:
+                return torch.stack(
+                    [-metric.direction * metric(drawn, block.pairs, block.reference) for drawn in logits]
+                )
+
+            _, gradient = mask_gradients(job.model, job.graph, block.pairs, cut, block.values, loss)
+            return -gradient.cpu().double()[:, possible] / n
+
+        def add(state: State, gradient: Tensor) -> State:
+            total = state["total"] if state else torch.zeros_like(gates)
+            return {"total": total.index_add_(1, self.unit, gradient)}
+
+        return fold_shared(len(chunks), gradient_of, add)["total"]
 
     @property
     def cost(self) -> dict[str, int]:

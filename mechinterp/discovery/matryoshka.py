@@ -31,7 +31,7 @@ from mechinterp.base.progress import no_progress
 from mechinterp.base.settings import Setting
 from mechinterp.discovery.checkpoint import Checkpoint
 from mechinterp.discovery.gate_learning import MOST, SHARED, GateLearning
-from mechinterp.discovery.method import METHODS, Job, Method, by_node
+from mechinterp.discovery.method import METHODS, Job, Method, by_unit
 from mechinterp.graphs.scores import Scores
 
 LAST_LR = 0.1
@@ -120,7 +120,7 @@ def _mattr(job: Job) -> Scores:
         method = METHODS.get(str(job.settings["warm_start"]))
         settings = {**method.defaults, "replacement": job.replacement}
         known = method.run(replace(job, settings=settings, progress=no_progress, checkpoint=Checkpoint()))
-        total = by_node(graph, known.total) if method.graphs == "summed" and graph.level == "node" else known.total
+        total = by_unit(graph, method.name, known.total)
         strength, before = total[first[:, 0], first[:, 1]].abs().double(), known.cost
         rank = strength.argsort(descending=True, stable=True).argsort().double() + 1
         start = -(rank / len(rank)).log()

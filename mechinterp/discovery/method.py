@@ -14,8 +14,10 @@ from torch import Tensor
 from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.settings import Parameter, Setting, check_settings
-from mechinterp.discovery.checkpoint import Checkpoint, open_checkpoint
+from mechinterp.base.shards import State
+from mechinterp.discovery.checkpoint import UNSAVED, Checkpoint, open_checkpoint
 from mechinterp.discovery.methods import METHODS
+from mechinterp.discovery.table_sums import sum_tables
 from mechinterp.engines.edge_patching import check_model
 from mechinterp.engines.replacement import KINDS
 from mechinterp.graphs.graph import Graph
@@ -71,19 +73,20 @@ class Job:
         )
 
     def sum_over_batches(self, of: Callable[[Pairs], Tensor]) -> Float[Tensor, "reader writer"]:
-        """The sum over all batches of a table of edges; a killed run resumes at the batch that it had reached."""
-        total, done = self.zeros(), 0
-        saved = self.checkpoint.load({"total": total, "done": torch.tensor(done)}, {"done": len(self.pairs)})
-        if saved is not None:
-            total, done = saved["total"], int(saved["done"])
-        self.progress(done, len(self.pairs))
-        while done < len(self.pairs):
-            chunk = self.pairs[done : done + self.batch_size]
-            total = total + of(chunk).cpu()
-            done += len(chunk)
-            self.checkpoint.save({"total": total, "done": torch.tensor(done)})
-            self.progress(done, len(self.pairs))
-        return total
+        """The sum over all batches of a table of edges, added up in float64; a killed run resumes at the batch that it
+        had reached, and processes that share the work take a part of the batches each."""
+        zeros, size = self.zeros(), self.batch_size
+        n = -(-len(self.pairs) // size)
+
+        def piece(batch: int) -> State:
+            return {"total": of(self.pairs[batch * size : (batch + 1) * size]).to("cpu", zeros.dtype)}
+
+        def add(sums: State, batch: int, found: State) -> None:
+            sums["total"] += found["total"]
+
+        like, start = {"total": zeros}, {"total": zeros.double()}
+        found = sum_tables(n, piece, like, start, add, self.checkpoint, self.progress)
+        return found["total"].to(zeros.dtype)
 
 
 REPLACEMENT = Setting("corrupt", "what a cut edge carries", choices=KINDS)
@@ -159,16 +162,42 @@ def score_edges(
     """
     chosen = METHODS.get(method)
     settings = check_settings(f"method {method!r}", chosen.settings, parameters)
+    metric = as_metric(metric)
+    checkpoint = open_checkpoint(resume, model, graph, pairs, method, metric.name, settings, batch_size)
+    scores = raw_scores(
+        model, graph, pairs, method=method, metric=metric, batch_size=batch_size, progress=progress,
+        checkpoint=checkpoint, **parameters,
+    )  # fmt: skip
+    checkpoint.clear()
+    return replace(scores, total=by_unit(graph, method, scores.total), pairs=pairs)
+
+
+def raw_scores(
+    model: HookManager,
+    graph: Graph,
+    pairs: Pairs,
+    *,
+    method: str,
+    metric: MetricLike = "logit_diff",
+    batch_size: int = 32,
+    progress: Progress = no_progress,
+    checkpoint: Checkpoint = UNSAVED,
+    **parameters: Any,
+) -> Scores:
+    """What the method gives for every edge, before `by_unit`: what adds up over examples to the last bit."""
+    chosen = METHODS.get(method)
+    settings = check_settings(f"method {method!r}", chosen.settings, parameters)
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; got {batch_size}.")
     check_graph(method, graph)
     check_model(model, graph, pairs)
     metric = as_metric(metric)
-    checkpoint = open_checkpoint(resume, model, graph, pairs, method, metric.name, settings, batch_size)
-    scores = chosen.run(Job(model, graph, pairs, metric, settings, batch_size, progress, checkpoint))
-    checkpoint.clear()
-    total = by_node(graph, scores.total) if chosen.graphs == "summed" and graph.level == "node" else scores.total
-    return replace(scores, total=total, pairs=pairs)
+    return chosen.run(Job(model, graph, pairs, metric, settings, batch_size, progress, checkpoint))
+
+
+def by_unit(graph: Graph, method: str, table: Float[Tensor, "reader writer"]) -> Float[Tensor, "reader writer"]:
+    """The table of a method whose nodes score the sum of their edges, where nodes are chosen; others as they are."""
+    return by_node(graph, table) if METHODS.get(method).graphs == "summed" and graph.level == "node" else table
 
 
 def check_graph(method: str, graph: Graph) -> None:

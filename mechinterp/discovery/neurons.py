@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mechinterp.analysis.attribution import attribution_patching
+from mechinterp.base.batches import over_batches
 from mechinterp.base.errors import InputError
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.own_metric import MetricLike
@@ -38,12 +40,12 @@ def top_neurons(
         steps: Integration steps, as in `attribution_patching`.
         batch_size: How many examples are run at once.
     """
-    total = None
-    for chunk in pairs.chunks(batch_size):
+
+    def effects(chunk: Pairs, _: slice) -> dict[str, Tensor]:
         grid = attribution_patching(model, chunk, "mlp_post", method=method, steps=steps, metric=metric)
-        effect = grid.values.nansum(2).sum(-1).cpu()  # (layer, neuron, pos, example)
-        total = effect if total is None else total + effect
-    assert total is not None
+        return {"effect": grid.values.nansum(2).sum(-1).cpu()}  # (layer, neuron, pos, example)
+
+    total = over_batches(pairs, batch_size, effects, {"effect": "sum"})["effect"]
     if type(n) is not int or not 1 <= n <= total.numel():
         raise InputError(f"The model has {total.numel()} neurons; got {n!r} to take.")
     best = total.flatten().abs().argsort(descending=True, stable=True)[:n]

@@ -19,7 +19,9 @@ from torch import Tensor
 from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.settings import Setting, check_settings
-from mechinterp.discovery.method import score_edges
+from mechinterp.discovery.checkpoint import UNSAVED, Checkpoint
+from mechinterp.discovery.method import METHODS, score_edges
+from mechinterp.discovery.score_pieces import ScorePieces
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.scores import Scores
@@ -192,41 +194,33 @@ def resampled_scores(
     rows: Int[Tensor, "resample example"],
     asked: Mapping[str, Any],
     progress: Progress = no_progress,
+    checkpoint: Checkpoint = UNSAVED,
 ) -> tuple[Scores, Float[Tensor, "resample edge"]]:
     """The scores over all pairs, and the mean scores over the examples of each row of `rows`.
 
-    `asked` are the arguments of `score_edges`. Cost: see `stable_scores`.
+    `asked` are the arguments of `score_edges`; `checkpoint` keeps the state where scores add up. Cost: see
+    `stable_scores`.
     """
-    possible = graph.possible
-    weights = torch.stack([chosen.bincount(minlength=len(pairs)) for chosen in rows]).double()
-    together = _drawn_together(weights)
-    first = score_edges(model, graph, pairs[together[0]], **asked)
-    if not first.additive or first.replacement.startswith("mean"):
-        every = score_edges(model, graph, pairs, **asked)
-        samples = torch.zeros(len(rows), graph.n_edges, dtype=torch.float64)
-        progress(0, len(rows))
-        for i, chosen in enumerate(rows):
-            samples[i] = score_edges(model, graph, pairs[chosen], **asked).values.cpu()[possible]
-            progress(i + 1, len(rows))
-        return every, samples
-    every, sums = first, torch.outer(weights[:, together[0][0]], first.total.cpu()[possible].double())
-    done = len(together[0])
-    progress(done, len(pairs))
-    for examples in together[1:]:
-        some = score_edges(model, graph, pairs[examples], **asked)
-        every = every + some
-        sums.addr_(weights[:, examples[0]], some.total.cpu()[possible].double())
-        done += len(examples)
-        progress(done, len(pairs))
-    return replace(every, pairs=pairs), sums / rows.shape[1]
+    pieces = ScorePieces(model, graph, pairs, asked, rows)
+    if not METHODS.get(str(asked.get("method", "eap-ig"))).additive or replaced_by_mean(asked):
+        first = pieces.raw(0)
+        if not first.additive or first.replacement.startswith("mean"):
+            every = score_edges(model, graph, pairs, **asked)
+            samples = torch.zeros(len(rows), graph.n_edges, dtype=torch.float64)
+            progress(0, len(rows))
+            for i, chosen in enumerate(rows):
+                samples[i] = score_edges(model, graph, pairs[chosen], **asked).values.cpu()[graph.possible]
+                progress(i + 1, len(rows))
+            return every, samples
+        pieces.known[0] = first
+    every, samples = pieces.result(pieces.sums(checkpoint, progress))
+    assert samples is not None
+    return every, samples
 
 
-def _drawn_together(weights: Float[Tensor, "resample example"]) -> list[list[int]]:
-    """The examples in groups that every resample draws equally often; each group is scored at once."""
-    groups: dict[tuple[float, ...], list[int]] = {}
-    for i, column in enumerate(weights.T.tolist()):
-        groups.setdefault(tuple(column), []).append(i)
-    return list(groups.values())
+def replaced_by_mean(asked: Mapping[str, Any]) -> bool:
+    """Whether a cut edge carries a mean, which is that of the examples that are scored together."""
+    return str(asked.get("replacement", "")).startswith("mean")
 
 
 def block_resamples(n: int, resamples: int, seed: int, blocks: int = 40) -> Int[Tensor, "resample example"]:

@@ -64,7 +64,7 @@ def site_means(
     size = 64 if batch_size is None else batch_size
     totals = over_batches(reference.to(model.device), size, sums, {str(site): "sum" for site in sites})
     count = len(reference) if positional else int(reference.mask.sum())
-    return {site: totals[str(site)] / count for site in sites}
+    return {site: totals[str(site)].to(model.device) / count for site in sites}
 
 
 def check_means(means: Mapping[Site, Tensor], pairs: Pairs) -> None:

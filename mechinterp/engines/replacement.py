@@ -9,11 +9,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from mechinterp.base.batches import batches
+from mechinterp.base.batches import Combine, over_batches
 from mechinterp.base.errors import InputError
 from mechinterp.base.registry import unknown
 from mechinterp.graphs.families.family import NodeFamily, NodeSite, Recorded
-from mechinterp.graphs.families.write_block import WriteBlock
+from mechinterp.graphs.families.write_block import Dense, LowRank, WriteBlock
 from mechinterp.graphs.graph import Graph
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Site
@@ -156,12 +156,25 @@ def _means(
 ) -> dict[NodeFamily, WriteBlock]:
     if positional and not bool(reference.mask.all()):
         raise InputError("A mean per position needs prompts of one length; use 'mean', or pairs without padding.")
-    totals: dict[NodeFamily, WriteBlock] = {}
-    count = 0
-    for _, chunk in batches(reference, batch_size or 64):
-        compact = record_writes(model, graph, chunk.corrupt, chunk)
-        count += len(chunk) if positional else int(chunk.mask.sum())
-        for family in graph.families:
-            total = compact.writes(family).sums(chunk.mask, positional=positional)
-            totals[family] = totals[family].add(total) if family in totals else total
-    return {family: total.divided(count) for family, total in totals.items()}
+    directions: dict[NodeFamily, Tensor] = {}
+
+    def sums(batch: Pairs, _: slice) -> dict[str, Tensor]:
+        compact = record_writes(model, graph, batch.corrupt, batch)
+        found: dict[str, Tensor] = {}
+        for number, family in enumerate(graph.families):
+            block = compact.writes(family).sums(batch.mask, positional=positional)
+            if isinstance(block, LowRank):
+                directions[family] = block.directions
+            found[str(number)] = block.values if isinstance(block, LowRank) else block.dense()
+        return found
+
+    names: dict[str, Combine] = {str(number): "sum" for number in range(len(graph.families))}
+    totals = over_batches(reference, batch_size or 64, sums, names)
+    if len(directions) < sum(family.low_rank for family in graph.families):  # this process had no batch
+        sums(reference[:1], slice(0, 1))
+    count = len(reference) if positional else int(reference.mask.sum())
+    found: dict[NodeFamily, WriteBlock] = {}
+    for number, family in enumerate(graph.families):
+        mean = totals[str(number)].to(model.device) / count
+        found[family] = LowRank(mean, directions[family]) if family in directions else Dense(mean)
+    return found

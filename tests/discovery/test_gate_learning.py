@@ -11,7 +11,7 @@ import mechinterp as mi
 from mechinterp.base.progress import no_progress
 from mechinterp.discovery import gate_learning
 from mechinterp.discovery.checkpoint import Checkpoint
-from mechinterp.discovery.gate_learning import GateLearning
+from mechinterp.discovery.gate_learning import Block, GateLearning
 from mechinterp.discovery.method import METHODS, Job
 from mechinterp.tasks.metrics import get_metric
 from tests.support.models_tiny import pairs, tiny
@@ -54,30 +54,33 @@ def learning(n_runs: int = 1, **settings: Any) -> GateLearning:
     return GateLearning(job, {"x": torch.zeros(1, dtype=torch.float64)}, runs=runs if n_runs > 1 else None)
 
 
+def blocks(this: GateLearning, step: int) -> list[Block]:
+    return [this.block(place, chunk) for place, chunk in this.examples(step)]
+
+
 def test_a_run_goes_round_all_its_examples() -> None:
     this = learning()
-    blocks = [this.block(step) for step in range(6)]
-    assert [block.n for block in blocks] == [2, 2, 1, 2, 2, 1]
-    first = torch.cat([chunk.clean for block in blocks[:3] for chunk, _, _ in block.chunks])
+    every = [blocks(this, step) for step in range(6)]
+    assert [sum(len(block.pairs) for block in some) for some in every] == [2, 2, 1, 2, 2, 1]
+    first = torch.cat([block.pairs.clean for some in every[:3] for block in some])
     assert sorted(first.tolist()) == sorted(this.job.pairs.clean.tolist())
-    assert all(blocks[i] is blocks[i + 3] for i in range(3))
-    assert (
-        first.tolist()
-        != torch.cat([c.clean for s in range(3) for c, _, _ in learning(seed=1).block(s).chunks]).tolist()
-    )
+    assert all(every[i][0] is every[i + 3][0] for i in range(3))
+    other = learning(seed=1)
+    assert first.tolist() != torch.cat([b.pairs.clean for step in range(3) for b in blocks(other, step)]).tolist()
 
 
 def test_runs_take_turns() -> None:
     this = learning(n_runs=2)
     assert this.n_steps == 2 * SHORT["learning_steps"]
     for step in range(6):
-        (chunk, _, reference) = this.block(step).chunks[0]
+        block = blocks(this, step)[0]
+        chunk, reference = block.pairs, block.reference
         mine = this.job.pairs.clean[step % 2]
         assert bool((chunk.clean == mine).all())
         assert reference.shape[0] == len(chunk)
-    assert [this.block(step).n for step in range(4)] == [2, 2, 1, 1]
+    assert [sum(len(block.pairs) for block in blocks(this, step)) for step in range(4)] == [2, 2, 1, 1]
 
 
 def test_a_block_is_run_in_parts_of_the_batch_size() -> None:
     this = learning(examples=5, drawings=8)  # 32 at once: four examples of eight drawings
-    assert [len(chunk) for chunk, _, _ in this.block(0).chunks] == [4, 1]
+    assert [len(block.pairs) for block in blocks(this, 0)] == [4, 1]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mechinterp as mi
-from mechinterp.discovery.method import METHODS, Job, Method
+from mechinterp.discovery.method import METHODS, Job, Method, raw_scores
 from mechinterp.discovery.stable import (
     CircuitStability,
     StableScores,
@@ -154,9 +154,9 @@ def test_the_scores_of_a_resample_of_blocks_are_those_of_its_rows(monkeypatch: p
 
     def counted(model: Any, graph: Any, pairs: Any, **asked: Any) -> mi.Scores:
         scored.append(len(pairs))
-        return mi.score_edges(model, graph, pairs, **asked)
+        return raw_scores(model, graph, pairs, **asked)
 
-    monkeypatch.setattr("mechinterp.discovery.stable.score_edges", counted)
+    monkeypatch.setattr("mechinterp.discovery.score_pieces.raw_scores", counted)
     every, samples = resampled_scores(model, graph, some, rows, {"method": "eap"})
     assert sum(scored) == 11 and len(scored) <= 5  # four blocks of two and the three that are left over
     for drawn, sample in zip(rows, samples, strict=True):

@@ -1,0 +1,76 @@
+"""The command line in several processes: those that torchrun starts, or shards that are merged later."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+
+from mechinterp.base.errors import InputError
+from mechinterp.cli.terminal import Terminal, quiet_libraries, say
+from mechinterp.run_spec import RunSpec
+
+COMMAND = ["discover-circuit", "run"]
+
+
+def together(run: Callable[..., int]) -> int:
+    """The exit code of `run(first=...)` in the processes that torchrun started, which share the work; or in this one.
+
+    `first` is whether this process is the one that writes and prints.
+    """
+    if "RANK" not in os.environ:  # torch is not imported yet
+        return run()
+    from mechinterp.base.processes import torchrun_processes
+
+    with torchrun_processes() as processes:
+        return run(first=processes.index == 0)
+
+
+def spec_here(values: dict[str, Any]) -> RunSpec:
+    """The spec for this process: `cuda` is its own GPU."""
+    from mechinterp.base.processes import device_of_process
+
+    return replace(RunSpec(**values), device=device_of_process(values["device"]))
+
+
+def first_to_say(message: str) -> bool:
+    """Whether no other process of this run has said this, so that it is printed once."""
+    if "RANK" not in os.environ:
+        return True
+    from mechinterp.base import processes
+
+    return processes.first_to_say(message)
+
+
+def score_shard(spec: RunSpec) -> int:
+    """The exit code after scoring one shard and writing its file."""
+    from mechinterp.cli.progress_bars import stages
+
+    if "RANK" in os.environ:
+        raise InputError("Give --shard, or start the run with torchrun, not both.")
+    with stages(Console(stderr=True)) as progress:
+        from mechinterp.shard_files import score_shard
+
+        quiet_libraries()
+        path = score_shard(spec, progress)
+    assert spec.shard is not None
+    count = spec.shard.partition("/")[2]
+    every = str(path).replace(f".{spec.shard.replace('/', '-of-')}.", f".*-of-{count}.")
+    say(Terminal(), f"wrote {path}")
+    say(Terminal(), f"next, when all {count} are there: discover-circuit merge {every}")
+    return 0
+
+
+def words_of_run(shard: Any) -> list[str]:
+    """The words of the command that scored a shard. Raises InputError if it is not a run."""
+    try:
+        words = shlex.split(shard.command)
+    except ValueError:
+        words = []
+    if words[:2] != COMMAND or any(word.startswith(("--shard", "--help")) for word in words):
+        raise InputError(f"{shard.path} does not say which run it is a shard of; make it again.")
+    return words[1:]

@@ -1,0 +1,100 @@
+"""`sum_tables`: sums over tables of edges, one for each piece of work, in the order of the pieces.
+
+Processes that share the work take a part of the pieces each, and a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from mechinterp.base.progress import Progress
+from mechinterp.base.shards import ALONE, State, agree, current, relayed, share, sharing
+from mechinterp.discovery.checkpoint import Checkpoint
+
+
+def sum_tables(
+    n: int,
+    piece: Callable[[int], State],
+    like: State,
+    start: State,
+    add: Callable[[State, int, State], None],
+    checkpoint: Checkpoint,
+    progress: Progress,
+) -> State:
+    """What `add` makes of `start` with the tables of the pieces 0 to n - 1, in this order.
+
+    Memory: a process that is not the first keeps the tables of its own pieces until the others have added theirs.
+
+    Args:
+        n: How many pieces of work there are.
+        piece: The tables that one of them gives, on the CPU.
+        like: Tables with the names, dtypes and shapes of those of a piece.
+        start: The sums before the first piece.
+        add: Adds the tables of a piece to the sums, in place.
+        checkpoint: Keeps the state of this process. Where there are several, it is saved at once if one of them ends.
+        progress: Called with the pieces done by this process, and of all that it does.
+    """
+    processes, own = current(), checkpoint.of_process()
+    mine, error = share(n, processes.index, processes.count), None
+    first, state = processes.index == 0, start
+    try:
+        with sharing(ALONE):
+            if first:
+                state = _each(mine, piece, start, lambda sums, at, got: add(sums, mine[at], got), own, progress)
+            else:
+                state = tables_of(mine, piece, like, own, progress)
+    except Exception as raised:
+        error = raised
+    agree(error)
+
+    def add_own(sums: State) -> State:
+        if first:
+            return state
+        for at, number in enumerate(mine):
+            add(sums, number, {name: state[name][at] for name in like})
+        return sums
+
+    sums = relayed(add_own)
+    own.clear()
+    return sums
+
+
+def tables_of(
+    pieces: range, piece: Callable[[int], State], like: State, checkpoint: Checkpoint, progress: Progress
+) -> State:
+    """The tables of some pieces, one upon the other. The arguments are those of `sum_tables`."""
+
+    def put(state: State, at: int, found: State) -> None:
+        for name in like:
+            state[name][at] = found[name]
+
+    empty = {name: table.new_zeros(len(pieces), *table.shape) for name, table in like.items()}
+    return _each(pieces, piece, empty, put, checkpoint, progress)
+
+
+def _each(
+    pieces: range,
+    piece: Callable[[int], State],
+    state: State,
+    put: Callable[[State, int, State], None],
+    checkpoint: Checkpoint,
+    progress: Progress,
+) -> State:
+    """The state after all pieces; a killed run goes on at the piece that it had reached."""
+    done, saved = 0, checkpoint.load({**state, "done": torch.tensor(0)}, {"done": len(pieces)})
+    if saved is not None:
+        done, state = int(saved["done"]), {name: saved[name] for name in state}
+    progress(done, len(pieces))
+    try:
+        while done < len(pieces):
+            found = piece(pieces[done])
+            put(state, done, found)
+            done += 1
+            checkpoint.save({**state, "done": torch.tensor(done)})
+            progress(done, len(pieces))
+    finally:
+        if checkpoint.apart and done:  # another process may have ended the run
+            checkpoint.save({**state, "done": torch.tensor(done)}, now=True)
+    return state
