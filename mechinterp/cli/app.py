@@ -36,6 +36,7 @@ from mechinterp.cli import hub as cli_hub
 from mechinterp.cli import options, processes
 from mechinterp.cli import verify as cli_verify
 from mechinterp.cli import view as cli_view
+from mechinterp.cli.as_json import AsJson, circuit_content, print_json, rows_of
 from mechinterp.cli.help import (
     COMPARE_HELP,
     EVAL_HELP,
@@ -120,12 +121,13 @@ def _top(
 
 
 @app.command("run", help=RUN_HELP, short_help="Discover the circuit of a task and report on it.")
-@options.takes(*shown_order(), "open_report")
+@options.takes(*shown_order(), "open_report", "as_json")
 def _run(
     open_report: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser.")] = False,
+    as_json: AsJson = False,
     **values: Any,
 ) -> Action:
-    return partial(_do_run, values, open_report)
+    return partial(_do_run, values, open_report, as_json)
 
 
 @app.command("merge", help=MERGE_HELP, short_help="Finish a run whose edges were scored in shards.")
@@ -139,7 +141,7 @@ def _merge(
 
 
 @app.command("compare", help=COMPARE_HELP, short_help="Compare methods on one task.")
-@options.takes(*COMPARE)
+@options.takes(*COMPARE, "as_json")
 def _compare(
     examples: Annotated[
         int, typer.Option(min=2, help="Train pairs, to score edges with, and as many held-out pairs.")
@@ -152,6 +154,7 @@ def _compare(
         str | None, typer.Option(help=f"Separated by commas.  [default: {options.COMPARED['edge']}]")
     ] = None,
     sizes: Annotated[str, typer.Option(help="'mib', or shares of edges separated by commas, ending in 1.")] = "mib",
+    as_json: AsJson = False,
     **values: Any,
 ) -> Action:
     methods = methods or options.compared(values["level"], values["positions"])
@@ -159,7 +162,7 @@ def _compare(
     for name in names:
         options.check_name("method", name, METHODS)
     values |= dict(examples=examples, test_examples=examples, settings=tuple(settings or ()))
-    return partial(_do_compare, values, names, sizes)
+    return partial(_do_compare, values, names, sizes, as_json)
 
 
 @app.command("eval", help=EVAL_HELP, short_help="Evaluate a circuit file on a task.")
@@ -199,20 +202,21 @@ def _eval(
 def _show(
     file: options.File,
     top: Annotated[int, typer.Option(min=1, help="Rows of each table.")] = 20,
+    as_json: AsJson = False,
 ) -> Action:
-    return partial(_do_show, file, top)
+    return partial(_do_show, file, top, as_json)
 
 
 @app.command("list", help="List tasks, methods, metrics, models, stored circuits.")
-def _list() -> Action:
-    return _do_list
+def _list(as_json: AsJson = False) -> Action:
+    return partial(_do_list, as_json)
 
 
 for others in (cli_direct, cli_verify, cli_exchange, cli_view, cli_graph, cli_hub):
     app.registered_commands += others.commands.registered_commands
 
 
-def _do_run(values: dict[str, Any], open_report: bool) -> int:
+def _do_run(values: dict[str, Any], open_report: bool, as_json: bool) -> int:
     _check_task(values["task"])
     if values["shard"] is not None:
         return processes.score_shard(RunSpec(**values))
@@ -222,7 +226,7 @@ def _do_run(values: dict[str, Any], open_report: bool) -> int:
 
         return discover(processes.spec_here(values), progress)
 
-    return processes.together(partial(_report_on, run, open_report))
+    return processes.together(partial(_report_on, run, open_report, as_json=as_json))
 
 
 def _do_merge(files: list[Path], values: dict[str, Any], open_report: bool) -> int:
@@ -236,7 +240,7 @@ def _do_merge(files: list[Path], values: dict[str, Any], open_report: bool) -> i
     return _report_on(lambda progress: merge(RunSpec(**values), shards, progress), open_report)
 
 
-def _report_on(run: Callable[[Any], Any], open_report: bool, first: bool = True) -> int:
+def _report_on(run: Callable[[Any], Any], open_report: bool, first: bool = True, as_json: bool = False) -> int:
     """Writes the report of the run and prints its result, in the first of several processes."""
     from mechinterp.circuit_file.summary import verify_command
     from mechinterp.cli.progress_bars import stages
@@ -256,13 +260,18 @@ def _report_on(run: Callable[[Any], Any], open_report: bool, first: bool = True)
             discovery.model, discovery.circuit, discovery.test, discovery.document.evaluation[0].pairs
         )
         write_report(report, discovery.circuit, discovery.document, str(discovery.path), details)
+    sidecar, notes = discovery.document.integrity.sidecar, (*discovery.notes, *details.notes)
+    written = [discovery.path, *([discovery.path.with_name(sidecar.file)] if sidecar else []), report]
+    if as_json:
+        files = {"written": [str(path) for path in written], "notes": notes}
+        print_json("run", {**circuit_content(discovery.document, discovery.path), **files})
+        return OK
     _print_result(console, discovery.document)
     if discovery.roles is not None:
         _print_roles(console, discovery.roles)
-    for note in (*discovery.notes, *details.notes):
+    for note in notes:
         say(console, f"note: {note}")
-    sidecar = discovery.document.integrity.sidecar
-    for path in [discovery.path, *([discovery.path.with_name(sidecar.file)] if sidecar else []), report]:
+    for path in written:
         say(console, f"wrote {path}")
     say(console, f"next: {verify_command(str(discovery.path))}")
     if open_report:
@@ -270,7 +279,7 @@ def _report_on(run: Callable[[Any], Any], open_report: bool, first: bool = True)
     return OK
 
 
-def _do_compare(values: dict[str, Any], methods: list[str], sizes: str) -> int:
+def _do_compare(values: dict[str, Any], methods: list[str], sizes: str, as_json: bool) -> int:
     from mechinterp.cli.progress_bars import stages
 
     _check_task(values["task"])
@@ -281,6 +290,9 @@ def _do_compare(values: dict[str, Any], methods: list[str], sizes: str) -> int:
 
         quiet_libraries()
         comparison, page = compare(RunSpec(**values), methods, sizes, progress)
+    if as_json:
+        print_json("comparison", {"methods": rows_of(comparison.to_frame()), "page": str(page)})
+        return OK
     short = {"log area": "log", "forwards": "fwd", "backwards": "bwd", "seconds": "s"}
     console.print(frame_table(comparison.to_frame().rename(columns=short)))
     say(console, f"wrote {page}")
@@ -308,16 +320,21 @@ def _do_eval(file: str, values: dict[str, Any]) -> int:
     return OK
 
 
-def _do_show(file: str, top: int) -> int:
+def _do_show(file: str, top: int, as_json: bool) -> int:
     from mechinterp.circuit_file.store import check_hashes, open_circuit_file
     from mechinterp.views.terminal_tables import edges_table, nodes_table, predictions_table
 
     console, path = Terminal(), find_file(file)
     if is_direction_name(path):
+        if as_json:
+            raise InputError("A direction file is JSON already; --json is for circuit files.")
         cli_direct.show_direction(path, console)
         return OK
     opened = open_circuit_file(path)
     check_hashes(opened)
+    if as_json:
+        print_json("circuit", circuit_content(opened.document, path))
+        return OK
     _print_result(console, opened.document)
     n_nodes, n_edges = len(opened.document.nodes), len(opened.document.edges)
     predictions = opened.document.predictions or ()
@@ -334,7 +351,7 @@ def _do_show(file: str, top: int) -> int:
     return OK
 
 
-def _do_list() -> int:
+def _do_list(as_json: bool) -> int:
     from mechinterp.tasks.task import load_task, task_names
     from mechinterp.views.terminal_tables import names_table
 
@@ -345,14 +362,18 @@ def _do_list() -> int:
         "./model.gguf": "a GGUF file, such as a quantised model of llama.cpp",
         "org/name@revision": "a model of the Hugging Face hub, such as gpt2",
     }
-    for kind, about in (
+    listed = (
         ("task", {name: load_task(name).title for name in task_names()}),
         ("method", METHODS.about()),
         ("metric", METRICS.about()),
         ("model", models),
         ("stored circuit", {str(name): about_file(path) for name, path in stored_files().items()}),
         ("stored direction", {name: about_direction(path) for name, path in stored_files(SUFFIX).items()}),
-    ):
+    )
+    if as_json:
+        print_json("list", {f"{kind}s".replace(" ", "_"): about for kind, about in listed})
+        return OK
+    for kind, about in listed:
         console.print(names_table(kind, about))
         console.print()
     return OK

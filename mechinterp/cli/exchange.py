@@ -14,6 +14,7 @@ from mechinterp.base.plain_files import is_folder
 from mechinterp.circuit_file.formats.names import EXPORTS, IMPORTS
 from mechinterp.circuit_file.stored import find_file
 from mechinterp.cli import options
+from mechinterp.cli.as_json import AsJson, difference_content, print_json
 from mechinterp.cli.help import (
     DIFF_HELP,
     EXIT_CODES,
@@ -67,8 +68,9 @@ def _diff(
     b: Annotated[str, typer.Argument(metavar="B", help="Another circuit file or name.")],
     top: Annotated[int, typer.Option(min=1, help="Rows of each table of edges and nodes.")] = 20,
     out: Annotated[Path | None, typer.Option(help="Draw the difference as a page (.html) or picture (.svg).")] = None,
+    as_json: AsJson = False,
 ) -> Action:
-    return partial(_do_diff, a, b, top, out)
+    return partial(_do_diff, a, b, top, out, as_json)
 
 
 def _do_export(file: str, format: str, out: Path | None) -> int:
@@ -121,12 +123,15 @@ def _do_cite(file: str) -> int:
     return 0
 
 
-def _do_diff(a: str, b: str, top: int, out: Path | None) -> int:
+def _do_diff(a: str, b: str, top: int, out: Path | None, as_json: bool) -> int:
     from mechinterp.exchange import diff_files
     from mechinterp.views.terminal_tables import difference_tables
 
     console, paths = Terminal(), (find_file(a), find_file(b))
     found = diff_files(*paths, out)
+    if as_json:
+        print_json("difference", difference_content(found))
+        return int(found.differs)
     for letter, path, sha in zip("AB", paths, found.circuit_sha256, strict=True):
         say(console, f"{letter}: {path}, circuit sha256 {sha}")
     for note in found.notes:
