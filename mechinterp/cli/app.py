@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +38,7 @@ from mechinterp.cli import verify as cli_verify
 from mechinterp.cli import view as cli_view
 from mechinterp.cli.as_json import AsJson, circuit_content, print_json, rows_of
 from mechinterp.cli.help import (
+    COMPARE_COLUMNS,
     COMPARE_HELP,
     EVAL_HELP,
     EXIT_CODES,
@@ -86,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageProblem as error:
         return _complain(error.format_message(), BAD_INPUT)
     except KeyboardInterrupt:
-        return _complain("interrupted; no file was left half-written.", INTERRUPTED)
+        again = " The same command goes on from what was finished." if words[:1] == ["run"] else ""
+        return _complain(f"interrupted; no file was left half-written.{again}", INTERRUPTED)
     except ProcessLost as error:
         return _complain(str(error), INTERRUPTED)
     except BrokenPipeError:
@@ -268,7 +270,7 @@ def _report_on(run: Callable[[Any], Any], open_report: bool, first: bool = True,
         return OK
     _print_result(console, discovery.document)
     if discovery.roles is not None:
-        _print_roles(console, discovery.roles)
+        _print_roles(console, discovery.roles, discovery.document.roles)
     for note in notes:
         say(console, f"note: {note}")
     for path in written:
@@ -295,6 +297,8 @@ def _do_compare(values: dict[str, Any], methods: list[str], sizes: str, as_json:
         return OK
     short = {"log area": "log", "forwards": "fwd", "backwards": "bwd", "seconds": "s"}
     console.print(frame_table(comparison.to_frame().rename(columns=short)))
+    for line in COMPARE_COLUMNS:
+        say(console, line)
     say(console, f"wrote {page}")
     return OK
 
@@ -338,6 +342,7 @@ def _do_show(file: str, top: int, as_json: bool) -> int:
     _print_result(console, opened.document)
     n_nodes, n_edges = len(opened.document.nodes), len(opened.document.edges)
     predictions = opened.document.predictions or ()
+    _print_role_table(console, opened.document.roles)
     for table in (nodes_table(opened.document, top), edges_table(opened.document, top)):
         console.print(table)
         console.print()
@@ -405,19 +410,24 @@ def _print_result(console: Console, document: Any) -> None:
     console.print()
 
 
-def _print_roles(console: Console, measured: Any) -> None:
-    from mechinterp.views.terminal_tables import names_table
-
-    if measured.roles:
-        console.print(
-            names_table("role", {role["label"]: ", ".join(role["nodes"]) for role in measured.roles.values()})
-        )
+def _print_roles(console: Console, measured: Any, roles: Mapping[str, Any]) -> None:
+    _print_role_table(console, roles)
     say(console, f"{len(measured.predictions)} predictions hold on held-out pairs")
     for entry in measured.failed:
         say(console, f"left out, because it does not hold there: {entry.prediction!r} (got {entry.value:.4g})")
     for note in measured.notes:
         say(console, f"note: {note}")
     console.print()
+
+
+def _print_role_table(console: Console, roles: Mapping[str, Any]) -> None:
+    """Every role with its nodes, in plain words."""
+    from mechinterp.evaluation.role_names import plain_role
+    from mechinterp.views.terminal_tables import names_table
+
+    if roles:
+        console.print(names_table("role", {plain_role(role.label): ", ".join(role.nodes) for role in roles.values()}))
+        console.print()
 
 
 def _complain(message: str, code: int) -> int:

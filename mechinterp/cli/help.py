@@ -128,6 +128,14 @@ prompts changes, beside random directions. `show` and `verify` take the file, to
 
 {EXIT_CODES}
 """
+COMPARE_COLUMNS = (
+    "CPR: mean faithfulness over the share of edges, the largest scores by value first; above 1 is overshoot",
+    "CMD: mean distance of faithfulness from 1, the largest scores by magnitude first; 0 is best",
+    "@80%, @90%: the smallest of these sizes with that faithfulness",
+    "log: mean faithfulness, at most 1, over the logarithm of the share: how good small circuits are",
+    "fwd, bwd: forward and backward passes per example; s: seconds of scoring",
+)
+"""What the columns of `compare` are."""
 COMPARE_HELP = f"""Compare methods on one task: faithfulness of their circuits at ten sizes, areas, overlap, cost.
 
 Sizes and areas (CPR, CMD) are those of MIB. All methods score the same train pairs

@@ -436,7 +436,7 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(
     monkeypatch.setattr(pipeline, place, interrupt)
     assert cli.main(["run", "ioi", "--model", str(model), "--out", str(tmp_path / "out"), *QUICK]) == 130
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "interrupted" in err
+    assert out == "" and err.count("\n") == 1 and "interrupted" in err and "The same command goes on" in err
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

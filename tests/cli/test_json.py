@@ -42,6 +42,21 @@ def test_diff_and_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys, "diff", pair[0], pair[0], "--json")[0] == 0
 
 
+def test_show_prints_roles_with_their_heads_and_compare_explains_its_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["show", "ioi-wang2022-heads", "--top", "3"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    roles = json.loads((STORED / "ioi-wang2022-heads.circuit.json").read_text("utf-8"))["roles"]
+    for role in roles.values():
+        assert ", ".join(role["nodes"]) in shown
+    few = ("--methods", "random", "--examples", "4", "--sizes", "0.5,1", "--out", str(tmp_path))
+    assert cli.main(["compare", "ioi", *few]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for column in ("CPR", "CMD", "log", "@80%", "fwd"):
+        assert any(line.startswith(column) for line in lines)
+
+
 def test_list_names_what_the_tables_name(capsys: pytest.CaptureFixture[str]) -> None:
     code, found = printed(capsys, "list", "--json")
     assert code == 0 and {"ioi", "greater_than"} <= set(found["tasks"]) and "mattr" in found["methods"]

@@ -10,7 +10,6 @@ from typing import TypeVar
 
 from mechinterp.base.errors import MechInterpError, ModelNotAvailable
 from mechinterp.base.shown import Shown
-from mechinterp.circuit_file.records import tolerance_for
 from mechinterp.circuit_file.schema import Tolerance
 from mechinterp.circuit_file.verify.coverage import NOTHING, Extent
 
@@ -158,13 +157,3 @@ def _short(value: object) -> str:
         return "(" + ", ".join(f"{part:.6g}" for part in value) + ")"
     text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def stated_limit(stated: Tolerance, dtype: str, own: Tolerance | None, name: str, ledger: Ledger) -> Tolerance:
-    """The tolerance to use. A file that states a looser one than its dtype needs fails a claim."""
-    usual = tolerance_for(dtype)
-    strict = stated.relative <= usual.relative and stated.absolute <= usual.absolute
-    if not strict:
-        detail = f"looser than {dtype} needs (relative {usual.relative:g}, absolute {usual.absolute:g})"
-        ledger.failed(f"{name}.tolerance", detail)
-    return own or (stated if strict else usual)

@@ -19,7 +19,7 @@ from mechinterp.circuit_file.schema import (
     Tolerance,
 )
 from mechinterp.circuit_file.setting_types import SELECTION
-from mechinterp.circuit_file.verify.claims import Ledger, stated_limit
+from mechinterp.circuit_file.verify.claims import Ledger
 from mechinterp.circuit_file.verify.coverage import RESCORED
 from mechinterp.discovery.method import METHODS, score_edges
 from mechinterp.discovery.stable import (
@@ -42,6 +42,16 @@ BOOTSTRAP = "bootstrap_"
 """Prefix of the settings of `stable_scores` among those of the method."""
 STABILITY_TOLERANCE = Tolerance(relative=0, absolute=0.02)
 """Of shares of resamples: near ties between edges may be broken otherwise on another machine."""
+
+
+def stated_limit(stated: Tolerance, dtype: str, own: Tolerance | None, name: str, ledger: Ledger) -> Tolerance:
+    """The tolerance to use. A file that states a looser one than its dtype needs fails a claim."""
+    usual = tolerance_for(dtype)
+    strict = stated.relative <= usual.relative and stated.absolute <= usual.absolute
+    if not strict:
+        detail = f"looser than {dtype} needs (relative {usual.relative:g}, absolute {usual.absolute:g})"
+        ledger.failed(f"{name}.tolerance", detail)
+    return own or (stated if strict else usual)
 
 
 def check_task_performance(

@@ -32,7 +32,7 @@ from mechinterp.circuit_file.schema import CircuitFile, TaskPairs, TaskRecord, T
 from mechinterp.circuit_file.setting_types import SELECTION
 from mechinterp.circuit_file.store import OpenedFile, inside, open_circuit_file
 from mechinterp.circuit_file.stored import find_file
-from mechinterp.circuit_file.verify.claims import Ledger, UnverifiedModel, Verification, stated_limit
+from mechinterp.circuit_file.verify.claims import Ledger, UnverifiedModel, Verification
 from mechinterp.circuit_file.verify.coverage import applies_again, basis_claim, evaluation_name, extent_of
 from mechinterp.circuit_file.verify.discovery_claims import (
     BOOTSTRAP,
@@ -40,6 +40,7 @@ from mechinterp.circuit_file.verify.discovery_claims import (
     check_scores_again,
     check_stability,
     check_task_performance,
+    stated_limit,
 )
 from mechinterp.circuit_file.verify.shared_examples import compare_with_discovery, compare_with_task, distinct_prompts
 from mechinterp.circuit_file.verify.warnings import stated_warnings
