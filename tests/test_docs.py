@@ -77,7 +77,7 @@ def test_a_command_that_is_shown_can_be_given(path: Path, line: str) -> None:
     if action.func is cli._do_run:
         pipeline._settings(resolved(pipeline.RunSpec(**action.args[0])))
     elif action.func is cli._do_compare:
-        asked, methods, _ = action.args
+        asked, methods = action.args[:2]
         compare._settings_by_method(pipeline.RunSpec(**asked), methods)
 
 
