@@ -66,7 +66,7 @@ def parsed(command: str) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("spec", SPECS, ids=command_of)
 def test_a_recorded_command_makes_the_same_spec(spec: RunSpec) -> None:
-    asked, _ = parsed(command_of(spec))
+    asked, *_ = parsed(command_of(spec))
     unrecorded = {name: getattr(spec, name) for name in ("device", "restart", "out", "shard")}
     assert replace(RunSpec(**asked), **unrecorded) == spec
 
@@ -82,7 +82,7 @@ def test_every_field_is_recorded_or_cannot_change_the_circuit() -> None:
 
 def test_what_is_given_reaches_the_spec_with_its_type() -> None:
     line = "run ioi --device cuda --restart --out there --no-roles --set a=1 --set b=2 --ratio 1"
-    asked, _ = parsed(f"discover-circuit {line}")
+    asked, *_ = parsed(f"discover-circuit {line}")
     spec = RunSpec(
         "ioi", device="cuda", restart=True, out=Path("there"), roles=False, settings=("a=1", "b=2"), ratio=1.0
     )
@@ -92,7 +92,7 @@ def test_what_is_given_reaches_the_spec_with_its_type() -> None:
 def test_help_shows_the_options_in_their_order(capsys: pytest.CaptureFixture[str]) -> None:
     (command,) = (found for name, found in COMMANDS.commands.items() if name == "run")
     shown = [parameter.name for parameter in command.params]
-    assert shown == [*shown_order(), "open_report"]
+    assert shown == [*shown_order(), "open_report", "as_json"]
     assert shown[shown.index("method") :][:5] == ["method", "effort", "metric", "steps", "settings"]
 
 
@@ -104,7 +104,7 @@ def test_a_comparison_records_what_repeats_it() -> None:
     )
     spec = replace(spec, test_examples=spec.examples)
     command = compare_command(spec, ["acdc", "eap"], "0.1,1")
-    asked, methods, sizes = parsed(command)
+    asked, methods, sizes, _ = parsed(command)
     assert (RunSpec(**asked), methods, sizes) == (spec, ["acdc", "eap"], "0.1,1")
     assert set(COMPARE) - {"methods", "sizes"} <= set(declared())
 
