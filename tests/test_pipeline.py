@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mechinterp as mi
-from mechinterp import pipeline
+from mechinterp import pipeline, run_examples
 from mechinterp.base.errors import InputError, NoSmallCircuit, TaskNotDone
 from mechinterp.discovery import finished_parts
 from mechinterp.evaluation.sizes import CurvePoint, Levels, chosen_size, size_curve, size_grid, smallest_faithful
@@ -184,7 +184,7 @@ def test_a_task_with_too_few_examples_for_both_is_cross_fitted(spec: RunSpec, tm
     assert not set(sets.train.clean_text or ()) & set(sets.validation.clean_text or ())
     sets = pipeline.examples_of(replace(asked, validation_examples=4), model)
     assert sets.validation is None and len(sets.train) == most - 3
-    assert sets.notes == (f"{pipeline.CROSS_FITTED} the task makes no {most + 1} different train pairs.",)
+    assert sets.notes == (f"{run_examples.CROSS_FITTED} the task makes no {most + 1} different train pairs.",)
 
 
 @pytest.mark.parametrize(("n", "sizes"), [(59, (29, 0, 30)), (60, (20, 20, 20)), (90, (30, 30, 30))])
@@ -217,7 +217,7 @@ def test_with_few_pairs_the_size_is_chosen_by_cross_fitting(tmp_path: Path, monk
     found = discover(RunSpec(str(path), method="gim", roles=False, out=tmp_path))
     train = found.train
     assert len(train) == len(found.test) == 20 and found.examples.validation is None
-    assert found.notes[0].startswith(pipeline.CROSS_FITTED)
+    assert found.notes[0].startswith(run_examples.CROSS_FITTED)
     for fold, part in enumerate(scored):  # each fold is measured with the scores of the others
         assert torch.equal(part.clean, train[[i for i in range(20) if i % 3 != fold]].clean)
     assert len(scored) == found.curve.folds == 3 and found.curve.pairs is train

@@ -18,7 +18,7 @@ from mechinterp.graphs.graph import build_graph
 from mechinterp.models.components import Part, Positions, parse_part, position_sets
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.sites import Site
-from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike
 from mechinterp.tasks.pairs import Pairs
 
 
@@ -30,7 +30,7 @@ def direction_readers(
     *,
     positions: Positions = None,
     patching: Literal["noise", "denoise"] = "noise",
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     batch_size: int | None = None,
 ) -> Grid:
     """A Grid (reader, example): what the direction does to the metric through the input of each reader alone.

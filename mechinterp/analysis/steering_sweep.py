@@ -20,6 +20,7 @@ from mechinterp.features.edits import add_features, scale_features, set_features
 from mechinterp.models.components import Positions, as_pairs
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike
 from mechinterp.tasks.pairs import Pairs
 
 MEASURES = ("target", "change", "kl", "perplexity", "side change")
@@ -38,9 +39,9 @@ def steering_sweep(
     how: Literal["add", "set", "scale"] = "add",
     prompt: Literal["clean", "corrupt"] = "corrupt",
     positions: Positions = None,
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     side: Pairs | None = None,
-    side_metric: Metric | str | None = None,
+    side_metric: MetricLike | None = None,
     controls: int = 3,
     seed: int = 0,
     batch_size: int | None = None,

@@ -13,7 +13,7 @@ from mechinterp.features.addresses import by_name
 from mechinterp.features.basis import Basis
 from mechinterp.graphs.families.features import features_of
 from mechinterp.models.hook_manager import HookManager
-from mechinterp.tasks.metrics import Metric
+from mechinterp.tasks.own_metric import MetricLike
 from mechinterp.tasks.pairs import Pairs
 
 
@@ -23,7 +23,7 @@ def top_features(
     bases: Basis | Sequence[Basis],
     n: int,
     *,
-    metric: Metric | str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     method: str = "eap-ig-inputs",
     steps: int = 5,
     batch_size: int = 32,
@@ -81,7 +81,7 @@ def _effects(
     model: HookManager,
     pairs: Pairs,
     basis: Basis,
-    metric: Metric | str,
+    metric: MetricLike,
     method: str,
     steps: int,
     batch_size: int,

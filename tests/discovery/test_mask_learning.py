@@ -128,9 +128,9 @@ def test_gates_of_several_drawings_have_the_mean_gradient() -> None:
     job = Job(model, graph, some, get_metric("kl_to_clean"), settings, 32, no_progress, Checkpoint())
     learning = GateLearning(job, {"unused": torch.zeros(1, dtype=torch.float64)})
     gates = torch.rand(2, graph.n_units, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    both = learning._gate_gradient(gates, learning.block(0))
+    both = learning._gate_gradient(gates, learning.examples(0))
     for i in range(2):
-        alone = learning._gate_gradient(gates[i : i + 1], learning.block(0))
+        alone = learning._gate_gradient(gates[i : i + 1], learning.examples(0))
         torch.testing.assert_close(2 * both[i], alone[0], rtol=0, atol=1e-6)  # float32
     assert not torch.allclose(both[0], both[1])
 

@@ -25,7 +25,9 @@ from mechinterp.tasks.metrics import (
 from mechinterp.tasks.pairs import Pairs
 
 D_VOCAB = 11
-ALL = [get_metric(name) for name in metric_names()]
+OF_TWO_LOGITS = {"direction"}
+"""Metrics of a model with two logits; tests/analysis/test_directions.py has theirs."""
+ALL = [get_metric(name) for name in metric_names() if name not in OF_TWO_LOGITS]
 
 
 def some_pairs(n: int = 5, n_answer: int = 2, seed: int = 0) -> Pairs:
