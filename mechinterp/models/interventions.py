@@ -227,7 +227,7 @@ class Run(Shown):
             name: As for `record`: `"z.1"`, `("z", 1)`, a Site, or a hook name of TransformerLens, also in its short
                 forms (`("post", 1)`, `("scale", 1, "ln1")`).
 
-        Raises InputError for a site that was not recorded, and for what is no name of a site.
+        Raises InputError for a site that was not recorded, and for what is not the name of a site.
         """
         if name in self:
             wanted = self.same_as(name)
@@ -239,7 +239,7 @@ class Run(Shown):
         )
 
     def __contains__(self, name: object) -> bool:
-        """Whether the site was recorded. Raises InputError for what is no name of a site of the model."""
+        """Whether the site was recorded. Raises InputError for what is not the name of a site of the model."""
         wanted = self.same_as(name)
         return any(self.same_as(key) == wanted for key in self.values)
 

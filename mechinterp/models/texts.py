@@ -138,7 +138,7 @@ class ReadsTexts:
     def to_string(self, tokens: Int[Tensor, "*axes"] | Sequence[Any] | int) -> str | list[str]:
         """The text of token ids; a list of texts for ids `[batch, pos]`.
 
-        Raises InputError without a tokenizer, and for what are no token ids.
+        Raises InputError without a tokenizer, and for anything but token ids.
         """
         ids = _ids(tokens)
         if ids.ndim == 2:
@@ -197,7 +197,7 @@ def _ids(tokens: Any) -> Tensor:
     try:
         ids = torch.as_tensor(tokens)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"These are no token ids: {clip(str(error), 100)}.") from None
+        raise InputError(f"These are not token ids: {clip(str(error), 100)}.") from None
     if ids.ndim > 2 or ids.dtype == torch.bool or ids.is_floating_point():
         raise InputError(f"Token ids are whole numbers [pos] or [batch, pos]; got {ids.dtype} {list(ids.shape)}.")
     return ids

@@ -1,4 +1,4 @@
-"""One grammar of names: every form round-trips, and what is no name gets one line with the nearest one."""
+"""One grammar of names: every form round-trips, and what is not a name gets one line with the nearest one."""
 
 from __future__ import annotations
 

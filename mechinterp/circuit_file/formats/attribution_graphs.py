@@ -70,9 +70,9 @@ def load_attribution_graph(path: str | Path) -> AttributionGraph:
     except FormatError:
         raise
     except InputError as error:
-        raise FormatError(f"{where} is no attribution graph. {error}") from None
+        raise FormatError(f"{where} is not an attribution graph. {error}") from None
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise FormatError(f"{where} is no attribution graph: {type(error).__name__} at {clipped(error)}.") from None
+        raise FormatError(f"{where} is not an attribution graph: {type(error).__name__} at {clipped(error)}.") from None
 
 
 def as_neuronpedia(graph: AttributionGraph, slug: str = "graph") -> dict[str, Any]:
@@ -140,7 +140,7 @@ def from_neuronpedia(content: Mapping[str, Any], where: str) -> AttributionGraph
     """The graph of the values of Neuronpedia's JSON. Raises FormatError for what is no such graph."""
     for key in ("metadata", "nodes", "links"):
         if not isinstance(content, dict) or key not in content:
-            raise FormatError(f"{where} is no attribution graph: it has no {key!r}.")
+            raise FormatError(f"{where} is not an attribution graph: it has no {key!r}.")
     if len(content["nodes"]) > MAX_NODES:
         raise FormatError(f"{where} has {len(content['nodes']):,} nodes; {MAX_NODES:,} are read at most.")
     words = tuple(str(word) for word in content["metadata"]["prompt_tokens"])
@@ -170,7 +170,7 @@ def from_neuronpedia(content: Mapping[str, Any], where: str) -> AttributionGraph
         place = index[id(target)] - n_leaves, index[id(source)]
         late = source.kind == "target" or (source.kind == target.kind == "feature" and source.layer >= target.layer)
         if target.kind in LEAVES or late or place in seen:
-            raise FormatError(f"{where}: {source.name} -> {target.name} is no edge, or is given twice.")
+            raise FormatError(f"{where}: {source.name} -> {target.name} is not an edge, or is given twice.")
         seen.add(place)
         weights[place] = float(link["weight"])
     names = {key: node.name for key, node in by_id.items()}
