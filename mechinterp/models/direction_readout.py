@@ -8,21 +8,19 @@ softmax is the logistic function of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.interventions import Edit, Intervention, Run, SiteName, as_interventions
 from mechinterp.models.norm import Norm
-from mechinterp.models.past import Past
 from mechinterp.models.sites import Site
-from mechinterp.models.texts import Prompts
 from mechinterp.models.tokens import check_at
 
 FINAL = Site("resid_final")
@@ -106,46 +104,20 @@ class DirectionReadout(HookManager):
     def _hook_name(self, site: Site) -> str:
         return super()._hook_name(self._end if site == FINAL else site)
 
-    def run(
+    def _run(
         self,
-        tokens: Int[Tensor, "batch pos"] | Sequence[Sequence[int]] | str | Sequence[str] | Prompts,
-        mask: Bool[Tensor, "batch pos"] | None = None,
-        *,
-        prepend_bos: bool | None = None,
-        record: Iterable[SiteName] | Callable[[str], bool] = (),
+        tokens: Any,
+        mask: Any,
         interventions: Iterable[Intervention] | Mapping[Any, Edit | Tensor] = (),
-        grads: Iterable[SiteName] = (),
+        *,
         loss: Callable[[Tensor], Tensor] | None = None,
         at: Int[Tensor, "batch n_at"] | None = None,
-        start: tuple[int, Float[Tensor, "batch pos d_model"]] | None = None,
-        past: Past | None = None,
-        keep_past: bool = False,
         stop: SiteName | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **given: Any,
     ) -> Run:
-        """As `HookManager.run`; the logits `[batch, pos, 2]` are the reading and 0, and the run ends at the site.
-
-        Args:
-            tokens: A text, a list of texts, or token ids `[batch, pos]`.
-            mask: True at real tokens.
-            prepend_bos: For texts: whether each begins with the BOS token.
-            record: The sites to record.
-            interventions: Edits of values and gradients.
-            grads: The sites at whose values the gradient is taken; needs `loss`.
-            loss: Maps the logits (with `stop`: the value there) to a tensor, whose sum is differentiated.
-            at: Positions at which to give logits; NaN where it is -1.
-            start: (layer, resid): skip the layers before.
-            past: `Run.past` of an earlier run.
-            keep_past: Keep the keys and values.
-            stop: End the forward after this site.
-            device: Where to move the recorded values.
-            dtype: The dtype of the recorded values.
-        """
-        given: dict[str, Any] = dict(record=record, grads=grads, start=start, past=past, keep_past=keep_past)
-        given |= dict(device=device, dtype=dtype, prepend_bos=prepend_bos)
+        """A run ends at the site; its logits `[batch, pos, 2]` are the reading and 0."""
         if stop is not None:
-            return super().run(tokens, mask, interventions=interventions, loss=loss, at=at, stop=stop, **given)
+            return super()._run(tokens, mask, interventions, loss=loss, at=at, stop=stop, **given)
         seen: list[Tensor] = []
 
         def note(value: Tensor) -> Tensor:
@@ -162,5 +134,5 @@ class DirectionReadout(HookManager):
 
         edits = [*as_interventions(interventions), Intervention(FINAL, note)]
         inner = None if loss is None else lambda resid: loss(logits(resid))
-        run = super().run(tokens, mask, interventions=edits, loss=inner, stop=FINAL, **given)
+        run = super()._run(tokens, mask, edits, loss=inner, stop=FINAL, **given)
         return replace(run, logits=logits(seen[0]))
