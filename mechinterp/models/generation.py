@@ -82,7 +82,8 @@ class Generates:
             seed: Of the draws. They are the same for a prompt whatever else is in the batch before or after it.
             stop: Token ids after which a prompt ends; by default the tokenizer's end of text, if any.
             interventions: Edits of these runs, besides those of the blocks.
-            cache: Whether to keep keys and values; by default, if the model can.
+            cache: Whether to keep keys and values; by default, if the model can (and, under an edit of your own, if no
+                prompt has only one token, on which it cannot be tested).
             on_token: Called with (row, token id) as soon as there is a token: streaming.
 
         Cost: one run of the prompts, and one run of one token per new token (without cache: of all tokens).
@@ -113,6 +114,13 @@ def generated(
     cache = model.keeps_past and model.dims.causal if asked.cache is None else asked.cache
     if cache and not (model.keeps_past and model.dims.causal):
         raise UnsupportedError(f"{model.info.name} does not keep keys and values; give cache=False.")
+    if cache and min(map(len, rows)) == 1 and (untested := _untested(edits)):
+        if asked.cache:
+            raise InputError(
+                f"The edit at '{untested[0].site}' cannot be tested on a prompt of one token: whether it treats every "
+                "token by itself does not show there; give cache=False, or an edit of this package."
+            )
+        cache = False
     found = torch.full((len(rows), asked.n), NO_TOKEN)
     for length in sorted({len(row) for row in rows}):
         same = torch.tensor([i for i, row in enumerate(rows) if len(row) == length])
@@ -226,6 +234,11 @@ def _moved(edits: Sequence[BoundEdit], rows: Tensor, length: int, first: int, ca
             yield replace(edit, value=_tested(edit))
         else:
             yield edit
+
+
+def _untested(edits: Sequence[BoundEdit]) -> list[BoundEdit]:
+    """The edits of which it is not known that they treat every token by itself."""
+    return [edit for edit in edits if callable(edit.value) and not isinstance(edit.value, EditAt)]
 
 
 def _tested(edit: BoundEdit) -> Callable[[Tensor], Tensor]:

@@ -107,7 +107,27 @@ class FunctionMetric(Metric):
         if valid.shape[1] > 1:
             logits = torch.where(valid[:, :, None], logits, 0)
         values = self._checked(self.function(at_least_float32(logits), pairs), logits, pairs)
-        return values if values.ndim == 1 else torch.where(valid, values, 0).sum(1) / valid.sum(1)
+        if values.ndim > 1:
+            return torch.where(valid, values, 0).sum(1) / valid.sum(1)
+        if valid.shape[1] > 1:
+            self._reads_answers_only(values.detach(), logits.detach(), valid, pairs)
+        return values
+
+    def _reads_answers_only(self, values: Tensor, logits: Tensor, valid: Tensor, pairs: Answers) -> None:
+        """Return None if other logits at answers that an example does not have give the same values.
+
+        Otherwise the value of an example would depend on how many answers the others of its batch have.
+        """
+        if bool(valid.all()):
+            return
+        other = torch.arange(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+        changed = self.function(at_least_float32(torch.where(valid[:, :, None], logits, other)), pairs)
+        if not torch.equal(at_least_float32(changed.detach()), values):
+            raise InputError(
+                f"Metric {self.name!r} reads an answer position that some examples do not have (their "
+                "pairs.answer_pos is -1 there); return one number per answer, [batch, n_answer]: the mean over the "
+                "answers that an example has is then taken."
+            )
 
     def _checked(self, values: Any, logits: Tensor, pairs: Answers) -> Tensor:
         batch, n_answer = pairs.answer_pos.shape

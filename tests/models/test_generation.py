@@ -117,3 +117,10 @@ def test_what_is_refused() -> None:
         with pytest.raises(InputError, match=message):
             call()
     model.generate(tokens(1, 4), 3, interventions=[looks_back], cache=False)
+    # On a prompt of one token the edit cannot be tested: it goes without the cache, or is refused.
+    alone = model.generate([[5]], 4, interventions=[looks_back])
+    assert not alone.cache
+    assert torch.equal(alone.tokens, model.generate([[5]], 4, interventions=[looks_back], cache=False).tokens)
+    assert model.generate([[5]], 4).cache
+    with pytest.raises(InputError, match="cannot be tested on a prompt of one token"):
+        model.generate([[5]], 4, interventions=[looks_back], cache=True)

@@ -57,6 +57,9 @@ def test_answers_of_several_positions_are_averaged_over_those_that_exist() -> No
     found = as_metric(lambda logits, pairs: logits[:, :, 0])(logits, some)
     assert found.tolist() == [5.5, 22.0]
     assert as_metric(lambda logits, pairs: logits[:, 0, 0])(logits, some).tolist() == [0.0, 22.0]
+    with pytest.raises(InputError, match="reads an answer position that some examples do not have"):
+        as_metric(own_logit_diff)(logits, some)
+    assert as_metric(own_logit_diff)(logits[:1], some[:1]).tolist() == [-3.0]
 
 
 def test_the_decorator_says_which_way_is_better() -> None:
