@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
-from mechinterp.features.basis import MEMORY, PER_HEAD, Basis, by_site, check_ids, check_sites
+from mechinterp.features.basis import MEMORY, check_sites
+from mechinterp.features.one_site import OneSite
 from mechinterp.models.feature_basis import BasisSource, Features
 from mechinterp.models.sites import Site
 
@@ -18,7 +19,7 @@ MAX_STEPS = 100_000
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MatchingPursuit(Basis):
+class MatchingPursuit(OneSite):
     """A dictionary whose encoder takes the feature of largest product with the rest, subtracts it, and goes on.
 
     It ends when the rest is shorter than `residual_threshold`, when a step chooses no new feature, or after `steps`.
@@ -64,11 +65,6 @@ class MatchingPursuit(Basis):
             raise InputError("W_dec and b_dec of a dictionary must hold finite floats.")
 
     @property
-    def n_features(self) -> int:
-        """How many features it has."""
-        return len(self.W_dec)
-
-    @property
     def kind(self) -> str:
         """`sae`."""
         return "sae"
@@ -78,26 +74,14 @@ class MatchingPursuit(Basis):
         """One line about it."""
         return "matching pursuit"
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by name, as they are stored."""
-        return {"W_dec": self.W_dec, "b_dec": self.b_dec}
-
     def settings(self) -> dict[str, Any]:
         """Everything else that it computes with, as JSON values."""
         return {"residual_threshold": self.residual_threshold, "steps": self.steps, "stop_at_old": self.stop_at_old}
 
     def encode(self, x: Tensor | Mapping[Any, Tensor], /) -> Features:
         """The features of the value at the site."""
-        (value,) = by_site(self, x, self.sites_in)
-        context: dict[str, Any] = {}
-        if self.sites_in[0].kind in PER_HEAD:
-            context["heads"], value = value.shape[-2], value.flatten(-2)
-        if value.shape[-1] != self.W_dec.shape[1]:
-            raise InputError(
-                f"The basis '{self.name}' reads vectors of {self.W_dec.shape[1]} numbers; got "
-                f"{value.shape[-1]}. Is it of another model, or of another site?"
-            )
-        wide = torch.promote_types(torch.promote_types(value.dtype, self.W_dec.dtype), torch.float32)
+        value, context = self.vectors(x)
+        wide = self.wide(value)
         directions = self.W_dec.to(value.device, wide)
         rest = (value.to(wide) - self.b_dec.to(directions)).reshape(-1, value.shape[-1])
         values = rest.new_zeros(len(rest), len(directions))
@@ -116,18 +100,3 @@ class MatchingPursuit(Basis):
             if bool(done.all()):
                 break
         return Features(values.reshape(*value.shape[:-1], -1), context)
-
-    def decode(self, features: Features, /) -> dict[Any, Tensor]:
-        """The reconstruction of the site."""
-        out = features.values @ self.W_dec.to(features.values) + self.b_dec.to(features.values)
-        if self.sites_out[0].kind in PER_HEAD:
-            out = out.unflatten(-1, (features.context["heads"], -1))
-        return {self.sites_out[0]: out}
-
-    def writes(self, ids: Sequence[int] | Tensor | None = None, /) -> Tensor:
-        """The directions, `[feature, d]`."""
-        return self.W_dec if ids is None else self.W_dec[check_ids(self, ids).to(self.W_dec.device)]
-
-    def reads(self, ids: Sequence[int] | Tensor | None = None, /) -> None:
-        """None: the encoding is not affine before an activation."""
-        return None

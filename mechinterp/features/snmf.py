@@ -9,7 +9,7 @@ Source: Shafran et al. 2025 (arXiv 2506.10920), after Ding et al. 2010 for the u
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,14 +19,15 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
-from mechinterp.features.basis import MEMORY, PER_HEAD, Basis, by_site, check_ids, check_sites
+from mechinterp.features.basis import MEMORY, check_sites
 from mechinterp.features.dictionary import site_of
+from mechinterp.features.one_site import OneSite
 from mechinterp.models.feature_basis import BasisSource, Features
 from mechinterp.models.sites import Site
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Snmf(Basis):
+class Snmf(OneSite):
     """Directions that are combined with nonnegative amounts, found for each token by nonnegative least squares.
 
     Encoding runs on the CPU, a token at a time (about a millisecond each at 100 features), and has no gradient; `reads`
@@ -55,11 +56,6 @@ class Snmf(Basis):
             raise InputError(f"W_dec must hold finite floats [feature, d]; got {list(self.W_dec.shape)}.")
 
     @property
-    def n_features(self) -> int:
-        """How many features it has."""
-        return len(self.W_dec)
-
-    @property
     def kind(self) -> str:
         """`snmf`."""
         return "snmf"
@@ -69,45 +65,18 @@ class Snmf(Basis):
         """One line about it."""
         return "nonnegative least squares"
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by name, as they are stored."""
-        return {"W_dec": self.W_dec}
-
     def settings(self) -> dict[str, Any]:
         """Nothing else."""
         return {}
 
     def encode(self, x: Tensor | Mapping[Any, Tensor], /) -> Features:
         """The amounts of the features that come closest to the value at the site."""
-        (value,) = by_site(self, x, self.sites_in)
-        context: dict[str, Any] = {}
-        if self.sites_in[0].kind in PER_HEAD:
-            context["heads"], value = value.shape[-2], value.flatten(-2)
-        if value.shape[-1] != self.W_dec.shape[1]:
-            raise InputError(
-                f"The basis '{self.name}' reads vectors of {self.W_dec.shape[1]} numbers; got {value.shape[-1]}. Is it "
-                "of another model, or of another site?"
-            )
+        value, context = self.vectors(x)
         matrix = self.W_dec.T.double().cpu().numpy()
         rows = value.detach().double().cpu().reshape(-1, value.shape[-1]).numpy()
         amounts = torch.stack([torch.from_numpy(nnls(matrix, row, maxiter=50 * self.n_features)[0]) for row in rows])
-        wide = torch.promote_types(torch.promote_types(value.dtype, self.W_dec.dtype), torch.float32)
+        wide = self.wide(value)
         return Features(amounts.reshape(*value.shape[:-1], -1).to(value.device, wide), context)
-
-    def decode(self, features: Features, /) -> dict[Any, Tensor]:
-        """The reconstruction of the site."""
-        out = features.values @ self.W_dec.to(features.values)
-        if self.sites_out[0].kind in PER_HEAD:
-            out = out.unflatten(-1, (features.context["heads"], -1))
-        return {self.sites_out[0]: out}
-
-    def writes(self, ids: Sequence[int] | Tensor | None = None, /) -> Tensor:
-        """The features, `[feature, d]`; of neurons, `writes() @ W_out` is what they add to the residual stream."""
-        return self.W_dec if ids is None else self.W_dec[check_ids(self, ids).to(self.W_dec.device)]
-
-    def reads(self, ids: Sequence[int] | Tensor | None = None, /) -> None:
-        """None: the encoding is not affine before an activation."""
-        return None
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from mechinterp.base.errors import InputError
 from mechinterp.base.registry import unknown
-from mechinterp.features.basis import MEMORY, PER_HEAD, Basis, by_site, check_ids, check_sites
+from mechinterp.features.basis import MEMORY, check_sites
 from mechinterp.features.dictionary import site_of
+from mechinterp.features.one_site import OneSite
 from mechinterp.models.feature_basis import BasisSource, Features
 from mechinterp.models.sites import Site
 
@@ -28,7 +29,7 @@ MOST_SWEEPS = 20
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Supervised(Basis):
+class Supervised(OneSite):
     """One feature per value of every attribute; exactly one value of each attribute is active, at 1.
 
     `encode` starts with no value and then chooses, attribute by attribute until nothing changes, the value that leaves
@@ -74,11 +75,6 @@ class Supervised(Basis):
             raise InputError("W_dec and b_dec of a dictionary must hold finite floats.")
 
     @property
-    def n_features(self) -> int:
-        """How many features it has."""
-        return len(self.W_dec)
-
-    @property
     def kind(self) -> str:
         """`supervised`."""
         return "supervised"
@@ -87,10 +83,6 @@ class Supervised(Basis):
     def about(self) -> str:
         """Its attributes."""
         return ", ".join(f"{name} ({len(values)})" for name, values in self.attributes)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by name, as they are stored."""
-        return {"W_dec": self.W_dec, "b_dec": self.b_dec}
 
     def settings(self) -> dict[str, Any]:
         """The names of attributes and values."""
@@ -122,14 +114,8 @@ class Supervised(Basis):
 
     def encode(self, x: Tensor | Mapping[Any, Tensor], /) -> Features:
         """The values of the attributes that reconstruct the value at the site best."""
-        (value,) = by_site(self, x, self.sites_in)
-        context: dict[str, Any] = {}
-        if self.sites_in[0].kind in PER_HEAD:
-            context["heads"], value = value.shape[-2], value.flatten(-2)
-        if value.shape[-1] != self.W_dec.shape[1]:
-            raise InputError(f"The basis '{self.name}' reads vectors of {self.W_dec.shape[1]} numbers; got "
-                             f"{value.shape[-1]}.")  # fmt: skip
-        wide = torch.promote_types(torch.promote_types(value.dtype, self.W_dec.dtype), torch.float32)
+        value, context = self.vectors(x)
+        wide = self.wide(value)
         directions = self.W_dec.to(value.device, wide)
         rows = (value.detach().to(wide) - self.b_dec.to(directions)).reshape(-1, value.shape[-1])
         groups = directions.split([len(values) for _, values in self.attributes])
@@ -146,21 +132,6 @@ class Supervised(Basis):
         hot = [torch.nn.functional.one_hot(one, len(group)) for one, group in zip(chosen, groups, strict=True)]
         values = torch.cat(hot, 1).to(wide)
         return Features(values.reshape(*value.shape[:-1], -1), context)
-
-    def decode(self, features: Features, /) -> dict[Any, Tensor]:
-        """The reconstruction of the site."""
-        out = features.values @ self.W_dec.to(features.values) + self.b_dec.to(features.values)
-        if self.sites_out[0].kind in PER_HEAD:
-            out = out.unflatten(-1, (features.context["heads"], -1))
-        return {self.sites_out[0]: out}
-
-    def writes(self, ids: Sequence[int] | Tensor | None = None, /) -> Tensor:
-        """The direction of every value, `[feature, d]`."""
-        return self.W_dec if ids is None else self.W_dec[check_ids(self, ids).to(self.W_dec.device)]
-
-    def reads(self, ids: Sequence[int] | Tensor | None = None, /) -> None:
-        """None: the encoding is not affine before an activation."""
-        return None
 
 
 def supervised_basis(
