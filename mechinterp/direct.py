@@ -98,8 +98,8 @@ def discover_direction(spec: DirectSpec, progress: StageProgress = no_stages, *,
     name = "-".join([stem(spec.task), Path(spec.model).stem or spec.model, spec.method])
     path = spec.out / f"{name.replace('/', '-').replace('@', '-')}{SUFFIX}"
     progress("model", 0, 1)
-    given = dict(revision=spec.revision, dtype=spec.dtype, device=spec.device)
-    loaded = load_model(spec.model, **given) if model is None else load_model(model)  # pyright: ignore[reportArgumentType]
+    given: dict[str, Any] = dict(revision=spec.revision, dtype=spec.dtype, device=spec.device)
+    loaded = load_model(spec.model, **given) if model is None else load_model(model)
     progress("task", 0, 1)
     counts: dict[str, Any] = {k: getattr(spec, k) for k in ("examples", "validation_examples", "test_examples", "seed")}
     found = examples_of(RunSpec(task=spec.task, model=spec.model, **counts), loaded)

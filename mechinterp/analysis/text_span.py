@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -38,7 +39,7 @@ class TextSpan:
     span: Float[Tensor, "n d"]
     remainder: Float[Tensor, "n d"]
 
-    def to_frame(self, tokenizer: object = None) -> pd.DataFrame:
+    def to_frame(self, tokenizer: Any = None) -> pd.DataFrame:
         """One row per token: its id, its text (with a tokenizer), its share of the variance and their sum so far.
 
         Args:
@@ -46,7 +47,7 @@ class TextSpan:
         """
         rows: dict[str, object] = {"token": self.tokens.tolist()}
         if tokenizer is not None:
-            rows["text"] = [tokenizer.decode([token]) for token in self.tokens.tolist()]  # type: ignore[attr-defined]
+            rows["text"] = [tokenizer.decode([token]) for token in self.tokens.tolist()]
         rows |= {"explained": self.explained.tolist(), "cumulative": self.explained.cumsum(0).tolist()}
         return pd.DataFrame(rows)
 

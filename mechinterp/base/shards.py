@@ -117,7 +117,7 @@ def from_first(compute: Callable[[], State | None]) -> State | None:
         with sharing(ALONE):
             try:
                 found = compute()
-            except Exception as raised:
+            except Exception as raised:  # raised in all processes by `agree`
                 error = raised
     agree(error)
     content = b"" if found is None else save({name: value.contiguous() for name, value in found.items()})
@@ -144,7 +144,7 @@ def computed(pieces: range, compute: Callable[[int], Found]) -> list[Found]:
     with sharing(ALONE):
         try:
             found = [compute(piece) for piece in pieces]
-        except Exception as raised:
+        except Exception as raised:  # raised in all processes by `agree`
             error = raised
     agree(error)
     return found

@@ -79,7 +79,8 @@ def difference_content(found: CircuitDiff) -> dict[str, Any]:
 
 def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of a table by column."""
-    return frame.to_dict("records")  # pyright: ignore[reportReturnType]
+    rows: Any = frame.to_dict("records")
+    return rows
 
 
 def _plain(value: Any) -> Any:

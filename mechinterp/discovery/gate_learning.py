@@ -144,7 +144,7 @@ class GateLearning:
         try:
             with sharing(ALONE):
                 self._learn(draw, penalty, decay, own, checkpoint)
-        except Exception as raised:
+        except Exception as raised:  # raised in all processes by `agree`
             error = raised
         agree(error)
         self._exchange(own)

@@ -45,7 +45,7 @@ def sum_tables(
                 state = _each(mine, piece, start, lambda sums, at, got: add(sums, mine[at], got), own, progress)
             else:
                 state = tables_of(mine, piece, like, own, progress)
-    except Exception as raised:
+    except Exception as raised:  # raised in all processes by `agree`
         error = raised
     agree(error)
 
