@@ -23,11 +23,13 @@ from mechinterp.base.errors import (
     MechInterpError,
     ModelNotAvailable,
     NoSmallCircuit,
+    Problems,
     ProcessLost,
     clip,
 )
 from mechinterp.base.plain_files import is_file
 from mechinterp.circuit_file.direction_schema import SUFFIX, is_direction_name
+from mechinterp.circuit_file.limits import MAX_EXAMPLES
 from mechinterp.circuit_file.stored import about_direction, about_file, find_file, stored_files
 from mechinterp.cli import direct as cli_direct
 from mechinterp.cli import exchange as cli_exchange
@@ -82,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error), NO_MODEL)
     except NoSmallCircuit as error:
         return _complain(str(error), NO_CIRCUIT)
+    except Problems as error:
+        return _complain(error.first, BAD_INPUT, error.lines)
     except MechInterpError as error:
         return _complain(str(error), BAD_INPUT)
     except UsageProblem as error:
@@ -146,7 +150,8 @@ def _merge(
 @options.takes(*COMPARE, "as_json")
 def _compare(
     examples: Annotated[
-        int, typer.Option(min=2, help="Train pairs, to score edges with, and as many held-out pairs.")
+        int,
+        typer.Option(min=2, max=MAX_EXAMPLES, help="Train pairs, to score edges with, and as many held-out pairs."),
     ] = 100,
     settings: Annotated[
         list[str] | None,
@@ -192,7 +197,7 @@ def _eval(
         str | None, typer.Option(help="What a cut edge carries.  [default: as in the file's own evaluation]")
     ] = None,
     tests: Annotated[bool, typer.Option("--tests", help="Also completeness, minimality and hypothesis tests.")] = False,
-    examples: Annotated[int, typer.Option(min=2, help="Held-out pairs.")] = 200,
+    examples: Annotated[int, typer.Option(min=2, max=MAX_EXAMPLES, help="Held-out pairs.")] = 200,
     **values: Any,
 ) -> Action:
     own: dict[str, Any] = dict(task=task, model=model, replacement=replacement, tests=tests, examples=examples)
@@ -219,7 +224,7 @@ for others in (cli_direct, cli_verify, cli_exchange, cli_view, cli_graph, cli_hu
 
 
 def _do_run(values: dict[str, Any], open_report: bool, as_json: bool) -> int:
-    _check_task(values["task"])
+    _check_task(values["task"], train=values["examples"], test=values["test_examples"])
     if values["shard"] is not None:
         return processes.score_shard(RunSpec(**values))
 
@@ -238,7 +243,7 @@ def _do_merge(files: list[Path], values: dict[str, Any], open_report: bool) -> i
     say(Terminal(), f"{len(shards)} shards of: {clip(shards[0].command, MOST_LETTERS // 2)}")
     action: Any = app(processes.words_of_run(shards[0]), standalone_mode=False)
     values = {**action.args[0], **values}
-    _check_task(values["task"])
+    _check_task(values["task"], train=values["examples"], test=values["test_examples"])
     return _report_on(lambda progress: merge(RunSpec(**values), shards, progress), open_report)
 
 
@@ -284,7 +289,7 @@ def _report_on(run: Callable[[Any], Any], open_report: bool, first: bool = True,
 def _do_compare(values: dict[str, Any], methods: list[str], sizes: str, as_json: bool) -> int:
     from mechinterp.cli.progress_bars import stages
 
-    _check_task(values["task"])
+    _check_task(values["task"], train=values["examples"], test=values["test_examples"])
     console = Terminal()
     with stages(Console(stderr=True)) as progress:
         from mechinterp.compare import compare
@@ -307,7 +312,7 @@ def _do_eval(file: str, values: dict[str, Any]) -> int:
     from mechinterp.cli.progress_bars import stages
 
     if values["task"] is not None:
-        _check_task(values["task"])
+        _check_task(values["task"], test=values["examples"])
     path, console = find_file(file), Terminal()
     with stages(Console(stderr=True)) as progress:
         from mechinterp.circuit_file.reevaluate import reevaluate
@@ -384,15 +389,20 @@ def _do_list(as_json: bool) -> int:
     return OK
 
 
-def _check_task(task: str) -> None:
-    """Return None if the task can be loaded, before torch is imported. Raises InputError otherwise."""
+def _check_task(task: str, *, train: int = 0, test: int = 0) -> None:
+    """Return None if the task can be loaded and may have so many examples, before torch is imported.
+
+    Raises InputError otherwise.
+    """
     if Path(task).suffix.lower() in (".jsonl", ".csv"):
         if not is_file(task):
             raise InputError(f"File {clip(task, 200)!r} does not exist.")
         return
     from mechinterp.tasks.task import load_task
 
-    load_task(task)
+    loaded = load_task(task)
+    loaded.check_number(train, "train")
+    loaded.check_number(test, "test")
 
 
 def _print_result(console: Console, document: Any) -> None:
@@ -430,10 +440,13 @@ def _print_role_table(console: Console, roles: Mapping[str, Any]) -> None:
         console.print()
 
 
-def _complain(message: str, code: int) -> int:
+def _complain(message: str, code: int, more: Sequence[str] = ()) -> int:
+    """The exit code, after one line on standard error, and an indented one for each of several problems."""
     from mechinterp.views.terminal_tables import plain
 
     if not processes.first_to_say(message):
         return code
     print(f"discover-circuit: {clip(plain(message), MOST_LETTERS)}", file=sys.stderr)
+    for line in more:
+        print(f"  {clip(plain(line), MOST_LETTERS)}", file=sys.stderr)
     return code

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from mechinterp.circuit_file.direction_schema import direction_finding, open_direction_file
+from mechinterp.circuit_file.limits import MAX_EXAMPLES
 from mechinterp.cli import options
 from mechinterp.cli.help import DIRECT_HELP
 from mechinterp.cli.terminal import Terminal, quiet_libraries, say
@@ -42,9 +43,11 @@ def _direct(
     control_position: Annotated[
         str | None, typer.Option(help="Whose tokens the control task labels.  [default: the position]")
     ] = None,
-    examples: Annotated[int, typer.Option(min=2, help="Train pairs.")] = 100,
-    validation_examples: Annotated[int, typer.Option(min=2, help="Pairs on which the site is chosen.")] = 100,
-    test_examples: Annotated[int, typer.Option(min=2, help="Held-out pairs.")] = 100,
+    examples: Annotated[int, typer.Option(min=2, max=MAX_EXAMPLES, help="Train pairs.")] = 100,
+    validation_examples: Annotated[
+        int, typer.Option(min=2, max=MAX_EXAMPLES, help="Pairs on which the site is chosen.")
+    ] = 100,
+    test_examples: Annotated[int, typer.Option(min=2, max=MAX_EXAMPLES, help="Held-out pairs.")] = 100,
     **values: Any,
 ) -> Action:
     options.check_name("method of finding a direction", method, METHODS)

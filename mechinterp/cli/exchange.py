@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from mechinterp.base.errors import FormatError
 from mechinterp.base.plain_files import is_folder
@@ -16,8 +17,8 @@ from mechinterp.circuit_file.stored import find_file
 from mechinterp.cli import options
 from mechinterp.cli.as_json import AsJson, difference_content, print_json
 from mechinterp.cli.help import (
+    CITE_HELP,
     DIFF_HELP,
-    EXIT_CODES,
     EXPORT_HELP,
     IMPORT_HELP,
     VALIDATE_HELP,
@@ -57,9 +58,14 @@ def _validate(file: options.File) -> Action:
     return partial(_do_validate, file)
 
 
-@commands.command("cite", help=f"Print BibTeX for a circuit file, with its content hash.\n\n{EXIT_CODES}")
-def _cite(file: options.File) -> Action:
-    return partial(_do_cite, file)
+@commands.command("cite", help=CITE_HELP, short_help="Print BibTeX for a circuit file.")
+def _cite(
+    file: options.File,
+    author: Annotated[str, typer.Option(help="Who made the file: 'A and B'.")] = "",
+    year: Annotated[int | None, typer.Option(min=1900, max=9999, help="When.  [default: as the file states]")] = None,
+    url: Annotated[str, typer.Option(help="Where it can be downloaded.")] = "",
+) -> Action:
+    return partial(_do_cite, file, dict(author=author, year="" if year is None else str(year), url=url))
 
 
 @commands.command("diff", help=DIFF_HELP, short_help="Compare two circuit files.")
@@ -115,11 +121,16 @@ def _validate_submission(folder: Path) -> int:
     return 0
 
 
-def _do_cite(file: str) -> int:
+def _do_cite(file: str, given: dict[str, str]) -> int:
+    path = find_file(file)
     from mechinterp.exchange import cite_file
 
-    for line in cite_file(find_file(file)).splitlines():
+    text, missing = cite_file(path, **given)
+    for line in text.splitlines():
         say(Terminal(), line)
+    if missing:
+        flags = " ".join(f"--{name} ..." for name in missing)
+        say(Console(stderr=True), f"warning: the entry of the file has no {', '.join(missing)}; add: {flags}")
     return 0
 
 

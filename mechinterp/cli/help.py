@@ -159,6 +159,16 @@ compared. --out draws both circuits over each other.
 
 Exit codes, as those of diff: 0 the same nodes and edges (whatever else differs); 1 they differ; 2 bad input.
 """
+CITE_HELP = f"""Print BibTeX: for the paper (of a published circuit), for the file with its hash, and for the software.
+
+Author, year and address are what the file states, or what you say.
+
+\b
+  discover-circuit cite ioi-bundled-mattr
+  discover-circuit cite FILE --author "Ada Lovelace and Alan Turing" --year 2026 --url https://example.org/FILE
+
+{EXIT_CODES}
+"""
 VALIDATE_HELP = f"""Check form and hashes of a circuit file; no model is needed.
 
 For a folder: whether MIB's circuit track would accept it as a submission; every problem is listed.

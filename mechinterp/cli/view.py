@@ -39,14 +39,13 @@ def _view(
 def _do_view(file: str, out: Path | None, model: str | None, device: str | None, open_page: bool) -> int:
     from mechinterp.cli.progress_bars import stages
 
-    path, console = find_file(file), Terminal()
-    if out is None and path != Path(file):  # a stored circuit is inside the package
-        out = Path(f"{file}.report.html")
+    console = Terminal()
+    find_file(file)  # before torch is imported
     with stages(Console(stderr=True)) as progress:
         from mechinterp.views.report.view import write_page
 
         quiet_libraries()
-        page = write_page(path, out, model=model, device=device, called=file, progress=progress)
+        page = write_page(file, out, model=model, device=device, progress=progress)
     for note in page.notes:
         say(console, f"note: {note}")
     say(console, f"wrote {page.path}")

@@ -157,6 +157,17 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a ratio of 2": (["run", "ioi", "--ratio", "2"], "--ratio"),
     "a ratio of the integer program": (["run", "ioi", "--model", "MODEL", "--rule", "ilp", "--ratio", "0.5"], "ratio"),
     "a setting of no method": (["compare", "ioi", "--methods", "eap", "--set", "steps=3"], "METHOD.NAME=VALUE"),
+    "more examples than a task has": (
+        ["run", "greater_than_digits", "--examples", "15000"],
+        "at most 10,708 different test examples; got 15,000",
+    ),
+    "more examples to compare on": (
+        ["compare", "greater_than_digits", "--examples", "15000"],
+        "at most 10,708 different test examples; got 15,000",
+    ),
+    "more examples to evaluate on": (["eval", "TOY", "--task", "greater_than_digits", "--examples", "15000"], "10,708"),
+    "a million examples": (["eval", "TOY", "--examples", "1000000"], "20000"),
+    "a million examples of a direction": (["direct", "ioi", "--examples", "1000000"], "20000"),
     "evaluate a missing file": (["eval", "nothing.circuit.json"], "nothing.circuit.json"),
     "evaluate on nothing": (["eval", "TOY", "--task", "ioy"], "Did you mean 'ioi'?"),
     "threshold is no number": (["run", "ioi", "--threshold", "nan"], "--threshold"),

@@ -240,10 +240,10 @@ def _loaded(opened: OpenedFile, model: Any, device: torch.device | str | None, l
     try:
         return load_stated_model(document, opened.path, model, device)
     except MechInterpError as error:
-        elsewhere = document.model.origin in ("hub", "file") or document.status == "published"
+        elsewhere = document.model.origin in ("hub", "file", "memory") or document.status == "published"
         if isinstance(error, ModelNotAvailable) and elsewhere and all(claim.ok for claim in ledger.claims):
             found = f"{opened.path}: the {len(ledger.claims)} claims that need no model hold, the others are unchecked"
-            give = {"memory": "; give it: verify(model=...)", "file": "; give the file: --model PATH"}
+            give = {"memory": "; give it: --model PATH, or verify(model=...)", "file": "; give the file: --model PATH"}
             found += f": model not available offline ({document.model.name}){give.get(document.model.origin, '')}."
             raise UnverifiedModel(found, _found(opened, {}, False, ledger)) from error
         ledger.failed("model", str(error))
@@ -296,7 +296,8 @@ def load_stated_model(document: CircuitFile, path: Path, model: Any, device: tor
         return load_model(model, dtype=stated.dtype if named else None, device=device if named else None)
     if stated.origin == "memory":
         raise ModelNotAvailable(
-            f"The model ({stated.name}) was in memory only and cannot be loaded by name; give it: verify(model=...)."
+            f"The model ({clip(stated.name, 200)}) was in memory only and cannot be loaded by name; save it with "
+            "save_pretrained and give the folder: --model PATH, or give it in Python: verify(model=...)."
         )
     name = stated.name
     there = {"directory": is_folder, "file": is_file}.get(stated.origin)
