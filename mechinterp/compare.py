@@ -18,8 +18,8 @@ from mechinterp.graphs.circuit import on_paths
 from mechinterp.graphs.graph import Graph
 from mechinterp.models.hook_manager import HookManager, load_model
 from mechinterp.pipeline import check_task, graph_of_run, parsed_setting
-from mechinterp.run_examples import examples_of, stem
-from mechinterp.run_spec import RunSpec, compare_command
+from mechinterp.run_examples import examples_of
+from mechinterp.run_spec import RunSpec, compare_command, comparison_path
 from mechinterp.tasks.own_metric import MetricLike, as_metric
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.views.report.comparison import write_comparison
@@ -149,7 +149,7 @@ def compare(
         batch_size=spec.batch_size,
         progress=progress,
     )
-    path = spec.out / f"{stem(spec.task)}-comparison.html"
+    path = comparison_path(spec)
     command = compare_command(spec, methods, sizes)
     write_comparison(path, comparison, f"Methods compared on {examples.task.name} in {spec.model}", command)
     return comparison, path

@@ -38,8 +38,13 @@ def export_file(file: str | Path, format: str, out: str | Path | None = None) ->
     """
     chosen = EXPORTS.get(format)
     circuit, document = opened(file)
-    target = Path(find_file(file).name.removesuffix(SUFFIX) + chosen.suffix) if out is None else Path(out)
+    target = exported_path(file, format) if out is None else Path(out)
     return write_export(target, export_circuit(circuit, document, format)), chosen.lost
+
+
+def exported_path(file: str | Path, format: str) -> Path:
+    """Where an export goes by default: named after the circuit file, in the working directory."""
+    return Path(find_file(file).name.removesuffix(SUFFIX) + EXPORTS.get(format).suffix)
 
 
 def import_file(path: str | Path, format: str, model: str, out: str | Path) -> CircuitFile:

@@ -12,6 +12,7 @@ from mechinterp.circuit_file.records import task_record
 from mechinterp.circuit_file.schema import FileTaskRecord, TaskRecord
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.run_spec import RunSpec
+from mechinterp.run_spec import stem as stem
 from mechinterp.tasks.pair_files import load_pairs
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.source import FileSource
@@ -72,8 +73,3 @@ def _file_examples(spec: RunSpec, model: HookManager) -> Examples:
     validation = rest[:n_validation] if n_validation else None
     notes = () if n_validation else (f"{CROSS_FITTED} {len(pairs)} pairs are too few for three parts of {FEW}.",)
     return Examples(record, train, validation, rest[n_validation : n_validation + n_test], metric, None, notes)
-
-
-def stem(task: str) -> str:
-    """The name of a task, or of the file that it is in."""
-    return Path(task).stem if Path(task).suffix else task

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from mechinterp.base.errors import InputError, clip
+from mechinterp.base.plain_files import is_file, is_folder
 from mechinterp.circuit_file.limits import MAX_EXAMPLES
+from mechinterp.circuit_file.store import SUFFIX, sidecar_name
 
 LEVELS = ("edge", "node", "neuron", "feature")
 ORDERS = ("value", "magnitude")
@@ -328,9 +330,42 @@ def command_of(spec: RunSpec) -> str:
     return shlex.join(["discover-circuit", "run", spec.task, *words_of(spec, declared())])
 
 
+def comparison_path(spec: RunSpec) -> Path:
+    """Where the page of a comparison goes: `OUT/{task}-comparison.html`."""
+    return spec.out / f"{stem(spec.task)}-comparison.html"
+
+
 def compare_command(spec: RunSpec, methods: Sequence[str], sizes: str) -> str:
     """The command line that repeats a comparison, without the folder of its page."""
     words = ["discover-circuit", "compare", spec.task, "--methods", ",".join(methods), "--sizes", sizes]
     others = [name for name in COMPARE if name in declared() and name not in ("settings", "examples")]
     words += [*words_of(spec, ("settings", *others)), "--examples", str(spec.examples)]
     return shlex.join(words)
+
+
+def stem(task: str) -> str:
+    """The name of a task, or of the file that it is in."""
+    return Path(task).stem if Path(task).suffix else task
+
+
+def output_path(spec: RunSpec) -> Path:
+    """Where the circuit file of a run goes: `OUT/{task}-{model}-{method}.circuit.json`, with features `-features` more.
+
+    Raises InputError if the folder cannot be made, before anything slow begins.
+    """
+    spec = resolved(spec)
+    given = Path(spec.model)
+    if is_folder(given):
+        model = given.resolve().name
+    elif is_file(given):
+        model = given.stem
+    else:
+        model = spec.model.rpartition("/")[2].replace("@", "-")
+    parts = [stem(spec.task), model, str(spec.method), *(["features"] if spec.features else [])]
+    path = spec.out / f"{'-'.join(parts)}{SUFFIX}"
+    sidecar_name(path)
+    try:
+        spec.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"Cannot write to {spec.out}: {error.strerror or error}.") from error
+    return path

@@ -46,8 +46,7 @@ def load_direction(path: str | Path) -> Direction:
     """The direction of a file, after its hashes were checked.
 
     Args:
-        path: `NAME.direction.json`, or the name of a stored direction; `NAME.direction.safetensors` is read from the same
-            folder.
+        path: `NAME.direction.json`, or the name of a stored direction; its numbers are read from the same folder.
 
     Raises FormatError for a file that is not a direction file, was changed, or whose numbers are missing.
     """

@@ -66,7 +66,7 @@ def make_pairs(wanted: Request, model_or_tokenizer: Any, prepend_bos: bool | Non
     spec, seed = wanted.spec, wanted.seed
     if wanted.split not in SPLITS:
         raise unknown("split", wanted.split, SPLITS)
-    split = cast(Split, wanted.split)
+    split: Split = wanted.split
     n = wanted.skip + wanted.n
     if wanted.n < 2 or wanted.skip < 0 or n > MAX_EXAMPLES:
         raise InputError(f"n must be between 2 and {MAX_EXAMPLES} examples; got {n}.")

@@ -247,14 +247,14 @@ def test_a_bug_is_exit_code_70_and_a_traceback_when_asked(
 
 
 @pytest.mark.slow
-def test_a_run_writes_three_files_and_says_what_is_next(
+def test_a_run_writes_four_files_and_says_what_is_next(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "my results"
     assert cli.main(["run", "ioi", "--model", str(model), "--out", str(out), *SMALL]) == 0
     text, err = capsys.readouterr()
     stem = out / "ioi-words-eap"
-    names = [f"{stem}.circuit.json", f"{stem}.scores.safetensors", f"{stem}.report.html"]
+    names = [f"{stem}.circuit.json", f"{stem}.scores.safetensors", f"{stem}.report.html", f"{stem}.run.yaml"]
     assert sorted(map(str, out.iterdir())) == sorted(names)
     for name in names:
         assert f"wrote {name}\n" in text
