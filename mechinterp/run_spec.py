@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -202,7 +203,9 @@ class RunSpec:
     test_examples: int = field(
         default=200, metadata=option("Held-out pairs.", least=2, most=MAX_EXAMPLES, default_of="examples")
     )
-    seed: int = field(default=0, metadata=option("Seed of the pairs, the random circuits and the intervals.", least=0))
+    seed: int = field(
+        default=0, metadata=option("Seed of the pairs, the random circuits and the intervals.", least=0, most=2**62)
+    )
     bos: bool | None = field(
         default=None,
         metadata=option("Whether prompts begin with the BOS token.  [default: as the tokenizer does it]"),
@@ -333,6 +336,27 @@ def command_of(spec: RunSpec) -> str:
 def comparison_path(spec: RunSpec) -> Path:
     """Where the page of a comparison goes: `OUT/{task}-comparison.html`."""
     return spec.out / f"{stem(spec.task)}-comparison.html"
+
+
+def parsed_sizes(text: str) -> tuple[float, ...]:
+    """The shares of all edges that `--sizes` names.
+
+    >>> parsed_sizes("0.1,1")
+    (0.1, 1.0)
+    """
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"Sizes are 'mib' or numbers separated by commas, such as 0.01,0.1,1; got {text!r}.") from None
+    check_shares(shares)
+    return shares
+
+
+def check_shares(shares: Sequence[float]) -> None:
+    """Return None if shares increase from above 0 to 1. Raises InputError otherwise."""
+    rising = all(a < b for a, b in pairwise(shares))
+    if len(shares) < 2 or not rising or not shares[0] > 0 or shares[-1] != 1:
+        raise InputError(f"Shares must increase, from above 0 to 1; got {list(shares)}.")
 
 
 def compare_command(spec: RunSpec, methods: Sequence[str], sizes: str) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from mechinterp.base.errors import InputError, MechInterpError
 from mechinterp.base.progress import StageProgress, no_stages
-from mechinterp.circuit_file.bases import stated_bases
+from mechinterp.circuit_file.bases import check_given_bases, stated_bases
 from mechinterp.circuit_file.circuit_file import circuit_of
 from mechinterp.circuit_file.records import pairs_of, task_of
 from mechinterp.circuit_file.schema import CircuitFile, FileTaskRecord, TaskRecord
@@ -110,6 +110,7 @@ def reevaluate(
     """
     opened = open_circuit_file(find_file(file))
     document, circuit = opened.document, circuit_of(opened)
+    check_given_bases(circuit, features)
     progress("model", 0, 1)
     manager = load_stated_model(document, opened.path, model, device)
     progress("model", 1, 1)

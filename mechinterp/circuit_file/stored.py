@@ -39,6 +39,8 @@ def find_file(file: str | Path) -> Path:
 
     Raises InputError for a name (no path, no ending) of no stored file, with the nearest one.
     """
+    if file == "":
+        raise InputError("The name of the file is empty; give a path, or the name of a stored circuit.")
     if isinstance(file, Path) or exists(file):
         return Path(file)
     stored = {**stored_files(DIRECTION_SUFFIX), **stored_files()}

@@ -28,7 +28,7 @@ from mechinterp.base.errors import (
 )
 from mechinterp.circuit_file.direction_schema import SUFFIX, is_direction_name
 from mechinterp.circuit_file.limits import MAX_EXAMPLES
-from mechinterp.circuit_file.stored import about_direction, about_file, find_file, stored_files
+from mechinterp.circuit_file.stored import about_direction, about_file, stored_files
 from mechinterp.cli import direct as cli_direct
 from mechinterp.cli import exchange as cli_exchange
 from mechinterp.cli import graph as cli_graph
@@ -49,10 +49,11 @@ from mechinterp.cli.help import (
     RUN_HELP,
 )
 from mechinterp.cli.help_groups import Command, Commands
+from mechinterp.cli.options import find_file
 from mechinterp.cli.output_files import ComparisonFiles, RunFiles
 from mechinterp.cli.terminal import Detail, Terminal, hint, print_what_the_terminal_can, quiet_libraries, say
 from mechinterp.discovery.methods import METHODS
-from mechinterp.run_spec import COMPARE, RunSpec, shown_order
+from mechinterp.run_spec import COMPARE, RunSpec, parsed_sizes, shown_order
 from mechinterp.tasks.metric_names import METRICS
 
 OK, CLAIM_FAILED, BAD_INPUT, NO_MODEL, NO_CIRCUIT, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 4, 70, 130, 141
@@ -174,10 +175,14 @@ def _compare(
     detail: Detail = Detail.NORMAL,
     **values: Any,
 ) -> Action:
-    methods = methods or options.compared(values["level"], values["positions"])
+    methods = options.compared(values["level"], values["positions"]) if methods is None else methods
     names = [name.strip() for name in methods.split(",") if name.strip()]
     for name in names:
         options.check_name("method", name, METHODS)
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"--methods are names separated by commas, each only once; got {methods!r}.")
+    if sizes != "mib":
+        parsed_sizes(sizes)
     values |= dict(examples=examples, test_examples=examples, settings=tuple(settings or ()))
     return partial(_do_compare, values, names, sizes, as_json, force=force, detail=detail)
 

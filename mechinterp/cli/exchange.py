@@ -14,7 +14,6 @@ from mechinterp.base.errors import FormatError, InputError, clip
 from mechinterp.base.plain_files import exists, is_folder
 from mechinterp.circuit_file.formats.names import EXPORTS, IMPORTS
 from mechinterp.circuit_file.store import sidecar_name
-from mechinterp.circuit_file.stored import find_file
 from mechinterp.cli import options
 from mechinterp.cli.as_json import AsJson, difference_content, print_json
 from mechinterp.cli.completion import completed, stored_names
@@ -25,6 +24,7 @@ from mechinterp.cli.help import (
     IMPORT_HELP,
     VALIDATE_HELP,
 )
+from mechinterp.cli.options import find_file
 from mechinterp.cli.overwriting import check_new
 from mechinterp.cli.terminal import Terminal, quiet_libraries, say
 

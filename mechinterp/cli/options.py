@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import MISSING
+from math import isfinite
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, get_args, get_origin
@@ -16,8 +17,9 @@ from rich.console import Console
 from typer.models import OptionInfo
 
 from mechinterp.base.errors import InputError, clip, wrong_file
-from mechinterp.base.plain_files import is_file
+from mechinterp.base.plain_files import is_file, read_beginning
 from mechinterp.base.registry import unknown
+from mechinterp.circuit_file import stored
 from mechinterp.cli.completion import Completion, completed, stored_names, tasks
 from mechinterp.cli.config import overridden, read_config, settings_of
 from mechinterp.cli.terminal import Detail, say
@@ -58,6 +60,16 @@ GROUPS = {
 NAMED = ("method", "effort", "metric", "level", "rule", "by", "replacement", "task", "format", "position", "classes")
 """Options whose value is a name."""
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names.split()}
+
+
+def find_file(file: str) -> Path:
+    """The path of a circuit or direction file, or of a stored one, that can be read; torch is not needed to say so.
+
+    Raises InputError otherwise.
+    """
+    path = stored.find_file(file)
+    read_beginning(path, 1)
+    return path
 
 
 def takes(*names: str) -> Callable[[Callable[..., Action]], Callable[..., Action]]:
@@ -118,8 +130,8 @@ def problems(values: Mapping[str, Any]) -> Iterator[str]:
     if len(given) > 1:
         yield f"Give --{given[0]} or --{given[1]}, not both."
     threshold, level = values.get("threshold"), values.get("level", "edge")
-    if threshold is not None and threshold != threshold:
-        yield "--threshold is not a number."
+    if threshold is not None and not isfinite(threshold):
+        yield "--threshold is not a finite number."
     for name, field in FIELDS.items():
         if field.option.kind and values.get(name) is not None and values[name] not in _known(field):
             yield str(unknown(field.option.kind, values[name], _known(field)))

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mechinterp.circuit_file.direction_schema import is_direction_name
-from mechinterp.circuit_file.stored import find_file
 from mechinterp.cli import direct as cli_direct
 from mechinterp.cli import options
 from mechinterp.cli.as_json import AsJson, print_json, verification_content
 from mechinterp.cli.help import VERIFY_HELP
+from mechinterp.cli.options import find_file
 from mechinterp.cli.terminal import Detail, Terminal, hint, quiet_libraries, say
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ import typer
 from mechinterp.base.errors import InputError
 from mechinterp.circuit_file.direction_schema import is_direction_name
 from mechinterp.circuit_file.store import open_circuit_file
-from mechinterp.circuit_file.stored import find_file
 from mechinterp.cli import options
 from mechinterp.cli.help import VIEW_HELP
+from mechinterp.cli.options import find_file
 from mechinterp.cli.overwriting import check_text
 from mechinterp.cli.terminal import Detail, Terminal, quiet_libraries, say
 

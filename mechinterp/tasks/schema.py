@@ -92,6 +92,8 @@ def parse_yaml(content: bytes, where: str) -> dict[str, Any]:
         raise FormatError(f"{where} is not valid YAML: {clip(str(error), 300)}") from error
     except RecursionError as error:
         raise FormatError(f"{where} is nested too deeply.") from error
+    if given is None and not content.strip():
+        raise FormatError(f"{where} is empty; it must hold a mapping (`key: value`).")
     if not isinstance(given, dict):
         raise FormatError(f"{where} must hold a mapping (`key: value`); got {type(given).__name__}.")
     return cast(dict[str, Any], given)
