@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 from mechinterp.circuit_file.direction_schema import SUFFIX
 from mechinterp.circuit_file.stored import stored_files
-from mechinterp.tasks.task import task_names
 
 Completion = Callable[[str], Sequence[str]]
 
@@ -21,7 +20,15 @@ def completed(known: Callable[[], Iterable[str]]) -> Completion:
 
 
 stored_names = completed(lambda: {*stored_files(), *stored_files(SUFFIX)})
-tasks = completed(task_names)
+
+
+def _task_names() -> Iterable[str]:
+    from mechinterp.tasks.task import task_names
+
+    return task_names()
+
+
+tasks = completed(_task_names)
 
 
 def listed(incomplete: str, known: Iterable[str]) -> Sequence[str]:

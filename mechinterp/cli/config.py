@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import typer
-import yaml
 
 from mechinterp.base.errors import InputError
 from mechinterp.base.plain_files import read_bounded
 from mechinterp.base.registry import unknown
 from mechinterp.tasks.schema import MAX_BYTES, parse_yaml
-from mechinterp.views.terminal_tables import plain
 
 NOT_IN_FILES = (
     *("config", "help", "context", "quiet", "verbose", "as_json", "open_report", "open_page"),
@@ -112,6 +110,10 @@ def config_text(command: str, file: Path, values: Mapping[str, Any], words: str)
         values: The options by name.
         words: The command line that repeats the run.
     """
+    import yaml
+
+    from mechinterp.views.terminal_tables import plain
+
     head = (
         f"discover-circuit {command} --config {file}",
         f"mechinterp {metadata.version('mechinterp-circuits')}: {words}",

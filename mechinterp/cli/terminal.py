@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 UNLIMITED = 100_000
 """Columns where nobody looks at a screen: lines in files and pipes are not wrapped."""
