@@ -123,6 +123,8 @@ def reevaluate(
     elif manager.info.weights_sha256() != document.model.weights_sha256:
         notes.append(f"the weights of {manager.info.name} are not those of the file's model ({document.model.name}).")
     on, pairs, default = _pairs(document, task, manager, examples, seed)
+    if len(pairs) < examples:
+        notes.append(f"{on} has {len(pairs)} pairs, all of which were taken; {examples} were asked for.")
     stated = document.evaluation[0].ablation.value if document.evaluation else "corrupt"
     shared: dict[str, Any] = {
         "metric": metric or default,

@@ -376,6 +376,8 @@ def test_a_pairs_file_can_be_run(model: Path, tmp_path: Path, capsys: pytest.Cap
     pairs.write_text("\n".join(map(json.dumps, rows)), "utf-8")
     assert cli.main(["run", str(pairs), "--model", str(model), "--out", str(tmp_path), *SMALL]) == 0
     assert (tmp_path / "mine-words-eap.report.html").is_file()
+    said = "has 12 usable pairs: 6 train, 0 validation and 6 test pairs were taken, 10 train, 10 validation and 10 test"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.slow
