@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mechinterp.base.errors import InputError, MechInterpError, NoSmallCircuit, TaskNotDone
 from mechinterp.base.keep import Compute
-from mechinterp.base.plain_files import is_file, is_folder
 from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.base.registry import unknown
 from mechinterp.base.settings import Parameter, check_settings, unknown_setting
@@ -25,7 +24,7 @@ from mechinterp.base.shards import from_first
 from mechinterp.base.shown import Shown
 from mechinterp.circuit_file.circuit_file import save_circuit
 from mechinterp.circuit_file.schema import CircuitFile
-from mechinterp.circuit_file.store import SUFFIX, sidecar_name
+from mechinterp.circuit_file.store import SUFFIX
 from mechinterp.circuit_file.summary import finding, steadiness
 from mechinterp.circuit_file.verify.verification import verify as verify
 from mechinterp.discovery.checkpoint import Checkpoint
@@ -55,6 +54,7 @@ from mechinterp.graphs.select import check_selection, select, sized, unit_count
 from mechinterp.models.hook_manager import HookManager, load_model
 from mechinterp.run_examples import Examples, examples_of, stem
 from mechinterp.run_spec import FEATURES, NEURONS, RESAMPLES, RunSpec, command_of, declared, resolved
+from mechinterp.run_spec import output_path as output_path
 from mechinterp.tasks.metrics import get_metric
 from mechinterp.tasks.pairs import Pairs
 
@@ -495,29 +495,6 @@ def _forget_unfinished(path: Path) -> None:
                 entry.unlink(missing_ok=True)
             except OSError as error:
                 raise InputError(f"{entry} cannot be deleted: {error.strerror or error}.") from error
-
-
-def output_path(spec: RunSpec) -> Path:
-    """Where the circuit file of a run goes: `OUT/{task}-{model}-{method}.circuit.json`, with features `-features` more.
-
-    Raises InputError if the folder cannot be made, before anything slow begins.
-    """
-    spec = resolved(spec)
-    given = Path(spec.model)
-    if is_folder(given):
-        model = given.resolve().name
-    elif is_file(given):
-        model = given.stem
-    else:
-        model = spec.model.rpartition("/")[2].replace("@", "-")
-    parts = [stem(spec.task), model, _method(spec), *(["features"] if spec.features else [])]
-    path = spec.out / f"{'-'.join(parts)}{SUFFIX}"
-    sidecar_name(path)
-    try:
-        spec.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"Cannot write to {spec.out}: {error.strerror or error}.") from error
-    return path
 
 
 def _settings(spec: RunSpec) -> dict[str, Any]:

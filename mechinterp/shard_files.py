@@ -24,7 +24,7 @@ from mechinterp.discovery.method import METHODS
 from mechinterp.discovery.score_pieces import ScorePieces
 from mechinterp.discovery.table_sums import tables_of
 from mechinterp.pipeline import Discovery, Parts, Prepared, Ranking, discover, prepare, tensors_of
-from mechinterp.run_spec import RunSpec, command_of, parsed_shard, resolved
+from mechinterp.run_spec import RunSpec, command_of, output_path, parsed_shard, resolved
 
 ENDING = ".shard"
 
@@ -56,7 +56,7 @@ def score_shard(spec: RunSpec, progress: StageProgress = no_stages) -> Path:
     _check_additive(spec)
     ready = prepare(spec, progress)
     pieces = score_pieces(ready)
-    path = ready.path.with_name(f"{ready.path.name.removesuffix(SUFFIX)}.{number}-of-{count}{ENDING}")
+    path = shard_path(ready.spec)
     kept = Checkpoint(path.with_name(f".{path.name}.unfinished"), f"{ready.key}-{number}-of-{count}")
     mine = share(len(pieces.groups), number - 1, count)
     tables = tables_of(mine, pieces.piece, pieces.like, kept, partial(progress, "scores"))
@@ -64,6 +64,21 @@ def score_shard(spec: RunSpec, progress: StageProgress = no_stages) -> Path:
     write_state(path, ready.key, {**tables, "command": command, "shard": torch.tensor([number, count])})
     kept.clear()
     return path
+
+
+def shard_path(spec: RunSpec) -> Path:
+    """Where the scores of a shard go: `OUT/{task}-{model}-{method}.I-of-N.shard`."""
+    number, count = parsed_shard(str(spec.shard))
+    path = output_path(spec)
+    return path.with_name(f"{path.name.removesuffix(SUFFIX)}.{number}-of-{count}{ENDING}")
+
+
+def made_by(path: Path) -> str:
+    """The command whose shard a file holds; empty if it holds none."""
+    try:
+        return _read(path).command
+    except InputError:
+        return ""
 
 
 def _check_additive(spec: RunSpec) -> None:

@@ -199,7 +199,8 @@ def test_a_file_of_pairs_is_cut_in_thirds_if_these_are_large_enough(
     found = [sets.train, *([] if sets.validation is None else [sets.validation]), sets.test]
     assert (len(sets.train), len(sets.validation or ()), len(sets.test)) == sizes
     assert torch.equal(torch.cat([part.clean for part in found]), mi.load_pairs(path).clean)  # every pair once
-    assert (sets.notes == ()) == (sizes[1] > 0)
+    assert any(note.startswith(run_examples.CROSS_FITTED) for note in sets.notes) == (sizes[1] == 0)
+    assert "200 train, 200 validation and 200 test were asked for" in sets.notes[-1]
 
 
 @pytest.mark.slow
