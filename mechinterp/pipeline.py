@@ -18,7 +18,7 @@ from torch import Tensor
 from mechinterp.base.errors import InputError, MechInterpError, NoSmallCircuit, TaskNotDone
 from mechinterp.base.keep import Compute
 from mechinterp.base.plain_files import is_file, is_folder
-from mechinterp.base.progress import StageProgress, no_stages
+from mechinterp.base.progress import Progress, StageProgress, no_stages
 from mechinterp.base.registry import unknown
 from mechinterp.base.settings import Parameter, check_settings, unknown_setting
 from mechinterp.base.shards import from_first
@@ -33,6 +33,7 @@ from mechinterp.discovery.features import top_features
 from mechinterp.discovery.finished_parts import FinishedParts
 from mechinterp.discovery.method import METHODS, Method, check_graph, score_edges
 from mechinterp.discovery.neurons import top_neurons
+from mechinterp.discovery.refine import REFINE, refine_circuit
 from mechinterp.discovery.stable import (
     BLOCKS,
     RUNS,
@@ -219,6 +220,8 @@ def discover(
         n_units = circuit.selection.get(f"{graph.level}s", circuit.n_units)
         alike = stability_at(scores, samples.scores, int(n_units), **how)
         stability = MeasuredStability(alike, train, samples.kind, samples.seed)
+    if spec.refine is not None:
+        circuit = refined(spec, model, circuit, train, done, partial(progress, "refine"))
     setup = AblationSetup.of(
         model, graph, examples.test, metric, spec.replacement, None, spec.batch_size, partial(progress, "evaluation")
     )
@@ -293,6 +296,26 @@ def check_task(spec: RunSpec, model: HookManager, examples: Examples, metric: st
             "circuit would explain noise. Take another model, task or metric, or go on with --anyway."
         )
     return found
+
+
+def refined(
+    spec: RunSpec, model: HookManager, circuit: Circuit, train: Pairs, done: FinishedParts, progress: Progress
+) -> Circuit:
+    """The circuit after the exact pass that was asked for; a killed pass goes on where it was."""
+    about = json.dumps([spec.refine, spec.refine_add, circuit.digest()])
+    state = done.path.with_name(f"{done.path.name}.{hashlib.sha256(about.encode()).hexdigest()[:8]}")
+    return refine_circuit(
+        model,
+        circuit,
+        train,
+        tau=float(spec.refine or 0),
+        add=spec.refine_add,
+        replacement=spec.replacement,
+        batch_size=spec.batch_size,
+        progress=progress,
+        resume=state,
+        keep=done.keep,
+    )
 
 
 def no_small_circuit(spec: RunSpec, graph: Graph, curve: Curve, levels: Levels) -> str:
@@ -482,8 +505,10 @@ def _state_path(path: Path, spec: RunSpec) -> Path:
 
 
 def _measured(spec: RunSpec) -> RunSpec:
-    """The spec without what changes no score: `--edges N` goes on from the scores of a search."""
-    return replace(spec, edges=None, nodes=None, threshold=None, curve=True, roles=True, anyway=False)
+    """The spec without what changes no score: `--edges N` goes on from the scores of a search, and a run that had not
+    enough memory with a smaller `--batch-size`."""
+    same: dict[str, Any] = {"curve": True, "roles": True, "anyway": False, "batch_size": RunSpec.batch_size}
+    return replace(spec, edges=None, nodes=None, threshold=None, refine=None, refine_add=0, **same)
 
 
 def _forget_unfinished(path: Path) -> None:
@@ -534,6 +559,10 @@ def _settings(spec: RunSpec) -> dict[str, Any]:
         raise InputError("Give edges, nodes or threshold, but only one of them.")
     if spec.metric is not None:
         get_metric(spec.metric)
+    if spec.refine is not None:
+        REFINE["tau"].check("refine", spec.refine)
+    elif spec.refine_add:
+        raise InputError("`refine_add` goes with `refine`: give both, such as refine=0.001.")
     return settings
 
 

@@ -59,7 +59,7 @@ def score_shard(spec: RunSpec, progress: StageProgress = no_stages) -> Path:
     path = ready.path.with_name(f"{ready.path.name.removesuffix(SUFFIX)}.{number}-of-{count}{ENDING}")
     kept = Checkpoint(path.with_name(f".{path.name}.unfinished"), f"{ready.key}-{number}-of-{count}")
     mine = share(len(pieces.groups), number - 1, count)
-    tables = tables_of(mine, pieces.piece, pieces.like, kept, partial(progress, "scores"))
+    tables = tables_of(mine, pieces.piece, pieces.like, kept, partial(progress, "scores"), pieces.batch_size)
     command = torch.tensor(list(command_of(ready.spec).encode()), dtype=torch.uint8)
     write_state(path, ready.key, {**tables, "command": command, "shard": torch.tensor([number, count])})
     kept.clear()

@@ -13,3 +13,5 @@ SELECTION = {
     "ratio": Setting(0.0),
 }
 """Their types; `select` checks the values."""
+REFINEMENT = ("refined", "tau", "dropped", "added", "refined_on", "refined_with", "forwards")
+"""What `refine_circuit` adds to them."""

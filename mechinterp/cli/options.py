@@ -76,6 +76,10 @@ def check(values: Mapping[str, Any]) -> None:
         size = values.get(name)
         if size is not None and not SIZE.fullmatch(size):
             raise InputError(f"--{name} is a whole number above 0, or a share such as 5%; got {size!r}.")
+    if values.get("refine_add") and values.get("refine") is None:
+        raise InputError("--refine-add goes with --refine: give both, such as --refine 0.001.")
+    if values.get("refine") is not None and not 0 < values["refine"] < float("inf"):
+        raise InputError("--refine is a KL divergence above 0, such as 0.001.")
     if values.get("neurons") is not None and level != "neuron":
         raise InputError("--neurons goes with --level neuron.")
     if level == "feature" and not values.get("features"):

@@ -57,7 +57,7 @@ def _exact(job: Job) -> Scores:
     def report(done: int, total: int) -> None:
         job.progress(done * n_runs // max(1, total), n_runs)
 
-    sums = sum_tables(n_pieces, piece, like, start, add, job.checkpoint, report)
+    sums = sum_tables(n_pieces, piece, like, start, add, job.checkpoint, report, job.batch_size)
     total = job.zeros()
     total[graph.possible] = sums["units"][graph.unit[graph.possible]].to(total.dtype)
     return job.scores("exact", total, {"forwards": n_runs + 2 * len(job.pairs), "backwards": 0})

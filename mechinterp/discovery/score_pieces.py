@@ -46,12 +46,17 @@ class ScorePieces:
     def groups(self) -> list[list[int]]:
         """The numbers of the examples of every group, in the order in which tables are added up."""
         if self.rows is None:
-            size, n = int(self.asked.get("batch_size", 32)), len(self.pairs)
+            size, n = self.batch_size, len(self.pairs)
             return [list(range(first, min(first + size, n))) for first in range(0, n, size)]
         found: dict[tuple[float, ...], list[int]] = {}
         for i, column in enumerate(self._weights.T.tolist()):
             found.setdefault(tuple(column), []).append(i)
         return list(found.values())
+
+    @property
+    def batch_size(self) -> int:
+        """That of the groups, if they are batches; otherwise 0."""
+        return int(self.asked.get("batch_size", 32)) if self.rows is None else 0
 
     @cached_property
     def _weights(self) -> Float[Tensor, "resample example"]:
@@ -98,7 +103,8 @@ class ScorePieces:
 
     def sums(self, checkpoint: Checkpoint = UNSAVED, progress: Progress = no_progress) -> State:
         """The sums over all groups; processes that share the work take a part of them each."""
-        return sum_tables(len(self.groups), self.piece, self.like, self.start, self.add, checkpoint, progress)
+        n = len(self.groups)
+        return sum_tables(n, self.piece, self.like, self.start, self.add, checkpoint, progress, self.batch_size)
 
     def result(self, sums: State) -> tuple[Scores, Float[Tensor, "resample edge"] | None]:
         """The scores over all examples, and the mean scores over those of each resample."""
