@@ -29,11 +29,13 @@ from mechinterp.circuit_file.store import SUFFIX, sidecar_name
 from mechinterp.circuit_file.summary import finding, steadiness
 from mechinterp.circuit_file.verify.verification import verify as verify
 from mechinterp.discovery.checkpoint import Checkpoint
+from mechinterp.discovery.ensemble import members_asked
 from mechinterp.discovery.features import top_features
 from mechinterp.discovery.finished_parts import FinishedParts
 from mechinterp.discovery.method import METHODS, Method, check_graph, score_edges
 from mechinterp.discovery.neurons import top_neurons
 from mechinterp.discovery.refine import REFINE, refine_circuit
+from mechinterp.discovery.score_pieces import adds_up
 from mechinterp.discovery.stable import (
     BLOCKS,
     RUNS,
@@ -369,8 +371,7 @@ class Ranking:
         averages = "runs" in method.settings
         if averages and wanted is not None:
             raise InputError(f"Method {method.name!r} draws the pairs again itself: give --set runs={wanted}.")
-        cheap = method.additive and not spec.replacement.startswith("mean")
-        if averages or wanted == 0 or (wanted is None and not cheap):
+        if averages or wanted == 0 or (wanted is None and not adds_up(self.asked)):
             scores = self.scored(pairs, "scores")
             if scores.samples is None:
                 return scores, None
@@ -400,7 +401,7 @@ class Ranking:
 
     def _affordable(self, wanted: int) -> int:
         """At most so many resamples that their scores take a quarter of a GiB, but at least two."""
-        return max(2, min(wanted, 2**28 // (8 * self.graph.n_edges)))
+        return max(2, min(wanted, 2**28 // (8 * self.graph.n_edges * len(members_asked(self.asked) or [0]))))
 
     def scored(self, pairs: Pairs, name: str) -> Scores:
         """The scores on these pairs."""

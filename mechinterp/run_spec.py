@@ -22,11 +22,11 @@ RULES = ("top", "greedy", "ilp")
 REPLACEMENTS = ("corrupt", "mean", "mean-positional", "zero")
 """The same as `mechinterp.engines.replacement.KINDS`."""
 EFFORTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "quick": ("eap-ig", ()),
+    "quick": ("ensemble", ()),
     "standard": ("mattr", ()),
     "thorough": ("mattr", ("runs=8", "learning_steps=300", "drawings=8")),
 }
-"""What runs by default at each effort: the method with its settings."""
+"""What runs by default at each effort: the method with its settings (why: docs/methods/index.md)."""
 RESAMPLES = 100
 """Resamples of the examples where scores add up over examples, so that they cost no runs."""
 NEURONS = FEATURES = 50
@@ -131,7 +131,7 @@ class RunSpec:
     effort: str = field(
         default="standard",
         metadata=option(
-            "What runs without --method: quick (eap-ig), standard (mattr) or thorough (mattr with more runs).",
+            "What runs without --method: quick (ensemble), standard (mattr) or thorough (mattr with more runs).",
             kind="effort",
             names=tuple(EFFORTS),
         ),

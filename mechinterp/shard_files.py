@@ -19,11 +19,21 @@ from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.base.shards import State, share
 from mechinterp.circuit_file.store import SUFFIX
 from mechinterp.discovery.checkpoint import Checkpoint, read_state, write_state
+from mechinterp.discovery.ensemble import members_asked
 from mechinterp.discovery.finished_parts import FinishedParts
 from mechinterp.discovery.method import METHODS
 from mechinterp.discovery.score_pieces import ScorePieces
 from mechinterp.discovery.table_sums import tables_of
-from mechinterp.pipeline import Discovery, Parts, Prepared, Ranking, discover, prepare, tensors_of
+from mechinterp.pipeline import (
+    Discovery,
+    Parts,
+    Prepared,
+    Ranking,
+    discover,
+    parsed_setting,
+    prepare,
+    tensors_of,
+)
 from mechinterp.run_spec import RunSpec, command_of, parsed_shard, resolved
 
 ENDING = ".shard"
@@ -68,8 +78,10 @@ def score_shard(spec: RunSpec, progress: StageProgress = no_stages) -> Path:
 
 def _check_additive(spec: RunSpec) -> None:
     """Return None if scores add up over examples. Raises InputError otherwise, before anything slow begins."""
-    name = str(resolved(spec).method)
-    if not METHODS.get(name).additive:
+    spec = resolved(spec)
+    name = str(spec.method)
+    settings = dict(parsed_setting(setting, METHODS.get(name)) for setting in spec.settings)
+    if not METHODS.get(name).additive and members_asked({"method": name, **settings}) is None:
         others = ", ".join(sorted(n for n, method in METHODS.importable().items() if method.additive))
         raise InputError(
             f"Scores of method {name!r} do not add up over examples, so shards of them cannot be merged. Start the run "

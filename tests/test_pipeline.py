@@ -305,7 +305,7 @@ def test_refining_needs_a_threshold() -> None:
 
 def test_an_effort_names_the_method_and_settings_given_come_last() -> None:
     assert {effort: method for effort, (method, _) in EFFORTS.items()} == {
-        "quick": "eap-ig",
+        "quick": "ensemble",
         "standard": "mattr",
         "thorough": "mattr",
     }

@@ -38,7 +38,9 @@ def _modified(name: str, rules_of: Callable[[Job], Rules], job: Job) -> Scores:
     """<write of the clean run less its replacement, changed gradient at the reader's input>, summed over tokens."""
     model, metric = job.model, job.metric
     if metric.needs_reference:
-        raise InputError(f"{metric.name} has no relevance at the clean run itself; use metric 'logit_diff'.")
+        raise InputError(
+            f"{metric.name} has no relevance at the clean run itself; use metric 'logit_diff', or method 'eap-ig'."
+        )
     rules = rules_of(job)
     backward = Backward(
         partial(rule_edits, model, rules),
