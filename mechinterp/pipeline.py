@@ -329,6 +329,8 @@ def no_small_circuit(spec: RunSpec, graph: Graph, curve: Curve, levels: Levels) 
     kl_empty = f"{curve.kl_empty:.3g}"
     low, high = best.interval or (best.faithfulness, best.faithfulness)
     tries = ["more --examples", "another --method"]
+    if spec.by == "value" and "keystones" in METHODS.get(_method(spec)).settings and graph.level == "edge":
+        tries += ["--set keystones=true (an estimate with the wrong sign puts an edge that all need last)"]
     tries += ["--level node"] if graph.level == "edge" else []
     tries += ["--positions all"] if not graph.positions and len(curve.pairs.positions) else []
     return (
