@@ -82,10 +82,9 @@ def steadiness(document: CircuitFile) -> list[str]:
     parameters = document.selection.parameters
     if "refined" in parameters:
         what = "nodes" if document.graph.granularity == "node" else "edges"
-        lines.append(
-            f"refined: {parameters.get('dropped')} {what} dropped and {parameters.get('added')} added by exact runs on "
-            f"{parameters.get('refined_on')} pairs, each by {parameters.get('tau')} of {parameters['refined']}"
-        )
+        n, dropped, added = (parameters.get(name) for name in ("refined_on", "dropped", "added"))
+        each = f"each for less than {parameters.get('tau')} of {parameters['refined']}"
+        lines.append(f"refined by exact runs on {n} pairs: {dropped} {what} dropped, {each}, and {added} added")
     if found is not None:
         n = len(document.edges)
         before = ", before it was refined" if "refined" in parameters else ""

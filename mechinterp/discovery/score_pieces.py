@@ -115,7 +115,8 @@ class ScorePieces:
         sums["costs"] += found["costs"]
         if self.rows is not None:
             weights = self._weights[:, self.groups[group][0]]
-            sums["samples"] += weights[:, None, None] * found["total"][:, self.graph.possible].double()
+            for i, table in enumerate(found["total"]):
+                sums["samples"][:, i].addr_(weights, table[self.graph.possible].double())
 
     def sums(self, checkpoint: Checkpoint = UNSAVED, progress: Progress = no_progress) -> State:
         """The sums over all groups; processes that share the work take a part of them each."""

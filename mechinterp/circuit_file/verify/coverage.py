@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mechinterp.base.errors import clip
 from mechinterp.circuit_file.schema import CircuitFile, FeaturesRecord, TaskRecord
-from mechinterp.circuit_file.setting_types import REFINEMENT, SELECTION
+from mechinterp.circuit_file.setting_types import REFINEMENT, RULES, SELECTION
 from mechinterp.circuit_file.verify.role_support import support_of_roles
 
 RESCORED = "scores again"
@@ -95,8 +95,8 @@ def applies_again(document: CircuitFile) -> bool:
 
 def refined(document: CircuitFile) -> bool:
     """Whether the circuit was refined after it was selected by a rule, which no scores can show."""
-    stated = set(document.selection.parameters)
-    return "refined" in stated and stated <= {*SELECTION, *REFINEMENT}
+    stated = document.selection.parameters
+    return "refined" in stated and stated.get("rule", "top") in RULES and set(stated) <= {*SELECTION, *REFINEMENT}
 
 
 def _parts(document: CircuitFile) -> Iterable[tuple[Part, tuple[str, ...]]]:
