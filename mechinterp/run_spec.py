@@ -25,11 +25,11 @@ RULES = ("top", "greedy", "ilp")
 REPLACEMENTS = ("corrupt", "mean", "mean-positional", "zero")
 """The same as `mechinterp.engines.replacement.KINDS`."""
 EFFORTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "quick": ("eap-ig", ()),
+    "quick": ("ensemble", ()),
     "standard": ("mattr", ()),
     "thorough": ("mattr", ("runs=8", "learning_steps=300", "drawings=8")),
 }
-"""What runs by default at each effort: the method with its settings."""
+"""What runs by default at each effort: the method with its settings (why: docs/methods/index.md)."""
 RESAMPLES = 100
 """Resamples of the examples where scores add up over examples, so that they cost no runs."""
 NEURONS = FEATURES = 50
@@ -99,6 +99,9 @@ class RunSpec:
         rule: How edges are selected: `top`, `greedy` or `ilp` (see `select`).
         by: The order of edges: `value` (the most helpful first) or `magnitude`.
         ratio: Share of the edges, from 0 to 1, that are taken from the most helpful ones first.
+        refine: After the size is chosen, drop every edge that costs less than this much KL divergence (nats) by exact
+            runs on the train pairs (see `refine_circuit`).
+        refine_add: With `refine`, how many of the strongest edges outside of the circuit are then tried.
         examples: Train pairs, with which the circuit is discovered. Of a file of pairs these are the first.
         validation_examples: Pairs on which the size is chosen, neither train nor held-out ones.
         test_examples: Held-out pairs, on which it is evaluated. Of a file of pairs these are the last.
@@ -131,7 +134,7 @@ class RunSpec:
     effort: str = field(
         default="standard",
         metadata=option(
-            "What runs without --method: quick (eap-ig), standard (mattr) or thorough (mattr with more runs).",
+            "What runs without --method: quick (ensemble), standard (mattr) or thorough (mattr with more runs).",
             kind="effort",
             names=tuple(EFFORTS),
         ),
@@ -192,6 +195,18 @@ class RunSpec:
     )
     ratio: float | None = field(
         default=None, metadata=option("Take this share of the edges from the most helpful ones first.", least=0, most=1)
+    )
+    refine: float | None = field(
+        default=None,
+        metadata=option(
+            "Then drop each edge that costs less than this (KL divergence, nats), by exact runs; such as 0.001.",
+            metavar="TAU",
+            least=0,
+        ),
+    )
+    refine_add: int = field(
+        default=0,
+        metadata=option("With --refine, then try this many of the strongest edges outside of the circuit.", least=0),
     )
     examples: int = field(
         default=200, metadata=option("Train pairs, to find the circuit with.", least=2, most=MAX_EXAMPLES)

@@ -142,6 +142,10 @@ def problems(values: Mapping[str, Any]) -> Iterator[str]:
         size = values.get(name)
         if size is not None and not SIZE.fullmatch(size):
             yield f"--{name} is a whole number above 0, or a share such as 5%; got {size!r}."
+    if values.get("refine_add") and values.get("refine") is None:
+        yield "--refine-add goes with --refine: give both, such as --refine 0.001."
+    if values.get("refine") is not None and not 0 < values["refine"] < float("inf"):
+        yield "--refine is a KL divergence above 0, such as 0.001."
     if values.get("neurons") is not None and level != "neuron":
         yield "--neurons goes with --level neuron."
     if level == "feature" and not values.get("features"):

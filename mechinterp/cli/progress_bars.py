@@ -25,6 +25,7 @@ STAGES = {
     "task": "check the task",
     "scores": "score the edges",
     "curve": "faithfulness by size",
+    "refine": "refine by exact runs",
     "evaluation": "evaluate on held-out pairs",
     "roles": "measure roles",
     "predictions": "measure predictions",

@@ -353,15 +353,15 @@ def test_no_small_circuit_is_exit_code_4(model: Path, tmp_path: Path, capsys: py
 
 
 @pytest.mark.slow
-def test_a_quick_run_is_eap_ig_with_its_stability(
+def test_a_quick_run_is_an_ensemble_with_its_stability(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = ["--model", str(model), "--out", str(tmp_path), "--examples", "20", "--anyway", "--edges", "20"]
     assert cli.main(["run", "ioi", *few, "--effort", "quick", "--no-roles", "--no-curve"]) == 0
     text = capsys.readouterr().out
     assert re.search(r"^stability: \d+ of \d+ edges \(\d+%\) are in at least 90% of 100 circuits", text, re.MULTILINE)
-    document = json.loads((tmp_path / "ioi-words-eap-ig.circuit.json").read_text("utf-8"))
-    assert document["discovery"]["method"] == "eap-ig" and document["stability"]["resamples"] == 100
+    document = json.loads((tmp_path / "ioi-words-ensemble.circuit.json").read_text("utf-8"))
+    assert document["discovery"]["method"] == "ensemble" and document["stability"]["resamples"] == 100
     assert "--effort quick" in document["provenance"]["command"]
     assert [point["n_selected"] for point in document["curve"]["points"]] == [20]
 

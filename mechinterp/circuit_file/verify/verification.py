@@ -33,10 +33,11 @@ from mechinterp.circuit_file.setting_types import SELECTION
 from mechinterp.circuit_file.store import OpenedFile, inside, open_circuit_file
 from mechinterp.circuit_file.stored import find_file
 from mechinterp.circuit_file.verify.claims import Ledger, UnverifiedModel, Verification
-from mechinterp.circuit_file.verify.coverage import applies_again, basis_claim, evaluation_name, extent_of
+from mechinterp.circuit_file.verify.coverage import applies_again, basis_claim, evaluation_name, extent_of, refined
 from mechinterp.circuit_file.verify.discovery_claims import (
     BOOTSTRAP,
     check_curve,
+    check_refinement,
     check_scores_again,
     check_stability,
     check_task_performance,
@@ -187,6 +188,8 @@ def _check_selection(circuit: Circuit, document: CircuitFile, ledger: Ledger) ->
     """Record whether the rule, applied to the scores in the sidecar, gives exactly these edges."""
     ledger.equal("nodes", document.nodes, circuit.nodes)
     parameters: dict[str, Any] = dict(circuit.selection)
+    if circuit.scores is not None and refined(document):
+        check_refinement(document, circuit, ledger)
     if circuit.scores is None or not applies_again(document):  # a warning says so
         return
     with ledger.claimed("selection"):
