@@ -106,7 +106,7 @@ class AttributionGraph:
 
     `weights[r, w]` is what writer w adds to the pre-activation of reader r (of a target: to its logit less the mean
     logit), in the run's own units; positive = it raises it. A row sums to `GraphNode.pre` in a graph that is not
-    pruned.
+    pruned (and whose edges hold patterns and norm scales, as they do by default: `about["held"]`).
 
     Args:
         tokens: The ids of the prompt.
@@ -302,7 +302,10 @@ class AttributionGraph:
         )
 
     def left_out(self) -> Float[Tensor, " reader"]:
-        """What every reader's edges miss of its pre-activation: what was pruned; rounding in a whole graph."""
+        """What every reader's edges miss of its pre-activation: what was pruned; rounding in a whole graph.
+
+        Derivatives (`held` other than `norms`) do not add up; then it is also what is not of the first order.
+        """
         pre = torch.tensor([node.pre for node in self.readers], dtype=torch.float64, device=self.weights.device)
         return pre - self.weights.double().sum(1)
 
