@@ -177,12 +177,17 @@ class AttributionGraph:
         return self.nodes[len(self.nodes) - self.n_targets :]
 
     @property
+    def prompt(self) -> str:
+        """The text of the prompt; tokens that do not hold their spaces are joined by one."""
+        return ("" if any(word[:1].isspace() for word in self.words) else " ").join(self.words)
+
+    @property
     def n_edges(self) -> int:
         """How many edges are not 0."""
         return int((self.weights != 0).sum())
 
     def __repr__(self) -> str:
-        prompt = clip("".join(self.words), 60)
+        prompt = clip(self.prompt, 60)
         return (
             f"AttributionGraph({prompt!r}: {len(self.features):,} features, {self.n_edges:,} edges, "
             f"targets {', '.join(repr(node.text or str(node.feature)) for node in self.targets)}; "
@@ -351,6 +356,25 @@ class AttributionGraph:
                 "weight": values[order].double().cpu().numpy(),
             }
         )
+
+    def collapsed_edges(self) -> pd.DataFrame:
+        """The edges of the graph in which every supernode is one node, the largest first: source, target, weight.
+
+        An edge is the sum of those between the nodes of its ends; those inside a supernode lead from it to itself. So
+        the edges sum to those of the graph. What enters a supernode is in the units of several readers.
+
+        Raises InputError if two supernodes have one label, or one has the name of a node.
+        """
+        labels = [group.label for group in self.supernodes]
+        if len({*labels, *self.index}) < len(labels) + len(self.index):
+            raise InputError("Two supernodes have the same label, or one has the name of a node; rename one.")
+        joined = {name: group.label for group in self.supernodes for name in group.members}
+        edges = self.edges()
+        for end in ("source", "target"):
+            edges[end] = [joined.get(name, name) for name in edges[end]]
+        summed = edges.groupby(["source", "target"], sort=False, as_index=False).sum()
+        order = (-summed["weight"].abs()).to_numpy().argsort(kind="stable")
+        return summed.iloc[order].reset_index(drop=True)
 
     def with_supernodes(self, supernodes: Sequence[Supernode]) -> AttributionGraph:
         """The same graph with these groups. Raises InputError for a node that it does not have or that is in two."""

@@ -188,9 +188,10 @@ def gradients_at(
     found: dict[Site, Tensor] = {}
 
     def loss(end: Tensor) -> Tensor:
-        gradients = torch.autograd.grad(read(end).sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
-        for site, gradient in zip(places, gradients, strict=True):
-            found[site] = leaves[site].detach() if gradient is None else gradient
+        gradients = torch.autograd.grad(
+            read(end).sum(), list(leaves.values()), retain_graph=True, materialize_grads=True
+        )
+        found.update(zip(places, gradients, strict=True))
         return end.sum()
 
     first = [adding(site) for site in places if site.kind in BEFORE]

@@ -4,7 +4,7 @@ An *edge* says by how much a reader changes when one feature is scaled and every
 norms, all other MLP outputs. `validate_edges` makes such runs of the model itself, so that every reader must move as
 the feature's column says. A *graph* claims more: that the model, in which nothing is held, behaves like it.
 `validate_graph` weakens or ablates features in the real model and compares the logits with what the graph predicts, and
-with what the model's own gradient predicts: the limit of weak interventions, and the best of any first-order account.
+with what the model's own gradient predicts: the limit of weak interventions, an exact account of the first order.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class GraphValidation:
         spearman: The same of their ranks.
         direct: The correlation (Pearson) with the direct edge alone: the control of paths through other features.
         gradient: The correlation (Pearson) of the measured changes with those that the model's own gradient predicts:
-            the best that an account of the first order can do. Where it is high and `pearson` is low, the graph's
-            assumptions are wrong (what is held, what transcoders miss); where both are low, the change is not linear.
+            an exact account of the first order. Where it is high and `pearson` is low, the graph's assumptions are
+            wrong (what is held, what transcoders miss); where both are low, the change is not linear.
         shuffled: The 95 % quantile of the size of the correlation (Pearson) when predictions are shuffled.
         held: What was held in the model: `nothing`, `patterns`, or `norms` (with the patterns).
         strength: The share of each feature's activation that was taken away; 1: ablated.
