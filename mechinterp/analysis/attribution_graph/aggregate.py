@@ -46,8 +46,8 @@ class AggregatedGraph:
         """What at least this share of the graphs has."""
         if not 0 < share <= 1:
             raise InputError(f"`share` is a share of the graphs, above 0 and at most 1; got {share}.")
-        nodes = self.nodes[self.nodes["frequency"] >= share - 1e-12].reset_index(drop=True)
-        edges = self.edges[self.edges["frequency"] >= share - 1e-12].reset_index(drop=True)
+        nodes = self.nodes.loc[self.nodes["frequency"] >= share - 1e-12].reset_index(drop=True)
+        edges = self.edges.loc[self.edges["frequency"] >= share - 1e-12].reset_index(drop=True)
         return AggregatedGraph(nodes, edges, self.graphs, self.positions, self.of_errors)
 
 
@@ -108,7 +108,7 @@ def _nodes(graph: AttributionGraph, named: list[str]) -> pd.DataFrame:
     influence = [*graph.influence().tolist(), *(node.weight for node in graph.targets)]
     kinds, values = [node.kind for node in graph.nodes], [node.value for node in graph.nodes]
     table = pd.DataFrame({"node": named, "kind": kinds, "influence": influence, "value": values})
-    return table.groupby(["node", "kind"], sort=False, as_index=False).sum()
+    return pd.DataFrame(table.groupby(["node", "kind"], sort=False, as_index=False).sum())
 
 
 def _edges(graph: AttributionGraph, named: list[str]) -> pd.DataFrame:
@@ -120,7 +120,7 @@ def _edges(graph: AttributionGraph, named: list[str]) -> pd.DataFrame:
             "weight": graph.weights[rows, columns].double().cpu().numpy(),
         }
     )
-    return table.groupby(["source", "target"], sort=False, as_index=False).sum()
+    return pd.DataFrame(table.groupby(["source", "target"], sort=False, as_index=False).sum())
 
 
 def _mean_nodes(every: pd.DataFrame, n: int) -> pd.DataFrame:

@@ -231,8 +231,8 @@ class _Edges:
         self.errors = {layer: run.errors(layer) for layer in self.layers}
         self.constants = dict(run.constants())
         for layer in self.layers if constant_positions else ():
-            held = self.errors[layer] + self._decoded(layer)
-            self.constants["mlp", layer][:constant_positions] += held[:constant_positions]
+            written = self.errors[layer] + self._decoded(layer)
+            self.constants["mlp", layer][:constant_positions] += written[:constant_positions]
         self.error_column = run.n_pos + 1
         self.first_feature = self.error_column + len(self.layers) * len(self.error_positions)
         self.n_columns = self.first_feature + len(active)

@@ -369,12 +369,13 @@ class AttributionGraph:
         if len({*labels, *self.index}) < len(labels) + len(self.index):
             raise InputError("Two supernodes have the same label, or one has the name of a node; rename one.")
         joined = {name: group.label for group in self.supernodes for name in group.members}
+        sums: dict[tuple[str, str], float] = {}
         edges = self.edges()
-        for end in ("source", "target"):
-            edges[end] = [joined.get(name, name) for name in edges[end]]
-        summed = edges.groupby(["source", "target"], sort=False, as_index=False).sum()
-        order = (-summed["weight"].abs()).to_numpy().argsort(kind="stable")
-        return summed.iloc[order].reset_index(drop=True)
+        for source, target, weight in zip(edges["source"], edges["target"], edges["weight"].tolist(), strict=True):
+            ends = joined.get(str(source), str(source)), joined.get(str(target), str(target))
+            sums[ends] = sums.get(ends, 0.0) + weight
+        rows = sorted(((*ends, weight) for ends, weight in sums.items()), key=lambda row: -abs(row[2]))
+        return pd.DataFrame(rows, columns=["source", "target", "weight"])
 
     def with_supernodes(self, supernodes: Sequence[Supernode]) -> AttributionGraph:
         """The same graph with these groups. Raises InputError for a node that it does not have or that is in two."""
