@@ -86,7 +86,7 @@ function labelOf(item) {
 
 // Places of all items: dots in lines of three, labelled boxes in a line each.
 function layout() {
-  const cells = new Map(), zoom = state.zoom, n = words.length, room = byId("figure-attribution").clientWidth - 4, hasConstants = [...items.values()].some((item) => cellOf(item)[0] === CONSTANTS);
+  const cells = new Map(), zoom = state.zoom, room = byId("figure-attribution").clientWidth - 4, hasConstants = [...items.values()].some((item) => cellOf(item)[0] === CONSTANTS);
   const widths = words.map(() => 26), heights = Array(data.layers + 2).fill(Math.max(26, Math.min(64, 430 / (data.layers + 2))));
   widths[CONSTANTS] = hasConstants ? 70 : 0;
   for (const item of items.values()) {
@@ -96,7 +96,8 @@ function layout() {
     item.label = label;
     item.width = label ? Math.max(26, 6.6 * label.length + 12) : 0;
     cells.get(key)[label ? "boxes" : "dots"].push(item);
-    if (label && row <= data.layers) widths[column] = Math.max(widths[column], item.width + 6);
+    const own = item.group === undefined ? item.width + 6 : Math.min(item.width, 48); // a supernode may reach over its neighbours
+    if (label && row <= data.layers) widths[column] = Math.max(widths[column], own);
   }
   for (const cell of cells.values()) {
     cell.dots.sort((a, b) => b.influence - a.influence);
@@ -107,15 +108,14 @@ function layout() {
     heights[cell.row] = Math.max(heights[cell.row], cell.height + 12);
   }
   const xs = new Map(), ys = [], used = words.reduce((sum, _, column) => sum + widths[column], widths[CONSTANTS]);
-  const wide = zoom * Math.max(1, Math.min(1.8, (room - GUTTER - 34) / used));
+  const wide = zoom * Math.max(0.9, Math.min(1.8, (room - GUTTER - 34) / used));
   let x = GUTTER;
   for (const column of [CONSTANTS, ...words.keys()]) {
     const width = (widths[column] || 0) * wide;
     xs.set(column, x + width / 2);
     x += width;
   }
-  const widest = Math.max(0, ...[...cells.values()].filter((cell) => cell.row > data.layers).flatMap((cell) => cell.boxes.map((item) => item.width)));
-  const width = Math.max(x, xs.get(n - 1) + widest / 2) + 8;
+  const width = Math.max(x, ...[...cells.values()].flatMap((cell) => cell.boxes.map((item) => xs.get(cell.column) + item.width / 2))) + 6;
   let y = 10;
   for (let row = data.layers + 1; row >= 0; row--) {
     const height = heights[row] * zoom;
@@ -167,9 +167,9 @@ function shapeOf(item, most) {
 }
 
 function paint(where, some, strong) {
-  const most = Math.max(1e-12, ...some.map((link) => (strong ? link.share : link.flow)));
+  const most = Math.max(1e-12, ...some.filter((link) => !link.constant).map((link) => (strong ? link.share : link.flow)));
   byId("figure-attribution").querySelector(where).replaceChildren(...some.map((link) => {
-    const a = items.get(link.from), b = items.get(link.to), part = (strong ? link.share : link.flow) / most;
+    const a = items.get(link.from), b = items.get(link.to), part = Math.min(1, (strong ? link.share : link.flow) / most);
     const y0 = a.y - (a.label ? PILL / 2 : 4), y1 = b.y + (b.label ? PILL / 2 : 4), bend = Math.max(14, (y0 - y1) * 0.45);
     return shape("path", { class: `edge ${link.weight < 0 ? "loss" : "gain"}`, d: `M${a.x.toFixed(1)} ${y0.toFixed(1)}C${a.x.toFixed(1)} ${(y0 - bend).toFixed(1)} ${b.x.toFixed(1)} ${(y1 + bend).toFixed(1)} ${b.x.toFixed(1)} ${y1.toFixed(1)}`, "stroke-width": (0.6 + 4.4 * part).toFixed(2), "stroke-opacity": (strong ? 0.35 + 0.6 * part : 0.16 + 0.6 * part).toFixed(2) });
   }));
@@ -230,7 +230,7 @@ function describe(i) {
   if (kind) of.push(element("p", { class: "note" }, kind));
   if (node.kind === "feature" && node.text) of.unshift(element("p", {}, node.text));
   if (note) {
-    if (note.raises.length) of.push(facts([["raises", note.raises.join(" ")], ["lowers", note.lowers.join(" ")]]));
+    if (note.raises.length) of.push(facts([["raises", note.raises.join(", ")], ["lowers", note.lowers.join(", ")]]));
     if (note.tokens) of.push(element("p", { class: "note" }, `active on ${number((100 * note.fired) / note.tokens, 2)}% of ${note.tokens.toLocaleString("en")} tokens${note.examples.length ? "; strongest:" : ""}`));
     if (note.examples.length) of.push(element("ul", { class: "examples" }, ...note.examples.map(([value, before, token, after]) => element("li", {}, element("span", { class: "value" }, number(value, 3)), before, /^\s/.test(token) ? " " : "", element("mark", {}, token.trim() || token), after))));
   }
