@@ -136,8 +136,8 @@ def _places(files: Files, cfg: Entries) -> dict[int, tuple[Files, str]]:
         named = re.fullmatch(r"layer_(\d{1,4})\.safetensors", name)
         if named and int(named[1]) != layer:
             raise FormatError(
-                f"{cfg.where}: place {layer} of 'transcoders', which is its layer, has {name!r}. List one file per layer "
-                "from layer 0 on, or leave the list out: files beside the config are then found by their names."
+                f"{cfg.where}: place {layer} of 'transcoders', which is its layer, has {name!r}. List one file per "
+                "layer from layer 0 on, or leave the list out: files beside the config are then found by their names."
             )
         if address.startswith("hf://") and not files.has(name):
             places[layer] = _remote(address, cfg.where)
