@@ -126,6 +126,9 @@ def _do_graph(prompt: str, transcoders: str, values: dict[str, Any]) -> int:
                 for held in ("norms", "patterns", "nothing")
             ]
             checks.append(validate_graph(model, graph, bases, n=values["n"], strength=WEAK))
+        path = values["out"] or Path("out") / f"{_name(prompt)}.graph.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_attribution_graph(path, small)
         if values["page"] is not None:
             progress("page", 0, 1)
             sizes = [size.graph for size in page_sizes(graph, values["edges"], values["nodes"])[0]]
@@ -159,9 +162,6 @@ def _do_graph(prompt: str, transcoders: str, values: dict[str, Any]) -> int:
         console.print(frame_table(edges[["source", "token", "weight"]]))
     for check in checks:
         say(console, repr(check))
-    path = values["out"] or Path("out") / f"{_name(prompt)}.graph.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_attribution_graph(path, small)
     say(console, f"wrote {path}")
     if values["page"] is not None:
         say(console, f"wrote {values['page']}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 
 import mechinterp as mi
 from mechinterp.base.errors import InputError
+from mechinterp.circuit_file.formats.attribution_graphs import from_neuronpedia
 from mechinterp.views.report import attribution_page
 from mechinterp.views.report.attribution_page import page_sizes, render_graph_page
+from tests.circuit_file.test_attribution_graph_files import of_circuit_tracer
 from tests.views.test_page_browser import browser, load  # noqa: F401  (a fixture)
 
 PROMPT = "Then Julie and Ryan went to the market . Julie gave a bone to"
@@ -79,6 +82,19 @@ def test_what_is_claimed_stands_beside_its_check(graph: mi.AttributionGraph, pag
     assert "not tested" in bare and "were not measured" in bare and 'id="checks"' not in bare
     pruned = data_of(render_graph_page(graph.pruned(0.6)))
     assert len(pruned["sizes"]) == 1 and pruned["sizes"][0]["share"] == 0.6
+
+
+def test_the_graphs_of_files_have_a_page(graph: mi.AttributionGraph, tmp_path: Path) -> None:
+    """Ours, with what the file says of itself, and one of circuit-tracer, which does not know pre-activations."""
+    mi.save_attribution_graph(tmp_path / "x.json", graph.pruned())
+    again = mi.load_attribution_graph(tmp_path / "x.json")
+    data, own = (data_of(render_graph_page(one)) for one in (again, graph.pruned()))
+    assert data["groups"] == own["groups"] and data["words"] == own["words"] and data["sizes"] == own["sizes"]
+    assert [node["name"] for node in data["nodes"]] == [node["name"] for node in own["nodes"]]
+    content = render_graph_page(from_neuronpedia(of_circuit_tracer(), "x"))
+    assert "patterns and norm scales are held" in content.lower() and "m3.f40@1" in content
+    strange = replace(again, about={"held": "<b>all</b>", "gap": "none", "pruned": 3, "active_features": []})
+    assert "<b>all" not in render_graph_page(strange)
 
 
 def test_what_is_too_large_is_left_out_and_said(graph: mi.AttributionGraph, monkeypatch: pytest.MonkeyPatch) -> None:
