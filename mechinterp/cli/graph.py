@@ -62,7 +62,7 @@ def _graph(
     texts: Annotated[
         Path | None,
         typer.Option(
-            help="Texts, one a line, as examples of features.  [default: for the bundled model prompts of a task]"
+            help="Texts, one a line: where features fire.  [default: for the bundled model prompts of a task]"
         ),
     ] = None,
     grouped: Annotated[
@@ -74,8 +74,10 @@ def _graph(
         raise InputError("The prompt is empty.")
     if held not in HELD:
         raise unknown("part to hold", held, HELD)
-    if texts is not None and page is None:
-        raise InputError("--texts goes with --page PAGE.html, which shows the examples.")
+    if texts is not None and page is None and not grouped:
+        raise InputError(
+            "--texts is for the examples of --page PAGE.html and for --supernodes; none of these is asked."
+        )
     own = dict(targets=targets, out=out, nodes=nodes_kept, edges=edges_kept, n=validated, max_features=max_features)
     own |= dict(held=held, page=page, texts=texts, grouped=grouped)
     return partial(_do_graph, prompt, transcoders, own | values)
@@ -111,7 +113,7 @@ def _do_graph(prompt: str, transcoders: str, values: dict[str, Any]) -> int:
             held=values["held"],
             progress=partial(progress, "edges"),
         )
-        if corpus is None and values["page"] is not None and model.info.origin == "bundled":
+        if corpus is None and model.info.origin == "bundled":
             corpus = default_prompts(model)
         small = graph.pruned(values["nodes"], values["edges"])
         if values["grouped"]:

@@ -43,7 +43,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         [PROMPT, "--target", "Zorp"],
         [PROMPT, "--transcoders", str(tmp_path / "none")],
         [PROMPT, "--held", "everything"],
-        [PROMPT, "--texts", "texts.txt"],
+        [PROMPT, "--no-supernodes", "--texts", "texts.txt"],
         [PROMPT, "--page", "x.html", "--texts", str(tmp_path / "none")],
     ):
         assert cli.main(["graph", *words]) == 2
