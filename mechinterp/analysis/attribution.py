@@ -500,9 +500,14 @@ def node_attribution(
     sites = [Site("resid_pre", 0)]
     names = [str(Node("input"))]
     for layer in range(dims.n_layers):
-        sites.append(Site("z", layer))
-        names += [str(Node("head", layer, head)) for head in range(dims.n_heads)]
-        if dims.has_mlp:
+        own = dims.layer(layer)
+        if own.n_heads:
+            sites.append(Site("z", layer))
+            names += [str(Node("head", layer, head)) for head in range(own.n_heads)]
+        elif own.mixer:
+            sites.append(Site("attn_raw", layer))
+            names.append(str(Node("attention", layer)))
+        if own.mlp:
             sites.append(Site("mlp_out", layer))
             names.append(str(Node("mlp", layer)))
     plan = Plan(method, steps, quadrature, direction, replacement, checked_metric(model, pairs, metric))
