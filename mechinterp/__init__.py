@@ -49,6 +49,14 @@ if TYPE_CHECKING:
     from mechinterp.analysis.directions import given_direction as given_direction
     from mechinterp.analysis.directions import orient_pairs as orient_pairs
     from mechinterp.analysis.directions import read_direction as read_direction
+    from mechinterp.analysis.feature_circuit.build import FeatureCircuit as FeatureCircuit
+    from mechinterp.analysis.feature_circuit.build import FeatureEffects as FeatureEffects
+    from mechinterp.analysis.feature_circuit.build import feature_circuit as feature_circuit
+    from mechinterp.analysis.feature_circuit.build import feature_effects as feature_effects
+    from mechinterp.analysis.feature_circuit.evaluate import FeatureCurves as FeatureCurves
+    from mechinterp.analysis.feature_circuit.evaluate import FeatureFaithfulness as FeatureFaithfulness
+    from mechinterp.analysis.feature_circuit.evaluate import evaluate_feature_circuit as evaluate_feature_circuit
+    from mechinterp.analysis.feature_circuit.evaluate import feature_circuit_curves as feature_circuit_curves
     from mechinterp.analysis.feature_weights import feature_weights as feature_weights
     from mechinterp.analysis.head_detectors import attention_between as attention_between
     from mechinterp.analysis.head_detectors import attention_to as attention_to
@@ -270,6 +278,13 @@ _HOMES = {
     "analysis.describe": ("Description", "Examples", "describe", "strongest_examples"),
     "analysis.description_scores": ("DescriptionScore", "SeparationScores", "score_description", "separation_scores"),
     "analysis.direct_logit_attribution": ("direct_logit_attribution", "group_parts"),
+    "analysis.feature_circuit.build": ("FeatureCircuit", "FeatureEffects", "feature_circuit", "feature_effects"),
+    "analysis.feature_circuit.evaluate": (
+        "FeatureCurves",
+        "FeatureFaithfulness",
+        "evaluate_feature_circuit",
+        "feature_circuit_curves",
+    ),
     "analysis.feature_weights": ("feature_weights",),
     "analysis.head_detectors": ("attention_between", "attention_to", "copying_scores", "head_scores"),
     "analysis.integrated_gradients": ("integrated_gradients",),
