@@ -199,8 +199,19 @@ if TYPE_CHECKING:
     from mechinterp.features.edits import reconstructed as reconstructed
     from mechinterp.features.edits import scale_features as scale_features
     from mechinterp.features.edits import set_features as set_features
+    from mechinterp.features.geometry import Irreducibility as Irreducibility
+    from mechinterp.features.geometry import cluster_features as cluster_features
+    from mechinterp.features.geometry import cluster_points as cluster_points
+    from mechinterp.features.geometry import clusters_table as clusters_table
+    from mechinterp.features.geometry import feature_dimensions as feature_dimensions
+    from mechinterp.features.geometry import irreducibility as irreducibility
     from mechinterp.features.load import load_bases as load_bases
     from mechinterp.features.load import load_basis as load_basis
+    from mechinterp.features.matching import FeatureFlow as FeatureFlow
+    from mechinterp.features.matching import FeatureMatches as FeatureMatches
+    from mechinterp.features.matching import feature_flow as feature_flow
+    from mechinterp.features.matching import feature_strengths as feature_strengths
+    from mechinterp.features.matching import match_features as match_features
     from mechinterp.features.matching_pursuit import MatchingPursuit as MatchingPursuit
     from mechinterp.features.measure import Measured as Measured
     from mechinterp.features.measure import measure_basis as measure_basis
@@ -378,6 +389,15 @@ _HOMES = {
         "transcoder",
     ),
     "features.edits": ("ablate_features", "add_features", "reconstructed", "scale_features", "set_features"),
+    "features.geometry": (
+        "Irreducibility",
+        "cluster_features",
+        "cluster_points",
+        "clusters_table",
+        "feature_dimensions",
+        "irreducibility",
+    ),
+    "features.matching": ("FeatureFlow", "FeatureMatches", "feature_flow", "feature_strengths", "match_features"),
     "features.load": ("load_bases", "load_basis"),
     "features.matching_pursuit": ("MatchingPursuit",),
     "features.measure": ("Measured", "measure_basis"),
