@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     from mechinterp.analysis.head_detectors import copying_scores as copying_scores
     from mechinterp.analysis.head_detectors import head_scores as head_scores
     from mechinterp.analysis.integrated_gradients import integrated_gradients as integrated_gradients
+    from mechinterp.analysis.judge_bases import JudgedBases as JudgedBases
+    from mechinterp.analysis.judge_bases import judge_bases as judge_bases
     from mechinterp.analysis.logit_lens import LogitLens as LogitLens
     from mechinterp.analysis.logit_lens import logit_lens as logit_lens
     from mechinterp.analysis.logit_lens import writes_lens as writes_lens
@@ -86,6 +88,11 @@ if TYPE_CHECKING:
     from mechinterp.analysis.steering_sweep import steering_sweep as steering_sweep
     from mechinterp.analysis.subspace import learn_subspace as learn_subspace
     from mechinterp.analysis.subspace import subspace_interchange as subspace_interchange
+    from mechinterp.analysis.subspace_controls import AlignmentControls as AlignmentControls
+    from mechinterp.analysis.subspace_controls import SubspaceParts as SubspaceParts
+    from mechinterp.analysis.subspace_controls import alignment_controls as alignment_controls
+    from mechinterp.analysis.subspace_controls import split_effects as split_effects
+    from mechinterp.analysis.subspace_controls import split_subspace as split_subspace
     from mechinterp.analysis.text_span import TextSpan as TextSpan
     from mechinterp.analysis.text_span import text_span as text_span
     from mechinterp.analysis.tuned_lens import TunedLens as TunedLens
@@ -240,6 +247,7 @@ if TYPE_CHECKING:
     from mechinterp.models.hook_manager import Run as Run
     from mechinterp.models.hook_manager import load_model as load_model
     from mechinterp.models.interventions import Hook as Hook
+    from mechinterp.models.random_weights import with_random_weights as with_random_weights
     from mechinterp.models.sites import Edge as Edge
     from mechinterp.models.sites import Node as Node
     from mechinterp.models.sites import Site as Site
@@ -288,6 +296,7 @@ _HOMES = {
     "analysis.contextual": ("Decomposition", "contextual_decomposition"),
     "analysis.describe": ("Description", "Examples", "describe", "strongest_examples"),
     "analysis.description_scores": ("DescriptionScore", "SeparationScores", "score_description", "separation_scores"),
+    "analysis.judge_bases": ("JudgedBases", "judge_bases"),
     "analysis.direct_logit_attribution": ("direct_logit_attribution", "group_parts"),
     "analysis.feature_circuit.build": ("FeatureCircuit", "FeatureEffects", "feature_circuit", "feature_effects"),
     "analysis.feature_circuit.evaluate": (
@@ -307,6 +316,13 @@ _HOMES = {
     "analysis.relevance": ("Relevance", "relevance"),
     "analysis.steering": ("ablate_direction", "add_direction", "affine", "mean_difference"),
     "analysis.subspace": ("learn_subspace", "subspace_interchange"),
+    "analysis.subspace_controls": (
+        "AlignmentControls",
+        "SubspaceParts",
+        "alignment_controls",
+        "split_effects",
+        "split_subspace",
+    ),
     "analysis.tuned_lens": ("TunedLens", "load_lens", "save_lens", "train_tuned_lens"),
     "analysis.weights": ("feature_tokens", "neuron_tokens", "ov_circuit", "qk_circuit", "top_tokens"),
     "analysis.directions": ("Direction", "find_direction", "given_direction", "orient_pairs", "read_direction"),
@@ -414,6 +430,7 @@ _HOMES = {
     "models.feature_basis": ("FeatureBasis", "Features"),
     "models.hook_manager": ("HookManager", "Intervention", "Run", "load_model"),
     "models.interventions": ("Hook",),
+    "models.random_weights": ("with_random_weights",),
     "models.sites": ("Edge", "Node", "Site"),
     "models.texts": ("Prompts", "ReadsTexts"),
     "models.weight_names": ("LayerWeights", "WeightsByName"),
