@@ -81,6 +81,9 @@ if TYPE_CHECKING:
     from mechinterp.analysis.relevance import relevance as relevance
     from mechinterp.analysis.scrubbing import Scrubbing as Scrubbing
     from mechinterp.analysis.scrubbing import scrub_concept as scrub_concept
+    from mechinterp.analysis.shift import LabelledPrompts as LabelledPrompts
+    from mechinterp.analysis.shift import ShiftedProbe as ShiftedProbe
+    from mechinterp.analysis.shift import shift_probe as shift_probe
     from mechinterp.analysis.steering import ablate_direction as ablate_direction
     from mechinterp.analysis.steering import add_direction as add_direction
     from mechinterp.analysis.steering import affine as affine
@@ -314,6 +317,7 @@ _HOMES = {
     "analysis.phrases": ("PhraseRelevance", "phrase_relevance"),
     "analysis.qk_attribution": ("qk_attribution",),
     "analysis.relevance": ("Relevance", "relevance"),
+    "analysis.shift": ("LabelledPrompts", "ShiftedProbe", "shift_probe"),
     "analysis.steering": ("ablate_direction", "add_direction", "affine", "mean_difference"),
     "analysis.subspace": ("learn_subspace", "subspace_interchange"),
     "analysis.subspace_controls": (

@@ -83,9 +83,9 @@ def judge_bases(
     - `control@k`: k features get the activations of the corrupt prompt; the change of the metric as a share of that by
       patching the whole state. The features are chosen greedily such that the state comes closest to the corrupt one.
 
-    All are 1 for the whole state. Where patching the whole state changes the metric by less than a twentieth of what the
-    mean does, there is nothing to control, and `control@k` is NaN. With `weight@k` near 1, control is by nearly the whole reconstruction, not by the
-    features of one attribute.
+    All are 1 for the whole state. Where patching the whole state changes the metric by less than a twentieth of what
+    the mean does, there is nothing to control, and `control@k` is NaN. With `weight@k` near 1, control is by nearly the
+    whole reconstruction, not by the features of one attribute.
 
     Args:
         model: The model.

@@ -26,24 +26,25 @@ class Planted:
     amounts: torch.Tensor
 
 
-def planted(seed: int = 0) -> Planted:
-    """The toy model, its directions spread out; every token has one or two features, each 0.5 to 1.5 strong."""
+def planted(seed: int = 0, amounts: torch.Tensor | None = None) -> Planted:
+    """The toy model, its directions spread out; by default every token has one or two features, 0.5 to 1.5 strong."""
     generator = torch.Generator().manual_seed(seed)
     W = torch.nn.functional.normalize(torch.randn(N_FEATURES, D_MODEL, generator=generator), dim=1)
     for _ in range(300):  # pushed apart, as training does: the largest cosine is then 0.23
         overlap = (W @ W.T).fill_diagonal_(0)
         W = torch.nn.functional.normalize(W - 0.1 * overlap**3 @ W, dim=1)
-    amounts = torch.zeros(D_VOCAB, N_FEATURES)
-    for token in range(D_VOCAB):
-        some = torch.randperm(N_FEATURES, generator=generator)[: 1 + token % 2]
-        amounts[token, some] = torch.rand(len(some), generator=generator) + 0.5
+    if amounts is None:
+        amounts = torch.zeros(D_VOCAB, N_FEATURES)
+        for token in range(D_VOCAB):
+            some = torch.randperm(N_FEATURES, generator=generator)[: 1 + token % 2]
+            amounts[token, some] = torch.rand(len(some), generator=generator) + 0.5
     cfg = TransformerBridgeConfig(
         d_model=D_MODEL,
         d_head=4,
         n_layers=1,
         n_heads=4,
         n_ctx=8,
-        d_vocab=D_VOCAB,
+        d_vocab=len(amounts),
         architecture="TransformerLensNative",
         attn_only=False,
         normalization_type=None,
