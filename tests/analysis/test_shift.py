@@ -32,7 +32,7 @@ def toy():
 def test_ablating_the_cue_frees_the_probe_and_random_features_do_not():
     model, basis, train, every = toy()
     name = f"resid_pre.0.f{CUE}"
-    by_name = mi.shift_probe(model, train, every, "resid_pre.0", basis, [name], balanced=every, draws=3)
+    by_name = mi.shift_probe(model, train, every, "resid_pre.0", basis, [name], balanced=every, draws=2)
     by_rule = mi.shift_probe(model, train, every, "resid_pre.0", basis, lambda _: [CUE], draws=0)
     assert by_name.frame[:3].equals(by_rule.frame) and by_name.ablated == by_rule.ablated == (name,)
     rows = by_name.frame.set_index("probe")
