@@ -96,8 +96,8 @@ def shift_probe(
     - `before`: trained on `train`, with nothing ablated;
     - `ablated`: the same probe, features ablated in the run that it reads;
     - `retrained`: trained again on `train` with the features ablated;
-    - `random ...`: the same two with as many random features of the same bases ablated, chosen among those that are
-      active on `train`: the mean over the draws, and for `retrained` the best worst group of any draw;
+    - `random ...`: the same two with as many random features of the same bases ablated, drawn from all that are active
+      on `train`: the mean over the draws, and for `retrained` the draw with the best worst group;
     - `balanced`: trained on prompts without the correlation, if there are any: what could be reached.
 
     Args:
