@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from mechinterp.base.errors import InputError
 from mechinterp.cli import options
 from mechinterp.cli.help import GRAPH_HELP
-from mechinterp.cli.terminal import Terminal, quiet_libraries, say
+from mechinterp.cli.overwriting import check_new, make_folder
+from mechinterp.cli.terminal import Detail, Terminal, quiet_libraries, say
 
 commands = typer.Typer()
 Action = Callable[[], int]
@@ -23,7 +23,7 @@ Action = Callable[[], int]
 @commands.command("graph", help=GRAPH_HELP, short_help="The attribution graph of a prompt, through transcoders.")
 @options.takes(
     *("prompt", "transcoders", "model", "revision", "targets", "out", "nodes_kept", "edges_kept"),
-    *("max_features", "validated", "dtype", "device"),
+    *("max_features", "validated", "dtype", "device", "force", "detail"),
 )
 def _graph(
     prompt: Annotated[str, typer.Argument(help="The text; the model's next token after it is explained.")],
@@ -43,19 +43,23 @@ def _graph(
     edges_kept: Annotated[float, typer.Option("--keep-edges", min=0.0, max=1.0, help="The same for edges.")] = 0.98,
     max_features: Annotated[int, typer.Option(min=1, help="Features that become nodes at most.")] = 4096,
     validated: Annotated[int, typer.Option("--validate", min=0, help="Features ablated in the model; 0: none.")] = 32,
+    force: options.Force = False,
+    detail: Detail = Detail.NORMAL,
     **values: Any,
 ) -> Action:
     if not prompt.strip():
         raise InputError("The prompt is empty.")
     own = dict(targets=targets, out=out, nodes=nodes_kept, edges=edges_kept, n=validated, max_features=max_features)
-    return partial(_do_graph, prompt, transcoders, own | values)
+    return partial(_do_graph, prompt, transcoders, own | values, force, detail)
 
 
-def _do_graph(prompt: str, transcoders: str, values: dict[str, Any]) -> int:
+def _do_graph(prompt: str, transcoders: str, values: dict[str, Any], force: bool, detail: Detail) -> int:
     from mechinterp.cli.progress_bars import stages
 
-    console = Terminal()
-    with stages(Console(stderr=True)) as progress:
+    console, path = Terminal(detail), values["out"] or Path("out") / f"{_name(prompt)}.graph.json"
+    check_new(path, force)
+    make_folder(path.parent)
+    with stages(detail) as progress:
         progress("model", 0, 1)
         from mechinterp.analysis.attribution_graph.build import attribution_graph
         from mechinterp.analysis.attribution_graph.validate import validate_edges, validate_graph
@@ -89,16 +93,14 @@ def _do_graph(prompt: str, transcoders: str, values: dict[str, Any]) -> int:
     shares = f"{values['nodes']:.0%} of the influence of nodes, {values['edges']:.0%} of edges"
     say(console, f"kept: {len(small.features):,} features, {small.n_edges:,} edges ({shares})")
     token = small.to_frame().set_index("node")["token"]
-    for target in small.targets[:3]:
+    for target in () if detail is Detail.QUIET else small.targets[:3]:
         say(console, "")
         say(console, f"the largest edges into {target.name} (probability {target.value:.3f}, logit {target.pre:+.3f})")
         edges = small.edges(into=target.name).head(8)
         edges = edges.assign(token=[token[name] for name in edges["source"]])
-        console.print(frame_table(edges[["source", "token", "weight"]]))
+        console.table(frame_table(edges[["source", "token", "weight"]]))
     for check in checks:
         say(console, repr(check))
-    path = values["out"] or Path("out") / f"{_name(prompt)}.graph.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_attribution_graph(path, small)
     say(console, f"wrote {path}")
     return 0
