@@ -52,7 +52,7 @@ def mixed():
 def test_effects_are_those_of_attribution_patching():
     model = tiny("gpt2")
     for method in ("atp", "eap-ig-activations"):
-        bases = mixed()[1:4]
+        bases = mixed()[1:3]
         found = mi.feature_effects(model, PAIRS, bases, method=method, steps=2, positions="third")
         for basis in bases:
             expected = mi.attribution_patching(model, PAIRS, basis, method=method, steps=2, positions="third")
@@ -69,7 +69,7 @@ def test_effects_add_up_to_replacing_the_site_and_the_gap_shrinks_with_the_steps
     for name in gaps["right"]:
         assert gaps["midpoint"][name] < gaps["right"][name] / 5
         assert gaps["gauss-legendre"][name] < gaps["right"][name] / 20
-    frame = mi.feature_effects(model, PAIRS, mixed()[:2], steps=20, quadrature="gauss-legendre").gaps()
+    frame = mi.feature_effects(model, PAIRS, mixed()[:1], steps=16, quadrature="gauss-legendre").gaps()
     assert (frame["sum"] - frame["exact"]).abs().max() < 1e-3 * frame["exact"].abs().min()
 
 
