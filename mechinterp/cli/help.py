@@ -66,11 +66,12 @@ EVAL_HELP = f"""Evaluate a circuit file on held-out pairs of its own task, or of
 """
 GRAPH_HELP = f"""The attribution graph of one prompt: what tokens, features of transcoders, errors and constants add to
 the model's next token, directly and through each other. It is checked against the model, pruned, and written as
-Neuronpedia's JSON.
+Neuronpedia's JSON; with --page also as a page for the browser.
 
 \b
   discover-circuit graph "When Mary and John went to the store, John gave a drink to"
   discover-circuit graph "PROMPT" --model ./my_model --transcoders ./my_transcoders --target " Mary"
+  discover-circuit graph "PROMPT" --held nothing --page graph.html
 
 {EXIT_CODES}
 """
