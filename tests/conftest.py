@@ -1,11 +1,13 @@
-"""What holds for every test: no network, checked shapes, property tests that do not depend on the machine's speed."""
+"""What holds for every test: no network, checked shapes, property tests that do not depend on the machine's speed, and
+which cases of slow tests `make test` runs."""
 
 import gc
 import os
 
+import pytest
 from hypothesis import settings
 
-from tests.support import shape_checks
+from tests.support import sample, shape_checks
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when transformers is imported
 
@@ -22,3 +24,9 @@ def pytest_collection_finish() -> None:
     """Leave what the imports have made out of garbage collection, which otherwise goes through all of it each time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest's own, which applies `-m`
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases that only `make test-all` runs."""
+    sample.mark_exhaustive(items)

@@ -180,7 +180,13 @@ def test_bad_settings_on_the_command_line_get_one_clear_line(
 @pytest.mark.slow
 def test_a_circuit_by_cd_is_saved_and_verified_like_any_other(tmp_path: Path) -> None:
     spec = RunSpec(
-        "ioi", method="cd", examples=12, test_examples=12, settings=("top=6", "preset=authors-gpt"), out=tmp_path
+        "ioi",
+        method="cd",
+        examples=12,
+        test_examples=12,
+        settings=("top=6", "preset=authors-gpt"),
+        roles=False,
+        out=tmp_path,
     )
     found = discover(spec)
     assert "--set top=6 --set preset=authors-gpt" in command_of(spec)

@@ -117,7 +117,9 @@ def test_nothing_is_kept_unless_asked(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.slow
 def test_a_circuit_file_cannot_make_verify_touch_other_files(tmp_path: Path) -> None:
     """`resume` deletes its file at the end of a run; a stranger's file must not name one."""
-    spec = mi.RunSpec("ioi", method="eap", edges=60, examples=8, test_examples=8, out=tmp_path)
+    spec = mi.RunSpec(
+        "ioi", method="eap", edges=60, examples=8, test_examples=8, roles=False, curve=False, out=tmp_path
+    )
     path = mi.discover(spec).path
     precious = tmp_path / "precious.txt"
     precious.write_text("mine")
