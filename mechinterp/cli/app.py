@@ -123,13 +123,16 @@ def _top(
 
 
 @app.command("run", help=RUN_HELP, short_help="Discover the circuit of a task and report on it.")
-@options.takes(*shown_order(), "open_report", "as_json")
+@options.takes(*shown_order(), "dry_run", "open_report", "as_json")
 def _run(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what the run will take: runs of the model, memory, time.")
+    ] = False,
     open_report: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser.")] = False,
     as_json: AsJson = False,
     **values: Any,
 ) -> Action:
-    return partial(_do_run, values, open_report, as_json)
+    return partial(_do_dry_run, values, as_json) if dry_run else partial(_do_run, values, open_report, as_json)
 
 
 @app.command("merge", help=MERGE_HELP, short_help="Finish a run whose edges were scored in shards.")
@@ -229,6 +232,25 @@ def _do_run(values: dict[str, Any], open_report: bool, as_json: bool) -> int:
         return discover(processes.spec_here(values), progress)
 
     return processes.together(partial(_report_on, run, open_report, as_json=as_json))
+
+
+def _do_dry_run(values: dict[str, Any], as_json: bool) -> int:
+    from mechinterp.cli.progress_bars import stages
+
+    _check_task(values["task"])
+    if "RANK" in os.environ or values["shard"] is not None:
+        raise InputError("--dry-run is of a whole run in one process; leave torchrun and --shard out.")
+    with stages(Console(stderr=True)) as progress:
+        from mechinterp.run_costs import dry_run
+
+        quiet_libraries()
+        found = dry_run(RunSpec(**values), progress)
+    if as_json:
+        print_json("dry_run", found.content())
+        return OK
+    for line in found.lines():
+        say(Terminal(), line)
+    return OK
 
 
 def _do_merge(files: list[Path], values: dict[str, Any], open_report: bool) -> int:

@@ -46,6 +46,9 @@ def takes(*names: str) -> Callable[[Callable[..., Action]], Callable[..., Action
 
         def parsed(**given: Any) -> Action:
             values = {name: value if name in own else _value(FIELDS[name], given) for name, value in given.items()}
+            for name in [name for name in values if name in FIELDS and name not in own and "shard" not in values]:
+                if FIELDS[name].option.word and values[name] == FIELDS[name].option.word:
+                    raise InputError(f"{FIELDS[name].flag} {values[name]} goes with `run`; give a number.")
             check({name: value for name, value in values.items() if not (name in own and name in REGISTERED)})
             return command(**values)
 
@@ -113,7 +116,8 @@ def _parameter(field: Declared) -> inspect.Parameter:
     flag = f"{field.flag}/--no-{field.name}" if switch else field.flag
     if hint is Path:
         common |= {"file_okay": False, "writable": True}
-    annotation = Annotated[hint, typer.Option(flag, min=option.least, max=option.most, **common)]
+    low, high = (None, None) if option.word else (option.least, option.most)  # a word is a str to typer
+    annotation = Annotated[hint, typer.Option(flag, min=low, max=high, **common)]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -122,7 +126,16 @@ def _value(field: Declared, given: Mapping[str, Any]) -> Any:
     value = given[field.name]
     if field.option.default_of and value is None:
         return given[field.option.default_of]
+    if field.option.word and value != field.option.word:
+        return _number(field, str(value))
     return tuple(value or ()) if get_origin(field.hint) is tuple else value
+
+
+def _number(field: Declared, text: str) -> int:
+    least = field.option.least or 0
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
+        raise InputError(f"{field.flag} is a whole number from {least}, or {field.option.word!r}; got {text!r}.")
+    return int(text)
 
 
 def _known(field: Declared) -> Iterable[str]:

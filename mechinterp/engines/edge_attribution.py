@@ -131,7 +131,7 @@ def edge_gradients(
         if clean is None:
             clean = compact_writes(model, graph, step.values)
         kept[i] = _readers_only(graph, step)
-        if done == n or (len(kept) + 1) * _n_bytes(kept[i]) > STEPS_BUDGET_BYTES:
+        if done == n or (len(kept) + 1) * kept[i].nbytes > STEPS_BUDGET_BYTES:
             steps = [kept[i] for i in sorted(kept)]  # in the order of the path: so are the sums
             _contract(model, graph, pairs, steps, clean, values, scores, frozen=backward is not None)
             kept.clear()
@@ -142,9 +142,11 @@ def _no_scores(model: HookManager, graph: Graph) -> Float[Tensor, "reader writer
     return torch.zeros(graph.possible.shape, dtype=wide(model), device=model.device)
 
 
-def _n_bytes(step: Step) -> int:
-    """What the values and gradients of a point take."""
-    return sum(value.nbytes for value in (*step.values.values(), *step.gradients.values()))
+def first_step(model: HookManager, graph: Graph, pairs: Pairs, metric: MetricLike) -> tuple[Step, CompactWrites]:
+    """The values and gradients at the clean point, as they are kept, and the writes there: to see what they take."""
+    pairs = pairs.to(model.device)
+    step = _step(model, graph, metric_readout(model, pairs, as_metric(metric)), None, None, writes=True)
+    return _readers_only(graph, step), compact_writes(model, graph, step.values)
 
 
 def _on_the_line(
@@ -469,7 +471,7 @@ def activation_path_gradients(
         steps: list[Step] = []
         for done, alpha in enumerate(alphas, 1):
             steps.append(_activation_step(model, readout, ends, readers, start, alpha))
-            if done == len(alphas) or (len(steps) + 1) * _n_bytes(steps[-1]) > STEPS_BUDGET_BYTES:
+            if done == len(alphas) or (len(steps) + 1) * steps[-1].nbytes > STEPS_BUDGET_BYTES:
                 _contract_activations(model, graph, steps, readers, group, clean, corrupt, scores)
                 steps.clear()
     return torch.where(graph.possible.to(scores.device), scores / len(alphas), 0.0)

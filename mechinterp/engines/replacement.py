@@ -78,6 +78,11 @@ class CompactWrites:
     model: HookManager
     values: dict[NodeSite, Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        """What they take."""
+        return sum(value.nbytes for value in self.values.values())
+
     def writes(self, family: NodeFamily) -> WriteBlock:
         """What the family's writers wrote."""
         return family.writes(self.model, self.values)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import mechinterp.engines.edge_attribution
-from benchmarks.peak_memory import PeakMemory
 from mechinterp.base.errors import InputError
+from mechinterp.base.peak_memory import PeakMemory
 from mechinterp.engines.edge_attribution import activation_path_gradients, edge_gradients
 from mechinterp.engines.edge_patching import run_edges
 from mechinterp.engines.replacement import Replacement, build_replacement

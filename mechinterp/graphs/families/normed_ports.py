@@ -28,6 +28,11 @@ class Step:
     values: Mapping[Site | FeatureBasis, Tensor]
     gradients: Mapping[Site | FeatureBasis, Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        """What they take."""
+        return sum(value.nbytes for value in (*self.values.values(), *self.gradients.values()))
+
 
 @dataclass(frozen=True)
 class Projections:
