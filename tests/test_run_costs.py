@@ -56,7 +56,7 @@ def test_the_command_line_says_it_and_writes_nothing(tmp_path: Path, capsys: pyt
     found = json.loads(capsys.readouterr().out)
     assert (found["kind"], found["n_edges"], found["stages"][0]["backwards"]) == ("dry_run", 479, 4)
     assert main([*words, "--shard", "1/2"]) == 2
-    assert "--dry-run is of a whole run" in capsys.readouterr().err
+    assert "--dry-run is of a whole run; leave --shard out" in capsys.readouterr().err
     assert [*tmp_path.iterdir()] == []
 
 

@@ -74,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     raised = TRACEBACK in words
     words = [word for word in words if word != TRACEBACK] or ["--help"]
     try:
+        if processes.nothing_to_share(words):
+            return OK
         action: Action | int | None = app(words, prog_name="discover-circuit", standalone_mode=False)
         code = action() if callable(action) else action or OK
         sys.stdout.flush()
@@ -238,8 +240,8 @@ def _do_dry_run(values: dict[str, Any], as_json: bool) -> int:
     from mechinterp.cli.progress_bars import stages
 
     _check_task(values["task"])
-    if "RANK" in os.environ or values["shard"] is not None:
-        raise InputError("--dry-run is of a whole run in one process; leave torchrun and --shard out.")
+    if values["shard"] is not None:
+        raise InputError("--dry-run is of a whole run; leave --shard out.")
     with stages(Console(stderr=True)) as progress:
         from mechinterp.run_costs import dry_run
 
