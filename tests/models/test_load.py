@@ -406,7 +406,7 @@ def test_hooks_that_a_model_brings_along_are_told(caplog: pytest.LogCaptureFixtu
 
 
 def test_a_module_in_memory_may_lend_its_weights_instead_of_being_copied() -> None:
-    module = huggingface("gpt2")
+    module = huggingface("llama")
     before = [parameter.requires_grad for parameter in module.parameters()]
     model = load_model(module, share_weights=True)
     lent = {parameter.data_ptr() for parameter in model.bridge.original_model.parameters()}
@@ -417,7 +417,6 @@ def test_a_module_in_memory_may_lend_its_weights_instead_of_being_copied() -> No
     assert lent.isdisjoint(parameter.data_ptr() for parameter in copied.bridge.original_model.parameters())
     ends = [one.run([[1, 2, 3]], record=["resid_final"]).values["resid_final"] for one in (model, copied)]
     assert torch.equal(*ends)
-    assert module.transformer.wte.weight is module.lm_head.weight  # tied, before and after
     others: list[dict[str, Any]] = [{"dtype": "float32"}, {"device": "cpu"}]
     for given in others:
         with pytest.raises(InputError, match="`share_weights` is for a module in memory as it is"):
