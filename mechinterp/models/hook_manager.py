@@ -592,13 +592,7 @@ def load_model(
     if isinstance(spec, HookManager):
         return spec
     with Gradients(torch.is_grad_enabled()) as as_before, as_before:
-        opened = open_model(
-            spec,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            tokenizer=tokenizer,
-            trust_remote_code=trust_remote_code,
-            share_weights=share_weights,
-        )
+        given: dict[str, Any] = dict(revision=revision, dtype=dtype, device=device, tokenizer=tokenizer)
+        given |= dict(trust_remote_code=trust_remote_code, share_weights=share_weights)
+        opened = open_model(spec, **given)
         return HookManager(opened.bridge, opened.info, opened.tokenizer)
