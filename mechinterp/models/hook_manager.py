@@ -579,8 +579,8 @@ def load_model(
         tokenizer: A Hugging Face tokenizer; by default the one that is saved with the model, if any.
         trust_remote_code: Whether transformers may run code from the hub repository.
         share_weights: For a Hugging Face module in memory: use its weights instead of copying them, which halves the
-            memory. Do not change or train them as long as the model is in use. (TransformerLens copies the parts of joint
-            q, k, v matrices, such as GPT-2's, in any case.)
+            memory. Do not change or train them as long as the model is in use. (TransformerLens copies the parts of
+            joint q, k, v matrices, such as GPT-2's, in any case.)
 
     Raises InputError when the model cannot be found or its files are incomplete, UnsupportedError when a part of its
     architecture cannot be handled exactly.
