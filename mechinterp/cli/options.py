@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import MISSING
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from types import UnionType
@@ -24,7 +25,7 @@ from mechinterp.cli.completion import Completion, completed, stored_names, tasks
 from mechinterp.cli.config import overridden, read_config, settings_of
 from mechinterp.cli.terminal import Detail, say
 from mechinterp.discovery.methods import METHODS
-from mechinterp.run_spec import Declared, declared
+from mechinterp.run_spec import Declared, Option, declared
 from mechinterp.tasks.metric_names import METRICS
 
 SIZE = re.compile(r"[1-9][0-9]{0,8}|[0-9]{1,3}(\.[0-9]{1,9})? ?%")
@@ -300,8 +301,10 @@ def _parameter(field: Declared) -> inspect.Parameter:
     if hint is Path:
         common |= {"file_okay": False, "writable": True}
     common["rich_help_panel"] = GROUP_OF.get(field.name)
-    low, high = (None, None) if option.word else (option.least, option.most)  # a word is a str to typer
-    annotation = Annotated[hint, typer.Option(flag, min=low, max=high, **common)]
+    if option.word:
+        annotation = Annotated[Any, typer.Option(flag, parser=partial(_number_or_word, option), **common)]
+    else:
+        annotation = Annotated[hint, typer.Option(flag, min=option.least, max=option.most, **common)]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -316,15 +319,16 @@ def _value(field: Declared, given: Mapping[str, Any]) -> Any:
     value = given[field.name]
     if field.option.default_of and value is None:
         return given[field.option.default_of]
-    if field.option.word and value != field.option.word:
-        return _number(field, str(value))
     return tuple(value or ()) if get_origin(field.hint) is tuple else value
 
 
-def _number(field: Declared, text: str) -> int:
-    least = field.option.least or 0
+def _number_or_word(option: Option, text: object) -> int | str:
+    """What typer reads for an option that is a number or its word."""
+    least, text = option.least or 0, str(text)
+    if text == option.word:
+        return text
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
-        raise InputError(f"{field.flag} is a whole number from {least}, or {field.option.word!r}; got {text!r}.")
+        raise typer.BadParameter(f"{text!r} is not a whole number from {least}, or {option.word!r}.")
     return int(text)
 
 
