@@ -18,6 +18,7 @@ import torch
 import mechinterp as mi
 from benchmarks.engines import extra_memory, measure, small_gpt2, token_pairs, work_of
 from mechinterp.discovery.cut_loss import CutLoss
+from mechinterp.engines.attribution_memory import attribution_bytes, measure_example
 
 ACDC_EDGES = 8
 TINY_GPT2 = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 100}
@@ -74,14 +75,13 @@ class Timing:
         return f"| {self.name} | {self.seconds * 1e3:.2f} | {self.ratio} | {self.extra / 2**30:.2f} | {counted} |"
 
 
-HEADER = "| job | ms | ratio | extra peak GiB | counted GiB |\n|---|---|---|---|---|"
+HEADER = "| job | ms | ratio | extra peak GiB | estimated GiB |\n|---|---|---|---|---|"
 
 
 def counted_bytes(model: mi.HookManager, graph: mi.Graph, pairs: mi.Pairs) -> dict[str, int]:
-    """The bytes of the parts of a run, counted from the shape.
+    """The bytes of the parts of a run, counted from the shape. EAP's are estimated from one example instead.
 
-    `steps` is what one gradient step keeps at the readers, `writes` the clean and the corrupt writes in compact form,
-    `table` the differences of all writes, `autograd` about what the model's own backward keeps with eager attention,
+    `table` is the differences of all writes, `autograd` about what the model's own backward keeps with eager attention,
     `patched` the table and the largest block of sums of an exact run, `mask` the two tables and all readers' sums.
     """
     d, own = model.dims, torch.empty(0, dtype=model.dtype).element_size()
@@ -89,12 +89,9 @@ def counted_bytes(model: mi.HookManager, graph: mi.Graph, pairs: mi.Pairs) -> di
     tokens, readers = n_batch * n_pos, len(graph.readers)
     width, kv = d.n_heads * d.d_head, d.n_kv_heads * d.d_head
     d_mlp = getattr(model.bridge.original_model.config, "intermediate_size", 4 * d.d_model)
-    kept = own * (2 * (width + 2 * kv) + 3 * d.d_model)
     saved = own * (4 * d_mlp + 2 * width + 2 * kv + d.d_model) + 8 * d.d_model
     table = 4 * len(graph.writers) * d.d_model * tokens
     return {
-        "steps": d.n_layers * kept * tokens,
-        "writes": 2 * 4 * d.n_layers * (width + d.d_model) * tokens,
         "table": table,
         "autograd": d.n_layers * (saved * tokens + 6 * d.n_heads * n_batch * n_pos**2),
         "patched": table + 4 * min(readers, 64 + d.n_heads) * d.d_model * tokens,
@@ -106,11 +103,12 @@ def jobs(bare: Any, model: mi.HookManager, pairs: mi.Pairs, *, analyses: bool) -
     """The rows of one shape; F and U come first. `analyses` adds path patching, attribution and the lens."""
     work, graph = work_of(bare, model, pairs), mi.build_graph(model)
     bytes_of = counted_bytes(model, graph, pairs)
-    attribution = sum(bytes_of[name] for name in ("steps", "writes", "table", "autograd"))
+    one, n = measure_example(model, graph, pairs, "logit_diff"), len(pairs)
+    eap, eap_ig = (attribution_bytes(model, graph, one, n, n_points)["total"] for n_points in (1, 5))
     yield Job("F, one forward of the bare model", work["forward"], "F")
     yield Job("forward and backward of the bare model", work["forward_backward"], "FB", bytes_of["autograd"])
-    yield Job(f"EAP, all {graph.n_edges:,} edges", work["eap"], "U", attribution)
-    yield Job("EAP-IG (inputs), 5 steps", work["eap_ig"], "U", attribution + 4 * bytes_of["steps"])
+    yield Job(f"EAP, all {graph.n_edges:,} edges", work["eap"], "U", eap)
+    yield Job("EAP-IG (inputs), 5 steps", work["eap_ig"], "U", eap_ig)
     yield Job("evaluate one circuit", work["circuit"], "F", bytes_of["patched"])
     yield Job("one step of a learned mask", work["gates"], "F", bytes_of["mask"] + bytes_of["autograd"])
     for at_once in (1, ACDC_EDGES):
@@ -196,7 +194,7 @@ def llama_shapes(device: torch.device, tiny: bool) -> Iterator[Shape]:
         if not made:
             start = time.monotonic()
             bare = random_llama(device, tiny)
-            made.append((bare, mi.load_model(bare)))
+            made.append((bare, mi.load_model(bare, share_weights=True)))
             print(f"model made and loaded in {time.monotonic() - start:.1f} s", flush=True)
         bare, model = made[0]
         return bare, model, token_pairs(model.dims.d_vocab, device, batch, length)

@@ -2,7 +2,7 @@
 
 check    every method, analysis and evaluation on tiny models: the device against the CPU, one line each
 small    the GPT-2-small shape in float32: ms, ratios to the bare model, peak memory
-8b       a random Llama-3.1-8B shape in bfloat16 (needs about 60 GB on the device)
+8b       a random Llama-3.1-8B shape in bfloat16 (needs about 40 GB on the device)
 profile  kernels, copies and host syncs of three jobs on the GPT-2-small shape
 
 Every line is printed when it is known. A part that fails prints its traceback, and the next one goes on; nothing new

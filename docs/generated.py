@@ -31,7 +31,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "tasks": ("tasks.",),
     "graphs": ("graphs.", "engines.edge_patching", "engines.edge_attribution"),
     "features": ("features.",),
-    "discovery": ("discovery.", "run_spec", "pipeline", "compare", "direct"),
+    "discovery": ("discovery.", "run_spec", "pipeline", "compare", "direct", "run_costs"),
     "evaluation": ("evaluation.",),
     "files": ("circuit_file.",),
     "analyses": ("analysis.", "engines.grid", "engines.decomposition."),

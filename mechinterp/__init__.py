@@ -143,6 +143,7 @@ if TYPE_CHECKING:
     from mechinterp.discovery.acdc_orders import acdc_orders as acdc_orders
     from mechinterp.discovery.ensemble import ensemble_scores as ensemble_scores
     from mechinterp.discovery.features import top_features as top_features
+    from mechinterp.discovery.memory import auto_batch_size as auto_batch_size
     from mechinterp.discovery.method import score_edges as score_edges
     from mechinterp.discovery.methods import METHODS as METHODS
     from mechinterp.discovery.neurons import top_neurons as top_neurons
@@ -265,6 +266,8 @@ if TYPE_CHECKING:
     from mechinterp.models.weight_names import WeightsByName as WeightsByName
     from mechinterp.pipeline import Discovery as Discovery
     from mechinterp.pipeline import discover as discover
+    from mechinterp.run_costs import DryRun as DryRun
+    from mechinterp.run_costs import dry_run as dry_run
     from mechinterp.run_spec import RunSpec as RunSpec
     from mechinterp.tasks.metric_names import METRICS as METRICS
     from mechinterp.tasks.metrics import Metric as Metric
@@ -357,6 +360,7 @@ _HOMES = {
     "circuit_file.direction_claims": ("verify_direction",),
     "circuit_file.direction_file": ("load_direction",),
     "direct": ("DirectSpec", "discover_direction"),
+    "run_costs": ("DryRun", "dry_run"),
     "base.errors": (
         *("FormatError", "InputError", "MechInterpError", "NoSmallCircuit", "SiteNotReached", "TaskNotDone"),
         "UnsupportedError",
@@ -373,6 +377,7 @@ _HOMES = {
     "discovery.acdc_orders": ("AcdcOrders", "acdc_orders"),
     "discovery.ensemble": ("ensemble_scores",),
     "discovery.features": ("top_features",),
+    "discovery.memory": ("auto_batch_size",),
     "discovery.method": ("score_edges",),
     "discovery.methods": ("METHODS",),
     "discovery.neurons": ("top_neurons",),

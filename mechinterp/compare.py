@@ -143,7 +143,7 @@ def compare(
         settings=settings,
         replacement=spec.replacement,
         shares=shares,
-        batch_size=spec.batch_size,
+        batch_size=spec.n_at_once,
         progress=progress,
     )
     path = comparison_path(spec)

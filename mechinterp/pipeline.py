@@ -31,6 +31,7 @@ from mechinterp.discovery.checkpoint import Checkpoint
 from mechinterp.discovery.ensemble import members_asked
 from mechinterp.discovery.features import top_features
 from mechinterp.discovery.finished_parts import FinishedParts
+from mechinterp.discovery.memory import auto_batch_size
 from mechinterp.discovery.method import METHODS, Method, check_graph, score_edges
 from mechinterp.discovery.neurons import top_neurons
 from mechinterp.discovery.refine import REFINE, refine_circuit
@@ -56,7 +57,7 @@ from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select import check_selection, select, sized, unit_count
 from mechinterp.models.hook_manager import HookManager, load_model
 from mechinterp.run_examples import Examples, examples_of, stem
-from mechinterp.run_spec import FEATURES, NEURONS, RESAMPLES, RunSpec, command_of, declared, resolved
+from mechinterp.run_spec import AUTO, FEATURES, NEURONS, RESAMPLES, RunSpec, command_of, declared, resolved
 from mechinterp.run_spec import output_path as output_path
 from mechinterp.tasks.metrics import get_metric
 from mechinterp.tasks.pairs import Pairs
@@ -119,6 +120,8 @@ class Prepared:
     metric: str
     graph: Graph
     threshold: float | None
+    size: int | None = None
+    """How many edges (or nodes) are selected, if that is given."""
 
     @cached_property
     def key(self) -> str:
@@ -135,6 +138,8 @@ def prepare(spec: RunSpec, progress: StageProgress = no_stages, given: HookManag
         given: The model if it is loaded already.
     """
     spec = resolved(spec)
+    if spec.batch_size == AUTO and spec.shard is not None:
+        raise InputError("Shards must have one batch size: give --batch-size a number, the same for all of them.")
     settings = _settings(spec)
     path = output_path(spec)
     progress("model", 0, 1)
@@ -146,11 +151,23 @@ def prepare(spec: RunSpec, progress: StageProgress = no_stages, given: HookManag
     threshold = spec.threshold
     if spec.edges is None and spec.nodes is None and threshold is None:
         threshold = METHODS.get(_method(spec)).threshold
-    _size(spec, graph)
+    size = _size(spec, graph)
     check_selection(graph, rule=spec.rule, by=spec.by, ratio=spec.ratio, threshold=threshold)
     check_graph(_method(spec), graph)
     check_model(model, graph, train)
-    return Prepared(spec, settings, path, model, examples, metric, graph, threshold)
+    if spec.batch_size == AUTO:
+        spec = replace(spec, batch_size=_auto_batch_size(spec, settings, model, graph, train, metric))
+    return Prepared(spec, settings, path, model, examples, metric, graph, threshold, size)
+
+
+def _auto_batch_size(
+    spec: RunSpec, settings: Mapping[str, Any], model: HookManager, graph: Graph, train: Pairs, metric: str
+) -> int:
+    """The batch that fits this device; where processes share the work, that of the first one."""
+    how: dict[str, Any] = {"metric": metric, "method": _method(spec), "settings": settings}
+    found = from_first(lambda: {"size": torch.tensor(auto_batch_size(model, graph, train, **how))})
+    assert found is not None
+    return int(found["size"])
 
 
 def discover(
@@ -188,11 +205,10 @@ def discover(
 
     `mi.discover("ioi", effort="quick")` is the run of `discover-circuit run ioi --effort quick`.
     """
-    spec, given = _asked(spec, model, options)
+    spec, given = asked_run(spec, model, options)
     ready = prepare(spec, progress, given)
     spec, model, graph, metric, examples = ready.spec, ready.model, ready.graph, ready.metric, ready.examples
-    train, path, threshold = examples.train, ready.path, ready.threshold
-    size = _size(spec, graph)
+    train, path, threshold, size = examples.train, ready.path, ready.threshold, ready.size
     progress("task", 0, 1)
     performance = check_task(spec, model, examples, metric)
     progress("task", 1, 1)
@@ -202,11 +218,11 @@ def discover(
     ranking = Ranking(spec, model, graph, metric, ready.settings, done, progress, scoring and scoring(ready))
     scores, samples = ranking.scores(train)
     how: dict[str, Any] = {"rule": spec.rule, "by": spec.by, "ratio": spec.ratio}
-    measured: dict[str, Any] = {"metric": metric, "replacement": spec.replacement, "batch_size": spec.batch_size}
+    measured: dict[str, Any] = {"metric": metric, "replacement": spec.replacement, "batch_size": spec.n_at_once}
     on = train if examples.validation is None else examples.validation
     parts = ranking.folds(train) if examples.validation is None else [(scores, on)]
     search = SizeSearch(
-        model, scores, parts, how, metric, spec.replacement, spec.batch_size, seed=spec.seed, keep=done.keep
+        model, scores, parts, how, metric, spec.replacement, spec.n_at_once, seed=spec.seed, keep=done.keep
     )
     scored = max(1, len(graph.unit[scores.values.cpu() != 0].unique()))
     levels = None if size is not None or threshold is not None else search.levels
@@ -225,7 +241,7 @@ def discover(
     if spec.refine is not None:
         circuit = refined(spec, model, circuit, train, done, partial(progress, "refine"))
     setup = AblationSetup.of(
-        model, graph, examples.test, metric, spec.replacement, None, spec.batch_size, partial(progress, "evaluation")
+        model, graph, examples.test, metric, spec.replacement, None, spec.n_at_once, partial(progress, "evaluation")
     )
     evaluation = evaluate_in(setup, circuit, seed=spec.seed, keep=done.keep)
     roles, unmeasured = None, list(examples.notes)
@@ -255,7 +271,7 @@ def discover(
     )
 
 
-def _asked(spec: RunSpec | str, model: Any, options: Mapping[str, Any]) -> tuple[RunSpec, HookManager | None]:
+def asked_run(spec: RunSpec | str, model: Any, options: Mapping[str, Any]) -> tuple[RunSpec, HookManager | None]:
     """(the spec with these options, the model if it is loaded already). Raises InputError for unknown options."""
     known = declared()
     for name in options:
@@ -290,7 +306,7 @@ def _method(spec: RunSpec) -> str:
 def check_task(spec: RunSpec, model: HookManager, examples: Examples, metric: str) -> TaskCheck:
     """How well the model does the task. Raises TaskNotDone if it does not, unless the run goes on anyway."""
     found = check_performance(
-        model, examples.train, metric=metric, templates=examples.templates, batch_size=spec.batch_size, seed=spec.seed
+        model, examples.train, metric=metric, templates=examples.templates, batch_size=spec.n_at_once, seed=spec.seed
     )
     if found.failures and not spec.anyway:
         raise TaskNotDone(
@@ -313,7 +329,7 @@ def refined(
         tau=float(spec.refine or 0),
         add=spec.refine_add,
         replacement=spec.replacement,
-        batch_size=spec.batch_size,
+        batch_size=spec.n_at_once,
         progress=progress,
         resume=state,
         keep=done.keep,
@@ -393,7 +409,7 @@ class Ranking:
     @property
     def asked(self) -> dict[str, Any]:
         """The arguments of `score_edges`."""
-        about = {"method": _method(self.spec), "metric": self.metric, "batch_size": self.spec.batch_size}
+        about = {"method": _method(self.spec), "metric": self.metric, "batch_size": self.spec.n_at_once}
         return {**about, **self.settings}
 
     def resamples(self, pairs: Pairs) -> Tensor:
@@ -483,7 +499,7 @@ def graph_of_run(spec: RunSpec, model: HookManager, train: Pairs, metric: str) -
         )
     if spec.level == "feature" and not spec.features:
         raise InputError("Level 'feature' needs `features`: where dictionaries are, such as 'bundled:m1'.")
-    how: dict[str, Any] = {"metric": metric, "batch_size": spec.batch_size}
+    how: dict[str, Any] = {"metric": metric, "batch_size": spec.n_at_once}
     neurons = top_neurons(model, train, spec.neurons or NEURONS, **how) if spec.level == "neuron" else None
     bases = [basis for where in spec.features for basis in load_bases(where, model=model)]
     features = top_features(model, train, bases, spec.top or FEATURES, **how) if bases else {}

@@ -32,6 +32,9 @@ EFFORTS: dict[str, tuple[str, tuple[str, ...]]] = {
 """What runs by default at each effort: the method with its settings (why: docs/methods/index.md)."""
 RESAMPLES = 100
 """Resamples of the examples where scores add up over examples, so that they cost no runs."""
+AUTO = "auto"
+"""The batch size that is chosen by what fits the device."""
+BATCH_SIZE = 32
 NEURONS = FEATURES = 50
 """Neurons, or features of dictionaries, that become nodes by default."""
 
@@ -51,6 +54,7 @@ class Option:
         default_of: The option whose value this one takes on the command line if it is not given.
         after: The option below which `--help` shows this one; by default the field before it.
         recorded: Whether a circuit file records it; what cannot change the circuit is not recorded.
+        word: A word that may take the place of a number, in `run` only.
     """
 
     help: str
@@ -63,6 +67,7 @@ class Option:
     default_of: str = ""
     after: str = ""
     recorded: bool = True
+    word: str = ""
 
 
 def option(help: str, **how: Any) -> dict[str, Option]:
@@ -109,7 +114,8 @@ class RunSpec:
         bos: Whether prompts begin with the BOS token; by default as the tokenizer does it.
         dtype: The model's dtype; by default float32.
         device: The model's device; by default the CPU.
-        batch_size: Pairs per forward; does not change the result.
+        batch_size: Pairs per forward; does not change the result. `auto`: the largest that fits half of the memory of
+            the device, by an estimate (see `mechinterp.discovery.memory`); the file records the number.
         replacement: What a cut edge carries: `corrupt`, `mean`, `mean-positional` or `zero`.
         settings: Further parameters of the method, each as `name=value`.
         roles: Whether to measure roles of heads and MLPs (see `measured_roles`), on at most 100 train and test pairs.
@@ -227,7 +233,12 @@ class RunSpec:
     )
     dtype: str | None = field(default=None, metadata=option("float32, bfloat16, ...  [default: float32]"))
     device: str | None = field(default=None, metadata=option("cpu, cuda, cuda:1, mps.  [default: cpu]", recorded=False))
-    batch_size: int = field(default=32, metadata=option("Pairs per forward; does not change the result.", least=1))
+    batch_size: int | str = field(
+        default=BATCH_SIZE,
+        metadata=option(
+            "Pairs per forward, or 'auto': as many as fit the device; does not change the result.", least=1, word=AUTO
+        ),
+    )
     replacement: str = field(
         default="corrupt",
         metadata=option("What a cut edge carries: {names}.", kind="replacement", names=REPLACEMENTS, after="ratio"),
@@ -265,6 +276,11 @@ class RunSpec:
             recorded=False,
         ),
     )
+
+    @property
+    def n_at_once(self) -> int:
+        """The batch size as a number; the default one before `auto` is chosen."""
+        return BATCH_SIZE if self.batch_size == AUTO else int(self.batch_size)
 
 
 def parsed_shard(text: str) -> tuple[int, int]:

@@ -26,7 +26,7 @@ LAYERS = (
     ("run_spec",),
     ("run_examples",),
     ("pipeline", "exchange"),
-    ("compare", "direct", "shard_files"),
+    ("compare", "direct", "run_costs", "shard_files"),
     ("cli",),
     ("__init__", "__main__"),  # the public names: import everything, and are imported by nothing here
 )

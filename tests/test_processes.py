@@ -141,3 +141,21 @@ def test_what_has_no_shards_is_one_line(words: list[str], said: str, capsys: pyt
     assert cli.main(["run", "ioi", *words]) == cli.BAD_INPUT
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and re.search(said, err)
+
+
+@pytest.mark.parametrize(
+    "words", [["eval", "a.circuit.json"], ["compare", "ioi"], ["verify", "a"], ["run", "ioi", "--dry-run"]]
+)
+def test_commands_that_do_not_share_their_work_are_refused_in_several_processes(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, from the first process; the others have nothing to do."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"each of these 2 would do all of `{words[0]}`" in said
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(words) == 0
+    assert capsys.readouterr().err == ""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-MAX_GRAPH_CELLS = 2**23
-"""Readers x writers of the largest graph that a file may describe; those of an 8B model are 1.7 million."""
+MAX_GRAPH_CELLS = 2**26
+"""Readers x writers of the largest graph that a file may describe; those of an 8B model are 1.7 million, of a 70B model
+33.7 million. It is a table of booleans before anything else is read, and of float32 if there are scores: 256 MiB."""
+MAX_EDGES = 2**23
+"""Edges that a file may list."""
 MAX_TOKEN_IDS = 2**21
 """Token ids in a file, for pairs that are not made by a task."""
 MAX_PADDED = 2**22

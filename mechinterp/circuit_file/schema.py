@@ -35,6 +35,7 @@ from mechinterp.circuit_file.field_types import (
     Version,
 )
 from mechinterp.circuit_file.limits import (
+    MAX_EDGES,
     MAX_EVALUATIONS,
     MAX_EXAMPLES,
     MAX_GRAPH_CELLS,
@@ -423,7 +424,7 @@ class CircuitFile(Strict):
     role_edges: Annotated[tuple[RoleEdge, ...], Field(max_length=MAX_ROLES)] | None = None
     """The claim between roles that the edges were made from by a rule; null: there is none."""
     nodes: Annotated[tuple[Label, ...], Field(max_length=MAX_NODES)]
-    edges: Annotated[tuple[EdgeRecord, ...], Field(min_length=1, max_length=MAX_GRAPH_CELLS)]
+    edges: Annotated[tuple[EdgeRecord, ...], Field(min_length=1, max_length=MAX_EDGES)]
     task: Annotated[TaskRecord | FileTaskRecord | TokensTaskRecord, Field(discriminator="kind")] | None = None
     pairs: Annotated[dict[Label, PairsRecord], Field(max_length=MAX_PAIRS)] = Field(default_factory=dict)
     discovery: DiscoveryRecord | None = None

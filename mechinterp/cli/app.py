@@ -77,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     raised = TRACEBACK in words
     words = [word for word in words if word != TRACEBACK] or ["--help"]
     try:
+        if processes.nothing_to_share(words):
+            return OK
         action: Action | int | None = app(words, prog_name="discover-circuit", standalone_mode=False)
         code = action() if callable(action) else action or OK
         sys.stdout.flush()
@@ -128,14 +130,19 @@ def _top(
 
 
 @app.command("run", help=RUN_HELP, short_help="Discover the circuit of a task and report on it.")
-@options.takes(*shown_order(), "config", "force", "open_report", "as_json", "detail")
+@options.takes(*shown_order(), "config", "dry_run", "force", "open_report", "as_json", "detail")
 def _run(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what the run will take: runs of the model, memory, time.")
+    ] = False,
     open_report: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser.")] = False,
     as_json: AsJson = False,
     force: options.Force = False,
     detail: Detail = Detail.NORMAL,
     **values: Any,
 ) -> Action:
+    if dry_run:
+        return partial(_do_dry_run, values, as_json, detail)
     return partial(_do_run, values, open_report, as_json, force=force, detail=detail)
 
 
@@ -258,6 +265,25 @@ def _do_run(
         return discover(processes.spec_here(values), progress)
 
     return processes.together(partial(_report_on, run, files, open_report, as_json=as_json, detail=detail))
+
+
+def _do_dry_run(values: dict[str, Any], as_json: bool, detail: Detail = Detail.NORMAL) -> int:
+    from mechinterp.cli.progress_bars import stages
+
+    options.check_task(values["task"], train=values["examples"], test=values["test_examples"])
+    if values["shard"] is not None:
+        raise InputError("--dry-run is of a whole run; leave --shard out.")
+    with stages(detail) as progress:
+        from mechinterp.run_costs import dry_run
+
+        quiet_libraries()
+        found = dry_run(RunSpec(**values), progress)
+    if as_json:
+        print_json("dry_run", found.content())
+        return OK
+    for line in found.lines():
+        say(Terminal(), line)
+    return OK
 
 
 def _do_merge(

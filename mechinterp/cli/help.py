@@ -35,6 +35,7 @@ repeats the run (--config). Files that another command has written are not repla
 \b
   discover-circuit run ioi
   discover-circuit run ioi --effort quick
+  discover-circuit run ioi --dry-run
   discover-circuit run ioi --edges 60 --method eap --out out/small
   discover-circuit run ioi --level node --positions IO,S1,S2,end --nodes 40
   discover-circuit run greater_than --model gpt2 --device cuda

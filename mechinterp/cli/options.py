@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import MISSING
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from types import UnionType
@@ -24,7 +25,7 @@ from mechinterp.cli.completion import Completion, completed, stored_names, tasks
 from mechinterp.cli.config import overridden, read_config, settings_of
 from mechinterp.cli.terminal import Detail, say
 from mechinterp.discovery.methods import METHODS
-from mechinterp.run_spec import Declared, declared
+from mechinterp.run_spec import Declared, Option, declared
 from mechinterp.tasks.metric_names import METRICS
 
 SIZE = re.compile(r"[1-9][0-9]{0,8}|[0-9]{1,3}(\.[0-9]{1,9})? ?%")
@@ -106,6 +107,9 @@ def takes(*names: str) -> Callable[[Callable[..., Action]], Callable[..., Action
                 name: _value(FIELDS[name], given) if name in FIELDS and name not in own else value
                 for name, value in given.items()
             }
+            for name in [name for name in values if name in FIELDS and name not in own and "shard" not in values]:
+                if FIELDS[name].option.word and values[name] == FIELDS[name].option.word:
+                    raise InputError(f"{FIELDS[name].flag} {values[name]} goes with `run`; give a number.")
             check(checked(values))
             return _said(command(**values), values)
 
@@ -297,7 +301,10 @@ def _parameter(field: Declared) -> inspect.Parameter:
     if hint is Path:
         common |= {"file_okay": False, "writable": True}
     common["rich_help_panel"] = GROUP_OF.get(field.name)
-    annotation = Annotated[hint, typer.Option(flag, min=option.least, max=option.most, **common)]
+    if option.word:
+        annotation = Annotated[Any, typer.Option(flag, parser=partial(_number_or_word, option), **common)]
+    else:
+        annotation = Annotated[hint, typer.Option(flag, min=option.least, max=option.most, **common)]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -313,6 +320,16 @@ def _value(field: Declared, given: Mapping[str, Any]) -> Any:
     if field.option.default_of and value is None:
         return given[field.option.default_of]
     return tuple(value or ()) if get_origin(field.hint) is tuple else value
+
+
+def _number_or_word(option: Option, text: object) -> int | str:
+    """What typer reads for an option that is a number or its word."""
+    least, text = option.least or 0, str(text)
+    if text == option.word:
+        return text
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
+        raise typer.BadParameter(f"{text!r} is not a whole number from {least}, or {option.word!r}.")
+    return int(text)
 
 
 def _known(field: Declared) -> Iterable[str]:

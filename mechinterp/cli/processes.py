@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mechinterp.base.errors import InputError
+from mechinterp.base.errors import InputError, clip
 from mechinterp.base.plain_files import is_file
 from mechinterp.cli.overwriting import check_new
 from mechinterp.cli.terminal import Detail, Terminal, hint, quiet_libraries, say
@@ -28,6 +28,22 @@ def together(run: Callable[..., int]) -> int:
 
     with torchrun_processes() as processes:
         return run(first=processes.index == 0)
+
+
+def nothing_to_share(words: Sequence[str]) -> bool:
+    """Whether torchrun started several processes for a command that does not share its work, and this is not the first.
+
+    Raises InputError in the first one: each process would do all of the work.
+    """
+    count, shares = os.environ.get("WORLD_SIZE", "1"), words[0] == "run" and "--dry-run" not in words
+    if shares or count == "1" or "RANK" not in os.environ:
+        return False
+    if os.environ["RANK"] != "0":
+        return True
+    raise InputError(
+        f"Only `run` shares its work among processes; each of these {clip(count, 9)} would do all of "
+        f"`{clip(words[0], 40)}`. Start it without torchrun."
+    )
 
 
 def spec_here(values: dict[str, Any]) -> RunSpec:

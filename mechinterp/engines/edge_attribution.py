@@ -31,7 +31,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
-from mechinterp.engines.edge_patching import check_model
+from mechinterp.engines.edge_patching import check_model, wide
 from mechinterp.engines.readout import FINAL, Readout, metric_readout
 from mechinterp.engines.replacement import (
     CompactWrites,
@@ -48,6 +48,7 @@ from mechinterp.graphs.families.normed_ports import DirectionGradients, Step
 from mechinterp.graphs.families.write_block import LowRank
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import places_of
+from mechinterp.graphs.token_windows import Window, token_windows, tokens_inside
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.sites import Site
 from mechinterp.tasks.metrics import Metric
@@ -56,6 +57,8 @@ from mechinterp.tasks.pairs import Pairs
 
 TOKEN_BUDGET_BYTES = 2**28
 """Writes and readers' gradients are expanded to d_model for as many tokens at a time as fit in this many bytes."""
+STEPS_BUDGET_BYTES = 2**30
+"""Gradients of as many points of a path are kept, and contracted together, as fit in this many bytes; at least one."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ def edge_gradients(
 
     The sign is that of clean minus patched, in the units of the metric; sums are in float32 or better. Cost: a forward
     of the corrupt prompts, a forward and a backward per alpha or point, a forward of the clean prompts if 1 is not
-    among the alphas, and one contraction.
+    among the alphas, and a contraction of all points, or of as many at a time as fit in `STEPS_BUDGET_BYTES`: so memory
+    does not grow with the points.
 
     Args:
         model: The model.
@@ -116,29 +120,47 @@ def edge_gradients(
     corrupt = record_writes(model, graph, pairs.corrupt, pairs)
     values: Values = corrupt if replacement is None or replacement.kind == "corrupt" else replacement.on(pairs)
     readout = metric_readout(model, pairs, metric)
-    inputs = _on_the_line(model, graph, pairs, corrupt, alphas) if points is None else points
-    clean = None if None in inputs else record_writes(model, graph, pairs.clean, pairs)
-    steps: list[Step] = []
-    for point in inputs:
-        step = _step(model, graph, readout, point, backward)
-        if point is None:
+    n, at = _on_the_line(model, graph, pairs, corrupt, alphas) if points is None else (len(points), points.__getitem__)
+    # The clean run first, which is a point too: it gives the writes, without which nothing can be contracted.
+    order = sorted(range(n), key=lambda i: points is not None or alphas[i] != 1.0)
+    clean = None if points is None and 1.0 in alphas else record_writes(model, graph, pairs.clean, pairs)
+    kept: dict[int, Step] = {}
+    scores = _no_scores(model, graph)
+    for done, i in enumerate(order, 1):
+        step = _step(model, graph, readout, at(i), backward, writes=clean is None)
+        if clean is None:
             clean = compact_writes(model, graph, step.values)
-        steps.append(_readers_only(graph, step))
-    assert clean is not None
-    return _contract(model, graph, pairs, steps, clean, values, frozen=backward is not None) / len(steps)
+        kept[i] = _readers_only(graph, step)
+        if done == n or (len(kept) + 1) * kept[i].nbytes > STEPS_BUDGET_BYTES:
+            steps = [kept[i] for i in sorted(kept)]  # in the order of the path: so are the sums
+            _contract(model, graph, pairs, steps, clean, values, scores, frozen=backward is not None)
+            kept.clear()
+    return torch.where(graph.possible.to(scores.device), scores, 0.0) / n
+
+
+def _no_scores(model: HookManager, graph: Graph) -> Float[Tensor, "reader writer"]:
+    return torch.zeros(graph.possible.shape, dtype=wide(model), device=model.device)
+
+
+def first_step(model: HookManager, graph: Graph, pairs: Pairs, metric: MetricLike) -> tuple[Step, CompactWrites]:
+    """The values and gradients at the clean point, as they are kept, and the writes there: to see what they take."""
+    pairs = pairs.to(model.device)
+    step = _step(model, graph, metric_readout(model, pairs, as_metric(metric)), None, None, writes=True)
+    return _readers_only(graph, step), compact_writes(model, graph, step.values)
 
 
 def _on_the_line(
     model: HookManager, graph: Graph, pairs: Pairs, corrupt: CompactWrites, alphas: Sequence[float]
-) -> list[dict[Site, Tensor] | None]:
-    """The values of the input sites at each alpha; None for the clean run."""
-    if all(alpha == 1.0 for alpha in alphas):
-        return [None for _ in alphas]
-    ends = _input_ends(model, graph, pairs, corrupt)
-    return [
-        None if alpha == 1.0 else {site: other + alpha * (own - other) for site, (own, other) in ends.items()}
-        for alpha in alphas
-    ]
+) -> tuple[int, Callable[[int], dict[Site, Tensor] | None]]:
+    """How many points there are, and the values of the input sites at each; None for the clean run."""
+    ends = None if all(alpha == 1.0 for alpha in alphas) else _input_ends(model, graph, pairs, corrupt)
+
+    def at(i: int) -> dict[Site, Tensor] | None:
+        if alphas[i] == 1.0 or ends is None:
+            return None
+        return {site: other + alphas[i] * (own - other) for site, (own, other) in ends.items()}
+
+    return len(alphas), at
 
 
 def _input_ends(
@@ -166,17 +188,20 @@ def _step(
     readout: Readout,
     point: Mapping[Site, Tensor] | None,
     backward: Backward | None,
+    *,
+    writes: bool,
 ) -> Step:
+    """The run at a point, with its gradients; with its writes if they are wanted."""
     pairs = readout.pairs
     edits = [] if backward is None else backward.edits()
     if point is not None:
         edits += [Intervention(site, value) for site, value in point.items()]
     grads = _reader_sites(graph)
-    record = dict.fromkeys([*write_sites(graph), *grads, *_streams(graph)])
+    record = [*(write_sites(graph) if writes else ()), *_read_sites(graph)]
     run = model.run(
         pairs.clean,
         pairs.mask,
-        record=list(record),
+        record=list(dict.fromkeys(record)),
         interventions=edits,
         grads=grads,
         loss=readout.of_resid if backward is None else backward.loss(readout),
@@ -189,10 +214,14 @@ def _by_site(found: Mapping[NodeSite | str, Tensor]) -> dict[NodeSite, Tensor]:
     return {Site.parse(site) if isinstance(site, str) else site: value for site, value in found.items()}
 
 
+def _read_sites(graph: Graph) -> list[NodeSite]:
+    """The sites whose values a gradient is pulled back with."""
+    return [*_streams(graph), *(ports.site for f in graph.families for ports in f.ports if ports.by_port)]
+
+
 def _readers_only(graph: Graph, step: Step) -> Step:
     """The step without the values that only writers need."""
-    needed = {*_streams(graph), *(ports.site for f in graph.families for ports in f.ports if ports.by_port), FINAL}
-    return Step({site: value for site, value in step.values.items() if site in needed}, step.gradients)
+    return Step({site: step.values[site] for site in _read_sites(graph)}, step.gradients)
 
 
 def _contract(
@@ -202,37 +231,39 @@ def _contract(
     steps: list[Step],
     clean: CompactWrites,
     values: Values,
+    scores: Float[Tensor, "reader writer"],
     *,
     frozen: bool,
-) -> Float[Tensor, "reader writer"]:
-    """Differences of writes times readers' gradients, summed over tokens, a chunk of tokens at a time."""
-    d_model = model.dims.d_model
-    dtype = torch.promote_types(model.dtype, torch.float32)
-    scores = torch.zeros(graph.possible.shape, dtype=dtype, device=model.device)
-    most_ports = max(len(_ports(graph, range(layer, layer + 1))) for layer in range(model.dims.n_layers))
-    low_rank = any(family.low_rank for family in graph.families)  # its products take as much again
-    n_rows = _n_dense(graph) + max(most_ports, PORTS_OF_A_BLOCK) * (1 + low_rank)
-    budget = max(1, TOKEN_BUDGET_BYTES // (n_rows * d_model * dtype.itemsize))
-    n_pos = pairs.clean.shape[1]
-    rows = max(1, budget // n_pos)
-    for first in range(0, len(pairs), rows):
-        chunk = slice(first, first + rows)
-        writes = write_differences(model, graph, clean, values, chunk, n_pos, dtype)
-        places = places_of(graph, pairs[chunk])
+) -> None:
+    """Adds differences of writes times readers' gradients, summed over tokens, a window of tokens at a time.
+
+    Where there is no edge it may add numbers without a meaning.
+    """
+    places, (n_examples, n_pos) = places_of(graph, pairs), pairs.clean.shape
+    for window in token_windows(n_examples, n_pos, tokens_at_once(model, graph)):
+        writes = write_differences(model, graph, graph.families, clean, values, window)
+        here = None if places is None else tokens_inside(places, window, n_pos)
         for layers in layer_blocks(graph):
-            _score_layers(model, graph, layers, steps, chunk, writes, scores, places, frozen=frozen)
-        gradient = sum(step.gradients[FINAL][chunk].to(dtype) for step in steps)
+            _score_layers(model, graph, layers, steps, window, writes, scores, here, frozen=frozen)
+        gradient = sum(step.gradients[FINAL][window].to(scores) for step in steps)
         assert isinstance(gradient, Tensor)
         writes.score(gradient[None], slice(-1, None), scores)
-    return torch.where(graph.possible.to(scores.device), scores, 0.0)
+
+
+def tokens_at_once(model: HookManager, graph: Graph) -> int:
+    """How many tokens' writes and readers' gradients fit in `TOKEN_BUDGET_BYTES`."""
+    most_ports = max(len(_ports(graph, range(layer, layer + 1))) for layer in range(model.dims.n_layers))
+    low_rank = any(family.low_rank for family in graph.families)  # its products take as much again
+    n_rows = _n_dense(graph.families) + max(most_ports, PORTS_OF_A_BLOCK) * (1 + low_rank)
+    return max(1, TOKEN_BUDGET_BYTES // (n_rows * model.dims.d_model * wide(model).itemsize))
 
 
 def _range(rows: slice) -> range:
     return range(rows.start, rows.stop)
 
 
-def _n_dense(graph: Graph) -> int:
-    return sum(len(family.writers) for family in graph.families if not family.low_rank)
+def _n_dense(families: Sequence[NodeFamily]) -> int:
+    return sum(len(family.writers) for family in families if not family.low_rank)
 
 
 def _ports(graph: Graph, layers: range) -> range:
@@ -252,17 +283,6 @@ class WriteDifferences:
     low_rank: LowRank | None
     """`[writer, token]`, of those that are activations times directions."""
     low_rank_writers: Int[Tensor, " low_rank_writer"]
-
-    def of(self, families: Sequence[NodeFamily]) -> WriteDifferences:
-        """Those of some families."""
-        own = [w for family in families for w in _range(self.graph.writers_of(family))]
-        wanted = torch.tensor(own, device=self.writers.device)
-        rows, others = torch.isin(self.writers, wanted), torch.isin(self.low_rank_writers, wanted)
-        block = self.low_rank
-        low_rank = None if block is None else LowRank(block.values[others], block.directions[others])
-        return WriteDifferences(
-            self.graph, self.rows[rows], self.writers[rows], low_rank, self.low_rank_writers[others]
-        )
 
     def score(
         self,
@@ -316,31 +336,33 @@ class WriteDifferences:
 def write_differences(
     model: HookManager,
     graph: Graph,
+    families: Sequence[NodeFamily],
     clean: CompactWrites,
     values: Values,
-    chunk: slice,
-    n_pos: int,
-    dtype: torch.dtype,
+    window: Window,
 ) -> WriteDifferences:
-    """Every writer's clean write minus its replacement; of a writer that has parts, the rest."""
-    kept, replaced = clean.rows(chunk), values.rows(chunk)
-    n_rows = len(clean.values[graph.families[-1].sites[0]][chunk])
-    writers = [w for f in graph.families if not f.low_rank for w in _range(graph.writers_of(f))]
-    out = torch.empty(len(writers), n_rows, n_pos, model.dims.d_model, dtype=dtype, device=model.device)
+    """The clean writes of every writer of some families minus their replacements; of one that has parts, the rest.
+
+    The parts of a writer must be among the families.
+    """
+    kept, replaced = clean.rows(window), values.rows(window)
+    shape = kept.values[families[0].sites[0]].shape[:2]
+    writers = [w for f in families if not f.low_rank for w in _range(graph.writers_of(f))]
+    out = torch.empty(len(writers), *shape, model.dims.d_model, dtype=wide(model), device=model.device)
     thin: list[LowRank] = []
-    others = [w for f in graph.families if f.low_rank for w in _range(graph.writers_of(f))]
+    others = [w for f in families if f.low_rank for w in _range(graph.writers_of(f))]
     first = 0
     row_of: dict[str, int] = {}
-    for family in graph.families:
+    for family in families:
         block = replaced.differences(family, kept.values)
         if isinstance(block, LowRank):
-            thin.append(LowRank(block.values.flatten(1), block.directions))
+            thin.append(LowRank(block.values.flatten(1).to(out), block.directions.to(out)))
         else:
             row_of |= {name: first + i for i, name in enumerate(family.writers)}
             out[first : first + len(family.writers)] = block.dense()
             first += len(family.writers)
         if family.part_of is not None:
-            out[row_of[family.part_of]] -= block.total()
+            out[row_of[family.part_of]] -= block.total().to(out.device)
     low_rank = None
     if thin:
         low_rank = LowRank(torch.cat([one.values for one in thin]), torch.cat([one.directions for one in thin]))
@@ -353,7 +375,7 @@ def _score_layers(
     graph: Graph,
     layers: range,
     steps: list[Step],
-    chunk: slice,
+    window: Window,
     writes: WriteDifferences,
     scores: Tensor,
     places: list[Tensor] | None,
@@ -367,13 +389,13 @@ def _score_layers(
     n_writers = max((graph.n_writers_at(family.reads) for family in here if family.reads is not None), default=0)
     thin: dict[NodeFamily, DirectionGradients] = {}
     for family in here:
-        found = family.direction_gradients(model, steps, chunk, writes.rows.dtype, frozen=frozen)
+        found = family.direction_gradients(model, steps, window, writes.rows.dtype, frozen=frozen)
         if found is not None:
             thin[family] = found
     full = [family for family in here if family not in thin]
     rows = [row for family in full for row in _range(graph.ports_of(family))]
     gradients = writes.rows.new_empty(len(rows), n_tokens, d_model)
-    pulled_back(model, graph, full, steps, chunk, gradients, frozen=frozen)
+    pulled_back(model, graph, full, steps, window, gradients, frozen=frozen)
     at = {site.site: rows.index(own.start) for family in full for site, own in graph.sites_of(family)}
     for family, found in thin.items():
         for site in family.ports:
@@ -395,20 +417,21 @@ def pulled_back(
     graph: Graph,
     families: Sequence[NodeFamily],
     steps: Sequence[Step],
-    chunk: slice,
+    window: Window,
     out: Float[Tensor, "port token d_model"],
     *,
     frozen: bool,
 ) -> None:
     """Writes to `out` the gradient at the residual stream of every port of some families, one after the other.
 
-    From that of a site are taken those of the sites that are computed from it and are ports themselves.
+    From that of a site are taken those of the sites that are computed from it and are ports themselves. Each is
+    computed on the device of its layer.
     """
     rows: dict[NodeSite, slice] = {}
     first = 0
     for family in families:
         own = graph.ports_of(family)
-        family.pull_back(model, steps, chunk, out[first : first + own.stop - own.start], frozen=frozen)
+        family.pull_back(model, steps, window, out[first : first + own.stop - own.start], frozen=frozen)
         for ports, its in graph.sites_of(family):
             rows[ports.site] = slice(first + its.start - own.start, first + its.stop - own.start)
         first += own.stop - own.start
@@ -423,7 +446,7 @@ def activation_path_gradients(
     """Sum over the examples of every edge's score; 0 where there is no edge.
 
     Cost: two forwards, and per alpha and group a forward and a backward from the group's layer on. Memory: the values
-    and gradients of one run, and the writes of all nodes at `d_model`.
+    and gradients of one run, or of as many as fit in `STEPS_BUDGET_BYTES`.
     """
     metric.check_answers(pairs)
     check_model(model, graph, pairs)
@@ -432,14 +455,12 @@ def activation_path_gradients(
             f"Metric {metric.name!r} has no gradient; score edges by logit_diff, prob_diff or kl_to_clean."
         )
     pairs = pairs.to(model.device)
-    dtype = torch.promote_types(model.dtype, torch.float32)
     corrupt = record_writes(model, graph, pairs.corrupt, pairs)
     clean = record_writes(model, graph, pairs.clean, pairs)
     readout = metric_readout(model, pairs, metric)
     streams = [Site("resid_pre", layer) for layer in range(model.dims.n_layers)]
     run = model.run(pairs.clean, pairs.mask, record=[*streams, *input_sites(graph)], stop=FINAL)
-    writes = write_differences(model, graph, clean, corrupt, slice(None), pairs.clean.shape[1], dtype)
-    scores = torch.zeros(graph.possible.shape, dtype=dtype, device=model.device)
+    scores = _no_scores(model, graph)
 
     for group in _groups(graph):
         sites = [site for family in group if family.part_of is None for site in family.sites]
@@ -447,8 +468,12 @@ def activation_path_gradients(
         readers = [f for f in graph.families if f.reads is not None and f.reads >= group[0].written]
         layer = group[0].layer
         start = None if group[0].written == (0, 0) else (layer, run.values[Site("resid_pre", layer)])
-        steps = [_activation_step(model, readout, ends, readers, start, alpha) for alpha in alphas]
-        _contract_activations(model, graph, steps, readers, writes.of(group), scores)
+        steps: list[Step] = []
+        for done, alpha in enumerate(alphas, 1):
+            steps.append(_activation_step(model, readout, ends, readers, start, alpha))
+            if done == len(alphas) or (len(steps) + 1) * steps[-1].nbytes > STEPS_BUDGET_BYTES:
+                _contract_activations(model, graph, steps, readers, group, clean, corrupt, scores)
+                steps.clear()
     return torch.where(graph.possible.to(scores.device), scores / len(alphas), 0.0)
 
 
@@ -488,22 +513,27 @@ def _contract_activations(
     graph: Graph,
     steps: list[Step],
     readers: Sequence[NodeFamily],
-    writes: WriteDifferences,
+    group: Sequence[NodeFamily],
+    clean: CompactWrites,
+    corrupt: CompactWrites,
     scores: Float[Tensor, "reader writer"],
 ) -> None:
     """Adds the scores of the edges out of one group, in place."""
-    n_tokens = writes.rows.shape[1] // model.dims.d_model
-    for family in readers:
-        if family.part_of is not None:
-            continue
-        together = [family, *(part for part in graph.parts_of(family) if part.ports)]
-        ports = slice(graph.ports_of(family).start, graph.ports_of(together[-1]).stop)
-        pulled = writes.rows.new_empty(ports.stop - ports.start, n_tokens, model.dims.d_model)
-        pulled_back(model, graph, together, steps, slice(None), pulled, frozen=False)
-        n = graph.n_positions
-        writes.score(pulled, slice(n * ports.start, n * ports.stop), scores)
-    gradient = torch.stack([step.gradients[FINAL].to(writes.rows.dtype) for step in steps]).sum(0)
-    writes.score(gradient[None], slice(-1, None), scores)
+    n_examples, n_pos = steps[0].gradients[FINAL].shape[:2]
+    for window in token_windows(n_examples, n_pos, tokens_at_once(model, graph)):
+        writes = write_differences(model, graph, group, clean, corrupt, window)
+        n_tokens = writes.rows.shape[1] // model.dims.d_model
+        for family in readers:
+            if family.part_of is not None:
+                continue
+            together = [family, *(part for part in graph.parts_of(family) if part.ports)]
+            ports = slice(graph.ports_of(family).start, graph.ports_of(together[-1]).stop)
+            pulled = writes.rows.new_empty(ports.stop - ports.start, n_tokens, model.dims.d_model)
+            pulled_back(model, graph, together, steps, window, pulled, frozen=False)
+            n = graph.n_positions
+            writes.score(pulled, slice(n * ports.start, n * ports.stop), scores)
+        gradient = torch.stack([step.gradients[FINAL][window].to(scores) for step in steps]).sum(0)
+        writes.score(gradient[None], slice(-1, None), scores)
 
 
 def n_groups(graph: Graph) -> int:

@@ -15,6 +15,7 @@ from mechinterp.base.registry import unknown
 from mechinterp.graphs.families.family import NodeFamily, NodeSite, Recorded
 from mechinterp.graphs.families.write_block import Dense, LowRank, WriteBlock
 from mechinterp.graphs.graph import Graph
+from mechinterp.graphs.token_windows import Window
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Site
 from mechinterp.tasks.pairs import Pairs
@@ -35,8 +36,8 @@ class Values(Protocol):
         """
         ...
 
-    def rows(self, chosen: slice) -> Values:
-        """The values of some of the examples."""
+    def rows(self, chosen: Window) -> Values:
+        """The values of some of the tokens: of some examples, at some positions."""
         ...
 
 
@@ -77,6 +78,11 @@ class CompactWrites:
     model: HookManager
     values: dict[NodeSite, Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        """What they take."""
+        return sum(value.nbytes for value in self.values.values())
+
     def writes(self, family: NodeFamily) -> WriteBlock:
         """What the family's writers wrote."""
         return family.writes(self.model, self.values)
@@ -85,8 +91,8 @@ class CompactWrites:
         """What the family's writers write with the activations `now`, minus what they wrote."""
         return family.differences(self.model, now, self.values)
 
-    def rows(self, chosen: slice) -> CompactWrites:
-        """The writes of some of the examples."""
+    def rows(self, chosen: Window) -> CompactWrites:
+        """The writes of some of the tokens."""
         return CompactWrites(self.model, {site: value[chosen] for site, value in self.values.items()})
 
 
@@ -103,9 +109,9 @@ class ConstantWrites:
         current = family.writes(self.model, now)
         return current.minus(self.constants[family]) if family in self.constants else current
 
-    def rows(self, chosen: slice) -> ConstantWrites:
-        """The same writes: they do not depend on the example."""
-        return self
+    def rows(self, chosen: Window) -> ConstantWrites:
+        """The writes at some positions: they do not depend on the example."""
+        return ConstantWrites(self.model, {family: block.at(chosen[1]) for family, block in self.constants.items()})
 
 
 def corrupt_replacement(model: HookManager, graph: Graph) -> Replacement:

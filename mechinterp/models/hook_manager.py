@@ -564,6 +564,7 @@ def load_model(
     device: torch.device | str | None = None,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
+    share_weights: bool = False,
 ) -> HookManager:
     """The HookManager of a model, after checking its sites and its maps on a short prompt.
 
@@ -578,6 +579,9 @@ def load_model(
         device: Where to put the model, such as `cuda`; by default the CPU for files, and where it is in memory.
         tokenizer: A Hugging Face tokenizer; by default the one that is saved with the model, if any.
         trust_remote_code: Whether transformers may run code from the hub repository.
+        share_weights: For a Hugging Face module in memory: use its weights instead of copying them, which halves the
+            memory. Do not change or train them as long as the model is in use. (TransformerLens copies the parts of
+            joint q, k, v matrices, such as GPT-2's, in any case.)
 
     Raises InputError when the model cannot be found or its files are incomplete, UnsupportedError when a part of its
     architecture cannot be handled exactly.
@@ -589,12 +593,7 @@ def load_model(
     if isinstance(spec, HookManager):
         return spec
     with Gradients(torch.is_grad_enabled()) as as_before, as_before:
-        opened = open_model(
-            spec,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            tokenizer=tokenizer,
-            trust_remote_code=trust_remote_code,
-        )
+        given: dict[str, Any] = dict(revision=revision, dtype=dtype, device=device, tokenizer=tokenizer)
+        given |= dict(trust_remote_code=trust_remote_code, share_weights=share_weights)
+        opened = open_model(spec, **given)
         return HookManager(opened.bridge, opened.info, opened.tokenizer)

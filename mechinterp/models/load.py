@@ -47,9 +47,12 @@ def open_model(
     device: torch.device | str | None = None,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
+    share_weights: bool = False,
 ) -> Opened:
     """The model of a spec, bridged; the arguments are those of `mechinterp.load_model`."""
     dtype, device = parse_dtype(dtype), parse_device(device)
+    if share_weights and (not isinstance(spec, nn.Module) or dtype is not None or device is not None):
+        raise InputError("`share_weights` is for a module in memory as it is; omit it, or dtype and device.")
     if isinstance(spec, (str, os.PathLike)):
         with refusing(f"Cannot open the model {os.fspath(spec)!r}", kind=InputError):
             return _open_named(os.fspath(spec), revision, dtype, device, tokenizer, trust_remote_code)
@@ -60,7 +63,7 @@ def open_model(
             return _wrap_bridge(spec, dtype, device, tokenizer)
     if isinstance(spec, nn.Module) and hasattr(spec, "config"):
         with refusing(f"Cannot use this {type(spec).__name__}"):
-            module = copy.deepcopy(spec).to(device=device, dtype=dtype)
+            module = _with_its_weights(spec) if share_weights else copy.deepcopy(spec).to(device=device, dtype=dtype)
             name = getattr(spec.config, "name_or_path", "") or type(spec).__name__
             notes = notes_on_hooks(spec, name)
             opened = _bridge(module, name, None, "memory", tokenizer)
@@ -69,6 +72,12 @@ def open_model(
         f"Cannot load a model from {type(spec).__name__}; give 'bundled', a directory, a .gguf file, a hub id, "
         "a Hugging Face model or a TransformerBridge."
     )
+
+
+def _with_its_weights(module: nn.Module) -> nn.Module:
+    """A copy of the module whose parameters are the same memory."""
+    shared = {id(own): nn.Parameter(own.detach(), requires_grad=False) for own in module.parameters()}
+    return copy.deepcopy(module, dict(shared))
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

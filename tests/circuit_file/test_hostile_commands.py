@@ -167,14 +167,14 @@ def resized(content: dict[str, Any], layers: int, heads: int) -> dict[str, Any]:
     return content
 
 
-def test_a_graph_beyond_an_8b_model_is_refused_at_once(whole: dict[str, Any], place: Place, tmp_path: Path) -> None:
+def test_a_graph_beyond_a_70b_model_is_refused_at_once(whole: dict[str, Any], place: Place, tmp_path: Path) -> None:
     path = tmp_path / "all.circuit.json"
-    whole["model"]["dims"] |= {"n_layers": 100, "n_heads": 46, "n_kv_heads": 46}
+    whole["model"]["dims"] |= {"n_layers": 100, "n_heads": 64, "n_kv_heads": 64}
     path.write_text(json.dumps(whole), "utf-8")
     for command in ("show", "validate", "verify", "cite", "view"):
         assert "larger than this version reads" in complaint(command, path)
     whole["model"]["dims"] |= {"n_layers": 12, "n_heads": 12, "n_kv_heads": 12}
-    whole["graph"]["positions"] = [f"p{i}" for i in range(900)] + ["rest"]
+    whole["graph"]["positions"] = [f"p{i}" for i in range(999)] + ["rest"]
     path.write_text(json.dumps(whole), "utf-8")
     assert "larger than this version reads" in complaint("validate", path)
 

@@ -94,7 +94,7 @@ def test_what_is_given_reaches_the_spec_with_its_type() -> None:
 def test_help_shows_the_options_in_their_order(capsys: pytest.CaptureFixture[str]) -> None:
     (command,) = (found for name, found in COMMANDS.commands.items() if name == "run")
     shown = [parameter.name for parameter in command.params]
-    assert shown == [*shown_order(), "config", "force", "open_report", "as_json", "quiet", "verbose"]
+    assert shown == [*shown_order(), "config", "dry_run", "force", "open_report", "as_json", "quiet", "verbose"]
     assert shown[shown.index("method") :][:5] == ["method", "effort", "metric", "steps", "settings"]
 
 

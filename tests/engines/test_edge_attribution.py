@@ -7,14 +7,15 @@ import torch
 
 import mechinterp.engines.edge_attribution
 from mechinterp.base.errors import InputError
-from mechinterp.engines.edge_attribution import edge_gradients
+from mechinterp.base.peak_memory import PeakMemory
+from mechinterp.engines.edge_attribution import activation_path_gradients, edge_gradients
 from mechinterp.engines.edge_patching import run_edges
 from mechinterp.engines.replacement import Replacement, build_replacement
 from mechinterp.graphs.graph import Graph, build_graph
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.metrics import Metric, get_metric
 from mechinterp.tasks.pairs import Pairs
-from tests.support.models_tiny import ALL_FLOAT64, D_VOCAB, EVERY, build, pairs, snapshot, tiny
+from tests.support.models_tiny import ALL_FLOAT64, D_MODEL, D_VOCAB, EVERY, build, pairs, snapshot, tiny
 
 LOGIT_DIFF = get_metric("logit_diff")
 
@@ -156,8 +157,57 @@ def test_a_batch_is_the_sum_of_its_examples(name: str, monkeypatch: pytest.Monke
         torch.testing.assert_close(parts, whole, rtol=0, atol=near)
         with monkeypatch.context() as patched:
             patched.setattr(mechinterp.engines.edge_attribution, "TOKEN_BUDGET_BYTES", 1)
+            patched.setattr(mechinterp.engines.edge_attribution, "STEPS_BUDGET_BYTES", 1)
             chunked = edge_gradients(model, graph, some, LOGIT_DIFF, alphas=alphas)
         torch.testing.assert_close(chunked, whole, rtol=0, atol=near)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_one_token_and_one_point_at_a_time_give_the_same_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With means per position, named positions and parts of writers, which are all cut into windows of their own."""
+    model, padded = tiny(name), pairs(2, 5, padded=True)
+    even = pairs(2, 5, positions={"end": torch.tensor([4, 4]), "first": torch.tensor([0, 1])})
+    graph, placed = build_graph(model, neurons={1: [2, 5]}), build_graph(model, positions=["end", "first"])
+    means = build_replacement("mean-positional", model, graph, even)
+    alphas = (0.5, 1.0, 0.0)
+
+    def scores() -> list[torch.Tensor]:
+        return [
+            edge_gradients(model, graph, even, LOGIT_DIFF, replacement=means, alphas=alphas),
+            edge_gradients(model, placed, even, LOGIT_DIFF, alphas=alphas),
+            activation_path_gradients(model, graph, padded, LOGIT_DIFF, alphas),
+        ]
+
+    whole = scores()
+    monkeypatch.setattr(mechinterp.engines.edge_attribution, "TOKEN_BUDGET_BYTES", 1)
+    monkeypatch.setattr(mechinterp.engines.edge_attribution, "STEPS_BUDGET_BYTES", 1)
+    near = 1e-9 if name in ALL_FLOAT64 else 1e-4
+    for got, expected in zip(scores(), whole, strict=True):
+        assert bool(expected.any())
+        torch.testing.assert_close(got, expected, rtol=0, atol=near)
+
+
+def test_memory_grows_neither_with_the_points_of_the_path_nor_with_writes_times_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, graph = tiny("gpt2"), build_graph(tiny("gpt2"))
+
+    def peak(n_points: int, length: int) -> int:
+        alphas = [(k + 1) / n_points for k in range(n_points)]
+        with PeakMemory() as used:
+            edge_gradients(model, graph, pairs(2, length)[:1], LOGIT_DIFF, alphas=alphas)
+        return used.peak
+
+    peak(1, 4)  # what the model keeps from its first run is not counted
+    assert peak(6, 8) > 1.5 * peak(2, 8)  # all points fit: the measurement sees them
+    monkeypatch.setattr(mechinterp.engines.edge_attribution, "STEPS_BUDGET_BYTES", 1)
+    assert peak(6, 8) < 1.02 * peak(2, 8)
+    model = build("gpt2", n_head=16)  # many writers, so that their writes are most of the memory
+    graph = build_graph(model)
+    whole = peak(1, 16)
+    monkeypatch.setattr(mechinterp.engines.edge_attribution, "TOKEN_BUDGET_BYTES", 1)
+    table = len(graph.writers) * 16 * D_MODEL * 8
+    assert peak(1, 16) < whole - 3 / 4 * table  # one example, cut into its tokens; what is left is the model's own
 
 
 @pytest.mark.slow

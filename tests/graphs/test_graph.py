@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import asdict
 
 import networkx as nx
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechinterp.base.errors import InputError, UnsupportedError
+from mechinterp.circuit_file.limits import MAX_GRAPH_CELLS
+from mechinterp.circuit_file.schema import DimsRecord
 from mechinterp.graphs.circuit import on_paths, to_networkx
-from mechinterp.graphs.graph import LEVELS, Graph, build_graph, graph_of
+from mechinterp.graphs.graph import LEVELS, MOST_CELLS, Graph, build_graph, graph_of
 from mechinterp.models.layout import Dims
 from mechinterp.models.sites import Edge, Node
 from tests.support.models_tiny import EVERY, N_HEADS, N_LAYERS, tiny
@@ -294,3 +297,16 @@ def test_nodes_round_trip() -> None:
     for kind, layer, head in itertools.product(("head", "kv_head"), (0, 31), (0, 127)):
         assert Node.parse(str(Node(kind, layer, head))) == Node(kind, layer, head)
     assert Node.parse("m7") == Node("mlp", 7)
+
+
+@pytest.mark.slow
+def test_the_graph_of_a_70b_model_is_made_and_a_file_may_describe_it() -> None:
+    """By its sizes alone: 80 layers of 64 heads in 8 groups, as Llama-3.1-70B."""
+    sizes = dims(80, 64, 8)
+    graph = graph_of(sizes)
+    assert tuple(graph.possible.shape) == (1 + 80 * (64 + 16 + 1), 1 + 80 * 65)
+    per_layer = 64 + 16  # the query, key and value inputs, which read what is before the layer
+    before = [1 + 65 * layer for layer in range(80)]
+    assert graph.n_edges == sum(per_layer * n + n + 64 for n in before) + 1 + 80 * 65 == 16_654_201
+    DimsRecord(**asdict(sizes))
+    assert MOST_CELLS == MAX_GRAPH_CELLS  # what can be made can be saved

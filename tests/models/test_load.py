@@ -402,3 +402,23 @@ def test_hooks_that_a_model_brings_along_are_told(caplog: pytest.LogCaptureFixtu
     bridge.hook_dict["blocks.0.attn.hook_z"].add_hook(lambda value, hook: value * 2)
     (note,) = load_model(bridge).info.notes
     assert "hooks of its own (1, on blocks.0.attn" in note
+
+
+def test_a_module_in_memory_may_lend_its_weights_instead_of_being_copied() -> None:
+    module = huggingface("llama")
+    before = [parameter.requires_grad for parameter in module.parameters()]
+    model = load_model(module, share_weights=True)
+    lent = {parameter.data_ptr() for parameter in model.bridge.original_model.parameters()}
+    assert lent == {parameter.data_ptr() for parameter in module.parameters()}
+    assert [parameter.requires_grad for parameter in module.parameters()] == before
+    copied = load_model(module)
+    assert copied.info.weights_sha256() == model.info.weights_sha256()
+    assert lent.isdisjoint(parameter.data_ptr() for parameter in copied.bridge.original_model.parameters())
+    ends = [one.run([[1, 2, 3]], record=["resid_final"]).values["resid_final"] for one in (model, copied)]
+    assert torch.equal(*ends)
+    others: list[dict[str, Any]] = [{"dtype": "float32"}, {"device": "cpu"}]
+    for given in others:
+        with pytest.raises(InputError, match="`share_weights` is for a module in memory as it is"):
+            load_model(module, share_weights=True, **given)
+    with pytest.raises(InputError, match="`share_weights`"):
+        load_model("bundled", share_weights=True)

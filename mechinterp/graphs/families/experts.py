@@ -16,6 +16,7 @@ from mechinterp.graphs.families.family import Moment, NodeFamily, Ports, Recorde
 from mechinterp.graphs.families.mlp import Mlp
 from mechinterp.graphs.families.normed_ports import Step, pull_back_norm
 from mechinterp.graphs.families.write_block import Dense
+from mechinterp.graphs.token_windows import Window
 from mechinterp.models.experts import expert_writes, n_experts
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node, Site
@@ -38,7 +39,7 @@ class RoutedMlp(Mlp):
         self,
         model: HookManager,
         steps: Sequence[Step],
-        chunk: slice,
+        window: Window,
         out: Float[Tensor, "port token d_model"],
         *,
         frozen: bool,
@@ -47,7 +48,7 @@ class RoutedMlp(Mlp):
         norm = model.layout.mlp_norm[self.layer]
         assert norm is not None
         for row, ports in enumerate(self.ports):
-            pull_back_norm(norm, ports.site, self.stream, steps, chunk, out[row : row + 1], frozen=frozen)
+            pull_back_norm(norm, ports.site, self.stream, steps, window, out[row : row + 1], frozen=frozen)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from mechinterp.base.errors import UnsupportedError
 from mechinterp.graphs.families.normed_ports import DirectionGradients, Projections, Step
 from mechinterp.graphs.families.write_block import WriteBlock
+from mechinterp.graphs.token_windows import Window
 from mechinterp.models.feature_basis import FeatureBasis
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Site
@@ -155,7 +156,7 @@ class NodeFamily(ABC):
         self,
         model: HookManager,
         steps: Sequence[Step],
-        chunk: slice,
+        window: Window,
         out: Float[Tensor, "port token d_model"],
         *,
         frozen: bool,
@@ -167,14 +168,14 @@ class NodeFamily(ABC):
         Args:
             model: The model.
             steps: Values at the stream and the ports' sites, and gradients at the latter.
-            chunk: Which examples.
+            window: Which tokens: slices of the examples and of the positions.
             out: Where to write it.
             frozen: Whether the scales of norms are constants.
         """
         raise NotImplementedError
 
     def direction_gradients(
-        self, model: HookManager, steps: Sequence[Step], chunk: slice, dtype: torch.dtype, *, frozen: bool
+        self, model: HookManager, steps: Sequence[Step], window: Window, dtype: torch.dtype, *, frozen: bool
     ) -> DirectionGradients | None:
         """What `pull_back` gives, for ports that are one number each of a norm's output; None for others."""
         return None

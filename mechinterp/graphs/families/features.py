@@ -20,6 +20,7 @@ from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.graphs.families.family import Moment, NodeFamily, Ports, Recorded, gram
 from mechinterp.graphs.families.normed_ports import DirectionGradients, Step, direction_gradients
 from mechinterp.graphs.families.write_block import LowRank
+from mechinterp.graphs.token_windows import Window
 from mechinterp.models.feature_basis import ChosenFeatures, NodeBasis
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.layout import Dims
@@ -204,28 +205,28 @@ class Features(NodeFamily):
         self,
         model: HookManager,
         steps: Sequence[Step],
-        chunk: slice,
+        window: Window,
         out: Float[Tensor, "port token d_model"],
         *,
         frozen: bool,
     ) -> None:
         """As `direction_gradients`, in full."""
-        found = self.direction_gradients(model, steps, chunk, out.dtype, frozen=frozen)
+        found = self.direction_gradients(model, steps, window, out.dtype, frozen=frozen)
         assert found is not None
         out.copy_(found.dense())
 
     def direction_gradients(
-        self, model: HookManager, steps: Sequence[Step], chunk: slice, dtype: torch.dtype, *, frozen: bool
+        self, model: HookManager, steps: Sequence[Step], window: Window, dtype: torch.dtype, *, frozen: bool
     ) -> DirectionGradients | None:
         """Through the activation function, the encoder's directions and the norm."""
         chosen, norm = self.loaded(), model.layout.mlp_norm[self.layer]
         read = chosen.reads()
         assert norm is not None and read is not None
         gradients = [
-            step.gradients[chosen][chunk] * chosen.slopes(step.values[chosen][chunk])  # pyright: ignore[reportArgumentType]
+            step.gradients[chosen][window] * chosen.slopes(step.values[chosen][window])  # pyright: ignore[reportArgumentType]
             for step in steps
         ]
-        resids = [step.values[self.stream][chunk] for step in steps]
+        resids = [step.values[self.stream][window] for step in steps]
         return direction_gradients(norm, read, resids, gradients, dtype, frozen=frozen)
 
     def written_grams(self, model: HookManager) -> Iterator[Float[Tensor, "d_model d_model"]]:

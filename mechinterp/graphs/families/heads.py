@@ -12,6 +12,7 @@ from torch import Tensor
 from mechinterp.graphs.families.family import Moment, NodeFamily, Ports, Recorded, gram
 from mechinterp.graphs.families.normed_ports import Projections, Step, pull_back_projections
 from mechinterp.graphs.families.write_block import Dense
+from mechinterp.graphs.token_windows import Window
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node, Site
 
@@ -98,14 +99,14 @@ class Heads(NodeFamily):
         self,
         model: HookManager,
         steps: Sequence[Step],
-        chunk: slice,
+        window: Window,
         out: Float[Tensor, "port token d_model"],
         *,
         frozen: bool,
     ) -> None:
         """Through the projections and the norm."""
         projections, sites = self.projections(model, out.dtype), [ports.site for ports in self.ports]
-        pull_back_projections(projections, sites, self.stream, steps, chunk, out, frozen=frozen)
+        pull_back_projections(projections, sites, self.stream, steps, window, out, frozen=frozen)
 
     def written_grams(self, model: HookManager) -> Iterator[Float[Tensor, "d_model d_model"]]:
         """Of the output matrices."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from mechinterp.graphs.families.family import Moment, NodeFamily, Ports, Recorded, gram
 from mechinterp.graphs.families.normed_ports import Step, pull_back_norm
 from mechinterp.graphs.families.write_block import Dense
+from mechinterp.graphs.token_windows import Window
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node, Site
 
@@ -70,7 +71,7 @@ class Mlp(NodeFamily):
         self,
         model: HookManager,
         steps: Sequence[Step],
-        chunk: slice,
+        window: Window,
         out: Float[Tensor, "port token d_model"],
         *,
         frozen: bool,
@@ -78,7 +79,7 @@ class Mlp(NodeFamily):
         """Through the norm."""
         norm = model.layout.mlp_norm[self.layer]
         assert norm is not None
-        pull_back_norm(norm, self.ports[0].site, self.stream, steps, chunk, out, frozen=frozen)
+        pull_back_norm(norm, self.ports[0].site, self.stream, steps, window, out, frozen=frozen)
 
     def written_grams(self, model: HookManager) -> Iterator[Float[Tensor, "d_model d_model"]]:
         """Of the output matrix."""

@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp.graphs.token_windows import Window
 from mechinterp.models.feature_basis import FeatureBasis
 from mechinterp.models.norm import Norm
 from mechinterp.models.sites import Site
@@ -26,6 +27,11 @@ class Step:
 
     values: Mapping[Site | FeatureBasis, Tensor]
     gradients: Mapping[Site | FeatureBasis, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """What they take."""
+        return sum(value.nbytes for value in (*self.values.values(), *self.gradients.values()))
 
 
 @dataclass(frozen=True)
@@ -42,22 +48,22 @@ def pull_back_projections(
     sites: Sequence[Site | FeatureBasis],
     stream: Site,
     steps: Sequence[Step],
-    chunk: slice,
+    window: Window,
     out: Float[Tensor, "port token d_model"],
     *,
     frozen: bool,
 ) -> None:
     """The gradient at the residual stream of ports that are projections."""
     dtype, norm = out.dtype, projections.norm
-    resids = [step.values[stream][chunk].to(dtype).flatten(0, 1) for step in steps]
+    resids = [step.values[stream][window].to(dtype).flatten(0, 1) for step in steps]
     scales = [norm.scale(resid) for resid in resids]
     first = 0
     along: list[list[Tensor]] = [[] for _ in steps]
     for site, (weight, constant) in zip(sites, projections.maps, strict=True):
         total: Tensor | None = None
         for i, (step, scale) in enumerate(zip(steps, scales, strict=True)):
-            gradient = rearrange(step.gradients[site][chunk].to(dtype), "b p h d -> h (b p) d") / scale
-            value = rearrange(step.values[site][chunk].to(dtype), "b p h d -> h (b p) d")
+            gradient = rearrange(step.gradients[site][window].to(dtype), "b p h d -> h (b p) d") / scale
+            value = rearrange(step.values[site][window].to(dtype), "b p h d -> h (b p) d")
             total = gradient if total is None else total + gradient
             if norm.kind != "none" and not frozen:
                 along[i].append(((value - constant[:, None]) * gradient).sum(-1) / resids[i].shape[-1])
@@ -76,7 +82,7 @@ def pull_back_norm(
     site: Site | FeatureBasis,
     stream: Site,
     steps: Sequence[Step],
-    chunk: slice,
+    window: Window,
     out: Float[Tensor, "1 token d_model"],
     *,
     frozen: bool,
@@ -85,8 +91,8 @@ def pull_back_norm(
     dtype = out.dtype
     total: Tensor | None = None
     for step in steps:
-        resid = step.values[stream][chunk].to(dtype).flatten(0, 1)
-        gradient = step.gradients[site][chunk].to(dtype).flatten(0, 1)
+        resid = step.values[stream][window].to(dtype).flatten(0, 1)
+        gradient = step.gradients[site][window].to(dtype).flatten(0, 1)
         pulled = norm.project_transposed(gradient) / norm.scale(resid)
         if norm.kind != "none" and not frozen:
             standard = norm.standardize(resid)

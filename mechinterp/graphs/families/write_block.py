@@ -68,6 +68,10 @@ class WriteBlock(Protocol):
         """The same writes for `n` candidates, from `[writer, 1, ...]`."""
         ...
 
+    def at(self, positions: slice) -> WriteBlock:
+        """Of a write that is the same in every example, that at some positions, if it is one per position."""
+        ...
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -121,6 +125,10 @@ class Dense:
     def expand(self, n: int) -> Dense:
         """The same writes for `n` candidates."""
         return Dense(self.writes.expand(-1, n, *self.writes.shape[2:]))
+
+    def at(self, positions: slice) -> Dense:
+        """Of a write that is the same in every example, that at some positions, if it is one per position."""
+        return self if self.writes.ndim == 2 else Dense(self.writes[:, positions])
 
 
 @dataclass(frozen=True)
@@ -189,6 +197,10 @@ class LowRank:
     def expand(self, n: int) -> LowRank:
         """The same writes for `n` candidates."""
         return LowRank(self.values.expand(-1, n, *self.values.shape[2:]), self.directions)
+
+    def at(self, positions: slice) -> LowRank:
+        """Of a write that is the same in every example, that at some positions, if it is one per position."""
+        return self if self.values.ndim == 1 else LowRank(self.values[:, positions], self.directions)
 
 
 def less_parts(whole: WriteBlock, parts: dict[int, Tensor]) -> WriteBlock:

@@ -1,0 +1,80 @@
+"""What a run takes in memory, estimated from one example, against what whole batches take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import mechinterp as mi
+from mechinterp.base.errors import InputError
+from mechinterp.base.peak_memory import PeakMemory
+from mechinterp.discovery.memory import auto_batch_size, measure_memory, run_bytes
+from mechinterp.discovery.method import raw_scores
+from mechinterp.engines.attribution_memory import attribution_bytes, measure_example
+from mechinterp.engines.edge_attribution import edge_gradients
+from mechinterp.engines.edge_patching import run_edges
+from tests.support.models_tiny import build, pairs, small_cut
+
+SHAPES = {
+    "gpt2": (8, 24, {"n_embd": 64}),  # long prompts: what autograd keeps is most of it
+    "llama": (16, 8, {}),  # many short ones
+    "gpt2 with many heads": (4, 24, {"n_head": 16, "n_embd": 64}),  # many writers: the contraction is most of it
+}
+
+
+def test_memory_is_counted_from_what_is_made_until_it_is_freed() -> None:
+    x = torch.ones(100, dtype=torch.float64)
+    with PeakMemory() as used:
+        y = x + 1
+        z = y * 2
+        del y
+        view, same = z.view(10, 10), z.add_(1)
+    assert (used.now, used.peak) == (800, 1600)
+    del z, view, same
+    assert used.now == 0
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_estimate_is_within_a_quarter_of_the_measured_peak(name: str) -> None:
+    n, length, sizes = SHAPES[name]
+    model, some = build(name.partition(" ")[0], **sizes), pairs(n, length)
+    graph = mi.build_graph(model)
+    one = measure_example(model, graph, some, "logit_diff")
+    for alphas in ((1.0,), (0.5, 1.0)):
+        with PeakMemory() as used:
+            edge_gradients(model, graph, some, "logit_diff", alphas=alphas)
+        assert within_a_quarter(attribution_bytes(model, graph, one, n, len(alphas))["total"], used.peak)
+
+
+def test_so_it_is_for_learned_masks_and_for_runs_with_edges_cut() -> None:
+    n, length, sizes = SHAPES["llama"]
+    model, some = build("llama", **sizes), pairs(n, length)
+    graph = mi.build_graph(model)
+    memory = measure_memory(model, graph, some, "logit_diff", "mattr", {"drawings": 2})
+    how: dict[str, Any] = {"learning_steps": 1, "runs": 1, "examples": n, "drawings": 2, "warm_start": "none"}
+    with PeakMemory() as used:
+        raw_scores(model, graph, some, method="mattr", batch_size=n, **how)
+    assert within_a_quarter(run_bytes(model, graph, memory, n)["learned masks"], used.peak)
+    cuts = torch.stack([small_cut(graph, 0.5, seed) for seed in range(3)])
+    with PeakMemory() as used:
+        run_edges(model, graph, some, cuts)
+    assert within_a_quarter(3 * n * memory.patched, used.peak)
+
+
+def within_a_quarter(estimate: float, measured: float) -> bool:
+    return 0.75 * measured <= estimate <= 1.25 * measured
+
+
+def test_auto_is_the_largest_batch_whose_estimate_fits() -> None:
+    model, some = build("gpt2"), pairs(9, 8)
+    graph = mi.build_graph(model)
+    memory = measure_memory(model, graph, some, "logit_diff", "eap-ig", {})
+    total = {size: run_bytes(model, graph, memory, size)["total"] for size in (1, 2, 4, 8, 16)}
+    assert memory.weights < total[1] < total[2] < total[16]
+    # A few per cent beside the edge, since the first run of a model makes more than later ones.
+    for budget, expected in ((1.05 * total[4], 4), (0.95 * total[8], 4), (2 * total[16], 16)):
+        assert auto_batch_size(model, graph, some, budget=int(budget)) == expected
+    with pytest.raises(InputError, match="more than the"):
+        auto_batch_size(model, graph, some, budget=int(0.9 * total[1]))
