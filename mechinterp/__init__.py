@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     from mechinterp.analysis.description_scores import separation_scores as separation_scores
     from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution as direct_logit_attribution
     from mechinterp.analysis.direct_logit_attribution import group_parts as group_parts
+    from mechinterp.analysis.direction_paths import direction_paths as direction_paths
     from mechinterp.analysis.direction_paths import direction_readers as direction_readers
+    from mechinterp.analysis.direction_paths import direction_writers as direction_writers
     from mechinterp.analysis.directions import Direction as Direction
     from mechinterp.analysis.directions import find_direction as find_direction
     from mechinterp.analysis.directions import given_direction as given_direction
@@ -58,6 +60,8 @@ if TYPE_CHECKING:
     from mechinterp.analysis.logit_lens import LogitLens as LogitLens
     from mechinterp.analysis.logit_lens import logit_lens as logit_lens
     from mechinterp.analysis.logit_lens import writes_lens as writes_lens
+    from mechinterp.analysis.observables import coupling as coupling
+    from mechinterp.analysis.observables import observable as observable
     from mechinterp.analysis.patchscopes import Patchscope as Patchscope
     from mechinterp.analysis.patchscopes import patchscope as patchscope
     from mechinterp.analysis.path_patching import path_patching as path_patching
@@ -298,7 +302,8 @@ _HOMES = {
     "analysis.steering_sweep": ("steering_sweep",),
     "views.plots.steering": ("steering_curve",),
     "models.generation": ("Generated",),
-    "analysis.direction_paths": ("direction_readers",),
+    "analysis.direction_paths": ("direction_paths", "direction_readers", "direction_writers"),
+    "analysis.observables": ("coupling", "observable"),
     "circuit_file.direction_claims": ("verify_direction",),
     "circuit_file.direction_file": ("load_direction",),
     "direct": ("DirectSpec", "discover_direction"),
