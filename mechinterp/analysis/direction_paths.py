@@ -28,7 +28,6 @@ from mechinterp.tasks.metrics import Metric
 from mechinterp.tasks.own_metric import MetricLike
 from mechinterp.tasks.pairs import Pairs
 
-
 OFFSET = {"unembed.bias": "offset"}
 """What the bias of the logits is called where these are the reading of a direction."""
 
@@ -188,8 +187,8 @@ def direction_writers(
 ) -> Grid:
     """A Grid (node, feature, example): what every head, MLP and bias writes along a direction or subspace.
 
-    With the `offset` that counts as 0, they add up to the reading of the direction (to every coordinate of the subspace). What a node does to it by all
-    paths is `path_patching(read_direction(model, direction), ...)`.
+    With the `offset` that counts as 0, they add up to the reading of the direction (to every coordinate of the
+    subspace). What a node does to it by all paths is `path_patching(read_direction(model, direction), ...)`.
 
     Args:
         model: The model.
