@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from mechinterp.analysis.head_detectors import attention_to as attention_to
     from mechinterp.analysis.head_detectors import copying_scores as copying_scores
     from mechinterp.analysis.head_detectors import head_scores as head_scores
+    from mechinterp.analysis.information_bottleneck import information_bottleneck as information_bottleneck
     from mechinterp.analysis.integrated_gradients import integrated_gradients as integrated_gradients
     from mechinterp.analysis.knn_deviation import knn_deviation as knn_deviation
     from mechinterp.analysis.logit_lens import LogitLens as LogitLens
@@ -87,6 +88,8 @@ if TYPE_CHECKING:
     from mechinterp.analysis.subspace import subspace_interchange as subspace_interchange
     from mechinterp.analysis.text_span import TextSpan as TextSpan
     from mechinterp.analysis.text_span import text_span as text_span
+    from mechinterp.analysis.token_norms import token_attribution as token_attribution
+    from mechinterp.analysis.token_norms import token_contributions as token_contributions
     from mechinterp.analysis.tuned_lens import TunedLens as TunedLens
     from mechinterp.analysis.tuned_lens import load_lens as load_lens
     from mechinterp.analysis.tuned_lens import save_lens as save_lens
@@ -313,6 +316,8 @@ _HOMES = {
     "analysis.observables": ("coupling", "observable"),
     "analysis.direction_comparison": ("ComparedDirections", "compare_directions"),
     "analysis.knn_deviation": ("knn_deviation",),
+    "analysis.token_norms": ("token_attribution", "token_contributions"),
+    "analysis.information_bottleneck": ("information_bottleneck",),
     "analysis.unit_scan": ("UnitScan", "scan_units"),
     "graphs.score_agreement": ("ScoreAgreement", "score_agreement"),
     "circuit_file.direction_claims": ("verify_direction",),
