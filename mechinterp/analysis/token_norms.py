@@ -8,8 +8,9 @@ the summands go through them, too (GlobEnc).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import einsum
@@ -71,7 +72,8 @@ def token_attribution(
         rollout: Whether layers are multiplied.
         batch_size: Examples at a time; by default all.
 
-    Cost: one forward. Memory: `batch * pos^2 * d_model` for one layer at a time.
+    Cost: one forward. Memory: patterns, values and the residual stream of all layers, and `batch * pos^2 * d_model` for
+    one layer at a time.
 
     Raises InputError for an unknown kind.
 
@@ -90,8 +92,10 @@ def token_attribution(
     for _, batch in batches(pairs, batch_size):
         real = batch.mask[:, :, None] & batch.mask[:, None]
         layers: list[Tensor] = []
+        sites = [site for layer in range(model.dims.n_layers) for site in _sites(model, layer)]
+        values = model.run(batch.clean, batch.mask, record=sites).values
         for layer in range(model.dims.n_layers):
-            weights = _weights(model, batch, layer, kind) * real
+            weights = _weights(model, values, layer, kind) * real
             weights = weights / weights.sum(-1, keepdim=True)
             layers.append(weights.nan_to_num(0) @ layers[-1] if rollout and layers else weights.nan_to_num(0))
         found.append(torch.where(real, torch.stack(layers), torch.nan))
@@ -116,11 +120,19 @@ def token_contributions(
     """
     if not 0 <= layer < model.dims.n_layers:
         raise InputError(f"The model has layers 0 to {model.dims.n_layers - 1}; got {layer}.")
-    sites = [Site(kind, layer) for kind in ("resid_pre", "pattern", "v", "z")]
-    encoder = isinstance(model, Encoder)
-    more = [Site("mlp_out", layer)] if encoder else []
-    values = model.run(pairs.clean, pairs.mask, record=[*sites, *more]).values
-    resid, pattern, v, z = (_wide(values[site]) for site in sites)
+    values = model.run(pairs.clean, pairs.mask, record=_sites(model, layer)).values
+    return _contributions(model, values, layer, through_norms=through_norms)
+
+
+def _sites(model: HookManager | Encoder, layer: int) -> list[Site]:
+    kinds = ("resid_pre", "pattern", "v", "z", *(["mlp_out"] if isinstance(model, Encoder) else []))
+    return [Site(kind, layer) for kind in kinds]
+
+
+def _contributions(
+    model: HookManager | Encoder, values: Mapping[Any, Tensor], layer: int, *, through_norms: bool
+) -> Contributions:
+    resid, pattern, v, z = (_wide(values[site]) for site in _sites(model, layer)[:4])
     v = v.repeat_interleave(model.dims.n_heads // v.shape[2], 2)
     if isinstance(model, Encoder):
         own = model.module.bert.encoder.layer[layer]
@@ -152,12 +164,13 @@ def token_contributions(
     return Contributions(parts, bias, whole)
 
 
-def _weights(model: HookManager | Encoder, batch: Pairs, layer: int, kind: str) -> Float[Tensor, "batch pos source"]:
+def _weights(
+    model: HookManager | Encoder, values: Mapping[Any, Tensor], layer: int, kind: str
+) -> Float[Tensor, "batch pos source"]:
     if kind == "attention":
-        site = Site("pattern", layer)
-        pattern = _wide(model.run(batch.clean, batch.mask, record=[site]).values[site]).mean(1)
+        pattern = _wide(values[Site("pattern", layer)]).mean(1)
         return (pattern + torch.eye(pattern.shape[1], device=pattern.device, dtype=pattern.dtype)) / 2
-    return token_contributions(model, batch, layer, through_norms=kind == "norms").parts.norm(dim=-1)
+    return _contributions(model, values, layer, through_norms=kind == "norms").parts.norm(dim=-1)
 
 
 def _summed(pattern: Tensor, v: Tensor, W_O: Tensor) -> Float[Tensor, "batch pos source d_model"]:
