@@ -18,6 +18,7 @@ from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.patch_direction import patch_direction
 from mechinterp.engines.readout import FINAL, Readout, checked_metric, metric_readout
 from mechinterp.features.activations import Identity
+from mechinterp.features.basis import Basis
 from mechinterp.features.dictionary import Dictionary
 from mechinterp.graphs.graph import build_graph
 from mechinterp.models.components import Part, Position, Positions, parse_part, position_index, position_sets
@@ -35,7 +36,7 @@ OFFSET = {"unembed.bias": "offset"}
 def direction_readers(
     model: HookManager,
     pairs: Pairs,
-    direction: Direction | Dictionary,
+    direction: Direction | Basis,
     readers: Sequence[str | Sequence[str]] | None = None,
     *,
     positions: Positions = None,
@@ -100,7 +101,7 @@ def direction_readers(
 def direction_paths(
     model: HookManager,
     pairs: Pairs,
-    direction: Direction | Dictionary,
+    direction: Direction | Basis,
     senders: str | Sequence[str | Sequence[str]] = "nodes",
     readers: Sequence[str | Sequence[str]] | None = None,
     *,
@@ -178,7 +179,7 @@ def direction_paths(
 def direction_writers(
     model: HookManager,
     pairs: Pairs,
-    direction: Direction | Dictionary,
+    direction: Direction | Basis,
     position: Position | None = None,
     *,
     prompt: Literal["clean", "corrupt"] = "clean",
@@ -226,11 +227,11 @@ def direction_writers(
     return Grid(wide, axes, "attribution", "units of the direction", about, {"forwards": float(len(parts))})
 
 
-def linear_basis(direction: Direction | Dictionary) -> Dictionary:
+def linear_basis(direction: Direction | Basis) -> Dictionary:
     """The basis of a direction, or a basis that is a linear subspace of one site. Raises InputError for another one."""
     basis = direction.basis if isinstance(direction, Direction) else direction
-    linear = isinstance(basis, Dictionary) and isinstance(basis.activation, Identity)  # pyright: ignore[reportUnnecessaryIsInstance]
-    if not linear or basis.sites_in != basis.sites_out or len(basis.sites_in) != 1 or basis.normalize != "none":
+    linear = isinstance(basis, Dictionary) and isinstance(basis.activation, Identity) and basis.normalize == "none"
+    if not isinstance(basis, Dictionary) or not linear or basis.sites_in != basis.sites_out or len(basis.sites_in) != 1:
         raise InputError(
             "Give a direction (mi.find_direction) or a linear subspace of one site (mi.subspace_basis, svd_basis, "
             "leace_basis, concept_basis); of a dictionary's feature, mi.given_direction(site, basis.writes([17])[0])."
@@ -238,7 +239,7 @@ def linear_basis(direction: Direction | Dictionary) -> Dictionary:
     return basis
 
 
-def _position_of(direction: Direction | Dictionary, position: Position | None) -> Position:
+def _position_of(direction: Direction | Basis, position: Position | None) -> Position:
     if position is not None:
         return position
     return direction.position if isinstance(direction, Direction) else -1
@@ -253,7 +254,7 @@ def _readouts(model: HookManager, basis: Dictionary) -> list[DirectionReadout]:
     ]
 
 
-def _about(analysis: str, direction: Direction | Dictionary, patching: str, metric: Metric) -> dict[str, Any]:
+def _about(analysis: str, direction: Direction | Basis, patching: str, metric: Metric) -> dict[str, Any]:
     return {
         "analysis": analysis,
         "direction": repr(direction),

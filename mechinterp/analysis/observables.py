@@ -8,6 +8,7 @@ centring are folded in and scales are taken as 1: a norm changes the length of w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,7 +30,7 @@ FINAL = Site("resid_final")
 
 def observable(
     model: HookManager,
-    weights: Mapping[str | int, float],
+    weights: Mapping[Any, float | int],
     path: Sequence[str] = (),
     *,
     pairs: Pairs | None = None,
@@ -125,7 +126,7 @@ def _reads_at(model: HookManager, node: Node) -> Site:
     return Site("resid_mid" if stage else "resid_pre", layer)
 
 
-def _unembedded(model: HookManager, weights: Mapping[str | int, float]) -> Float[Tensor, " d_model"]:
+def _unembedded(model: HookManager, weights: Mapping[Any, float | int]) -> Float[Tensor, " d_model"]:
     if not weights:
         raise InputError('Give weights of tokens, such as {" he": 1, " she": -1}.')
     columns, total = model.layout.W_U.detach(), torch.promote_types(model.dtype, torch.float32)

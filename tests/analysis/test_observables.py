@@ -13,7 +13,7 @@ from mechinterp.analysis.weights import writing
 from mechinterp.base.errors import InputError
 from tests.support.models_tiny import native, pairs, tiny, tokens
 
-WEIGHTS: dict[str | int, float] = {3: 1.0, 7: -2.0}
+WEIGHTS = {3: 1.0, 7: -2.0}
 
 
 @pytest.fixture(scope="module")
