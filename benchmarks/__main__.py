@@ -24,6 +24,7 @@ PARTS = {
     "information-flow": ("information_flow", "information_flow"),
     "neurons": ("neurons", "neurons"),
     "features": ("features", "features"),
+    "directions": ("directions", "directions"),
 }
 """For each part, its module and the function that measures it."""
 

@@ -46,7 +46,11 @@ if TYPE_CHECKING:
     from mechinterp.analysis.description_scores import separation_scores as separation_scores
     from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution as direct_logit_attribution
     from mechinterp.analysis.direct_logit_attribution import group_parts as group_parts
+    from mechinterp.analysis.direction_comparison import ComparedDirections as ComparedDirections
+    from mechinterp.analysis.direction_comparison import compare_directions as compare_directions
+    from mechinterp.analysis.direction_paths import direction_paths as direction_paths
     from mechinterp.analysis.direction_paths import direction_readers as direction_readers
+    from mechinterp.analysis.direction_paths import direction_writers as direction_writers
     from mechinterp.analysis.directions import Direction as Direction
     from mechinterp.analysis.directions import find_direction as find_direction
     from mechinterp.analysis.directions import given_direction as given_direction
@@ -67,12 +71,16 @@ if TYPE_CHECKING:
     from mechinterp.analysis.head_detectors import attention_to as attention_to
     from mechinterp.analysis.head_detectors import copying_scores as copying_scores
     from mechinterp.analysis.head_detectors import head_scores as head_scores
+    from mechinterp.analysis.information_bottleneck import information_bottleneck as information_bottleneck
     from mechinterp.analysis.integrated_gradients import integrated_gradients as integrated_gradients
     from mechinterp.analysis.judge_bases import JudgedBases as JudgedBases
     from mechinterp.analysis.judge_bases import judge_bases as judge_bases
+    from mechinterp.analysis.knn_deviation import knn_deviation as knn_deviation
     from mechinterp.analysis.logit_lens import LogitLens as LogitLens
     from mechinterp.analysis.logit_lens import logit_lens as logit_lens
     from mechinterp.analysis.logit_lens import writes_lens as writes_lens
+    from mechinterp.analysis.observables import coupling as coupling
+    from mechinterp.analysis.observables import observable as observable
     from mechinterp.analysis.patchscopes import Patchscope as Patchscope
     from mechinterp.analysis.patchscopes import patchscope as patchscope
     from mechinterp.analysis.path_patching import path_patching as path_patching
@@ -103,10 +111,14 @@ if TYPE_CHECKING:
     from mechinterp.analysis.subspace_controls import split_subspace as split_subspace
     from mechinterp.analysis.text_span import TextSpan as TextSpan
     from mechinterp.analysis.text_span import text_span as text_span
+    from mechinterp.analysis.token_norms import token_attribution as token_attribution
+    from mechinterp.analysis.token_norms import token_contributions as token_contributions
     from mechinterp.analysis.tuned_lens import TunedLens as TunedLens
     from mechinterp.analysis.tuned_lens import load_lens as load_lens
     from mechinterp.analysis.tuned_lens import save_lens as save_lens
     from mechinterp.analysis.tuned_lens import train_tuned_lens as train_tuned_lens
+    from mechinterp.analysis.unit_scan import UnitScan as UnitScan
+    from mechinterp.analysis.unit_scan import scan_units as scan_units
     from mechinterp.analysis.weights import feature_tokens as feature_tokens
     from mechinterp.analysis.weights import neuron_tokens as neuron_tokens
     from mechinterp.analysis.weights import ov_circuit as ov_circuit
@@ -246,6 +258,8 @@ if TYPE_CHECKING:
     from mechinterp.graphs.circuit import Circuit as Circuit
     from mechinterp.graphs.graph import Graph as Graph
     from mechinterp.graphs.graph import build_graph as build_graph
+    from mechinterp.graphs.score_agreement import ScoreAgreement as ScoreAgreement
+    from mechinterp.graphs.score_agreement import score_agreement as score_agreement
     from mechinterp.graphs.scores import Scores as Scores
     from mechinterp.graphs.select import select as select
     from mechinterp.models.feature_basis import FeatureBasis as FeatureBasis
@@ -356,7 +370,14 @@ _HOMES = {
     "analysis.steering_sweep": ("steering_sweep",),
     "views.plots.steering": ("steering_curve",),
     "models.generation": ("Generated",),
-    "analysis.direction_paths": ("direction_readers",),
+    "analysis.direction_paths": ("direction_paths", "direction_readers", "direction_writers"),
+    "analysis.observables": ("coupling", "observable"),
+    "analysis.direction_comparison": ("ComparedDirections", "compare_directions"),
+    "analysis.knn_deviation": ("knn_deviation",),
+    "analysis.token_norms": ("token_attribution", "token_contributions"),
+    "analysis.information_bottleneck": ("information_bottleneck",),
+    "analysis.unit_scan": ("UnitScan", "scan_units"),
+    "graphs.score_agreement": ("ScoreAgreement", "score_agreement"),
     "circuit_file.direction_claims": ("verify_direction",),
     "circuit_file.direction_file": ("load_direction",),
     "direct": ("DirectSpec", "discover_direction"),

@@ -16,7 +16,7 @@ from mechinterp.evaluation.faithfulness import faithfulness_curve
 from mechinterp.graphs.circuit import on_paths
 from mechinterp.graphs.graph import Graph
 from mechinterp.models.hook_manager import HookManager, load_model
-from mechinterp.pipeline import check_task, graph_of_run, parsed_setting
+from mechinterp.pipeline import check_task, explaining, graph_of_run, parsed_setting
 from mechinterp.run_examples import examples_of
 from mechinterp.run_spec import RunSpec, check_shares, compare_command, comparison_path, parsed_sizes
 from mechinterp.tasks.own_metric import MetricLike, as_metric
@@ -131,6 +131,8 @@ def compare(
     model = load_model(spec.model, revision=spec.revision, dtype=spec.dtype, device=spec.device)
     progress("model", 1, 1)
     examples = examples_of(spec, model)
+    if spec.direction is not None:
+        model, examples = explaining(spec.direction, model, examples)
     train, metric = examples.train, spec.metric or examples.metric
     check_task(spec, model, examples, metric)
     comparison = compare_methods(

@@ -98,6 +98,7 @@ class RunSpec:
         features: Where dictionaries are whose features become nodes, as `load_bases` takes it: folders,
             `org/name/folder@revision`, `bundled:m1`. At level `edge` the circuit is of edges between these nodes.
         top: How many of their features become nodes, the strongest of all dictionaries; by default 50.
+        direction: A direction file (or the name of a stored one) that the circuit explains instead of the logits.
         edges: Edges to select: a number, or a share such as `5%`.
         nodes: The same for nodes, at every other level.
         threshold: Selects every edge whose score (or its magnitude, see `by`) is above this, in the metric's unit.
@@ -176,6 +177,10 @@ class RunSpec:
     top: int | None = field(
         default=None,
         metadata=option(f"How many features of all dictionaries become nodes.  [default: {FEATURES}]", least=1),
+    )
+    direction: str | None = field(
+        default=None,
+        metadata=option("Explain the direction of this file (or stored name) instead of the logits.", metavar="FILE"),
     )
     edges: int | str | None = field(default=None, metadata=option("Select this many edges, or a share such as 5%."))
     nodes: int | str | None = field(
@@ -306,7 +311,7 @@ def resolved(spec: RunSpec) -> RunSpec:
 
 COMPARE = (
     *("task", "methods", "model", "revision", "metric", "settings", "level", "positions", "neurons", "features", "top"),
-    *("replacement", "sizes", "examples", "seed", "bos", "dtype", "device", "batch_size", "anyway", "out"),
+    *("direction", "replacement", "sizes", "examples", "seed", "bos", "dtype", "device", "batch_size", "anyway", "out"),
 )
 """The options of `discover-circuit compare` as `--help` shows them; all but `methods` and `sizes` are fields."""
 
@@ -417,6 +422,7 @@ def output_path(spec: RunSpec) -> Path:
     else:
         model = spec.model.rpartition("/")[2].replace("@", "-")
     parts = [stem(spec.task), model, str(spec.method), *(["features"] if spec.features else [])]
+    parts += ["direction"] if spec.direction is not None else []
     path = spec.out / f"{'-'.join(parts)}{SUFFIX}"
     sidecar_name(path)
     try:

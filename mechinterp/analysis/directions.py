@@ -7,7 +7,7 @@ that it was not fitted on, better than its controls, is `probe_directions`'s que
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from mechinterp.models.feature_basis import BasisSource
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import GLOBAL_SITES, Site
 from mechinterp.tasks.pairs import Pairs
+from mechinterp.tasks.source import TaskSource
 
 PER_HEAD = ("q", "k", "v", "z")
 
@@ -81,7 +82,7 @@ class Direction:
 
     def pairs(self, pairs: Pairs) -> Pairs:
         """The same prompts without answers, read at the direction's position: for a model of `read_direction`."""
-        return pairs.read_at(position_index(pairs, self.position))
+        return read_pairs(pairs, self.position)
 
     def __repr__(self) -> str:
         return f"Direction({self.site} at {self.position}, {self.method}, sha256 {self.sha256[:12]})"
@@ -115,6 +116,22 @@ def orient_pairs(pairs: Pairs, positive: int | None = None) -> Pairs:
         raise InputError(f"The answers of the pairs are tokens {found[0]} and {found[1]}; got {positive}.")
     assert pairs.right is not None
     return pairs.exchanged(pairs.right[:, 0] != (found[0] if positive is None else positive))
+
+
+def read_pairs(pairs: Pairs, position: Position, positive: int | None = None) -> Pairs:
+    """The prompts as a direction is read on them: without answers, at one position; their source says so.
+
+    Args:
+        pairs: The pairs.
+        position: Where the direction is read.
+        positive: Prompts with this right answer become the clean ones, see `orient_pairs`; by default they stay.
+    """
+    oriented = pairs if positive is None else orient_pairs(pairs, positive)
+    read, source = oriented.read_at(position_index(oriented, position)), pairs.source
+    if not isinstance(source, TaskSource):
+        return read
+    stated = source.positive if positive is None else positive
+    return read.from_source(replace(source, read_at=str(position), positive=stated))
 
 
 def two_answers(pairs: Pairs) -> tuple[int, int] | None:
@@ -190,7 +207,9 @@ def read_direction(model: HookManager, direction: Direction) -> DirectionReadout
     - `build_graph(readout)` ends at the site, and the node `logits` is the reading;
     - `metric="direction"` is the reading, in units of the direction;
     - `direct_logit_attribution(readout, pairs, 0)`: what every head and MLP writes along it (they add up to it);
-    - `path_patching(readout, pairs, metric="direction")`: the effect of each sender on it.
+    - `path_patching(readout, pairs, metric="direction")`: the effect of each sender on it;
+    - `save_circuit(path, circuit, model=readout)` names the file of a direction that `load_direction` has read, so
+      that the circuit verifies from its files alone.
 
     Args:
         model: The model. It is shared, not copied.
@@ -206,7 +225,8 @@ def read_direction(model: HookManager, direction: Direction) -> DirectionReadout
     >>> own = direction.pairs(pairs)
     >>> scores = mi.score_edges(readout, mi.build_graph(readout), own, method="eap", metric="direction")
     """
-    return DirectionReadout(model, direction.site, direction.read, direction.offset, direction.sha256)
+    file = direction.about.get("file")
+    return DirectionReadout(model, direction.site, direction.read, direction.offset, direction.sha256, file)
 
 
 def vector_site(model: HookManager, site: str | Site) -> Site:

@@ -114,7 +114,7 @@ def probe_directions(
     listed = [positions] if isinstance(positions, (str, int)) else list(positions)
     if shuffles < 1 or not listed or len(set(map(str, listed))) != len(listed):
         raise InputError("Give at least one position, each once, and `shuffles` of at least 1.")
-    _check_held_out(train, test)
+    check_held_out(train, test)
     first = Site("resid_pre", 0)
     wanted = tuple(dict.fromkeys([*places, first]))
     fitted, held = (direction_values(model, p, wanted, listed, batch_size=batch_size) for p in (train, test))
@@ -140,10 +140,10 @@ def probe_directions(
             shuffled = torch.stack([_shuffled(fit, own, other, generator) for _ in range(shuffles)]).mean()
             chance = torch.tensor(torch.nan) if method in PAIRED else _control(fit, own, other, tokens, generator)
             readings = [found.reading(part) for part in (*own, *other)]
-            accuracy = _accuracy(*readings[2:])
+            accuracy = share_right(*readings[2:])
             row = (
                 accuracy,
-                _accuracy(*readings[:2]),
+                share_right(*readings[:2]),
                 shuffled,
                 chance,
                 accuracy - chance,
@@ -170,7 +170,7 @@ Class = tuple[Tensor, Tensor]
 """The values of the positive and of the negative class."""
 
 
-def _accuracy(positive: Tensor, negative: Tensor) -> Tensor:
+def share_right(positive: Tensor, negative: Tensor) -> Tensor:
     """The share on the right side of the boundary; a reading of exactly 0 counts as half."""
     right = ((positive > 0).double() + 0.5 * (positive == 0)).sum() + (
         (negative < 0).double() + 0.5 * (negative == 0)
@@ -192,7 +192,7 @@ def _judged(fit: Any, train: Class, test: Class) -> Tensor:
         if "same mean" not in str(error):
             raise
         return torch.tensor(0.5, dtype=torch.float64)
-    return _accuracy(found.reading(test[0]), found.reading(test[1]))
+    return share_right(found.reading(test[0]), found.reading(test[1]))
 
 
 def _shuffled(fit: Any, train: Class, test: Class, generator: torch.Generator) -> Tensor:
@@ -249,7 +249,7 @@ def _prompts(pairs: Pairs) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]
     return rows(pairs.clean), rows(pairs.corrupt)
 
 
-def _check_held_out(train: Pairs, test: Pairs) -> None:
+def check_held_out(train: Pairs, test: Pairs) -> None:
     """Return None when no prompt of `test` is one of `train`. Raises InputError otherwise."""
     shared = set().union(*_prompts(train)) & set().union(*_prompts(test))
     if shared:

@@ -39,7 +39,7 @@ def _record(family: Features) -> FeaturesRecord:
         )
     stated = {
         "basis": family.basis,
-        "where": source.address if _is_inside(source.address) else Path(source.address).name,
+        "where": source.address if is_inside(source.address) else Path(source.address).name,
         "options": dict(source.options) or None,
         "format": source.format,
         "sha256": family.sha256,
@@ -75,7 +75,7 @@ def stated_basis(record: FeaturesRecord, path: Path, given: Sequence[Basis] = ()
     if any(basis.name == record.basis for basis in given):
         raise _another(record, [basis for basis in given if basis.name == record.basis], "that was given")
     where = record.where
-    if not _is_inside(where):  # an untrusted file must not choose which files are opened
+    if not is_inside(where):  # an untrusted file must not choose which files are opened
         raise FormatError(
             f"{path}: the basis '{record.basis}' is said to be in {clip(where, 200)!r}, outside the working folder. If "
             "you trust it, give it: --features WHERE."
@@ -100,8 +100,8 @@ def stated_basis(record: FeaturesRecord, path: Path, given: Sequence[Basis] = ()
     return matching[0]
 
 
-def _is_inside(where: str) -> bool:
-    """Whether a place is in the package, on the hub, or a folder below the working one."""
+def is_inside(where: str) -> bool:
+    """Whether a place is in the package, on the hub, or below the working folder."""
     place = Path(where)
     return not place.is_absolute() and ".." not in place.parts and not where.startswith("~")
 

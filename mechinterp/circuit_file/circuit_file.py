@@ -19,6 +19,7 @@ from mechinterp.base.registry import unknown
 from mechinterp.base.shards import from_first
 from mechinterp.circuit_file.bases import Bases, features_records, stated_bases, stated_features
 from mechinterp.circuit_file.provenance import dims_of, dtype_name, model_record, provenance_of, tokenizer_record
+from mechinterp.circuit_file.readouts import readout_record, stated_model_of
 from mechinterp.circuit_file.records import (
     AnyTaskRecord,
     discovery_record,
@@ -64,7 +65,10 @@ from mechinterp.evaluation.task_check import TaskCheck
 from mechinterp.graphs.circuit import Circuit, on_paths
 from mechinterp.graphs.graph import Graph, graph_of
 from mechinterp.graphs.scores import Scores
+from mechinterp.models.direction_readout import dims_before
 from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.layout import Dims
+from mechinterp.models.sites import Site
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.task import Task
 
@@ -99,7 +103,8 @@ def save_circuit(
     Args:
         path: where to write; the name must end in `.circuit.json`.
         circuit: the circuit to save; its scores, if it has any, go into the second file.
-        model: the model that the circuit was found in; its weights are hashed.
+        model: the model that the circuit was found in; its weights are hashed. Of one that reads a direction of a
+            direction file, the file names that file; a direction in memory must be given again to `verify`.
         task: the task that made the pairs. None: the file keeps their token ids instead.
         result: one evaluation of this circuit, or several.
         curve: faithfulness at other sizes, with the levels that the size was chosen by.
@@ -147,14 +152,18 @@ def save_circuit(
         for entry in results
     ]
     stem = path.name.partition(".circuit")[0]
+    readout = readout_record(model)
     content: dict[str, Any] = {
-        "schema_version": WITH_FEATURES if circuit.graph.features or circuit.graph.dims.layers else SCHEMA_VERSION,
+        "schema_version": WITH_FEATURES
+        if circuit.graph.features or circuit.graph.dims.layers or readout
+        else SCHEMA_VERSION,
         "kind": "circuit",
         "id": stem,
         "title": f"Circuit {stem}" if record is None else f"{record.name} in {model.info.name}",
         "status": "discovered",
         **about,
-        "model": model_record(model),
+        "model": model_record(stated_model_of(model)),
+        "readout": readout,
         "graph": graph_record(circuit.graph),
         "nodes": circuit.nodes,
         "edges": edge_records(circuit, None if stability is None else stability.found.frequency),
@@ -231,8 +240,9 @@ def stated_circuit(document: CircuitFile, graph: Graph, scores: Scores | None, p
 
 def stated_graph(document: CircuitFile, path: Path) -> Graph:
     """The graph of a model with the stated dimensions. Raises FormatError if the stated counts do not match it."""
-    stated_parts, dims = document.graph, dims_of(document.model.dims)
+    stated_parts = document.graph
     try:
+        dims = stated_dims(document)
         graph = graph_of(
             dims,
             split_input=stated_parts.split_input,
@@ -250,6 +260,15 @@ def stated_graph(document: CircuitFile, path: Path) -> Graph:
     if got != stated:
         raise FormatError(f"{path}: a model of these dims has {got} writers, readers, edges; the file states {stated}.")
     return graph
+
+
+def stated_dims(document: CircuitFile) -> Dims:
+    """The dimensions that the graph is of: those of the model, or of the model up to the direction that is read.
+
+    Raises InputError for a direction where the model has no residual stream.
+    """
+    dims = dims_of(document.model.dims)
+    return dims if document.readout is None else dims_before(dims, Site.parse(document.readout.site))
 
 
 def stated_scores(document: CircuitFile, graph: Graph, path: Path) -> Scores | None:

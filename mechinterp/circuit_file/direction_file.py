@@ -92,7 +92,9 @@ def stated_direction(opened: OpenedDirection) -> Direction:
         raise FormatError(f"{target}: {error}") from error
     if basis.n_features != 1:
         raise FormatError(f"{target} holds {basis.n_features} directions; a direction file holds one.")
-    return Direction(basis, position_of(stated.fit.position), stated.fit.method, {"file": str(opened.path)})
+    about = {"file": str(opened.path), "task": stated.task.name, "classes": stated.fit.classes}
+    about |= {} if stated.fit.positive is None else {"positive": stated.fit.positive}
+    return Direction(basis, position_of(stated.fit.position), stated.fit.method, about)
 
 
 def position_of(text: str) -> Position:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechinterp.analysis.directions import read_pairs
 from mechinterp.base.canonical_json import six_digits
 from mechinterp.base.errors import FormatError, InputError
 from mechinterp.base.registry import suggestion
+from mechinterp.circuit_file.direction_file import position_of
 from mechinterp.circuit_file.limits import MAX_TOKEN_IDS
 from mechinterp.circuit_file.schema import (
     DiscoveryRecord,
@@ -118,7 +120,12 @@ def pairs_record(pairs: Pairs, task: AnyTaskRecord | None) -> PairsRecord:
                 f"saved ({task.name}, version {task.version})."
             )
         made_from = TaskPairs(
-            split=source.split, seed=source.seed, prepend_bos=source.prepend_bos, skip=source.skip or None
+            split=source.split,
+            seed=source.seed,
+            prepend_bos=source.prepend_bos,
+            skip=source.skip or None,
+            read_at=source.read_at,
+            positive=source.positive,
         )
     else:
         made_from = _token_pairs(pairs)
@@ -135,7 +142,8 @@ def pairs_of(record: PairsRecord, task: Task | None, tokenizer: Any) -> Pairs:
         if task is None:
             raise InputError("These pairs are made by a task, and the task cannot be loaded.")
         how: dict[str, Any] = {"split": made.split, "seed": made.seed, "prepend_bos": made.prepend_bos}
-        return task.pairs(tokenizer, n=record.n, skip=made.skip or 0, **how)
+        pairs = task.pairs(tokenizer, n=record.n, skip=made.skip or 0, **how)
+        return pairs if made.read_at is None else read_pairs(pairs, position_of(made.read_at), made.positive)
     rows = made.model_dump(mode="json", exclude={"kind"})
     if not all(rows["clean"]) or not all(rows["corrupt"]):
         raise FormatError("The file's pairs hold a prompt without tokens.")

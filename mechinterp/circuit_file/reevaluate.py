@@ -10,10 +10,12 @@ from typing import Any
 
 import pandas as pd
 
+from mechinterp.analysis.directions import Direction
 from mechinterp.base.errors import InputError, MechInterpError
 from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.circuit_file.bases import check_given_bases, stated_bases
 from mechinterp.circuit_file.circuit_file import circuit_of
+from mechinterp.circuit_file.readouts import GivenDirection, as_stated, named_model, prompts_of, stated_direction_of
 from mechinterp.circuit_file.records import pairs_of, task_of
 from mechinterp.circuit_file.schema import CircuitFile, FileTaskRecord, TaskRecord
 from mechinterp.circuit_file.store import open_circuit_file
@@ -82,6 +84,7 @@ def reevaluate(
     device: str | None = None,
     batch_size: int = 32,
     features: Sequence[Basis | str | Path] = (),
+    direction: GivenDirection = None,
     progress: StageProgress = no_stages,
 ) -> Reevaluation:
     """The evaluation of a circuit file on held-out pairs; its hashes are checked first.
@@ -102,6 +105,7 @@ def reevaluate(
         device: where to load the model.
         batch_size: pairs run at once; it does not change the result.
         features: the dictionaries of feature nodes, or where they are. By default they are where the file says.
+        direction: the direction that the circuit explains, or its file. By default it is where the file says.
         progress: called with a stage, the steps done and the total.
 
     Raises:
@@ -120,9 +124,14 @@ def reevaluate(
     notes: list[str] = []
     if document.model.weights_sha256 is None:
         notes.append(f"the file does not state the weights of {document.model.name}; they were not compared.")
-    elif manager.info.weights_sha256() != document.model.weights_sha256:
+    elif named_model(document, manager).info.weights_sha256() != document.model.weights_sha256:
         notes.append(f"the weights of {manager.info.name} are not those of the file's model ({document.model.name}).")
-    on, pairs, default = _pairs(document, task, manager, examples, seed)
+    whole = named_model(document, manager)
+    manager = as_stated(document, opened.path, whole, direction)
+    read = None
+    if document.readout is not None:
+        read = stated_direction_of(document.readout, opened.path, direction)
+    on, pairs, default = _pairs(document, task, whole, examples, seed, read)
     if len(pairs) < examples:
         notes.append(f"{on} has {len(pairs)} pairs, all of which were taken; {examples} were asked for.")
     stated = document.evaluation[0].ablation.value if document.evaluation else "corrupt"
@@ -164,25 +173,41 @@ def _tests(
     return pd.DataFrame(rows, columns=["test", "result", "verdict"]), table
 
 
-def _pairs(document: CircuitFile, task: str | None, model: HookManager, n: int, seed: int) -> tuple[str, Pairs, str]:
-    """(What the pairs are of, the pairs, the metric)."""
+def _pairs(
+    document: CircuitFile, task: str | None, model: HookManager, n: int, seed: int, read: Direction | None
+) -> tuple[str, Pairs, str]:
+    """(What the pairs are of, the pairs, the metric); as they are read for a direction, if the circuit is of one."""
+    if task is None and not isinstance(document.task, TaskRecord) and document.evaluation:
+        name = document.evaluation[0].pairs  # as they were when it was found, so the classes are where they belong
+        own = pairs_of(document.pairs[name], None, model)[:n]
+        return f"the file's pairs {name!r}", own, document.evaluation[0].metric.name
+    if task is not None and _found_on(document, task, model):
+        return _pairs(document, None, model, n, seed, read)
+    on, pairs, metric = _new_pairs(document, task, model, n, seed)
+    return (on, pairs, metric) if read is None else (on, prompts_of(read, pairs), "direction")
+
+
+def _found_on(document: CircuitFile, task: str, model: HookManager) -> bool:
+    """Whether this is the very file of pairs that the circuit was found on."""
+    if Path(task).suffix.lower() not in (".jsonl", ".csv") or not isinstance(document.task, FileTaskRecord):
+        return False
+    source = load_pairs(task, model).source
+    return isinstance(source, FileSource) and source.sha256 == document.task.sha256
+
+
+def _new_pairs(
+    document: CircuitFile, task: str | None, model: HookManager, n: int, seed: int
+) -> tuple[str, Pairs, str]:
+    """Pairs of the file's task, or of another one."""
     if task is None:
         metric = document.evaluation[0].metric.name if document.evaluation else "logit_diff"
         if isinstance(document.task, TaskRecord):
             own = task_of(document.task)
             bos = document.tokenizer and document.tokenizer.prepend_bos  # as in the pairs that the file is about
             return own.name, own.pairs(model, n=n, split="test", seed=seed, prepend_bos=bos), metric
-        if not document.evaluation:
-            raise InputError("The file has no task and no evaluation; say what to evaluate it on: --task.")
-        name = document.evaluation[0].pairs
-        return f"the file's pairs {name!r}", pairs_of(document.pairs[name], None, model)[:n], metric
+        raise InputError("The file has no task and no evaluation; say what to evaluate it on: --task.")
     if Path(task).suffix.lower() in (".jsonl", ".csv"):
-        loaded = load_pairs(task, model)
-        source = loaded.source
-        found_on = document.task.sha256 if isinstance(document.task, FileTaskRecord) else None
-        if isinstance(source, FileSource) and source.sha256 == found_on:
-            return _pairs(document, None, model, n, seed)
-        pairs = loaded[:n]
+        pairs = load_pairs(task, model)[:n]
         answered = pairs.right is not None and pairs.wrong is not None
         return task, pairs, "logit_diff" if answered else "kl_to_clean"
     other = load_task(task)

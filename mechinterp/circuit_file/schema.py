@@ -217,6 +217,17 @@ class FeaturesRecord(Strict):
 LoadOption = Literal["format", "site", "site_out", "k", "input_scale", "layer"]
 
 
+class ReadoutRecord(Strict):
+    """The direction that is read in place of the logits, and the file that it is in."""
+
+    where: Label
+    """`NAME.direction.json`: beside the circuit file, below the working folder, or a stored one."""
+    direction_sha256: Sha256
+    """Over its site and numbers; another direction is refused."""
+    site: Label
+    """The residual stream at which it is read; the graph ends there."""
+
+
 class GraphRecord(Strict):
     """Which edges could have been chosen."""
 
@@ -357,6 +368,10 @@ class TaskPairs(Strict):
     prepend_bos: Flag
     skip: Annotated[int, Field(strict=True, ge=1, le=MAX_EXAMPLES)] | None = None
     """Examples of the split and seed that come before the first; null: none."""
+    read_at: Label | None = None
+    """The position at which a direction is read on them instead of answers; null: they have the task's answers."""
+    positive: Count | None = None
+    """The right answer of the prompts that are made the clean ones, for a direction; null: as the task has it."""
 
 
 class TokenPairs(Strict):
@@ -399,7 +414,8 @@ class PairsRecord(Strict):
 
 
 SCHEMA_VERSION, WITH_FEATURES = 1, 2
-"""The version of a file, and of one whose graph has features of dictionaries."""
+"""The version of a file, and of one whose graph has features of dictionaries or layers that differ, or that
+explains a direction."""
 
 
 class CircuitFile(Strict):
@@ -417,6 +433,8 @@ class CircuitFile(Strict):
     status: Literal["published", "discovered", "ground-truth", "imported"]
     model: ModelRecord
     tokenizer: TokenizerRecord | None = None
+    readout: ReadoutRecord | None = None
+    """The direction that the circuit explains; null: the logits. A file with one has version 2."""
     graph: GraphRecord
     positions: Annotated[dict[Label, Position], Named] = Field(default_factory=dict)
     """The named positions that nodes are restricted to; empty: every node is at all positions."""
@@ -468,8 +486,13 @@ class CircuitFile(Strict):
         if self.selection.n_edges != len(self.edges):
             raise ValueError(f"selection.n_edges is {self.selection.n_edges}, but there are {len(self.edges)} edges")
         features = self.graph.features or ()
-        if self.schema_version != (WITH_FEATURES if features or self.model.dims.layers else SCHEMA_VERSION):
-            raise ValueError("schema_version is 2 if, and only if, the graph has features or layers that differ")
+        if self.schema_version != (
+            WITH_FEATURES if features or self.model.dims.layers or self.readout else SCHEMA_VERSION
+        ):
+            raise ValueError(
+                "schema_version is 2 if, and only if, the graph has features or layers that differ, or the circuit "
+                "explains a direction"
+            )
         n_parts = sum(map(len, self.graph.neurons or ())) + sum(self.graph.experts or ())
         n_parts += sum(len(entry.numbers) for entry in features)
         n_inputs = sum(len(entry.numbers) for entry in features if entry.site_in != entry.site_out)
@@ -492,13 +515,15 @@ def circuit_sha256(document: CircuitFile) -> str:
     """The hash to cite: over model, graph, nodes, edges and positions; not over scores or results.
 
     The model counts by its weights, architecture, sizes and processing, not by where it was loaded from; by its name
-    and revision where no weights are stated. Feature bases count by their sha256, too.
+    and revision where no weights are stated. Feature bases and the direction that is read count by their sha256, too.
     """
     model = document.model
     graph = document.graph.model_dump(mode="json", exclude_none=True)
     for entry in graph.get("features", ()):
         for name in ("where", "options", "format"):
             entry.pop(name, None)
+    readout = document.readout
+    read = {} if readout is None else {"readout": readout.model_dump(mode="json", exclude={"where"})}
     unhashed = {"name": model.name, "revision": model.revision} if model.weights_sha256 is None else {}
     return canonical_sha256(
         {
@@ -509,6 +534,7 @@ def circuit_sha256(document: CircuitFile) -> str:
                 "processing": model.processing,
                 **unhashed,
             },
+            **read,
             "graph": graph,
             "nodes": sorted(document.nodes),
             "edges": sorted(edge.name for edge in document.edges),

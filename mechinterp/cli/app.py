@@ -200,6 +200,7 @@ def _compare(
     "task",
     "model",
     "dictionaries",
+    "direction",
     "metric",
     "replacement",
     "tests",
@@ -218,6 +219,7 @@ def _eval(
     ] = None,
     model: options.OtherModel = None,
     dictionaries: options.Dictionaries = None,
+    direction: options.OtherDirection = None,
     replacement: Annotated[
         str | None, typer.Option(help="What a cut edge carries.  [default: as in the file's own evaluation]")
     ] = None,
@@ -227,7 +229,7 @@ def _eval(
     **values: Any,
 ) -> Action:
     own: dict[str, Any] = dict(task=task, model=model, replacement=replacement, tests=tests, examples=examples)
-    own["features"] = dictionaries or ()
+    own |= dict(features=dictionaries or (), direction=direction)
     return partial(_do_eval, file, own | values, detail=detail)
 
 

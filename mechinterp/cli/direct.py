@@ -120,5 +120,7 @@ def verify_direction_file(path: Path, values: dict[str, Any]) -> Any:
 
     if values["rescore"]:
         raise InputError("--rescore is for circuit files; a direction is always fitted again.")
+    if values["features"] or values["direction"]:
+        raise InputError("--features and --direction are for circuit files; this is a direction file.")
     given = {name: values[name] for name in ("model", "tolerance", "device", "progress")}
     return verify_direction(path, **given)

@@ -45,6 +45,10 @@ Dictionaries = Annotated[
         "--features", metavar="WHERE", help="A dictionary of feature nodes; repeatable.  [default: where the file says]"
     ),
 ]
+OtherDirection = Annotated[
+    str | None,
+    typer.Option("--direction", metavar="FILE", help="The direction that is read.  [default: where the file says]"),
+]
 Action = Callable[[], int]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that another command has written.")]
 

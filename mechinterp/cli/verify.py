@@ -26,12 +26,14 @@ Action = Callable[[], int]
 
 @commands.command("verify", help=VERIFY_HELP, short_help="Check every claim of a circuit file again.")
 @options.takes(
-    "file", "model", "dictionaries", "tolerance", "rescore", "strict", "as_json", "device", "batch_size", "detail"
+    *("file", "model", "dictionaries", "direction", "tolerance", "rescore", "strict", "as_json"),
+    *("device", "batch_size", "detail"),
 )
 def _verify(
     file: options.File,
     model: options.OtherModel = None,
     dictionaries: options.Dictionaries = None,
+    direction: options.OtherDirection = None,
     tolerance: Annotated[
         float | None, typer.Option(min=0, max=1, help="Relative tolerance.  [default: the file's own]")
     ] = None,
@@ -42,7 +44,8 @@ def _verify(
     detail: Detail = Detail.NORMAL,
     **values: Any,
 ) -> Action:
-    own = dict(model=model, features=dictionaries or (), tolerance=tolerance, rescore=rescore, batch_size=batch_size)
+    own = dict(model=model, features=dictionaries or (), direction=direction)
+    own |= dict(tolerance=tolerance, rescore=rescore, batch_size=batch_size)
     return partial(_do_verify, file, strict, as_json, own | values, detail=detail)
 
 

@@ -19,11 +19,30 @@ from torch import Tensor
 from mechinterp.base.errors import InputError
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.interventions import Edit, Intervention, Run, SiteName, as_interventions
+from mechinterp.models.layout import Dims
 from mechinterp.models.norm import Norm
 from mechinterp.models.sites import Site
 from mechinterp.models.tokens import check_at
 
 FINAL = Site("resid_final")
+
+
+def dims_before(dims: Dims, site: Site) -> Dims:
+    """The dimensions of a model that ends at a residual stream, with the reading in place of the logits.
+
+    Raises InputError for another site, and for `resid_pre.0`, before which there is nothing.
+    """
+    after = {"resid_pre": 0, "resid_post": 1}
+    if site != FINAL and (site.kind not in after or site.layer is None):
+        raise InputError(
+            f"'{site}' is not a residual stream between layers, where everything before it has been added up; a "
+            "direction is explained at 'resid_pre', 'resid_post' or 'resid_final'."
+        )
+    end = dims.n_layers if site.layer is None else site.layer + after[site.kind]
+    if not 0 < end <= dims.n_layers:
+        why = "nothing is written before it but the input" if end == 0 else f"the model has {dims.n_layers} layers"
+        raise InputError(f"A direction cannot be explained at '{site}': {why}. Take another site.")
+    return replace(dims, n_layers=end, layers=dims.layers[:end], d_vocab_out=2)
 
 
 class DirectionReadout(HookManager):
@@ -35,33 +54,33 @@ class DirectionReadout(HookManager):
         read: The direction that is read.
         offset: What is subtracted.
         sha256: Of the direction, for `info`.
+        file: The direction file that it was read from, which a circuit file then names; None: it is in memory only.
     """
 
     def __init__(
-        self, model: HookManager, site: Site, read: Float[Tensor, " d_model"], offset: float, sha256: str
+        self,
+        model: HookManager,
+        site: Site,
+        read: Float[Tensor, " d_model"],
+        offset: float,
+        sha256: str,
+        file: str | None = None,
     ) -> None:
         if isinstance(model, DirectionReadout):
             raise InputError("The model reads a direction already; give the model that was loaded.")
         model.resolve(site)
-        after = {"resid_pre": 0, "resid_post": 1}
-        if site != FINAL and site.kind not in after:
-            raise InputError(
-                f"'{site}' is not a residual stream between layers, where everything before it has been added up; a "
-                "direction is explained at 'resid_pre', 'resid_post' or 'resid_final'."
-            )
-        end = model.dims.n_layers if site.layer is None else site.layer + after[site.kind]
-        if end == 0:
-            raise InputError(f"Nothing is written before '{site}' but the input; take a later site.")
+        dims = dims_before(model.dims, site)
+        end = dims.n_layers
         if read.shape != (model.dims.d_model,):
             raise InputError(f"The direction has {list(read.shape)} numbers, the residual stream {model.dims.d_model}.")
         vars(self).update(vars(model))
         own = model.layout
         wide = torch.promote_types(model.dtype, torch.float32)
         columns = torch.stack([read, torch.zeros_like(read)], 1).to(device=model.device, dtype=wide)
-        self.whole, self.site = model, site
+        self.whole, self.site, self.direction_sha256, self.file = model, site, sha256, file
         self.layout = replace(
             own,
-            dims=replace(own.dims, n_layers=end, layers=own.dims.layers[:end], d_vocab_out=2),
+            dims=dims,
             attention=own.attention.until(end),
             mlp_norm=own.mlp_norm[:end],
             mlp_maps=own.mlp_maps[:end],

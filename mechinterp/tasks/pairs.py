@@ -205,6 +205,10 @@ class Pairs:
             )
         return self._with(right=None, wrong=None, answer_pos=at, source=None)
 
+    def from_source(self, source: TaskSource | FileSource | None) -> Pairs:
+        """The same pairs, recorded as made from `source`."""
+        return self._with(source=source)
+
     def exchanged(self, rows: Bool[Tensor, " batch"]) -> Pairs:
         """The pairs with clean and corrupt prompts, and right and wrong answers, exchanged in some rows.
 

@@ -17,6 +17,10 @@ class TaskSource:
     seed: int
     prepend_bos: bool
     skip: int = 0
+    read_at: str | None = None
+    """The position at which a direction is read on them instead of answers; None: they have the task's answers."""
+    positive: int | None = None
+    """The right answer of the prompts that were made the clean ones, for a direction; None: as the task has it."""
 
 
 @dataclass(frozen=True)
@@ -55,4 +59,5 @@ def source_record(source: TaskSource | FileSource | None) -> dict[str, object]:
     """The source as plain values for a file; `kind` is `task`, `file` or `tensors` (made in Python)."""
     if source is None:
         return {"kind": "tensors"}
-    return {"kind": "task" if isinstance(source, TaskSource) else "file", **asdict(source)}
+    stated = {name: value for name, value in asdict(source).items() if value is not None or name == "prepend_bos"}
+    return {"kind": "task" if isinstance(source, TaskSource) else "file", **stated}

@@ -50,6 +50,40 @@ def test_the_effect_through_the_logits_is_the_final_stream_moved() -> None:
     assert there.shape == (1, 4)
 
 
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("patching", ["noise", "denoise"])
+def test_all_senders_into_a_subspace_are_the_subspace_patched(name: str, patching: Any) -> None:
+    """Path patching through a node of two dimensions, split over its writers and over its readers."""
+    model, p = tiny(name), pairs(4, 6, padded=True, positions=NAMED)
+    basis = mi.subspace_basis("resid_pre.1", torch.linalg.qr(torch.randn(16, 2, dtype=torch.float64)).Q)
+    readers = [reader for reader in mi.build_graph(model).readers if not reader.startswith(("a0", "m0"))]
+    heads = [f"a0.h{head}" for head in range(4)]
+    everything = ["input", *heads, *(["m0"] if model.dims.has_mlp else [])]
+    two: list[Any] = [readers, readers[:2]]
+    how: dict[str, Any] = dict(patching=patching, batch_size=3)
+    through = mi.direction_paths(model, p, basis, [everything, ["a0.h1"]], two, position="S", **how)
+    whole = mi.direction_readers(model, p, basis, two, positions="S", **how)
+    torch.testing.assert_close(through.values[0], whole.values, rtol=1e-4, atol=1e-6)
+    assert (through.values[1] - through.values[0]).abs().max() > 1e-4
+    # What the parts write along both coordinates adds up to them.
+    written = mi.direction_writers(model, p, basis, "S")
+    at = model.run(p.clean, p.mask, record=["resid_pre.1"]).values["resid_pre.1"][torch.arange(4), p.positions["S"]]
+    expected = basis.encode(at).values.T
+    torch.testing.assert_close(written.values.sum(0), expected.to(written.values), rtol=1e-5, atol=1e-6)
+
+
+def test_one_path_through_the_final_stream_is_the_head_s_write_projected() -> None:
+    model, p = tiny("gpt2"), pairs(4, 6)
+    direction = mi.find_direction(model, p, "resid_final")
+    found = mi.direction_paths(model, p, direction, ["a1.h2"], ["logits"]).values[0, 0]
+    clean, corrupt = (model.run(ids, record=["z.1", "resid_final"]).values for ids in (p.clean, p.corrupt))
+    change = (corrupt["z.1"][:, -1, 2] - clean["z.1"][:, -1, 2]) @ model.layout.attention[1].W_O[2]
+    moved = clean["resid_final"][:, -1] + (change @ direction.read)[:, None] * direction.write
+    before, after = (model.layout.unembed(x) for x in (clean["resid_final"][:, -1], moved))
+    difference = [(own.gather(1, p.right) - own.gather(1, p.wrong))[:, 0] for own in (before, after)]  # type: ignore[arg-type]
+    torch.testing.assert_close(found, (difference[0] - difference[1]).to(found), rtol=1e-6, atol=1e-8)
+
+
 def test_what_is_refused() -> None:
     model, p = tiny("gpt2"), pairs(4, 6)
     direction = mi.find_direction(model, p, "resid_pre.1")
@@ -59,6 +93,8 @@ def test_what_is_refused() -> None:
         (lambda: mi.direction_readers(model, p, direction, ["m1@2"]), "as `positions`"),
         (lambda: mi.direction_readers(model, p, direction, []), "at least one reader"),
         (lambda: mi.direction_readers(model, p, mi.find_direction(model, p, "mlp_out.1")), "not a residual stream"),
+        (lambda: mi.direction_paths(model, p, direction, "heads"), "got 'heads'"),
+        (lambda: mi.direction_readers(model, p, mi.load_basis("bundled:m1")), "linear subspace of one site"),
     ]
     for call, message in cases:
         with pytest.raises(InputError, match=message):

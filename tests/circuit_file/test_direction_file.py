@@ -162,7 +162,7 @@ def test_the_command_writes_a_file_and_refuses_what_does_not_fit(
         (["--position", "NAMES"], "NAME"),
         (["--classes", "answers"], "answer"),
     ):
-        assert cli.main([*given, *words]) == 2
+        assert cli.main([*given, "--force", *words]) == 2
         assert message in capsys.readouterr().err
     command = command_of(DirectSpec("ioi", method="lda", control_position="S2", out=tmp_path))
     assert command == "discover-circuit direct ioi --method lda --control-position S2"

@@ -51,6 +51,7 @@ OTHER = RunSpec(
     restart=True,
     out=Path("my files"),
     shard="2/3",
+    direction="my.direction.json",
 )
 EXCLUSIVE = (RunSpec("ioi", edges="12"), RunSpec("ioi", threshold=0.5))
 # On the command line as many test pairs as train pairs are the default; in Python 200 are.

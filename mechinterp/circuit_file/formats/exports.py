@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from mechinterp.base.errors import InputError
+from mechinterp.circuit_file.circuit_file import stated_dims
 from mechinterp.circuit_file.formats.format import Written
 from mechinterp.circuit_file.formats.names import EXPORTS
-from mechinterp.circuit_file.provenance import dims_of
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.circuit_file.store import write_file
 from mechinterp.graphs.circuit import Circuit
@@ -20,7 +20,7 @@ def export_circuit(circuit: Circuit, document: CircuitFile, format: str) -> Writ
     names the part, for a circuit that the format cannot hold.
     """
     chosen = EXPORTS.get(format)
-    same = dims_of(document.model.dims) == circuit.graph.dims
+    same = stated_dims(document) == circuit.graph.dims
     if not same or tuple(sorted(edge.name for edge in document.edges)) != circuit.edges:
         raise InputError("The circuit file is about another circuit; export the circuit that it describes.")
     return chosen.write(circuit, document)

@@ -12,6 +12,8 @@ from mechinterp.circuit_file.verify.role_support import support_of_roles
 
 RESCORED = "scores again"
 """The claim that needs `rescore=True`; what comes with it ends in "again", too."""
+READOUT = "direction"
+"""The claim that the direction which is read is the one of the file."""
 OF_THE_TASK = "of the task"
 """Suffix of the claim that the task makes all the pairs that are given as token ids."""
 
@@ -124,6 +126,8 @@ def _parts(document: CircuitFile) -> Iterable[tuple[Part, tuple[str, ...]]]:
     yield Part("model", f"name of the model ({model.name})"), ("model.origin",) * (model.origin != "memory")
     for record in document.graph.features or ():
         yield Part("graph", f"dictionary of {record.basis} ({record.where})"), (basis_claim(record),)
+    if document.readout is not None:
+        yield Part("readout", f"direction that is read ({document.readout.where})"), (READOUT,)
     if document.tokenizer is not None:
         yield Part("tokenizer", "tokenizer"), ("tokenizer",)
     yield from _examples(document)

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from mechinterp.base.canonical_json import six_digits
-from mechinterp.base.errors import HubNotReached, InputError, MechInterpError, ModelNotAvailable, clip
+from mechinterp.base.errors import FormatError, HubNotReached, InputError, MechInterpError, ModelNotAvailable, clip
 from mechinterp.base.plain_files import is_file, is_folder, read_bounded
 from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.base.settings import check_settings
 from mechinterp.circuit_file.bases import check_given_bases, stated_basis
 from mechinterp.circuit_file.circuit_file import stated_circuit, stated_graph, stated_scores
 from mechinterp.circuit_file.provenance import model_record, tokenizer_record, versions
+from mechinterp.circuit_file.readouts import GivenDirection, as_stated, named_model
 from mechinterp.circuit_file.records import (
     EVALUATION_COUNTS,
     EVALUATION_NUMBERS,
@@ -33,7 +34,14 @@ from mechinterp.circuit_file.setting_types import SELECTION
 from mechinterp.circuit_file.store import OpenedFile, inside, open_circuit_file
 from mechinterp.circuit_file.stored import find_file
 from mechinterp.circuit_file.verify.claims import Ledger, UnverifiedModel, Verification
-from mechinterp.circuit_file.verify.coverage import applies_again, basis_claim, evaluation_name, extent_of, refined
+from mechinterp.circuit_file.verify.coverage import (
+    READOUT,
+    applies_again,
+    basis_claim,
+    evaluation_name,
+    extent_of,
+    refined,
+)
 from mechinterp.circuit_file.verify.discovery_claims import (
     BOOTSTRAP,
     check_curve,
@@ -55,6 +63,7 @@ from mechinterp.features.load import load_bases
 from mechinterp.graphs.circuit import Circuit, on_paths
 from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select import select
+from mechinterp.models.direction_readout import DirectionReadout
 from mechinterp.models.hook_manager import HookManager, load_model
 from mechinterp.models.load import parse_device
 from mechinterp.tasks.pair_files import MAX_BYTES
@@ -71,6 +80,7 @@ def verify(
     device: torch.device | str | None = None,
     batch_size: int = 32,
     features: Sequence[Basis | str | Path] = (),
+    direction: GivenDirection = None,
     progress: StageProgress = no_stages,
 ) -> Verification:
     """Which claims of a circuit file hold: hashes, model, tokenizer, task, pairs, scores, selection, every number.
@@ -88,6 +98,7 @@ def verify(
         device: where to load the model.
         batch_size: pairs run at once; it does not change the result.
         features: the dictionaries of feature nodes, or where they are. By default they are where the file says.
+        direction: the direction that the circuit explains, or its file. By default it is where the file says.
         progress: called with a stage, the steps done and the total.
 
     Raises:
@@ -107,13 +118,14 @@ def verify(
     if circuit is not None:
         check_given_bases(circuit, features)
     progress("model", 0, 1)
-    loaded = _loaded(opened, model, device, ledger)
+    loaded = whole = _loaded(opened, model, device, ledger)
     if loaded is not None:
-        _check_model(document, loaded, model is not None, ledger)
-        if circuit is not None and circuit.graph.features:
-            circuit = _with_bases(opened, circuit, loaded, features, ledger)
-            scores = None if circuit is None else circuit.scores
-    pairs = _check_pairs(opened, loaded, ledger)
+        _check_model(document, named_model(document, loaded), model is not None, ledger)
+        loaded = _reading(opened, loaded, direction, ledger)
+    if loaded is not None and circuit is not None and circuit.graph.features:
+        circuit = _with_bases(opened, circuit, loaded, features, ledger)
+        scores = None if circuit is None else circuit.scores
+    pairs = _check_pairs(opened, whole, ledger)
     limit = None if tolerance is None else Tolerance(relative=tolerance, absolute=tolerance / 10)
     if loaded is not None and circuit is not None and loaded.dims == circuit.graph.dims:
         if document.performance is not None:
@@ -256,6 +268,23 @@ def _loaded(opened: OpenedFile, model: Any, device: torch.device | str | None, l
             raise UnverifiedModel(found, _found(opened, {}, False, ledger)) from error
         ledger.failed("model", str(error))
         return None
+
+
+def _reading(opened: OpenedFile, model: HookManager, given: GivenDirection, ledger: Ledger) -> HookManager | None:
+    """The model with the direction that the file names in place of the logits; None with a failed claim."""
+    try:
+        reading = as_stated(opened.document, opened.path, model, given)
+    except FormatError as error:
+        ledger.failed(READOUT, str(error))
+        return None
+    except InputError as error:
+        if opened.document.readout is None:
+            raise
+        ledger.failed(READOUT, str(error))
+        return None
+    if isinstance(reading, DirectionReadout) and opened.document.readout is not None:
+        ledger.equal(READOUT, reading.direction_sha256, opened.document.readout.direction_sha256)
+    return reading
 
 
 def _with_bases(

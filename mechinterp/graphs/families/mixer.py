@@ -11,6 +11,7 @@ from torch import Tensor
 from mechinterp.graphs.families.family import Moment, NodeFamily, Ports, Recorded
 from mechinterp.graphs.families.normed_ports import Step, pull_back_norm
 from mechinterp.graphs.families.write_block import Dense
+from mechinterp.graphs.token_windows import Window
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node, Site
 
@@ -69,11 +70,11 @@ class Mixer(NodeFamily):
         self,
         model: HookManager,
         steps: Sequence[Step],
-        chunk: slice,
+        window: Window,
         out: Float[Tensor, "port token d_model"],
         *,
         frozen: bool,
     ) -> None:
         """Through the norm."""
         norm = model.layout.mixer(self.layer).norm
-        pull_back_norm(norm, self.ports[0].site, self.stream, steps, chunk, out, frozen=frozen)
+        pull_back_norm(norm, self.ports[0].site, self.stream, steps, window, out, frozen=frozen)
