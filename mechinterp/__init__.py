@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from mechinterp.analysis.attention_edits import knock_out_attention as knock_out_attention
     from mechinterp.analysis.attribution import attribution_patching as attribution_patching
     from mechinterp.analysis.attribution import node_attribution as node_attribution
+    from mechinterp.analysis.attribution_graph.aggregate import AggregatedGraph as AggregatedGraph
+    from mechinterp.analysis.attribution_graph.aggregate import aggregate_graphs as aggregate_graphs
     from mechinterp.analysis.attribution_graph.build import attribution_graph as attribution_graph
     from mechinterp.analysis.attribution_graph.graph import AttributionGraph as AttributionGraph
     from mechinterp.analysis.attribution_graph.graph import GraphNode as GraphNode
     from mechinterp.analysis.attribution_graph.graph import Supernode as Supernode
+    from mechinterp.analysis.attribution_graph.supernodes import find_supernodes as find_supernodes
     from mechinterp.analysis.attribution_graph.validate import EdgeValidation as EdgeValidation
     from mechinterp.analysis.attribution_graph.validate import GraphValidation as GraphValidation
     from mechinterp.analysis.attribution_graph.validate import validate_edges as validate_edges
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
     from mechinterp.analysis.directions import given_direction as given_direction
     from mechinterp.analysis.directions import orient_pairs as orient_pairs
     from mechinterp.analysis.directions import read_direction as read_direction
+    from mechinterp.analysis.feature_notes import FeatureNote as FeatureNote
+    from mechinterp.analysis.feature_notes import feature_notes as feature_notes
     from mechinterp.analysis.feature_weights import feature_weights as feature_weights
     from mechinterp.analysis.head_detectors import attention_between as attention_between
     from mechinterp.analysis.head_detectors import attention_to as attention_to
@@ -254,6 +259,7 @@ if TYPE_CHECKING:
     from mechinterp.views.plots.save import save_image as save_image
     from mechinterp.views.plots.steering import steering_curve as steering_curve
     from mechinterp.views.plots.text import text_page as text_page
+    from mechinterp.views.report.attribution_page import write_graph_page as write_graph_page
     from mechinterp.views.report.view import write_page as write_page
 
 _HOMES = {
@@ -261,8 +267,10 @@ _HOMES = {
     "analysis.compensation": ("compensation",),
     "analysis.attention_edits": ("edit_pattern", "knock_out_attention"),
     "analysis.attribution": ("attribution_patching", "node_attribution"),
+    "analysis.attribution_graph.aggregate": ("AggregatedGraph", "aggregate_graphs"),
     "analysis.attribution_graph.build": ("attribution_graph",),
     "analysis.attribution_graph.graph": ("AttributionGraph", "GraphNode", "Supernode"),
+    "analysis.attribution_graph.supernodes": ("find_supernodes",),
     "analysis.attribution_graph.validate": ("EdgeValidation", "GraphValidation", "validate_edges", "validate_graph"),
     "analysis.causal_tracing": ("causal_tracing",),
     "analysis.composition": ("composition_scores",),
@@ -270,6 +278,7 @@ _HOMES = {
     "analysis.describe": ("Description", "Examples", "describe", "strongest_examples"),
     "analysis.description_scores": ("DescriptionScore", "SeparationScores", "score_description", "separation_scores"),
     "analysis.direct_logit_attribution": ("direct_logit_attribution", "group_parts"),
+    "analysis.feature_notes": ("FeatureNote", "feature_notes"),
     "analysis.feature_weights": ("feature_weights",),
     "analysis.head_detectors": ("attention_between", "attention_to", "copying_scores", "head_scores"),
     "analysis.integrated_gradients": ("integrated_gradients",),
@@ -394,6 +403,7 @@ _HOMES = {
     "views.plots.grids": ("attention_figure", "heatmap", "lens_figure", "token_labels", "waterfall"),
     "views.plots.save": ("save_html", "save_image"),
     "views.plots.text": ("text_page",),
+    "views.report.attribution_page": ("write_graph_page",),
     "views.report.view": ("write_page",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from mechinterp.graphs.circuit import on_paths
 from mechinterp.graphs.graph import Graph
 from mechinterp.models.hook_manager import HookManager, load_model
 from mechinterp.pipeline import check_task, graph_of_run, parsed_setting
-from mechinterp.run_examples import examples_of, stem
-from mechinterp.run_spec import RunSpec, compare_command
+from mechinterp.run_examples import examples_of
+from mechinterp.run_spec import RunSpec, check_shares, compare_command, comparison_path, parsed_sizes
 from mechinterp.tasks.own_metric import MetricLike, as_metric
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.views.report.comparison import write_comparison
@@ -65,9 +64,7 @@ def compare_methods(
     if not methods or len(set(methods)) != len(methods):
         raise InputError("Give at least one method, and each only once.")
     shares = tuple(float(share) for share in shares)
-    rising = all(a < b for a, b in pairwise(shares))
-    if len(shares) < 2 or not rising or not shares[0] > 0 or shares[-1] != 1:
-        raise InputError(f"Shares must increase, from above 0 to 1; got {list(shares)}.")
+    check_shares(shares)
     for name in methods:
         check_graph(name, graph)
     sizes = tuple(int(share * graph.n_units) for share in shares)
@@ -124,7 +121,7 @@ def compare(
     Raises:
         InputError: If the request is invalid; nothing is written then.
     """
-    shares = MIB_SHARES if sizes == "mib" else _shares(sizes)
+    shares = MIB_SHARES if sizes == "mib" else parsed_sizes(sizes)
     settings = _settings_by_method(spec, methods)
     try:
         spec.out.mkdir(parents=True, exist_ok=True)
@@ -149,7 +146,7 @@ def compare(
         batch_size=spec.batch_size,
         progress=progress,
     )
-    path = spec.out / f"{stem(spec.task)}-comparison.html"
+    path = comparison_path(spec)
     command = compare_command(spec, methods, sizes)
     write_comparison(path, comparison, f"Methods compared on {examples.task.name} in {spec.model}", command)
     return comparison, path
@@ -165,10 +162,3 @@ def _settings_by_method(spec: RunSpec, methods: Sequence[str]) -> dict[str, dict
         parameter, value = parsed_setting(rest, METHODS.get(name), own_options=())
         settings.setdefault(name, {})[parameter] = value
     return settings
-
-
-def _shares(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"Sizes are 'mib' or numbers separated by commas, such as 0.01,0.1,1; got {text!r}.") from None

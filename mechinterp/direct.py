@@ -17,6 +17,7 @@ from mechinterp.circuit_file.direction_schema import SUFFIX, DirectionFile, FitR
 from mechinterp.circuit_file.provenance import dtype_name, model_record, provenance_of, tokenizer_record
 from mechinterp.circuit_file.records import pairs_record, tolerance_for
 from mechinterp.features.direction_fits import FITS
+from mechinterp.features.fit_settings import fit_parameters
 from mechinterp.models.hook_manager import HookManager, load_model
 from mechinterp.models.sites import GLOBAL_SITES, Site
 from mechinterp.run_examples import examples_of, stem
@@ -34,6 +35,7 @@ class DirectSpec:
         task: A task, a task file or a file of pairs; clean prompts are the positive class, corrupt ones the negative.
         model: As of `RunSpec`.
         method: How the direction is fitted; see `fit_direction`.
+        settings: Parameters of the method, each as `NAME=VALUE`.
         site: A kind of site (`resid_pre`), or one site (`resid_pre.3`).
         layers: `all`, or numbers separated by commas, for a kind.
         position: Where in each prompt: a name of the task, or a number (-1: the last token).
@@ -54,6 +56,7 @@ class DirectSpec:
     task: str
     model: str = "bundled"
     method: str = "mean-difference"
+    settings: tuple[str, ...] = ()
     site: str = "resid_pre"
     layers: str = "all"
     position: str = "-1"
@@ -95,8 +98,7 @@ def discover_direction(spec: DirectSpec, progress: StageProgress = no_stages, *,
         raise unknown("method of finding a direction", spec.method, FITS)
     if spec.classes not in CLASSES:
         raise unknown("kind of classes", spec.classes, CLASSES)
-    name = "-".join([stem(spec.task), Path(spec.model).stem or spec.model, spec.method])
-    path = spec.out / f"{name.replace('/', '-').replace('@', '-')}{SUFFIX}"
+    parameters, path = fit_parameters(spec.method, spec.settings), direction_path(spec)
     progress("model", 0, 1)
     given: dict[str, Any] = dict(revision=spec.revision, dtype=spec.dtype, device=spec.device)
     loaded = load_model(spec.model, **given) if model is None else load_model(model)
@@ -115,7 +117,7 @@ def discover_direction(spec: DirectSpec, progress: StageProgress = no_stages, *,
         positive=positive,
         positive_text=None if positive is None or tokenizer is None else str(tokenizer.decode([positive])) or None,
         method=spec.method,
-        parameters={},
+        parameters=parameters,
         position=spec.position,
         control_position=spec.control_position,
         shuffles=spec.shuffles,
@@ -128,7 +130,7 @@ def discover_direction(spec: DirectSpec, progress: StageProgress = no_stages, *,
     progress("saving", 0, 1)
     bos = getattr(found.train.source, "prepend_bos", None)
     content: dict[str, Any] = {
-        "id": name,
+        "id": path.name.removesuffix(SUFFIX),
         "title": f"Direction of {stem(spec.task)} at {measured.direction.site}",
         "model": model_record(loaded),
         "tokenizer": tokenizer_record(loaded.tokenizer, bos),
@@ -145,6 +147,12 @@ def discover_direction(spec: DirectSpec, progress: StageProgress = no_stages, *,
     }
     content = {key: value for key, value in content.items() if value is not None}
     return DirectResult(path, write_direction(path, content, measured.direction), measured)
+
+
+def direction_path(spec: DirectSpec) -> Path:
+    """Where the file goes: `OUT/{task}-{model}-{method}.direction.json`."""
+    name = "-".join([stem(spec.task), Path(spec.model).stem or spec.model, spec.method])
+    return spec.out / f"{name.replace('/', '-').replace('@', '-')}{SUFFIX}"
 
 
 def _classes(spec: DirectSpec, train: Pairs) -> tuple[Literal["clean", "answer"], int | None]:
@@ -177,6 +185,8 @@ def command_of(spec: DirectSpec) -> str:
     default = DirectSpec(spec.task)
     for name in DirectSpec.__dataclass_fields__:
         value = getattr(spec, name)
-        if name not in ("task", "device", "out") and value != getattr(default, name):
+        if name == "settings":
+            words += [word for setting in spec.settings for word in ("--set", setting)]
+        elif name not in ("task", "device", "out") and value != getattr(default, name):
             words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)

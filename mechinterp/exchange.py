@@ -12,6 +12,7 @@ from mechinterp.circuit_file.formats.imports import import_circuit
 from mechinterp.circuit_file.formats.names import EXPORTS, IMPORTS
 from mechinterp.circuit_file.schema import CircuitFile, Origin
 from mechinterp.circuit_file.store import SUFFIX, open_circuit_file
+from mechinterp.circuit_file.stored import comes_with_the_package, find_file
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.models.hook_manager import load_model
 from mechinterp.views.report.difference import write_difference
@@ -19,7 +20,7 @@ from mechinterp.views.report.difference import write_difference
 
 def opened(file: str | Path) -> tuple[Circuit, CircuitFile]:
     """The circuit and its document. Raises FormatError if the file is not a circuit file or was changed."""
-    found = open_circuit_file(file)
+    found = open_circuit_file(find_file(file))
     return circuit_of(found), found.document
 
 
@@ -27,7 +28,7 @@ def export_file(file: str | Path, format: str, out: str | Path | None = None) ->
     """The paths that were written, and a sentence on what the format cannot hold.
 
     Args:
-        file: the circuit file.
+        file: the circuit file, or the name of a stored circuit.
         format: one of `EXPORTS`.
         out: where to write. None: named after the file, in the working directory.
 
@@ -37,8 +38,13 @@ def export_file(file: str | Path, format: str, out: str | Path | None = None) ->
     """
     chosen = EXPORTS.get(format)
     circuit, document = opened(file)
-    target = Path(Path(file).name.removesuffix(SUFFIX) + chosen.suffix) if out is None else Path(out)
+    target = exported_path(file, format) if out is None else Path(out)
     return write_export(target, export_circuit(circuit, document, format)), chosen.lost
+
+
+def exported_path(file: str | Path, format: str) -> Path:
+    """Where an export goes by default: named after the circuit file, in the working directory."""
+    return Path(find_file(file).name.removesuffix(SUFFIX) + EXPORTS.get(format).suffix)
 
 
 def import_file(path: str | Path, format: str, model: str, out: str | Path) -> CircuitFile:
@@ -78,7 +84,7 @@ def validate_file(file: str | Path) -> tuple[str, ...]:
 
 def diff_files(a: str | Path, b: str | Path, out: str | Path | None = None) -> CircuitDiff:
     """The differences between two circuit files (see `diff_circuits`); `out` (.html or .svg) draws them."""
-    files = open_circuit_file(a), open_circuit_file(b)
+    files = open_circuit_file(find_file(a)), open_circuit_file(find_file(b))
     circuits = circuit_of(files[0]), circuit_of(files[1])
     found = diff_opened(files, circuits)
     if out is not None:
@@ -86,9 +92,19 @@ def diff_files(a: str | Path, b: str | Path, out: str | Path | None = None) -> C
     return found
 
 
-def cite_file(file: str | Path) -> str:
-    """BibTeX entries for the paper (if the file names one), for the file with its hash, and for the software.
+def cite_file(file: str | Path, *, author: str = "", year: str = "", url: str = "") -> tuple[str, tuple[str, ...]]:
+    """(BibTeX for the paper, if the file names one, for the file with its hash, and for the software; what it lacks).
 
     Every text from the file is escaped: see `mechinterp.circuit_file.formats.bibtex`.
+
+    Args:
+        file: the circuit file, or the name of a stored circuit.
+        author: who made the file: `A and B`.
+        year: when; by default the year that the file states.
+        url: where it can be downloaded.
     """
-    return citation_of(opened(file)[1])
+    path = find_file(file)
+    document, packaged = opened(path)[1], comes_with_the_package(path)
+    found = {"author": author or packaged, "year": year or document.created_utc, "url": url or packaged}
+    text = citation_of(document, author=author, year=year, url=url, packaged=packaged)
+    return text, tuple(name for name, value in found.items() if not value)

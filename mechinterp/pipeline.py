@@ -17,22 +17,24 @@ from torch import Tensor
 
 from mechinterp.base.errors import InputError, MechInterpError, NoSmallCircuit, TaskNotDone
 from mechinterp.base.keep import Compute
-from mechinterp.base.plain_files import is_file, is_folder
-from mechinterp.base.progress import StageProgress, no_stages
+from mechinterp.base.progress import Progress, StageProgress, no_stages
 from mechinterp.base.registry import unknown
 from mechinterp.base.settings import Parameter, check_settings, unknown_setting
 from mechinterp.base.shards import from_first
 from mechinterp.base.shown import Shown
 from mechinterp.circuit_file.circuit_file import save_circuit
 from mechinterp.circuit_file.schema import CircuitFile
-from mechinterp.circuit_file.store import SUFFIX, sidecar_name
+from mechinterp.circuit_file.store import SUFFIX
 from mechinterp.circuit_file.summary import finding, steadiness
 from mechinterp.circuit_file.verify.verification import verify as verify
 from mechinterp.discovery.checkpoint import Checkpoint
+from mechinterp.discovery.ensemble import members_asked
 from mechinterp.discovery.features import top_features
 from mechinterp.discovery.finished_parts import FinishedParts
 from mechinterp.discovery.method import METHODS, Method, check_graph, score_edges
 from mechinterp.discovery.neurons import top_neurons
+from mechinterp.discovery.refine import REFINE, refine_circuit
+from mechinterp.discovery.score_pieces import adds_up
 from mechinterp.discovery.stable import (
     BLOCKS,
     RUNS,
@@ -55,6 +57,7 @@ from mechinterp.graphs.select import check_selection, select, sized, unit_count
 from mechinterp.models.hook_manager import HookManager, load_model
 from mechinterp.run_examples import Examples, examples_of, stem
 from mechinterp.run_spec import FEATURES, NEURONS, RESAMPLES, RunSpec, command_of, declared, resolved
+from mechinterp.run_spec import output_path as output_path
 from mechinterp.tasks.metrics import get_metric
 from mechinterp.tasks.pairs import Pairs
 
@@ -219,6 +222,8 @@ def discover(
         n_units = circuit.selection.get(f"{graph.level}s", circuit.n_units)
         alike = stability_at(scores, samples.scores, int(n_units), **how)
         stability = MeasuredStability(alike, train, samples.kind, samples.seed)
+    if spec.refine is not None:
+        circuit = refined(spec, model, circuit, train, done, partial(progress, "refine"))
     setup = AblationSetup.of(
         model, graph, examples.test, metric, spec.replacement, None, spec.batch_size, partial(progress, "evaluation")
     )
@@ -295,6 +300,26 @@ def check_task(spec: RunSpec, model: HookManager, examples: Examples, metric: st
     return found
 
 
+def refined(
+    spec: RunSpec, model: HookManager, circuit: Circuit, train: Pairs, done: FinishedParts, progress: Progress
+) -> Circuit:
+    """The circuit after the exact pass that was asked for; a killed pass goes on where it was."""
+    about = json.dumps([spec.refine, spec.refine_add, circuit.digest()])
+    state = done.path.with_name(f"{done.path.name}.{hashlib.sha256(about.encode()).hexdigest()[:8]}")
+    return refine_circuit(
+        model,
+        circuit,
+        train,
+        tau=float(spec.refine or 0),
+        add=spec.refine_add,
+        replacement=spec.replacement,
+        batch_size=spec.batch_size,
+        progress=progress,
+        resume=state,
+        keep=done.keep,
+    )
+
+
 def no_small_circuit(spec: RunSpec, graph: Graph, curve: Curve, levels: Levels) -> str:
     """The answer where no size reaches the levels, with what came nearest and what to try."""
     assert curve.kl_empty is not None
@@ -304,6 +329,8 @@ def no_small_circuit(spec: RunSpec, graph: Graph, curve: Curve, levels: Levels) 
     kl_empty = f"{curve.kl_empty:.3g}"
     low, high = best.interval or (best.faithfulness, best.faithfulness)
     tries = ["more --examples", "another --method"]
+    if spec.by == "value" and "keystones" in METHODS.get(_method(spec)).settings and graph.level == "edge":
+        tries += ["--set keystones=true (an estimate with the wrong sign puts an edge that all need last)"]
     tries += ["--level node"] if graph.level == "edge" else []
     tries += ["--positions all"] if not graph.positions and len(curve.pairs.positions) else []
     return (
@@ -346,8 +373,7 @@ class Ranking:
         averages = "runs" in method.settings
         if averages and wanted is not None:
             raise InputError(f"Method {method.name!r} draws the pairs again itself: give --set runs={wanted}.")
-        cheap = method.additive and not spec.replacement.startswith("mean")
-        if averages or wanted == 0 or (wanted is None and not cheap):
+        if averages or wanted == 0 or (wanted is None and not adds_up(self.asked)):
             scores = self.scored(pairs, "scores")
             if scores.samples is None:
                 return scores, None
@@ -377,7 +403,7 @@ class Ranking:
 
     def _affordable(self, wanted: int) -> int:
         """At most so many resamples that their scores take a quarter of a GiB, but at least two."""
-        return max(2, min(wanted, 2**28 // (8 * self.graph.n_edges)))
+        return max(2, min(wanted, 2**28 // (8 * self.graph.n_edges * len(members_asked(self.asked) or [0]))))
 
     def scored(self, pairs: Pairs, name: str) -> Scores:
         """The scores on these pairs."""
@@ -482,8 +508,10 @@ def _state_path(path: Path, spec: RunSpec) -> Path:
 
 
 def _measured(spec: RunSpec) -> RunSpec:
-    """The spec without what changes no score: `--edges N` goes on from the scores of a search."""
-    return replace(spec, edges=None, nodes=None, threshold=None, curve=True, roles=True, anyway=False)
+    """The spec without what changes no score: `--edges N` goes on from the scores of a search, and a run that had not
+    enough memory with a smaller `--batch-size`."""
+    same: dict[str, Any] = {"curve": True, "roles": True, "anyway": False, "batch_size": RunSpec.batch_size}
+    return replace(spec, edges=None, nodes=None, threshold=None, refine=None, refine_add=0, **same)
 
 
 def _forget_unfinished(path: Path) -> None:
@@ -495,29 +523,6 @@ def _forget_unfinished(path: Path) -> None:
                 entry.unlink(missing_ok=True)
             except OSError as error:
                 raise InputError(f"{entry} cannot be deleted: {error.strerror or error}.") from error
-
-
-def output_path(spec: RunSpec) -> Path:
-    """Where the circuit file of a run goes: `OUT/{task}-{model}-{method}.circuit.json`, with features `-features` more.
-
-    Raises InputError if the folder cannot be made, before anything slow begins.
-    """
-    spec = resolved(spec)
-    given = Path(spec.model)
-    if is_folder(given):
-        model = given.resolve().name
-    elif is_file(given):
-        model = given.stem
-    else:
-        model = spec.model.rpartition("/")[2].replace("@", "-")
-    parts = [stem(spec.task), model, _method(spec), *(["features"] if spec.features else [])]
-    path = spec.out / f"{'-'.join(parts)}{SUFFIX}"
-    sidecar_name(path)
-    try:
-        spec.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"Cannot write to {spec.out}: {error.strerror or error}.") from error
-    return path
 
 
 def _settings(spec: RunSpec) -> dict[str, Any]:
@@ -534,6 +539,10 @@ def _settings(spec: RunSpec) -> dict[str, Any]:
         raise InputError("Give edges, nodes or threshold, but only one of them.")
     if spec.metric is not None:
         get_metric(spec.metric)
+    if spec.refine is not None:
+        REFINE["tau"].check("refine", spec.refine)
+    elif spec.refine_add:
+        raise InputError("`refine_add` goes with `refine`: give both, such as refine=0.001.")
     return settings
 
 

@@ -12,6 +12,7 @@ from mechinterp.circuit_file.records import task_record
 from mechinterp.circuit_file.schema import FileTaskRecord, TaskRecord
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.run_spec import RunSpec
+from mechinterp.run_spec import stem as stem
 from mechinterp.tasks.pair_files import load_pairs
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.source import FileSource
@@ -68,12 +69,11 @@ def _file_examples(spec: RunSpec, model: HookManager) -> Examples:
     n_train = min(spec.examples, len(pairs) // n_parts)
     n_validation = min(spec.validation_examples, len(pairs) // n_parts) if n_parts == 3 else 0
     n_test = min(spec.test_examples, len(pairs) - n_train - n_validation)
+    got, asked = (n_train, n_validation, n_test), (spec.examples, spec.validation_examples, spec.test_examples)
     train, rest = pairs[:n_train], pairs[n_train:]
     validation = rest[:n_validation] if n_validation else None
     notes = () if n_validation else (f"{CROSS_FITTED} {len(pairs)} pairs are too few for three parts of {FEW}.",)
+    if any(have < want for have, want in zip(got, asked, strict=True)):
+        few, many = (f"{a} train, {b} validation and {c} test" for a, b, c in (got, asked))
+        notes = (*notes, f"{spec.task} has {len(pairs)} usable pairs: {few} pairs were taken, {many} were asked for.")
     return Examples(record, train, validation, rest[n_validation : n_validation + n_test], metric, None, notes)
-
-
-def stem(task: str) -> str:
-    """The name of a task, or of the file that it is in."""
-    return Path(task).stem if Path(task).suffix else task

@@ -9,11 +9,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from mechinterp.base.errors import InputError, clip
+from mechinterp.base.plain_files import is_file, is_folder
 from mechinterp.circuit_file.limits import MAX_EXAMPLES
+from mechinterp.circuit_file.store import SUFFIX, sidecar_name
 
 LEVELS = ("edge", "node", "neuron", "feature")
 ORDERS = ("value", "magnitude")
@@ -22,11 +25,11 @@ RULES = ("top", "greedy", "ilp")
 REPLACEMENTS = ("corrupt", "mean", "mean-positional", "zero")
 """The same as `mechinterp.engines.replacement.KINDS`."""
 EFFORTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "quick": ("eap-ig", ()),
+    "quick": ("ensemble", ()),
     "standard": ("mattr", ()),
     "thorough": ("mattr", ("runs=8", "learning_steps=300", "drawings=8")),
 }
-"""What runs by default at each effort: the method with its settings."""
+"""What runs by default at each effort: the method with its settings (why: docs/methods/index.md)."""
 RESAMPLES = 100
 """Resamples of the examples where scores add up over examples, so that they cost no runs."""
 NEURONS = FEATURES = 50
@@ -96,6 +99,9 @@ class RunSpec:
         rule: How edges are selected: `top`, `greedy` or `ilp` (see `select`).
         by: The order of edges: `value` (the most helpful first) or `magnitude`.
         ratio: Share of the edges, from 0 to 1, that are taken from the most helpful ones first.
+        refine: After the size is chosen, drop every edge that costs less than this much KL divergence (nats) by exact
+            runs on the train pairs (see `refine_circuit`).
+        refine_add: With `refine`, how many of the strongest edges outside of the circuit are then tried.
         examples: Train pairs, with which the circuit is discovered. Of a file of pairs these are the first.
         validation_examples: Pairs on which the size is chosen, neither train nor held-out ones.
         test_examples: Held-out pairs, on which it is evaluated. Of a file of pairs these are the last.
@@ -128,7 +134,7 @@ class RunSpec:
     effort: str = field(
         default="standard",
         metadata=option(
-            "What runs without --method: quick (eap-ig), standard (mattr) or thorough (mattr with more runs).",
+            "What runs without --method: quick (ensemble), standard (mattr) or thorough (mattr with more runs).",
             kind="effort",
             names=tuple(EFFORTS),
         ),
@@ -190,6 +196,18 @@ class RunSpec:
     ratio: float | None = field(
         default=None, metadata=option("Take this share of the edges from the most helpful ones first.", least=0, most=1)
     )
+    refine: float | None = field(
+        default=None,
+        metadata=option(
+            "Then drop each edge that costs less than this (KL divergence, nats), by exact runs; such as 0.001.",
+            metavar="TAU",
+            least=0,
+        ),
+    )
+    refine_add: int = field(
+        default=0,
+        metadata=option("With --refine, then try this many of the strongest edges outside of the circuit.", least=0),
+    )
     examples: int = field(
         default=200, metadata=option("Train pairs, to find the circuit with.", least=2, most=MAX_EXAMPLES)
     )
@@ -200,7 +218,9 @@ class RunSpec:
     test_examples: int = field(
         default=200, metadata=option("Held-out pairs.", least=2, most=MAX_EXAMPLES, default_of="examples")
     )
-    seed: int = field(default=0, metadata=option("Seed of the pairs, the random circuits and the intervals.", least=0))
+    seed: int = field(
+        default=0, metadata=option("Seed of the pairs, the random circuits and the intervals.", least=0, most=2**62)
+    )
     bos: bool | None = field(
         default=None,
         metadata=option("Whether prompts begin with the BOS token.  [default: as the tokenizer does it]"),
@@ -328,9 +348,63 @@ def command_of(spec: RunSpec) -> str:
     return shlex.join(["discover-circuit", "run", spec.task, *words_of(spec, declared())])
 
 
+def comparison_path(spec: RunSpec) -> Path:
+    """Where the page of a comparison goes: `OUT/{task}-comparison.html`."""
+    return spec.out / f"{stem(spec.task)}-comparison.html"
+
+
+def parsed_sizes(text: str) -> tuple[float, ...]:
+    """The shares of all edges that `--sizes` names.
+
+    >>> parsed_sizes("0.1,1")
+    (0.1, 1.0)
+    """
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"Sizes are 'mib' or numbers separated by commas, such as 0.01,0.1,1; got {text!r}.") from None
+    check_shares(shares)
+    return shares
+
+
+def check_shares(shares: Sequence[float]) -> None:
+    """Return None if shares increase from above 0 to 1. Raises InputError otherwise."""
+    rising = all(a < b for a, b in pairwise(shares))
+    if len(shares) < 2 or not rising or not shares[0] > 0 or shares[-1] != 1:
+        raise InputError(f"Shares must increase, from above 0 to 1; got {list(shares)}.")
+
+
 def compare_command(spec: RunSpec, methods: Sequence[str], sizes: str) -> str:
     """The command line that repeats a comparison, without the folder of its page."""
     words = ["discover-circuit", "compare", spec.task, "--methods", ",".join(methods), "--sizes", sizes]
     others = [name for name in COMPARE if name in declared() and name not in ("settings", "examples")]
     words += [*words_of(spec, ("settings", *others)), "--examples", str(spec.examples)]
     return shlex.join(words)
+
+
+def stem(task: str) -> str:
+    """The name of a task, or of the file that it is in."""
+    return Path(task).stem if Path(task).suffix else task
+
+
+def output_path(spec: RunSpec) -> Path:
+    """Where the circuit file of a run goes: `OUT/{task}-{model}-{method}.circuit.json`, with features `-features` more.
+
+    Raises InputError if the folder cannot be made, before anything slow begins.
+    """
+    spec = resolved(spec)
+    given = Path(spec.model)
+    if is_folder(given):
+        model = given.resolve().name
+    elif is_file(given):
+        model = given.stem
+    else:
+        model = spec.model.rpartition("/")[2].replace("@", "-")
+    parts = [stem(spec.task), model, str(spec.method), *(["features"] if spec.features else [])]
+    path = spec.out / f"{'-'.join(parts)}{SUFFIX}"
+    sidecar_name(path)
+    try:
+        spec.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"Cannot write to {spec.out}: {error.strerror or error}.") from error
+    return path

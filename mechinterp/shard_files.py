@@ -19,12 +19,22 @@ from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.base.shards import State, share
 from mechinterp.circuit_file.store import SUFFIX
 from mechinterp.discovery.checkpoint import Checkpoint, read_state, write_state
+from mechinterp.discovery.ensemble import members_asked
 from mechinterp.discovery.finished_parts import FinishedParts
 from mechinterp.discovery.method import METHODS
 from mechinterp.discovery.score_pieces import ScorePieces
 from mechinterp.discovery.table_sums import tables_of
-from mechinterp.pipeline import Discovery, Parts, Prepared, Ranking, discover, prepare, tensors_of
-from mechinterp.run_spec import RunSpec, command_of, parsed_shard, resolved
+from mechinterp.pipeline import (
+    Discovery,
+    Parts,
+    Prepared,
+    Ranking,
+    discover,
+    parsed_setting,
+    prepare,
+    tensors_of,
+)
+from mechinterp.run_spec import RunSpec, command_of, output_path, parsed_shard, resolved
 
 ENDING = ".shard"
 
@@ -56,20 +66,37 @@ def score_shard(spec: RunSpec, progress: StageProgress = no_stages) -> Path:
     _check_additive(spec)
     ready = prepare(spec, progress)
     pieces = score_pieces(ready)
-    path = ready.path.with_name(f"{ready.path.name.removesuffix(SUFFIX)}.{number}-of-{count}{ENDING}")
+    path = shard_path(ready.spec)
     kept = Checkpoint(path.with_name(f".{path.name}.unfinished"), f"{ready.key}-{number}-of-{count}")
     mine = share(len(pieces.groups), number - 1, count)
-    tables = tables_of(mine, pieces.piece, pieces.like, kept, partial(progress, "scores"))
+    tables = tables_of(mine, pieces.piece, pieces.like, kept, partial(progress, "scores"), pieces.batch_size)
     command = torch.tensor(list(command_of(ready.spec).encode()), dtype=torch.uint8)
     write_state(path, ready.key, {**tables, "command": command, "shard": torch.tensor([number, count])})
     kept.clear()
     return path
 
 
+def shard_path(spec: RunSpec) -> Path:
+    """Where the scores of a shard go: `OUT/{task}-{model}-{method}.I-of-N.shard`."""
+    number, count = parsed_shard(str(spec.shard))
+    path = output_path(spec)
+    return path.with_name(f"{path.name.removesuffix(SUFFIX)}.{number}-of-{count}{ENDING}")
+
+
+def made_by(path: Path) -> str:
+    """The command whose shard a file holds; empty if it holds none."""
+    try:
+        return _read(path).command
+    except InputError:
+        return ""
+
+
 def _check_additive(spec: RunSpec) -> None:
     """Return None if scores add up over examples. Raises InputError otherwise, before anything slow begins."""
-    name = str(resolved(spec).method)
-    if not METHODS.get(name).additive:
+    spec = resolved(spec)
+    name = str(spec.method)
+    settings = dict(parsed_setting(setting, METHODS.get(name)) for setting in spec.settings)
+    if not METHODS.get(name).additive and members_asked({"method": name, **settings}) is None:
         others = ", ".join(sorted(n for n, method in METHODS.importable().items() if method.additive))
         raise InputError(
             f"Scores of method {name!r} do not add up over examples, so shards of them cannot be merged. Start the run "

@@ -92,7 +92,7 @@ def test_the_command_writes_a_table_and_a_page(tmp_path: Path, capsys: pytest.Ca
     ("arguments", "message"),
     [
         (["--methods", "eap,eaap"], "eaap"),
-        (["--methods", ","], "at least one method"),
+        (["--methods", ","], "separated by commas, each only once"),
         (["--sizes", "many"], "Sizes are"),
         (["--sizes", "0.5,0.1,1"], "Shares must increase"),
         (["--sizes", "0.1,0.5"], "Shares must increase"),

@@ -69,8 +69,13 @@ SHOWN = [
 
 
 @pytest.mark.parametrize(("path", "line"), SHOWN, ids=[f"{NAMES[path]}: {line}" for path, line in SHOWN])
-def test_a_command_that_is_shown_can_be_given(path: Path, line: str) -> None:
+def test_a_command_that_is_shown_can_be_given(
+    path: Path, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It parses: the command, its arguments, options and settings exist. Nothing is run."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in shown_files(path):
+        Path(name).write_text(text, encoding="utf-8")
     words = shlex.split(line, comments=True)[1:]
     action = COMMANDS.main(words, prog_name="discover-circuit", standalone_mode=False)
     assert callable(action)
@@ -116,7 +121,11 @@ def test_the_output_that_is_shown_is_the_output() -> None:
         word for words in given for word in words
     }
     done = subprocess.run(
-        [sys.executable, "-c", PRINTER], input=json.dumps(given), env=ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, "-c", PRINTER],
+        input=json.dumps(given),
+        env={**ENVIRONMENT, "COLUMNS": "80"},  # as on a terminal
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     for lines, (code, printed) in zip(shown, json.loads(done.stdout), strict=True):

@@ -14,7 +14,8 @@ import torch
 import mechinterp as mi
 from mechinterp import pipeline, run_examples
 from mechinterp.base.errors import InputError, NoSmallCircuit, TaskNotDone
-from mechinterp.discovery import finished_parts
+from mechinterp.circuit_file.summary import steadiness
+from mechinterp.discovery import checkpoint, finished_parts
 from mechinterp.evaluation.sizes import CurvePoint, Levels, chosen_size, size_curve, size_grid, smallest_faithful
 from mechinterp.pipeline import Discovery, discover, output_path
 from mechinterp.run_spec import EFFORTS, RESAMPLES, RunSpec, command_of, resolved
@@ -199,7 +200,8 @@ def test_a_file_of_pairs_is_cut_in_thirds_if_these_are_large_enough(
     found = [sets.train, *([] if sets.validation is None else [sets.validation]), sets.test]
     assert (len(sets.train), len(sets.validation or ()), len(sets.test)) == sizes
     assert torch.equal(torch.cat([part.clean for part in found]), mi.load_pairs(path).clean)  # every pair once
-    assert (sets.notes == ()) == (sizes[1] > 0)
+    assert any(note.startswith(run_examples.CROSS_FITTED) for note in sets.notes) == (sizes[1] == 0)
+    assert "200 train, 200 validation and 200 test were asked for" in sets.notes[-1]
 
 
 @pytest.mark.slow
@@ -260,9 +262,52 @@ def test_resamples_of_a_method_that_draws_them_itself_are_its_runs(spec: RunSpec
         discover(replace(spec, method="mattr"))
 
 
+@pytest.mark.slow
+def test_a_run_refines_its_circuit_and_a_killed_pass_goes_on(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finished_parts, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "EVERY_SECONDS", 0.0)
+    spec = replace(spec, method="eap", refine=0.01, refine_add=3, roles=False)
+    told: list[int] = []
+
+    def report(stage: str, done: int, total: int) -> None:
+        if stage == "refine":
+            told.append(done)
+            if len(told) == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        discover(spec, report)
+    killed_at = told[-1]
+    made = discover(spec, report)
+    assert told[3] == killed_at > 0  # it did not begin again
+    assert made.circuit.scores is not None
+    plain = mi.select(made.circuit.graph, made.circuit.scores, edges=25)
+    expected = mi.refine_circuit(made.model, plain, made.train, tau=0.01, add=3)
+    stated = made.document.selection
+    assert made.circuit.edges == expected.edges and stated.parameters["edges"] == 25
+    assert stated.parameters["dropped"] == expected.selection["dropped"] > 0
+    assert "--refine 0.01 --refine-add 3" in str(made.document.provenance.command)
+    assert [path.name for path in spec.out.iterdir() if "unfinished" in path.name] == []
+
+    lines = steadiness(made.document)
+    assert lines[0].startswith("refined by exact runs on 12 pairs: ")
+    assert lines[1].startswith("stability, before it was refined: ")
+    found = mi.verify(made.path, model=made.model, rescore=True)
+    assert found.ok and any(warning.name == "selection not applied" for warning in found.warnings)
+    names = [claim.name for claim in found.claims]
+    assert {"selection.added", "stability.jaccard_by_chance", "stability.jaccard again"} <= set(names)
+
+
+def test_refining_needs_a_threshold() -> None:
+    with pytest.raises(InputError, match="`refine_add` goes with `refine`"):
+        discover(RunSpec("ioi", method="eap", refine_add=3))
+    with pytest.raises(InputError, match="refine must be a number, above 0"):
+        discover(RunSpec("ioi", method="eap", refine=0.0))
+
+
 def test_an_effort_names_the_method_and_settings_given_come_last() -> None:
     assert {effort: method for effort, (method, _) in EFFORTS.items()} == {
-        "quick": "eap-ig",
+        "quick": "ensemble",
         "standard": "mattr",
         "thorough": "mattr",
     }
@@ -286,8 +331,13 @@ def test_a_killed_run_does_not_score_again(spec: RunSpec, monkeypatch: pytest.Mo
         with pytest.raises(KeyboardInterrupt):
             discover(spec)
     assert [path for path in spec.out.iterdir() if ".unfinished." in path.name]
+    state = {path: path.read_bytes() for path in spec.out.iterdir()}
     again = discover(spec)
     assert scored == [1] and again.path.read_bytes() == made.path.read_bytes()
+    for path, content in state.items():
+        path.write_bytes(content)
+    smaller = discover(replace(spec, batch_size=5, roles=False))  # as after too little memory
+    assert scored == [1] and smaller.circuit.edges == made.circuit.edges
     assert not [path for path in spec.out.iterdir() if path.name.startswith(".")]
 
 

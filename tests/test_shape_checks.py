@@ -13,7 +13,7 @@ from jaxtyping import TypeCheckError
 
 import mechinterp
 from mechinterp.tasks import metrics
-from tests.support.shape_checks import SHAPED, with_checks
+from tests.support.shape_checks import EVERY, FIRST, SHAPED, with_checks
 
 MODULES = sorted(Path(mechinterp.__file__).parent.rglob("*.py"))
 CODE = '''"""What a module has before its code."""
@@ -68,6 +68,22 @@ def test_wrong_shapes_are_refused_where_a_signature_states_them(checked):
     ):
         with pytest.raises(TypeCheckError):
             wrong()
+
+
+def test_of_many_calls_the_first_and_some_later_ones_are_checked(checked):
+    wrong = torch.zeros(1), torch.zeros(2)
+
+    def refused() -> bool:
+        try:
+            checked.twice(wrong[0], y=wrong[1])
+        except TypeCheckError:
+            return True
+        return False
+
+    found = [refused() for _ in range(FIRST + 3 * EVERY)]
+    assert all(found[:FIRST]) and sum(found[FIRST:]) == 3
+    inner = [checked.made() for _ in range(FIRST + 1)]  # counted together, though each is made anew
+    assert all(each(torch.zeros(1, dtype=torch.int)) is not None for each in inner)
 
 
 def test_other_functions_are_left_as_they_are(checked):

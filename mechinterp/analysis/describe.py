@@ -281,7 +281,7 @@ def _read(
     if not read:
         raise InputError("The corpus has no texts.")
     kept = sorted((one for one, _ in best), reverse=True)
-    named = [replace(one, words=_words(model, one.ids)) for one in kept]
+    named = [replace(one, words=words_of(model, one.ids)) for one in kept]
     return (
         Examples(subject.name, tuple(named), read, fired, n_tokens),
         first,
@@ -345,12 +345,13 @@ def _table(model: HookManager, values: Float[Tensor, " token"], n: int) -> pd.Da
     for side, largest in (("top", True), ("bottom", False)):
         best = values.topk(min(n, len(values)), largest=largest)
         for rank, (token, value) in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True)):
-            text = _words(model, (token,))[0]
+            text = words_of(model, (token,))[0]
             rows.append({"side": side, "rank": rank, "token": token, "text": text, "value": value})
     return pd.DataFrame(rows)
 
 
-def _words(model: HookManager, ids: Sequence[int]) -> tuple[str, ...]:
+def words_of(model: HookManager, ids: Sequence[int]) -> tuple[str, ...]:
+    """The text of every token; one after the other they read as a text, with spaces between words."""
     if model.tokenizer is None:
         return tuple(f" {i}" for i in ids)
     texts = [str(model.tokenizer.decode([i])) for i in ids]

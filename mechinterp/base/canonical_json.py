@@ -26,6 +26,8 @@ def parse_json(content: bytes, where: str, max_values: int = MAX_VALUES) -> Any:
     nested deeper than `MAX_DEPTH`. A text of more than `max_values` values is refused before it is read.
     """
     check_size(content, where, max_values)
+    if not content.strip():
+        raise FormatError(f"{where} is empty; JSON is expected.")
     try:
         value = json.loads(
             content.decode("utf-8"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
 
 
 class MechInterpError(Exception):
@@ -31,6 +32,29 @@ class NoSmallCircuit(MechInterpError):
 
 class FormatError(InputError):
     """A file (circuit, scores, task, pairs) does not follow its format."""
+
+
+class Problems(FormatError):
+    """All that is wrong with a file: `lines`, one for each problem, under a `first` one that counts them."""
+
+    def __init__(self, where: str, problems: Sequence[str], most: int) -> None:
+        left = len(problems) - most
+        self.first = f"{where} has {len(problems):,} problems:"
+        self.lines = (*problems[:most], *([f"and {left:,} more"] if left > 0 else []))
+        super().__init__("\n  ".join([self.first, *self.lines]))
+
+
+def wrong_file(where: str, problems: Sequence[str], most: int = 20) -> FormatError:
+    """The error for a file with these problems: one line for one, `Problems` for more; at most `most` are listed.
+
+    >>> print(wrong_file("a.yaml", ["no name"]), wrong_file("a.yaml", ["no name", "no title"]), sep="; ")
+    a.yaml: no name; a.yaml has 2 problems:
+      no name
+      no title
+    """
+    if len(problems) == 1:
+        return FormatError(f"{where}: {problems[0]}")
+    return Problems(where, problems, most)
 
 
 class UnsupportedError(MechInterpError):

@@ -11,6 +11,7 @@ from mechinterp.base.plain_files import exists
 from mechinterp.circuit_file.schema import CircuitFile, FeaturesRecord
 from mechinterp.features.basis import Basis
 from mechinterp.features.load import load_bases
+from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.families.features import Features
 from mechinterp.graphs.graph import Graph
 from mechinterp.models.sites import Site
@@ -110,3 +111,9 @@ def _another(record: FeaturesRecord, found: Sequence[Basis], where: str) -> Form
         f"The basis '{record.basis}' {where} is not the one of the circuit: it has sha256 {got}, the file states "
         f"{record.sha256[:12]}.... Take the original."
     )
+
+
+def check_given_bases(circuit: Circuit, given: Sequence[object]) -> None:
+    """Return None if there is something to do with bases that are given. Raises InputError otherwise."""
+    if given and not circuit.graph.features:
+        raise InputError("The circuit has no feature nodes, so there is nothing to do with --features; leave it out.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ def save_circuit(
         "evaluation": evaluations,
         "curve": None if curve is None else _curve_record(curve, examples),
         "performance": None if performance is None else _performance(*performance, examples, dtype_name(model)),
-        "stability": None if stability is None else _stability(stability, examples),
+        "stability": None if stability is None else _stability(stability, circuit, examples),
         "predictions": tuple(_prediction(entry, model, examples) for entry in predictions) or None,
         "pairs": examples.records,
         "provenance": provenance_of(model, command),
@@ -408,19 +408,19 @@ def _performance(check: TaskCheck, pairs: Pairs, examples: _Examples, dtype: str
     )
 
 
-def _stability(measured: MeasuredStability, examples: _Examples) -> StabilityRecord:
-    """The record of a stability, at 6 significant digits."""
-    found = measured.found
+def _stability(measured: MeasuredStability, circuit: Circuit, examples: _Examples) -> StabilityRecord:
+    """The record of a stability, at 6 significant digits. The core is that of `circuit`, which may be a refined one."""
+    found = replace(measured.found, circuit=circuit)
     return StabilityRecord(
         pairs=examples.known("discovery", measured.pairs),
         kind=measured.kind,  # pyright: ignore[reportArgumentType]
         resamples=found.resamples,
         seed=measured.seed,
         jaccard=six_digits(found.jaccard),
-        jaccard_by_chance=six_digits(found.jaccard_by_chance),
+        jaccard_by_chance=six_digits(measured.found.jaccard_by_chance),
         core_share=CORE,
         n_core=int(found.core().sum()),
-        n_often_outside=found.n_often_outside,
+        n_often_outside=measured.found.n_often_outside,
     )
 
 

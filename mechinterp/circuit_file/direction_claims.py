@@ -29,6 +29,7 @@ from mechinterp.circuit_file.direction_schema import (
 from mechinterp.circuit_file.provenance import model_record, tokenizer_record, versions
 from mechinterp.circuit_file.records import pairs_of, task_of
 from mechinterp.circuit_file.schema import TaskRecord, Tolerance
+from mechinterp.circuit_file.stored import find_file
 from mechinterp.circuit_file.verify.claims import Ledger, Verification
 from mechinterp.circuit_file.verify.coverage import Extent, Part
 from mechinterp.circuit_file.verify.verification import load_stated_model
@@ -121,7 +122,7 @@ def verify_direction(
     """Which claims of a direction file hold: hashes, model, pairs, the fit run again, every number measured again.
 
     Args:
-        path: The `NAME.direction.json`.
+        path: The `NAME.direction.json`, or the name of a stored direction.
         model: Anything that `load_model` takes; by default the model that the file names.
         tolerance: Relative tolerance for numbers (a tenth of it is absolute); by default that of the file.
         device: Where to load the model.
@@ -131,7 +132,7 @@ def verify_direction(
         FormatError: if the file is not a direction file at all.
         ModelNotAvailable: if the model cannot be loaded here.
     """
-    opened, ledger = open_direction_file(path), Ledger()
+    opened, ledger = open_direction_file(find_file(path)), Ledger()
     stated = opened.document
     if tolerance is not None and not 0 < tolerance < 1:
         raise InputError(f"tolerance must be between 0 and 1; got {tolerance!r}.")

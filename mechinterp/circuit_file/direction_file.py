@@ -29,6 +29,7 @@ from mechinterp.circuit_file.direction_schema import (
     open_direction_file,
 )
 from mechinterp.circuit_file.store import inside
+from mechinterp.circuit_file.stored import find_file
 from mechinterp.features.activations import Identity
 from mechinterp.features.dictionary import Dictionary
 from mechinterp.models.components import Position, as_number
@@ -45,11 +46,11 @@ def load_direction(path: str | Path) -> Direction:
     """The direction of a file, after its hashes were checked.
 
     Args:
-        path: `NAME.direction.json`; `NAME.direction.safetensors` is read from the same folder.
+        path: `NAME.direction.json`, or the name of a stored direction; its numbers are read from the same folder.
 
     Raises FormatError for a file that is not a direction file, was changed, or whose numbers are missing.
     """
-    opened = open_direction_file(path)
+    opened = open_direction_file(find_file(path))
     stated = opened.document
     if opened.file_sha256 != stated.file_sha256:
         raise FormatError(

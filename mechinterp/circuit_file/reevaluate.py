@@ -12,11 +12,12 @@ import pandas as pd
 
 from mechinterp.base.errors import InputError, MechInterpError
 from mechinterp.base.progress import StageProgress, no_stages
-from mechinterp.circuit_file.bases import stated_bases
+from mechinterp.circuit_file.bases import check_given_bases, stated_bases
 from mechinterp.circuit_file.circuit_file import circuit_of
 from mechinterp.circuit_file.records import pairs_of, task_of
 from mechinterp.circuit_file.schema import CircuitFile, FileTaskRecord, TaskRecord
 from mechinterp.circuit_file.store import open_circuit_file
+from mechinterp.circuit_file.stored import find_file
 from mechinterp.circuit_file.verify.verification import load_stated_model
 from mechinterp.evaluation.against_random import necessity_test, sufficiency_test
 from mechinterp.evaluation.completeness import completeness
@@ -89,7 +90,7 @@ def reevaluate(
     see `evaluate`; the tests take about 300 more forwards per batch.
 
     Args:
-        file: the circuit file.
+        file: the circuit file, or the name of a stored circuit.
         task: the name of a task, a task file, or a file of pairs (.jsonl, .csv). None: the task of the file.
         model: anything that `load_model` takes. None: the model that the file names. A model with other weights but
             the same dimensions is allowed, and noted.
@@ -107,8 +108,9 @@ def reevaluate(
         FormatError: if the file is not a circuit file or was changed after it was written, or a dictionary was.
         ModelNotAvailable: if the model cannot be loaded and none is given.
     """
-    opened = open_circuit_file(file)
+    opened = open_circuit_file(find_file(file))
     document, circuit = opened.document, circuit_of(opened)
+    check_given_bases(circuit, features)
     progress("model", 0, 1)
     manager = load_stated_model(document, opened.path, model, device)
     progress("model", 1, 1)
@@ -121,6 +123,8 @@ def reevaluate(
     elif manager.info.weights_sha256() != document.model.weights_sha256:
         notes.append(f"the weights of {manager.info.name} are not those of the file's model ({document.model.name}).")
     on, pairs, default = _pairs(document, task, manager, examples, seed)
+    if len(pairs) < examples:
+        notes.append(f"{on} has {len(pairs)} pairs, all of which were taken; {examples} were asked for.")
     stated = document.evaluation[0].ablation.value if document.evaluation else "corrupt"
     shared: dict[str, Any] = {
         "metric": metric or default,

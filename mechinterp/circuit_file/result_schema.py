@@ -55,7 +55,8 @@ class SizeRule(Strict):
 
 
 class SelectionRecord(Strict):
-    """How the edges were chosen from the scores: `parameters` are those of `mechinterp.select`."""
+    """How the edges were chosen from the scores: `parameters` are those of `mechinterp.select`, and of a refined
+    circuit those of `mechinterp.refine_circuit`, with what it did."""
 
     parameters: Annotated[dict[Label, Parameter], Named]
     n_selected: Count
@@ -181,7 +182,7 @@ class PerformanceRecord(Strict):
 
 
 class StabilityRecord(Strict):
-    """How alike the circuits of resampled examples are, each of the size of the circuit."""
+    """How alike the circuits of resampled examples are, each of the size of the circuit (of a refined one: before)."""
 
     pairs: Label
     kind: Literal["bootstrap over blocks of examples", "runs on examples drawn again"]
@@ -195,4 +196,4 @@ class StabilityRecord(Strict):
     """An edge is in the core if at least this share of the resamples' circuits has it."""
     n_core: Count
     n_often_outside: Count
-    """Edges outside the circuit that at least half of them have."""
+    """Edges outside the circuit (of a refined one: as it was before) that at least half of them have."""

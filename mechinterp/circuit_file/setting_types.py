@@ -13,3 +13,7 @@ SELECTION = {
     "ratio": Setting(0.0),
 }
 """Their types; `select` checks the values."""
+RULES = ("top", "greedy", "ilp")
+"""Rules that `select` can apply again."""
+REFINEMENT = ("refined", "tau", "dropped", "added", "refined_on", "refined_with", "forwards")
+"""What `refine_circuit` adds to them."""

@@ -13,11 +13,21 @@ from mechinterp.circuit_file.direction_schema import direction_finding, open_dir
 from mechinterp.circuit_file.store import SUFFIX
 
 
+def package_folders() -> tuple[Path, Path]:
+    """Where the files of the package are: in the installed one, and in its source tree."""
+    package = Path(str(resources.files("mechinterp")))
+    return package / "_circuits", package.parent / "circuits"
+
+
+def comes_with_the_package(path: Path) -> bool:
+    """Whether a file is one of the package."""
+    return any(path.resolve().is_relative_to(folder.resolve()) for folder in package_folders())
+
+
 def stored_files(suffix: str = SUFFIX) -> dict[str, Path]:
     """The circuit files (or direction files) that come with the package, and those in ./out, by name."""
-    package = Path(str(resources.files("mechinterp")))
     found: dict[str, Path] = {}
-    for folder in (package / "_circuits", package.parent / "circuits", Path("out")):
+    for folder in (*package_folders(), Path("out")):
         if folder.is_dir():
             for path in sorted(folder.rglob(f"*{suffix}")):
                 found.setdefault(path.name.removesuffix(suffix), path)
@@ -29,6 +39,8 @@ def find_file(file: str | Path) -> Path:
 
     Raises InputError for a name (no path, no ending) of no stored file, with the nearest one.
     """
+    if file == "":
+        raise InputError("The name of the file is empty; give a path, or the name of a stored circuit.")
     if isinstance(file, Path) or exists(file):
         return Path(file)
     stored = {**stored_files(DIRECTION_SUFFIX), **stored_files()}

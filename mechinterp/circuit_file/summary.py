@@ -79,10 +79,17 @@ def steadiness(document: CircuitFile) -> list[str]:
             f"size: the smallest whose interval lies in [{size.low:g}, {size.high:g}] on {size.agreement:.0%} of "
             f"resamples of the {size.pairs} pairs{spread}"
         )
+    parameters = document.selection.parameters
+    if "refined" in parameters:
+        what = "nodes" if document.graph.granularity == "node" else "edges"
+        n, dropped, added = (parameters.get(name) for name in ("refined_on", "dropped", "added"))
+        each = f"each for less than {parameters.get('tau')} of {parameters['refined']}"
+        lines.append(f"refined by exact runs on {n} pairs: {dropped} {what} dropped, {each}, and {added} added")
     if found is not None:
         n = len(document.edges)
+        before = ", before it was refined" if "refined" in parameters else ""
         lines.append(
-            f"stability: {found.n_core:,} of {n:,} edges ({found.n_core / n:.0%}) are in at least "
+            f"stability{before}: {found.n_core:,} of {n:,} edges ({found.n_core / n:.0%}) are in at least "
             f"{found.core_share:.0%} of {found.resamples} circuits of resampled examples; two of these share "
             f"{found.jaccard:.0%} of their edges (by chance {found.jaccard_by_chance:.0%})"
         )

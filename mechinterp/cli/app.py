@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from mechinterp.base.errors import (
     HubNotReached,
@@ -23,12 +22,13 @@ from mechinterp.base.errors import (
     MechInterpError,
     ModelNotAvailable,
     NoSmallCircuit,
+    Problems,
     ProcessLost,
     clip,
 )
-from mechinterp.base.plain_files import is_file
 from mechinterp.circuit_file.direction_schema import SUFFIX, is_direction_name
-from mechinterp.circuit_file.stored import about_direction, about_file, find_file, stored_files
+from mechinterp.circuit_file.limits import MAX_EXAMPLES
+from mechinterp.circuit_file.stored import about_direction, about_file, stored_files
 from mechinterp.cli import direct as cli_direct
 from mechinterp.cli import exchange as cli_exchange
 from mechinterp.cli import graph as cli_graph
@@ -37,6 +37,8 @@ from mechinterp.cli import options, processes
 from mechinterp.cli import verify as cli_verify
 from mechinterp.cli import view as cli_view
 from mechinterp.cli.as_json import AsJson, circuit_content, print_json, rows_of
+from mechinterp.cli.completion import listed, tasks
+from mechinterp.cli.config import UsageProblem
 from mechinterp.cli.help import (
     COMPARE_COLUMNS,
     COMPARE_HELP,
@@ -46,9 +48,12 @@ from mechinterp.cli.help import (
     MERGE_HELP,
     RUN_HELP,
 )
-from mechinterp.cli.terminal import Terminal, print_what_the_terminal_can, quiet_libraries, say
+from mechinterp.cli.help_groups import Command, Commands
+from mechinterp.cli.options import find_file
+from mechinterp.cli.output_files import ComparisonFiles, RunFiles
+from mechinterp.cli.terminal import Detail, Terminal, hint, print_what_the_terminal_can, quiet_libraries, say
 from mechinterp.discovery.methods import METHODS
-from mechinterp.run_spec import COMPARE, RunSpec, shown_order
+from mechinterp.run_spec import COMPARE, RunSpec, parsed_sizes, shown_order
 from mechinterp.tasks.metric_names import METRICS
 
 OK, CLAIM_FAILED, BAD_INPUT, NO_MODEL, NO_CIRCUIT, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 4, 70, 130, 141
@@ -56,11 +61,9 @@ TRACEBACK = "--traceback"
 MOST_LETTERS = 1000  # of a message; words in a file can be longer
 
 app = typer.Typer(
-    name="discover-circuit", help=HELP, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False
+    name="discover-circuit", cls=Commands, help=HELP, rich_markup_mode=None, pretty_exceptions_enable=False
 )
 Action = Callable[[], int]
-# Click's base class of usage errors, reached through typer, because recent versions of typer bundle their own click.
-UsageProblem: Any = typer.BadParameter.__mro__[2]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error), NO_MODEL)
     except NoSmallCircuit as error:
         return _complain(str(error), NO_CIRCUIT)
+    except Problems as error:
+        return _complain(error.first, BAD_INPUT, error.lines)
     except MechInterpError as error:
         return _complain(str(error), BAD_INPUT)
     except UsageProblem as error:
@@ -123,48 +128,63 @@ def _top(
 
 
 @app.command("run", help=RUN_HELP, short_help="Discover the circuit of a task and report on it.")
-@options.takes(*shown_order(), "open_report", "as_json")
+@options.takes(*shown_order(), "config", "force", "open_report", "as_json", "detail")
 def _run(
     open_report: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser.")] = False,
     as_json: AsJson = False,
+    force: options.Force = False,
+    detail: Detail = Detail.NORMAL,
     **values: Any,
 ) -> Action:
-    return partial(_do_run, values, open_report, as_json)
+    return partial(_do_run, values, open_report, as_json, force=force, detail=detail)
 
 
 @app.command("merge", help=MERGE_HELP, short_help="Finish a run whose edges were scored in shards.")
-@options.takes("files", "device", "out", "open_report")
+@options.takes("files", "device", "out", "force", "open_report", "detail")
 def _merge(
     files: Annotated[list[Path], typer.Argument(metavar="SHARD...", help="The files of all shards of one run.")],
     open_report: Annotated[bool, typer.Option("--open/--no-open", help="Open the report in a browser.")] = False,
+    force: options.Force = False,
+    detail: Detail = Detail.NORMAL,
     **values: Any,
 ) -> Action:
-    return partial(_do_merge, files, values, open_report)
+    return partial(_do_merge, files, values, open_report, force=force, detail=detail)
 
 
 @app.command("compare", help=COMPARE_HELP, short_help="Compare methods on one task.")
-@options.takes(*COMPARE, "as_json")
+@options.takes(*COMPARE, "config", "force", "as_json", "detail")
 def _compare(
     examples: Annotated[
-        int, typer.Option(min=2, help="Train pairs, to score edges with, and as many held-out pairs.")
+        int,
+        typer.Option(min=2, max=MAX_EXAMPLES, help="Train pairs, to score edges with, and as many held-out pairs."),
     ] = 100,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="METHOD.NAME=VALUE", help="A parameter of one of the methods; repeatable."),
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(help=f"Separated by commas.  [default: {options.COMPARED['edge']}]")
+        str | None,
+        typer.Option(
+            help=f"Separated by commas.  [default: {options.COMPARED['edge']}]",
+            autocompletion=lambda incomplete: listed(incomplete, METHODS),
+        ),
     ] = None,
     sizes: Annotated[str, typer.Option(help="'mib', or shares of edges separated by commas, ending in 1.")] = "mib",
     as_json: AsJson = False,
+    force: options.Force = False,
+    detail: Detail = Detail.NORMAL,
     **values: Any,
 ) -> Action:
-    methods = methods or options.compared(values["level"], values["positions"])
+    methods = options.compared(values["level"], values["positions"]) if methods is None else methods
     names = [name.strip() for name in methods.split(",") if name.strip()]
     for name in names:
         options.check_name("method", name, METHODS)
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"--methods are names separated by commas, each only once; got {methods!r}.")
+    if sizes != "mib":
+        parsed_sizes(sizes)
     values |= dict(examples=examples, test_examples=examples, settings=tuple(settings or ()))
-    return partial(_do_compare, values, names, sizes, as_json)
+    return partial(_do_compare, values, names, sizes, as_json, force=force, detail=detail)
 
 
 @app.command("eval", help=EVAL_HELP, short_help="Evaluate a circuit file on a task.")
@@ -180,11 +200,14 @@ def _compare(
     "seed",
     "device",
     "batch_size",
+    "config",
+    "detail",
 )
 def _eval(
     file: options.File,
     task: Annotated[
-        str | None, typer.Option(help="Another task, or a file of pairs.  [default: the file's own]")
+        str | None,
+        typer.Option(autocompletion=tasks, help="Another task, or a file of pairs.  [default: the file's own]"),
     ] = None,
     model: options.OtherModel = None,
     dictionaries: options.Dictionaries = None,
@@ -192,12 +215,13 @@ def _eval(
         str | None, typer.Option(help="What a cut edge carries.  [default: as in the file's own evaluation]")
     ] = None,
     tests: Annotated[bool, typer.Option("--tests", help="Also completeness, minimality and hypothesis tests.")] = False,
-    examples: Annotated[int, typer.Option(min=2, help="Held-out pairs.")] = 200,
+    examples: Annotated[int, typer.Option(min=2, max=MAX_EXAMPLES, help="Held-out pairs.")] = 200,
+    detail: Detail = Detail.NORMAL,
     **values: Any,
 ) -> Action:
     own: dict[str, Any] = dict(task=task, model=model, replacement=replacement, tests=tests, examples=examples)
     own["features"] = dictionaries or ()
-    return partial(_do_eval, file, own | values)
+    return partial(_do_eval, file, own | values, detail=detail)
 
 
 @app.command("show", help=f"Show the heads and edges of a circuit file, with roles if they are known.\n\n{EXIT_CODES}")
@@ -216,39 +240,58 @@ def _list(as_json: AsJson = False) -> Action:
 
 for others in (cli_direct, cli_verify, cli_exchange, cli_view, cli_graph, cli_hub):
     app.registered_commands += others.commands.registered_commands
+for registered in app.registered_commands:
+    registered.cls = Command
 
 
-def _do_run(values: dict[str, Any], open_report: bool, as_json: bool) -> int:
-    _check_task(values["task"])
+def _do_run(
+    values: dict[str, Any], open_report: bool, as_json: bool, force: bool = False, detail: Detail = Detail.NORMAL
+) -> int:
+    options.check_task(values["task"], train=values["examples"], test=values["test_examples"])
     if values["shard"] is not None:
-        return processes.score_shard(RunSpec(**values))
+        return processes.score_shard(RunSpec(**values), force, detail)
+    files = RunFiles.of(RunSpec(**values), force)
 
     def run(progress: Any) -> Any:
         from mechinterp.pipeline import discover
 
         return discover(processes.spec_here(values), progress)
 
-    return processes.together(partial(_report_on, run, open_report, as_json=as_json))
+    return processes.together(partial(_report_on, run, files, open_report, as_json=as_json, detail=detail))
 
 
-def _do_merge(files: list[Path], values: dict[str, Any], open_report: bool) -> int:
+def _do_merge(
+    paths: list[Path],
+    values: dict[str, Any],
+    open_report: bool,
+    force: bool = False,
+    detail: Detail = Detail.NORMAL,
+) -> int:
     from mechinterp.shard_files import merge, read_shards
 
-    shards = read_shards(files)
-    say(Terminal(), f"{len(shards)} shards of: {clip(shards[0].command, MOST_LETTERS // 2)}")
+    shards = read_shards(paths)
+    hint(Terminal(detail), f"{len(shards)} shards of: {clip(shards[0].command, MOST_LETTERS // 2)}")
     action: Any = app(processes.words_of_run(shards[0]), standalone_mode=False)
-    values = {**action.args[0], **values}
-    _check_task(values["task"])
-    return _report_on(lambda progress: merge(RunSpec(**values), shards, progress), open_report)
+    spec = RunSpec(**{**action.args[0], **values})
+    options.check_task(spec.task, train=spec.examples, test=spec.test_examples)
+    files = RunFiles.of(spec, force)
+    return _report_on(lambda progress: merge(spec, shards, progress), files, open_report, detail=detail)
 
 
-def _report_on(run: Callable[[Any], Any], open_report: bool, first: bool = True, as_json: bool = False) -> int:
+def _report_on(
+    run: Callable[[Any], Any],
+    files: RunFiles,
+    open_report: bool,
+    first: bool = True,
+    as_json: bool = False,
+    detail: Detail = Detail.NORMAL,
+) -> int:
     """Writes the report of the run and prints its result, in the first of several processes."""
     from mechinterp.circuit_file.summary import verify_command
     from mechinterp.cli.progress_bars import stages
 
-    console = Terminal()
-    with stages(Console(stderr=True, quiet=not first)) as progress:
+    console = Terminal(detail)
+    with stages(detail, first) as progress:
         from mechinterp.views.report.node_details import node_details
         from mechinterp.views.report.page import write_report
 
@@ -257,59 +300,79 @@ def _report_on(run: Callable[[Any], Any], open_report: bool, first: bool = True,
         if not first:
             return OK
         progress("report", 0, 1)
-        report = discovery.path.with_name(discovery.path.name.replace(".circuit.json", ".report.html"))
         details = node_details(
             discovery.model, discovery.circuit, discovery.test, discovery.document.evaluation[0].pairs
         )
-        write_report(report, discovery.circuit, discovery.document, str(discovery.path), details)
+        write_report(files.report, discovery.circuit, discovery.document, str(discovery.path), details)
+        files.write_config()
     sidecar, notes = discovery.document.integrity.sidecar, (*discovery.notes, *details.notes)
-    written = [discovery.path, *([discovery.path.with_name(sidecar.file)] if sidecar else []), report]
+    written = [discovery.path, *([discovery.path.with_name(sidecar.file)] if sidecar else [])]
+    written += [files.report, files.config]
     if as_json:
-        files = {"written": [str(path) for path in written], "notes": notes}
-        print_json("run", {**circuit_content(discovery.document, discovery.path), **files})
+        print_json(
+            "run",
+            {
+                **circuit_content(discovery.document, discovery.path),
+                "written": [str(path) for path in written],
+                "notes": notes,
+            },
+        )
         return OK
     _print_result(console, discovery.document)
     if discovery.roles is not None:
         _print_roles(console, discovery.roles, discovery.document.roles)
     for note in notes:
         say(console, f"note: {note}")
+    if files.replaced:
+        hint(console, "replaced the files that the same command had written")
     for path in written:
-        say(console, f"wrote {path}")
-    say(console, f"next: {verify_command(str(discovery.path))}")
+        (say if path == discovery.path else hint)(console, f"wrote {path}")
+    hint(console, f"next: {verify_command(str(discovery.path))}")
     if open_report:
-        cli_view.open_in_browser(report)
+        cli_view.open_in_browser(files.report)
     return OK
 
 
-def _do_compare(values: dict[str, Any], methods: list[str], sizes: str, as_json: bool) -> int:
+def _do_compare(
+    values: dict[str, Any],
+    methods: list[str],
+    sizes: str,
+    as_json: bool,
+    force: bool = False,
+    detail: Detail = Detail.NORMAL,
+) -> int:
     from mechinterp.cli.progress_bars import stages
 
-    _check_task(values["task"])
-    console = Terminal()
-    with stages(Console(stderr=True)) as progress:
+    options.check_task(values["task"], train=values["examples"], test=values["test_examples"])
+    spec, console = RunSpec(**values), Terminal(detail)
+    given = {name: value for name, value in values.items() if name != "test_examples"}
+    files = ComparisonFiles.of(spec, methods, sizes, given, force)
+    with stages(detail) as progress:
         from mechinterp.compare import compare
         from mechinterp.views.terminal_tables import frame_table
 
         quiet_libraries()
-        comparison, page = compare(RunSpec(**values), methods, sizes, progress)
+        comparison, page = compare(spec, methods, sizes, progress)
+        files.write_config()
     if as_json:
         print_json("comparison", {"methods": rows_of(comparison.to_frame()), "page": str(page)})
         return OK
     short = {"log area": "log", "forwards": "fwd", "backwards": "bwd", "seconds": "s"}
-    console.print(frame_table(comparison.to_frame().rename(columns=short)))
+    console.table(frame_table(comparison.to_frame().rename(columns=short)))
     for line in COMPARE_COLUMNS:
-        say(console, line)
-    say(console, f"wrote {page}")
+        hint(console, line)
+    for path in (page, files.config):
+        hint(console, f"wrote {path}")
     return OK
 
 
-def _do_eval(file: str, values: dict[str, Any]) -> int:
+def _do_eval(file: str, values: dict[str, Any], detail: Detail = Detail.NORMAL) -> int:
     from mechinterp.cli.progress_bars import stages
 
     if values["task"] is not None:
-        _check_task(values["task"])
-    path, console = find_file(file), Terminal()
-    with stages(Console(stderr=True)) as progress:
+        options.check_task(values["task"], test=values["examples"])
+    path, console = find_file(file), Terminal(detail)
+    with stages(detail) as progress:
         from mechinterp.circuit_file.reevaluate import reevaluate
         from mechinterp.views.terminal_tables import frame_table
 
@@ -320,7 +383,7 @@ def _do_eval(file: str, values: dict[str, Any]) -> int:
         say(console, f"note: {note}")
     for frame in (result.to_frame(), result.tests, result.nodes):
         if frame is not None:
-            console.print(frame_table(frame))
+            console.table(frame_table(frame))
     return OK
 
 
@@ -344,11 +407,9 @@ def _do_show(file: str, top: int, as_json: bool) -> int:
     predictions = opened.document.predictions or ()
     _print_role_table(console, opened.document.roles)
     for table in (nodes_table(opened.document, top), edges_table(opened.document, top)):
-        console.print(table)
-        console.print()
+        console.more(table)
     if predictions:
-        console.print(predictions_table(opened.document, top))
-        console.print()
+        console.more(predictions_table(opened.document, top))
     if top < (most := max(n_nodes, n_edges, len(predictions))):
         counts = f"{n_nodes} nodes, {n_edges} edges and {len(predictions)} predictions"
         say(console, f"the first {top} of {counts}; --top {most} shows all")
@@ -379,61 +440,50 @@ def _do_list(as_json: bool) -> int:
         print_json("list", {f"{kind}s".replace(" ", "_"): about for kind, about in listed})
         return OK
     for kind, about in listed:
-        console.print(names_table(kind, about))
-        console.print()
+        console.more(names_table(kind, about))
     return OK
 
 
-def _check_task(task: str) -> None:
-    """Return None if the task can be loaded, before torch is imported. Raises InputError otherwise."""
-    if Path(task).suffix.lower() in (".jsonl", ".csv"):
-        if not is_file(task):
-            raise InputError(f"File {clip(task, 200)!r} does not exist.")
-        return
-    from mechinterp.tasks.task import load_task
-
-    load_task(task)
-
-
-def _print_result(console: Console, document: Any) -> None:
+def _print_result(console: Terminal, document: Any) -> None:
     from mechinterp.circuit_file.summary import finding, steadiness
     from mechinterp.circuit_file.verify.doubts import doubts
     from mechinterp.views.terminal_tables import result_table
 
     say(console, finding(document))
     for line in steadiness(document):
-        say(console, line)
+        hint(console, line)
     for doubt in doubts(document):
         say(console, f"doubt: {doubt.text}")
-    console.print()
-    console.print(result_table(document))
-    console.print()
+    hint(console, "")
+    console.more(result_table(document))
 
 
-def _print_roles(console: Console, measured: Any, roles: Mapping[str, Any]) -> None:
+def _print_roles(console: Terminal, measured: Any, roles: Mapping[str, Any]) -> None:
     _print_role_table(console, roles)
-    say(console, f"{len(measured.predictions)} predictions hold on held-out pairs")
+    hint(console, f"{len(measured.predictions)} predictions hold on held-out pairs")
     for entry in measured.failed:
-        say(console, f"left out, because it does not hold there: {entry.prediction!r} (got {entry.value:.4g})")
+        hint(console, f"left out, because it does not hold there: {entry.prediction!r} (got {entry.value:.4g})")
     for note in measured.notes:
         say(console, f"note: {note}")
-    console.print()
+    hint(console, "")
 
 
-def _print_role_table(console: Console, roles: Mapping[str, Any]) -> None:
+def _print_role_table(console: Terminal, roles: Mapping[str, Any]) -> None:
     """Every role with its nodes, in plain words."""
     from mechinterp.evaluation.role_names import plain_role
     from mechinterp.views.terminal_tables import names_table
 
     if roles:
-        console.print(names_table("role", {plain_role(role.label): ", ".join(role.nodes) for role in roles.values()}))
-        console.print()
+        console.more(names_table("role", {plain_role(role.label): ", ".join(role.nodes) for role in roles.values()}))
 
 
-def _complain(message: str, code: int) -> int:
+def _complain(message: str, code: int, more: Sequence[str] = ()) -> int:
+    """The exit code, after one line on standard error, and an indented one for each of several problems."""
     from mechinterp.views.terminal_tables import plain
 
     if not processes.first_to_say(message):
         return code
     print(f"discover-circuit: {clip(plain(message), MOST_LETTERS)}", file=sys.stderr)
+    for line in more:
+        print(f"  {clip(plain(line), MOST_LETTERS)}", file=sys.stderr)
     return code

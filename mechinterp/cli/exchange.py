@@ -8,20 +8,24 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-from mechinterp.base.errors import FormatError
-from mechinterp.base.plain_files import is_folder
+from mechinterp.base.errors import FormatError, InputError, clip
+from mechinterp.base.plain_files import exists, is_folder
 from mechinterp.circuit_file.formats.names import EXPORTS, IMPORTS
-from mechinterp.circuit_file.stored import find_file
+from mechinterp.circuit_file.store import sidecar_name
 from mechinterp.cli import options
 from mechinterp.cli.as_json import AsJson, difference_content, print_json
+from mechinterp.cli.completion import completed, stored_names
 from mechinterp.cli.help import (
+    CITE_HELP,
     DIFF_HELP,
-    EXIT_CODES,
     EXPORT_HELP,
     IMPORT_HELP,
     VALIDATE_HELP,
 )
+from mechinterp.cli.options import find_file
+from mechinterp.cli.overwriting import check_new
 from mechinterp.cli.terminal import Terminal, quiet_libraries, say
 
 commands = typer.Typer()
@@ -31,23 +35,25 @@ Action = Callable[[], int]
 @commands.command("export", help=EXPORT_HELP, short_help="Write a circuit in another tool's format.")
 def _export(
     file: options.File,
-    format: Annotated[str, typer.Option(help=f"{', '.join(EXPORTS)}.")],
+    format: Annotated[str, typer.Option(help=f"{', '.join(EXPORTS)}.", autocompletion=completed(lambda: EXPORTS))],
     out: Annotated[Path | None, typer.Option(help="The file, or folder, to write.  [default: the file's name]")] = None,
+    force: options.Force = False,
 ) -> Action:
     options.check_name(EXPORTS.kind, format, EXPORTS)
-    return partial(_do_export, file, format, out)
+    return partial(_do_export, file, format, out, force)
 
 
 @commands.command("import", help=IMPORT_HELP, short_help="Make a circuit file from another tool's file.")
-@options.takes("path", "format", "out", "model")
+@options.takes("path", "format", "out", "model", "force")
 def _import(
     path: Annotated[str, typer.Argument(help="The other tool's file, or folder.")],
-    format: Annotated[str, typer.Option(help=f"{', '.join(IMPORTS)}.")],
+    format: Annotated[str, typer.Option(help=f"{', '.join(IMPORTS)}.", autocompletion=completed(lambda: IMPORTS))],
     out: Annotated[Path, typer.Option(help="The circuit file to write: NAME.circuit.json.")],
+    force: options.Force = False,
     **values: Any,
 ) -> Action:
     options.check_name(IMPORTS.kind, format, IMPORTS)
-    return partial(_do_import, path, format, values["model"], out)
+    return partial(_do_import, path, format, values["model"], out, force)
 
 
 @commands.command(
@@ -57,33 +63,52 @@ def _validate(file: options.File) -> Action:
     return partial(_do_validate, file)
 
 
-@commands.command("cite", help=f"Print BibTeX for a circuit file, with its content hash.\n\n{EXIT_CODES}")
-def _cite(file: options.File) -> Action:
-    return partial(_do_cite, file)
+@commands.command("cite", help=CITE_HELP, short_help="Print BibTeX for a circuit file.")
+def _cite(
+    file: options.File,
+    author: Annotated[str, typer.Option(help="Who made the file: 'A and B'.")] = "",
+    year: Annotated[int | None, typer.Option(min=1900, max=9999, help="When.  [default: as the file states]")] = None,
+    url: Annotated[str, typer.Option(help="Where it can be downloaded.")] = "",
+) -> Action:
+    return partial(_do_cite, file, dict(author=author, year="" if year is None else str(year), url=url))
 
 
 @commands.command("diff", help=DIFF_HELP, short_help="Compare two circuit files.")
 def _diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="A circuit file, or the name of a stored circuit.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another circuit file or name.")],
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A", autocompletion=stored_names, help="A circuit file, or the name of a stored circuit."
+        ),
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", autocompletion=stored_names, help="Another circuit file or name.")],
     top: Annotated[int, typer.Option(min=1, help="Rows of each table of edges and nodes.")] = 20,
     out: Annotated[Path | None, typer.Option(help="Draw the difference as a page (.html) or picture (.svg).")] = None,
     as_json: AsJson = False,
+    force: options.Force = False,
 ) -> Action:
-    return partial(_do_diff, a, b, top, out, as_json)
+    return partial(_do_diff, a, b, top, out, as_json, force)
 
 
-def _do_export(file: str, format: str, out: Path | None) -> int:
-    from mechinterp.exchange import export_file
+def _do_export(file: str, format: str, out: Path | None, force: bool) -> int:
+    path = find_file(file)
+    if out is not None:
+        check_new(out, force)
+    from mechinterp.exchange import export_file, exported_path
 
-    paths, lost = export_file(find_file(file), format, out)
+    check_new(out or exported_path(path, format), force)
+    paths, lost = export_file(path, format, out)
     for path in paths:
         say(Terminal(), f"wrote {path}")
     say(Terminal(), lost)
     return 0
 
 
-def _do_import(path: str, format: str, model: str, out: Path) -> int:
+def _do_import(path: str, format: str, model: str, out: Path, force: bool) -> int:
+    sidecar_name(out)
+    if not exists(path):
+        raise InputError(f"{clip(path, 200)} does not exist.")
+    check_new(out, force)
     from mechinterp.exchange import import_file
 
     quiet_libraries()
@@ -115,19 +140,26 @@ def _validate_submission(folder: Path) -> int:
     return 0
 
 
-def _do_cite(file: str) -> int:
+def _do_cite(file: str, given: dict[str, str]) -> int:
+    path = find_file(file)
     from mechinterp.exchange import cite_file
 
-    for line in cite_file(find_file(file)).splitlines():
+    text, missing = cite_file(path, **given)
+    for line in text.splitlines():
         say(Terminal(), line)
+    if missing:
+        flags = " ".join(f"--{name} ..." for name in missing)
+        say(Console(stderr=True), f"warning: the entry of the file has no {', '.join(missing)}; add: {flags}")
     return 0
 
 
-def _do_diff(a: str, b: str, top: int, out: Path | None, as_json: bool) -> int:
+def _do_diff(a: str, b: str, top: int, out: Path | None, as_json: bool, force: bool) -> int:
+    console, paths = Terminal(), (find_file(a), find_file(b))
+    if out is not None:
+        check_new(out, force)
     from mechinterp.exchange import diff_files
     from mechinterp.views.terminal_tables import difference_tables
 
-    console, paths = Terminal(), (find_file(a), find_file(b))
     found = diff_files(*paths, out)
     if as_json:
         print_json("difference", difference_content(found))
@@ -140,7 +172,7 @@ def _do_diff(a: str, b: str, top: int, out: Path | None, as_json: bool) -> int:
         console.print()
         if heading:
             say(console, heading)
-        console.print(table)
+        console.table(table)
     console.print()
     if out is not None:
         say(console, f"wrote {out}")

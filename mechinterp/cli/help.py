@@ -7,21 +7,17 @@ EXIT_CODES = (
 )
 HELP = f"""Find the circuit of a task in a transformer, write it to a file, and check the file again.
 
+A first session; nothing of it needs a network:
+
 \b
-  discover-circuit run ioi                  a circuit of the bundled model, no network needed
-  discover-circuit merge SHARD...           finish a run that was scored in shards
-  discover-circuit compare ioi              several methods on one task, as a table and a page
-  discover-circuit eval FILE --task other   how faithful is it on that task?
-  discover-circuit verify FILE              run the file again: does every claim hold?
-  discover-circuit show FILE                its heads and edges
-  discover-circuit graph "PROMPT"           an attribution graph: features of transcoders on one prompt
-  discover-circuit view FILE                its page in the browser
-  discover-circuit validate|cite FILE       check its form and hashes; print BibTeX
-  discover-circuit export|import FILE       other tools' formats
-  discover-circuit diff A B                 how two circuit files differ
-  discover-circuit push|pull                share files through the Hugging Face hub
-  discover-circuit direct ioi               the direction of a task in the residual stream
-  discover-circuit list                     tasks, methods, models, stored circuits
+  discover-circuit list                               tasks, methods, models, stored circuits
+  discover-circuit run ioi --effort quick             find a circuit of the bundled model; files in out/
+  discover-circuit show ioi-bundled-eap-ig            heads and edges of a stored circuit, or of a file
+  discover-circuit verify ioi-bundled-eap-ig          run it again: does every claim hold?
+  discover-circuit view ioi-bundled-eap-ig            its page in the browser
+  discover-circuit eval ioi-bundled-eap-ig --task ioi_distractor
+
+Every command has --help with examples. --install-completion makes the shell complete names.
 
 {EXIT_CODES}
 """
@@ -33,7 +29,8 @@ TASK is a task of the package (see `discover-circuit list`), your own task file 
 First the model must do the task (--anyway goes on without). Without --edges and --threshold the circuit is the
 smallest whose faithfulness lies in [0.92, 1.1] with its whole interval on the validation pairs; methods cd, acdc,
 path-patching and learned masks choose their own. How stable it is when the train pairs are drawn again is measured and
-printed. A run that was killed resumes when the same command is given again.
+printed. A run that was killed resumes when the same command is given again. NAME.run.yaml, beside the circuit file,
+repeats the run (--config). Files that another command has written are not replaced without --force.
 
 \b
   discover-circuit run ioi
@@ -42,6 +39,7 @@ printed. A run that was killed resumes when the same command is given again.
   discover-circuit run ioi --level node --positions IO,S1,S2,end --nodes 40
   discover-circuit run greater_than --model gpt2 --device cuda
   discover-circuit run my_pairs.jsonl --model ./my_model --metric prob_diff
+  discover-circuit run --config out/ioi-bundled-mattr.run.yaml --seed 1 --out out/seed1
 
 {EXIT_CODES}
 """
@@ -68,11 +66,12 @@ EVAL_HELP = f"""Evaluate a circuit file on held-out pairs of its own task, or of
 """
 GRAPH_HELP = f"""The attribution graph of one prompt: what tokens, features of transcoders, errors and constants add to
 the model's next token, directly and through each other. It is checked against the model, pruned, and written as
-Neuronpedia's JSON.
+Neuronpedia's JSON; with --page also as a page for the browser.
 
 \b
   discover-circuit graph "When Mary and John went to the store, John gave a drink to"
   discover-circuit graph "PROMPT" --model ./my_model --transcoders ./my_transcoders --target " Mary"
+  discover-circuit graph "PROMPT" --held nothing --page graph.html
 
 {EXIT_CODES}
 """
@@ -125,6 +124,7 @@ prompts changes, beside random directions. `show` and `verify` take the file, to
 \b
   discover-circuit direct subject_verb_agreement
   discover-circuit direct ioi --method logistic --site resid_pre --layers 1,2,3 --position S2
+  discover-circuit direct ioi --method lda --set shrinkage=0.1
 
 {EXIT_CODES}
 """
@@ -158,6 +158,16 @@ compared. --out draws both circuits over each other.
   discover-circuit diff old.circuit.json new.circuit.json --out difference.html
 
 Exit codes, as those of diff: 0 the same nodes and edges (whatever else differs); 1 they differ; 2 bad input.
+"""
+CITE_HELP = f"""Print BibTeX: for the paper (of a published circuit), for the file with its hash, and for the software.
+
+Author, year and address are what the file states, or what you say.
+
+\b
+  discover-circuit cite ioi-bundled-mattr
+  discover-circuit cite FILE --author "Ada Lovelace and Alan Turing" --year 2026 --url https://example.org/FILE
+
+{EXIT_CODES}
 """
 VALIDATE_HELP = f"""Check form and hashes of a circuit file; no model is needed.
 

@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 import typer
 
 from mechinterp.base.errors import InputError
-from mechinterp.circuit_file.stored import find_file
 from mechinterp.cli import options
 from mechinterp.cli.help import PULL_HELP, PUSH_HELP
+from mechinterp.cli.options import find_file
 from mechinterp.cli.terminal import Terminal, say
 
 commands = typer.Typer()
@@ -42,11 +42,12 @@ def _pull(
 
 
 def _do_push(file: str, repo: str, revision: str, message: str | None) -> int:
+    path = find_file(file)
     _check_endpoint()
     from mechinterp.circuit_file.hub import push_circuit
 
     _quiet_hub()
-    done = push_circuit(find_file(file), repo, revision=revision, message=message)
+    done = push_circuit(path, repo, revision=revision, message=message)
     console = Terminal()
     word = "pushed" if done.new else "already there, unchanged:"
     say(console, f"{word} {', '.join(done.files)}")

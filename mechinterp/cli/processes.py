@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from rich.console import Console
-
 from mechinterp.base.errors import InputError
-from mechinterp.cli.terminal import Terminal, quiet_libraries, say
-from mechinterp.run_spec import RunSpec
+from mechinterp.base.plain_files import is_file
+from mechinterp.cli.overwriting import check_new
+from mechinterp.cli.terminal import Detail, Terminal, hint, quiet_libraries, say
+from mechinterp.run_spec import RunSpec, command_of, resolved
 
 COMMAND = ["discover-circuit", "run"]
 
@@ -46,22 +46,25 @@ def first_to_say(message: str) -> bool:
     return processes.first_to_say(message)
 
 
-def score_shard(spec: RunSpec) -> int:
+def score_shard(spec: RunSpec, force: bool, detail: Detail) -> int:
     """The exit code after scoring one shard and writing its file."""
     from mechinterp.cli.progress_bars import stages
 
     if "RANK" in os.environ:
         raise InputError("Give --shard, or start the run with torchrun, not both.")
-    with stages(Console(stderr=True)) as progress:
-        from mechinterp.shard_files import score_shard
+    with stages(detail) as progress:
+        from mechinterp.shard_files import made_by, score_shard, shard_path
 
         quiet_libraries()
+        path = shard_path(spec)
+        if is_file(path) and made_by(path) != command_of(resolved(spec)):
+            check_new(path, force)
         path = score_shard(spec, progress)
     assert spec.shard is not None
     count = spec.shard.partition("/")[2]
     every = str(path).replace(f".{spec.shard.replace('/', '-of-')}.", f".*-of-{count}.")
     say(Terminal(), f"wrote {path}")
-    say(Terminal(), f"next, when all {count} are there: discover-circuit merge {every}")
+    hint(Terminal(detail), f"next, when all {count} are there: discover-circuit merge {every}")
     return 0
 
 

@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mechinterp.cli.terminal import Detail
 from mechinterp.views.terminal_tables import plain
 
 STAGES = {
@@ -24,6 +25,7 @@ STAGES = {
     "task": "check the task",
     "scores": "score the edges",
     "curve": "faithfulness by size",
+    "refine": "refine by exact runs",
     "evaluation": "evaluate on held-out pairs",
     "roles": "measure roles",
     "predictions": "measure predictions",
@@ -38,12 +40,19 @@ EVERY_SECONDS = 30.0
 
 
 @contextmanager
-def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A callback (stage, done, total) that shows each stage as a bar if the console is a terminal.
+def stages(detail: Detail = Detail.NORMAL, first: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """A callback (stage, done, total) that shows each stage as a bar if standard error is a terminal.
 
     The bars disappear at the end. Elsewhere a line is printed every half minute. The package's warnings are printed
     above the bars, one line each.
+
+    Args:
+        detail: If quiet, warnings only; if verbose, also each stage with its time, and what the package logs.
+        first: Whether this is the process that prints.
     """
+    console = Console(stderr=True, quiet=not first)
+    quiet, verbose = detail is Detail.QUIET, detail is Detail.VERBOSE
+    times = _StageTimes(console if verbose else None)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -51,12 +60,15 @@ def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    bars = Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
     started: dict[str, TaskID] = {}
 
     lines = _LogLines(console)
 
     def show(stage: str, done: int, total: int) -> None:
+        times.enter(STAGES.get(stage, stage))
+        if quiet:
+            return
         if not console.is_terminal:
             lines.show(STAGES.get(stage, stage), done, total)
             return
@@ -69,14 +81,43 @@ def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
         elif total > 1:
             bars.update(started[stage], completed=done, total=total, count=f"{done:,}/{total:,}")
 
-    logger, handler = logging.getLogger("mechinterp"), _Lines(console)
+    logger, handler = logging.getLogger("mechinterp"), _Lines(console, logging.INFO if verbose else logging.WARNING)
     logger.addHandler(handler)
+    level = logger.level
+    if verbose:
+        logger.setLevel(logging.INFO)
     try:
         with bars:
             bars.add_task("import torch", total=None, count="")
             yield show
+            times.end()
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+class _StageTimes:
+    """A line for each stage when it is over, and for all of them, if there is a console."""
+
+    def __init__(self, console: Console | None, now: Callable[[], float] = time.monotonic) -> None:
+        self.console, self.now = console, now
+        self.stage, self.began = "import torch", now()
+        self.start = self.began
+
+    def enter(self, stage: str) -> None:
+        """Say how long the last stage took, if this is another one."""
+        if stage != self.stage:
+            self._say(f"{self.stage}: {self.now() - self.began:.1f} s")
+            self.stage, self.began = stage, self.now()
+
+    def end(self) -> None:
+        """Say how long the last stage took, and all of them."""
+        self.enter("all stages")
+        self._say(f"all stages: {self.now() - self.start:.1f} s")
+
+    def _say(self, text: str) -> None:
+        if self.console is not None:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class _LogLines:
@@ -120,10 +161,10 @@ def _finish(bars: Progress) -> None:
 
 
 class _Lines(logging.Handler):
-    """Prints warnings and errors, one line each."""
+    """Prints what is logged at this level and above, one line each."""
 
-    def __init__(self, console: Console) -> None:
-        super().__init__(logging.WARNING)
+    def __init__(self, console: Console, level: int) -> None:
+        super().__init__(level)
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from mechinterp.circuit_file.direction_schema import is_direction_name
-from mechinterp.circuit_file.stored import find_file
 from mechinterp.cli import direct as cli_direct
 from mechinterp.cli import options
 from mechinterp.cli.as_json import AsJson, print_json, verification_content
 from mechinterp.cli.help import VERIFY_HELP
-from mechinterp.cli.terminal import Terminal, quiet_libraries, say
+from mechinterp.cli.options import find_file
+from mechinterp.cli.terminal import Detail, Terminal, hint, quiet_libraries, say
 
 if TYPE_CHECKING:
     from mechinterp.circuit_file.verify.claims import UnverifiedModel, Verification
@@ -26,7 +25,9 @@ Action = Callable[[], int]
 
 
 @commands.command("verify", help=VERIFY_HELP, short_help="Check every claim of a circuit file again.")
-@options.takes("file", "model", "dictionaries", "tolerance", "rescore", "strict", "as_json", "device", "batch_size")
+@options.takes(
+    "file", "model", "dictionaries", "tolerance", "rescore", "strict", "as_json", "device", "batch_size", "detail"
+)
 def _verify(
     file: options.File,
     model: options.OtherModel = None,
@@ -38,30 +39,31 @@ def _verify(
     strict: Annotated[bool, typer.Option("--strict", help="Also fail on any warning (exit code 1).")] = False,
     as_json: AsJson = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs per forward.")] = 32,
+    detail: Detail = Detail.NORMAL,
     **values: Any,
 ) -> Action:
     own = dict(model=model, features=dictionaries or (), tolerance=tolerance, rescore=rescore, batch_size=batch_size)
-    return partial(_do_verify, file, strict, as_json, own | values)
+    return partial(_do_verify, file, strict, as_json, own | values, detail=detail)
 
 
-def _do_verify(file: str, strict: bool, as_json: bool, values: dict[str, Any]) -> int:
+def _do_verify(file: str, strict: bool, as_json: bool, values: dict[str, Any], detail: Detail = Detail.NORMAL) -> int:
     from mechinterp.cli.progress_bars import stages
 
-    path, console = find_file(file), Terminal()
+    path, console = find_file(file), Terminal(detail)
     absent: UnverifiedModel | None = None
     if is_direction_name(path):
-        with stages(Console(stderr=True)) as progress:
+        with stages(detail) as progress:
             quiet_libraries()
             found = cli_direct.verify_direction_file(path, values | {"progress": progress})
         return _judged(console, path, found, strict, as_json)
-    with stages(Console(stderr=True)) as progress:
+    with stages(detail) as progress:
         from mechinterp.circuit_file.verify.claims import UnverifiedModel
         from mechinterp.circuit_file.verify.cost_estimate import plan_of_file
         from mechinterp.pipeline import verify
 
         quiet_libraries()
         if (plan := plan_of_file(path, values["rescore"])) and not as_json:
-            say(console, plan)
+            hint(console, plan)
         try:
             result = verify(path, progress=progress, **values)
         except UnverifiedModel as error:
@@ -91,14 +93,13 @@ def _judged(
     return int(not passed)
 
 
-def _print_found(console: Console, result: Verification) -> None:
+def _print_found(console: Terminal, result: Verification) -> None:
     from mechinterp.views.terminal_tables import extent_table, failed_table, warnings_table
 
     for note in result.notes:
-        say(console, f"note: {note}")
-    console.print(extent_table(result))
-    console.print()
+        hint(console, f"note: {note}")
+    console.more(extent_table(result))
     for some, table in ((result.warnings, warnings_table), (result.failed, failed_table)):
         if some:
-            console.print(table(result))
+            console.table(table(result))
             console.print()

@@ -10,19 +10,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from mechinterp.circuit_file.stored import find_file
+from mechinterp.base.errors import InputError
+from mechinterp.circuit_file.direction_schema import is_direction_name
+from mechinterp.circuit_file.store import open_circuit_file
 from mechinterp.cli import options
 from mechinterp.cli.help import VIEW_HELP
-from mechinterp.cli.terminal import Terminal, quiet_libraries, say
+from mechinterp.cli.options import find_file
+from mechinterp.cli.overwriting import check_text
+from mechinterp.cli.terminal import Detail, Terminal, quiet_libraries, say
 
 commands = typer.Typer()
 Action = Callable[[], int]
 
 
 @commands.command("view", help=VIEW_HELP, short_help="Write and open the page of a circuit file.")
-@options.takes("file", "out", "model", "device", "open_page")
+@options.takes("file", "out", "model", "device", "force", "open_page", "detail")
 def _view(
     file: options.File,
     out: Annotated[
@@ -31,22 +34,28 @@ def _view(
     ] = None,
     model: options.OtherModel = None,
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
+    force: options.Force = False,
+    detail: Detail = Detail.NORMAL,
     **values: Any,
 ) -> Action:
-    return partial(_do_view, file, out, model, values["device"], open_page)
+    return partial(_do_view, file, out, model, values["device"], open_page, force, detail)
 
 
-def _do_view(file: str, out: Path | None, model: str | None, device: str | None, open_page: bool) -> int:
+def _do_view(
+    file: str, out: Path | None, model: str | None, device: str | None, open_page: bool, force: bool, detail: Detail
+) -> int:
     from mechinterp.cli.progress_bars import stages
 
-    path, console = find_file(file), Terminal()
-    if out is None and path != Path(file):  # a stored circuit is inside the package
-        out = Path(f"{file}.report.html")
-    with stages(Console(stderr=True)) as progress:
+    path, console = find_file(file), Terminal(detail)
+    if is_direction_name(path):
+        raise InputError(f"{path} is a direction; `show` prints it, and there is no page of one.")
+    if out is not None:  # the page beside the file is made from it
+        check_text(out, open_circuit_file(path).document.integrity.circuit_sha256, force)
+    with stages(detail) as progress:
         from mechinterp.views.report.view import write_page
 
         quiet_libraries()
-        page = write_page(path, out, model=model, device=device, called=file, progress=progress)
+        page = write_page(file, out, model=model, device=device, progress=progress)
     for note in page.notes:
         say(console, f"note: {note}")
     say(console, f"wrote {page.path}")

@@ -69,10 +69,14 @@ class Checkpoint:
             return None
         if _shapes(found) != _shapes(like):
             raise InputError(f"{self.path} is not a state of this method: it holds other tensors; {_HINT}")
-        for name, value in found.items():
-            if not value.is_floating_point() and name in most and not 0 <= int(value) <= most[name]:
-                raise InputError(f"{self.path} is not a state of this run: {name} is {int(value)}; {_HINT}")
+        self.check_counts(found, most)
         return found
+
+    def check_counts(self, found: Mapping[str, Tensor], most: Mapping[str, int]) -> None:
+        """Return None if the counts of a state are possible. Raises InputError otherwise."""
+        for name, largest in most.items():
+            if not 0 <= int(found[name]) <= largest:
+                raise InputError(f"{self.path} is not a state of this run: {name} is {int(found[name])}; {_HINT}")
 
     def read(self) -> dict[str, Tensor] | None:
         """The tensors that were saved, whatever they are, or None. Raises InputError as `load` does."""
@@ -177,9 +181,11 @@ def open_checkpoint(
     method: str,
     metric: str,
     settings: Mapping[str, Parameter],
-    batch_size: int,
 ) -> Checkpoint:
-    """The checkpoint of one run; its key is a digest of everything that decides the result."""
+    """The checkpoint of one run; its key is a digest of everything that decides the result.
+
+    The batch size does not: a run may go on with another one, except where its state counts batches (`sum_tables`).
+    """
     if path is None:
         return Checkpoint()
     if not Path(path).parent.is_dir():
@@ -196,6 +202,5 @@ def open_checkpoint(
         method,
         metric,
         sorted((name, str(value)) for name, value in settings.items()),
-        batch_size,
     ]
     return Checkpoint(Path(path), hashlib.sha256(json.dumps(arguments).encode()).hexdigest())

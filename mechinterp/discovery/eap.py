@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mechinterp.base.errors import InputError
 from mechinterp.base.settings import Setting
+from mechinterp.discovery.keystones import KEYSTONES, keystone_forwards, repaired
 from mechinterp.discovery.method import REPLACEMENT, Job, Method
 from mechinterp.engines.edge_attribution import activation_path_gradients, edge_gradients, n_groups
 from mechinterp.engines.gradient_path import gradient_path
@@ -51,13 +52,14 @@ def _run(name: str, alphas: tuple[float, ...] | None, job: Job) -> Scores:
             "use method 'eap-ig' with several steps, or metric 'logit_diff'."
         )
     replacement = build_replacement(job.replacement, job.model, job.graph, job.pairs, job.batch_size)
-    total = job.sum_over_batches(
-        lambda chunk: (
-            job.metric.direction
-            * edge_gradients(job.model, job.graph, chunk, job.metric, replacement=replacement, alphas=alphas)
-        )
-    )
+
+    def of(chunk: Pairs) -> Tensor:
+        found = edge_gradients(job.model, job.graph, chunk, job.metric, replacement=replacement, alphas=alphas)
+        return job.metric.direction * found
+
+    total = job.sum_over_batches(repaired(job, of, replacement))
     forwards = 1 + len(alphas) + (1.0 not in alphas) + (job.replacement != "corrupt" and job.replacement != "zero")
+    forwards += keystone_forwards(job)
     return job.scores(name, total, {"forwards": forwards * len(job.pairs), "backwards": len(alphas) * len(job.pairs)})
 
 
@@ -79,9 +81,9 @@ def _gradient_path(job: Job) -> Scores:
         found = edge_gradients(job.model, job.graph, chunk, job.metric, replacement=replacement, points=points)
         return job.metric.direction * found
 
-    total = job.sum_over_batches(of)
+    total = job.sum_over_batches(repaired(job, of, replacement))
     own = job.replacement not in ("corrupt", "zero")
-    forwards = 3 + 2 * steps + own + job.metric.needs_reference
+    forwards = 3 + 2 * steps + own + job.metric.needs_reference + keystone_forwards(job)
     return job.scores("eap-gp", total, {"forwards": forwards * len(job.pairs), "backwards": 2 * steps * len(job.pairs)})
 
 
@@ -90,7 +92,7 @@ EAP = Method(
     "Edge attribution patching: gradient at the clean run",
     "Syed et al. 2023, arXiv 2310.10348",
     partial(_run, "eap", (1.0,)),
-    {"replacement": REPLACEMENT},
+    {"replacement": REPLACEMENT, "keystones": KEYSTONES},
     graphs="summed",
     additive=True,
 )
@@ -99,7 +101,7 @@ EAP_IG = Method(
     "Edge attribution patching with integrated gradients over the inputs",
     "Hanna et al. 2024, arXiv 2403.17806",
     partial(_run, "eap-ig", None),
-    {"steps": STEPS, "schedule": SCHEDULE, "replacement": REPLACEMENT},
+    {"steps": STEPS, "schedule": SCHEDULE, "replacement": REPLACEMENT, "keystones": KEYSTONES},
     graphs="summed",
     additive=True,
 )
@@ -124,6 +126,7 @@ EAP_GP = Method(
         "steps": STEPS,
         "length": Setting(1.0, "the length of a step, in the units of the residual stream", above=0),
         "replacement": REPLACEMENT,
+        "keystones": KEYSTONES,
     },
     graphs="summed",
     additive=True,
@@ -133,7 +136,7 @@ CLEAN_CORRUPTED = Method(
     "Edge attribution patching: the mean of the gradients at the clean and at the corrupt run",
     "Hanna et al. 2024, arXiv 2403.17806",
     partial(_run, "clean-corrupted", (0.0, 1.0)),
-    {"replacement": REPLACEMENT},
+    {"replacement": REPLACEMENT, "keystones": KEYSTONES},
     graphs="summed",
     additive=True,
 )

@@ -26,6 +26,7 @@ from mechinterp.base.errors import InputError
 from mechinterp.base.registry import unknown
 from mechinterp.base.settings import Number, Parameter, Setting, check_settings, unknown_setting
 from mechinterp.discovery.method import METHODS, REPLACEMENT, Job, Method, check_graph, score_edges
+from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.scores import Scores
 
 NAME = "ensemble"
@@ -57,7 +58,8 @@ def _mean(members: Float[Tensor, "member unit"], shares: Float[Tensor, " member"
 
 
 def _calibrated(members: Float[Tensor, "member unit"], shares: Float[Tensor, " member"]) -> Float[Tensor, " unit"]:
-    return _mean(members / members.square().mean(1, keepdim=True).sqrt(), shares)
+    size = members.square().mean(1, keepdim=True).sqrt()
+    return _mean(members / size.clamp(min=torch.finfo(members.dtype).tiny), shares)
 
 
 HOW: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"rank": _rank, "mean": _mean, "calibrated": _calibrated}
@@ -118,6 +120,31 @@ def ensemble_scores(
         additive=how == "mean" and all(member.additive for member in members),
         pairs=first.pairs,
     )
+
+
+def ensemble_samples(
+    graph: Graph, samples: Float[Tensor, "resample member edge"], how: str, weights: Sequence[Number] | None
+) -> Float[Tensor, "resample edge"]:
+    """The combined scores of every resample, from those of the members; edges in the order of `Graph.edge_names`."""
+    shares = _shares(weights, samples.shape[1])
+    unit = graph.unit[graph.possible]
+    first = torch.zeros(graph.n_units, dtype=torch.int64).scatter_(0, unit.flip(0), torch.arange(len(unit)).flip(0))
+    return torch.stack([HOW[how](units, shares)[unit] for units in samples.double()[:, :, first]])
+
+
+def members_asked(asked: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """What to ask of `score_edges` for every member; None for another method, and if a member's scores do not add up.
+
+    Where all add up over examples, the ensemble of a resample is that of the members' weighted sums.
+    """
+    if asked.get("method") != NAME:
+        return None
+    own = ENSEMBLE.defaults | {name: value for name, value in asked.items() if name in ENSEMBLE.settings}
+    members = parse_members(str(own["methods"]))
+    if not all(METHODS.get(name).additive for name, _ in members):
+        return None
+    shared = {name: value for name, value in asked.items() if name not in ("method", "methods", "how", "weights")}
+    return [{**shared, **given, "method": name} for name, given in members]
 
 
 def _check_alike(members: list[Scores]) -> None:

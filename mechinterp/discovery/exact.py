@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.base.shards import State
@@ -12,9 +15,35 @@ from mechinterp.engines.edge_patching import edge_logits
 from mechinterp.engines.readout import answer_logits
 from mechinterp.engines.replacement import Values, build_replacement
 from mechinterp.graphs.scores import Scores
+from mechinterp.tasks.pairs import Pairs
 
 UNITS_AT_ONCE = 64
 """Masks made at a time: neighbours in this order cut the same layer, so they share the run before it."""
+
+
+def unit_drops(
+    job: Job,
+    batch: Pairs,
+    clean: Float[Tensor, "batch n_answer d_vocab"],
+    values: Values,
+    units: Sequence[int],
+) -> Float[Tensor, " unit"]:
+    """The drop of the metric when each unit alone is cut, summed over the examples of one batch; positive = it helps.
+
+    Args:
+        job: The job.
+        batch: The examples, on the model's device.
+        clean: The logits of their clean prompts at the answers.
+        values: What replaces writes on this batch.
+        units: The numbers of the edges or nodes.
+    """
+    graph, metric = job.graph, job.metric
+    full = metric(clean, batch, clean)
+    cut = torch.stack([graph.unit == unit for unit in units])
+    drops = torch.zeros(len(units), dtype=torch.float64)
+    for i, logits in enumerate(edge_logits(job.model, graph, batch, cut.float(), values)):
+        drops[i] = (metric.direction * (full - metric(logits, batch, clean)).sum()).cpu()
+    return drops
 
 
 def _exact(job: Job) -> Scores:
@@ -22,13 +51,13 @@ def _exact(job: Job) -> Scores:
 
     A piece of work is some units on one batch.
     """
-    model, graph, metric = job.model, job.graph, job.metric
+    model, graph = job.model, job.graph
     replacement = build_replacement(job.replacement, model, graph, job.pairs, job.batch_size)
     batches = list(job.pairs.to(model.device).chunks(job.batch_size))
     first_units = range(0, graph.n_units, UNITS_AT_ONCE)
     n_pieces, n_runs = len(batches) * len(first_units), graph.n_units * len(job.pairs)
-    begun: list[tuple[int, Tensor, Tensor, Values]] = []
-    """The batch of the last piece, its clean logits, their metric, and what replaces writes."""
+    begun: list[tuple[int, Tensor, Values]] = []
+    """The batch of the last piece, its clean logits, and what replaces writes."""
 
     def units_of(number: int) -> range:
         first = first_units[number % len(first_units)]
@@ -39,12 +68,10 @@ def _exact(job: Job) -> Scores:
         batch = batches[at]
         if not begun or begun[0][0] != at:
             clean = answer_logits(model, batch.clean, batch)
-            begun[:] = [(at, clean, metric(clean, batch, clean), replacement.on(batch))]
-        _, clean, full, values = begun[0]
+            begun[:] = [(at, clean, replacement.on(batch))]
+        _, clean, values = begun[0]
         drops = torch.zeros(UNITS_AT_ONCE, dtype=torch.float64)
-        cut = torch.stack([graph.unit == unit for unit in units])
-        for i, logits in enumerate(edge_logits(model, graph, batch, cut.float(), values)):
-            drops[i] = (metric.direction * (full - metric(logits, batch, clean)).sum()).cpu()
+        drops[: len(units)] = unit_drops(job, batch, clean, values, units)
         return {"drops": drops}
 
     def add(sums: State, number: int, found: State) -> None:
@@ -57,7 +84,7 @@ def _exact(job: Job) -> Scores:
     def report(done: int, total: int) -> None:
         job.progress(done * n_runs // max(1, total), n_runs)
 
-    sums = sum_tables(n_pieces, piece, like, start, add, job.checkpoint, report)
+    sums = sum_tables(n_pieces, piece, like, start, add, job.checkpoint, report, job.batch_size)
     total = job.zeros()
     total[graph.possible] = sums["units"][graph.unit[graph.possible]].to(total.dtype)
     return job.scores("exact", total, {"forwards": n_runs + 2 * len(job.pairs), "backwards": 0})

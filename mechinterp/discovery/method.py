@@ -85,7 +85,7 @@ class Job:
             sums["total"] += found["total"]
 
         like, start = {"total": zeros}, {"total": zeros.double()}
-        found = sum_tables(n, piece, like, start, add, self.checkpoint, self.progress)
+        found = sum_tables(n, piece, like, start, add, self.checkpoint, self.progress, size)
         return found["total"].to(zeros.dtype)
 
 
@@ -157,13 +157,14 @@ def score_edges(
         batch_size: How many examples are run at once; the result does not depend on it.
         progress: Called with the number of steps done, and of all.
         resume: A file that keeps the state of a long run, written every half minute. The next call with the same
-            arguments resumes from it; the file is deleted when the scores are done.
+            arguments resumes from it (another `batch_size` is refused where the state counts batches); the file is
+            deleted when the scores are done.
         parameters: Parameters of the method by name: `steps=5` for `eap-ig`.
     """
     chosen = METHODS.get(method)
     settings = check_settings(f"method {method!r}", chosen.settings, parameters)
     metric = as_metric(metric)
-    checkpoint = open_checkpoint(resume, model, graph, pairs, method, metric.name, settings, batch_size)
+    checkpoint = open_checkpoint(resume, model, graph, pairs, method, metric.name, settings)
     scores = raw_scores(
         model, graph, pairs, method=method, metric=metric, batch_size=batch_size, progress=progress,
         checkpoint=checkpoint, **parameters,

@@ -16,7 +16,7 @@ METHODS: Registry[Method] = Registry(
         "eap": Entry(f"{HERE}.eap:EAP", "edge attribution patching, the gradient at the clean run (Syed et al. 2023)"),
         "eap-ig": Entry(
             f"{HERE}.eap:EAP_IG",
-            "the same with integrated gradients over the inputs (Hanna et al. 2024); --effort quick",
+            "the same with integrated gradients over the inputs (Hanna et al. 2024)",
         ),
         "acdc": Entry(
             f"{HERE}.acdc:ACDC",
@@ -59,7 +59,8 @@ METHODS: Registry[Method] = Registry(
             "one learned order of the edges, for circuits of all sizes (Matryoshka); the default",
         ),
         "ensemble": Entry(
-            f"{HERE}.ensemble:ENSEMBLE", "several methods' scores combined by rank or mean (MIB shared task 2025)"
+            f"{HERE}.ensemble:ENSEMBLE",
+            "several methods' scores combined by rank or mean (MIB shared task 2025); --effort quick",
         ),
         "information-flow": Entry(
             f"{HERE}.information_flow:INFORMATION_FLOW",

@@ -18,7 +18,9 @@ away. The layers before the first one in which the k runs differ are run once; a
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +28,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
+from mechinterp.base.keep import Keep, compute_always
 from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.settings import Parameter, Setting, check_settings
 from mechinterp.discovery.acdc import MOST_AT_ONCE, SHARED, TAU, weakest_first
@@ -116,13 +119,15 @@ def refine_circuit(
     batch_size: int = 32,
     progress: Progress = no_progress,
     resume: str | os.PathLike[str] | None = None,
+    keep: Keep = compute_always,
 ) -> Circuit:
     """The circuit without the edges that it can do without, and with those of the best outside that it lacks.
 
     Every number is that of a run of the circuit with everything else cut. Dropping an edge raises the loss by less than
     `tau`, adding one lowers it by more than `tau`, each measured on the circuit as it is by then. Edges that are then
     on no path from the input to the logits are left out. `selection` states what was done, and at most how many
-    forwards of one example it took; `verify` cannot apply it to the scores again, and says so.
+    forwards of one example it took (of several passes the sums); `verify` cannot apply it to the scores again, and says
+    so.
 
     Cost: at most a forward for each edge tried, each example, and each time that the expectation about the next ones
     was wrong.
@@ -144,6 +149,7 @@ def refine_circuit(
         batch_size: How many examples are run at once; the result does not depend on it.
         progress: Called with the number of edges tried, and of all that are to be.
         resume: A file that keeps the state of a long run, as in `score_edges`.
+        keep: May load what a finished pass has saved.
 
     >>> import mechinterp as mi
     >>> model = mi.load_model("bundled")
@@ -167,25 +173,36 @@ def refine_circuit(
         raise InputError(f"batch_size must be at least 1; got {batch_size}.")
     trials = _trials(circuit, scores, drop, add)
     key = {**settings, "circuit": circuit.digest(), "trials": _digest(trials)}
-    checkpoint = open_checkpoint(resume, model, graph, pairs, "refine_circuit", metric.name, key, batch_size)
+    checkpoint = open_checkpoint(resume, model, graph, pairs, "refine_circuit", metric.name, key)
 
-    loss = CutLoss.of(model, graph, pairs, metric, replacement, batch_size)
-    cut = graph.possible & ~on_paths(graph, circuit.members)
-    state = _State(circuit.members, float(loss.of_masks(cut[None].float(), 0)[0]))
-    most = {"done": len(trials), "at_once": MOST_AT_ONCE}
-    saved = checkpoint.load(state.saved(loss.n_runs, loss.n_prefixes), most)
-    if saved is not None:
-        state = _State(saved["chosen"], float(saved["loss"]), int(saved["done"]), bool(saved["accepted"]))
-        state.at_once = int(saved["at_once"])
-        loss.n_runs, loss.n_prefixes = int(saved["n_runs"]), int(saved["n_prefixes"])
-    progress(state.done, len(trials))
-    while state.done < len(trials):
-        state = _next(loss, state, trials, float(tau), at_once)
-        checkpoint.save(state.saved(loss.n_runs, loss.n_prefixes))
+    def search() -> Mapping[str, Tensor]:
+        loss = CutLoss.of(model, graph, pairs, metric, replacement, batch_size)
+        cut = graph.possible & ~on_paths(graph, circuit.members)
+        state = _State(circuit.members, float(loss.of_masks(cut[None].float(), 0)[0]))
+        most = {"done": len(trials), "at_once": MOST_AT_ONCE}
+        saved = checkpoint.load(state.saved(loss.n_runs, loss.n_prefixes), most)
+        if saved is not None:
+            state = _State(saved["chosen"], float(saved["loss"]), int(saved["done"]), bool(saved["accepted"]))
+            state.at_once = int(saved["at_once"])
+            loss.n_runs, loss.n_prefixes = int(saved["n_runs"]), int(saved["n_prefixes"])
         progress(state.done, len(trials))
-    refined = _circuit(circuit, scores, state.chosen, settings, metric, loss)
+        while state.done < len(trials):
+            state = _next(loss, state, trials, float(tau), at_once)
+            checkpoint.save(state.saved(loss.n_runs, loss.n_prefixes))
+            progress(state.done, len(trials))
+        return state.saved(loss.n_runs, loss.n_prefixes)
+
+    about = [sorted((name, str(value)) for name, value in key.items()), metric.name, pairs.digest()]
+    found = keep(f"refined {json.dumps(about)}", search)
+    refined = _circuit(circuit, scores, found, settings, metric, len(pairs))
     checkpoint.clear()
     return refined
+
+
+def _count(circuit: Circuit, name: str) -> int:
+    """What an earlier pass did, as the selection states it."""
+    found = circuit.selection.get(name, 0)
+    return found if "refined" in circuit.selection and isinstance(found, int) else 0
 
 
 def _trials(circuit: Circuit, scores: Scores, drop: int | None, add: int) -> list[_Trial]:
@@ -240,28 +257,28 @@ def _losses(loss: CutLoss, first: Bool[Tensor, "reader writer"], kept: list[Tens
 def _circuit(
     circuit: Circuit,
     scores: Scores,
-    chosen: Bool[Tensor, "reader writer"],
+    found: Mapping[str, Tensor],
     settings: dict[str, Parameter],
     metric: Metric,
-    loss: CutLoss,
+    n_examples: int,
 ) -> Circuit:
-    """The refined circuit. Raises EmptyCircuit if no edge is left."""
-    graph = circuit.graph
+    """The refined circuit, from the last state. Raises EmptyCircuit if no edge is left."""
+    graph, chosen = circuit.graph, found["chosen"]
     kept = on_paths(graph, chosen)
     if not bool(kept.any()):
         raise EmptyCircuit(
             f"Every edge could be dropped for less than tau={settings['tau']} of {metric.name}; give a smaller tau."
         )
     own, left = (set(graph.unit[mask].tolist()) for mask in (circuit.members, chosen))
-    per_example = loss.n_runs + loss.n_prefixes + 1 + metric.needs_reference
+    per_example = int(found["n_runs"]) + int(found["n_prefixes"]) + 1 + metric.needs_reference
     per_example += str(settings["replacement"]).startswith("mean")
     stated: dict[str, Parameter] = {
         "refined": metric.name,
         "tau": settings["tau"],
-        "dropped": len(own - left),
-        "added": len(left - own),
-        "refined_on": loss.n_examples,
+        "dropped": len(own - left) + _count(circuit, "dropped"),
+        "added": len(left - own) + _count(circuit, "added"),
+        "refined_on": n_examples,
         "refined_with": settings["replacement"],
-        "forwards": per_example * loss.n_examples,
+        "forwards": per_example * n_examples + _count(circuit, "forwards"),
     }
     return Circuit(graph, kept, int(chosen.sum()), {**circuit.selection, **stated}, scores)

@@ -20,8 +20,8 @@ from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.settings import Setting, check_settings
 from mechinterp.discovery.checkpoint import UNSAVED, Checkpoint
-from mechinterp.discovery.method import METHODS, score_edges
-from mechinterp.discovery.score_pieces import ScorePieces
+from mechinterp.discovery.method import score_edges
+from mechinterp.discovery.score_pieces import ScorePieces, adds_up
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.scores import Scores
@@ -202,8 +202,8 @@ def resampled_scores(
     `stable_scores`.
     """
     pieces = ScorePieces(model, graph, pairs, asked, rows)
-    if not METHODS.get(str(asked.get("method", "eap-ig"))).additive or replaced_by_mean(asked):
-        first = pieces.raw(0)
+    if not adds_up(asked):
+        (first,) = raw = pieces.raw(0)
         if not first.additive or first.replacement.startswith("mean"):
             every = score_edges(model, graph, pairs, **asked)
             samples = torch.zeros(len(rows), graph.n_edges, dtype=torch.float64)
@@ -212,15 +212,10 @@ def resampled_scores(
                 samples[i] = score_edges(model, graph, pairs[chosen], **asked).values.cpu()[graph.possible]
                 progress(i + 1, len(rows))
             return every, samples
-        pieces.known[0] = first
+        pieces.known[0] = raw
     every, samples = pieces.result(pieces.sums(checkpoint, progress))
     assert samples is not None
     return every, samples
-
-
-def replaced_by_mean(asked: Mapping[str, Any]) -> bool:
-    """Whether a cut edge carries a mean, which is that of the examples that are scored together."""
-    return str(asked.get("replacement", "")).startswith("mean")
 
 
 def block_resamples(n: int, resamples: int, seed: int, blocks: int = 40) -> Int[Tensor, "resample example"]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress
 from mechinterp.base.shards import ALONE, State, agree, current, relayed, share, sharing
 from mechinterp.discovery.checkpoint import Checkpoint
@@ -22,6 +23,7 @@ def sum_tables(
     add: Callable[[State, int, State], None],
     checkpoint: Checkpoint,
     progress: Progress,
+    batch_size: int = 0,
 ) -> State:
     """What `add` makes of `start` with the tables of the pieces 0 to n - 1, in this order.
 
@@ -35,6 +37,7 @@ def sum_tables(
         add: Adds the tables of a piece to the sums, in place.
         checkpoint: Keeps the state of this process. Where there are several, it is saved at once if one of them ends.
         progress: Called with the pieces done by this process, and of all that it does.
+        batch_size: That of the pieces, if they are batches: a state in other batches cannot be gone on with.
     """
     processes, own = current(), checkpoint.of_process()
     mine, error = share(n, processes.index, processes.count), None
@@ -42,9 +45,11 @@ def sum_tables(
     try:
         with sharing(ALONE):
             if first:
-                state = _each(mine, piece, start, lambda sums, at, got: add(sums, mine[at], got), own, progress)
+                state = _each(
+                    mine, piece, start, lambda sums, at, got: add(sums, mine[at], got), own, progress, batch_size
+                )
             else:
-                state = tables_of(mine, piece, like, own, progress)
+                state = tables_of(mine, piece, like, own, progress, batch_size)
     except Exception as raised:  # raised in all processes by `agree`
         error = raised
     agree(error)
@@ -62,7 +67,12 @@ def sum_tables(
 
 
 def tables_of(
-    pieces: range, piece: Callable[[int], State], like: State, checkpoint: Checkpoint, progress: Progress
+    pieces: range,
+    piece: Callable[[int], State],
+    like: State,
+    checkpoint: Checkpoint,
+    progress: Progress,
+    batch_size: int = 0,
 ) -> State:
     """The tables of some pieces, one upon the other. The arguments are those of `sum_tables`."""
 
@@ -71,7 +81,7 @@ def tables_of(
             state[name][at] = found[name]
 
     empty = {name: table.new_zeros(len(pieces), *table.shape) for name, table in like.items()}
-    return _each(pieces, piece, empty, put, checkpoint, progress)
+    return _each(pieces, piece, empty, put, checkpoint, progress, batch_size)
 
 
 def _each(
@@ -81,10 +91,14 @@ def _each(
     put: Callable[[State, int, State], None],
     checkpoint: Checkpoint,
     progress: Progress,
+    batch_size: int,
 ) -> State:
     """The state after all pieces; a killed run goes on at the piece that it had reached."""
-    done, saved = 0, checkpoint.load({**state, "done": torch.tensor(0)}, {"done": len(pieces)})
+    counts = {"done": torch.tensor(0), "batch_size": torch.tensor(batch_size)}
+    done, saved = 0, checkpoint.load({**state, **counts}, {})
     if saved is not None:
+        _check_batches(checkpoint, int(saved["batch_size"]), batch_size)
+        checkpoint.check_counts(saved, {"done": len(pieces)})
         done, state = int(saved["done"]), {name: saved[name] for name in state}
     progress(done, len(pieces))
     try:
@@ -92,9 +106,19 @@ def _each(
             found = piece(pieces[done])
             put(state, done, found)
             done += 1
-            checkpoint.save({**state, "done": torch.tensor(done)})
+            checkpoint.save({**state, **counts, "done": torch.tensor(done)})
             progress(done, len(pieces))
     finally:
         if checkpoint.apart and done:  # another process may have ended the run
-            checkpoint.save({**state, "done": torch.tensor(done)}, now=True)
+            checkpoint.save({**state, **counts, "done": torch.tensor(done)}, now=True)
     return state
+
+
+def _check_batches(checkpoint: Checkpoint, saved: int, batch_size: int) -> None:
+    """Return None if the state counts the same batches. Raises InputError otherwise."""
+    if saved != batch_size:
+        raise InputError(
+            f"{checkpoint.path} counts batches of {saved} pairs, and this run has batches of {batch_size}, so the "
+            f"pairs that are done would be others. Go on with batch_size={saved} (--batch-size {saved}), or delete it "
+            "to start over."
+        )

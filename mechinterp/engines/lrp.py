@@ -113,8 +113,8 @@ def _check_activations(model: HookManager, rules: Rules) -> None:
                 why = model.refused.get(site, "the model has no such site")
                 raise UnsupportedError(
                     f"The rules for activation functions and gates need '{site}', which layer {layer} of "
-                    f"{model.info.architecture} does not have: {why}. Use plain gradients: method 'eap', "
-                    "'eap-ig-inputs' or 'atp', or rules='gradient'."
+                    f"{model.info.architecture} does not have: {why}. Use plain gradients: method 'eap' or "
+                    "'eap-ig' (of attribution_patching: 'atp' or 'eap-ig-inputs'), or rules='gradient'."
                 )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
-from mechinterp.base.errors import FormatError, InputError
+from mechinterp.base.errors import FormatError, InputError, wrong_file
 from mechinterp.base.registry import unknown
 from mechinterp.tasks.generators import GENERATORS
 from mechinterp.tasks.schema import checked
@@ -54,16 +55,19 @@ def texts_of(answer: Answer | None) -> tuple[str, ...]:
 
 
 def check_task(spec: TaskSpec, lists: Mapping[str, Sequence[str]], where: str) -> None:
-    """Return None when the parts of a task fit together. Raises FormatError with the place otherwise."""
-    try:
-        for name, words in lists.items():
-            _check_list(name, words)
-        if spec.generator is not None:
-            _check_generator(spec, lists)
-        for template in templates_of(spec):
-            _check_template(spec, template, lists)
-    except InputError as error:
-        raise FormatError(f"{where}: {error}") from error
+    """Return None when the parts of a task fit together. Raises FormatError with all that does not fit otherwise."""
+    checks: list[Callable[[], None]] = [partial(_check_list, name, words) for name, words in lists.items()]
+    if spec.generator is not None:
+        checks.append(partial(_check_generator, spec, lists))
+    checks += [partial(_check_template, spec, template, lists) for template in templates_of(spec)]
+    problems: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise wrong_file(where, list(dict.fromkeys(problems)))
 
 
 def _known(kind: str, names: Iterable[str], known: Iterable[str]) -> None:

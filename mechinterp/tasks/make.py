@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 from mechinterp.base.errors import InputError
 from mechinterp.base.registry import unknown
+from mechinterp.tasks.capacity import TooManyExamples, most_if_fewer
 from mechinterp.tasks.check import answer_of, words_of, wrong_of
 from mechinterp.tasks.draw import Draw
 from mechinterp.tasks.generators import GENERATORS
@@ -17,7 +18,7 @@ from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.schema import checked
 from mechinterp.tasks.source import Dropped, Report, TaskSource
 from mechinterp.tasks.spec import Answer, NumberAnswers, TaskSpec, Template
-from mechinterp.tasks.split import split_of
+from mechinterp.tasks.split import Split, split_of
 from mechinterp.tasks.template import Draft, fill, prompt, replacements, with_parts
 from mechinterp.tasks.tokenization import Encoder, encoder_of
 from mechinterp.tasks.vocabulary import Vocabulary, needs_of, usable_words
@@ -62,15 +63,18 @@ class _Row:
 
 def make_pairs(wanted: Request, model_or_tokenizer: Any, prepend_bos: bool | None) -> Pairs:
     """The pairs of a request; `Task.pairs` describes them."""
-    spec, split, seed = wanted.spec, wanted.split, wanted.seed
-    if split not in SPLITS:
-        raise unknown("split", split, SPLITS)
+    spec, seed = wanted.spec, wanted.seed
+    if wanted.split not in SPLITS:
+        raise unknown("split", wanted.split, SPLITS)
+    split: Split = wanted.split
     n = wanted.skip + wanted.n
     if wanted.n < 2 or wanted.skip < 0 or n > MAX_EXAMPLES:
         raise InputError(f"n must be between 2 and {MAX_EXAMPLES} examples; got {n}.")
     encoder = encoder_of(model_or_tokenizer, prepend_bos)
     vocabulary = usable_words(spec, wanted.lists, encoder)
     _say_once(wanted, vocabulary, encoder)
+    if (most := _most_if_fewer(spec, split, vocabulary, f"{seed}/{split}", n)) is not None:
+        raise TooManyExamples(spec.name, split, n, most, " with this tokenizer")
     writers = _writers(spec, split, vocabulary, f"{seed}/{split}")
     dropped: dict[Dropped, None] = dict.fromkeys(vocabulary.dropped)
     rows: list[_Row] = []
@@ -211,6 +215,14 @@ def _writers(spec: TaskSpec, split: str, vocabulary: Vocabulary, key: str) -> li
         return [lambda draw: generator.write(draw, lists, parameters)]
     chosen = spec.splits.train if split == "train" else spec.splits.test
     return [_template_writer(spec, template, vocabulary) for template in _turns(chosen.templates, key)]
+
+
+def _most_if_fewer(spec: TaskSpec, split: Split, vocabulary: Vocabulary, key: str, n: int) -> int | None:
+    if spec.generator is not None:
+        return None
+    templates = spec.splits.train.templates if split == "train" else spec.splits.test.templates
+    turns = tuple(_turns(templates, key))
+    return most_if_fewer(spec, turns, split, lambda slot, name: vocabulary.words[slot, name], n)
 
 
 def row_templates(spec: TaskSpec, split: str, seed: int, n: int) -> tuple[str, ...]:

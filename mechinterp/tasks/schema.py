@@ -6,11 +6,15 @@ from collections.abc import Hashable
 from typing import Any, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+from typing_extensions import LiteralString, Self
 
-from mechinterp.base.errors import FormatError, clip
+from mechinterp.base.errors import FormatError, clip, wrong_file
 from mechinterp.base.registry import unknown
 
+MOST_STRANGE = 20
+"""Unknown keys of one mapping that are named."""
 MAX_BYTES = 2**18
 """The largest file of a task or word lists; a YAML parser in Python needs a second for 100 kB."""
 
@@ -20,15 +24,30 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=False)
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _refuse_unknown_keys(cls, given: Any) -> Any:
-        if isinstance(given, dict):
-            known = [field.alias or name for name, field in cls.model_fields.items()]
-            for key in cast(dict[Any, Any], given):
-                if key not in known:
-                    raise ValueError(str(unknown("key", str(key), known)))
-        return given
+    def _refuse_unknown_keys(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Errors about unknown keys, by name, come before those about the others."""
+        if not isinstance(given, dict):
+            return handler(given)
+        keys, known = cast(dict[Any, Any], given), {field.alias or name for name, field in cls.model_fields.items()}
+        strange = [key for key in keys if key not in known]
+        if not strange:
+            return handler(given)
+        said = [str(unknown("key", str(key), known)) for key in strange[:MOST_STRANGE]]
+        if (left := len(strange) - MOST_STRANGE) > 0:
+            said.append(f"{left} more unknown keys")
+        errors = [_error_of("unknown_key", text, ()) for text in said]
+        try:
+            handler({key: value for key, value in keys.items() if key in known})
+        except ValidationError as error:
+            for found in error.errors(include_url=False, include_input=False):
+                errors.append(_error_of("wrong", found["msg"], found["loc"]))
+        raise ValidationError.from_exception_data(cls.__name__, errors)
+
+
+def _error_of(kind: LiteralString, text: str, place: tuple[int | str, ...]) -> InitErrorDetails:
+    return InitErrorDetails(type=PydanticCustomError(kind, "{text}", {"text": text}), loc=place, input=None)
 
 
 Model = TypeVar("Model", bound=Strict)
@@ -73,6 +92,8 @@ def parse_yaml(content: bytes, where: str) -> dict[str, Any]:
         raise FormatError(f"{where} is not valid YAML: {clip(str(error), 300)}") from error
     except RecursionError as error:
         raise FormatError(f"{where} is nested too deeply.") from error
+    if given is None and not content.strip():
+        raise FormatError(f"{where} is empty; it must hold a mapping (`key: value`).")
     if not isinstance(given, dict):
         raise FormatError(f"{where} must hold a mapping (`key: value`); got {type(given).__name__}.")
     return cast(dict[str, Any], given)
@@ -83,7 +104,22 @@ def checked(model: type[Model], given: object, where: str) -> Model:
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = clip(".".join(clip(str(part), 60) for part in first["loc"]), 200)
-        reason = clip(first["msg"].removeprefix("Value error, "), 300)
-        raise FormatError(f"{where}: {place + ': ' if place else ''}{reason}") from error
+        raise FormatError(f"{where}: {problems_of(error)[0]}") from error
+
+
+def wholly_checked(model: type[Model], given: object, where: str) -> Model:
+    """`given` as a `model`. Raises FormatError with all errors, a line each."""
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        raise wrong_file(where, problems_of(error)) from error
+
+
+def problems_of(error: ValidationError) -> list[str]:
+    """The place and the reason of every error, each in one line of bounded length."""
+    found: list[str] = []
+    for one in error.errors(include_url=False, include_input=False):
+        place = clip(".".join(clip(str(part), 60) for part in one["loc"]), 200)
+        reason = clip(one["msg"].removeprefix("Value error, "), 300)
+        found.append(f"{place + ': ' if place else ''}{reason}")
+    return found

@@ -11,17 +11,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
-from mechinterp.base.errors import FormatError, InputError
+from mechinterp.base.errors import FormatError, InputError, wrong_file
 from mechinterp.base.plain_files import read_bounded
 from mechinterp.base.registry import unknown
 from mechinterp.base.shown import Shown
+from mechinterp.tasks.capacity import TooManyExamples, most_if_fewer
 from mechinterp.tasks.check import check_task, lists_used
-from mechinterp.tasks.schema import MAX_BYTES, checked, parse_yaml
+from mechinterp.tasks.schema import MAX_BYTES, parse_yaml, wholly_checked
 from mechinterp.tasks.spec import TaskSpec
 from mechinterp.tasks.vocabulary import UnusableWords, needs_of, usable_words
 
 if TYPE_CHECKING:
     from mechinterp.tasks.pairs import Pairs
+    from mechinterp.tasks.split import Split
 
 _FOLDER = Path(__file__).parent
 _WORDS = _FOLDER / "words.yaml"
@@ -145,6 +147,16 @@ class Task(Shown):
                 raise
             raise UnusableWords(f"{error} This tokenizer can use the task {siblings[0]!r}.") from error
 
+    def check_number(self, n: int, split: Split) -> None:
+        """Return None if a split may have `n` different examples. Raises InputError if it has fewer at any rate.
+
+        It takes no tokenizer, which may leave fewer words; `pairs` counts those.
+        """
+        chosen = self.spec.splits.train if split == "train" else self.spec.splits.test
+        most = most_if_fewer(self.spec, chosen.templates, split, lambda _, name: self.lists[name], n)
+        if most is not None:
+            raise TooManyExamples(self.name, split, n, most)
+
     def row_templates(self, split: str, seed: int, n: int) -> tuple[str, ...]:
         """The template of each of the first `n` examples that `pairs` makes with this split and seed."""
         from mechinterp.tasks.make import row_templates
@@ -175,7 +187,7 @@ def load_task(name_or_path: str | Path) -> Task:
     Args:
         name_or_path: A name from `task_names()`, or a path; a text that ends in `.yaml` or `.yml` is a path.
 
-    Raises InputError for an unknown name, FormatError for a file that is not a task.
+    Raises InputError for an unknown name, FormatError, with all that is wrong, for a file that is not a task.
 
     >>> load_task("ioi").metric
     'logit_diff'
@@ -187,7 +199,7 @@ def load_task(name_or_path: str | Path) -> Task:
         path = _FOLDER / f"{given}.yaml"
     else:
         raise unknown("task", given, task_names())
-    spec = checked(TaskSpec, parse_yaml(read_bounded(path, MAX_BYTES), str(path)), str(path))
+    spec = wholly_checked(TaskSpec, parse_yaml(read_bounded(path, MAX_BYTES), str(path)), str(path))
     lists = _lists_for(spec, str(path))
     check_task(spec, lists, str(path))
     return Task(spec, MappingProxyType(lists))
@@ -199,9 +211,8 @@ def _lists_for(spec: TaskSpec, where: str) -> dict[str, tuple[str, ...]]:
     except InputError as error:
         raise FormatError(f"{where}: {error}") from error
     known = {**_word_lists(read_bounded(_WORDS, MAX_BYTES)), **spec.lists}
-    for name in used:
-        if name not in known:
-            raise FormatError(f"{where}: {unknown('word list', name, known)}")
+    if missing := [str(unknown("word list", name, known)) for name in used if name not in known]:
+        raise wrong_file(where, missing)
     return {name: known[name] for name in used}
 
 

@@ -169,3 +169,21 @@ def test_the_command_writes_a_file_and_refuses_what_does_not_fit(
     with pytest.raises(InputError, match="same two answers"):
         discover_direction(DirectSpec("ioi", classes="answer", out=tmp_path, **SMALL), model=model)
     assert [str(site) for site in sites_of(model, "mlp_out", "1,2")] == ["mlp_out.1", "mlp_out.2"]
+
+
+def test_direct_takes_parameters_of_the_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are recorded, with the defaults of the others; the file verifies, and only the same command replaces it."""
+    few = ["--examples", "16", "--validation-examples", "8", "--test-examples", "10", "--position", "end"]
+    words = ["direct", "gendered_pronoun", "--method", "lda", "--layers", "2", *few, "--out", str(tmp_path), "-q"]
+    assert cli.main([*words, "--set", "shrinkage=0.5"]) == 0
+    first, last = capsys.readouterr().out.splitlines()
+    (path,) = tmp_path.glob("*.direction.json")
+    assert "separates" in first and last == f"wrote {path}"
+    document = open_direction_file(path).document
+    assert document.fit.parameters == {"shrinkage": 0.5}
+    assert document.provenance.command is not None and "--set shrinkage=0.5" in document.provenance.command
+    assert mi.verify_direction(path).ok
+    assert cli.main([*words, "--set", "shrinkage=0.4"]) == 2
+    assert "is there already, made by: discover-circuit direct gendered_pronoun" in capsys.readouterr().err
+    assert cli.main([*words, "--set", "shrinkage=x"]) == 2
+    assert "shrinkage must be a number" in capsys.readouterr().err

@@ -15,6 +15,8 @@ import mechinterp as mi
 from mechinterp.base.errors import FormatError, InputError
 from mechinterp.circuit_file.schema import circuit_sha256
 from mechinterp.circuit_file.store import file_sha256, open_circuit_file
+from mechinterp.circuit_file.verify.claims import UnverifiedModel
+from mechinterp.cli import app as cli
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.pipeline import RunSpec, discover
 from mechinterp.tasks import task as task_module
@@ -329,11 +331,24 @@ def in_memory(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Circuit, 
     return path, circuit, model
 
 
-@pytest.mark.slow
-def test_the_model_must_be_given(in_memory: tuple[Path, Circuit, mi.HookManager]) -> None:
-    found = mi.verify(in_memory[0])
-    assert {claim.name for claim in found.failed} == {"model", "evaluation"}
-    assert "give it" in str(found)
+def test_a_model_in_memory_is_not_available_later(
+    in_memory: tuple[Path, Circuit, mi.HookManager], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one of the hub that cannot be reached: exit code 3, unless a claim that needs no model failed."""
+    with pytest.raises(UnverifiedModel, match=r"claims that need no model hold.*give it: --model PATH, or verify"):
+        mi.verify(in_memory[0])
+    for command in ("verify", "eval"):
+        assert cli.main([command, str(in_memory[0])]) == 3
+        err = capsys.readouterr().err
+        assert "--model PATH" in err and err.count("\n") == 1
+
+
+def test_a_failed_claim_is_told_although_the_model_is_absent(
+    in_memory: tuple[Path, Circuit, mi.HookManager], tmp_path: Path
+) -> None:
+    shutil.copytree(in_memory[0].parent, tmp_path / "copy")
+    path = tmp_path / "copy" / in_memory[0].name
+    assert {"file hash", "model"} <= failed(edited(path, lambda content: content.update(title="another"), sealed=False))
 
 
 def test_token_ids_in_the_file_suffice(in_memory: tuple[Path, Circuit, mi.HookManager]) -> None:

@@ -85,12 +85,27 @@ def test_help_names_examples_and_exit_codes(arguments: list[str], capsys: pytest
         assert "discover-circuit verify " in text or "discover-circuit run ioi" in text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["list"], ["show", "TOY"], ["run", "ioy"]])
-def test_torch_is_imported_only_for_work(arguments: list[str], toy: Path) -> None:
-    arguments = [str(toy) if word == "TOY" else word for word in arguments]
-    code = f"import sys; from mechinterp.cli.app import main; main({arguments!r}); sys.exit('torch' in sys.modules)"
-    assert process(code=code).returncode == 0
+WITHOUT_TORCH = (
+    *("--help", "run --help", "list", "show TOY", "run ioy", "view none.circuit.json", "verify none"),
+    *("compare ioi --sizes 1,0.5", "eval TOY --examples x", "run --config none.yaml", "export none --format dot"),
+    *("diff TOY none", "cite none", "push none me/x", "run ioi --out TOY", "direct ioi --set a=1"),
+)
+
+
+def test_torch_is_imported_only_for_work(toy: Path) -> None:
+    """All in one process, each of them as a user would type it."""
+    given = [line.replace("TOY", str(toy)).split() for line in WITHOUT_TORCH]
+    code = f"""
+import sys
+from mechinterp.cli.app import main
+
+for words in {given!r}:
+    main(words)
+    if "torch" in sys.modules:
+        sys.exit(" ".join(words))
+"""
+    done = process(code=code)
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 @pytest.mark.slow
@@ -157,6 +172,30 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a ratio of 2": (["run", "ioi", "--ratio", "2"], "--ratio"),
     "a ratio of the integer program": (["run", "ioi", "--model", "MODEL", "--rule", "ilp", "--ratio", "0.5"], "ratio"),
     "a setting of no method": (["compare", "ioi", "--methods", "eap", "--set", "steps=3"], "METHOD.NAME=VALUE"),
+    "more examples than a task has": (
+        ["run", "greater_than_digits", "--examples", "15000"],
+        "at most 10,708 different test examples; got 15,000",
+    ),
+    "more examples to compare on": (
+        ["compare", "greater_than_digits", "--examples", "15000"],
+        "at most 10,708 different test examples; got 15,000",
+    ),
+    "more examples to evaluate on": (["eval", "TOY", "--task", "greater_than_digits", "--examples", "15000"], "10,708"),
+    "a seed beyond every generator": (["run", "ioi", "--seed", "99999999999999999999"], "--seed"),
+    "an infinite threshold": (["run", "ioi", "--threshold", "inf"], "--threshold is not a finite number"),
+    "sizes that fall": (["compare", "ioi", "--sizes", "1,0.5"], "Shares must increase"),
+    "sizes in words": (["compare", "ioi", "--sizes", "x"], "Sizes are 'mib' or numbers"),
+    "a method twice": (["compare", "ioi", "--methods", "eap,eap"], "each only once"),
+    "no method": (["compare", "ioi", "--methods", ""], "--methods are names"),
+    "an empty name": (["show", ""], "name of the file is empty"),
+    "an empty circuit file": (["eval", "EMPTY"], "EMPTY is empty; JSON is expected"),
+    "an empty task file": (["run", "EMPTY.yaml"], "EMPTY.yaml is empty"),
+    "view a missing file": (["view", "nothing.circuit.json"], "nothing.circuit.json cannot be read"),
+    "push a missing file": (["push", "nothing.circuit.json", "me/x"], "nothing.circuit.json cannot be read"),
+    "quiet and verbose": (["run", "ioi", "-q", "-v"], "not both"),
+    "a config that is a folder": (["run", "--config", "."], "not a plain file"),
+    "a million examples": (["eval", "TOY", "--examples", "1000000"], "20000"),
+    "a million examples of a direction": (["direct", "ioi", "--examples", "1000000"], "20000"),
     "evaluate a missing file": (["eval", "nothing.circuit.json"], "nothing.circuit.json"),
     "evaluate on nothing": (["eval", "TOY", "--task", "ioy"], "Did you mean 'ioi'?"),
     "threshold is no number": (["run", "ioi", "--threshold", "nan"], "--threshold"),
@@ -197,6 +236,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     Path("FILE").write_text("no pairs", "utf-8")
     Path("FILE.jsonl").write_text("no pairs", "utf-8")
+    Path("EMPTY").touch()
+    Path("EMPTY.yaml").touch()
     Path("FOLDER.jsonl").mkdir()
     before = sorted(tmp_path.rglob("*"))
     arguments, words = MISTAKES[mistake]
@@ -204,6 +245,24 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     line = complaint(capsys, [names.get(word, word) for word in arguments])
     assert words in line and line.startswith("discover-circuit: ")
     assert sorted(path for path in tmp_path.rglob("*") if path.name != "out") == before  # nothing written
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "."], "Cannot load the model '.'"),
+        (["--device", "tpu9"], "Unknown device 'tpu9'"),
+        (["--features", "x"], "no feature nodes"),
+    ],
+)
+def test_what_is_given_to_verify_is_no_claim_of_the_file(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bad input, not a failed claim."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["verify", "ioi-bundled-eap-ig", *words]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
 
 
 def test_a_changed_circuit_file_is_not_shown(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,14 +295,14 @@ def test_a_bug_is_exit_code_70_and_a_traceback_when_asked(
 
 
 @pytest.mark.slow
-def test_a_run_writes_three_files_and_says_what_is_next(
+def test_a_run_writes_four_files_and_says_what_is_next(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "my results"
     assert cli.main(["run", "ioi", "--model", str(model), "--out", str(out), *SMALL]) == 0
     text, err = capsys.readouterr()
     stem = out / "ioi-words-eap"
-    names = [f"{stem}.circuit.json", f"{stem}.scores.safetensors", f"{stem}.report.html"]
+    names = [f"{stem}.circuit.json", f"{stem}.scores.safetensors", f"{stem}.report.html", f"{stem}.run.yaml"]
     assert sorted(map(str, out.iterdir())) == sorted(names)
     for name in names:
         assert f"wrote {name}\n" in text
@@ -294,15 +353,15 @@ def test_no_small_circuit_is_exit_code_4(model: Path, tmp_path: Path, capsys: py
 
 
 @pytest.mark.slow
-def test_a_quick_run_is_eap_ig_with_its_stability(
+def test_a_quick_run_is_an_ensemble_with_its_stability(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = ["--model", str(model), "--out", str(tmp_path), "--examples", "20", "--anyway", "--edges", "20"]
     assert cli.main(["run", "ioi", *few, "--effort", "quick", "--no-roles", "--no-curve"]) == 0
     text = capsys.readouterr().out
     assert re.search(r"^stability: \d+ of \d+ edges \(\d+%\) are in at least 90% of 100 circuits", text, re.MULTILINE)
-    document = json.loads((tmp_path / "ioi-words-eap-ig.circuit.json").read_text("utf-8"))
-    assert document["discovery"]["method"] == "eap-ig" and document["stability"]["resamples"] == 100
+    document = json.loads((tmp_path / "ioi-words-ensemble.circuit.json").read_text("utf-8"))
+    assert document["discovery"]["method"] == "ensemble" and document["stability"]["resamples"] == 100
     assert "--effort quick" in document["provenance"]["command"]
     assert [point["n_selected"] for point in document["curve"]["points"]] == [20]
 
@@ -317,6 +376,8 @@ def test_a_pairs_file_can_be_run(model: Path, tmp_path: Path, capsys: pytest.Cap
     pairs.write_text("\n".join(map(json.dumps, rows)), "utf-8")
     assert cli.main(["run", str(pairs), "--model", str(model), "--out", str(tmp_path), *SMALL]) == 0
     assert (tmp_path / "mine-words-eap.report.html").is_file()
+    said = "has 12 usable pairs: 6 train, 0 validation and 6 test pairs were taken, 10 train, 10 validation and 10 test"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.slow

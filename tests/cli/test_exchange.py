@@ -41,10 +41,32 @@ def test_cite_names_the_hash_and_the_paper(capsys: pytest.CaptureFixture[str]) -
     assert cli.main(["cite", str(STORED)]) == 0
     own = capsys.readouterr().out
     assert re.search(r"^@misc\{ioi-bundled-eap-ig,$", own, flags=re.M) and own.count("{") == own.count("}")
-    assert "circuit sha256 " in own
+    assert "circuit sha256 " in own and "author = {{mechinterp contributors}}," in own
+    assert "circuit file ioi-bundled-eap-ig.circuit.json of the Python package mechinterp-circuits 0.1.0" in own
     assert "@misc{mechinterp-circuits," in own and "version = {0.1.0}," in own
     assert cli.main(["cite", str(PUBLISHED)]) == 0
     assert capsys.readouterr().out.count("@") == 3
+
+
+def test_cite_takes_author_year_and_address_and_says_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / STORED.name
+    copy.write_bytes(STORED.read_bytes())
+    (tmp_path / "ioi-bundled-eap-ig.scores.safetensors").write_bytes(
+        (STORED.parent / "ioi-bundled-eap-ig.scores.safetensors").read_bytes()
+    )
+    assert cli.main(["cite", str(copy)]) == 0
+    found = capsys.readouterr()
+    assert "no author, year, url; add: --author ... --year ... --url ..." in found.err
+    assert "author" not in found.out.split("@misc{mechinterp")[0] and "package" not in found.out.split("@misc{mech")[0]
+    told = ["--author", "A. Lovelace and A. Turing", "--year", "2026", "--url", "https://example.org/x_y"]
+    assert cli.main(["cite", str(copy), *told]) == 0
+    found = capsys.readouterr()
+    first = found.out.split("@misc{mechinterp")[0]
+    for line in ("author = {A. Lovelace and A. Turing},", "year = {2026},", r"url = {https://example.org/x\_y},"):
+        assert line in first
+    assert found.err == ""
 
 
 def test_validate_a_submission(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

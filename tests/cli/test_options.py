@@ -29,6 +29,8 @@ OTHER = RunSpec(
     neurons=7,
     nodes="5%",
     rule="ilp",
+    refine=0.25,
+    refine_add=3,
     by="value",
     ratio=0.25,
     examples=50,
@@ -92,13 +94,13 @@ def test_what_is_given_reaches_the_spec_with_its_type() -> None:
 def test_help_shows_the_options_in_their_order(capsys: pytest.CaptureFixture[str]) -> None:
     (command,) = (found for name, found in COMMANDS.commands.items() if name == "run")
     shown = [parameter.name for parameter in command.params]
-    assert shown == [*shown_order(), "open_report", "as_json"]
+    assert shown == [*shown_order(), "config", "force", "open_report", "as_json", "quiet", "verbose"]
     assert shown[shown.index("method") :][:5] == ["method", "effort", "metric", "steps", "settings"]
 
 
 def test_a_comparison_records_what_repeats_it() -> None:
     spec = replace(OTHER, method=None, effort="standard", resamples=None, curve=True, validation_examples=200)
-    spec = replace(spec, steps=None, nodes=None, rule="top", by="magnitude", ratio=None)
+    spec = replace(spec, steps=None, nodes=None, rule="top", by="magnitude", ratio=None, refine=None, refine_add=0)
     spec = replace(
         spec, settings=("acdc.tau=0.05",), roles=True, restart=False, device=None, out=Path("out"), shard=None
     )
@@ -119,10 +121,12 @@ def test_the_docstring_of_a_spec_names_every_field() -> None:
     ("line", "message"),
     [
         ("--level feature", "--level feature needs dictionaries"),
+        ("--refine-add 5", "--refine-add goes with --refine"),
+        ("--refine 0", "--refine is a KL divergence above 0"),
         ("--top 5", "--top goes with --features"),
         ("--features bundled:m1 --level node --edges 9", "--edges does not go with --level node"),
     ],
 )
-def test_options_of_features_go_together(line: str, message: str) -> None:
+def test_options_that_go_together(line: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parsed(f"discover-circuit run ioi {line}")

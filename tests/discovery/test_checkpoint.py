@@ -78,6 +78,35 @@ def test_a_state_of_another_run_is_refused_and_kept(tmp_path: Path) -> None:
         mi.score_edges(model, graph, some, method="eap", resume=state)
 
 
+@pytest.mark.parametrize("method", ["eap", "exact"])
+def test_a_state_that_counts_batches_says_which_batch_size_goes_on(method: str, tmp_path: Path) -> None:
+    model, some, state = tiny("gpt2"), pairs(6), tmp_path / "state"
+    graph = mi.build_graph(model)
+    with pytest.raises(Killed):
+        mi.score_edges(model, graph, some, method=method, batch_size=2, resume=state, progress=killed_after(1))
+    with pytest.raises(mi.InputError, match=r"counts batches of 2 pairs.* Go on with batch_size=2 \(--batch-size 2\)"):
+        mi.score_edges(model, graph, some, method=method, batch_size=3, resume=state)
+    assert state.exists()
+
+
+@pytest.mark.parametrize(("method", "settings"), [("acdc", {}), ("edge-pruning", {"learning_steps": 2})])
+def test_a_state_that_counts_no_batches_goes_on_with_another_batch_size(
+    method: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    model, some, state = tiny("gpt2"), pairs(4), tmp_path / "state"
+    graph = mi.build_graph(model, level="node")
+    asked: dict[str, Any] = {"method": method, "metric": "kl_to_clean", **settings}
+    whole = mi.score_edges(model, graph, some, batch_size=4, **asked)
+    with pytest.raises(Killed):
+        mi.score_edges(model, graph, some, batch_size=4, resume=state, progress=killed_after(1), **asked)
+    told: list[int] = []
+    again = mi.score_edges(
+        model, graph, some, batch_size=2, resume=state, progress=lambda done, total: told.append(done), **asked
+    )
+    assert told[0] > 0
+    torch.testing.assert_close(again.values, whole.values, rtol=1e-4, atol=1e-6)  # sums in another order
+
+
 def test_nothing_is_kept_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     mi.score_edges(tiny("gpt2"), mi.build_graph(tiny("gpt2")), pairs(3), method="eap")

@@ -49,6 +49,21 @@ def test_each_example_once_gives_the_scores_themselves(name: str, method: str) -
     assert dict(every.cost) == dict(expected.cost) and every.count == 4 and every.pairs is some
 
 
+@pytest.mark.parametrize("how", ["calibrated", "rank"])
+@pytest.mark.parametrize("level", ["edge", "node"])
+def test_resamples_of_an_ensemble_are_those_of_its_members_combined(how: str, level: str) -> None:
+    model, some = tiny("gpt2"), pairs(4, 5)
+    graph = mi.build_graph(model, level=level)
+    asked: dict[str, Any] = {"method": "ensemble", "methods": "eap,relp", "how": how, "weights": "2,1"}
+    every, samples = resampled_scores(model, graph, some, DRAWN, asked)
+    whole = mi.score_edges(model, graph, some, **asked)
+    torch.testing.assert_close(every.values.double(), whole.values.double(), rtol=1e-6, atol=1e-9)  # sums are float32
+    assert dict(every.cost) == dict(whole.cost) and dict(every.parameters) == dict(whole.parameters)
+    for sample, rows in zip(samples, DRAWN, strict=True):
+        expected = mi.score_edges(model, graph, some[rows], **asked).values.double()
+        torch.testing.assert_close(on_graph(graph, sample), expected, rtol=1e-5, atol=1e-7)
+
+
 def stronger_half(job: Job) -> mi.Scores:
     """EAP's scores, the weaker half of the edges at 0: they do not add up over examples."""
     scores = METHODS.get("eap").run(job)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from mechinterp.base.errors import InputError
 from mechinterp.features.affine_fits import fit_affine
 from mechinterp.features.direction_fits import FITS, fit_direction
+from mechinterp.features.fit_settings import FIT_SETTINGS, fit_parameters
 from mechinterp.features.subspaces import direction_basis, leace_basis
 from tests.support.models_tiny import as_installed
 
@@ -149,3 +152,21 @@ BAD: list[tuple[Any, str]] = [
 def test_what_is_refused(call: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_the_parameters_that_are_checked_are_those_of_the_fits() -> None:
+    """Names, defaults and bounds: the list that needs no torch says what the functions say."""
+    assert list(FIT_SETTINGS) == list(FITS)
+    for name, fit in FITS.items():
+        own = dict(list(inspect.signature(fit).parameters.items())[2:])
+        assert {key: one.default for key, one in own.items()} == fit_parameters(name, ())
+    assert fit_parameters("lda", ("shrinkage=0.5",)) == {"shrinkage": 0.5}
+    for method, setting, words in (
+        ("lda", "shrinkage=2", "at least 0 and at most 1; got"),
+        ("lda", "shrinkag=1", "Did you mean 'shrinkage'?"),
+        ("pca", "k=2", "has no parameter 'k'"),
+        ("logistic", "penalty", "NAME=VALUE"),
+        ("logistic", "penalty=0", "above 0"),
+    ):
+        with pytest.raises(InputError, match=re.escape(words)):
+            fit_parameters(method, (setting,))

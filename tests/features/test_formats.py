@@ -422,6 +422,10 @@ def test_circuit_tracer_transcoders(tmp_path):
     write(tmp_path, config_yaml={**cfg, "transcoders": ["../../etc/passwd"]})
     with pytest.raises(FormatError, match="leads out of the folder"):
         mi.load_bases(tmp_path)
+    # The place in the list is the layer; a file named after another layer would be read at the wrong one in silence.
+    write(tmp_path, config_yaml={**cfg, "transcoders": ["layer_1.safetensors"]})
+    with pytest.raises(FormatError, match="place 0 of 'transcoders', which is its layer, has 'layer_1"):
+        mi.load_bases(tmp_path)
 
 
 def test_circuit_tracer_cross_layer(tmp_path):

@@ -1,29 +1,66 @@
 """The import hook that checks shapes while the tests run: jaxtyping with beartype, on the functions that state shapes.
 
 jaxtyping's own hook wraps every function of a package, those that are made in a loop included; four in five take no
-tensor whose shape they name, and wrapping those doubled the time of the tests. Their plain types are pyright's.
+tensor whose shape they name, and wrapping those doubled the time of the tests. Their plain types are pyright's. Of a
+function that is called very often, the first calls are checked and then one in some: checking all of them took a
+seventh of the time of the tests.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
+import itertools
 import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
+from typing import Any
+
+import beartype
+import jaxtyping
 
 PACKAGE = "mechinterp"
 SHAPED = frozenset({"Bool", "Float", "Int", "Shaped", "Cut"})
 """The names under which shapes stand in annotations: what is imported from jaxtyping, and aliases of it."""
-CHECK = "jaxtyping.jaxtyped(typechecker=beartype.beartype)"
+CHECK = "shape_checks.checked"
+FIRST, EVERY = 100, 10
+"""Of each function, so many first calls are checked, and of those after them one in `EVERY`."""
 
 
 def install() -> None:
     """Check the shapes of what is imported from now on."""
     sys.meta_path.insert(0, _Finder())
+
+
+CALLS: defaultdict[int, itertools.count[int]] = defaultdict(itertools.count)
+"""How often each function was called; one that is made inside another counts by its code, not afresh each time."""
+
+
+def checked(of: Any) -> Any:
+    """The function, or the data class, with its shapes checked in the first calls and in some of the later ones."""
+    check = jaxtyping.jaxtyped(typechecker=beartype.beartype)
+    if not isinstance(of, type):
+        return _sometimes(of, id(of.__code__), lambda: check(of))
+    plain, made = of.__init__, check(of)
+    checks = made.__init__
+    made.__init__ = _sometimes(plain, id(made), lambda: checks)
+    return made
+
+
+def _sometimes(plain: Callable[..., Any], key: int, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    calls, made = CALLS[key], functools.cache(make)  # made when first needed, for that takes longer than a call
+
+    @functools.wraps(plain)
+    def called(*given: Any, **named: Any) -> Any:
+        number = next(calls)
+        return (made() if number < FIRST or number % EVERY == 0 else plain)(*given, **named)
+
+    return called
 
 
 def with_checks(source: str | bytes) -> ast.Module:
@@ -38,7 +75,7 @@ def with_checks(source: str | bytes) -> ast.Module:
             node.decorator_list.insert(0, _check_at(node))  # after @dataclass has made __init__
     imports = [isinstance(line, ast.ImportFrom) and line.module == "__future__" for line in tree.body]
     first = len(imports) - imports[::-1].index(True) if True in imports else 0
-    tree.body[first:first] = ast.parse("import beartype, jaxtyping").body
+    tree.body[first:first] = ast.parse("from tests.support import shape_checks").body
     return ast.fix_missing_locations(tree)
 
 

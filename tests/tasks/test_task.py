@@ -448,8 +448,35 @@ def test_a_task_of_ones_own(tmp_path, words) -> None:
     task = small(tmp_path)
     pairs = task.pairs(words, n=6, split="test")
     assert tokens(words, pairs, "clean", "A") == [row[0] for row in answers(words, pairs.right)]
-    with pytest.raises(InputError, match="too few different test examples for n=500"):
+    with pytest.raises(InputError, match="at most 40 different test examples with this tokenizer; got 500"):
         task.pairs(words, n=500, split="test")
+
+
+def test_all_wrong_keys_of_a_task_file_are_told_at_once(tmp_path) -> None:
+    """Unknown ones, missing ones and wrong values, at every depth, a line each."""
+    text = (
+        SMALL.replace("title:", "titel:").replace("source: made for a test\n", "").replace("scheme: abc", "sceme: abc")
+    )
+    text = text.replace("0.4", "2")
+    path = tmp_path / "small.yaml"
+    path.write_text(text)
+    with pytest.raises(FormatError) as raised:
+        load_task(path)
+    first, *lines = str(raised.value).splitlines()
+    assert first == f"{path} has 6 problems:"
+    assert lines[0].startswith("  Unknown key 'titel'. Did you mean 'title'?")
+    assert {line.split(":")[0].strip() for line in lines[1:]} == {
+        *("title", "source", "corruption", "corruption.scheme", "pair_split.test_fraction")
+    }
+
+
+def test_all_that_does_not_fit_together_is_told_at_once(tmp_path) -> None:
+    text = SMALL.replace("I saw {A}", "I saw {Q}").replace("We saw {A}", "We saw {R}").replace("[red,", "[red, red,")
+    path = tmp_path / "small.yaml"
+    path.write_text(text)
+    with pytest.raises(FormatError, match="has 3 problems:") as raised:
+        load_task(path)
+    assert all(word in str(raised.value) for word in ("'red' twice", "slot 'Q'", "slot 'R'"))
 
 
 def _extended(tokenizer, text: str):

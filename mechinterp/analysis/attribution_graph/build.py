@@ -12,9 +12,11 @@ from torch import Tensor
 
 from mechinterp.analysis.attribution_graph.frozen_run import FrozenRun, Seed, check_transcoders, freeze
 from mechinterp.analysis.attribution_graph.graph import AttributionGraph, GraphNode
+from mechinterp.analysis.attribution_graph.held_run import HELD, backward_in_model
 from mechinterp.analysis.phrases import read_prompt, token_of
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.base.progress import Progress, no_progress
+from mechinterp.base.registry import unknown
 from mechinterp.features.basis import Basis
 from mechinterp.features.load import load_bases
 from mechinterp.models.hook_manager import HookManager
@@ -70,6 +72,7 @@ def attribution_graph(
     targets: Targets | None = None,
     max_features: int = 4096,
     constant_positions: int = 0,
+    held: str = "norms",
     batch_size: int = 128,
     max_bytes: int = 2**31,
     progress: Progress = no_progress,
@@ -91,6 +94,9 @@ def attribution_graph(
             chosen, batch by batch, and the others are one node, `rest`.
         constant_positions: Features and errors of so many positions at the beginning count as constants. circuit-tracer
             sets those of the BOS token to zero, which changes what they add up to.
+        held: What an edge holds at its value on the prompt, beside the outputs of MLPs. `norms`: attention patterns and
+            norm scales; edges then add up. `patterns`: only these. `nothing`: both move, as in an intervention. With
+            the last two, edges are derivatives times activations: they predict weak interventions, and do not add up.
         batch_size: Readers that are pulled back side by side.
         max_bytes: What the matrix of edges and a batch may take; InputError beyond.
         progress: Called with the number of expanded features and how many there will be.
@@ -100,10 +106,12 @@ def attribution_graph(
 
     Cost: one forward, and per feature one product with the weights of the layers before it, at every position. Memory:
     `[max_features, active features]` floats, `[batch_size, pos, d_model]` a few times, and the directions of all active
-    features.
+    features. With `held` other than `norms`: a forward and a backward per feature, and the activations of `batch_size`
+    runs of the prompt.
 
     Raises InputError for bases that are no transcoders, unknown targets and graphs that are too large, UnsupportedError
-    for a model whose sums do not come out: its pre-activations are not what the frozen map gives.
+    for a model whose sums do not come out (its pre-activations are not what the frozen map gives), and for `held` other
+    than `norms` with transcoders that write before a post-norm.
 
     Source: Ameisen et al. 2025 (transformer-circuits.pub/2025/attribution-graphs); circuit-tracer. Deviations:
         constants
@@ -118,15 +126,22 @@ def attribution_graph(
     """
     if max_features < 1 or batch_size < 1 or constant_positions < 0:
         raise InputError("`max_features` and `batch_size` are at least 1, `constant_positions` at least 0.")
+    if held not in HELD:
+        raise unknown("part to hold", held, HELD)
     bases = load_bases(transcoders, model=model) if isinstance(transcoders, str) else tuple(transcoders)
     by_layer = check_transcoders(model, bases)
+    if held != "norms" and any(site.kind == "mlp_raw" for basis in bases for site in basis.sites_out):
+        raise UnsupportedError(
+            f"These transcoders write before a post-norm; edges with {held} held are not supported there. Use held="
+            "'norms', the default."
+        )
     tokens, _, _ = read_prompt(model, prompt)
     with Gradients(False) as off, off:
         run = freeze(model, tokens, by_layer)
         found = _targets(run, targets)
         active = _active(run, constant_positions)
         _check_memory(run, active, max_features, batch_size, max_bytes)
-        edges = _Edges(run, active, constant_positions)
+        edges = _Edges(run, active, constant_positions, held)
         rows, chosen = _expanded(edges, found, max_features, batch_size, progress)
         return _graph(run, edges, found, rows, chosen)
 
@@ -208,16 +223,16 @@ def _active(run: FrozenRun, constant_positions: int) -> Active:
 class _Edges:
     """The edges into readers from everything that is written: columns are tokens, bias, errors, features."""
 
-    def __init__(self, run: FrozenRun, active: Active, constant_positions: int) -> None:
-        self.run, self.active = run, active
+    def __init__(self, run: FrozenRun, active: Active, constant_positions: int, held: str = "norms") -> None:
+        self.run, self.active, self.held = run, active, held
         self.layers = [layer for layer in range(run.model.dims.n_layers) if run.has_mlp(layer)]
         self.error_positions = list(range(constant_positions, run.n_pos))
         self.tokens = run.token_writes()
         self.errors = {layer: run.errors(layer) for layer in self.layers}
         self.constants = dict(run.constants())
         for layer in self.layers if constant_positions else ():
-            held = self.errors[layer] + self._decoded(layer)
-            self.constants["mlp", layer][:constant_positions] += held[:constant_positions]
+            written = self.errors[layer] + self._decoded(layer)
+            self.constants["mlp", layer][:constant_positions] += written[:constant_positions]
         self.error_column = run.n_pos + 1
         self.first_feature = self.error_column + len(self.layers) * len(self.error_positions)
         self.n_columns = self.first_feature + len(active)
@@ -287,7 +302,11 @@ class _Edges:
         run = self.run
         out = run.start().new_zeros(len(seeds), self.n_columns)
         bias = run.n_pos
-        for (kind, layer), g in run.backward(seeds, len(seeds)):
+        if self.held == "norms":
+            backward = run.backward(seeds, len(seeds))
+        else:
+            backward = backward_in_model(run, seeds, len(seeds), self.held)
+        for (kind, layer), g in backward:
             out[:, bias] += torch.einsum("rpd,pd->r", g, self.constants[kind, layer])
             if kind == "input":
                 out[:, : run.n_pos] = torch.einsum("rpd,pd->rp", g, self.tokens)
@@ -363,7 +382,7 @@ def _graph(
     read = torch.stack(
         [sum((logits[t] * by for t, by in one.weights.items()), logits.new_zeros(())) for one in targets]
     )
-    gap = _gap(run, rows, torch.cat([read, active.pre[chosen]]))
+    gap = {"gap": _gap(run, rows, torch.cat([read, active.pre[chosen]]))} if edges.held == "norms" else {}
     n = edges.first_feature
     every = torch.cat([rows[n_targets:], rows[:n_targets]])  # features, then targets
     kept = every[:, n + chosen]
@@ -385,7 +404,8 @@ def _graph(
             )
         )
     about: dict[str, Any] = {
-        "gap": gap,
+        **gap,
+        "held": edges.held,
         "active_features": len(active),
         "transcoders": [str(basis.source) for basis in run.transcoders.values()],
         "targets": {target.text: {str(t): by for t, by in target.weights.items()} for target in targets},

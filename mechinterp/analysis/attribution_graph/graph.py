@@ -106,7 +106,7 @@ class AttributionGraph:
 
     `weights[r, w]` is what writer w adds to the pre-activation of reader r (of a target: to its logit less the mean
     logit), in the run's own units; positive = it raises it. A row sums to `GraphNode.pre` in a graph that is not
-    pruned.
+    pruned (and whose edges hold patterns and norm scales, as they do by default: `about["held"]`).
 
     Args:
         tokens: The ids of the prompt.
@@ -177,12 +177,17 @@ class AttributionGraph:
         return self.nodes[len(self.nodes) - self.n_targets :]
 
     @property
+    def prompt(self) -> str:
+        """The text of the prompt; tokens that do not hold their spaces are joined by one."""
+        return ("" if any(word[:1].isspace() for word in self.words) else " ").join(self.words)
+
+    @property
     def n_edges(self) -> int:
         """How many edges are not 0."""
         return int((self.weights != 0).sum())
 
     def __repr__(self) -> str:
-        prompt = clip("".join(self.words), 60)
+        prompt = clip(self.prompt, 60)
         return (
             f"AttributionGraph({prompt!r}: {len(self.features):,} features, {self.n_edges:,} edges, "
             f"targets {', '.join(repr(node.text or str(node.feature)) for node in self.targets)}; "
@@ -302,7 +307,10 @@ class AttributionGraph:
         )
 
     def left_out(self) -> Float[Tensor, " reader"]:
-        """What every reader's edges miss of its pre-activation: what was pruned; rounding in a whole graph."""
+        """What every reader's edges miss of its pre-activation: what was pruned; rounding in a whole graph.
+
+        Derivatives (`held` other than `norms`) do not add up; then it is also what is not of the first order.
+        """
         pre = torch.tensor([node.pre for node in self.readers], dtype=torch.float64, device=self.weights.device)
         return pre - self.weights.double().sum(1)
 
@@ -348,6 +356,26 @@ class AttributionGraph:
                 "weight": values[order].double().cpu().numpy(),
             }
         )
+
+    def collapsed_edges(self) -> pd.DataFrame:
+        """The edges of the graph in which every supernode is one node, the largest first: source, target, weight.
+
+        An edge is the sum of those between the nodes of its ends; those inside a supernode lead from it to itself. So
+        the edges sum to those of the graph. What enters a supernode is in the units of several readers.
+
+        Raises InputError if two supernodes have one label, or one has the name of a node.
+        """
+        labels = [group.label for group in self.supernodes]
+        if len({*labels, *self.index}) < len(labels) + len(self.index):
+            raise InputError("Two supernodes have the same label, or one has the name of a node; rename one.")
+        joined = {name: group.label for group in self.supernodes for name in group.members}
+        sums: dict[tuple[str, str], float] = {}
+        edges = self.edges()
+        for source, target, weight in zip(edges["source"], edges["target"], edges["weight"].tolist(), strict=True):
+            ends = joined.get(str(source), str(source)), joined.get(str(target), str(target))
+            sums[ends] = sums.get(ends, 0.0) + weight
+        rows = sorted(((*ends, weight) for ends, weight in sums.items()), key=lambda row: -abs(row[2]))
+        return pd.DataFrame(rows, columns=["source", "target", "weight"])
 
     def with_supernodes(self, supernodes: Sequence[Supernode]) -> AttributionGraph:
         """The same graph with these groups. Raises InputError for a node that it does not have or that is in two."""

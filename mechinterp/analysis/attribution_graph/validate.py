@@ -3,12 +3,13 @@
 An *edge* says by how much a reader changes when one feature is scaled and everything else is held: patterns, scales of
 norms, all other MLP outputs. `validate_edges` makes such runs of the model itself, so that every reader must move as
 the feature's column says. A *graph* claims more: that the model, in which nothing is held, behaves like it.
-`validate_graph` ablates features in the real model and compares the logits with what the graph predicts.
+`validate_graph` weakens or ablates features in the real model and compares the logits with what the graph predicts, and
+with what the model's own gradient predicts: the limit of weak interventions, an exact account of the first order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -18,15 +19,16 @@ from torch import Tensor
 
 from mechinterp.analysis.attribution_graph.frozen_run import FrozenRun, check_transcoders, freeze
 from mechinterp.analysis.attribution_graph.graph import AttributionGraph, GraphNode
+from mechinterp.analysis.attribution_graph.held_run import HELD, HeldEdits, gradients_at, held_edits
 from mechinterp.base.errors import InputError
 from mechinterp.base.registry import unknown
 from mechinterp.features.basis import Basis
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.modes import Gradients
-from mechinterp.models.norm import Norm
 from mechinterp.models.sites import Site
 
-HELD = ("nothing", "patterns", "norms")
+STEP = 0.01
+"""By how much a feature is scaled up and down for edges that hold only to first order."""
 SHUFFLES = 1000
 """How often predictions are shuffled for the control of a correlation."""
 
@@ -38,7 +40,7 @@ class EdgeValidation:
     Args:
         features: How many features were scaled.
         readers: How many readers were compared for each.
-        factor: By what.
+        factor: By what; of first-order edges, by this and by as much less than 1.
         worst: The largest difference from an edge, as a share of the largest edge out of the same feature.
     """
 
@@ -60,27 +62,35 @@ class GraphValidation:
     """What ablating features does to the targets in the model, beside what the graph predicts.
 
     Args:
-        frame: A row per feature and target: feature, target, predicted, measured, in logits (less the mean logit).
-        pearson: The correlation of the two.
+        frame: A row per feature and target: feature, target, predicted, measured, gradient, in logits (less the mean
+            logit).
+        pearson: The correlation of predicted and measured.
         spearman: The same of their ranks.
         direct: The correlation (Pearson) with the direct edge alone: the control of paths through other features.
+        gradient: The correlation (Pearson) of the measured changes with those that the model's own gradient predicts:
+            an exact account of the first order. Where it is high and `pearson` is low, the graph's assumptions are
+            wrong (what is held, what transcoders miss); where both are low, the change is not linear.
         shuffled: The 95 % quantile of the size of the correlation (Pearson) when predictions are shuffled.
         held: What was held in the model: `nothing`, `patterns`, or `norms` (with the patterns).
+        strength: The share of each feature's activation that was taken away; 1: ablated.
     """
 
     frame: pd.DataFrame
     pearson: float
     spearman: float
     direct: float
+    gradient: float
     shuffled: float
     held: str
+    strength: float = 1.0
 
     def __repr__(self) -> str:
         words = {"norms": "patterns and norms"}.get(self.held, self.held)
+        done = "ablated" if self.strength == 1 else f"weakened by {self.strength:g} of their activation"
         return (
-            f"GraphValidation({self.frame['feature'].nunique()} features ablated in the model, {words} held: measured "
-            "against "
-            f"predicted changes of logits, Pearson {self.pearson:.3f}, Spearman {self.spearman:.3f}; "
+            f"GraphValidation({self.frame['feature'].nunique()} features {done} in the model, {words} held: measured "
+            f"against predicted changes of logits, Pearson {self.pearson:.3f}, Spearman {self.spearman:.3f}; "
+            f"the model's own gradient {self.gradient:.3f}; "
             f"controls: direct edges alone {self.direct:.3f}, shuffled predictions below {self.shuffled:.3f})"
         )
 
@@ -91,7 +101,7 @@ def validate_edges(
     transcoders: Sequence[Basis],
     *,
     n: int = 8,
-    factor: float = 2.0,
+    factor: float | None = None,
     batch_size: int = 16,
 ) -> EdgeValidation:
     """How exactly every reader moves as the edges say, in runs of the model in which all else is held.
@@ -101,26 +111,34 @@ def validate_edges(
         graph: A graph that is not pruned.
         transcoders: Those that it was made with.
         n: So many features, those of the largest influence.
-        factor: By what each is multiplied; not 1.
+        factor: By what each is multiplied; not 1. By default 2. In a graph whose edges are only of the first order
+            (`held=` is not `norms`) 1.01, and the central difference with 0.99 is compared.
         batch_size: Features per run.
 
-    The runs are the model's own, with patterns, norm scales and MLP outputs edited; only readings are ours. Cost: `n`
-    forwards of the prompt.
+    The runs are the model's own, with MLP outputs and what the graph holds edited; only readings are ours. Cost: `n`
+    forwards of the prompt (first-order edges: two times `n`).
 
     Raises InputError for another model, other transcoders, a pruned graph or a graph without features.
     """
     if factor == 1 or n < 1:
         raise InputError("`factor` must not be 1, and `n` at least 1.")
+    held = str(graph.about.get("held", "norms"))
+    factor = factor or (2.0 if held == "norms" else 1 + STEP)
     if "pruned" in graph.about:
         raise InputError("Edges are validated in the whole graph; this one is pruned.")
     run = _frozen(model, graph, transcoders)
     chosen = _strongest(graph, n)
     worst = 0.0
     with Gradients(False) as off, off:
-        plain = _readings(run, graph, [])
+        plain = _readings(run, graph, held, [])
         for first in range(0, len(chosen), batch_size):
             some = chosen[first : first + batch_size]
-            moved = (_readings(run, graph, [graph.features[i] for i in some], factor) - plain) / (factor - 1)
+            nodes = [graph.features[i] for i in some]
+            more = _readings(run, graph, held, nodes, factor)
+            if held == "norms":
+                moved = (more - plain) / (factor - 1)
+            else:
+                moved = (more - _readings(run, graph, held, nodes, 2 - factor)) / (2 * (factor - 1))
             edges = graph.weights[:, [graph.n_leaves + i for i in some]].T.to(moved)
             size = edges.abs().amax(1).clamp(min=1e-9)
             worst = max(worst, float(((moved - edges).abs().amax(1) / size).max()))
@@ -134,6 +152,7 @@ def validate_graph(
     *,
     n: int = 32,
     held: str = "nothing",
+    strength: float = 1.0,
     batch_size: int = 32,
 ) -> GraphValidation:
     """Ablations of features in the model, at their positions, beside what the graph predicts for its targets.
@@ -150,27 +169,32 @@ def validate_graph(
         held: What is held at its value on the prompt in the model: `nothing`, the attention `patterns`, or these and
             the scales of all `norms`. What fails with one and not with the next says which assumption of the graph
             fails.
+        strength: The share of each feature's activation that is taken away, above 0: 1 ablates it, 0.1 weakens it by a
+            tenth. The weaker, the nearer is the change to the model's gradient (`gradient`), which is its limit.
         batch_size: Features per run.
 
-    Cost: `n` forwards of the prompt.
+    Cost: `n` forwards of the prompt, and a forward and a backward per target for the gradient.
 
     Raises InputError for another model, other transcoders, and a graph of fewer than two features.
     """
     if held not in HELD:
         raise unknown("part to hold", held, HELD)
+    if not 0 < strength <= 1:
+        raise InputError(f"`strength` is the share of an activation that is taken away, above 0 to 1; got {strength}.")
     if len(graph.features) < 2:
         raise InputError("A correlation needs at least two features; the graph has fewer.")
     run = _frozen(model, graph, transcoders)
     chosen = _strongest(graph, n)
     rows: list[Tensor] = []
     with Gradients(False) as off, off:
-        plain = _target_logits(run, graph, [], held)
+        plain = _target_logits(run, graph, [], held, strength)
         for first in range(0, len(chosen), batch_size):
             some = [graph.features[i] for i in chosen[first : first + batch_size]]
-            rows.append(_target_logits(run, graph, some, held) - plain)
+            rows.append(_target_logits(run, graph, some, held, strength) - plain)
     measured = torch.cat(rows).double().cpu()
-    predicted = -graph.total_effects()[:, chosen].T.cpu()
-    direct = -graph.weights[len(graph.features) :, [graph.n_leaves + i for i in chosen]].T.double().cpu()
+    predicted = -strength * graph.total_effects()[:, chosen].T.cpu()
+    direct = -strength * graph.weights[len(graph.features) :, [graph.n_leaves + i for i in chosen]].T.double().cpu()
+    gradient = -strength * _gradients(run, graph, [graph.features[i] for i in chosen], held)
     frame = pd.DataFrame(
         [
             {
@@ -178,6 +202,7 @@ def validate_graph(
                 "target": target.name,
                 "predicted": float(predicted[row, column]),
                 "measured": float(measured[row, column]),
+                "gradient": float(gradient[row, column]),
             }
             for row, i in enumerate(chosen)
             for column, target in enumerate(graph.targets)
@@ -192,9 +217,35 @@ def validate_graph(
         float(_correlation(flat, real)),
         float(_correlation(_ranks(flat), _ranks(real))),
         float(_correlation(direct.flatten(), real)),
+        float(_correlation(gradient.flatten(), real)),
         float(chance),
         held,
+        strength,
     )
+
+
+def _gradients(
+    run: FrozenRun, graph: AttributionGraph, nodes: Sequence[GraphNode], held: str
+) -> Float[Tensor, "feature target"]:
+    """What every target would lose per share of a feature that is taken away, by the gradient of the model."""
+    weights = _target_weights(run, graph)
+    sites = list(dict.fromkeys(site for basis in run.transcoders.values() for site in basis.sites_out))
+    found = torch.zeros(len(nodes), graph.n_targets, dtype=torch.float64)
+    for column in range(graph.n_targets):
+
+        def read(normed: Tensor, column: int = column) -> Tensor:
+            return normed[:, -1].to(run.dtype) @ (run.model.layout.W_U.to(run.dtype) @ weights[:, column])
+
+        holding = HeldEdits(run, 1)
+        edits = [] if held == "nothing" else holding.patterns()
+        edits += holding.norms() if held == "norms" else []
+        at = gradients_at(run, sites, edits, read, n=1, stop=Site("final_norm"))
+        for row, node in enumerate(nodes):
+            basis = run.transcoders[node.layer]
+            for i, site in enumerate(basis.sites_out):
+                direction = basis.W_dec[node.feature, i].double()
+                found[row, column] += node.value * (at[site][0, node.position].double() @ direction).cpu()
+    return found
 
 
 def _frozen(model: HookManager, graph: AttributionGraph, transcoders: Sequence[Basis]) -> FrozenRun:
@@ -240,11 +291,11 @@ def _target_weights(run: FrozenRun, graph: AttributionGraph) -> Float[Tensor, "d
 
 
 def _target_logits(
-    run: FrozenRun, graph: AttributionGraph, ablated: Sequence[GraphNode], held: str
+    run: FrozenRun, graph: AttributionGraph, ablated: Sequence[GraphNode], held: str, strength: float = 1.0
 ) -> Float[Tensor, "feature target"]:
     """The targets in a run of the model for every ablated feature (none: one run of the prompt)."""
     n = max(1, len(ablated))
-    holding = _Held(run, n)
+    holding = HeldEdits(run, n)
     edits = [] if held == "nothing" else holding.patterns()
     for layer, basis in run.transcoders.items():
         own = [(row, node) for row, node in enumerate(ablated) if node.layer == layer]
@@ -253,7 +304,7 @@ def _target_logits(
             def off(values: Tensor, own: Sequence[tuple[int, GraphNode]] = own) -> Tensor:
                 values = values.clone()
                 for row, node in own:
-                    values[row, node.position, node.feature] = 0
+                    values[row, node.position, node.feature] *= 1 - strength
                 return values
 
             edits.append(Intervention(basis, off))
@@ -272,82 +323,12 @@ def _unembedded(
     return out if layout.b_U is None else out + layout.b_U.to(normed) @ weights
 
 
-class _Held:
-    """The edits that hold patterns and norm scales at those of the prompt, in a run of `n` rows of it."""
-
-    def __init__(self, run: FrozenRun, n: int) -> None:
-        self.run, self.n = run, n
-        self.now: dict[str, Tensor] = {}
-        """The streams of the run so far, by name."""
-
-    def note(self, name: str) -> Callable[[Tensor], Tensor]:
-        """Keeps a value and changes nothing."""
-
-        def seen(value: Tensor) -> Tensor:
-            self.now[name] = value
-            return value
-
-        return seen
-
-    def normed(self, norm: Norm, stream: str, scale: Float[Tensor, "pos 1"]) -> Callable[[Tensor], Tensor]:
-        """The output of a norm with a scale that is held."""
-
-        def held(value: Tensor) -> Tensor:
-            out = norm.project(self.now[stream].to(self.run.dtype)) / scale
-            return (out if norm.bias is None else out + norm.bias.to(out)).to(value.dtype)
-
-        return held
-
-    def patterns(self) -> list[Intervention]:
-        """The attention patterns of all layers."""
-        run = self.run
-        return [
-            Intervention(
-                Site("pattern", layer), run.at("pattern", layer).to(run.model.dtype).expand(self.n, -1, -1, -1)
-            )
-            for layer in range(run.model.dims.n_layers)
-        ]
-
-    def norms(self, mlp: Callable[[int, str], Callable[[Tensor], Tensor]] | None = None) -> list[Intervention]:
-        """The scales of all norms; `mlp` makes the edit of a layer's MLP output (the name of its stream is given)."""
-        run, dims, layout = self.run, self.run.model.dims, self.run.model.layout
-        edits: list[Intervention] = []
-        for layer in range(dims.n_layers):
-            maps = layout.attention[layer]
-            scale = maps.norm.scale(run.at("resid_pre", layer))
-            edits.append(Intervention(Site("resid_pre", layer), self.note("pre")))
-            edits.append(Intervention(Site("attn_in", layer), self.normed(maps.norm, "pre", scale)))
-            if maps.post.kind != "none":
-                edits.append(Intervention(Site("attn_raw", layer), self.note("raw")))
-                post = self.normed(maps.post, "raw", run.attention_post(layer)[1])
-                edits.append(Intervention(Site("attn_out", layer), post))
-            if not run.has_mlp(layer):
-                continue
-            stream = "pre" if dims.parallel else "mid"
-            if stream == "mid":
-                edits.append(Intervention(Site("resid_mid", layer), self.note("mid")))
-            normed = self.normed(run.mlp_norm(layer), stream, run.mlp_scale(layer))
-            edits.append(Intervention(Site("mlp_in", layer), normed))
-            edits.append(Intervention(Site("mlp_in", layer), self.note("mlp_in")))
-            post, post_scale = run.mlp_post(layer)
-            if mlp is not None:
-                edits.append(Intervention(Site("mlp_out", layer), mlp(layer, stream)))
-            elif post.kind != "none":
-                edits.append(Intervention(Site("mlp_raw", layer), self.note("mlp_raw")))
-                edits.append(Intervention(Site("mlp_out", layer), self.normed(post, "mlp_raw", post_scale)))
-        edits.append(Intervention(Site("resid_final"), self.note("final")))
-        scale = layout.final_norm.scale(run.at("resid_final"))
-        edits.append(Intervention(Site("final_norm"), self.normed(layout.final_norm, "final", scale)))
-        return edits
-
-
 def _readings(
-    run: FrozenRun, graph: AttributionGraph, scaled: Sequence[GraphNode], factor: float = 1.0
+    run: FrozenRun, graph: AttributionGraph, held: str, scaled: Sequence[GraphNode], factor: float = 1.0
 ) -> Float[Tensor, "feature reader"]:
-    """What every reader reads in runs of the model in which one feature is scaled and all else is held."""
+    """What every reader reads in runs of the model in which one feature is scaled and other MLP outputs are held."""
     n = max(1, len(scaled))
-    held = _Held(run, n)
-    edits = [*held.patterns(), *held.norms(lambda layer, stream: _held_mlp(held, layer, scaled, factor, stream))]
+    edits = held_edits(run, n, held, scaled, factor)
     read = dict.fromkeys([*(basis.sites_in[0] for basis in run.transcoders.values()), Site("final_norm")])
     values = run.model.run(run.tokens.expand(n, -1), record=list(read), interventions=edits).values
     columns: list[Tensor] = []
@@ -360,34 +341,6 @@ def _readings(
             columns.append(pre - rows @ basis.b_dec[0].to(run.dtype) if basis.subtract_b_dec else pre)
     columns.append(_unembedded(run, values[Site("final_norm")][:, -1].to(run.dtype), graph))
     return torch.cat(columns, 1)
-
-
-def _held_mlp(
-    held: _Held, layer: int, scaled: Sequence[GraphNode], factor: float, stream: str
-) -> Callable[[Tensor], Tensor]:
-    """The edit of an MLP's output: the recorded one, plus what the scaled features and the skip connection change."""
-    run, n = held.run, held.n
-    change = run.at("mlp_out", layer).new_zeros(n, run.n_pos, run.model.dims.d_model)
-    for row, node in enumerate(scaled):
-        basis = run.transcoders[node.layer]
-        for i, site in enumerate(basis.sites_out):
-            if site.layer == layer:
-                vector = (factor - 1) * node.value * basis.W_dec[node.feature, i].to(change)
-                at = torch.tensor([node.position], device=change.device)
-                change[row, node.position] += run.written(site.kind, layer, vector[None], at)[0]
-    skip = run.transcoders.get(layer)
-
-    def edit(value: Tensor) -> Tensor:
-        out = run.at("mlp_out", layer) + change
-        if skip is not None and skip.W_skip is not None:
-            kind, every = skip.sites_in[0].kind, torch.arange(run.n_pos, device=out.device)
-            seen = held.now["mlp_in" if kind == "mlp_in" else "pre" if kind == "resid_pre" else stream]
-            moved = (seen.to(out) - run.values[skip.sites_in[0]]) @ skip.W_skip.to(out)
-            moved = run.written(skip.sites_out[0].kind, layer, moved.flatten(0, 1), every.repeat(n)).view_as(out)
-            out = out + moved
-        return out.to(value.dtype)
-
-    return edit
 
 
 def _correlation(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> Tensor:

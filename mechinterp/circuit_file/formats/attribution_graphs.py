@@ -89,7 +89,7 @@ def as_neuronpedia(graph: AttributionGraph, slug: str = "graph") -> dict[str, An
             "slug": slug,
             "scan": graph.model,
             "prompt_tokens": list(graph.words),
-            "prompt": "".join(graph.words),
+            "prompt": graph.prompt,
             "schema_version": 1,
             "info": {"generator": {"name": "mechinterp", "version": metadata.version("mechinterp-circuits")}},
             "mechinterp": {"tokens": list(graph.tokens), "bases": dict(graph.bases), "about": about},

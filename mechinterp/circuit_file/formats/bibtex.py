@@ -25,15 +25,28 @@ _FIELD = re.compile(r"\s*([A-Za-z]{1,30})\s*=\s*(?:(\{)|\"([^\"{}]*)\"|([0-9]{1,
 _SIGNS = {"\\": "/", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", **{sign: f"\\{sign}" for sign in "&%$#_"}}
 
 
-def citation_of(document: CircuitFile) -> str:
+def citation_of(
+    document: CircuitFile, *, author: str = "", year: str = "", url: str = "", packaged: bool = False
+) -> str:
     """BibTeX entries for the paper (if the file names one), for the file with its hash, and for the software.
 
     The version of the software is the one that wrote the file, or the installed one if the file does not state it.
+
+    Args:
+        document: The file.
+        author: Who made it, as BibTeX has it (`A and B`); of a file of the package its contributors.
+        year: By default that of the file's `created_utc`, if it states one.
+        url: Where it can be downloaded.
+        packaged: Whether the file comes with the package, which is then where to get it.
     """
     made = document.provenance.versions.get("mechinterp")
+    where = f" of the Python package {DISTRIBUTION} {metadata.version(DISTRIBUTION)}" if packaged else ""
     fields = {
         "title": f"{{{_closed(document.title)}}}",
-        "howpublished": f"circuit file, {document.kind} {document.id}",
+        "author": author or ("{mechinterp contributors}" if packaged else ""),
+        "howpublished": f"circuit file {document.id}.circuit.json{where}",
+        "year": year or (document.created_utc or "")[:4],
+        "url": url,
         "note": f"circuit sha256 {document.integrity.circuit_sha256}, status {document.status}",
     }
     software = {

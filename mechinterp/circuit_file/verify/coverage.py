@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mechinterp.base.errors import clip
 from mechinterp.circuit_file.schema import CircuitFile, FeaturesRecord, TaskRecord
-from mechinterp.circuit_file.setting_types import SELECTION
+from mechinterp.circuit_file.setting_types import REFINEMENT, RULES, SELECTION
 from mechinterp.circuit_file.verify.role_support import support_of_roles
 
 RESCORED = "scores again"
@@ -91,6 +91,12 @@ def applies_again(document: CircuitFile) -> bool:
     """Whether the selection is a rule that can be applied to the scores again."""
     stated = set(document.selection.parameters)
     return document.discovery is not None and bool(stated) and stated <= set(SELECTION)
+
+
+def refined(document: CircuitFile) -> bool:
+    """Whether the circuit was refined after it was selected by a rule, which no scores can show."""
+    stated = document.selection.parameters
+    return "refined" in stated and stated.get("rule", "top") in RULES and set(stated) <= {*SELECTION, *REFINEMENT}
 
 
 def _parts(document: CircuitFile) -> Iterable[tuple[Part, tuple[str, ...]]]:

@@ -18,9 +18,9 @@ from mechinterp.circuit_file.schema import (
     TaskRecord,
     Tolerance,
 )
-from mechinterp.circuit_file.setting_types import SELECTION
+from mechinterp.circuit_file.setting_types import REFINEMENT, SELECTION
 from mechinterp.circuit_file.verify.claims import Ledger
-from mechinterp.circuit_file.verify.coverage import RESCORED
+from mechinterp.circuit_file.verify.coverage import RESCORED, refined
 from mechinterp.discovery.method import METHODS, score_edges
 from mechinterp.discovery.stable import (
     BLOCKS,
@@ -35,6 +35,7 @@ from mechinterp.evaluation.sizes import SPREAD_AT, CurvePoint, Levels, SizeSearc
 from mechinterp.evaluation.task_check import TaskCheck, check_performance
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.scores import Scores
+from mechinterp.graphs.select import select
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.pairs import Pairs
 
@@ -190,6 +191,27 @@ def _check_spread(size: SizeRule, found: list[float], ledger: Ledger) -> None:
     ledger.holds("selection.size.spread", ok, expected, got)
 
 
+def before_refining(document: CircuitFile, circuit: Circuit) -> Circuit:
+    """The circuit that the rule of the file selects; of one that was not refined the circuit itself.
+
+    Raises InputError if the file states no such rule.
+    """
+    if not refined(document) or circuit.scores is None:
+        return circuit
+    rule: dict[str, Any] = {name: value for name, value in circuit.selection.items() if name not in REFINEMENT}
+    check_settings("select", SELECTION, rule)
+    return select(circuit.graph, circuit.scores, **rule)
+
+
+def check_refinement(document: CircuitFile, circuit: Circuit, ledger: Ledger) -> None:
+    """Record whether a refined circuit has no more units outside of what was selected than it says were added."""
+    with ledger.claimed("selection.added"):
+        before, added = before_refining(document, circuit), circuit.selection.get("added", 0)
+        new = len(circuit.graph.unit[circuit.kept & ~before.members].unique())
+        ok = isinstance(added, int) and new <= added
+        ledger.holds("selection.added", ok, f"at most {added} outside of the selection", f"{new}")
+
+
 def check_stability(document: CircuitFile, circuit: Circuit, ledger: Ledger) -> None:
     """Record whether the stated shares of resamples agree with each other; `check_scores_again` measures them."""
     stated = document.stability
@@ -203,13 +225,10 @@ def check_stability(document: CircuitFile, circuit: Circuit, ledger: Ledger) -> 
     )
     n_core = sum(share >= stated.core_share - 1e-6 for share in shares)
     ledger.equal("stability.n_core", stated.n_core, n_core)
-    n, n_all = circuit.n_edges, circuit.graph.n_edges
-    ledger.close(
-        "stability.jaccard_by_chance",
-        n / (2 * n_all - n),
-        stated.jaccard_by_chance,
-        Tolerance(relative=1e-5, absolute=0.0),
-    )
+    with ledger.claimed("stability.jaccard_by_chance"):
+        n, n_all = before_refining(document, circuit).n_edges, circuit.graph.n_edges
+        limit = Tolerance(relative=1e-5, absolute=0.0)
+        ledger.close("stability.jaccard_by_chance", n / (2 * n_all - n), stated.jaccard_by_chance, limit)
 
 
 def check_scores_again(
@@ -266,7 +285,7 @@ def check_scores_again(
             ledger.failed("stability again", f"the method makes no {found.resamples} resamples")
             return
         parameters: dict[str, Any] = dict(document.selection.parameters)
-        size = parameters.get(f"{scores.graph.level}s", circuit.n_units)
+        size = parameters.get(f"{scores.graph.level}s", before_refining(document, circuit).n_units)
         how = {name: parameters[name] for name in ("rule", "by", "ratio") if name in parameters}
         _compare_stability(document, stability_at(again, samples, size, **how), ledger)
 

@@ -15,7 +15,7 @@ from mechinterp.base.errors import HubNotReached, InputError, MechInterpError, M
 from mechinterp.base.plain_files import is_file, is_folder, read_bounded
 from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.base.settings import check_settings
-from mechinterp.circuit_file.bases import stated_basis
+from mechinterp.circuit_file.bases import check_given_bases, stated_basis
 from mechinterp.circuit_file.circuit_file import stated_circuit, stated_graph, stated_scores
 from mechinterp.circuit_file.provenance import model_record, tokenizer_record, versions
 from mechinterp.circuit_file.records import (
@@ -33,10 +33,11 @@ from mechinterp.circuit_file.setting_types import SELECTION
 from mechinterp.circuit_file.store import OpenedFile, inside, open_circuit_file
 from mechinterp.circuit_file.stored import find_file
 from mechinterp.circuit_file.verify.claims import Ledger, UnverifiedModel, Verification
-from mechinterp.circuit_file.verify.coverage import applies_again, basis_claim, evaluation_name, extent_of
+from mechinterp.circuit_file.verify.coverage import applies_again, basis_claim, evaluation_name, extent_of, refined
 from mechinterp.circuit_file.verify.discovery_claims import (
     BOOTSTRAP,
     check_curve,
+    check_refinement,
     check_scores_again,
     check_stability,
     check_task_performance,
@@ -55,6 +56,7 @@ from mechinterp.graphs.circuit import Circuit, on_paths
 from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select import select
 from mechinterp.models.hook_manager import HookManager, load_model
+from mechinterp.models.load import parse_device
 from mechinterp.tasks.pair_files import MAX_BYTES
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.task import Task, load_task
@@ -102,6 +104,8 @@ def verify(
     circuit = _check_circuit(opened, ledger)
     _check_discovery(document, ledger)
     scores = None if circuit is None else circuit.scores
+    if circuit is not None:
+        check_given_bases(circuit, features)
     progress("model", 0, 1)
     loaded = _loaded(opened, model, device, ledger)
     if loaded is not None:
@@ -184,6 +188,8 @@ def _check_selection(circuit: Circuit, document: CircuitFile, ledger: Ledger) ->
     """Record whether the rule, applied to the scores in the sidecar, gives exactly these edges."""
     ledger.equal("nodes", document.nodes, circuit.nodes)
     parameters: dict[str, Any] = dict(circuit.selection)
+    if circuit.scores is not None and refined(document):
+        check_refinement(document, circuit, ledger)
     if circuit.scores is None or not applies_again(document):  # a warning says so
         return
     with ledger.claimed("selection"):
@@ -236,14 +242,16 @@ def _check_discovery(document: CircuitFile, ledger: Ledger) -> None:
 
 def _loaded(opened: OpenedFile, model: Any, device: torch.device | str | None, ledger: Ledger) -> HookManager | None:
     """The model, or None with a failed claim. Raises UnverifiedModel if it is unavailable and no claim failed."""
-    document = opened.document
+    document, device = opened.document, parse_device(device)
     try:
         return load_stated_model(document, opened.path, model, device)
     except MechInterpError as error:
-        elsewhere = document.model.origin in ("hub", "file") or document.status == "published"
+        if model is not None:  # not a claim of the file
+            raise
+        elsewhere = document.model.origin in ("hub", "file", "memory") or document.status == "published"
         if isinstance(error, ModelNotAvailable) and elsewhere and all(claim.ok for claim in ledger.claims):
             found = f"{opened.path}: the {len(ledger.claims)} claims that need no model hold, the others are unchecked"
-            give = {"memory": "; give it: verify(model=...)", "file": "; give the file: --model PATH"}
+            give = {"memory": "; give it: --model PATH, or verify(model=...)", "file": "; give the file: --model PATH"}
             found += f": model not available offline ({document.model.name}){give.get(document.model.origin, '')}."
             raise UnverifiedModel(found, _found(opened, {}, False, ledger)) from error
         ledger.failed("model", str(error))
@@ -296,7 +304,8 @@ def load_stated_model(document: CircuitFile, path: Path, model: Any, device: tor
         return load_model(model, dtype=stated.dtype if named else None, device=device if named else None)
     if stated.origin == "memory":
         raise ModelNotAvailable(
-            f"The model ({stated.name}) was in memory only and cannot be loaded by name; give it: verify(model=...)."
+            f"The model ({clip(stated.name, 200)}) was in memory only and cannot be loaded by name; save it with "
+            "save_pretrained and give the folder: --model PATH, or give it in Python: verify(model=...)."
         )
     name = stated.name
     there = {"directory": is_folder, "file": is_file}.get(stated.origin)

@@ -12,7 +12,7 @@ from mechinterp.base.errors import clip
 from mechinterp.circuit_file.limits import FEW
 from mechinterp.circuit_file.schema import CircuitFile, TaskRecord
 from mechinterp.circuit_file.verify.claims import FileWarning
-from mechinterp.circuit_file.verify.coverage import applies_again, evaluation_name
+from mechinterp.circuit_file.verify.coverage import applies_again, evaluation_name, refined
 from mechinterp.circuit_file.verify.doubts import doubts
 from mechinterp.circuit_file.verify.known_models import name_misleads
 from mechinterp.circuit_file.verify.role_support import support_of_roles, vacuous
@@ -57,6 +57,8 @@ def _of_scores(document: CircuitFile, rescored: bool) -> Iterable[FileWarning]:
             yield FileWarning("scores without pairs", "the pairs that the edges were scored on are left out")
         if not applies_again(document):
             text = "the selection states no rule that can be applied to the scores again"
+            if refined(document):
+                text = "the circuit was refined by exact runs after its selection, and verify does not repeat these"
             yield FileWarning("selection not applied", text)
     if selection.size is not None and document.curve is None:
         text = "the size is stated to be the smallest that reaches a target, but the curve that shows it is left out"

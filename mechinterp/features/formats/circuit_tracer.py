@@ -133,6 +133,12 @@ def _places(files: Files, cfg: Entries) -> dict[int, tuple[Files, str]]:
     places: dict[int, tuple[Files, str]] = {}
     for layer, address in enumerate(listed):
         name = address.rpartition("/")[2].partition("?")[0]
+        named = re.fullmatch(r"layer_(\d{1,4})\.safetensors", name)
+        if named and int(named[1]) != layer:
+            raise FormatError(
+                f"{cfg.where}: place {layer} of 'transcoders', which is its layer, has {name!r}. List one file per "
+                "layer from layer 0 on, or leave the list out: files beside the config are then found by their names."
+            )
         if address.startswith("hf://") and not files.has(name):
             places[layer] = _remote(address, cfg.where)
         else:

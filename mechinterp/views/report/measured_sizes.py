@@ -78,4 +78,6 @@ def measured_sizes(circuit: Circuit, document: CircuitFile) -> tuple[tuple[Measu
         found.append(MeasuredSize(circuit.n_selected, circuit.kept, None))
     found.sort(key=lambda stop: (int(stop.kept.sum()), stop.n_selected))
     about = "Every stop of the slider is a measured size, with the edges that the rule selects for it."
+    if "refined" in parameters:
+        about += " The circuit itself was refined by exact runs afterwards."
     return tuple(found), about + more

@@ -13,6 +13,7 @@ from mechinterp.circuit_file.circuit_file import circuit_of
 from mechinterp.circuit_file.records import pairs_of, task_of
 from mechinterp.circuit_file.schema import CircuitFile, TaskRecord
 from mechinterp.circuit_file.store import SUFFIX, open_circuit_file
+from mechinterp.circuit_file.stored import find_file
 from mechinterp.circuit_file.verify.verification import load_stated_model
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.views.report.node_details import NodeDetails, node_details
@@ -44,24 +45,25 @@ def write_page(
     available, or is not what the file states, they are left out, and the page and `notes` say so.
 
     Args:
-        file: the circuit file.
-        out: where to write. None: `NAME.report.html` in the folder of the file.
+        file: the circuit file, or the name of a stored circuit.
+        out: where to write. None: `NAME.report.html` in the folder of the file; for a stored circuit, here.
         model: anything that `load_model` takes. None: the model that the file names.
         device: where to load the model.
-        called: the name of the file in the `verify` command on the page. None: its path.
+        called: the name of the file in the `verify` command on the page. None: as it is given.
         progress: called with a stage, the steps done and the total.
 
     Raises:
         FormatError: if the file is not a circuit file or was changed after it was written.
         InputError: if the page cannot be written, or a given `model` cannot be loaded.
     """
-    path = Path(file)
+    path = find_file(file)
     opened = open_circuit_file(path)
     circuit, document = circuit_of(opened), opened.document
-    target = path.with_name(path.name.removesuffix(SUFFIX) + ".report.html") if out is None else Path(out)
+    beside = path if path == Path(file) else Path(path.name)  # a stored circuit may be inside the package
+    target = beside.with_name(path.name.removesuffix(SUFFIX) + ".report.html") if out is None else Path(out)
     details = _details(path, circuit, document, model, device, progress)
     progress("report", 0, 1)
-    write_report(target, circuit, document, called or str(path), details)
+    write_report(target, circuit, document, called or str(file), details)
     return WrittenPage(target, details.notes)
 
 
