@@ -146,11 +146,14 @@ def patching_gap(model: HookManager, plain: PlainModel, pairs: Pairs) -> float:
         return clean - logit_diff(run_plain(plain, pairs.clean, patch=edit)[0], pairs)
 
     worst = 0.0
-    for kind in ("z", "mlp_out", "resid_pre"):
+    dims = model.dims
+    for kind, layers in (("z", dims.head_layers), ("mlp_out", dims.mlp_layers), ("resid_pre", range(N_LAYERS))):
+        if not layers:
+            continue
         got = activation_patching(model, pairs, kind, positions=[1, 2])
         expected = [
             effect(f"{kind}.{layer}", position, head)
-            for layer in range(N_LAYERS)
+            for layer in layers
             for head in (range(N_HEADS) if kind == "z" else [None])
             for position in (1, 2)
         ]
@@ -213,6 +216,7 @@ def _general(reason: str, architecture: str) -> str:
     reason = re.sub(
         r"\b([Ll]ayer|m|pattern\.|scores\.|mlp_\w+\.|resid_\w+\.|z\.|q\.|k\.|v\.) ?\d+", r"\1 L", reason
     ).replace(". L", ".L")
+    reason = re.sub(r"'a\d+'", "'aL'", reason).replace("attn_out.0", "attn_out.L").replace("blocks.0.", "blocks.L.")
     reason = reason.strip().rstrip(".")
     return reason[:1].upper() + reason[1:] + "."
 

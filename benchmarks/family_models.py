@@ -29,9 +29,13 @@ class Modules:
     fused: str = ""
     """The layout of q, k and v in one projection (then all three names are the same): `blocks` (all of q, all of k,
     all of v), or head by head in an order such as `qkv`."""
+    mixer: str = ""
+    """What is one node in the place of heads, in the layers that have a module of this name."""
+    mixer_layers: tuple[int, ...] | None = None
+    """In which layers, if not in all that have it."""
     attention_post: str = ""
     mlp: str = "mlp"
-    """The modules that read the residual stream."""
+    """The module of the MLP; "" if there is none."""
     mlp_out: str = ""
     """The module whose output is added to the residual stream, if it is not the MLP itself."""
     mlp_norm: str = "post_attention_layernorm"
@@ -315,6 +319,7 @@ FAMILIES: tuple[Family, ...] = (
         "Gemma 4, another size of global heads",
         "Gemma4",
         {**_GEMMA2, "hidden_size_per_layer_input": 0, "global_head_dim": 16},
+        replace(_GEMMA, mixer="self_attn", mixer_layers=(1,)),
         config_class="Gemma4TextConfig",
     ),
     Family("VaultGemma", "VaultGemma", _GEMMA2, replace(_LLAMA, mlp_norm="pre_feedforward_layernorm")),
@@ -367,8 +372,8 @@ FAMILIES: tuple[Family, ...] = (
         {**_GH, **_MOE, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     ),
     Family("GPT-OSS", "GptOss", {**_GH, **_EXPERTS, "sliding_window": 4}),
-    Family("DeepSeek-V2", "DeepseekV2", {**_R, **_MLA}),
-    Family("DeepSeek-V3", "DeepseekV3", {**_R, **_MLA}),
+    Family("DeepSeek-V2", "DeepseekV2", {**_R, **_MLA}, Modules(mixer="self_attn")),
+    Family("DeepSeek-V3", "DeepseekV3", {**_R, **_MLA}, Modules(mixer="self_attn")),
     Family("StarCoder 2", "Starcoder2", _G),
     Family("Nemotron", "Nemotron", _GH),
     Family("SmolLM3", "SmolLM3", _G),
@@ -393,14 +398,65 @@ FAMILIES: tuple[Family, ...] = (
     Family("BitNet", "BitNet", _G),
     Family("MiniMax-M2", "MiniMaxM2", {**_GH, **_EXPERTS, "rotary_dim": 4}),
     Family("NanoChat", "NanoChat", _G),
-    Family("JetMoe", "JetMoe", {**_R, "num_key_value_heads": 2, "kv_channels": 8, **_EXPERTS}),
+    Family(
+        "JetMoe",
+        "JetMoe",
+        {**_R, "num_key_value_heads": 2, "kv_channels": 8, **_EXPERTS},
+        Modules(mixer="self_attention"),
+    ),
     Family("ModernBERT decoder", "ModernBertDecoder", {**_R, "cls_token_id": 0, "sep_token_id": 0}),
     Family("AFMoE", "Afmoe", {**_GH, **_MOE, "num_dense_layers": 1}, _AFMOE),
     Family("Jais 2", "Jais2", _GH),
-    Family("Youtu", "Youtu", {**_R, **{k: v for k, v in _MLA.items() if "lora" in k or "head" in k}}),
-    Family("LFM2", "Lfm2", {**_G, "layer_types": ["conv", "full_attention"]}),
-    Family("Jamba", "Jamba", {**_G, "num_experts": 2, "use_mamba_kernels": False}),
-    Family("Mamba", "Mamba", {"hidden_size": D_MODEL, "num_hidden_layers": N_LAYERS, "state_size": 4, **_ENDS}),
+    Family(
+        "Youtu",
+        "Youtu",
+        {**_R, **{k: v for k, v in _MLA.items() if "lora" in k or "head" in k}},
+        Modules(mixer="self_attn"),
+    ),
+    Family(
+        "LFM2",
+        "Lfm2",
+        {**_G, "layer_types": ["conv", "full_attention"]},
+        Modules(
+            norm="operator_norm",
+            o="self_attn.out_proj",
+            mixer="conv",
+            mlp="feed_forward",
+            mlp_norm="ffn_norm",
+            final_norm="model.embedding_norm",
+        ),
+    ),
+    Family(
+        "Granite 4 hybrid",
+        "GraniteMoeHybrid",
+        {
+            **_G,
+            "layer_types": ["mamba", "attention"],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 4,
+            "mamba_chunk_size": 4,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 32,
+            "residual_multiplier": 0.5,
+            "position_embedding_type": "nope",
+        },
+        replace(_LLAMA, mixer="mamba", mlp="shared_mlp", residual="residual_multiplier"),
+    ),
+    Family("Jamba, no attention", "Jamba", {**_G, "num_experts": 2, "use_mamba_kernels": False}),
+    Family(
+        "Jamba",
+        "Jamba",
+        {**_G, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False},
+        Modules(mixer="mamba", mlp="feed_forward", mlp_norm="pre_ff_layernorm", final_norm="model.final_layernorm"),
+    ),
+    Family(
+        "Mamba",
+        "Mamba",
+        {"hidden_size": D_MODEL, "num_hidden_layers": N_LAYERS, "state_size": 4, **_ENDS},
+        Modules(layers="backbone.layers", norm="norm", mixer="mixer", mlp="", final_norm="backbone.norm_f"),
+    ),
     Family(
         "RWKV",
         "Rwkv",

@@ -33,6 +33,10 @@ class PlainModel:
         """The module of a layer."""
         return self.layers[layer].get_submodule(name)
 
+    def has(self, layer: int, name: str) -> bool:
+        """Whether a layer has a module of this name."""
+        return bool(name) and any(found == name for found, _ in self.layers[layer].named_modules())
+
     def readers(self, layer: int) -> list[tuple[str, str, int]]:
         """(name, channel, head) of what a layer's attention reads."""
         shared = "kv" if self.n_kv < self.n_heads else "h"
@@ -140,6 +144,23 @@ def run_plain(
 
         return hook
 
+    def read_mixer(layer: int):
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if f"a{layer}" not in share:
+                return None
+            value = bare(model.part(layer, names.norm), seen(f"a{layer}", resid[f"pre.{layer}"]))
+            return ((value, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": value})
+
+        return hook
+
+    def write_mixer(layer: int):
+        def hook(module: Any, args: Any, out: Any) -> None:
+            out = out[0] if isinstance(out, tuple) else out
+            post = names.attention_post
+            writes[f"a{layer}"] = bare(model.part(layer, post), out) if post else out * model.factor
+
+        return hook
+
     def keep_middle(layer: int):
         def hook(module: Any, args: tuple[Tensor, ...]) -> None:
             resid.setdefault(f"mid.{layer}", args[0].reshape(*shape, -1).clone())
@@ -170,17 +191,27 @@ def run_plain(
         return hook
 
     def read_logits(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if f"m{len(model.layers) - 1}" not in writes:  # the final norm is used on the embedding too (NanoChat)
+        last = len(model.layers) - 1
+        if (
+            f"m{last}" not in writes and f"a{last}" not in writes
+        ):  # the final norm is used on the embedding too (NanoChat)
             return None
         return (seen("logits", args[0]), *args[1:])
 
     hooks: list[Any] = []
     for layer in range(len(model.layers)):
         hooks.append(model.layers[layer].register_forward_pre_hook(enter(layer), with_kwargs=True))
-        for path in dict.fromkeys((names.q, names.k, names.v)):
-            channels = "".join(c for c, own in zip("qkv", (names.q, names.k, names.v), strict=True) if own == path)
-            hooks.append(model.part(layer, path).register_forward_hook(read_attention(layer, channels)))
-        hooks.append(model.part(layer, names.o).register_forward_pre_hook(write_heads(layer)))
+        if model.has(layer, names.mixer) and (names.mixer_layers is None or layer in names.mixer_layers):
+            mixer = model.part(layer, names.mixer)
+            hooks.append(mixer.register_forward_pre_hook(read_mixer(layer), with_kwargs=True))
+            hooks.append(mixer.register_forward_hook(write_mixer(layer)))
+        else:
+            for path in dict.fromkeys((names.q, names.k, names.v)):
+                channels = "".join(c for c, own in zip("qkv", (names.q, names.k, names.v), strict=True) if own == path)
+                hooks.append(model.part(layer, path).register_forward_hook(read_attention(layer, channels)))
+            hooks.append(model.part(layer, names.o).register_forward_pre_hook(write_heads(layer)))
+        if not names.mlp:
+            continue
         if not names.parallel:
             before = model.part(layer, names.mlp_norm or names.mlp)
             hooks.append(before.register_forward_pre_hook(keep_middle(layer)))

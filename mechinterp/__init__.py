@@ -52,6 +52,14 @@ if TYPE_CHECKING:
     from mechinterp.analysis.directions import given_direction as given_direction
     from mechinterp.analysis.directions import orient_pairs as orient_pairs
     from mechinterp.analysis.directions import read_direction as read_direction
+    from mechinterp.analysis.feature_circuit.build import FeatureCircuit as FeatureCircuit
+    from mechinterp.analysis.feature_circuit.build import FeatureEffects as FeatureEffects
+    from mechinterp.analysis.feature_circuit.build import feature_circuit as feature_circuit
+    from mechinterp.analysis.feature_circuit.build import feature_effects as feature_effects
+    from mechinterp.analysis.feature_circuit.evaluate import FeatureCurves as FeatureCurves
+    from mechinterp.analysis.feature_circuit.evaluate import FeatureFaithfulness as FeatureFaithfulness
+    from mechinterp.analysis.feature_circuit.evaluate import evaluate_feature_circuit as evaluate_feature_circuit
+    from mechinterp.analysis.feature_circuit.evaluate import feature_circuit_curves as feature_circuit_curves
     from mechinterp.analysis.feature_notes import FeatureNote as FeatureNote
     from mechinterp.analysis.feature_notes import feature_notes as feature_notes
     from mechinterp.analysis.feature_weights import feature_weights as feature_weights
@@ -60,6 +68,8 @@ if TYPE_CHECKING:
     from mechinterp.analysis.head_detectors import copying_scores as copying_scores
     from mechinterp.analysis.head_detectors import head_scores as head_scores
     from mechinterp.analysis.integrated_gradients import integrated_gradients as integrated_gradients
+    from mechinterp.analysis.judge_bases import JudgedBases as JudgedBases
+    from mechinterp.analysis.judge_bases import judge_bases as judge_bases
     from mechinterp.analysis.logit_lens import LogitLens as LogitLens
     from mechinterp.analysis.logit_lens import logit_lens as logit_lens
     from mechinterp.analysis.logit_lens import writes_lens as writes_lens
@@ -76,6 +86,9 @@ if TYPE_CHECKING:
     from mechinterp.analysis.relevance import relevance as relevance
     from mechinterp.analysis.scrubbing import Scrubbing as Scrubbing
     from mechinterp.analysis.scrubbing import scrub_concept as scrub_concept
+    from mechinterp.analysis.shift import LabelledPrompts as LabelledPrompts
+    from mechinterp.analysis.shift import ShiftedProbe as ShiftedProbe
+    from mechinterp.analysis.shift import shift_probe as shift_probe
     from mechinterp.analysis.steering import ablate_direction as ablate_direction
     from mechinterp.analysis.steering import add_direction as add_direction
     from mechinterp.analysis.steering import affine as affine
@@ -83,6 +96,11 @@ if TYPE_CHECKING:
     from mechinterp.analysis.steering_sweep import steering_sweep as steering_sweep
     from mechinterp.analysis.subspace import learn_subspace as learn_subspace
     from mechinterp.analysis.subspace import subspace_interchange as subspace_interchange
+    from mechinterp.analysis.subspace_controls import AlignmentControls as AlignmentControls
+    from mechinterp.analysis.subspace_controls import SubspaceParts as SubspaceParts
+    from mechinterp.analysis.subspace_controls import alignment_controls as alignment_controls
+    from mechinterp.analysis.subspace_controls import split_effects as split_effects
+    from mechinterp.analysis.subspace_controls import split_subspace as split_subspace
     from mechinterp.analysis.text_span import TextSpan as TextSpan
     from mechinterp.analysis.text_span import text_span as text_span
     from mechinterp.analysis.tuned_lens import TunedLens as TunedLens
@@ -196,8 +214,19 @@ if TYPE_CHECKING:
     from mechinterp.features.edits import reconstructed as reconstructed
     from mechinterp.features.edits import scale_features as scale_features
     from mechinterp.features.edits import set_features as set_features
+    from mechinterp.features.geometry import Irreducibility as Irreducibility
+    from mechinterp.features.geometry import cluster_features as cluster_features
+    from mechinterp.features.geometry import cluster_points as cluster_points
+    from mechinterp.features.geometry import clusters_table as clusters_table
+    from mechinterp.features.geometry import feature_dimensions as feature_dimensions
+    from mechinterp.features.geometry import irreducibility as irreducibility
     from mechinterp.features.load import load_bases as load_bases
     from mechinterp.features.load import load_basis as load_basis
+    from mechinterp.features.matching import FeatureFlow as FeatureFlow
+    from mechinterp.features.matching import FeatureMatches as FeatureMatches
+    from mechinterp.features.matching import feature_flow as feature_flow
+    from mechinterp.features.matching import feature_strengths as feature_strengths
+    from mechinterp.features.matching import match_features as match_features
     from mechinterp.features.matching_pursuit import MatchingPursuit as MatchingPursuit
     from mechinterp.features.measure import Measured as Measured
     from mechinterp.features.measure import measure_basis as measure_basis
@@ -226,6 +255,7 @@ if TYPE_CHECKING:
     from mechinterp.models.hook_manager import Run as Run
     from mechinterp.models.hook_manager import load_model as load_model
     from mechinterp.models.interventions import Hook as Hook
+    from mechinterp.models.random_weights import with_random_weights as with_random_weights
     from mechinterp.models.sites import Edge as Edge
     from mechinterp.models.sites import Node as Node
     from mechinterp.models.sites import Site as Site
@@ -277,7 +307,15 @@ _HOMES = {
     "analysis.contextual": ("Decomposition", "contextual_decomposition"),
     "analysis.describe": ("Description", "Examples", "describe", "strongest_examples"),
     "analysis.description_scores": ("DescriptionScore", "SeparationScores", "score_description", "separation_scores"),
+    "analysis.judge_bases": ("JudgedBases", "judge_bases"),
     "analysis.direct_logit_attribution": ("direct_logit_attribution", "group_parts"),
+    "analysis.feature_circuit.build": ("FeatureCircuit", "FeatureEffects", "feature_circuit", "feature_effects"),
+    "analysis.feature_circuit.evaluate": (
+        "FeatureCurves",
+        "FeatureFaithfulness",
+        "evaluate_feature_circuit",
+        "feature_circuit_curves",
+    ),
     "analysis.feature_notes": ("FeatureNote", "feature_notes"),
     "analysis.feature_weights": ("feature_weights",),
     "analysis.head_detectors": ("attention_between", "attention_to", "copying_scores", "head_scores"),
@@ -288,8 +326,16 @@ _HOMES = {
     "analysis.phrases": ("PhraseRelevance", "phrase_relevance"),
     "analysis.qk_attribution": ("qk_attribution",),
     "analysis.relevance": ("Relevance", "relevance"),
+    "analysis.shift": ("LabelledPrompts", "ShiftedProbe", "shift_probe"),
     "analysis.steering": ("ablate_direction", "add_direction", "affine", "mean_difference"),
     "analysis.subspace": ("learn_subspace", "subspace_interchange"),
+    "analysis.subspace_controls": (
+        "AlignmentControls",
+        "SubspaceParts",
+        "alignment_controls",
+        "split_effects",
+        "split_subspace",
+    ),
     "analysis.tuned_lens": ("TunedLens", "load_lens", "save_lens", "train_tuned_lens"),
     "analysis.weights": ("feature_tokens", "neuron_tokens", "ov_circuit", "qk_circuit", "top_tokens"),
     "analysis.directions": ("Direction", "find_direction", "given_direction", "orient_pairs", "read_direction"),
@@ -372,6 +418,15 @@ _HOMES = {
         "transcoder",
     ),
     "features.edits": ("ablate_features", "add_features", "reconstructed", "scale_features", "set_features"),
+    "features.geometry": (
+        "Irreducibility",
+        "cluster_features",
+        "cluster_points",
+        "clusters_table",
+        "feature_dimensions",
+        "irreducibility",
+    ),
+    "features.matching": ("FeatureFlow", "FeatureMatches", "feature_flow", "feature_strengths", "match_features"),
     "features.load": ("load_bases", "load_basis"),
     "features.matching_pursuit": ("MatchingPursuit",),
     "features.measure": ("Measured", "measure_basis"),
@@ -388,6 +443,7 @@ _HOMES = {
     "models.feature_basis": ("FeatureBasis", "Features"),
     "models.hook_manager": ("HookManager", "Intervention", "Run", "load_model"),
     "models.interventions": ("Hook",),
+    "models.random_weights": ("with_random_weights",),
     "models.sites": ("Edge", "Node", "Site"),
     "models.texts": ("Prompts", "ReadsTexts"),
     "models.weight_names": ("LayerWeights", "WeightsByName"),

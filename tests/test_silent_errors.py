@@ -46,8 +46,8 @@ CAUGHT_BY = {
         "graphs.test_graph.test_counts",
     ],
     "a hook never fires, or its value is on no path": [
-        "models.test_hook_manager.test_a_site_that_fires_and_does_nothing_is_refused",
-        "models.test_hook_manager.test_a_needed_site_off_the_path_refuses_the_model",
+        "models.test_run_refusals.test_a_site_that_fires_and_does_nothing_is_refused",
+        "models.test_run_refusals.test_a_needed_site_off_the_path_refuses_the_model",
     ],
     "a saved circuit cannot be loaded again": [
         "circuit_file.test_circuit_file.test_any_circuit_comes_back",

@@ -38,6 +38,7 @@ from mechinterp.engines.site_gradients import (
     check_differentiable,
     over_sets,
     site_gradients,
+    site_integral,
     site_values,
     unit_products,
 )
@@ -316,15 +317,13 @@ def _ig_activations(batch: Batch) -> Scores:
     points = integration_points(batch.plan.steps, batch.plan.quadrature)
     forwards = backwards = 0.0
     for site in batch.sites:
-        layer, total = site.layer or 0, torch.zeros_like(_wide(base[site]))
-        difference = torch.where(base[site] == new[site], 0, base[site] - new[site])
-        for point, weight in points:
-            edit = Intervention(site, base[site] - (1 - point) * difference)
-            start = (layer, base[entries[layer]])
-            run = site_gradients(model, pairs, batch.base, [site], batch.readout.of_resid, edits=[edit], start=start)
-            total += weight * _wide(run.gradients[site])
-            forwards += 1 - layer / model.dims.n_layers
-            backwards += 1 - layer / model.dims.n_layers
+        layer = site.layer or 0
+        change = torch.where(base[site] == new[site], 0, base[site] - new[site])
+        start = (layer, base[entries[layer]])
+        loss = batch.readout.of_resid
+        total = site_integral(model, pairs, batch.base, site, change, loss, points, base=base[site], start=start)
+        forwards += (1 - layer / model.dims.n_layers) * len(points)
+        backwards += (1 - layer / model.dims.n_layers) * len(points)
         out[site] = batch.scores(site, base[site], new[site], total)
     return out, forwards + 2, backwards
 
@@ -500,9 +499,14 @@ def node_attribution(
     sites = [Site("resid_pre", 0)]
     names = [str(Node("input"))]
     for layer in range(dims.n_layers):
-        sites.append(Site("z", layer))
-        names += [str(Node("head", layer, head)) for head in range(dims.n_heads)]
-        if dims.has_mlp:
+        own = dims.layer(layer)
+        if own.n_heads:
+            sites.append(Site("z", layer))
+            names += [str(Node("head", layer, head)) for head in range(own.n_heads)]
+        elif own.mixer:
+            sites.append(Site("attn_raw", layer))
+            names.append(str(Node("attention", layer)))
+        if own.mlp:
             sites.append(Site("mlp_out", layer))
             names.append(str(Node("mlp", layer)))
     plan = Plan(method, steps, quadrature, direction, replacement, checked_metric(model, pairs, metric))

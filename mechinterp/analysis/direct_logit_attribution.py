@@ -22,7 +22,7 @@ from mechinterp.engines.logit_directions import DirectionLike, logit_direction
 from mechinterp.engines.logit_parts import Block, LogitMap, Refined, logit_map, logit_parts, read_values
 from mechinterp.features.addresses import by_name
 from mechinterp.features.sweep import coded
-from mechinterp.graphs.graph import check_input_split
+from mechinterp.graphs.input_split import check_input_split
 from mechinterp.graphs.token_positions import take_positions
 from mechinterp.models.components import Position, Positions, PositionSets, as_pairs, position_index, position_sets
 from mechinterp.models.feature_basis import FeatureBasis

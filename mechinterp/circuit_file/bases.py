@@ -12,8 +12,9 @@ from mechinterp.circuit_file.schema import CircuitFile, FeaturesRecord
 from mechinterp.features.basis import Basis
 from mechinterp.features.load import load_bases
 from mechinterp.graphs.circuit import Circuit
-from mechinterp.graphs.families.features import Features
+from mechinterp.graphs.families.features import Features, reads_input
 from mechinterp.graphs.graph import Graph
+from mechinterp.models.layout import Dims
 from mechinterp.models.sites import Site
 from mechinterp.tasks.schema import checked
 
@@ -49,10 +50,10 @@ def _record(family: Features) -> FeaturesRecord:
     return checked(FeaturesRecord, stated, f"What the circuit file says of the basis '{family.basis}'")
 
 
-def stated_features(record: FeaturesRecord, *, parallel: bool) -> Features:
+def stated_features(record: FeaturesRecord, dims: Dims) -> Features:
     """The family that a record describes, without its basis. Raises InputError or UnsupportedError if it is invalid."""
     site_in, site_out = Site.parse(record.site_in), Site.parse(record.site_out)
-    return Features(record.basis, site_in, site_out, record.numbers, record.sha256, parallel)
+    return Features(record.basis, site_in, site_out, record.numbers, record.sha256, reads_input(site_out, dims))
 
 
 def stated_bases(document: CircuitFile, path: Path, bases: Bases = True) -> list[Basis]:

@@ -148,7 +148,7 @@ def save_circuit(
     ]
     stem = path.name.partition(".circuit")[0]
     content: dict[str, Any] = {
-        "schema_version": WITH_FEATURES if circuit.graph.features else SCHEMA_VERSION,
+        "schema_version": WITH_FEATURES if circuit.graph.features or circuit.graph.dims.layers else SCHEMA_VERSION,
         "kind": "circuit",
         "id": stem,
         "title": f"Circuit {stem}" if record is None else f"{record.name} in {model.info.name}",
@@ -231,19 +231,17 @@ def stated_circuit(document: CircuitFile, graph: Graph, scores: Scores | None, p
 
 def stated_graph(document: CircuitFile, path: Path) -> Graph:
     """The graph of a model with the stated dimensions. Raises FormatError if the stated counts do not match it."""
-    stated_parts = document.graph
+    stated_parts, dims = document.graph, dims_of(document.model.dims)
     try:
         graph = graph_of(
-            dims_of(document.model.dims),
+            dims,
             split_input=stated_parts.split_input,
             level=stated_parts.granularity,
             positions=stated_parts.positions or (),
             answers=stated_parts.answers,
             neurons=stated_parts.neurons or (),
             experts=stated_parts.experts or (),
-            parts=[
-                stated_features(record, parallel=document.model.dims.parallel) for record in stated_parts.features or ()
-            ],
+            parts=[stated_features(record, dims) for record in stated_parts.features or ()],
         )
     except (InputError, UnsupportedError) as error:
         raise FormatError(f"{path}: {error}") from error

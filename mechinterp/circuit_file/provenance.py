@@ -12,7 +12,7 @@ from typing import Any
 
 from mechinterp.circuit_file.schema import DimsRecord, ModelRecord, Provenance, TokenizerRecord
 from mechinterp.models.hook_manager import HookManager
-from mechinterp.models.layout import Dims
+from mechinterp.models.layout import Dims, LayerDims
 
 DISTRIBUTIONS = {
     "mechinterp": "mechinterp-circuits",
@@ -50,7 +50,7 @@ def model_record(model: HookManager) -> ModelRecord:
             "revision": info.revision,
             "weights_sha256": info.weights_sha256(),
             "architecture": info.architecture,
-            "dims": asdict(model.dims),
+            "dims": asdict(model.dims) | {"layers": tuple(map(asdict, model.dims.layers)) or None},
             "processing": info.processing,
             "dtype": dtype_name(model),
             "loader": LOADER,
@@ -65,7 +65,8 @@ def dtype_name(model: HookManager) -> str:
 
 def dims_of(record: DimsRecord) -> Dims:
     """The dimensions of the model that a file describes."""
-    return Dims(**record.model_dump())
+    layers = tuple(LayerDims(**own.model_dump()) for own in record.layers or ())
+    return Dims(**record.model_dump(exclude={"layers"}), layers=layers)
 
 
 def tokenizer_record(tokenizer: Any, prepend_bos: bool | None) -> TokenizerRecord | None:

@@ -84,24 +84,53 @@ class Origin(Strict):
     note: Text | None = None
 
 
+class LayerDimsRecord(Strict):
+    """What one layer of a hybrid model has: `mechinterp.models.layout.LayerDims`."""
+
+    n_heads: Count
+    """0: no heads."""
+    n_kv_heads: Count
+    mixer: Flag
+    """Whether something else (a convolution, a state-space layer) takes the place of heads, as one node."""
+    mlp: Flag
+
+    @model_validator(mode="after")
+    def _sensible(self) -> LayerDimsRecord:
+        if self.mixer and self.n_heads:
+            raise ValueError("a layer has heads, or a mixer in their place, not both")
+        if bool(self.n_heads) != bool(self.n_kv_heads) or self.n_heads % max(1, self.n_kv_heads):
+            raise ValueError(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
+        return self
+
+
 class DimsRecord(Strict):
     """Sizes and shape of the model: `mechinterp.models.layout.Dims`, name by name."""
 
     n_layers: Small
-    n_heads: Small
-    n_kv_heads: Small
+    n_heads: Count
+    """0 only if no layer has heads that can be told apart; `n_kv_heads` and `d_head` are then 0, too."""
+    n_kv_heads: Count
     d_model: Small
-    d_head: Small
+    d_head: Count
     d_vocab: Small
     d_vocab_out: Small
     n_ctx: Small
     has_mlp: Flag
     parallel: Flag
     causal: Flag
+    layers: Annotated[tuple[LayerDimsRecord, ...], Field(min_length=1, max_length=10_000)] | None = None
+    """Layer by layer, if they differ (hybrid models); null: all are alike. A file with this has version 2."""
 
     @model_validator(mode="after")
     def _sensible(self) -> DimsRecord:
-        if self.n_heads % self.n_kv_heads:
+        if self.layers is not None:
+            heads = max(own.n_heads for own in self.layers), max(own.n_kv_heads for own in self.layers)
+            stated = len(self.layers), *heads, any(own.mlp for own in self.layers)
+            if stated != (self.n_layers, self.n_heads, self.n_kv_heads, self.has_mlp):
+                raise ValueError("`layers` does not agree with n_layers, n_heads, n_kv_heads and has_mlp")
+        if not all((self.n_heads, self.n_kv_heads, self.d_head)) and (self.layers is None or self.n_heads):
+            raise ValueError("n_heads, n_kv_heads and d_head are at least 1, or `layers` says that there are no heads")
+        if self.n_heads % max(1, self.n_kv_heads):
             raise ValueError(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
         self.check_graph()
         return self
@@ -111,8 +140,14 @@ class DimsRecord(Strict):
 
         Parts are neurons, experts and features; those of transcoders have inputs. Raises ValueError otherwise.
         """
-        writers = 2 + self.n_layers * (self.n_heads + 1) + n_parts
-        readers = 1 + (self.n_layers * (self.n_heads + 2 * self.n_kv_heads + 1) + n_inputs) * n_positions
+        writers, in_layers = (
+            self.n_layers * (self.n_heads + 1),
+            self.n_layers * (self.n_heads + 2 * self.n_kv_heads + 1),
+        )
+        if self.layers is not None:
+            writers = sum(max(own.n_heads, 1) + 1 for own in self.layers)
+            in_layers = sum(max(own.n_heads + 2 * own.n_kv_heads, 1) + 1 for own in self.layers)
+        writers, readers = 2 + writers + n_parts, 1 + (in_layers + n_inputs) * n_positions
         if writers * readers > MAX_GRAPH_CELLS:
             raise ValueError(f"a graph of {writers} writers and {readers} readers is larger than this version reads")
 
@@ -432,8 +467,8 @@ class CircuitFile(Strict):
         if self.selection.n_edges != len(self.edges):
             raise ValueError(f"selection.n_edges is {self.selection.n_edges}, but there are {len(self.edges)} edges")
         features = self.graph.features or ()
-        if self.schema_version != (WITH_FEATURES if features else SCHEMA_VERSION):
-            raise ValueError("schema_version is 2 if, and only if, the graph has features")
+        if self.schema_version != (WITH_FEATURES if features or self.model.dims.layers else SCHEMA_VERSION):
+            raise ValueError("schema_version is 2 if, and only if, the graph has features or layers that differ")
         n_parts = sum(map(len, self.graph.neurons or ())) + sum(self.graph.experts or ())
         n_parts += sum(len(entry.numbers) for entry in features)
         n_inputs = sum(len(entry.numbers) for entry in features if entry.site_in != entry.site_out)
@@ -469,7 +504,7 @@ def circuit_sha256(document: CircuitFile) -> str:
             "model": {
                 "weights_sha256": model.weights_sha256,
                 "architecture": model.architecture,
-                "dims": model.dims.model_dump(mode="json"),
+                "dims": model.dims.model_dump(mode="json", exclude_none=True),
                 "processing": model.processing,
                 **unhashed,
             },

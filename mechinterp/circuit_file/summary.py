@@ -108,7 +108,7 @@ def ranked_nodes(document: CircuitFile) -> tuple[NodeSummary, ...]:
     into a key or value counts for the head at the position of that key.
     """
     roles = {name: plain_role(role.label) for role in document.roles.values() for name in role.nodes}
-    group = document.model.dims.n_heads // document.model.dims.n_kv_heads
+    group = document.model.dims.n_heads // max(1, document.model.dims.n_kv_heads)
     whole = {node.layer for node in map(node_of, document.nodes) if node.kind == "attention"}
     logits_at = f"@{document.graph.answers}" if document.graph.answers else ""
     n_in: dict[str, int] = defaultdict(int)

@@ -59,7 +59,7 @@ def top_features(
         raise InputError(f"Take at least one feature of at least one basis; got {n!r} of {len(several)} bases.")
     by_name(several)
     for basis in several:
-        features_of(basis, [0], parallel=model.dims.parallel)
+        features_of(basis, [0], model.dims)
     effects = [_effects(model, pairs, basis, metric, method, steps, batch_size) for basis in several]
     sizes = torch.cat(effects).abs()
     best = sizes.argsort(descending=True, stable=True)[:n]

@@ -85,7 +85,9 @@ def read_values(model: HookManager, pairs: Pairs, tokens: Tensor, at: Tensor, re
     inputs = [Site("embed"), Site("pos_embed")] if refined.input else [Site("resid_pre", 0)]
     sites = [*inputs, Site("resid_final")]
     for layer in range(model.dims.n_layers):
-        kinds = ["z"] + ["mlp_out"] * (model.dims.has_mlp and layer not in refined.mlps)
+        own = model.dims.layer(layer)
+        kinds = ["z"] if own.n_heads else ["attn_raw"] * own.mixer
+        kinds += ["mlp_out"] * (own.mlp and layer not in refined.mlps)
         kinds += ["v", "pattern"] if layer in refined.heads else []
         if layer in refined.mlps:
             kinds += ["mlp_post"] + ["mlp_raw"] * model.has(Site("mlp_raw", layer))
@@ -126,10 +128,14 @@ def logit_parts(
     for name in ("embed", "pos_embed") if refined.input else ("input",):
         yield [name], to_logit.of(read["resid_pre.0" if name == "input" else name])[None]
     for layer in range(model.dims.n_layers):
-        yield from _attention_parts(model, layer, read, to_logit, refined.heads.get(layer, ()), sources)
+        own = model.dims.layer(layer)
+        if own.n_heads:
+            yield from _attention_parts(model, layer, read, to_logit, refined.heads.get(layer, ()), sources)
+        elif own.mixer:
+            yield [f"a{layer}"], to_logit.of(model.layout.mixer(layer).post(read[f"attn_raw.{layer}"]))[None]
         if layer in refined.mlps:
             yield from _neuron_parts(model, layer, read, to_logit)
-        elif model.dims.has_mlp:
+        elif own.mlp:
             yield [f"m{layer}"], to_logit.of(read[f"mlp_out.{layer}"])[None]
     for name, value in to_logit.constants.items():
         yield [name], value[None]
@@ -148,8 +154,9 @@ def _attention_parts(
     # The weight of each head's output; no write is expanded to d_model.
     reads = einsum(maps.W_O.to(z.dtype), inner.vector, "head d_head d, batch d -> batch head d_head")
     heads = einsum(z, reads, inner.weight, "batch n head d_head, batch head d_head, batch n -> head batch")
-    group = model.dims.n_heads // model.dims.n_kv_heads
-    for head in range(model.dims.n_heads):
+    n_heads = len(maps.W_O)
+    group = n_heads // len(maps.W["v"])
+    for head in range(n_heads):
         name = f"a{layer}.h{head}"
         if head not in refined or sources is None:
             yield [name], heads[head][None]

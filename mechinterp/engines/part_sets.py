@@ -86,11 +86,13 @@ _NOTHING = {
 
 
 def every_node(dims: Dims) -> list[str]:
-    """The names of the input, every head and every MLP, in the order of the model."""
+    """The names of the input, every head (or what takes their place) and every MLP, in the order of the model."""
     names = ["input"]
     for layer in range(dims.n_layers):
-        names += [f"a{layer}.h{head}" for head in range(dims.n_heads)]
-        names += [f"m{layer}"] * dims.has_mlp
+        own = dims.layer(layer)
+        names += (
+            [f"a{layer}.h{head}" for head in range(own.n_heads)] + [f"a{layer}"] * own.mixer + [f"m{layer}"] * own.mlp
+        )
     return names
 
 

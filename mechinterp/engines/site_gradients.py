@@ -63,6 +63,44 @@ def site_gradients(
     return SiteGradients(_by_site(run.values), _by_site(run.grads), run.loss)
 
 
+def site_integral(
+    model: HookManager,
+    pairs: Pairs,
+    tokens: Int[Tensor, "batch pos"],
+    site: Site,
+    change: Float[Tensor, "batch ..."],
+    loss: Loss,
+    points: Sequence[tuple[float, float]],
+    *,
+    base: Float[Tensor, "batch ..."],
+    start: tuple[int, Tensor] | None = None,
+) -> Float[Tensor, "batch ..."]:
+    """The mean gradient of `loss` at a site on the line from `base - change` to its value `base` in the plain run.
+
+    All positions of the site move together, and everything before it stays as it is. So the sum of `change` times this
+    tends to loss(base) - loss(base - change), example by example. In float32 or better.
+
+    Args:
+        model: The model.
+        pairs: The batch.
+        tokens: The prompts that are run.
+        site: Where.
+        change: The value at the site less its replacement.
+        loss: What is differentiated.
+        points: (point, weight) of the integral; point 1 is the plain run.
+        base: The value at the site.
+        start: As in `HookManager.run`.
+
+    Cost: a forward and a backward per point.
+    """
+    total = torch.zeros(base.shape, dtype=torch.promote_types(base.dtype, torch.float32), device=base.device)
+    for point, weight in points:
+        edit = Intervention(site, base - ((1 - point) * change).to(base.dtype))
+        run = site_gradients(model, pairs, tokens, [site], loss, edits=[edit], start=start)
+        total += weight * run.gradients[site].to(total)
+    return total
+
+
 def site_values(
     model: HookManager, pairs: Pairs, tokens: Int[Tensor, "batch pos"], sites: Sequence[Site]
 ) -> dict[Site, Tensor]:

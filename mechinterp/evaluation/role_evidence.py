@@ -168,6 +168,11 @@ def measure_evidence(setup: AblationSetup, circuit: Circuit, n_patched: int) -> 
     detectors run once on tokens of their own.
     """
     model, dims, batch_size = setup.model, setup.model.dims, setup.batch_size
+    if dims.layers:
+        raise UnsupportedError(
+            f"Roles are measured in models whose layers all have the same heads; in {model.info.architecture} layers "
+            "differ. Leave roles out, or look at single heads with activation_patching and head_scores."
+        )
     heads = tuple(f"a{layer}.h{head}" for layer in range(dims.n_layers) for head in range(dims.n_heads))
     names: dict[str, list[str]] = {}
     for name in circuit.nodes:

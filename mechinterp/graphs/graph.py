@@ -22,8 +22,10 @@ from mechinterp.graphs.families.family import Moment, NodeFamily, Ports
 from mechinterp.graphs.families.features import Features, features_of
 from mechinterp.graphs.families.heads import Heads, WholeAttention
 from mechinterp.graphs.families.inputs import Input
+from mechinterp.graphs.families.mixer import Mixer
 from mechinterp.graphs.families.mlp import Mlp
 from mechinterp.graphs.families.neurons import Neurons
+from mechinterp.graphs.input_split import check_input_split
 from mechinterp.models.experts import check_experts, is_routed, n_experts
 from mechinterp.models.feature_basis import NodeBasis
 from mechinterp.models.hook_manager import HookManager
@@ -266,18 +268,23 @@ class Graph:
         for family in self.families:
             if isinstance(family, kind) and family.layer == layer:
                 return family
-        raise InputError(f"Layer {layer} has no {'heads' if kind is Heads else 'MLP'}.")
+        raise InputError(f"Layer {layer} has no {'MLP' if kind is Mlp else 'heads'}.")
 
     def head_writers(self, layer: int) -> slice:
-        """The rows of a layer's heads among the writers."""
-        return self.writers_of(self._family(Heads, layer))
+        """The rows of a layer's heads among the writers; the one of what takes their place."""
+        return self.writers_of(self._family(Mixer if self.dims.layer(layer).mixer else Heads, layer))
 
-    def cells(self, layer: int) -> list[int]:
-        """The rows among the writers of a layer's heads and its MLP; of heads that are one writer, its row for each."""
-        rows = self.head_writers(layer)
-        heads = list(range(rows.start, rows.stop))
-        heads = heads * self.dims.n_heads if len(heads) < self.dims.n_heads else heads
-        return [*heads, *([self.mlp_writer(layer)] if self.dims.has_mlp else [])]
+    def cells(self, layer: int) -> list[int | None]:
+        """The rows among the writers of a layer's heads and its MLP; None where a layer lacks one that others have.
+
+        Of heads that are one writer (or of what takes their place), its row for each.
+        """
+        own, n_heads = self.dims.layer(layer), self.dims.n_heads
+        rows = self.head_writers(layer) if own.n_heads or own.mixer else slice(0, 0)
+        heads: list[int | None] = list(range(rows.start, rows.stop))
+        heads = heads * n_heads if len(heads) == 1 else [*heads, *[None] * (n_heads - len(heads))]
+        mlp = self.mlp_writer(layer) if own.mlp else None
+        return [*heads, *[mlp] * self.dims.has_mlp]
 
     def mlp_writer(self, layer: int) -> int:
         """The row of a layer's MLP among the writers."""
@@ -302,7 +309,7 @@ class Graph:
 
     def n_writers_before(self, layer: int, *, mlp: bool) -> int:
         """How many writers come before the attention of `layer` (or before its MLP)."""
-        return self.n_writers_at((layer, int(mlp and not self.dims.parallel)))
+        return self.n_writers_at((layer, int(mlp and not self.dims.mlp_reads_input(layer))))
 
     def edge_names(self) -> tuple[str, ...]:
         """Every edge's name, in order of reader, then writer."""
@@ -412,7 +419,7 @@ def build_graph(
                 raise InputError(f"Layer {layer} has neurons 0 to {d_mlp - 1}; got {list(neurons[layer])[:5]}.")
         chosen = [tuple(sorted(neurons.get(layer, ()))) for layer in range(model.dims.n_layers)]
     taken = features.items() if isinstance(features, Mapping) else [(basis, None) for basis in features]
-    own = [features_of(basis, numbers, parallel=model.dims.parallel) for basis, numbers in taken]
+    own = [features_of(basis, numbers, model.dims) for basis, numbers in taken]
     for part in (*own, *parts):
         part.check(model)
     return graph_of(
@@ -514,7 +521,7 @@ def _check_features(dims: Dims, features: Sequence[Features]) -> None:
             raise InputError(
                 f"The basis '{one.basis}' writes to layer {one.layer}; the model has layers 0 to {dims.n_layers - 1}."
             )
-        if one.parallel != dims.parallel:
+        if one.parallel != (dims.parallel if one.of_attention else dims.mlp_reads_input(one.layer)):
             raise InputError(f"The features of '{one.basis}' are of a model whose layers have another order.")
         by_part.setdefault(one.part_of, []).append(one)
     for part, several in by_part.items():
@@ -529,13 +536,17 @@ def _check_features(dims: Dims, features: Sequence[Features]) -> None:
 def whole_families(
     dims: Dims, *, split_input: bool = False, experts: Sequence[int] = (), whole_attention: Collection[int] = ()
 ) -> list[NodeFamily]:
-    """The inputs, and layer by layer the heads (in some layers as one writer) and the MLP."""
+    """The inputs, and layer by layer the heads (or one writer, that of what takes their place) and the MLP."""
     families: list[NodeFamily] = [Input("embed"), Input("pos_embed")] if split_input else [Input()]
     for layer in range(dims.n_layers):
-        heads = WholeAttention if layer in whole_attention else Heads
-        families.append(heads(layer, dims.n_heads, dims.n_kv_heads, dims.parallel))
+        own = dims.layer(layer)
+        if own.n_heads:
+            heads = WholeAttention if layer in whole_attention else Heads
+            families.append(heads(layer, own.n_heads, own.n_kv_heads, dims.parallel))
+        elif own.mixer:
+            families.append(Mixer(layer, dims.parallel))
         mlp = RoutedMlp if experts and experts[layer] else Mlp
-        families += [mlp(layer, dims.parallel)] * dims.has_mlp
+        families += [mlp(layer, dims.mlp_reads_input(layer))] * own.mlp
     return families
 
 
@@ -566,27 +577,13 @@ def _position_names(positions: Sequence[str]) -> tuple[str, ...]:
 
 
 def _check_size(dims: Dims, n_positions: int, n_parts: int, n_inputs: int) -> None:
-    writers = 2 + dims.n_layers * (dims.n_heads + 1) + n_parts
-    readers = 1 + (dims.n_layers * (dims.n_heads + 2 * dims.n_kv_heads + 1) + n_inputs) * max(1, n_positions)
+    layers = [dims.layer(layer) for layer in range(dims.n_layers)]
+    writers = 2 + sum(max(own.n_heads, 1) + 1 for own in layers) + n_parts
+    in_layers = sum(max(own.n_heads + 2 * own.n_kv_heads, 1) + 1 for own in layers)
+    readers = 1 + (in_layers + n_inputs) * max(1, n_positions)
     if writers * readers > MOST_CELLS:
         raise InputError(
             f"A table of {readers:,} readers x {writers:,} writers takes {4 * writers * readers / 2**30:.1f} GiB "
             "and is not made; take fewer neurons or features (the strongest first: top_neurons, top_features) or "
             "positions."
-        )
-
-
-def check_input_split(model: HookManager) -> None:
-    """Return None if the input of the first layer is embed + pos_embed. Raises UnsupportedError otherwise."""
-    sites = [Site("embed"), Site("pos_embed")]
-    for site in sites:
-        if not model.has(site):
-            raise UnsupportedError(f"{model.info.architecture} has no '{site}' to split off; keep it as one `input`.")
-    tokens = torch.arange(min(model.dims.d_vocab, model.dims.n_ctx, 8), device=model.device)[None]
-    values = model.run(tokens, record=[*sites, Site("resid_pre", 0)]).values
-    total = values[sites[0]] + values[sites[1]]
-    if not torch.allclose(total, values[Site("resid_pre", 0)], rtol=1e-4, atol=1e-5):
-        raise UnsupportedError(
-            f"In {model.info.architecture} embed + pos_embed is not what enters the first layer; keep it as one "
-            "`input`."
         )

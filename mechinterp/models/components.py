@@ -135,6 +135,8 @@ def check_head(dims: Dims, text: str, kind: str, head: int, channel: str) -> Non
         of = head // (dims.n_heads // dims.n_kv_heads)
         raise InputError(f"{text!r} does not exist: query heads share it; write 'kv{of}<{channel}>'.")
     count = dims.n_kv_heads if kind == "kv" else dims.n_heads
+    if not count:
+        raise InputError(f"{text!r} does not exist: the model has no heads; name 'a5', what mixes tokens in layer 5.")
     if head >= count:
         raise InputError(f"{text!r} does not exist: a layer has {'key/value ' * (kind == 'kv')}heads 0 to {count - 1}.")
 
@@ -156,11 +158,16 @@ def unit_axis(model: HasSites, kind: str) -> str | None:
 
 
 def layer_range(model: HasSites, kind: str, layers: Sequence[int] | None) -> tuple[int, ...]:
-    """The chosen layers (all by default), which must have the site. Raises InputError for none or unknown layers."""
+    """The chosen layers, which must have the site; by default all, in a hybrid model all that have it.
+
+    Raises InputError for none or unknown layers.
+    """
     if kind not in LAYER_SITES:
         raise unknown("site of a layer", kind, LAYER_SITES)
     every = range(model.dims.n_layers)
     wanted = tuple(every) if layers is None else tuple(layers)
+    if layers is None and model.dims.layers:
+        wanted = tuple(layer for layer in every if model.has(Site(kind, layer))) or wanted
     if not wanted or len(set(wanted)) != len(wanted) or not set(wanted) <= set(every):
         raise InputError(f"`layers` must be distinct, from 0 to {len(every) - 1}, at least one; got {list(wanted)}.")
     for layer in wanted:

@@ -61,11 +61,12 @@ class DirectionReadout(HookManager):
         self.whole, self.site = model, site
         self.layout = replace(
             own,
-            dims=replace(own.dims, n_layers=end, d_vocab_out=2),
-            attention=own.attention[:end],
+            dims=replace(own.dims, n_layers=end, layers=own.dims.layers[:end], d_vocab_out=2),
+            attention=own.attention.until(end),
             mlp_norm=own.mlp_norm[:end],
             mlp_maps=own.mlp_maps[:end],
             mlp_post=own.mlp_post[:end],
+            mixers=own.mixers[:end],
             final_norm=Norm("none"),
             W_U=columns,
             b_U=torch.tensor([-offset, 0.0], dtype=wide, device=model.device),

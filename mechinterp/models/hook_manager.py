@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mechinterp.base.errors import InputError, SiteNotReached, UnsupportedError
 from mechinterp.base.registry import unknown
+from mechinterp.models.block_parts import aliases
 from mechinterp.models.exclusive_runs import Block, Turn, use_of
 from mechinterp.models.feature_basis import FeatureBasis
 from mechinterp.models.generation import Generates
@@ -101,9 +102,7 @@ class HookManager(ReadsTexts, WeightsByName, Generates):
         self._use = use_of(bridge)
         if self.edited:
             raise InputError("This model is inside an `intervene` block, where it cannot be checked; load it outside.")
-        self._points: dict[str, Any] = dict(bridge.hook_dict)
-        first, other = (f".mlp.{name}.hook_in" for name in ROUTERS)
-        self._points |= {name.replace(other, first): point for name, point in bridge.hook_dict.items() if other in name}
+        self._points: dict[str, Any] = {**bridge.hook_dict, **aliases(bridge)}
         self._first_names = {id(point): name for name, point in reversed(self._points.items())}
         self._layers_give_tuples = False
         self.layout: Layout
@@ -401,6 +400,8 @@ class HookManager(ReadsTexts, WeightsByName, Generates):
         if self.edited:
             raise InputError("An MLP cannot be run by itself inside `intervene`: the edits would not be applied.")
         block = self.bridge.blocks[layer]
+        if not self.dims.layer(layer).mlp:
+            raise UnsupportedError(f"Layer {layer} has no MLP.")
         if layer in self.bound_mlps:
             raise UnsupportedError(f"The MLP of layer {layer} cannot be run by itself: {self.bound_mlps[layer]}.")
         with Turn(self._use, self.bridge, self.info.name, currentframe()) as turn, turn:

@@ -17,12 +17,33 @@ from torch import Tensor
 
 from mechinterp.base.errors import UnsupportedError
 from mechinterp.models.activation import activation_function
+from mechinterp.models.block_parts import attention_of, factor_of, mixer_of, mlp_of, norm_of
 from mechinterp.models.norm import Norm, measure_norm
 
 
 @dataclass(frozen=True)
+class LayerDims:
+    """What one layer of a hybrid model has.
+
+    Args:
+        n_heads: Its heads; 0 for none.
+        n_kv_heads: Its key/value heads.
+        mixer: Whether something that is read as a whole takes the place of heads: a convolution, a state-space layer.
+        mlp: Whether it has an MLP.
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    mixer: bool
+    mlp: bool
+
+
+@dataclass(frozen=True)
 class Dims:
-    """Sizes and shape of one model. `n_kv_heads` < `n_heads` under grouped-query attention."""
+    """Sizes and shape of one model. `n_kv_heads` < `n_heads` under grouped-query attention.
+
+    In a hybrid model `n_heads` and `n_kv_heads` are those of the layer with most, and `layers` says what each has.
+    """
 
     n_layers: int
     n_heads: int
@@ -33,9 +54,31 @@ class Dims:
     d_vocab_out: int
     n_ctx: int
     has_mlp: bool
+    """Whether any layer has an MLP."""
     parallel: bool
     """Attention and MLP of a layer both read the layer's input (GPT-NeoX)."""
     causal: bool
+    layers: tuple[LayerDims, ...] = ()
+    """Layer by layer, if they differ; empty: all have `n_heads` heads, and an MLP if `has_mlp`."""
+
+    def layer(self, number: int) -> LayerDims:
+        """What a layer has."""
+        return self.layers[number] if self.layers else LayerDims(self.n_heads, self.n_kv_heads, False, self.has_mlp)
+
+    @property
+    def mlp_layers(self) -> tuple[int, ...]:
+        """The layers with an MLP."""
+        return tuple(layer for layer in range(self.n_layers) if self.layer(layer).mlp)
+
+    @property
+    def head_layers(self) -> tuple[int, ...]:
+        """The layers with heads."""
+        return tuple(layer for layer in range(self.n_layers) if self.layer(layer).n_heads)
+
+    def mlp_reads_input(self, layer: int) -> bool:
+        """Whether the MLP of a layer reads the layer's input: beside the attention, or because nothing is before it."""
+        own = self.layer(layer)
+        return self.parallel or not (own.n_heads or own.mixer)
 
 
 @dataclass(frozen=True)
@@ -49,6 +92,35 @@ class AttentionMaps:
     b_O: Tensor | None
     post: Norm
     """The post-norm; or the constant by which the output is multiplied (Granite), as a norm of kind `none`."""
+
+
+@dataclass(frozen=True)
+class MixerMaps:
+    """What is known of a part that mixes tokens and is read as a whole: the norm before it, and what comes after it."""
+
+    norm: Norm
+    post: Norm
+    """A post-norm, a constant multiplier (as a norm of kind `none`), or nothing."""
+
+
+@dataclass(frozen=True)
+class Attentions:
+    """The attention of every layer; one without heads is refused by name when it is asked for."""
+
+    maps: tuple[AttentionMaps | None, ...]
+
+    def __getitem__(self, layer: int) -> AttentionMaps:
+        found = self.maps[layer]
+        if found is None:
+            raise UnsupportedError(
+                f"Layer {layer} of this model has no heads (what mixes tokens there is one node, 'a{layer}'); take a "
+                "method or analysis that does not go through single heads, such as 'eap-ig'."
+            )
+        return found
+
+    def until(self, layer: int) -> Attentions:
+        """Those of the layers before this one."""
+        return Attentions(self.maps[:layer])
 
 
 @dataclass(frozen=True)
@@ -89,7 +161,7 @@ class Layout:
     """Read and write maps of one model. All maps work in the dtype of their argument."""
 
     dims: Dims
-    attention: tuple[AttentionMaps, ...]
+    attention: Attentions
     mlp_norm: tuple[Norm | None, ...]
     mlp_maps: tuple[MlpMaps | None, ...]
     """None for a layer without an MLP, or with one that is not a pair of matrices (a mixture of experts)."""
@@ -100,6 +172,15 @@ class Layout:
     """Times the constant that scales the logits (Cohere, Granite), in which case it is a copy."""
     b_U: Float[Tensor, " d_vocab"] | None
     soft_cap: float | None
+    mixers: tuple[MixerMaps | None, ...] = ()
+    """Layer by layer, what takes the place of heads; empty: nothing does in any layer."""
+
+    def mixer(self, layer: int) -> MixerMaps:
+        """What takes the place of heads in a layer. Raises UnsupportedError for a layer with heads."""
+        found = self.mixers[layer] if self.mixers else None
+        if found is None:
+            raise UnsupportedError(f"Nothing takes the place of attention in layer {layer}.")
+        return found
 
     def read_heads(
         self, layer: int, channel: str, resid: Float[Tensor, "head *axes d_model"]
@@ -126,6 +207,10 @@ class Layout:
         if maps.norm.weight is not None:
             weight = weight * maps.norm.weight.to(dtype)[:, None]
         return weight, constant
+
+    def read_mixer(self, layer: int, resid: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
+        """The input of what takes the place of heads. Raises UnsupportedError for a layer with heads."""
+        return self.mixer(layer).norm(resid)
 
     def read_mlp(self, layer: int, resid: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
         """The MLP's input after its norm. Raises UnsupportedError for a layer without an MLP."""
@@ -227,7 +312,7 @@ def _norm_of(block: Any, name: str, label: str, like: Tensor, d_model: int) -> N
 
 def _post_of(block: Any, name: str, label: str, like: Tensor, d_model: int) -> Norm:
     """The norm after a part of a layer, or the constant by which its output is multiplied."""
-    factor = float(getattr(block, "residual_contribution_scale", 1.0))
+    factor = factor_of(block)
     if factor == 1.0:
         return _norm_of(block, name, label, like, d_model)
     if getattr(block, name, None) is not None:
@@ -250,8 +335,18 @@ def _scaled(tensor: Tensor | None, factor: float) -> Tensor | None:
     return tensor if tensor is None or abs(factor - 1) < 1e-9 else tensor * factor
 
 
-def _mlp_maps(block: Any, post: Norm) -> MlpMaps | None:
-    mlp = getattr(block, "mlp", None)
+def _attention_maps(attn: Any, norm: Norm, post: Norm) -> AttentionMaps:
+    return AttentionMaps(
+        norm=norm,
+        W={"q": attn.W_Q.detach(), "k": attn.W_K.detach(), "v": attn.W_V.detach()},
+        b={"q": _detached(attn.b_Q), "k": _detached(attn.b_K), "v": _detached(attn.b_V)},
+        W_O=attn.W_O.detach(),
+        b_O=_detached(attn.b_O),
+        post=post,
+    )
+
+
+def _mlp_maps(mlp: Any, post: Norm) -> MlpMaps | None:
     parts = {name: getattr(mlp, name, None) for name in ("W_in", "b_in", "W_gate", "b_gate", "W_out", "b_out")}
     if any(part is not None and not isinstance(part, Tensor) for part in parts.values()):
         return None
@@ -272,62 +367,70 @@ def build_layout(bridge: Any) -> Layout:
     if blocks is None or len(blocks) == 0:
         raise UnsupportedError(f"{cfg.architecture} has no single stack of layers; only decoder stacks are supported.")
     like = next(p for p in bridge.original_model.parameters() if p.is_floating_point())
-    d_model, n_heads = int(cfg.d_model), int(cfg.n_heads)
-    n_kv_heads = int(getattr(cfg, "n_key_value_heads", None) or n_heads)
-    attention: list[AttentionMaps] = []
+    d_model = int(cfg.d_model)
+    attention: list[AttentionMaps | None] = []
+    mixers: list[MixerMaps | None] = []
     mlp_norms: list[Norm | None] = []
     mlp_maps: list[MlpMaps | None] = []
     mlp_posts: list[Norm] = []
     parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
     for layer, block in enumerate(blocks):
-        attn = getattr(block, "attn", None)
-        if attn is None or not all(hasattr(attn, part) for part in ("q", "k", "v", "o")):
-            raise UnsupportedError(f"Layer {layer} of {cfg.architecture} has no q, k, v, o attention.")
         label = f"blocks.{layer}"
-        attention.append(
-            AttentionMaps(
-                norm=_norm_of(block, "ln1", f"{label}.ln1", like, d_model),
-                W={"q": attn.W_Q.detach(), "k": attn.W_K.detach(), "v": attn.W_V.detach()},
-                b={"q": _detached(attn.b_Q), "k": _detached(attn.b_K), "v": _detached(attn.b_V)},
-                W_O=attn.W_O.detach(),
-                b_O=_detached(attn.b_O),
-                post=_post_of(block, "ln1_post", f"{label}.ln1_post", like, d_model),
-            )
-        )
-        if attention[-1].post.kind != "none" and attention[-1].b_O is not None and bool(attention[-1].b_O.any()):
+        before = _norm_of(block, norm_of(block), f"{label}.{norm_of(block)}", like, d_model)
+        after = _post_of(block, "ln1_post", f"{label}.ln1_post", like, d_model)
+        attn = attention_of(block)
+        attention.append(None if attn is None else _attention_maps(attn, before, after))
+        mixers.append(MixerMaps(before, after) if mixer_of(block) else None)
+        own = attention[-1]
+        if own is not None and own.post.kind != "none" and own.b_O is not None and bool(own.b_O.any()):
             raise UnsupportedError(
                 f"Layer {layer} of {cfg.architecture} has an output bias under a post-norm: what the bias writes "
                 "depends on the prompt but does not belong to any head, so edges cannot be exact."
             )
-        has_mlp = getattr(block, "mlp", None) is not None
-        # In a parallel layer without a second norm the MLP reads what the attention reads (GPT-J, Phi, Cohere).
-        shared = parallel and getattr(block, "ln2", None) is None
-        own = attention[-1].norm if shared else _norm_of(block, "ln2", f"{label}.ln2", like, d_model)
-        mlp_norms.append(own if has_mlp else None)
+        # In a parallel layer without a second norm the MLP reads what the attention reads (GPT-J, Phi, Cohere), and so
+        # does an MLP that is all that a layer has.
+        alone = own is None and mixers[-1] is None
+        shared = (parallel and getattr(block, "ln2", None) is None) or alone
+        norm = before if shared else _norm_of(block, "ln2", f"{label}.ln2", like, d_model)
+        mlp = mlp_of(block)
+        mlp_norms.append(norm if mlp else None)
         mlp_posts.append(_post_of(block, "ln2_post", f"{label}.ln2_post", like, d_model))
-        mlp_maps.append(_mlp_maps(block, mlp_posts[-1]))
+        mlp_maps.append(_mlp_maps(getattr(block, mlp or "mlp", None), mlp_posts[-1]))
+    if not any(attention) and not any(mixers):
+        raise UnsupportedError(f"No layer of {cfg.architecture} has attention, or anything known in its place.")
     soft_cap = float(cap) if (cap := getattr(cfg, "output_logits_soft_cap", None)) and cap > 0 else None
     factor = _logit_scale(bridge, soft_cap)
     W_U, b_U = _scaled(bridge.W_U.detach(), factor), _scaled(_detached(getattr(bridge, "b_U", None)), factor)
     assert W_U is not None
+    layers = tuple(
+        LayerDims(
+            0 if maps is None else len(maps.W["q"]),
+            0 if maps is None else len(maps.W["k"]),
+            mixer is not None,
+            norm is not None,
+        )
+        for maps, mixer, norm in zip(attention, mixers, mlp_norms, strict=True)
+    )
+    hybrid = len(set(layers)) > 1 or any(mixers)
+    n_heads = max(layer.n_heads for layer in layers) if hybrid else int(cfg.n_heads)
+    n_kv_heads = max(layer.n_kv_heads for layer in layers) if hybrid else getattr(cfg, "n_key_value_heads", None)
     dims = Dims(
         n_layers=len(blocks),
         n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
+        n_kv_heads=int(n_kv_heads or n_heads),
         d_model=d_model,
-        d_head=int(attention[0].W["q"].shape[-1]),
+        d_head=max((int(maps.W["q"].shape[-1]) for maps in attention if maps is not None), default=0),
         d_vocab=int(cfg.d_vocab),
         d_vocab_out=int(W_U.shape[1]),
         n_ctx=int(cfg.n_ctx),
-        has_mlp=all(norm is not None for norm in mlp_norms),
+        has_mlp=any(norm is not None for norm in mlp_norms),
         parallel=parallel,
         causal=str(getattr(cfg, "attention_dir", "causal")) == "causal",
+        layers=layers if hybrid else (),
     )
-    if not dims.has_mlp and any(norm is not None for norm in mlp_norms):
-        raise UnsupportedError(f"{cfg.architecture} has an MLP in some layers only; give a model with all or none.")
     return Layout(
         dims=dims,
-        attention=tuple(attention),
+        attention=Attentions(tuple(attention)),
         mlp_norm=tuple(mlp_norms),
         mlp_maps=tuple(mlp_maps),
         mlp_post=tuple(mlp_posts),
@@ -335,4 +438,5 @@ def build_layout(bridge: Any) -> Layout:
         W_U=W_U,
         b_U=b_U,
         soft_cap=soft_cap,
+        mixers=tuple(mixers) if any(mixers) else (),
     )

@@ -25,6 +25,7 @@ from mechinterp.models.layout import MlpMaps, build_layout
 from mechinterp.models.refusal import refusing
 from mechinterp.models.sites import Site
 
+HEAD_SITES = ("q", "k", "v", "scores", "pattern", "z")
 NEEDED = ("resid_pre", "q", "k", "v", "z")
 """The sites that every engine needs."""
 
@@ -95,8 +96,11 @@ def probe(model: Any) -> dict[Site, str]:
 
 
 def _check_needed(model: Any, refused: Mapping[Site, str]) -> None:
-    kinds = (*NEEDED, "mlp_in", "mlp_out") if model.dims.has_mlp else NEEDED
-    sites = [Site(kind, layer) for layer in range(model.dims.n_layers) for kind in kinds]
+    sites: list[Site] = []
+    for layer in range(model.dims.n_layers):
+        own = model.dims.layer(layer)
+        kinds = NEEDED if own.n_heads else (NEEDED[0], "attn_in", "attn_raw") * own.mixer
+        sites += [Site(kind, layer) for kind in (*kinds, *("mlp_in", "mlp_out") * own.mlp)]
     for site in (*sites, Site("resid_final")):
         if site in refused or not model.has(site):
             raise UnsupportedError(
@@ -128,7 +132,7 @@ def probe_branches(model: Any) -> dict[str, str]:
 
     An edit of `resid_mid` must reach the output of the layer: output = stream + MLP. One forward on 2 x 4 tokens.
     """
-    layers = range(model.dims.n_layers if model.dims.has_mlp else 0)
+    layers = model.dims.mlp_layers
     kinds = ("resid_mid", "mlp_out", "resid_post")
     layers = [layer for layer in layers if all(model.has(Site(kind, layer)) for kind in kinds)]
     tokens = torch.arange(min(4, model.dims.n_ctx, model.dims.d_vocab))[None].repeat(2, 1).to(model.device)
@@ -145,6 +149,8 @@ def probe_branches(model: Any) -> dict[str, str]:
 
 def probe_past(model: Any) -> bool:
     """Whether a run that continues from a past gives the same as a whole run. Two forwards on 2 x 4 tokens."""
+    if model.dims.layers:  # the past of a layer without heads is no keys and values
+        return False
     length = min(4, model.dims.n_ctx)
     tokens = torch.randint(model.dims.d_vocab, (2, length), generator=torch.Generator().manual_seed(0))
     past = model.run(tokens, keep_past=True).past if length > 1 else None
@@ -161,7 +167,7 @@ def probe_mlps(model: Any) -> dict[int, str]:
 
     Some models keep its two matrices in the layer (OPT), some add the residual stream inside the MLP (Bloom).
     """
-    layers = range(model.dims.n_layers if model.dims.has_mlp else 0)
+    layers = model.dims.mlp_layers
     sites = [Site(kind, layer) for layer in layers for kind in ("mlp_in", "mlp_out")]
     if not all(model.has(site) for site in sites):
         return dict.fromkeys(layers, "its input or output cannot be read")
@@ -184,6 +190,7 @@ def probe_mlps(model: Any) -> dict[int, str]:
 def _check_maps(model: Any, tokens: Tensor, plain: Tensor, refused: dict[Site, str]) -> None:
     """Compares every read and write map of the layout with the values of a run."""
     kinds = ("resid_pre", "q", "k", "v", "z", "mlp_in", "mlp_post", "mlp_out", "resid_post", "resid_final")
+    kinds += ("attn_in", "attn_raw", "attn_out") * bool(model.layout.mixers)
     run = model.run(tokens, record=[s for s in model.sites() if s.kind in kinds and s not in refused])
     layout, dims = model.layout, model.dims
 
@@ -202,15 +209,20 @@ def _check_maps(model: Any, tokens: Tensor, plain: Tensor, refused: dict[Site, s
             )
 
     for layer in range(dims.n_layers):
-        resid = run.values[Site("resid_pre", layer)]
-        for channel, heads in (("q", dims.n_heads), ("k", dims.n_kv_heads), ("v", dims.n_kv_heads)):
-            read = layout.read_heads(layer, channel, resid.expand(heads, *resid.shape))
-            check(f"{channel} of layer {layer}", read.movedim(0, 2), run.values[Site(channel, layer)])
-        z = run.values[Site("z", layer)]
-        attention = layout.head_writes(layer, z).sum(0)
-        bias = layout.attention_bias(layer, z)
-        middle = resid + (attention if bias is None else attention + bias)
-        _check_layer(model, run, layer, resid, middle, check)
+        resid, own, middle = run.values[Site("resid_pre", layer)], dims.layer(layer), None
+        if own.n_heads:
+            for channel, heads in (("q", own.n_heads), ("k", own.n_kv_heads), ("v", own.n_kv_heads)):
+                read = layout.read_heads(layer, channel, resid.expand(heads, *resid.shape))
+                check(f"{channel} of layer {layer}", read.movedim(0, 2), run.values[Site(channel, layer)])
+            z = run.values[Site("z", layer)]
+            attention = layout.head_writes(layer, z).sum(0)
+            bias = layout.attention_bias(layer, z)
+            middle = resid + (attention if bias is None else attention + bias)
+        elif own.mixer:
+            given = run.values[Site("attn_in", layer)]
+            check(f"the input of what mixes tokens in layer {layer}", layout.read_mixer(layer, resid), given)
+            middle = resid + layout.mixer(layer).post(run.values[Site("attn_raw", layer)])
+        _check_layer(model, run, layer, resid, resid if middle is None else middle, check)
     final = run.values[Site("resid_final")]
     check("the unembedding", layout.unembed(final), plain)
 
@@ -221,17 +233,24 @@ def _check_readers(model: Any, tokens: Tensor, refused: dict[Site, str]) -> None
     With these inputs from another prompt, they must write what they write on that prompt. A gate that also reads the
     stream (AFMoE) would not follow, and would be missing from every circuit.
     """
-    kinds = ["q", "k", "v"] + ["mlp_in"] * model.dims.has_mlp
-    layers = range(model.dims.n_layers)
-    given = [site for kind in kinds for layer in layers if (site := Site(kind, layer)) not in refused]
-    written = [Site(kind, layer) for layer in layers for kind in ("z", "mlp_out") if model.has(Site(kind, layer))]
+    given: list[Site] = []
+    written: list[Site] = []
+    for layer in range(model.dims.n_layers):
+        own = model.dims.layer(layer)
+        kinds = ("q", "k", "v") if own.n_heads else ("attn_in",) * own.mixer
+        given += [Site(kind, layer) for kind in (*kinds, *("mlp_in",) * own.mlp)]
+        kinds = ("z",) if own.n_heads else ("attn_raw",) * own.mixer
+        written += [site for kind in (*kinds, "mlp_out") if model.has(site := Site(kind, layer))]
+    given = [site for site in given if site not in refused]
     other = model.run((tokens + 1) % model.dims.d_vocab, record=[*given, *written]).values
     got = model.run(tokens, record=written, interventions={site: other[site] for site in given}).values
     for site in written:
         worst = float((got[site].float() - other[site].float()).abs().max())
         size = float(other[site].float().abs().max()) + 1e-6
         if not worst / size < (1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2):
-            what, reads = ("heads", "queries, keys and values") if site.kind == "z" else ("MLP", "input")
+            what, reads = {"z": ("heads", "queries, keys and values"), "mlp_out": ("MLP", "input")}.get(
+                site.kind, ("part that mixes tokens", "input")
+            )
             raise UnsupportedError(
                 f"{model.info.architecture}: the {what} of layer {site.layer} also read the residual stream other than "
                 f"through their {reads} (is there a gate?; off by {worst / size:.2g} of its size); edges cannot be "
@@ -242,10 +261,10 @@ def _check_readers(model: Any, tokens: Tensor, refused: dict[Site, str]) -> None
 def _check_layer(model: Any, run: Any, layer: int, resid: Tensor, middle: Tensor, check: Check) -> None:
     dims, layout = model.dims, model.layout
     after = Site("resid_post", layer) if model.has(Site("resid_post", layer)) else Site("resid_final")
-    if not dims.has_mlp:
+    if not dims.layer(layer).mlp:
         check(f"the residual stream after layer {layer}", middle, run.values[after])
         return
-    mlp_input = resid if dims.parallel else middle
+    mlp_input = resid if dims.mlp_reads_input(layer) else middle
     check(
         f"the MLP input of layer {layer}",
         layout.read_mlp(layer, mlp_input),
@@ -305,6 +324,12 @@ def probe_sites(model: Any) -> dict[Site, str]:
             known.add(site)
         else:
             refused[site] = f"its value is not {what}"
+    refused |= {
+        site: "what mixes tokens in this layer is read as a whole: its heads cannot be told apart exactly"
+        for site in values
+        if site.kind in HEAD_SITES and not model.dims.layer(site.layer).n_heads
+    }
+    known |= {site for site in values if site.kind in ("attn_raw", "attn_out") and model.dims.layer(site.layer).mixer}
     known |= {s for s in values if s.kind == "mlp_post" and model.layout.mlp_maps[s.layer] is not None}
     for site in values:
         if site not in known and site not in refused and (twin := _twin(site, values)) is not None:
@@ -312,7 +337,7 @@ def probe_sites(model: Any) -> dict[Site, str]:
                 f"its value is bit for bit that of '{twin}', so it is another name for the same value, not "
                 f"{_MEANING.get(site.kind, site.kind)}"
             )
-    for layer in range(model.dims.n_layers if model.dims.has_mlp else 0):
+    for layer in model.dims.mlp_layers:
         pre, up, post = (Site(kind, layer) for kind in ("mlp_pre", "mlp_up", "mlp_post"))
         if pre in values and post in values and not refused.keys() & {pre, post}:
             why = _not_pointwise(model, tokens, values, layer)
@@ -346,20 +371,23 @@ def _definitions(model: Any, values: Mapping[Site, Tensor]) -> Iterator[Definiti
     layout, dims = model.layout, model.dims
     for layer in range(dims.n_layers):
         here = {site.kind: value for site, value in values.items() if site.layer == layer}
-        maps, mlp, resid = layout.attention[layer], layout.mlp_maps[layer], here["resid_pre"]
-        heads = layout.attention_total(layer, here["z"])
-        given: dict[str, tuple[str, Tensor]] = {
-            "attn_in": ("the norm of 'resid_pre'", maps.norm(resid)),
-            "attn_raw": ("the sum of the heads", heads),
-            "attn_out": ("what the heads add to the residual stream", maps.post(heads)),
-        }
-        if not dims.parallel:
-            given["resid_mid"] = ("'resid_pre' + 'attn_out'", resid + maps.post(heads))
+        own, mlp, resid = dims.layer(layer), layout.mlp_maps[layer], here["resid_pre"]
+        given: dict[str, tuple[str, Tensor]] = {}
+        maps, total = None, None
+        if own.n_heads:
+            maps, total = layout.attention[layer], layout.attention_total(layer, here["z"])
+            given["attn_raw"] = ("the sum of the heads", total)
+            given["attn_out"] = ("what the heads add to the residual stream", maps.post(total))
+        elif own.mixer:
+            maps, total = layout.mixer(layer), here["attn_raw"]
+        if maps is not None and total is not None:
+            given["attn_in"] = ("the norm of 'resid_pre'", maps.norm(resid))
+            if not dims.parallel:
+                given["resid_mid"] = ("'resid_pre' + 'attn_out'", resid + maps.post(total))
         if mlp is not None and "mlp_in" in here:
             up = _linear(here["mlp_in"], mlp.W_in, mlp.b_in)
             given["mlp_up"] = ("the product of its weights and 'mlp_in'", up)
-            bias = getattr(model.bridge.blocks[layer].mlp, "b_gate", None)
-            first = up if mlp.W_gate is None else _linear(here["mlp_in"], mlp.W_gate, bias)
+            first = up if mlp.W_gate is None else _linear(here["mlp_in"], mlp.W_gate, mlp.b_gate)
             given["mlp_pre"] = ("the product of its weights and 'mlp_in'", first)
         if "mlp_in" in here:
             given["router_in"] = ("the MLP's input", here["mlp_in"])
@@ -370,8 +398,8 @@ def _definitions(model: Any, values: Mapping[Site, Tensor]) -> Iterator[Definiti
             with torch.no_grad():
                 normed = post(here["mlp_raw"])
             yield Site("mlp_raw", layer), "the input of the norm after the MLP", normed, here["mlp_out"]
-        if "pattern" in here:
-            v = here["v"].repeat_interleave(dims.n_heads // dims.n_kv_heads, 2).to(here["pattern"])
+        if "pattern" in here and own.n_heads:
+            v = here["v"].repeat_interleave(own.n_heads // own.n_kv_heads, 2).to(here["pattern"])
             mixed = einsum(here["pattern"], v, "batch head query key, batch key head d -> batch query head d")
             yield Site("pattern", layer), "the weights of the values 'v' in 'z'", mixed, here["z"]
     if Site("final_norm") in values:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mechinterp.base.errors import UnsupportedError
+from mechinterp.models.block_parts import mlp_of
 from mechinterp.models.layout import MlpMaps
 
 
@@ -19,7 +20,7 @@ def run_mlp(block: Any, maps: MlpMaps | None, mlp_in: Tensor) -> Tensor:
     return their routing (GPT-OSS, Llama 4), which is ignored. If the MLP is not a module and its matrices belong to
     the layer (OPT), the output is computed from them.
     """
-    mlp = block.mlp
+    mlp = getattr(block, mlp_of(block))
     if getattr(mlp, "name", "mlp") is None:
         if maps is None or maps.activation is None:
             raise UnsupportedError("it is not a module, and its activation function is unknown")

@@ -42,9 +42,10 @@ LAYER_SITES = (
 )
 """Sites of one layer. `attn_in` and `mlp_in` are after the norm; `attn_out` and `mlp_out` are what is added to
 the residual stream (after a post-norm where the model has one; `attn_raw` and `mlp_raw` are before it, and exist only
-there); `q`, `k` are before any rotation. `router_in` is what the router of a mixture of experts reads, by itself.
-`mlp_pre` is the input of the activation function, `mlp_up` the factor by which a gated MLP multiplies its output,
-`mlp_post` the product (the neurons)."""
+there; in a layer without heads `attn_in` and `attn_raw` are what takes their place reads and writes); `q`, `k` are
+before any rotation. `router_in` is what the router of a mixture of experts reads, by itself. `mlp_pre` is the input of
+the activation function, `mlp_up` the factor by which a gated MLP multiplies its output, `mlp_post` the product (the
+neurons)."""
 
 
 @dataclass(frozen=True, order=True)
@@ -121,8 +122,8 @@ class Address:
     """A name taken apart: `a9.h9<q>@S2`, `m3.f17`, `resid_pre.5`.
 
     Args:
-        kind: `head`, `kv_head`, `attention` (`a9`), `mlp`, `neuron`, `expert` (`m3.e5`), `feature`, `error` (`m3.err`),
-            `input`, `embed`, `pos_embed`, `logits` or `site`.
+        kind: `head`, `kv_head`, `attention` (`a9`; also what takes its place), `mlp`, `neuron`, `expert` (`m3.e5`),
+            `feature`, `error` (`m3.err`), `input`, `embed`, `pos_embed`, `logits` or `site`.
         layer: The layer; -1 where the name has none.
         number: The number of the head, neuron, expert or feature; -1 for the others.
         base: Of a feature or an error, the name of its basis; of a site, its name.

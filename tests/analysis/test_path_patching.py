@@ -153,7 +153,7 @@ def test_recomputed_mlps_equal_a_frozen_run_to_inner_receivers(name: str) -> Non
 @pytest.mark.parametrize("name", [name for name in EVERY if name != "gemma2"])
 def test_positions_of_senders_and_receivers_equal_runs_with_all_writes_frozen(name: str) -> None:
     model, examples = tiny(name), pairs(3, 6, padded=True, positions={"S": [5, 2, 3], "T": [3, 4, 3]})
-    assert all(maps.post.kind == "none" for maps in model.layout.attention)
+    assert all(maps.post.kind == "none" for maps in model.layout.attention.maps)
     base, new, ids = both_runs(model, examples, True)
     plain = measured(model, examples, ids, [])
     grouped = model.dims.n_kv_heads < model.dims.n_heads

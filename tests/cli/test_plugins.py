@@ -82,7 +82,7 @@ def test_another_package_adds_a_method_a_metric_and_a_format(tmp_path: Path) -> 
         ["export", made, "--format", "mine-names", "--out", "names.txt"],
         ["export", made, "--format", "eap-ig-json", "--out", "graph.json"],
         ["import", "graph.json", "--format", "mine-json", "--model", str(model), "--out", "again.circuit.json"],
-        ["run", "ioi", "--method", "mine", "--set", "times=0", *small],
+        ["run", "ioi", "--method", "mine", "--set", "times=0", *small, "--force"],
     )
     assert listed[0] == 0 and not listed[3] and listed[1].count("Scores of mine (package mine_plugin)") == 2
     assert found[0] == 0, found

@@ -160,7 +160,9 @@ def test_shapes_of_the_tiny_models() -> None:
     assert tiny("gemma2").layout.soft_cap
     assert tiny("gemma2").layout.attention[0].post.kind == "rms"
     assert tiny("no-norm").layout.attention[0].norm.kind == "none"
-    assert all(len(tiny(name).layout.attention) == N_LAYERS and tiny(name).dims.n_heads == N_HEADS for name in EVERY)
+    assert all(
+        len(tiny(name).layout.attention.maps) == N_LAYERS and tiny(name).dims.n_heads == N_HEADS for name in EVERY
+    )
 
 
 # -- paths -------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node, Site
 from mechinterp.tasks.metrics import get_metric
 from mechinterp.views.plots.circuit import circuit_figure
-from tests.support.models_tiny import ALL_FLOAT64, D_MODEL, EVERY, MIXTURES, build, pairs, small_cut, tiny
+from tests.support.models_tiny import ALL_FLOAT64, D_MODEL, EVERY, HYBRIDS, MIXTURES, build, pairs, small_cut, tiny
 from tests.support.odd_models import odd
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "add-node-family.md"
@@ -93,6 +93,8 @@ def features_for(name: str, kind: str) -> dict[Any, list[int]]:
     """Features of dictionaries of every sort that the shape has."""
     model = tiny(name)
     threshold = mi.JumpRelu(torch.tensor(0.2, dtype=torch.float64))
+    if kind in ("features and neurons", "features of an MLP"):  # that may be all that a layer has
+        return {some_transcoder(1, activation=threshold): [0, 3, 4, 9]}
     if kind == "features and experts":
         return {some_transcoder(0, activation=threshold): [0, 3, 4, 9], some_sae("mlp_out.1"): [1, 10]}
     if kind == "features before a norm":  # and of what is inside an MLP or an attention
@@ -116,6 +118,7 @@ def graph_for(name: str, kind: str) -> Graph:
     if kind.startswith("features"):
         more: dict[str, Any] = {"positions": ("a", "end")} if name in ("gpt2", "llama") else {}
         more |= {"experts": True} if kind == "features and experts" else {}
+        more |= {"neurons": {tiny(name).dims.mlp_layers[-1]: [3, 8]}} if kind == "features and neurons" else {}
         return build_graph(tiny(name), features=features_for(name, kind), **more)
     options: dict[str, Any] = {
         "split input": {"split_input": True},
@@ -141,6 +144,8 @@ def cases() -> Iterator[tuple[str, str]]:
     yield from ((name, "experts") for name in MIXTURES)
     yield from ((name, "features before a norm") for name in ("gpt2", "gemma2"))
     yield "mixtral", "features and experts"
+    yield from ((name, "whole") for name in HYBRIDS)
+    yield from [("lfm2", "positions"), ("granite-hybrid", "features and neurons"), ("nemotron-h", "features of an MLP")]
 
 
 MORE = [("gpt2", "positions"), ("llama", "positions"), ("gpt2", "direction"), ("gemma2", "direction")]
@@ -228,6 +233,7 @@ def _answer_logits(model: HookManager, ids: Any, prompts: torch.Tensor) -> torch
 
 
 READING = [*((name, "whole") for name in EVERY), ("mixtral", "experts"), ("gemma2", "features before a norm")]
+READING += [(name, "whole") for name in HYBRIDS]
 READING += [(name, "features") for name in ("gpt2", "neox", "llama", "gemma2")]
 
 

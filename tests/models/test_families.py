@@ -19,6 +19,7 @@ from benchmarks.plain_hooks import PlainModel, run_plain
 from mechinterp.base.errors import UnsupportedError
 from mechinterp.graphs.graph import build_graph
 from mechinterp.models.hook_manager import HookManager, load_model
+from mechinterp.models.layout import Attentions
 from mechinterp.models.norm import Norm, measure_norm
 
 BY_LABEL = {family.label: family for family in FAMILIES}
@@ -35,8 +36,10 @@ CHOSEN = (
     "OLMo",
     "Granite",
     "GPT-OSS",
+    "Granite 4 hybrid",
+    "DeepSeek-V3",
 )
-"""One of each kind: parallel with one norm, ALiBi, multipliers, norms without weights, experts."""
+"""One of each kind: parallel with one norm, ALiBi, multipliers, norms without weights, experts, no heads."""
 
 
 @functools.cache
@@ -69,8 +72,10 @@ def test_a_wrong_map_is_seen_by_the_comparison(wrong: str) -> None:
     model, pairs = load_model(family.build()), table.random_pairs()
     layout = model.layout
     changed: dict[str, Any] = {
-        "multiplier": {"attention": tuple(replace(maps, post=Norm("none")) for maps in layout.attention)},
-        "norm": {"mlp_norm": tuple(maps.norm for maps in layout.attention)},
+        "multiplier": {
+            "attention": Attentions(tuple(replace(maps, post=Norm("none")) for maps in layout.attention.maps))
+        },
+        "norm": {"mlp_norm": tuple(maps.norm for maps in layout.attention.maps)},
         "logits": {"W_U": layout.W_U * 1.01},
     }[wrong]
     model.layout = replace(layout, **changed)

@@ -342,7 +342,6 @@ MUST_BE_REFUSED = (
     "OpenAI-GPT",
     "BERT",
     "BERT, masked",
-    "Mamba",
     "T5",
 )
 """Where a bridge or a sum that looks right is not: each was silently wrong here or would be without a check."""

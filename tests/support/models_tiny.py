@@ -28,6 +28,10 @@ rotary ones the cosines) run in float32 even when the weights are float64."""
 MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss")
 """Shapes whose MLPs are mixtures of experts."""
 
+HYBRIDS = ("lfm2", "granite-hybrid", "jamba", "nemotron-h")
+"""Shapes whose layers differ: in some a convolution or a state-space layer takes the place of heads;
+Nemotron-H has MLPs in layers of their own."""
+
 _ROTARY = {
     "hidden_size": D_MODEL,
     "num_hidden_layers": N_LAYERS,
@@ -39,6 +43,14 @@ _GROUPED = {**_ROTARY, "num_key_value_heads": 2}
 _MIXTURE = {**_GROUPED, "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
 _QWEN3_MOE = {**_GROUPED, "num_hidden_layers": 2, "head_dim": 4, "num_experts": 4, "num_experts_per_tok": 2}
 _QWEN3_MOE |= {"moe_intermediate_size": 8, "decoder_sparse_step": 1}
+_LFM2 = {**_GROUPED, "layer_types": ["conv", "full_attention", "conv"]}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4, "mamba_chunk_size": 4}
+_GRANITE_HYBRID = {**_GROUPED, **_MAMBA, "layer_types": ["mamba", "attention", "mamba"], "num_local_experts": 0}
+_GRANITE_HYBRID |= {"shared_intermediate_size": 32, "residual_multiplier": 0.5, "position_embedding_type": "nope"}
+_JAMBA = {**_GROUPED, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "use_mamba_kernels": False}
+_JAMBA |= {"mamba_d_state": 4, "mamba_dt_rank": 4, "pad_token_id": 0}
+_NEMOTRON_H = {**_GROUPED, "num_hidden_layers": 4, "layers_block_type": ["mamba", "mlp", "attention", "mlp"]}
+_NEMOTRON_H |= {"mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 1, "ssm_state_size": 4, "chunk_size": 4}
 _GPT2 = {"n_positions": N_CTX, "n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": N_HEADS}
 _GEMMA2 = {**_GROUPED, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
 
@@ -55,6 +67,14 @@ def huggingface(
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, _GROUPED),
         "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM, _MIXTURE),
         "qwen3-moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM, _QWEN3_MOE),
+        "lfm2": (transformers.Lfm2Config, transformers.Lfm2ForCausalLM, _LFM2),
+        "granite-hybrid": (
+            transformers.GraniteMoeHybridConfig,
+            transformers.GraniteMoeHybridForCausalLM,
+            _GRANITE_HYBRID,
+        ),
+        "jamba": (transformers.JambaConfig, transformers.JambaForCausalLM, _JAMBA),
+        "nemotron-h": (transformers.NemotronHConfig, transformers.NemotronHForCausalLM, _NEMOTRON_H),
         "gpt-oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM, {**_MIXTURE, "head_dim": 4}),
     }
     config_class, model_class, sizes = classes[name]

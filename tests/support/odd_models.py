@@ -84,7 +84,6 @@ REFUSED: dict[str, Built] = {
     ),
     "GPT-BigCode, all keys": ("GPTBigCodeForCausalLM", {**_S, "multi_query": False}),
     "Phi with q and k norms": ("PhiForCausalLM", {**_R, "qk_layernorm": True}),
-    "Gemma 4, two head sizes": ("Gemma4ForCausalLM", {**_GEMMA4, "global_head_dim": 16}),
     "Gemma 4, layer inputs": ("Gemma4ForCausalLM", {**_GEMMA4, "global_head_dim": 8, "hidden_size_per_layer_input": 4}),
     "OPT with projections": ("OPTForCausalLM", {**_OPT, "word_embed_proj_dim": 8}),
     "OPT, norm after": ("OPTForCausalLM", {**_OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
@@ -95,13 +94,22 @@ REFUSED: dict[str, Built] = {
         "Qwen3_5ForCausalLM",
         {**_G, **_LINEAR, "layer_types": ["linear_attention", "full_attention"]},
     ),
-    "DeepSeek-V3": ("DeepseekV3ForCausalLM", {**_ROUTED, **_LATENT, "num_key_value_heads": 4, "topk_group": 1}),
-    "JetMoE": ("JetMoeForCausalLM", {**_LOCAL, "kv_channels": 4}),
     "GPT-2, cross-attention": ("GPT2LMHeadModel", {**_S, "add_cross_attention": True}),
     "GPT-2, unscaled": ("GPT2LMHeadModel", {**_S, "scale_attn_weights": False}),
     "ModernBERT decoder": ("ModernBertDecoderForCausalLM", {**_R, "local_attention": 4}),
     "DiffLlama": ("DiffLlamaForCausalLM", _G),
-    "LFM-2, convolutions": ("Lfm2ForCausalLM", {**_G, "layer_types": ["conv", "full_attention"]}),
+    "RWKV": (
+        "RwkvForCausalLM",
+        {"hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16, "context_length": 32, **_E},
+    ),
+    "BERT": ("BertLMHeadModel", _R),
+}
+
+WHOLE: dict[str, Built] = {
+    "Gemma 4, two head sizes": (
+        "Gemma4ForCausalLM",
+        {**_GEMMA4, "global_head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "Mamba 2": (
         "Mamba2ForCausalLM",
         {
@@ -114,12 +122,20 @@ REFUSED: dict[str, Built] = {
             **_E,
         },
     ),
-    "RWKV": (
-        "RwkvForCausalLM",
-        {"hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16, "context_length": 32, **_E},
+    "JetMoE": ("JetMoeForCausalLM", {**_LOCAL, "kv_channels": 4}),
+    "DeepSeek-V3": ("DeepseekV3ForCausalLM", {**_ROUTED, **_LATENT, "num_key_value_heads": 4, "topk_group": 1}),
+    "Gemma 4, keys as values in some layers": (
+        "Gemma4ForCausalLM",
+        {
+            **_GEMMA4,
+            "global_head_dim": 8,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
     ),
-    "BERT": ("BertLMHeadModel", _R),
 }
+"""Models with layers whose attention (or what takes its place) is read as a whole."""
 
 OTHERS: dict[str, Built] = {
     "Gemma-3": ("Gemma3ForCausalLM", {**_GEMMA, "query_pre_attn_scalar": 8}),
@@ -143,7 +159,7 @@ OTHERS: dict[str, Built] = {
 
 def odd(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """The Hugging Face model of that name with random weights, in evaluation mode."""
-    architecture, settings = {**EXPERTS, **LOADS, **REFUSED, **OTHERS}[name]
+    architecture, settings = {**EXPERTS, **LOADS, **REFUSED, **WHOLE, **OTHERS}[name]
     kind = getattr(transformers, architecture)
     config = kind.config_class(**settings)
     config = config if getattr(config, "is_encoder_decoder", False) else config.get_text_config()

@@ -17,6 +17,7 @@ MAX_BYTES = 128 * 2**20
 MAX_VALUES = 2**23
 """Values in a JSON file; that file has 7 million."""
 PARALLEL = "parallel attention and MLP"
+HYBRID = "layers that differ (a hybrid model)"
 SPLIT_INPUT = "separate token and position embeddings"
 NO_MLP = "layers without an MLP"
 GROUPED = "grouped-query attention (a key or value head that several query heads share)"
@@ -57,6 +58,7 @@ def check_dims(dims: Dims, tool: str, takes: Collection[str] = ()) -> None:
         (GROUPED, dims.n_kv_heads != dims.n_heads),
         (PARALLEL, dims.parallel),
         (NO_MLP, not dims.has_mlp),
+        (HYBRID, bool(dims.layers)),
     ):
         if present and part not in takes:
             raise _unsupported(tool, part)

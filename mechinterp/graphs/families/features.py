@@ -22,6 +22,7 @@ from mechinterp.graphs.families.normed_ports import DirectionGradients, Step, di
 from mechinterp.graphs.families.write_block import LowRank
 from mechinterp.models.feature_basis import ChosenFeatures, NodeBasis
 from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.layout import Dims
 from mechinterp.models.norm import Norm
 from mechinterp.models.sites import Node, Site
 
@@ -255,7 +256,14 @@ def why_not(name: str, site: Site) -> str:
     )
 
 
-def features_of(basis: NodeBasis, numbers: Sequence[int] | None, *, parallel: bool) -> Features:
+def reads_input(site_out: Site, dims: Dims) -> bool:
+    """Whether the part that writes to a site, and what is beside it in its layer, both read the layer's input."""
+    layer = site_out.layer
+    in_model = site_out.kind in MLP and layer is not None and layer < dims.n_layers
+    return dims.mlp_reads_input(layer) if in_model and layer is not None else dims.parallel
+
+
+def features_of(basis: NodeBasis, numbers: Sequence[int] | None, dims: Dims) -> Features:
     """The features of a basis as a family; by default all of them.
 
     Raises InputError for numbers that it does not have, and a name without its layer; UnsupportedError for a basis
@@ -270,6 +278,7 @@ def features_of(basis: NodeBasis, numbers: Sequence[int] | None, *, parallel: bo
             "one place. Take one transcoder or dictionary a layer."
         )
     chosen = basis.chosen(range(basis.n_features) if numbers is None else list(numbers))
+    parallel = reads_input(basis.sites_out[0], dims)
     made = Features(basis.name, basis.sites_in[0], basis.sites_out[0], chosen.ids, basis.sha256, parallel, chosen)
     if made.of_transcoder and not basis.reads_affinely:
         raise UnsupportedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,9 +37,10 @@ def head_heatmap(scores: Scores, circuit: Circuit | None = None) -> go.Figure:
     values: list[list[float]] = []
     names: list[list[str]] = []
     for layer in range(dims.n_layers):
-        values.append([totals[row] for row in graph.cells(layer)])
-        names.append([graph.writers[row] for row in graph.cells(layer)])
-    largest = max((abs(value) for row in values for value in row), default=0.0) or 1.0
+        cells = graph.cells(layer)
+        values.append([math.nan if row is None else totals[row] for row in cells])
+        names.append(["" if row is None else graph.writers[row] for row in cells])
+    largest = max((abs(value) for row in values for value in row if not math.isnan(value)), default=0.0) or 1.0
     figure = go.Figure(
         go.Heatmap(
             z=values,

@@ -71,6 +71,7 @@ function drawHeat(place, readout, heat, choose) {
     const top = (n - 1 - layer) * tall;
     if (n <= 40 || layer % 4 === 0) svg.append(shape("text", { x: left - 6, y: top + tall / 2 + 4, "text-anchor": "end" }, String(layer)));
     row.forEach(([name, value], k) => {
+      if (!name) return;
       const group = shape("g", { "data-heat": name }), at = left + k * cell;
       group.append(
         shape("rect", { x: at, y: top, width: cell - 1, height: tall - 1, class: "ground" }),

@@ -34,14 +34,17 @@ def curve_view(document: CircuitFile) -> dict[str, Any] | None:
 
 
 def heat_view(circuit: Circuit) -> dict[str, Any] | None:
-    """For each layer the name and score of every head and the MLP, in the circuit or not; None without scores."""
+    """For each layer the name and score of every head and the MLP, in the circuit or not; None without scores.
+
+    Where a layer lacks a head or an MLP that others have, the name is "".
+    """
     if circuit.scores is None:
         return None
     graph = circuit.graph
     totals = [six_digits(value) for value in circuit.scores.by_writer().tolist()]
     rows: list[list[tuple[str, float]]] = []
     for layer in range(graph.dims.n_layers):
-        rows.append([(graph.writers[row], totals[row]) for row in graph.cells(layer)])
+        rows.append([("", 0.0) if row is None else (graph.writers[row], totals[row]) for row in graph.cells(layer)])
     columns = [str(head) for head in range(graph.dims.n_heads)] + ["MLP"] * graph.dims.has_mlp
     chosen = sorted({split_position(name)[0] for name in circuit.nodes})
     return {"rows": rows, "columns": columns, "chosen": chosen, "metric": circuit.scores.metric}

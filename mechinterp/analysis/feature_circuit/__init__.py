@@ -1,0 +1,1 @@
+"""Sparse feature circuits: which features of dictionaries, at which sites, make a behaviour together."""

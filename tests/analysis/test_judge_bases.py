@@ -1,0 +1,91 @@
+"""Bases judged by sufficiency, necessity and sparse control: what the whole state, and a perfect dictionary, reach."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+import mechinterp as mi
+from mechinterp.analysis.judge_bases import feature_weights_of, greedy_changes
+from mechinterp.base.errors import InputError
+from mechinterp.features.dictionary import sae
+from mechinterp.features.neurons import neuron_basis
+from mechinterp.features.supervised import supervised_basis
+from tests.support.models_tiny import D_MODEL, pairs, tiny
+
+TRAIN, TEST = pairs(12, seed=5), pairs(4)
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_whole_state_is_sufficient_necessary_and_in_control():
+    basis = neuron_basis("resid_pre.1", D_MODEL, label="every coordinate")
+    found = mi.judge_bases(tiny("gpt2"), TRAIN, TEST, basis, changes=(1, D_MODEL), controls=("pca", "random"))
+    rows = found.frame.set_index("basis")
+    whole = rows.loc["every coordinate"]
+    for column in ("sufficiency", "necessity", f"control@{D_MODEL}"):
+        assert whole[column] == pytest.approx(1, abs=1e-6), column
+    assert whole["fvu"] < 1e-12 and abs(whole["control@1"] - 1) > 1e-3
+    assert rows.loc["pca", "features"] == D_MODEL and rows.loc["pca", "sufficiency"] == pytest.approx(1, abs=1e-6)
+
+
+def test_a_dictionary_that_writes_nothing_is_worth_nothing():
+    model = tiny("gpt2")
+    states = [model.run(t, record=["resid_pre.1"]).values["resid_pre.1"][:, -1] for t in (TRAIN.clean, TRAIN.corrupt)]
+    mean = torch.cat(states).mean(0)
+    nothing = sae("resid_pre.1", 0 * drawn(D_MODEL, 3), 0 * drawn(3, D_MODEL), b_dec=mean)
+    row = mi.judge_bases(model, TRAIN, TEST, nothing, controls=()).frame.iloc[0]
+    assert row["sufficiency"] == pytest.approx(0, abs=1e-9) and row["necessity"] == pytest.approx(0, abs=1e-9)
+    assert row["control@16"] == pytest.approx(0, abs=1e-9) and row["active"] == 0
+
+
+def test_a_supervised_dictionary_changes_one_attribute_with_two_features():
+    """Additive states: the old value off and the new one on is the other state, and no other feature helps."""
+    directions = {name: drawn(4, 9, seed=i) for i, name in enumerate(("who", "where"))}
+    labels = {"who": [f"w{i % 4}" for i in range(16)], "where": [f"p{i // 4}" for i in range(16)]}
+    states = torch.stack([directions["who"][i % 4] + directions["where"][i // 4] for i in range(16)]) + 2
+    basis = supervised_basis("resid_pre.1", states, labels)
+    x, other = states[:4], states[4:8]  # the same people elsewhere
+    code, there = basis.encode(x).values, basis.encode(other).values
+    for row, ids in enumerate(greedy_changes(basis, code, there, other - x, 5)):
+        assert sorted(ids) == sorted([basis.feature("where", "p0"), basis.feature("where", "p1")]), row
+        values = code[row].clone()
+        values[ids] = there[row][ids]
+        torch.testing.assert_close(values @ basis.writes(), other[row] - basis.b_dec)
+
+
+def test_the_first_change_is_the_best_of_all_and_changes_never_lead_away():
+    basis = sae("resid_pre.1", drawn(9, 20), drawn(20, 9, seed=1))
+    x, other = drawn(6, 9, seed=2), drawn(6, 9, seed=3)
+    code, there = basis.encode(x).values, basis.encode(other).values
+    for row, ids in enumerate(greedy_changes(basis, code, there, other - x, 8)):
+        moves = (there - code)[row][:, None] * basis.writes()
+        distances = (other[row] - x[row] - moves).norm(dim=1)
+        assert ids[0] == int(distances.argmin()) and len(set(ids)) == len(ids)
+        left = [(other[row] - x[row] - moves[ids[:k]].sum(0)).norm() for k in range(len(ids) + 1)]
+        assert all(b < a for a, b in pairwise(left))
+
+
+def test_weights_add_up_to_1():
+    basis = sae("resid_pre.1", drawn(9, 20), drawn(20, 9, seed=1))
+    values = basis.encode(drawn(6, 9, seed=2)).values
+    weights = feature_weights_of(basis, values, values @ basis.writes())
+    torch.testing.assert_close(weights.sum(1), torch.ones(6, dtype=torch.float64))
+
+
+def test_every_attribute_and_control_has_its_row():
+    basis = sae("resid_pre.1", drawn(D_MODEL, 10), drawn(10, D_MODEL, seed=1), label="mine")
+    labels = {"parity": [str(i % 2) for i in range(12)]}
+    tests = {"a": TEST, "b": pairs(4, seed=9)}
+    found = mi.judge_bases(tiny("gpt2"), TRAIN, tests, basis, attributes=labels, changes=(2,))
+    kinds = ["mine", "supervised", "neurons", "pca", "random"]
+    assert found.frame["basis"].tolist() == 2 * kinds and found.frame["attribute"].tolist() == ["a"] * 5 + ["b"] * 5
+    assert set(found.about) == {"a", "b"} and not found.frame.isna().any().any()
+    with pytest.raises(InputError, match="needs `attributes`"):
+        mi.judge_bases(tiny("gpt2"), TRAIN, TEST, basis)
+    with pytest.raises(InputError, match="one and the same site"):
+        mi.judge_bases(tiny("gpt2"), TRAIN, TEST, [basis, sae("resid_pre.2", drawn(D_MODEL, 3), drawn(3, D_MODEL))])
