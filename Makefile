@@ -1,4 +1,4 @@
-# make demo | test | test-fast | test-all | fuzz | lint | format | types | docs | benchmark | benchmark-gpu | real
+# make demo | test | test-fast | test-all | fuzz | lint | format | types | docs | notebooks | benchmark | benchmark-gpu | real
 # The first call makes .venv; change the interpreter with: make test PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
@@ -21,7 +21,7 @@ DEMO_CIRCUIT := $(DEMO_OUT)/ioi-bundled-mattr.circuit.json
 DEMO_REPORT := $(DEMO_OUT)/ioi-bundled-mattr.report.html
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast test-all fuzz lint format types docs benchmark benchmark-gpu real
+.PHONY: demo test test-fast test-all fuzz lint format types docs notebooks benchmark benchmark-gpu real
 
 demo: $(VENV)/.installed
 	$(BIN)/discover-circuit $(DEMO_RUN)
@@ -56,6 +56,11 @@ docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "Documentation: site/index.html (open it in a browser)"
 
+# Runs the notebooks and stores what they show; NAMES="02 05" takes some, NAMES=--check compares and stores nothing.
+notebooks: $(VENV)/.installed-dev
+	$(INSTALL) '.[dev,images]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.notebooks $(NAMES)
+
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
 
@@ -66,6 +71,7 @@ benchmark-gpu: $(VENV)/.installed-dev
 
 real: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.real
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.notebooks --check 07
 
 # An environment that is there already is kept and brought up to date.
 define ENVIRONMENT

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 from docstrings import as_markdown
+from tutorials import gallery
 
 import mechinterp
 from mechinterp.circuit_file import schema
@@ -320,6 +321,7 @@ GENERATED: dict[str, Callable[..., str]] = {
     "command-line": command_line,
     "exports": exports,
     "fields": fields,
+    "gallery": gallery,
     "imports": imports,
     "method": method,
     "methods": methods,

@@ -1,4 +1,5 @@
-"""What MkDocs calls: marks such as `<!-- generated: command-line -->` become text made from the code itself.
+"""What MkDocs calls: notebooks become pages, and marks such as `<!-- generated: command-line -->` become
+text made from the code itself.
 
 So what the pages say of commands, methods, tasks, formats and the schema cannot drift from what the package does.
 """
@@ -12,19 +13,26 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import tutorials
 from generated import GENERATED
 from make_pictures import PICTURES
 from mkdocs.structure.files import File
+from mkdocs.utils import get_relative_url
 
 from mechinterp.circuit_file.schema import json_schema
 
 MARK = re.compile(r"^<!-- (generated|picture): ([a-z-]+)(?: ([^ >]+))? -->$", re.MULTILINE)
+SHIM, OWN_SHIM = "https://unpkg.com/iframe-worker/shim", "iframe-worker.js"
 SCHEMA = "circuit-file/circuit-1.schema.json"
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the JSON Schema of circuit files to the site."""
+    """Add the JSON Schema of circuit files to the site, and the notebooks with their pictures."""
     files.append(File.generated(config, SCHEMA, content=json.dumps(json_schema(), indent=1)))
+    for path in tutorials.notebooks():
+        files.append(File.generated(config, f"tutorials/{path.stem}.md", content=tutorials.page(path)))
+        for picture in tutorials.pictures(path):
+            files.append(File.generated(config, f"tutorials/{picture.name}", content=picture.content))
     return files
 
 
@@ -38,3 +46,13 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         return GENERATED[name](*([argument] if argument else []))
 
     return MARK.sub(made, markdown)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Take the script for the search of a site that is opened as files from the site itself, not from elsewhere."""
+    return output.replace(SHIM, get_relative_url(OWN_SHIM, page.url))
+
+
+def on_post_template(output_content: str, **_: Any) -> str:
+    """The same for pages that are no Markdown (404.html)."""
+    return output_content.replace(SHIM, OWN_SHIM)

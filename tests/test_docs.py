@@ -180,3 +180,12 @@ def test_a_reader_fetches_nothing_from_elsewhere(site: Path) -> None:
 def test_nothing_is_left_unmade(site: Path) -> None:
     for page in site.rglob("*.html"):
         assert "<!-- generated" not in page.read_text(encoding="utf-8"), page.name
+
+
+def test_the_notebooks_are_pages_with_their_pictures(site: Path) -> None:
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        text = (site / "tutorials" / f"{path.stem}.html").read_text(encoding="utf-8")
+        drawn = re.findall(r'<img [^>]*src="([^"]+)"', text)
+        assert len(drawn) == path.read_text(encoding="utf-8").count('"image/png"')
+        assert all((site / "tutorials" / name).read_bytes().startswith(b"\x89PNG") for name in drawn)
+        assert ".ipynb)" not in text
