@@ -255,7 +255,7 @@ def test_pull_back_is_the_transposed_jacobian_of_read(name: str, kind: str) -> N
             first += len(ports.names)
         (expected,) = torch.autograd.grad(loss, seen)
         found = torch.empty(len(seen), 6, D_MODEL, dtype=torch.float64)
-        family.pull_back(model, [Step(values, gradients)], slice(None), found, frozen=False)
+        family.pull_back(model, [Step(values, gradients)], (slice(None), slice(None)), found, frozen=False)
         torch.testing.assert_close(found, expected.flatten(1, 2), rtol=1e-10, atol=1e-10)
 
 

@@ -73,7 +73,7 @@ def toy_document(circuit: Circuit, **changes: Any) -> CircuitFile:
             "origin": "memory",
             "weights_sha256": SHA,
             "architecture": "GPT2LMHeadModel",
-            "dims": asdict(circuit.graph.dims),
+            "dims": {name: value for name, value in asdict(circuit.graph.dims).items() if value != ()},
             "processing": "raw",
             "dtype": "float32",
             "loader": "transformer_lens 4.3.0",
