@@ -108,6 +108,7 @@ class HookManager(ReadsTexts, WeightsByName, Generates):
         self.layout: Layout
         self.refused: Mapping[Site, str] = {}
         self.branches: Mapping[str, str] = {}
+        self.coupled_heads = frozenset[int]()
         self.keeps_past, self.bound_mlps = True, dict[int, str]()
         check_model(self)
 
