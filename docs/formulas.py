@@ -27,9 +27,9 @@ def typeset(content: str) -> str:
 
 
 def as_mathml(latex: str, display: str) -> str:
-    """One formula. The converter draws a command that it does not know as its name, and a fraction of one part: errors here."""
+    """One formula. What the converter lets pass is an error here: a command that it does not know, a fraction of one part."""
     made = convert(latex, display=display)
-    for bar in ("&#x02016;", "&#x0007C;"):  # the bars of a norm or a size would stretch, each by what stands beside it
+    for bar in ("&#x02016;", "&#x0007C;"):  # each bar of a norm would stretch by what is beside it
         made = made.replace(f"<mo>{bar}</mo>", f'<mo stretchy="false">{bar}</mo>')
     for element in ElementTree.fromstring(made).iter():
         name = element.tag.rpartition("}")[2]
