@@ -27,7 +27,7 @@ def typeset(content: str) -> str:
 
 
 def as_mathml(latex: str, display: str) -> str:
-    """One formula. What the converter lets pass is an error here: a command that it does not know, a fraction of one part."""
+    """One formula. Errors that the converter lets pass are raised: an unknown command, a fraction of one part."""
     made = convert(latex, display=display)
     for bar in ("&#x02016;", "&#x0007C;"):  # each bar of a norm would stretch by what is beside it
         made = made.replace(f"<mo>{bar}</mo>", f'<mo stretchy="false">{bar}</mo>')
