@@ -1,4 +1,4 @@
-"""What MkDocs calls: notebooks become pages, and marks such as `<!-- generated: command-line -->` become
+"""What MkDocs calls: notebooks become pages, formulas MathML, and marks such as `<!-- generated: command-line -->`
 text made from the code itself.
 
 So what the pages say of commands, methods, tasks, formats and the schema cannot drift from what the package does.
@@ -14,6 +14,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import tutorials
+from formulas import typeset
 from generated import GENERATED
 from make_pictures import PICTURES
 from mkdocs.structure.files import File
@@ -46,6 +47,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         return GENERATED[name](*([argument] if argument else []))
 
     return MARK.sub(made, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Typeset the formulas of a page."""
+    return typeset(html)
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:

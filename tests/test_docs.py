@@ -144,14 +144,32 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_docstrings_become_markdown() -> None:
-    """Doctests are code, lists are lists, and `<` and `*` outside of code stay what they are."""
-    spec = importlib.util.spec_from_file_location("docstrings", ROOT / "docs" / "docstrings.py")
+def of_the_docs(name: str) -> Any:
+    """A module of docs/, which is not a package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    made = module.as_markdown("The <q> of `a<b>`:\n- 2 * 3\n\n>>> 1 + 1\n2\n\nEnd.")
+    return module
+
+
+def test_docstrings_become_markdown() -> None:
+    """Doctests are code, lists are lists, and `<` and `*` outside of code stay what they are."""
+    made = of_the_docs("docstrings").as_markdown("The <q> of `a<b>`:\n- 2 * 3\n\n>>> 1 + 1\n2\n\nEnd.")
     assert made == "The &lt;q> of `a<b>`:\n\n- 2 \\* 3\n\n\n```pycon\n>>> 1 + 1\n2\n```\n\nEnd."
+
+
+def test_a_formula_becomes_mathml_and_a_wrong_one_is_an_error() -> None:
+    """The converter itself draws an unknown command as its name, and leaves a missing part out."""
+    formulas = of_the_docs("formulas")
+    made = formulas.typeset('<p>of <span class="arithmatex">\\(x_k &lt; \\lVert y \\rVert\\)</span></p>')
+    assert made.startswith('<p>of <math xmlns="http://www.w3.org/1998/Math/MathML" display="inline">')
+    assert "<msub><mi>x</mi><mi>k</mi></msub>" in made and "&#x0003C;" in made
+    assert made.count('<mo stretchy="false">&#x02016;</mo>') == 2
+    with pytest.raises(ValueError, match=r"Unknown LaTeX command .*nosuch"):
+        formulas.as_mathml(r"\nosuch x", "block")
+    with pytest.raises(ValueError, match="mfrac needs 2 parts, and has 1"):
+        formulas.as_mathml(r"\frac{1}", "block")
 
 
 @pytest.mark.slow
@@ -177,8 +195,17 @@ def test_a_reader_fetches_nothing_from_elsewhere(site: Path) -> None:
 
 
 def test_nothing_is_left_unmade(site: Path) -> None:
+    """No mark, no formula: each `$$` pair of a page's text is a block of MathML."""
+    formulas = 0
     for page in site.rglob("*.html"):
-        assert "<!-- generated" not in page.read_text(encoding="utf-8"), page.name
+        text = page.read_text(encoding="utf-8")
+        assert "<!-- generated" not in text and "arithmatex" not in text, page.name
+        source = ROOT / "docs" / page.relative_to(site).with_suffix(".md")
+        if source.exists():
+            written = source.read_text(encoding="utf-8").count("$$")
+            assert text.count('display="block"') * 2 == written, page.name
+            formulas += written // 2
+    assert formulas >= 30
 
 
 def test_the_notebooks_are_pages_with_their_pictures(site: Path) -> None:

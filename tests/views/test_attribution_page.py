@@ -54,6 +54,14 @@ def data_of(content: str) -> Any:
     return json.loads(re.findall(r'<script type="application/json" id="data">(.*?)</script>', content)[0])
 
 
+def test_the_prompt_is_read_as_text(graph: mi.AttributionGraph) -> None:
+    """Tokens that hold their spaces are joined as they are, others by a space."""
+    assert graph.prompt == f"<bos> {PROMPT}"
+    spaced = replace(graph, words=tuple(word if word == "." else f" {word}" for word in graph.words))
+    assert spaced.prompt == f" <bos> {PROMPT}".replace(" .", ".")
+    assert repr(graph).startswith("AttributionGraph('<bos> Then Julie and ")
+
+
 def test_every_size_is_what_pruned_keeps(graph: mi.AttributionGraph, page_path: Path) -> None:
     content = page_path.read_text("utf-8")
     data = data_of(content)
