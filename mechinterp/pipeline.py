@@ -126,7 +126,7 @@ class Prepared:
     @cached_property
     def key(self) -> str:
         """A digest of everything that decides the results."""
-        return _key(self.spec, self.model, self.graph, self.examples)
+        return _key(self.spec, self.model, self.graph, self.examples, self.metric)
 
 
 def prepare(spec: RunSpec, progress: StageProgress = no_stages, given: HookManager | None = None) -> Prepared:
@@ -478,8 +478,8 @@ def tensors_of(scores: Scores) -> dict[str, Tensor]:
     return {"total": scores.total.cpu(), **costs, **samples}
 
 
-def _key(spec: RunSpec, model: HookManager, graph: Graph, examples: Examples) -> str:
-    """A digest of everything that decides the results of a run."""
+def _key(spec: RunSpec, model: HookManager, graph: Graph, examples: Examples, metric: str) -> str:
+    """A digest of everything that decides the results of a run; the metric may be that of a task file."""
     pairs = [None if some is None else some.digest() for some in (examples.train, examples.validation, examples.test)]
     parts = [
         metadata.version("mechinterp-circuits"),
@@ -487,6 +487,7 @@ def _key(spec: RunSpec, model: HookManager, graph: Graph, examples: Examples) ->
         model.info.weights_sha256(),
         graph.digest(),
         pairs,
+        metric,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

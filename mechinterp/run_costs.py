@@ -16,6 +16,7 @@ import torch
 
 from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.base.shown import Shown
+from mechinterp.discovery.ensemble import members_asked
 from mechinterp.discovery.memory import measure_memory, run_bytes
 from mechinterp.discovery.method import METHODS, Method, raw_scores
 from mechinterp.engines.edge_patching import run_edges
@@ -79,7 +80,8 @@ class DryRun(Shown):
         for stage in self.stages:
             runs = f"{stage.forwards:,} forwards, {stage.backwards:,} backwards"
             yield stage.name, f"{runs}, about {duration(stage.seconds)}"
-        yield "time", f"about {duration(self.seconds)}, without roles and report"
+        left_out = "what the notes name, roles and report" if self.notes else "roles and report"
+        yield "time", f"about {duration(self.seconds)}, without {left_out}"
         for part, size in self.bytes.items():
             yield f"memory, {part}", in_words(size)
 
@@ -142,6 +144,11 @@ def dry_run(spec: RunSpec | str, progress: StageProgress = no_stages, *, model: 
     # The clean and the corrupt prompts are run, too.
     patched = _seconds(lambda: run_edges(model, graph, some, cuts)) / (len(some) * (len(cuts) + 2))
     scoring, notes = _scoring(ready, method, patched)
+    if spec.refine is not None:
+        notes.append(
+            f"What --refine takes is not known before it is done: about a forward of each of the {len(train)} train "
+            f"pairs for every {graph.level} of the circuit, and more where several are dropped and kept in turn."
+        )
     stages = [] if scoring is None else [scoring]
     grid = len(size_grid(graph.n_units, fine=1))
     n_sizes = (
@@ -206,7 +213,7 @@ def _scoring(ready: Prepared, method: Method, patched: float) -> tuple[Stage | N
             )
             whole += took * share
         return Stage("scores", forwards, backwards, whole), []
-    if not method.additive:
+    if not method.additive and members_asked({"method": method.name, **asked}) is None:
         return None, [f"What scoring by {method.name} takes is not known before it is done."]
     found, seconds = _timed(ready, method.name, some, min(n, MEASURED))
     share = n / min(n, MEASURED) * times

@@ -341,6 +341,17 @@ def test_a_killed_run_does_not_score_again(spec: RunSpec, monkeypatch: pytest.Mo
     assert not [path for path in spec.out.iterdir() if path.name.startswith(".")]
 
 
+def test_what_was_measured_with_another_metric_of_a_task_file_is_not_taken_up(tmp_path: Path) -> None:
+    model, file = mi.load_model("bundled"), tmp_path / "own.yaml"
+    text = (Path(mi.__file__).parent / "tasks" / "subject_verb_agreement.yaml").read_text("utf-8")
+    keys: dict[str, str] = {}
+    for metric in ("logit_diff", "prob_diff"):
+        file.write_text(text.replace("metric: logit_diff", f"metric: {metric}"), "utf-8")
+        asked = RunSpec(str(file), method="eap", examples=4, validation_examples=4, test_examples=4, out=tmp_path)
+        keys[metric] = pipeline.prepare(asked, given=model).key
+    assert len(set(keys.values())) == 2
+
+
 def test_the_same_run_gives_the_same_bytes(made: Discovery, spec: RunSpec) -> None:
     assert made.path.read_bytes() == discover(spec).path.read_bytes()
 

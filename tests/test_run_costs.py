@@ -25,6 +25,7 @@ def spec(tmp_path: Path, **options: object) -> RunSpec:
     ("method", "settings"),
     [
         ("eap-ig", ()),
+        ("ensemble", ()),
         ("mattr", ("runs=2", "learning_steps=2", "examples=2", "drawings=1")),
     ],
 )
@@ -37,7 +38,7 @@ def test_the_runs_of_scoring_are_those_of_the_method(tmp_path: Path, method: str
     scoring = found.stages[0]
     assert (scoring.forwards, scoring.backwards) == (scores.cost["forwards"], scores.cost["backwards"])
     assert (found.n_edges, found.n_train) == (ready.graph.n_edges, 6)
-    assert ("learned masks" in found.bytes) == (method != "eap-ig")
+    assert ("learned masks" in found.bytes) == (method == "mattr")
     assert found.seconds > scoring.seconds > 0
     for part in ("graph: 479 edges (21 writers", f"scores: {scoring.forwards} forwards", "memory, total: ", "time: "):
         assert any(line.startswith(part) for line in found.lines())
@@ -48,6 +49,14 @@ def test_where_the_runs_are_not_known_a_note_says_so(tmp_path: Path) -> None:
     unknown = dry_run(spec(tmp_path, method="cd"), model=mi.load_model("bundled"))
     assert [stage.name for stage in unknown.stages] == ["size", "evaluation"]
     assert "not known" in unknown.notes[0]
+    assert any(line.startswith("time: ") and "without what the notes name" in line for line in unknown.lines())
+
+
+def test_that_refining_is_not_in_the_time_is_said(tmp_path: Path) -> None:
+    model = mi.load_model("bundled")
+    assert dry_run(spec(tmp_path, method="eap", edges=20), model=model).notes == ()
+    found = dry_run(spec(tmp_path, method="eap", edges=20, refine=0.01), model=model)
+    assert len(found.notes) == 1 and "6 train pairs for every edge" in found.notes[0]
 
 
 def test_the_command_line_says_it_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -203,8 +203,10 @@ def _from_file(
     found |= {name: Path(found[name]) for name in paths if name in found}
     sources = {name: context.get_parameter_source(name) for name in given}
     typed = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    default = {name: value for name, value in given.items() if name not in typed}
-    wrong += problems(checked({**default, **found}))
+    # What is wrong with the command line alone is not the file's mistake, and is said later.
+    kept = {name: value for name, value in found.items() if name not in overridden(typed)}
+    own = set(problems(checked(given)))
+    wrong += [problem for problem in problems(checked({**given, **kept})) if problem not in own]
     if isinstance(task := found.get("task"), str):
         try:
             check_task(task)
@@ -212,7 +214,7 @@ def _from_file(
             wrong.append(f"task: {error}")
     if wrong:
         raise wrong_file(str(file), wrong)
-    return {name: value for name, value in found.items() if name not in overridden(typed)}
+    return kept
 
 
 def _said(action: Action, values: Mapping[str, Any]) -> Action:

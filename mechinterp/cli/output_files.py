@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mechinterp.base.atomic_write import write_whole
+from mechinterp.base.errors import MechInterpError
 from mechinterp.base.plain_files import is_file, read_bounded
 from mechinterp.circuit_file.store import SUFFIX
 from mechinterp.cli.config import config_text
@@ -38,7 +39,10 @@ class ConfigFile:
     def _says_the_same(self) -> bool:
         if not is_file(self.config):
             return False
-        found = parse_yaml(read_bounded(self.config, MAX_BYTES), str(self.config))
+        try:
+            found = parse_yaml(read_bounded(self.config, MAX_BYTES), str(self.config))
+        except MechInterpError:
+            return False
         return found == parse_yaml(self.text.encode("utf-8"), str(self.config))
 
 

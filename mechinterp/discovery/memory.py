@@ -15,6 +15,7 @@ import torch
 from mechinterp.base.errors import InputError
 from mechinterp.base.peak_memory import PeakMemory
 from mechinterp.base.settings import Parameter
+from mechinterp.discovery.ensemble import NAME, parse_members
 from mechinterp.discovery.method import METHODS
 from mechinterp.engines.attribution_memory import OneExample, attribution_bytes, measure_example, weight_bytes
 from mechinterp.engines.edge_patching import WRITES_BUDGET_BYTES, run_edges
@@ -58,14 +59,15 @@ def measure_memory(
     metric = as_metric(metric)
     if not metric.differentiable or metric.needs_reference:
         metric = get_metric("logit_diff")  # what is kept does not depend on it
-    asked = {**METHODS.get(method).defaults, **settings}
+    members = _members(method, settings)
     one, masked = pairs[:1].to(model.device), None
     attribution = measure_example(model, graph, pairs, metric)
     # Half of the edges, so that every reader is computed again.
     cut = (torch.rand(graph.possible.shape, generator=torch.Generator().manual_seed(0)) < 0.5) & graph.possible
     with PeakMemory() as patched:
         run_edges(model, graph, one, cut, metric=metric)
-    if "learning_steps" in asked:
+    drawings = [int(asked["drawings"]) for asked in members if "learning_steps" in asked]
+    if drawings:
         values = corrupt_replacement(model, graph).on(one)
 
         def loss(logits: torch.Tensor) -> torch.Tensor:
@@ -74,16 +76,28 @@ def measure_memory(
         with PeakMemory() as used:
             mask_gradients(model, graph, one, cut[None].double(), values, loss)
         masked = used.peak
-    start = asked.get("warm_start")
-    points = METHODS.get(str(start)).defaults if start not in (None, "none") else asked
     return RunMemory(
         weight_bytes(model),
         attribution,
         patched.peak,
         masked,
-        int(points.get("steps", 1)),
-        int(asked.get("drawings", 1)),
+        max(map(_n_points, members)),
+        max(drawings, default=1),
     )
+
+
+def _members(method: str, settings: Mapping[str, Parameter]) -> list[Mapping[str, Parameter]]:
+    """The settings of the method, or of each member of an ensemble: they are scored one after another."""
+    asked = {**METHODS.get(method).defaults, **settings}
+    if method != NAME:
+        return [asked]
+    return [{**METHODS.get(name).defaults, **given} for name, given in parse_members(str(asked["methods"]))]
+
+
+def _n_points(asked: Mapping[str, Parameter]) -> int:
+    start = asked.get("warm_start")
+    points = METHODS.get(str(start)).defaults if start not in (None, "none") else asked
+    return int(points.get("steps", 1))
 
 
 def run_bytes(model: HookManager, graph: Graph, memory: RunMemory, batch_size: int) -> Mapping[str, int]:

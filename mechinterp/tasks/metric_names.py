@@ -20,7 +20,9 @@ METRICS: Registry[Metric] = Registry(
         "accuracy": Entry(f"{HOME}:accuracy", "right answer above every wrong one; only for evaluating"),
         "kl_to_clean": Entry(f"{HOME}:kl_to_clean", "KL(full model || circuit), needs no answers"),
         "l2_to_clean": Entry(f"{HOME}:l2_to_clean", "distance of the logits, needs no answers"),
-        "direction": Entry(f"{HOME}:direction", "reading of a direction; with `read_direction` only, from Python"),
+        "direction": Entry(
+            f"{HOME}:direction", "reading of a direction: `run --direction`, or `read_direction` in Python"
+        ),
     },
     plugins="mechinterp.metrics",
     type=f"{HOME}:Metric",

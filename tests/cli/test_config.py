@@ -74,6 +74,22 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "typed"),
+    [
+        ("level: feature", ("--features", "bundled:m1")),
+        ("neurons: 5", ("--level", "neuron")),
+        ("nodes: 5", ("--level", "node")),
+        ("refine_add: 5", ("--refine", "0.01")),
+        ("top: 5", ("--features", "bundled:m1")),
+        ("method: eap_ig", ("--method", "eap")),
+    ],
+)
+def test_what_a_file_leaves_open_may_be_on_the_command_line(text: str, typed: tuple[str, ...], tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml", f"task: ioi\n{text}\n")
+    assert RunSpec(**parsed("run", "--config", str(file), *typed).args[0]).task == "ioi"
+
+
 def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(
         tmp_path / "run.yaml",
@@ -167,6 +183,12 @@ def test_a_run_is_repeated_by_its_file_and_replaced_by_its_own_command_only(
     config.write_text(config.read_text("utf-8").replace("seed: 0", "seed: 7"), "utf-8")
     assert cli.main([*run, "--edges", "30"]) == 2
     assert f"{config} is there already" in capsys.readouterr().err
+    # So is one that can no longer be read: `--force` replaces it.
+    config.write_text("edges: [", "utf-8")
+    assert cli.main([*run, "--edges", "30"]) == 2
+    assert f"{config} is there already. Add --force" in capsys.readouterr().err
+    assert cli.main([*run, "--edges", "30", "--force"]) == 0
+    assert "edges: '30'" in config.read_text("utf-8")
 
 
 def test_a_comparison_is_repeated_by_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,6 +63,15 @@ def test_so_it_is_for_learned_masks_and_for_runs_with_edges_cut() -> None:
     assert within_a_quarter(3 * n * memory.patched, used.peak)
 
 
+def test_an_ensemble_takes_what_its_largest_member_takes() -> None:
+    model, some = build("gpt2"), pairs(2, 8)
+    graph = mi.build_graph(model)
+    one = measure_memory(model, graph, some, "logit_diff", "ensemble", {"methods": "eap,eap-ig:steps=7,relp"})
+    assert (one.n_points, one.masked, one.drawings) == (7, None, 1)
+    learned = measure_memory(model, graph, some, "logit_diff", "ensemble", {"methods": "eap,mattr:drawings=3"})
+    assert learned.masked is not None and learned.drawings == 3
+
+
 def within_a_quarter(estimate: float, measured: float) -> bool:
     return 0.75 * measured <= estimate <= 1.25 * measured
 
