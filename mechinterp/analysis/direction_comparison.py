@@ -31,7 +31,8 @@ class ComparedDirections:
 
     Args:
         grid: A Grid (of, used in, measure): cosine, accuracy, effect.
-        random: A Grid (used in): the largest size of the effect of random directions that are as long, in each place.
+        random: A Grid (of, used in): the largest size of the effect of random directions in the place `used in`, as
+            long as the direction `of`.
         directions: The direction of every place.
     """
 
@@ -64,7 +65,7 @@ def compare_directions(
     - `accuracy`: the direction of one place as a probe of the held-out values of the other, with a boundary half way
       between the classes' means there (so an offset of the streams does not count).
     - `effect`: the change of the metric on the corrupt test prompts when `strength` times the direction is added there
-      at the position. It is to be compared with `random`.
+      at the position. It is to be compared with `random`, whose directions are as long.
 
     Args:
         places: Each with its model and a site of one vector per token.
@@ -74,12 +75,12 @@ def compare_directions(
         method: See `fit_direction`.
         strength: How much is added; 1 is the distance of the classes' means where the direction is from.
         metric: For the effects; None: they are not measured (NaN).
-        controls: Random directions in each place.
+        controls: Random directions for each two places.
         seed: Of the random directions.
         batch_size: Examples at a time; by default all.
         settings: Parameters of the method.
 
-    Cost: four forwards for each place, and one for each two places and each control.
+    Cost: four forwards for each place, and for each two places 2 + `controls`.
 
     Raises InputError for fewer than two places, widths or vocabularies that differ, and pairs of `test` in `train`.
 
@@ -114,7 +115,7 @@ def compare_directions(
     if len(set(widths.values())) > 1:
         raise InputError(f"The directions have {widths} numbers; only directions of one width can be compared.")
     found = torch.full((len(names), len(names), len(MEASURES)), torch.nan, dtype=torch.float64)
-    random = torch.full((len(names),), torch.nan, dtype=torch.float64)
+    random = torch.full((len(names), len(names)), torch.nan, dtype=torch.float64)
     for i, of in enumerate(names):
         for j, used in enumerate(names):
             found[i, j, 0] = _cosine(directions[of].write, directions[used].write)
@@ -128,13 +129,13 @@ def compare_directions(
                     None,
                     positions=position,
                     metric=metric,
-                    controls=controls if i == j else 0,
+                    controls=controls,
                     seed=seed,
                     batch_size=batch_size,
                 ).at(measure="change")
                 found[i, j, 2] = swept.values[0, 0]
-                if i == j and controls:
-                    random[j] = swept.values[1:, 0].abs().max()
+                if controls:
+                    random[i, j] = swept.values[1:, 0].abs().max()
     about = {
         "method": method,
         "settings": dict(settings),
@@ -144,9 +145,11 @@ def compare_directions(
         "controls": controls,
         "seed": seed,
     }
-    cost = {"forwards": 4.0 * len(names) + (0 if metric is None else len(names) * (2 * len(names) + controls))}
+    cost = {"forwards": 4.0 * len(names) + (0 if metric is None else len(names) ** 2 * (2 + controls))}
     grid = Grid(found, {"of": names, "used in": names, "measure": MEASURES}, "value", "", about, cost)
-    return ComparedDirections(grid, Grid(random, {"used in": names}, "largest effect", "", about), directions)
+    return ComparedDirections(
+        grid, Grid(random, {"of": names, "used in": names}, "largest effect", "", about), directions
+    )
 
 
 def _moved(direction: Direction, site: Site, like: Direction) -> Direction:

@@ -26,7 +26,7 @@ from mechinterp.features.controls import coordinates, random_dictionary
 from mechinterp.features.subspaces import svd_basis
 from mechinterp.features.supervised import supervised_basis
 from mechinterp.models.components import Position, position_index
-from mechinterp.models.feature_basis import FeatureBasis
+from mechinterp.models.feature_basis import FeatureBasis, Features
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.sites import Site
 from mechinterp.tasks.own_metric import MetricLike
@@ -225,9 +225,8 @@ def _judged(
         "sufficiency": float((run(decoded).mean() - empty) / (whole - empty)),
         "necessity": float(1 - (run(mean + x - decoded).mean() - empty) / (whole - empty)),
     }
-    none = basis.decode(code.with_values(torch.zeros_like(code.values)))[site]
-    order = greedy_changes(basis, code.values, there.values, other - x, max(changes))
-    weights = feature_weights_of(basis, code.values, decoded - none)
+    order = greedy_changes(basis, code.values, there.values, in_units_of(code, other - x), max(changes))
+    weights = feature_weights_of(basis, code.values)
     for k in changes:
         values = code.values.clone()
         for i, ids in enumerate(order):
@@ -238,6 +237,11 @@ def _judged(
         changed = torch.stack([weights[i, ids[:k]].sum() for i, ids in enumerate(order)])
         row[f"weight@{k}"] = float(changed.mean())
     return row
+
+
+def in_units_of(code: Features, change: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
+    """A change of the state in the units in which features write: of each token's scale, if the input is normalised."""
+    return change / code.context.get("scale", 1)
 
 
 def greedy_changes(
@@ -277,15 +281,14 @@ def greedy_changes(
     return chosen
 
 
-def feature_weights_of(
-    basis: FeatureBasis, values: Float[Tensor, "row feature"], written: Float[Tensor, "row d"]
-) -> Float[Tensor, "row feature"]:
+def feature_weights_of(basis: FeatureBasis, values: Float[Tensor, "row feature"]) -> Float[Tensor, "row feature"]:
     """The share of every feature in what is written: f_j d_j . w / |w|^2 for w = sum_j f_j d_j; they add up to 1.
 
     Args:
         basis: The basis.
         values: The activations.
-        written: What all features write together.
     """
-    along = written @ basis.writes().to(written).T
+    directions = basis.writes().to(values)
+    written = values @ directions
+    along = written @ directions.T
     return values * along / written.square().sum(-1, keepdim=True).clamp(min=torch.finfo(written.dtype).tiny)

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.analysis.subspace import learn_subspace, subspace_interchange
+from mechinterp.base.batches import batches
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.readout import FINAL, checked_metric, metric_readout
@@ -34,6 +35,8 @@ from mechinterp.tasks.pairs import Pairs
 
 VANISHING = 1e-6
 """The length below which the part of a direction is not there."""
+FEWEST_PAIRS = 5
+"""Of which chance gets all right in less than 5 % of cases."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,13 +218,18 @@ def alignment_controls(
         random_model: The model that has learned nothing; by default this architecture with random weights.
         seed: Of the search, the labels and the weights.
         epochs: Passes over the pairs.
-        batch_size: Examples per training step.
+        batch_size: Examples per training step, and at a time.
         learning_rate: Of Adam.
 
     Cost: three times that of `learn_subspace`, and a copy of the model.
 
-    Raises what `learn_subspace` raises.
+    Raises what `learn_subspace` raises, and InputError for fewer than five pairs, which chance gets right too often.
     """
+    if min(len(train), len(test)) < FEWEST_PAIRS:
+        raise InputError(
+            f"Chance gets all of {min(len(train), len(test))} pairs right in more than 5 % of cases, so no control "
+            f"could fail; give at least {FEWEST_PAIRS} of each, better dozens."
+        )
     other = with_random_weights(model, seed=seed) if random_model is None else random_model
     settings: dict[str, Any] = {
         "position": position,
@@ -239,10 +247,19 @@ def alignment_controls(
     for name, (own, fitted, held) in searches.items():
         basis = learn_subspace(own, fitted, part, rank, seed=seed, **settings)
         width = len(basis)
-        on, off = (_accuracy(own, some, part, basis, position) for some in (fitted, held))
+        on, off = (_accuracy(own, some, part, basis, position, batch_size) for some in (fitted, held))
         rows.append({"search": name, "train": on[0], "test": off[0], "unpatched": off[1]})
-    limits = [0.5 + 1.645 * math.sqrt(0.25 / len(some)) for some in (train, test)]
+    limits = [chance_limit(len(some)) for some in (train, test)]
     return AlignmentControls(pd.DataFrame(rows), limits[0], limits[1], rank, width * rank)
+
+
+def chance_limit(n: int) -> float:
+    """The largest share of n pairs that chance (1/2 each) does not exceed in 95 % of cases, by the binomial."""
+    below, right = 0.0, -1
+    while below < 0.95:
+        right += 1
+        below += math.comb(n, right) / 2**n
+    return right / n
 
 
 def _arbitrary(pairs: Pairs, seed: int) -> Pairs:
@@ -266,23 +283,25 @@ def _arbitrary(pairs: Pairs, seed: int) -> Pairs:
 
 
 def _accuracy(
-    model: HookManager, pairs: Pairs, part: str, basis: Float[Tensor, "d rank"], position: Position
+    model: HookManager, pairs: Pairs, part: str, basis: Float[Tensor, "d rank"], position: Position, batch_size: int
 ) -> tuple[float, float]:
     """The share of pairs in which the wrong answer is above the right one (with the interchange, without it)."""
-    pairs = pairs.to(model.device)
-    site, at = parse_part(model, part).site, position_index(pairs, position)
-    rows = torch.arange(len(pairs), device=model.device)
-    source = model.run(pairs.corrupt, pairs.mask, record=[site], stop=FINAL).values[site][rows, at]
+    pairs, site = pairs.to(model.device), parse_part(model, part).site
+    metric = checked_metric(model, pairs, "logit_diff")
+    flipped = torch.zeros(2)
+    for _, batch in batches(pairs, batch_size):
+        rows, at = torch.arange(len(batch), device=model.device), position_index(batch, position)
+        source = model.run(batch.corrupt, batch.mask, record=[site], stop=FINAL).values[site][rows, at]
 
-    def exchanged(value: Tensor) -> Tensor:
-        new = value.clone()
-        new[rows, at] = interchange(value[rows, at], source, basis.to(value)).to(value)
-        return new
+        def exchanged(value: Tensor, rows: Tensor = rows, at: Tensor = at, source: Tensor = source) -> Tensor:
+            new = value.clone()
+            new[rows, at] = interchange(value[rows, at], source, basis.to(value)).to(value)
+            return new
 
-    readout = metric_readout(model, pairs, checked_metric(model, pairs, "logit_diff"))
-    found: list[float] = []
-    edits: Sequence[Sequence[Intervention]] = ([Intervention(site, exchanged)], [])
-    for several in edits:
-        run = model.run(pairs.clean, pairs.mask, interventions=several, record=[FINAL], stop=FINAL)
-        found.append(float((readout.of_resid(run.values[FINAL]) < 0).double().mean()))
-    return found[0], found[1]
+        readout = metric_readout(model, batch, metric)
+        edits: Sequence[Sequence[Intervention]] = ([Intervention(site, exchanged)], [])
+        for i, several in enumerate(edits):
+            run = model.run(batch.clean, batch.mask, interventions=several, record=[FINAL], stop=FINAL)
+            flipped[i] += int((readout.of_resid(run.values[FINAL]) < 0).sum())
+    with_it, without = (flipped / len(pairs)).tolist()
+    return with_it, without

@@ -95,9 +95,9 @@ def token_attribution(
         sites = [site for layer in range(model.dims.n_layers) for site in _sites(model, layer)]
         values = model.run(batch.clean, batch.mask, record=sites).values
         for layer in range(model.dims.n_layers):
-            weights = _weights(model, values, layer, kind) * real
-            weights = weights / weights.sum(-1, keepdim=True)
-            layers.append(weights.nan_to_num(0) @ layers[-1] if rollout and layers else weights.nan_to_num(0))
+            weights = torch.where(real, _weights(model, values, layer, kind), 0)
+            weights = torch.where(real, weights / weights.sum(-1, keepdim=True), 0)
+            layers.append(weights @ layers[-1] if rollout and layers else weights)
         found.append(torch.where(real, torch.stack(layers), torch.nan))
     labels = numbered(pairs.clean.shape[1])
     axes = {"layer": numbered(model.dims.n_layers), "pos": labels, "source": labels, "example": numbered(len(pairs))}

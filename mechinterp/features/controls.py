@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
-from mechinterp.features.activations import TopK
 from mechinterp.features.dictionary import Dictionary, sae, site_of
+from mechinterp.features.matching_pursuit import MatchingPursuit
 from mechinterp.features.neurons import Neurons, neuron_basis
 from mechinterp.models.feature_basis import BasisSource
 from mechinterp.models.sites import Site
@@ -18,19 +16,23 @@ from mechinterp.models.sites import Site
 
 def random_dictionary(
     site: str | Site, values: Float[Tensor, "n d"], n_features: int, l0: int, *, seed: int = 0, label: str = ""
-) -> Dictionary:
+) -> MatchingPursuit:
     """A dictionary of random directions: as many as another one has, and as many active per token.
 
-    Directions are drawn evenly from the sphere; the `l0` that fit an activation (less the mean) best are active, each
-    with its coordinate. What such a dictionary achieves, any dictionary of this size does.
+    Directions are drawn evenly from the sphere. They are fitted to an activation (less the mean) one after another,
+    `l0` times that which fits the rest best (matching pursuit): directions that fit an activation are similar, so
+    their coordinates, taken at once, would add up to several times of it. What such a dictionary achieves, any
+    dictionary of this size does.
 
     Args:
         site: Where.
         values: Activations there, for the mean.
         n_features: How many directions.
-        l0: How many are active per token.
+        l0: How many are active per token, at most.
         seed: Of the directions.
         label: Its name in addresses.
+
+    Cost: `l0` times the encoding of a dictionary of this size.
 
     Raises InputError for numbers below 1, or more active features than there are.
     """
@@ -39,9 +41,8 @@ def random_dictionary(
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(n_features, values.shape[1], generator=generator, dtype=torch.float64)
     rows = (rows / rows.norm(dim=1, keepdim=True)).to(values)
-    source = BasisSource(format="random", about={"seed": str(seed)})
-    made = sae(site, rows.T.contiguous(), rows, b_dec=values.mean(0), activation=TopK(l0), label=label, source=source)
-    return replace(made, subtract_b_dec=True)
+    at, source = (site_of(site),), BasisSource(format="random", about={"seed": str(seed)})
+    return MatchingPursuit(at, at, rows, values.mean(0), 0.0, l0, False, label, source)
 
 
 def whole_state(site: str | Site, d: int, *, label: str = "") -> Dictionary:

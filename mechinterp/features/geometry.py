@@ -47,7 +47,7 @@ def feature_dimensions(directions: Float[Tensor, "feature d"]) -> Float[Tensor, 
     if wide.ndim != 2:
         raise InputError(f"Directions are rows [feature, d]; got {list(wide.shape)}.")
     size = wide.square().sum(1)
-    shared = (wide @ wide.T).square().sum(0)
+    shared = ((wide @ (wide.T @ wide)) * wide).sum(1)  # sum_j (w_i . w_j)^2, without a table of all features
     return torch.where(size > 0, size.square() / torch.where(size > 0, shared, 1), 0)
 
 

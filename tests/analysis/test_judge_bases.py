@@ -94,6 +94,7 @@ def test_every_attribute_and_control_has_its_row():
 def test_a_dictionary_that_normalises_its_input_is_judged_in_its_own_units():
     """Its features write in units of each token's scale, by which its choices and shares must not change."""
     W = drawn(D_MODEL, 10)
+    W = W / W.norm(dim=0)
     normalised = sae("resid_pre.1", W, W.T.contiguous(), normalize="layer_norm", label="mine")
     x, other = drawn(4, D_MODEL, seed=2) * 7, drawn(4, D_MODEL, seed=3) * 7
     weights = feature_weights_of(normalised, normalised.encode(x).values)

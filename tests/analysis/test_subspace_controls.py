@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import mechinterp as mi
-from mechinterp.base.errors import UnsupportedError
+from mechinterp.analysis.subspace_controls import _accuracy, chance_limit
+from mechinterp.base.errors import InputError, UnsupportedError
 from tests.support.models_tiny import build, pairs, tiny
 
 PAIRS = pairs(4)
@@ -67,6 +68,23 @@ def test_the_warning_fires_on_a_search_that_fits_anything():
     rows = found.frame.set_index("search")
     assert rows.loc["arbitrary labels", "train"] > found.limit and "arbitrary labels reach" in found.warning
     assert found.parameters == 16 * 12 and "Warning" in repr(found)
+
+
+def test_the_limit_of_chance_is_that_of_the_binomial():
+    """Above it is less than a twentieth of all labellings, at it more; below five pairs nothing could be above."""
+    for n in (5, 8, 11):
+        right = torch.tensor([bin(labels).count("1") for labels in range(2**n)]) / n
+        limit = chance_limit(n)
+        assert (right > limit).double().mean() <= 0.05 < (right >= limit).double().mean() and limit < 1
+    assert chance_limit(4) == 1
+    with pytest.raises(InputError, match="at least 5 of each"):
+        mi.alignment_controls(tiny("gpt2"), pairs(4), pairs(12, seed=3), "resid_pre.1", 2)
+
+
+def test_the_accuracy_does_not_depend_on_the_batch_size():
+    model, basis = tiny("gpt2"), torch.eye(16, 3, dtype=torch.float64)
+    whole, parts = (_accuracy(model, pairs(7), "resid_pre.1", basis, -1, size) for size in (7, 3))
+    assert whole == parts and 0 < whole[1] < 1
 
 
 def test_no_warning_at_chance():

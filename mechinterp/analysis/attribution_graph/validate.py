@@ -9,6 +9,7 @@ with what the model's own gradient predicts: the limit of weak interventions, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ from mechinterp.models.sites import Site
 STEP = 0.01
 """By how much a feature is scaled up and down for edges that hold only to first order."""
 SHUFFLES = 1000
-"""How often predictions are shuffled for the control of a correlation."""
+"""How often predictions are shuffled among the features for the control of a correlation."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class GraphValidation:
         gradient: The correlation (Pearson) of the measured changes with those that the model's own gradient predicts:
             an exact account of the first order. Where it is high and `pearson` is low, the graph's assumptions are
             wrong (what is held, what transcoders miss); where both are low, the change is not linear.
-        shuffled: The 95 % quantile of the size of the correlation (Pearson) when predictions are shuffled.
+        shuffled: The 95 % quantile of the size of the correlation (Pearson) when the predictions are shuffled among the
+            features, those of one feature for all targets together: logits of several targets often move alike.
         held: What was held in the model: `nothing`, `patterns`, or `norms` (with the patterns).
         strength: The share of each feature's activation that was taken away; 1: ablated.
     """
@@ -120,10 +122,13 @@ def validate_edges(
 
     Raises InputError for another model, other transcoders, a pruned graph or a graph without features.
     """
-    if factor == 1 or n < 1:
-        raise InputError("`factor` must not be 1, and `n` at least 1.")
+    if factor is not None and (factor == 1 or not math.isfinite(factor)):
+        raise InputError(f"`factor` is a finite number other than 1; got {factor}.")
+    if n < 1:
+        raise InputError(f"`n` is at least 1; got {n}.")
     held = str(graph.about.get("held", "norms"))
-    factor = factor or (2.0 if held == "norms" else 1 + STEP)
+    if factor is None:
+        factor = 2.0 if held == "norms" else 1 + STEP
     if "pruned" in graph.about:
         raise InputError("Edges are validated in the whole graph; this one is pruned.")
     run = _frozen(model, graph, transcoders)
@@ -141,7 +146,10 @@ def validate_edges(
                 moved = (more - _readings(run, graph, held, nodes, 2 - factor)) / (2 * (factor - 1))
             edges = graph.weights[:, [graph.n_leaves + i for i in some]].T.to(moved)
             size = edges.abs().amax(1).clamp(min=1e-9)
-            worst = max(worst, float(((moved - edges).abs().amax(1) / size).max()))
+            away = float(((moved - edges).abs().amax(1) / size).max())
+            if not math.isfinite(away):
+                raise InputError("Some edges, or what readers read in these runs, are not finite.")
+            worst = max(worst, away)
     return EdgeValidation(len(chosen), len(graph.readers), factor, worst)
 
 
@@ -210,8 +218,8 @@ def validate_graph(
     )
     flat, real = predicted.flatten(), measured.flatten()
     generator = torch.Generator().manual_seed(0)
-    shuffles = torch.stack([flat[torch.randperm(len(flat), generator=generator)] for _ in range(SHUFFLES)])
-    chance = torch.stack([_correlation(row, real).abs() for row in shuffles]).quantile(0.95)
+    orders = [torch.randperm(len(chosen), generator=generator) for _ in range(SHUFFLES)]
+    chance = torch.stack([_correlation(predicted[order].flatten(), real).abs() for order in orders]).quantile(0.95)
     return GraphValidation(
         frame,
         float(_correlation(flat, real)),

@@ -166,7 +166,8 @@ def feature_circuit_curves(
 
     Every kind goes through the same code: effects on `train`, the nodes of largest effect, ablation of all others on
     `test` by means of the corrupt prompts of `train`. `neurons` are the coordinates of each site, `random` as many
-    random directions as the dictionary has with as many active per token, `state` each site as one node.
+    random directions as the dictionary has with as many active per token (`random_dictionary`), `state` each site as
+    one node.
 
     Args:
         model: The model.
