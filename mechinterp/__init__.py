@@ -132,6 +132,7 @@ if TYPE_CHECKING:
     from mechinterp.base.errors import TaskNotDone as TaskNotDone
     from mechinterp.base.errors import UnsupportedError as UnsupportedError
     from mechinterp.base.processes import torchrun_processes as torchrun_processes
+    from mechinterp.base.text_files import read_texts as read_texts
     from mechinterp.circuit_file.circuit_file import load_circuit as load_circuit
     from mechinterp.circuit_file.circuit_file import save_circuit as save_circuit
     from mechinterp.circuit_file.diff import CircuitDiff as CircuitDiff
@@ -387,6 +388,7 @@ _HOMES = {
         "UnsupportedError",
     ),
     "base.processes": ("torchrun_processes",),
+    "base.text_files": ("read_texts",),
     "circuit_file.circuit_file": ("load_circuit", "save_circuit"),
     "circuit_file.diff": ("CircuitDiff", "diff_circuits"),
     "circuit_file.formats.attribution_graphs": ("load_attribution_graph", "save_attribution_graph"),
