@@ -64,6 +64,8 @@ if TYPE_CHECKING:
     from mechinterp.analysis.feature_circuit.evaluate import FeatureFaithfulness as FeatureFaithfulness
     from mechinterp.analysis.feature_circuit.evaluate import evaluate_feature_circuit as evaluate_feature_circuit
     from mechinterp.analysis.feature_circuit.evaluate import feature_circuit_curves as feature_circuit_curves
+    from mechinterp.analysis.feature_concepts import FeatureConcepts as FeatureConcepts
+    from mechinterp.analysis.feature_concepts import feature_concepts as feature_concepts
     from mechinterp.analysis.feature_notes import FeatureNote as FeatureNote
     from mechinterp.analysis.feature_notes import feature_notes as feature_notes
     from mechinterp.analysis.feature_weights import feature_weights as feature_weights
@@ -334,6 +336,7 @@ _HOMES = {
         "evaluate_feature_circuit",
         "feature_circuit_curves",
     ),
+    "analysis.feature_concepts": ("FeatureConcepts", "feature_concepts"),
     "analysis.feature_notes": ("FeatureNote", "feature_notes"),
     "analysis.feature_weights": ("feature_weights",),
     "analysis.head_detectors": ("attention_between", "attention_to", "copying_scores", "head_scores"),

@@ -255,7 +255,7 @@ def _read(
     model: HookManager, subject: Subject, texts: Texts, n: int, batch_size: int, so_far: Examples
 ) -> tuple[Examples, list[Tensor], Float[Tensor, " d_model"] | None]:
     """(the strongest examples, the first texts, the mean write of a head)."""
-    best = [(one, one) for one in so_far.strongest]
+    best = [(one.value, -one.text, one) for one in so_far.strongest]  # of equal ones the first of the corpus stay
     heapq.heapify(best)
     read, fired, n_tokens = so_far.read, so_far.fired, so_far.tokens
     first: list[Tensor] = []
@@ -271,7 +271,7 @@ def _read(
             ids = tokens[row, : int(mask[row].sum())].tolist()
             if most > 0:
                 one = Example(most, read + row, tuple(ids[: position + 6]), position)
-                heapq.heappush(best, (one, one))
+                heapq.heappush(best, (most, -one.text, one))
                 if len(best) > n:
                     heapq.heappop(best)
             if len(first) < CHANGED:
@@ -280,7 +280,7 @@ def _read(
         fired += int(((activation != 0) & mask).sum())
     if not read:
         raise InputError("The corpus has no texts.")
-    kept = sorted((one for one, _ in best), reverse=True)
+    kept = [one for _, _, one in sorted(best, reverse=True)]
     named = [replace(one, words=words_of(model, one.ids)) for one in kept]
     return (
         Examples(subject.name, tuple(named), read, fired, n_tokens),
