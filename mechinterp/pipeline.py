@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mechinterp.analysis.directions import read_direction
+from mechinterp.base.checkpoint import Checkpoint
 from mechinterp.base.errors import InputError, MechInterpError, NoSmallCircuit, TaskNotDone
 from mechinterp.base.keep import Compute
 from mechinterp.base.progress import Progress, StageProgress, no_stages
@@ -32,7 +33,6 @@ from mechinterp.circuit_file.store import SUFFIX
 from mechinterp.circuit_file.stored import find_file
 from mechinterp.circuit_file.summary import finding, steadiness
 from mechinterp.circuit_file.verify.verification import verify as verify
-from mechinterp.discovery.checkpoint import Checkpoint
 from mechinterp.discovery.ensemble import members_asked
 from mechinterp.discovery.features import top_features
 from mechinterp.discovery.finished_parts import FinishedParts

@@ -60,11 +60,12 @@ def test_groups_are_those_of_the_given_vectors():
     assert len(asked) == 2 and ">>7<<" in asked[0]
     for cut, number in ((0.31, 2), (0.29, 1), (0.81, 3)):
         assert len(mi.feature_concepts(model, basis, 0, **keywords, similarity=cut).concepts) == number
-    for wrong, said in (
+    mistakes: list[tuple[dict[str, Any], str]] = [
         ({"embed": lambda some: given[:2]}, "a finite vector"),
         ({"texts": texts([3])}, "does not fire"),
         ({"similarity": 2.0}, "a cosine"),
         ({"concepts": 0}, "at least 1"),
-    ):
+    ]
+    for wrong, said in mistakes:
         with pytest.raises(InputError, match=said):
             mi.feature_concepts(model, basis, 0, **(keywords | wrong))
