@@ -11,10 +11,10 @@ from mechinterp.base.errors import InputError
 from mechinterp.circuit_file.direction_file import load_direction
 from mechinterp.circuit_file.direction_schema import is_direction_name, open_direction_file
 from mechinterp.circuit_file.limits import FEW
+from mechinterp.circuit_file.named_files import find_file
 from mechinterp.circuit_file.readouts import prompts_of
 from mechinterp.circuit_file.records import task_record
 from mechinterp.circuit_file.schema import FileTaskRecord, TaskRecord
-from mechinterp.circuit_file.stored import find_file
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.run_spec import RunSpec
 from mechinterp.run_spec import stem as stem
