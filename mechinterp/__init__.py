@@ -64,6 +64,8 @@ if TYPE_CHECKING:
     from mechinterp.analysis.feature_circuit.evaluate import FeatureFaithfulness as FeatureFaithfulness
     from mechinterp.analysis.feature_circuit.evaluate import evaluate_feature_circuit as evaluate_feature_circuit
     from mechinterp.analysis.feature_circuit.evaluate import feature_circuit_curves as feature_circuit_curves
+    from mechinterp.analysis.feature_concepts import FeatureConcepts as FeatureConcepts
+    from mechinterp.analysis.feature_concepts import feature_concepts as feature_concepts
     from mechinterp.analysis.feature_notes import FeatureNote as FeatureNote
     from mechinterp.analysis.feature_notes import feature_notes as feature_notes
     from mechinterp.analysis.feature_weights import feature_weights as feature_weights
@@ -132,6 +134,7 @@ if TYPE_CHECKING:
     from mechinterp.base.errors import TaskNotDone as TaskNotDone
     from mechinterp.base.errors import UnsupportedError as UnsupportedError
     from mechinterp.base.processes import torchrun_processes as torchrun_processes
+    from mechinterp.base.text_files import read_texts as read_texts
     from mechinterp.circuit_file.circuit_file import load_circuit as load_circuit
     from mechinterp.circuit_file.circuit_file import save_circuit as save_circuit
     from mechinterp.circuit_file.diff import CircuitDiff as CircuitDiff
@@ -333,6 +336,7 @@ _HOMES = {
         "evaluate_feature_circuit",
         "feature_circuit_curves",
     ),
+    "analysis.feature_concepts": ("FeatureConcepts", "feature_concepts"),
     "analysis.feature_notes": ("FeatureNote", "feature_notes"),
     "analysis.feature_weights": ("feature_weights",),
     "analysis.head_detectors": ("attention_between", "attention_to", "copying_scores", "head_scores"),
@@ -387,6 +391,7 @@ _HOMES = {
         "UnsupportedError",
     ),
     "base.processes": ("torchrun_processes",),
+    "base.text_files": ("read_texts",),
     "circuit_file.circuit_file": ("load_circuit", "save_circuit"),
     "circuit_file.diff": ("CircuitDiff", "diff_circuits"),
     "circuit_file.formats.attribution_graphs": ("load_attribution_graph", "save_attribution_graph"),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechinterp.base.checkpoint import Checkpoint
 from mechinterp.base.errors import InputError, MechInterpError, NoSmallCircuit, TaskNotDone
 from mechinterp.base.keep import Compute
 from mechinterp.base.progress import Progress, StageProgress, no_stages
@@ -27,7 +28,6 @@ from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.circuit_file.store import SUFFIX
 from mechinterp.circuit_file.summary import finding, steadiness
 from mechinterp.circuit_file.verify.verification import verify as verify
-from mechinterp.discovery.checkpoint import Checkpoint
 from mechinterp.discovery.ensemble import members_asked
 from mechinterp.discovery.features import top_features
 from mechinterp.discovery.finished_parts import FinishedParts

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mechinterp.base.checkpoint import Checkpoint, read_state, write_state
 from mechinterp.base.errors import InputError
 from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.base.shards import State, share
 from mechinterp.circuit_file.store import SUFFIX
-from mechinterp.discovery.checkpoint import Checkpoint, read_state, write_state
 from mechinterp.discovery.ensemble import members_asked
 from mechinterp.discovery.finished_parts import FinishedParts
 from mechinterp.discovery.method import METHODS

@@ -13,9 +13,10 @@ import torch
 
 import mechinterp as mi
 from mechinterp import pipeline, run_examples
+from mechinterp.base import checkpoint
 from mechinterp.base.errors import InputError, NoSmallCircuit, TaskNotDone
 from mechinterp.circuit_file.summary import steadiness
-from mechinterp.discovery import checkpoint, finished_parts
+from mechinterp.discovery import finished_parts
 from mechinterp.evaluation.sizes import CurvePoint, Levels, chosen_size, size_curve, size_grid, smallest_faithful
 from mechinterp.pipeline import Discovery, discover, output_path
 from mechinterp.run_spec import EFFORTS, RESAMPLES, RunSpec, command_of, resolved

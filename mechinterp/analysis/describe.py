@@ -13,6 +13,7 @@ a divergence of the output; here `strength` is given, by default the strongest a
 from __future__ import annotations
 
 import heapq
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,10 +23,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp.analysis.corpus_state import CorpusReader, Reached, reading_of
 from mechinterp.analysis.describe_subject import Subject, subject_of
-from mechinterp.analysis.texts import Texts, batches_of_texts, padded
+from mechinterp.analysis.texts import Texts, padded
 from mechinterp.analysis.weights import embedded, top_tokens
+from mechinterp.base.checkpoint import UNSAVED
 from mechinterp.base.errors import InputError, UnsupportedError
+from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.registry import unknown
 from mechinterp.models.feature_basis import FeatureBasis
 from mechinterp.models.hook_manager import HookManager
@@ -200,7 +204,8 @@ def describe(
     examples, first, mean = None, [], None
     if texts is not None and needs_texts:
         with Gradients(False) as off, off:
-            examples, first, mean = _read(model, found, texts, n, batch_size, Examples(found.name))
+            reader = CorpusReader(model, texts, batch_size, no_progress, UNSAVED)
+            examples, first, mean = _read(model, found, reader, n, Examples(found.name))
     if "vocab" in by:
         made = replace(made, vocab=_vocab(model, found, mean, n))
     if "examples" in by:
@@ -229,6 +234,8 @@ def strongest_examples(
     n: int = 10,
     batch_size: int = 16,
     so_far: Examples | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    progress: Progress = no_progress,
 ) -> Examples:
     """Where in a corpus a feature, neuron or head is strongest, one token per text at most.
 
@@ -241,26 +248,44 @@ def strongest_examples(
         batch_size: Texts per run.
         so_far: The examples of an earlier call on the same corpus, which was not finished: as many texts as it has read
             are skipped.
+        resume: A file for the state of the reading, written every half minute and deleted at the end. A killed call
+            goes on from it: the texts that were read are tokenised again, and must be the same ones.
+        progress: Called with the texts that are read, and how many there are (for an iterator: those read so far).
 
     Cost: one forward per text, up to the layer that is read.
+
+    Raises InputError for a state that is damaged, of another model, feature or `n`, or of another corpus.
     """
+    if so_far is not None and resume is not None:
+        raise InputError("Give `so_far` or `resume`, not both.")
+    if n < 1:
+        raise InputError(f"`n` must be at least 1; got {n}.")
     found = subject_of(model, subject, feature)
     if so_far is not None and so_far.name != found.name:
         raise InputError(f"`so_far` has examples of {so_far.name}, not of {found.name}.")
+    reader = CorpusReader(model, texts, batch_size, progress, reading_of(resume, model, [(subject, feature)], n))
+    before = reader.reached(1, n)
+    if before is not None:
+        kept = tuple(Example(*one) for one in before.kept[0])
+        examples = Examples(found.name, kept, before.read, before.fired[0], before.tokens)
+        skip = 0
+    else:
+        examples = so_far or Examples(found.name)
+        skip = examples.read
     with Gradients(False) as off, off:
-        return _read(model, found, texts, n, batch_size, so_far or Examples(found.name))[0]
+        return _read(model, found, reader, n, examples, skip)[0]
 
 
 def _read(
-    model: HookManager, subject: Subject, texts: Texts, n: int, batch_size: int, so_far: Examples
+    model: HookManager, subject: Subject, reader: CorpusReader, n: int, so_far: Examples, skip: int = 0
 ) -> tuple[Examples, list[Tensor], Float[Tensor, " d_model"] | None]:
     """(the strongest examples, the first texts, the mean write of a head)."""
-    best = [(one, one) for one in so_far.strongest]
+    best = [(one.value, -one.text, one) for one in so_far.strongest]  # of equal ones the first of the corpus stay
     heapq.heapify(best)
     read, fired, n_tokens = so_far.read, so_far.fired, so_far.tokens
     first: list[Tensor] = []
     total: Tensor | None = None
-    for tokens, mask in batches_of_texts(model, texts, batch_size, so_far.read):
+    for tokens, mask in reader.batches(skip):
         value = model.run(tokens, mask, record=[subject.site]).values[subject.site]
         activation = subject.activation(value).float().masked_fill(~mask, -torch.inf)
         if (writes := subject.write) is not None:
@@ -271,16 +296,20 @@ def _read(
             ids = tokens[row, : int(mask[row].sum())].tolist()
             if most > 0:
                 one = Example(most, read + row, tuple(ids[: position + 6]), position)
-                heapq.heappush(best, (one, one))
+                heapq.heappush(best, (most, -one.text, one))
                 if len(best) > n:
                     heapq.heappop(best)
             if len(first) < CHANGED:
                 first.append(tokens[row, : len(ids)])
         read, n_tokens = read + len(tokens), n_tokens + int(mask.sum())
         fired += int(((activation != 0) & mask).sum())
+        if reader.due:
+            now = [(one.value, one.text, one.ids, one.position) for _, _, one in sorted(best, reverse=True)]
+            reader.save(Reached(read, n_tokens, [fired], [now]))
     if not read:
         raise InputError("The corpus has no texts.")
-    kept = sorted((one for one, _ in best), reverse=True)
+    reader.clear()
+    kept = [one for _, _, one in sorted(best, reverse=True)]
     named = [replace(one, words=words_of(model, one.ids)) for one in kept]
     return (
         Examples(subject.name, tuple(named), read, fired, n_tokens),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mechinterp.analysis.corpus_state import CorpusReader, Reached, reading_of
 from mechinterp.analysis.describe import Example, words_of
 from mechinterp.analysis.describe_subject import subject_of
-from mechinterp.analysis.texts import Texts, batches_of_texts
+from mechinterp.analysis.texts import Texts
 from mechinterp.analysis.weights import top_tokens
 from mechinterp.base.errors import InputError
+from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.registry import unknown
 from mechinterp.features.basis import Basis
 from mechinterp.models.hook_manager import HookManager
@@ -47,6 +50,8 @@ def feature_notes(
     n_tokens: int = 6,
     n_examples: int = 4,
     batch_size: int = 32,
+    resume: str | os.PathLike[str] | None = None,
+    progress: Progress = no_progress,
 ) -> Mapping[str, FeatureNote]:
     """What features write, and with a corpus where they fire, by names as in `m1.f17`.
 
@@ -58,6 +63,8 @@ def feature_notes(
         n_tokens: Tokens that are raised and lowered.
         n_examples: Examples of each.
         batch_size: Texts per run.
+        resume: A file for the state of the reading, as in `strongest_examples`.
+        progress: Called with the texts that are read, and how many there are (for an iterator: those read so far).
 
     The same as `describe(by=("vocab", "examples"))` of each. A feature that does not write to the residual stream has
     no tokens. Cost: one unembedding per feature; with a corpus one forward per text. Memory: the activations of all
@@ -72,7 +79,11 @@ def feature_notes(
     with Gradients(False) as off, off:
         written = _written(model, by_name, wanted, min(n_tokens, model.layout.W_U.shape[1]))
         found = {key: _Strongest(n_examples) for key in wanted}
-        n_read = 0 if texts is None else _read(model, by_name, wanted, found, texts, batch_size)
+        n_read = 0
+        if texts is not None:
+            checkpoint = reading_of(resume, model, [(by_name[name], i) for name, i in wanted], n_examples)
+            reader = CorpusReader(model, texts, batch_size, progress, checkpoint)
+            n_read = _read(model, by_name, wanted, found, reader)
     return {
         f"{name}.f{i}": FeatureNote(
             *written[name, i], found[name, i].examples(model), found[name, i].fired, n_read
@@ -122,13 +133,17 @@ def _read(
     bases: Mapping[str, Basis],
     wanted: Sequence[tuple[str, int]],
     found: Mapping[tuple[str, int], _Strongest],
-    texts: Texts,
-    batch_size: int,
+    reader: CorpusReader,
 ) -> int:
     """Reads the corpus into `found`; how many tokens it has."""
     used = {name: [i for one, i in wanted if one == name] for name, _ in wanted}
     n_read = n_tokens = 0
-    for tokens, mask in batches_of_texts(model, texts, batch_size):
+    before = reader.reached(len(wanted), found[wanted[0]].n) if wanted else None
+    if before is not None:
+        n_read, n_tokens = before.read, before.tokens
+        for key, fired, kept in zip(wanted, before.fired, before.kept, strict=True):
+            found[key].fired, found[key].best = fired, [Example(*one) for one in kept]
+    for tokens, mask in reader.batches():
         run = model.run(tokens, mask, record=[bases[name] for name in used])
         ids = [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
         for name, numbers in used.items():
@@ -140,6 +155,14 @@ def _read(
                 found[name, i].see(values[k], positions[k], ids, n_read)
                 found[name, i].fired += fired[k]
         n_read, n_tokens = n_read + len(tokens), n_tokens + int(mask.sum())
+        if reader.due:
+            reader.save(_reached(n_read, n_tokens, [found[key] for key in wanted]))
     if not n_read:
         raise InputError("The corpus has no texts.")
+    reader.clear()
     return n_tokens
+
+
+def _reached(read: int, tokens: int, found: Sequence[_Strongest]) -> Reached:
+    kept = [[(one.value, one.text, one.ids, one.position) for one in each.best] for each in found]
+    return Reached(read, tokens, [each.fired for each in found], kept)

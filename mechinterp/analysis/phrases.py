@@ -139,20 +139,12 @@ def read_prompt(
 ) -> tuple[Int[Tensor, " pos"], list[Span], tuple[str, ...]]:
     """The token ids, the words as spans of tokens, and the text of every token, a space before each word."""
     if isinstance(prompt, Tensor):
-        if prompt.ndim != 1 or not len(prompt) or prompt.is_floating_point():
-            raise InputError(f"`prompt` must be a text or token ids [pos]; got {prompt.dtype} {list(prompt.shape)}.")
-        ids = prompt.long()
+        ids = _checked_ids(prompt)
         return ids, [(i, i + 1) for i in range(len(ids))], _pieces(model, ids)
     if not isinstance(prompt, str):
         raise InputError(f"`prompt` must be a text or token ids as a tensor [pos]; got {type(prompt).__name__}.")
-    tokenizer = _tokenizer(model)
-    if not tokenizer.is_fast:
-        raise InputError("A text needs a fast tokenizer, which knows each token's characters; give token ids instead.")
-    encoding = tokenizer(prompt)
+    tokenizer, encoding = _tokenizer(model), _encoded(model, prompt)
     ids = torch.tensor(encoding["input_ids"], dtype=torch.long)
-    if not len(ids):
-        raise InputError("The prompt is empty.")
-    _check_known(tokenizer, prompt, encoding)
     # Special tokens that the tokenizer adds have no characters.
     places = [
         place if place and place[1] > place[0] else None for place in map(encoding.token_to_chars, range(len(ids)))
@@ -166,6 +158,33 @@ def read_prompt(
         text = str(tokenizer.decode([int(ids[i])])) if place is None else prompt[place[0] : place[1]]
         pieces.append(f" {text.strip()}" if begins else text)
     return ids, words, tuple(pieces)
+
+
+def prompt_ids(model: HookManager | Encoder, prompt: object) -> Int[Tensor, " pos"]:
+    """The token ids of a text or of token ids `[pos]`. Raises InputError as `read_prompt` does."""
+    if isinstance(prompt, Tensor):
+        return _checked_ids(prompt)
+    if not isinstance(prompt, str):
+        raise InputError(f"`texts` must be texts or token ids as tensors [pos]; got {type(prompt).__name__}.")
+    return torch.tensor(_encoded(model, prompt)["input_ids"], dtype=torch.long)
+
+
+def _checked_ids(prompt: Tensor) -> Int[Tensor, " pos"]:
+    if prompt.ndim != 1 or not len(prompt) or prompt.is_floating_point():
+        raise InputError(f"`prompt` must be a text or token ids [pos]; got {prompt.dtype} {list(prompt.shape)}.")
+    return prompt.long()
+
+
+def _encoded(model: HookManager | Encoder, prompt: str) -> Any:
+    """What the tokenizer makes of a text."""
+    tokenizer = _tokenizer(model)
+    if not tokenizer.is_fast:
+        raise InputError("A text needs a fast tokenizer, which knows each token's characters; give token ids instead.")
+    encoding = tokenizer(prompt)
+    if not len(encoding["input_ids"]):
+        raise InputError("The prompt is empty.")
+    _check_known(tokenizer, prompt, encoding)
+    return encoding
 
 
 def _begins(encoding: Any, text: str, before: Any, place: Any, i: int) -> bool:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechinterp.analysis.phrases import read_prompt
+from mechinterp.analysis.phrases import prompt_ids
 from mechinterp.base.errors import InputError
 from mechinterp.models.components import as_pairs
 from mechinterp.models.hook_manager import HookManager
@@ -29,8 +29,7 @@ def text_ids(model: HookManager, texts: Texts, skip: int = 0) -> Iterator[Int[Te
     else:
         rows = iter(texts)
     for text in islice(rows, skip, None):
-        ids, _, _ = read_prompt(model, text)
-        yield ids[: model.dims.n_ctx]
+        yield prompt_ids(model, text)[: model.dims.n_ctx]
 
 
 def batches_of_texts(

@@ -40,6 +40,20 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def bounded_lines(path: Path, max_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """(number, bytes) of every line of a plain file, of which one is in memory; numbers start at 1.
+
+    Raises FormatError as `read_bounded` does, and for a line of more than `max_bytes`.
+    """
+    with _plain_file(path) as (file, shown):
+        number = 0
+        while line := file.readline(max_bytes + 1):
+            number += 1
+            if len(line) > max_bytes:
+                raise FormatError(f"{shown}, line {number} has more than {max_bytes:,} bytes, the most that is read.")
+            yield number, line
+
+
 @contextmanager
 def _plain_file(path: Path) -> Iterator[tuple[BinaryIO, str]]:
     """(the open file, its name for messages); a FormatError if it is not a plain file or cannot be read."""

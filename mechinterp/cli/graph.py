@@ -62,7 +62,8 @@ def _graph(
     texts: Annotated[
         Path | None,
         typer.Option(
-            help="Texts, one a line: where features fire.  [default: for the bundled model prompts of a task]"
+            help="Texts, one a line (or .jsonl, each with a 'text'): where features fire.  "
+            "[default: for the bundled model prompts of a task]"
         ),
     ] = None,
     grouped: Annotated[
@@ -99,6 +100,7 @@ def _do_graph(prompt: str, transcoders: str, values: dict[str, Any], force: bool
         from mechinterp.analysis.attribution_graph.supernodes import find_supernodes
         from mechinterp.analysis.attribution_graph.validate import validate_edges, validate_graph
         from mechinterp.analysis.feature_notes import feature_notes
+        from mechinterp.base.text_files import read_texts
         from mechinterp.circuit_file.formats.attribution_graphs import save_attribution_graph
         from mechinterp.features.load import load_bases
         from mechinterp.features.measure import default_prompts
@@ -107,7 +109,7 @@ def _do_graph(prompt: str, transcoders: str, values: dict[str, Any], force: bool
         from mechinterp.views.terminal_tables import frame_table
 
         quiet_libraries()
-        corpus = None if values["texts"] is None else _texts(values["texts"])
+        corpus = None if values["texts"] is None else read_texts(values["texts"])
         model = load_model(values["model"], revision=values["revision"], dtype=values["dtype"], device=values["device"])
         bases = load_bases("bundled:transcoders" if transcoders == "bundled" else transcoders, model=model)
         graph = attribution_graph(
@@ -171,17 +173,6 @@ def _do_graph(prompt: str, transcoders: str, values: dict[str, Any], force: bool
     if values["page"] is not None:
         say(console, f"wrote {values['page']}")
     return 0
-
-
-def _texts(path: Path) -> list[str]:
-    """The lines of a file that are not empty. Raises InputError if there are none."""
-    try:
-        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--texts {path} cannot be read: {error}") from None
-    if not lines:
-        raise InputError(f"--texts {path} has no text; one a line is expected.")
-    return lines
 
 
 def _command(prompt: str, transcoders: str, values: dict[str, Any]) -> str:

@@ -27,10 +27,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechinterp.base.checkpoint import Checkpoint
 from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.settings import Parameter, Setting, check_settings
-from mechinterp.discovery.checkpoint import Checkpoint
 from mechinterp.discovery.cut_loss import CutLoss, layer_of
 from mechinterp.discovery.method import REPLACEMENT, Job, Method, score_edges
 from mechinterp.engines.edge_patching import check_model

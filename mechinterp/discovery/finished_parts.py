@@ -12,9 +12,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mechinterp.base.checkpoint import Checkpoint
 from mechinterp.base.keep import Compute
 from mechinterp.base.shards import current
-from mechinterp.discovery.checkpoint import Checkpoint
 
 WORTH_SECONDS = 2.0
 """A part that took less is computed again."""

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp.base.checkpoint import Checkpoint
 from mechinterp.base.errors import InputError
 from mechinterp.base.settings import Setting
 from mechinterp.base.shards import ALONE, State, agree, current, fold_shared, relayed, share, sharing
-from mechinterp.discovery.checkpoint import Checkpoint
 from mechinterp.discovery.method import REPLACEMENT, Job
 from mechinterp.engines.mask_gradients import mask_gradients
 from mechinterp.engines.readout import clean_logits

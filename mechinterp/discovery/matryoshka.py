@@ -27,9 +27,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechinterp.base.checkpoint import Checkpoint
 from mechinterp.base.progress import no_progress
 from mechinterp.base.settings import Setting
-from mechinterp.discovery.checkpoint import Checkpoint
 from mechinterp.discovery.gate_learning import MOST, SHARED, GateLearning
 from mechinterp.discovery.method import METHODS, Job, Method, by_unit
 from mechinterp.graphs.scores import Scores

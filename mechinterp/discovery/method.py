@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp.base.checkpoint import UNSAVED, Checkpoint
 from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.settings import Parameter, Setting, check_settings
 from mechinterp.base.shards import State
-from mechinterp.discovery.checkpoint import UNSAVED, Checkpoint, open_checkpoint
 from mechinterp.discovery.methods import METHODS
+from mechinterp.discovery.run_state import open_checkpoint
 from mechinterp.discovery.table_sums import sum_tables
 from mechinterp.engines.edge_patching import check_model
 from mechinterp.engines.replacement import KINDS

@@ -32,9 +32,9 @@ from mechinterp.base.keep import Keep, compute_always
 from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.settings import Parameter, Setting, check_settings
 from mechinterp.discovery.acdc import MOST_AT_ONCE, SHARED, TAU, weakest_first
-from mechinterp.discovery.checkpoint import open_checkpoint
 from mechinterp.discovery.cut_loss import CutLoss
 from mechinterp.discovery.method import REPLACEMENT
+from mechinterp.discovery.run_state import open_checkpoint
 from mechinterp.engines.edge_patching import check_model
 from mechinterp.engines.readout import checked_metric
 from mechinterp.graphs.circuit import Circuit, on_paths

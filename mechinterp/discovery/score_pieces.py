@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechinterp.base.checkpoint import UNSAVED, Checkpoint
 from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.settings import Parameter, check_settings
 from mechinterp.base.shards import State
-from mechinterp.discovery.checkpoint import UNSAVED, Checkpoint
 from mechinterp.discovery.ensemble import (
     ensemble_samples,
     ensemble_scores,

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechinterp.base.checkpoint import UNSAVED, Checkpoint
 from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.settings import Setting, check_settings
-from mechinterp.discovery.checkpoint import UNSAVED, Checkpoint
 from mechinterp.discovery.method import score_edges
 from mechinterp.discovery.score_pieces import ScorePieces, adds_up
 from mechinterp.graphs.circuit import Circuit

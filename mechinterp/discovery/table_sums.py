@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import torch
 
+from mechinterp.base.checkpoint import Checkpoint
 from mechinterp.base.errors import InputError
 from mechinterp.base.progress import Progress
 from mechinterp.base.shards import ALONE, State, agree, current, relayed, share, sharing
-from mechinterp.discovery.checkpoint import Checkpoint
 
 
 def sum_tables(

@@ -69,6 +69,15 @@ def test_examples_are_the_largest_values_and_resume():
     assert ">>" in found.strongest[0].marked()
 
 
+@pytest.mark.parametrize("batch_size", [1, 5, 12])
+def test_of_equal_examples_the_first_of_the_corpus_are_kept(batch_size: int):
+    basis = sae("resid_pre.0", torch.zeros(D_MODEL, 1).double(), drawn(1, D_MODEL), b_enc=torch.ones(1).double())
+    found = mi.strongest_examples(tiny("gpt2"), basis, 0, texts=iter(TEXTS), n=3, batch_size=batch_size)
+    assert [(one.value, one.text, one.position) for one in found.strongest] == [(1.0, i, 0) for i in range(3)]
+    note = mi.feature_notes(tiny("gpt2"), [basis], [(basis.name, 0)], texts=TEXTS, n_examples=3, batch_size=batch_size)
+    assert note[f"{basis.name}.f0"].examples == found.strongest
+
+
 def test_input_gradient_on_a_linear_path_is_the_de_embedding():
     model = tiny("gpt2")
     basis = an_sae("resid_pre.0")

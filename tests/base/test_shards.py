@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from mechinterp.base.batches import over_batches
+from mechinterp.base.checkpoint import UNSAVED, Checkpoint
 from mechinterp.base.errors import InputError, TaskNotDone
 from mechinterp.base.progress import no_progress
 from mechinterp.base.shards import agree, current, from_first, share, sharing
-from mechinterp.discovery.checkpoint import UNSAVED, Checkpoint
 from mechinterp.discovery.table_sums import sum_tables
 
 

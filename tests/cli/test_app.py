@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from mechinterp import pipeline, run_spec
+from mechinterp.base import checkpoint
 from mechinterp.circuit_file import named_files
 from mechinterp.cli import app as cli
-from mechinterp.discovery import checkpoint
 from mechinterp.engines.replacement import KINDS
 from mechinterp.graphs.graph import LEVELS
 from mechinterp.graphs.select import RULES

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mechinterp as mi
-from mechinterp.discovery import checkpoint
+from mechinterp.base import checkpoint
 from mechinterp.discovery.acdc import acdc_thresholds
 from mechinterp.engines.edge_patching import edge_logits, run_prefix
 from mechinterp.engines.replacement import corrupt_replacement

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import mechinterp as mi
-from mechinterp.discovery import checkpoint
-from mechinterp.discovery.checkpoint import Checkpoint
+from mechinterp.base import checkpoint
+from mechinterp.base.checkpoint import Checkpoint
 from mechinterp.pipeline import _state_path, output_path
 from tests.support.models_tiny import pairs, tiny
 

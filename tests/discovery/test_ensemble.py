@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import mechinterp as mi
+from mechinterp.base import checkpoint
 from mechinterp.circuit_file.verify.verification import verify
-from mechinterp.discovery import checkpoint
 from mechinterp.discovery.ensemble import parse_members
 from mechinterp.graphs.scores import Scores
 from tests.support.models_tiny import SHAPES, pairs, tiny

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import mechinterp as mi
+from mechinterp.base.checkpoint import Checkpoint
 from mechinterp.base.progress import no_progress
 from mechinterp.discovery import gate_learning
-from mechinterp.discovery.checkpoint import Checkpoint
 from mechinterp.discovery.gate_learning import Block, GateLearning
 from mechinterp.discovery.method import METHODS, Job
 from mechinterp.tasks.metrics import get_metric

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import mechinterp as mi
+from mechinterp.base import checkpoint
+from mechinterp.base.checkpoint import Checkpoint
 from mechinterp.base.errors import InputError
-from mechinterp.discovery import checkpoint
-from mechinterp.discovery.checkpoint import Checkpoint
 from mechinterp.discovery.gate_learning import GateLearning
 from mechinterp.discovery.mask_learning import BETA, HIGH, LOW, hard_concrete, open_chance
 from mechinterp.discovery.method import Job, no_progress

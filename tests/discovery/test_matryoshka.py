@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import mechinterp as mi
+from mechinterp.base import checkpoint
 from mechinterp.base.errors import InputError
-from mechinterp.discovery import checkpoint, gate_learning
+from mechinterp.discovery import gate_learning
 from mechinterp.discovery.matryoshka import TopKGates, hard_top_k, soft_top_k
 from mechinterp.engines.edge_patching import run_edges
 from mechinterp.graphs.scores import Scores

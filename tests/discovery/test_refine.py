@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import mechinterp as mi
+from mechinterp.base import checkpoint
 from mechinterp.circuit_file.verify.verification import verify
-from mechinterp.discovery import checkpoint
 from mechinterp.engines.edge_patching import edge_logits, run_edges, run_prefix
 from mechinterp.engines.replacement import corrupt_replacement
 from mechinterp.graphs.circuit import on_paths

@@ -8,7 +8,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -19,12 +19,7 @@ from torch import Tensor
 
 from mechinterp.base.atomic_write import write_whole
 from mechinterp.base.errors import InputError
-from mechinterp.base.settings import Parameter
 from mechinterp.base.shards import current, from_first
-from mechinterp.graphs.graph import Graph
-from mechinterp.models.hook_manager import HookManager
-from mechinterp.tasks.metric_names import METRICS
-from mechinterp.tasks.pairs import Pairs
 
 EVERY_SECONDS = 30.0
 MOST_BYTES = 2**31
@@ -90,7 +85,7 @@ class Checkpoint:
         key, found = read_state(self.path)
         if key != self.key:
             raise InputError(
-                f"{self.path} is the state of another run (other model, pairs, settings or version); {_HINT}"
+                f"{self.path} is the state of another run (other model, data, settings or version); {_HINT}"
             )
         return found
 
@@ -110,6 +105,11 @@ class Checkpoint:
             self.failed = True
         else:
             self.failed = False
+
+    @property
+    def due(self) -> bool:
+        """Whether `save` would write now: for a state that takes time to put together."""
+        return self.path is not None and time.monotonic() - self.last >= EVERY_SECONDS and not self._others
 
     def clear(self) -> None:
         """Return None after deleting the file: the run is done."""
@@ -173,34 +173,14 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[object, ...]]:
     return {name: (tensor.dtype, *tensor.shape) for name, tensor in tensors.items()}
 
 
-def open_checkpoint(
-    path: str | os.PathLike[str] | None,
-    model: HookManager,
-    graph: Graph,
-    pairs: Pairs,
-    method: str,
-    metric: str,
-    settings: Mapping[str, Parameter],
-) -> Checkpoint:
-    """The checkpoint of one run; its key is a digest of everything that decides the result.
+def checkpoint_of(path: str | os.PathLike[str] | None, arguments: Sequence[object]) -> Checkpoint:
+    """The checkpoint of one run; its key is a digest of the version and of all arguments that decide the result.
 
-    The batch size does not: a run may go on with another one, except where its state counts batches (`sum_tables`).
+    Raises InputError if the folder of the file does not exist.
     """
     if path is None:
         return Checkpoint()
     if not Path(path).parent.is_dir():
         raise InputError(f"The folder {str(Path(path).parent)!r}, for the state of the run, does not exist.")
-    if metric not in METRICS:
-        raise InputError(
-            f"`resume` knows a metric by its name, and {metric!r} is not registered; call mi.register_metric first."
-        )
-    arguments = [
-        metadata.version("mechinterp-circuits"),
-        model.info.weights_sha256(),
-        graph.digest(),
-        pairs.digest(),
-        method,
-        metric,
-        sorted((name, str(value)) for name, value in settings.items()),
-    ]
-    return Checkpoint(Path(path), hashlib.sha256(json.dumps(arguments).encode()).hexdigest())
+    content = json.dumps([metadata.version("mechinterp-circuits"), *arguments]).encode()
+    return Checkpoint(Path(path), hashlib.sha256(content).hexdigest())
