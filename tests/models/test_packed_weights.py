@@ -59,12 +59,12 @@ def quantised(shape: str, which: tuple[str, ...], name: str = "weight") -> tuple
     return module, plain
 
 
-def same(run: Callable[[mi.HookManager], Tensor], *models: mi.HookManager) -> None:
+def same(run: Callable[[mi.HookManager], Any], *models: mi.HookManager) -> None:
     ours, expected = map(run, models)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9 * float(expected.abs().max()))  # all is float64
 
 
-ACTIVATIONS: dict[str, Callable[[mi.HookManager], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[mi.HookManager], Any]] = {
     "run": lambda model: model.run(tokens()).logits,
     "gradients": lambda model: model.run(tokens(), grads=["z.1"], loss=lambda logits: logits[..., 3].sum()).grads[
         "z.1"
@@ -73,7 +73,7 @@ ACTIVATIONS: dict[str, Callable[[mi.HookManager], Tensor]] = {
     "heads": lambda model: mi.activation_patching(model, pairs(3, 5), "z").values,
     "logit_lens": lambda model: mi.logit_lens(model, pairs(3, 5)).entropy.values,
 }
-EDGES: dict[str, Callable[[mi.HookManager], Tensor]] = {
+EDGES: dict[str, Callable[[mi.HookManager], Any]] = {
     "eap": lambda model: mi.score_edges(model, mi.build_graph(model), pairs(3, 5), method="eap").values,
     "run_edges": lambda model: mi.run_edges(model, graph := mi.build_graph(model), pairs(3, 5), graph.possible),
     "attribution": lambda model: mi.direct_logit_attribution(model, pairs(3, 5)).values,
@@ -146,8 +146,8 @@ def test_weights_on_two_devices_are_refused_with_what_to_do() -> None:
 
 
 def test_weights_that_are_not_in_memory_are_refused(tmp_path: Path) -> None:
-    places = {part: "disk" if part == "model.layers" else "cpu" for part in PARTS}
-    offloaded = dispatch_model(huggingface("llama"), places, main_device="cpu", offload_dir=tmp_path)
+    places: dict[str, Any] = {part: "disk" if part == "model.layers" else "cpu" for part in PARTS}
+    offloaded = dispatch_model(huggingface("llama"), places, main_device=torch.device("cpu"), offload_dir=tmp_path)
     for module in (offloaded, huggingface("llama").to("meta")):
         with pytest.raises(UnsupportedError, match=r"not in memory \(\d+ of 30, such as 'model.*without `device_map`"):
             mi.load_model(module)
@@ -155,7 +155,8 @@ def test_weights_that_are_not_in_memory_are_refused(tmp_path: Path) -> None:
 
 def test_a_model_that_accelerate_placed_is_copied() -> None:
     """Accelerate gives a module a `to` of its own, which returns the original when a copy of it is moved."""
-    module = dispatch_model(huggingface("llama"), dict.fromkeys(PARTS, "cpu"), main_device="cpu", force_hooks=True)
+    where: dict[str, Any] = dict.fromkeys(PARTS, "cpu")
+    module = dispatch_model(huggingface("llama"), where, main_device=torch.device("cpu"), force_hooks=True)
     model = mi.load_model(module, dtype="float32")
     assert all(weight.requires_grad and weight.dtype == torch.float64 for weight in module.parameters())
     expected = mi.load_model(huggingface("llama"), dtype="float32").run(tokens()).logits
