@@ -307,7 +307,7 @@ if TYPE_CHECKING:
     from mechinterp.views.plots.steering import steering_curve as steering_curve
     from mechinterp.views.plots.text import text_page as text_page
     from mechinterp.views.report.attribution_page import write_graph_page as write_graph_page
-    from mechinterp.views.report.view import write_page as write_page
+    from mechinterp.views.report.write_page import write_page as write_page
 
 _HOMES = {
     "analysis.activation_patching": ("activation_patching", "fraction"),
@@ -486,7 +486,7 @@ _HOMES = {
     "views.plots.save": ("save_html", "save_image"),
     "views.plots.text": ("text_page",),
     "views.report.attribution_page": ("write_graph_page",),
-    "views.report.view": ("write_page",),
+    "views.report.write_page": ("write_page",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -16,8 +16,8 @@ from mechinterp.evaluation.faithfulness import faithfulness_curve
 from mechinterp.graphs.circuit import on_paths
 from mechinterp.graphs.graph import Graph
 from mechinterp.models.hook_manager import HookManager, load_model
-from mechinterp.pipeline import check_task, explaining, graph_of_run, parsed_setting
-from mechinterp.run_examples import examples_of
+from mechinterp.pipeline import check_task, graph_of_run, parsed_setting
+from mechinterp.run_examples import examples_of, explaining
 from mechinterp.run_spec import RunSpec, check_shares, compare_command, comparison_path, parsed_sizes
 from mechinterp.tasks.own_metric import MetricLike, as_metric
 from mechinterp.tasks.pairs import Pairs

@@ -10,9 +10,9 @@ from mechinterp.circuit_file.formats.bibtex import citation_of
 from mechinterp.circuit_file.formats.exports import export_circuit, write_export
 from mechinterp.circuit_file.formats.imports import import_circuit
 from mechinterp.circuit_file.formats.names import EXPORTS, IMPORTS
+from mechinterp.circuit_file.named_files import comes_with_the_package, find_file
 from mechinterp.circuit_file.schema import CircuitFile, Origin
 from mechinterp.circuit_file.store import SUFFIX, open_circuit_file
-from mechinterp.circuit_file.stored import comes_with_the_package, find_file
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.models.hook_manager import load_model
 from mechinterp.views.report.difference import write_difference

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechinterp.analysis.directions import read_direction
 from mechinterp.base.errors import InputError, MechInterpError, NoSmallCircuit, TaskNotDone
 from mechinterp.base.keep import Compute
 from mechinterp.base.progress import Progress, StageProgress, no_stages
@@ -24,12 +23,8 @@ from mechinterp.base.settings import Parameter, check_settings, unknown_setting
 from mechinterp.base.shards import from_first
 from mechinterp.base.shown import Shown
 from mechinterp.circuit_file.circuit_file import save_circuit
-from mechinterp.circuit_file.direction_file import load_direction
-from mechinterp.circuit_file.direction_schema import is_direction_name, open_direction_file
-from mechinterp.circuit_file.readouts import prompts_of
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.circuit_file.store import SUFFIX
-from mechinterp.circuit_file.stored import find_file
 from mechinterp.circuit_file.summary import finding, steadiness
 from mechinterp.circuit_file.verify.verification import verify as verify
 from mechinterp.discovery.checkpoint import Checkpoint
@@ -61,7 +56,7 @@ from mechinterp.graphs.graph import Graph, build_graph
 from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select import check_selection, select, sized, unit_count
 from mechinterp.models.hook_manager import HookManager, load_model
-from mechinterp.run_examples import Examples, examples_of, stem
+from mechinterp.run_examples import Examples, examples_of, explaining, stem
 from mechinterp.run_spec import AUTO, FEATURES, NEURONS, RESAMPLES, RunSpec, command_of, declared, resolved
 from mechinterp.run_spec import output_path as output_path
 from mechinterp.tasks.metrics import get_metric
@@ -175,25 +170,6 @@ def _auto_batch_size(
     found = from_first(lambda: {"size": torch.tensor(auto_batch_size(model, graph, train, **how))})
     assert found is not None
     return int(found["size"])
-
-
-def explaining(direction: str, model: HookManager, examples: Examples) -> tuple[HookManager, Examples]:
-    """(the model with the direction of a file in place of its logits, the examples as the direction is read on them).
-
-    Raises InputError if the direction is of another model, or its classes are not those of the examples.
-    """
-    path = find_file(direction)
-    if not is_direction_name(path):
-        raise InputError(f"--direction takes NAME.direction.json or the name of a stored direction; got {direction!r}.")
-    found, of = load_direction(path), open_direction_file(path).document.model
-    if of.weights_sha256 != model.info.weights_sha256():
-        raise InputError(
-            f"The direction in {path} is of {of.name}, whose weights are not those of {model.info.name}. Find one of "
-            "this model: discover-circuit direct."
-        )
-    sets = {name: getattr(examples, name) for name in ("train", "validation", "test")}
-    read = {name: None if pairs is None else prompts_of(found, pairs) for name, pairs in sets.items()}
-    return read_direction(model, found), replace(examples, metric="direction", **read)
 
 
 def discover(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from mechinterp.analysis.directions import read_direction
 from mechinterp.base.errors import InputError
+from mechinterp.circuit_file.direction_file import load_direction
+from mechinterp.circuit_file.direction_schema import is_direction_name, open_direction_file
 from mechinterp.circuit_file.limits import FEW
+from mechinterp.circuit_file.named_files import find_file
+from mechinterp.circuit_file.readouts import prompts_of
 from mechinterp.circuit_file.records import task_record
 from mechinterp.circuit_file.schema import FileTaskRecord, TaskRecord
 from mechinterp.models.hook_manager import HookManager
@@ -77,3 +82,22 @@ def _file_examples(spec: RunSpec, model: HookManager) -> Examples:
         few, many = (f"{a} train, {b} validation and {c} test" for a, b, c in (got, asked))
         notes = (*notes, f"{spec.task} has {len(pairs)} usable pairs: {few} pairs were taken, {many} were asked for.")
     return Examples(record, train, validation, rest[n_validation : n_validation + n_test], metric, None, notes)
+
+
+def explaining(direction: str, model: HookManager, examples: Examples) -> tuple[HookManager, Examples]:
+    """(the model with the direction of a file in place of its logits, the examples as the direction is read on them).
+
+    Raises InputError if the direction is of another model, or its classes are not those of the examples.
+    """
+    path = find_file(direction)
+    if not is_direction_name(path):
+        raise InputError(f"--direction takes NAME.direction.json or the name of a stored direction; got {direction!r}.")
+    found, of = load_direction(path), open_direction_file(path).document.model
+    if of.weights_sha256 != model.info.weights_sha256():
+        raise InputError(
+            f"The direction in {path} is of {of.name}, whose weights are not those of {model.info.name}. Find one of "
+            "this model: discover-circuit direct."
+        )
+    sets = {name: getattr(examples, name) for name in ("train", "validation", "test")}
+    read = {name: None if pairs is None else prompts_of(found, pairs) for name, pairs in sets.items()}
+    return read_direction(model, found), replace(examples, metric="direction", **read)

@@ -7,11 +7,13 @@ import os
 import pytest
 from hypothesis import settings
 
-from tests.support import sample, shape_checks
+from tests.support import sample, shape_checks, shared_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when transformers is imported
 
 shape_checks.install()  # before the first import of mechinterp
+if "PYTEST_XDIST_WORKER" in os.environ:
+    shared_model.share_bundled()
 
 # No deadline: the first call of a model is slower than the rest. In CI the same examples every time,
 # so that a red run can be repeated.

@@ -39,7 +39,6 @@ RUNNABLE = [path for path in PAGES if blocks(path, "python")]
 
 
 @pytest.mark.slow
-@pytest.mark.every_case
 @pytest.mark.parametrize("path", RUNNABLE, ids=NAMES.get)
 def test_the_python_of_a_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder with the files that the page shows; what it registers is forgotten afterwards."""

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.base.batches import over_batches
-from mechinterp.base.errors import InputError
+from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.engines.grid import Grid, numbered
 from mechinterp.engines.patch_direction import patch_direction
 from mechinterp.engines.patch_sweep import Patch, entry, run_base, sweep
@@ -142,9 +142,16 @@ def learn_subspace(
 
     Cost: `epochs` forwards and backwards of the pairs.
 
-    Raises InputError for parts that are not one vector per token, pairs without answers, and a rank that does not fit.
+    Raises InputError for parts that are not one vector per token, pairs without answers, and a rank that does not fit;
+    UnsupportedError for `resid_mid` where TransformerLens's hook is on the MLP's input only.
     """
     found = _state(model, part)
+    if model.resolve(found.site) in model.branches:
+        after = f"resid_pre.{layer}" if (layer := (found.site.layer or 0) + 1) < model.dims.n_layers else "resid_final"
+        raise UnsupportedError(
+            f"TransformerLens's search would edit '{found.site}' for the MLP only, not for what comes after it; learn "
+            f"the subspace at 'resid_pre.{found.site.layer}' or '{after}'."
+        )
     if found.unit is not None:
         raise InputError(
             f"A subspace is learned at a whole site, such as 'resid_pre.5', not at one head; got {part!r}."
@@ -171,7 +178,7 @@ def learn_subspace(
     result = das(
         model.bridge,
         model.info.name,
-        model.resolve(found.site),
+        model.first_name(found.site),
         torch.cat([pairs.clean, extra], 1),
         torch.cat([pairs.corrupt, extra], 1),
         torch.ones(len(pairs), dtype=torch.long),

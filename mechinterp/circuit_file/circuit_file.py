@@ -18,6 +18,7 @@ from mechinterp.base.errors import FormatError, InputError, UnsupportedError, cl
 from mechinterp.base.registry import unknown
 from mechinterp.base.shards import from_first
 from mechinterp.circuit_file.bases import Bases, features_records, stated_bases, stated_features
+from mechinterp.circuit_file.named_files import find_file
 from mechinterp.circuit_file.provenance import dims_of, dtype_name, model_record, provenance_of, tokenizer_record
 from mechinterp.circuit_file.readouts import readout_record, stated_model_of
 from mechinterp.circuit_file.records import (
@@ -55,7 +56,6 @@ from mechinterp.circuit_file.store import (
     sidecar_name,
     write_pair,
 )
-from mechinterp.circuit_file.stored import find_file
 from mechinterp.discovery.stable import CORE, MeasuredStability
 from mechinterp.evaluation.faithfulness import Evaluation
 from mechinterp.evaluation.measurements import Checked

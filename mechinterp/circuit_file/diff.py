@@ -14,10 +14,10 @@ from scipy.stats import pearsonr, rankdata, spearmanr
 from mechinterp.base.errors import InputError
 from mechinterp.circuit_file.circuit_file import circuit_of
 from mechinterp.circuit_file.field_differences import FieldDifference, different_fields
+from mechinterp.circuit_file.named_files import find_file
 from mechinterp.circuit_file.records import score_table
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.circuit_file.store import OpenedFile, open_circuit_file
-from mechinterp.circuit_file.stored import find_file
 from mechinterp.circuit_file.summary import ranked_nodes
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import Graph

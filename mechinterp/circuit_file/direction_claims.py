@@ -26,10 +26,10 @@ from mechinterp.circuit_file.direction_schema import (
     SteeringRecord,
     open_direction_file,
 )
+from mechinterp.circuit_file.named_files import find_file
 from mechinterp.circuit_file.provenance import model_record, tokenizer_record, versions
 from mechinterp.circuit_file.records import pairs_of, task_of
 from mechinterp.circuit_file.schema import TaskRecord, Tolerance
-from mechinterp.circuit_file.stored import find_file
 from mechinterp.circuit_file.verify.claims import Ledger, Verification
 from mechinterp.circuit_file.verify.coverage import Extent, Part
 from mechinterp.circuit_file.verify.verification import load_stated_model

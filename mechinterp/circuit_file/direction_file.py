@@ -28,8 +28,8 @@ from mechinterp.circuit_file.direction_schema import (
     is_direction_name,
     open_direction_file,
 )
+from mechinterp.circuit_file.named_files import find_file
 from mechinterp.circuit_file.store import inside
-from mechinterp.circuit_file.stored import find_file
 from mechinterp.features.activations import Identity
 from mechinterp.features.dictionary import Dictionary
 from mechinterp.models.components import Position, as_number

@@ -10,8 +10,8 @@ from mechinterp.base.plain_files import exists
 from mechinterp.circuit_file.bases import is_inside
 from mechinterp.circuit_file.direction_file import load_direction
 from mechinterp.circuit_file.direction_schema import SUFFIX
+from mechinterp.circuit_file.named_files import stored_files
 from mechinterp.circuit_file.schema import CircuitFile, ReadoutRecord
-from mechinterp.circuit_file.stored import stored_files
 from mechinterp.models.direction_readout import DirectionReadout
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.pairs import Pairs

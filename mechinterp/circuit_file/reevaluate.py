@@ -15,11 +15,11 @@ from mechinterp.base.errors import InputError, MechInterpError
 from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.circuit_file.bases import check_given_bases, stated_bases
 from mechinterp.circuit_file.circuit_file import circuit_of
+from mechinterp.circuit_file.named_files import find_file
 from mechinterp.circuit_file.readouts import GivenDirection, as_stated, named_model, prompts_of, stated_direction_of
 from mechinterp.circuit_file.records import pairs_of, task_of
 from mechinterp.circuit_file.schema import CircuitFile, FileTaskRecord, TaskRecord
 from mechinterp.circuit_file.store import open_circuit_file
-from mechinterp.circuit_file.stored import find_file
 from mechinterp.circuit_file.verify.verification import load_stated_model
 from mechinterp.evaluation.against_random import necessity_test, sufficiency_test
 from mechinterp.evaluation.completeness import completeness

@@ -28,7 +28,7 @@ from mechinterp.base.errors import (
 )
 from mechinterp.circuit_file.direction_schema import SUFFIX, is_direction_name
 from mechinterp.circuit_file.limits import MAX_EXAMPLES
-from mechinterp.circuit_file.stored import about_direction, about_file, stored_files
+from mechinterp.circuit_file.named_files import about_direction, about_file, stored_files
 from mechinterp.cli import direct as cli_direct
 from mechinterp.cli import exchange as cli_exchange
 from mechinterp.cli import graph as cli_graph

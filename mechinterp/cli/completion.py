@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from mechinterp.circuit_file.direction_schema import SUFFIX
-from mechinterp.circuit_file.stored import stored_files
+from mechinterp.circuit_file.named_files import stored_files
 
 Completion = Callable[[str], Sequence[str]]
 

@@ -20,7 +20,7 @@ from typer.models import OptionInfo
 from mechinterp.base.errors import InputError, clip, wrong_file
 from mechinterp.base.plain_files import is_file, read_beginning
 from mechinterp.base.registry import unknown
-from mechinterp.circuit_file import stored
+from mechinterp.circuit_file import named_files
 from mechinterp.cli.completion import Completion, completed, stored_names, tasks
 from mechinterp.cli.config import overridden, read_config, settings_of
 from mechinterp.cli.terminal import Detail, say
@@ -72,7 +72,7 @@ def find_file(file: str) -> Path:
 
     Raises InputError otherwise.
     """
-    path = stored.find_file(file)
+    path = named_files.find_file(file)
     read_beginning(path, 1)
     return path
 

@@ -52,7 +52,7 @@ def _do_view(
     if out is not None:  # the page beside the file is made from it
         check_text(out, open_circuit_file(path).document.integrity.circuit_sha256, force)
     with stages(detail) as progress:
-        from mechinterp.views.report.view import write_page
+        from mechinterp.views.report.write_page import write_page
 
         quiet_libraries()
         page = write_page(file, out, model=model, device=device, progress=progress)

@@ -37,7 +37,7 @@ def repaired(job: Job, of: Callable[[Pairs], Tensor], replacement: Replacement) 
 
     Raises InputError where nodes are chosen.
     """
-    if not job.settings["keystones"]:
+    if not job.settings.get("keystones"):
         return of
     if job.graph.level == "node":
         raise InputError("Keystones are edges; where nodes are chosen, method 'exact' measures each of them.")
@@ -55,4 +55,4 @@ def repaired(job: Job, of: Callable[[Pairs], Tensor], replacement: Replacement) 
 
 def keystone_forwards(job: Job) -> int:
     """How many forwards an example the repair takes."""
-    return 1 + len(keystones(job.graph)) if job.settings["keystones"] else 0
+    return 1 + len(keystones(job.graph)) if job.settings.get("keystones") else 0

@@ -454,8 +454,8 @@ def _nodes_replaceable(model: HookManager, graph: Graph) -> bool:
 
 
 def _acts_on(model: HookManager, graph: Graph) -> Bool[Tensor, "reader writer"]:
-    """The writers on whose writes a reader acts: those that it feeds; under a post-norm, which is one for all heads of
-    a layer, all of these."""
+    """The writers on whose writes a reader acts: those that it feeds; where one norm is for all heads of a layer, all
+    of these."""
     found = graph.feeds.clone()
     for family in graph.families:
         if family.writes_together(model):

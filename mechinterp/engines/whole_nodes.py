@@ -1,8 +1,8 @@
 """Masks that cut whole nodes, taken apart: what is cut of single edges, and which nodes are replaced where they write.
 
 A node all of whose edges are cut need not be subtracted from what each later reader sees: its write is replaced once,
-in the residual stream. What such a node itself reads does not matter, unless others depend on it: under a post-norm
-heads of a layer share a scale.
+in the residual stream. What such a node itself reads does not matter, unless others depend on it: under a norm over
+all heads of a layer they share a scale.
 """
 
 from __future__ import annotations

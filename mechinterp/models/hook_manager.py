@@ -108,6 +108,7 @@ class HookManager(ReadsTexts, WeightsByName, Generates):
         self.layout: Layout
         self.refused: Mapping[Site, str] = {}
         self.branches: Mapping[str, str] = {}
+        self.coupled_heads = frozenset[int]()
         self.keeps_past, self.bound_mlps = True, dict[int, str]()
         check_model(self)
 
@@ -192,8 +193,8 @@ class HookManager(ReadsTexts, WeightsByName, Generates):
         """The site of a tuple, such as `("z", 3)`; anything else as it is."""
         return site_of_tuple(site, self.dims.n_layers) if isinstance(site, tuple) else site
 
-    def _same_as(self, site: Any) -> str:
-        """The one name that all names of a site share."""
+    def first_name(self, site: Any) -> str:
+        """The one name that all names of a site share: the name that TransformerLens knows its hook by."""
         site = self._plain(site)
         name = self.resolve(site)
         return self._first_names[id(self._points[name])] if isinstance(site, (str, Site)) else f"basis {id(site)}"
@@ -349,7 +350,7 @@ class HookManager(ReadsTexts, WeightsByName, Generates):
         kept = past_of(cache, self.dims.n_layers) if keeps else None
         found = {key: gradients[site] for key, site in zip(grad_keys, grad_sites, strict=True)} if gradients else {}
         return Run(
-            None if logits is None else logits.detach(), moved, found, value, kept, prompts, same_as=self._same_as
+            None if logits is None else logits.detach(), moved, found, value, kept, prompts, same_as=self.first_name
         )
 
     def cache(

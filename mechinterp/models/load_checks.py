@@ -37,7 +37,7 @@ Definition = tuple[Site, str, Tensor, Tensor]
 
 
 def check_model(model: Any) -> None:
-    """Sets the model's `layout`, `branches`, `refused`, `keeps_past` and `bound_mlps`, each checked against its runs.
+    """Sets the model's `layout`, `branches`, `refused`, `coupled_heads`, `keeps_past` and `bound_mlps`, by its runs.
 
     Raises UnsupportedError, naming the part, when no analysis would be exact, and for any error of TransformerLens or
     Hugging Face during the checks.
@@ -51,6 +51,7 @@ def check_model(model: Any) -> None:
         model.branches = probe_branches(model)
         model.refused = probe(model)
         model.refused = {**model.refused, **probe_sites(model)}
+        model.coupled_heads = probe_coupled_heads(model)
         model.keeps_past, model.bound_mlps = probe_past(model), probe_mlps(model)
 
 
@@ -145,6 +146,40 @@ def probe_branches(model: Any) -> dict[str, str]:
         if float((after - middle - written).abs().max()) > 5e-2 * float(middle.abs().max()):
             found[model.resolve(Site("resid_mid", layer))] = model.resolve(Site("resid_post", layer))
     return found
+
+
+def probe_coupled_heads(model: Any) -> frozenset[int]:
+    """The layers where what one head reads acts on the other heads: one norm over the queries of all (OLMoE, MiniMax),
+    or over their outputs (BitNet).
+
+    In every layer the first head, with the key/value head of its group, gets eight times the q, k and v of another
+    prompt, all other heads their own; what heads outside that group give must not change by a bit. A false alarm would
+    cost time only (see `whole_nodes`). Three forwards on 2 x 4 tokens.
+    """
+    dims = model.dims
+    given: dict[int, tuple[str, ...]] = {}
+    for layer in dims.head_layers:
+        own = dims.layer(layer)
+        if own.n_heads > 1:  # one key/value head feeds every head
+            given[layer] = ("q", "k", "v") if own.n_kv_heads > 1 else ("q",)
+    tokens = torch.arange(min(4, dims.n_ctx))[None].repeat(2, 1).to(model.device) % dims.d_vocab
+    read = [Site(kind, layer) for layer in given for kind in "qkv"]
+    outputs = [Site("z", layer) for layer in given]
+    if not given:
+        return frozenset()
+    other = model.run((tokens + 1) % dims.d_vocab, record=read).values
+    plain = model.run(tokens, record=[*read, *outputs]).values
+    edits = {site: plain[site] for site in read}
+    for site in (Site(kind, layer) for layer, kinds in given.items() for kind in kinds):
+        edits[site] = torch.cat([8 * other[site][:, :, :1], plain[site][:, :, 1:]], 2)
+    after = model.run(tokens, record=outputs, interventions=edits).values
+    found: set[int] = set()
+    for layer, kinds in given.items():
+        own, site = dims.layer(layer), Site("z", layer)
+        first = 1 if kinds == ("q",) else own.n_heads // own.n_kv_heads
+        if not torch.equal(plain[site][:, :, first:], after[site][:, :, first:]):
+            found.add(layer)
+    return frozenset(found)
 
 
 def probe_past(model: Any) -> bool:

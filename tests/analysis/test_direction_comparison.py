@@ -27,7 +27,7 @@ def test_the_same_model_twice_gives_the_same_rows_and_columns() -> None:
         logits = model.run(test.corrupt, test.mask, interventions=interventions).logits[:, -1]  # type: ignore[index]
         change += sign * float((logits.gather(1, test.right) - logits.gather(1, test.wrong)).mean())  # type: ignore[arg-type]
     assert float(table[0, 1, 2]) == pytest.approx(change, rel=1e-6)
-    assert found.random.values.shape == (2,) and torch.equal(found.random.values[0], found.random.values[1])
+    assert found.random.values.shape == (2, 2) and bool((found.random.values == found.random.values[0, 0]).all())
     values = model.run(test.clean, record=["resid_pre.2"]).values["resid_pre.2"][:, -1]
     other = model.run(test.corrupt, record=["resid_pre.2"]).values["resid_pre.2"][:, -1]
     right = (direction.reading(values) > 0).sum() + (direction.reading(other) < 0).sum()
@@ -60,3 +60,26 @@ def test_what_is_refused() -> None:
     for call, message in cases:
         with pytest.raises(InputError, match=message):
             call()
+
+
+def test_random_directions_are_as_long_as_the_direction_that_they_stand_beside() -> None:
+    """The direction of one layer in another: its control has its own length, not that of the direction there."""
+    model, train, test = tiny("gpt2"), pairs(12, 6), pairs(6, 6, seed=50)
+    places: dict[str, Any] = {f"layer {n}": (model, f"resid_pre.{n}") for n in (0, 2)}
+    found = mi.compare_directions(places, train, test, controls=2, seed=3)
+    lengths = [float(found.directions[name].write.norm()) for name in places]
+    assert abs(lengths[0] / lengths[1] - 1) > 0.2
+    generator = torch.Generator().manual_seed(3)
+    changes: list[float] = []
+    plain = model.run(test.corrupt, test.mask).logits
+    for _ in range(2):
+        vector = torch.randn(model.dims.d_model, generator=generator).to(model.dtype)
+        edit = mi.Intervention(mi.Site("resid_pre", 2), lambda x, v=vector: last_plus(x, v / v.norm() * lengths[0]))
+        logits = model.run(test.corrupt, test.mask, interventions=[edit]).logits
+        moved = (logits - plain)[:, -1]  # type: ignore[operator]
+        changes.append(abs(float((moved.gather(1, test.right) - moved.gather(1, test.wrong)).mean())))  # type: ignore[arg-type]
+    assert float(found.random.at(of="layer 0", **{"used in": "layer 2"})) == pytest.approx(max(changes), rel=1e-6)
+
+
+def last_plus(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x[:, :-1], x[:, -1:] + v], 1)

@@ -231,6 +231,11 @@ def test_random_dictionaries_have_the_size_and_the_sparsity_that_were_asked_for(
     basis = random_dictionary("resid_pre.1", values, 40, 5, seed=1)
     active = (basis.encode(values).values != 0).sum(1)
     assert basis.n_features == 40 and active.max() == 5
+    # Of all multiples of what it writes, it writes the one that is nearest to the activations.
+    many = random_dictionary("resid_pre.1", values, 400, 30)
+    left, written = values - many.decode(many.encode(values))[many.sites_out[0]], many.encode(values).values
+    assert float((left * (written @ many.writes())).sum()) == pytest.approx(0, abs=1e-9)
+    assert float(left.square().sum()) < 0.7 * float((values - values.mean(0)).square().sum())
     torch.testing.assert_close(basis.writes().norm(dim=1), torch.ones(40, dtype=torch.float64))
     assert basis == random_dictionary("resid_pre.1", values, 40, 5, seed=1)
     assert basis != random_dictionary("resid_pre.1", values, 40, 5, seed=2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -110,3 +112,27 @@ def test_what_is_not_possible_is_refused():
     gemma = next(tiny(shape) for shape in SHAPES if tiny(shape).has("mlp_raw.0"))
     with pytest.raises(UnsupportedError, match="post-norm"):
         mi.attribution_graph(gemma, PROMPT, a_set(write="mlp_raw"), held="nothing")
+
+
+def test_an_edge_that_is_not_finite_is_not_an_exact_edge():
+    model, bases = tiny("gpt2"), a_set()
+    graph = mi.attribution_graph(model, PROMPT, bases, targets=[3])
+    weights = graph.weights.clone()
+    weights[-1] = torch.nan
+    with pytest.raises(InputError, match="not finite"):
+        mi.validate_edges(model, replace(graph, weights=weights), bases)
+    for factor in (float("inf"), float("nan"), 1.0):
+        with pytest.raises(InputError, match="finite number other than 1"):
+            mi.validate_edges(model, graph, bases, factor=factor)
+    assert mi.validate_edges(model, graph, bases, n=2, factor=0.0).factor == 0
+
+
+def test_shuffled_predictions_are_of_whole_features():
+    """A target named twice says nothing new: neither correlation nor its control changes."""
+    model, bases = tiny("gpt2"), a_set()
+    once, twice = (
+        mi.validate_graph(model, mi.attribution_graph(model, PROMPT, bases, targets=targets), bases, n=12)
+        for targets in ({"a": {3: 1.0}}, {"a": {3: 1.0}, "b": {3: 1.0}})
+    )
+    assert len(twice.frame) == 2 * len(once.frame)
+    assert twice.pearson == pytest.approx(once.pearson) and twice.shuffled == pytest.approx(once.shuffled)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mechinterp as mi
-from mechinterp.analysis.judge_bases import feature_weights_of, greedy_changes
+from mechinterp.analysis.judge_bases import feature_weights_of, greedy_changes, in_units_of
 from mechinterp.base.errors import InputError
 from mechinterp.features.dictionary import sae
 from mechinterp.features.neurons import neuron_basis
@@ -73,7 +73,7 @@ def test_the_first_change_is_the_best_of_all_and_changes_never_lead_away():
 def test_weights_add_up_to_1():
     basis = sae("resid_pre.1", drawn(9, 20), drawn(20, 9, seed=1))
     values = basis.encode(drawn(6, 9, seed=2)).values
-    weights = feature_weights_of(basis, values, values @ basis.writes())
+    weights = feature_weights_of(basis, values)
     torch.testing.assert_close(weights.sum(1), torch.ones(6, dtype=torch.float64))
 
 
@@ -89,3 +89,23 @@ def test_every_attribute_and_control_has_its_row():
         mi.judge_bases(tiny("gpt2"), TRAIN, TEST, basis)
     with pytest.raises(InputError, match="one and the same site"):
         mi.judge_bases(tiny("gpt2"), TRAIN, TEST, [basis, sae("resid_pre.2", drawn(D_MODEL, 3), drawn(3, D_MODEL))])
+
+
+def test_a_dictionary_that_normalises_its_input_is_judged_in_its_own_units():
+    """Its features write in units of each token's scale, by which its choices and shares must not change."""
+    W = drawn(D_MODEL, 10)
+    normalised = sae("resid_pre.1", W, W.T.contiguous(), normalize="layer_norm", label="mine")
+    x, other = drawn(4, D_MODEL, seed=2) * 7, drawn(4, D_MODEL, seed=3) * 7
+    weights = feature_weights_of(normalised, normalised.encode(x).values)
+    torch.testing.assert_close(weights.sum(1), torch.ones(4, dtype=torch.float64))
+    site = normalised.sites_out[0]
+    code, there = normalised.encode(x), normalised.encode(other)
+    first = greedy_changes(normalised, code.values, there.values, in_units_of(code, other - x), 1)
+    for row, (k,) in enumerate(first):
+        moved: list[float] = []
+        for i in range(10):
+            values = code.values.clone()
+            values[row, i] = there.values[row, i]
+            move = normalised.decode(code.with_values(values))[site] - normalised.decode(code)[site]
+            moved.append(float((other - x - move)[row].norm()))
+        assert moved[k] == pytest.approx(min(moved))

@@ -64,6 +64,7 @@ def test_the_interaction_is_what_a_phrase_has_beyond_its_words() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_encoder_classifier_is_read_by_its_labels() -> None:
     model = sentiment()
     text = "the film was not bad ."

@@ -10,7 +10,7 @@ from transformer_lens.tools.analysis.interchange import SubspaceInterchange, col
 
 import mechinterp as mi
 from mechinterp.analysis.subspace import learn_subspace, subspace_interchange
-from mechinterp.base.errors import InputError
+from mechinterp.base.errors import InputError, UnsupportedError
 from tests.support.models_tiny import ALL_FLOAT64, EVERY, SHAPES, as_installed, pairs, snapshot, tiny
 
 NAMED = {"S": [1, 2, 0]}
@@ -57,10 +57,10 @@ def test_the_whole_space_is_activation_patching(name: str, part: str, direction:
     )
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_it_is_what_transformer_lens_runs(name: str) -> None:
+@pytest.mark.parametrize(("name", "part"), [*((name, "resid_pre.2") for name in SHAPES), ("lfm2", "attn_out.0")])
+def test_it_is_what_transformer_lens_runs(name: str, part: str) -> None:
     model, examples, directions = tiny(name), pairs(3, 6), basis(16, 3)
-    hook = model.resolve("resid_pre.2")
+    hook = model.first_name(part)
     at = torch.tensor([2, 4, 5])
 
     def logits(ids: torch.Tensor) -> torch.Tensor:
@@ -76,7 +76,7 @@ def test_it_is_what_transformer_lens_runs(name: str) -> None:
         return (values.gather(-1, examples.right) - values.gather(-1, examples.wrong))[:, 0]  # type: ignore[arg-type]
 
     named = pairs(3, 6, positions={"at": at.tolist()})
-    grid = subspace_interchange(model, named, "resid_pre.2", directions, position="at", placebos=0)
+    grid = subspace_interchange(model, named, part, directions, position="at", placebos=0)
     torch.testing.assert_close(
         grid.at(subspace="basis").values, difference(plain) - difference(got), rtol=0, atol=tolerance(name)
     )
@@ -131,3 +131,15 @@ def test_bad_input_gets_one_clear_line(part: str, directions: Any, keywords: dic
 def test_bad_learning_gets_one_clear_line(part: str, rank: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
         learn_subspace(tiny("gpt2"), pairs(3, 6), part, rank)
+
+
+@pytest.mark.parametrize("part", ["attn_out.0", "a2", "attn_out.1"])
+def test_a_subspace_is_learned_where_a_convolution_takes_the_place_of_heads(part: str) -> None:
+    found = learn_subspace(tiny("lfm2"), pairs(3, 6), part, 2, epochs=1)
+    torch.testing.assert_close(found.T @ found, torch.eye(2).to(found), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("part", "instead"), [("resid_mid.1", "'resid_pre.2'"), ("resid_mid.2", "'resid_final'")])
+def test_no_subspace_is_learned_where_the_hook_is_on_one_branch(part: str, instead: str) -> None:
+    with pytest.raises(UnsupportedError, match=rf"for the MLP only.*{instead}"):
+        learn_subspace(tiny("gpt2"), pairs(3, 6), part, 2)

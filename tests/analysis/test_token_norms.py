@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import transformers
 
 import mechinterp as mi
+from mechinterp.analysis import token_norms
 from mechinterp.analysis.token_norms import token_contributions
 from mechinterp.base.errors import InputError
 from tests.support.models_tiny import EVERY, pairs, randomized, tiny
@@ -73,3 +75,16 @@ def test_what_is_refused() -> None:
         mi.token_attribution(tiny("gpt2"), pairs(2, 5), "rollout")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="layers 0 to 2"):
         token_contributions(tiny("gpt2"), pairs(2, 5), 3)
+
+
+def test_what_is_not_a_number_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that overflows has no attribution; it is not one of 0."""
+    model, p = tiny("gpt2"), pairs(2, 5)
+    of_layer = token_norms._contributions
+
+    def overflowing(*args: Any, **settings: Any) -> Any:
+        found = of_layer(*args, **settings)
+        return replace(found, parts=found.parts * torch.nan)
+
+    monkeypatch.setattr(token_norms, "_contributions", overflowing)
+    assert bool(mi.token_attribution(model, p).values.isnan().all())

@@ -23,7 +23,7 @@ from mechinterp.circuit_file.summary import ranked_nodes
 from mechinterp.cli.app import main
 from mechinterp.features.load import BUNDLED
 from mechinterp.tasks.schema import checked
-from mechinterp.views.report.view import write_page
+from mechinterp.views.report.write_page import write_page
 
 
 @pytest.fixture(scope="module")

@@ -175,7 +175,8 @@ def test_every_field_of_a_file_is_in_one_of_the_lists() -> None:
     more = {"license": "MIT", "created_utc": "2026-01-01T00:00:00Z", "extensions": {"x": 1}}
     stored += [entry.model_copy(update=more) for entry in stored[:1]]
     listed = {part.field for entry in stored for _, parts in extent_of(entry).lists() for part in parts}
-    assert set(CircuitFile.model_fields) - listed == {"schema_version", "kind", "nodes"}  # nodes: with the edges
+    elsewhere = {"nodes": "with the edges", "readout": "test_readouts.py"}
+    assert set(CircuitFile.model_fields) - listed == {"schema_version", "kind", *elsewhere}
 
 
 # -- scores and how they were made -------------------------------------------------------------------------------------

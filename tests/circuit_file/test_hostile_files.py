@@ -89,7 +89,7 @@ def table(path: Path) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "not valid JSON"),
+        (b"", "is empty; JSON is expected"),
         (b"{", "not valid JSON"),
         (b"[]", "must hold a JSON object"),
         (b"null", "must hold a JSON object"),

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from mechinterp import pipeline, run_spec
-from mechinterp.circuit_file import stored
+from mechinterp.circuit_file import named_files
 from mechinterp.cli import app as cli
 from mechinterp.discovery import checkpoint
 from mechinterp.engines.replacement import KINDS
@@ -420,7 +420,7 @@ def test_show_knows_roles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_a_stored_circuit_has_a_name(
     toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(stored, "stored_files", lambda *_: {"toy": toy})
+    monkeypatch.setattr(named_files, "stored_files", lambda *_: {"toy": toy})
     monkeypatch.chdir(toy.parent)
     assert cli.main(["show", "toy"]) == 0
     assert "edges recover" in capsys.readouterr().out

@@ -181,6 +181,7 @@ def test_a_search_in_another_order_is_another_search(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_circuit_of_the_bundled_model_does_the_task() -> None:
     model = mi.load_model("bundled")
     some = mi.load_task("ioi").pairs(model, n=8, split="train", seed=0)

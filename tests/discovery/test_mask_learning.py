@@ -96,6 +96,7 @@ def test_a_killed_run_goes_on_to_the_same_mask(method: str, tmp_path: Path, monk
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_several_drawings_find_what_flat_steps_hide_from_one() -> None:
     """`hist` counts with a sharp attention and an MLP of steep steps: most drawings have no slope there."""
     this = known("hist_small")
@@ -136,6 +137,7 @@ def test_gates_of_several_drawings_have_the_mean_gradient() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_price_and_the_target_decide_the_size() -> None:
     model, some = tiny("gpt2"), pairs(4)
     graph = mi.build_graph(model)

@@ -30,6 +30,7 @@ def test_its_scores_are_the_exact_ones_of_the_edges_that_it_visits(name: str) ->
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_other_meaning_and_the_circuit_of_the_bundled_model() -> None:
     model = mi.load_model("bundled")
     some = mi.load_task("ioi").pairs(model, n=8, split="train", seed=0)

@@ -17,6 +17,7 @@ from benchmarks import families as table
 from benchmarks.family_models import FAMILIES, Family
 from benchmarks.plain_hooks import PlainModel, run_plain
 from mechinterp.base.errors import UnsupportedError
+from mechinterp.engines.edge_patching import run_edges
 from mechinterp.graphs.graph import build_graph
 from mechinterp.models.hook_manager import HookManager, load_model
 from mechinterp.models.layout import Attentions
@@ -83,6 +84,20 @@ def test_a_wrong_map_is_seen_by_the_comparison(wrong: str) -> None:
     with torch.no_grad():
         _, corrupt = run_plain(plain, pairs.corrupt)
         assert table.edges_gap(model, plain, graph, pairs, corrupt) > 1e-3
+
+
+@pytest.mark.parametrize(("label", "coupled"), [("OLMoE", {0, 1}), ("BitNet", {0, 1}), ("Granite", set())])
+def test_an_edge_into_a_cut_head_still_acts_through_a_norm_over_all_heads(label: str, coupled: set[int]) -> None:
+    """OLMoE norms the queries of all heads at once, BitNet their outputs: a1.h3 is cut, and still changes a1.h0."""
+    family, model, pairs = BY_LABEL[label], loaded(label), table.random_pairs()
+    plain, graph = plain_of(family, model), build_graph(model)
+    cut = graph.mask_of(["a0.h0->a1.h3<q>", "a1.h3->m1", "a1.h3->logits"])
+    with torch.no_grad():
+        _, corrupt = run_plain(plain, pairs.corrupt)
+        share = table.share_of(graph, cut.double())
+        expected = table.logit_diff(run_plain(plain, pairs.clean, share=share, replacement=corrupt)[0], pairs)
+    torch.testing.assert_close(run_edges(model, graph, pairs, cut), expected, rtol=0, atol=5e-6)  # norms in float32
+    assert model.coupled_heads == coupled
 
 
 def plain_of(family: Family, model: HookManager) -> PlainModel:

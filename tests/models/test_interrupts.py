@@ -148,6 +148,7 @@ def test_ctrl_c_inside_the_libraries() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ctrl_c_where_an_engine_changes_the_state() -> None:
     model, done = a_model(), set[Place]()
     n = sum(check(model, run, CHANGING, 5, done) for run in ENGINES)

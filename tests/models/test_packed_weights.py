@@ -130,6 +130,7 @@ def test_what_is_packed(dtype: torch.dtype) -> None:
 
 # -- devices -----------------------------------------------------------------------------------------------------
 
+CPU: Any = "cpu"  # a string: accelerate compares it with one
 PARTS = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
 
 
@@ -147,7 +148,7 @@ def test_weights_on_two_devices_are_refused_with_what_to_do() -> None:
 
 def test_weights_that_are_not_in_memory_are_refused(tmp_path: Path) -> None:
     places: dict[str, Any] = {part: "disk" if part == "model.layers" else "cpu" for part in PARTS}
-    offloaded = dispatch_model(huggingface("llama"), places, main_device=torch.device("cpu"), offload_dir=tmp_path)
+    offloaded = dispatch_model(huggingface("llama"), places, main_device=CPU, offload_dir=tmp_path)
     for module in (offloaded, huggingface("llama").to("meta")):
         with pytest.raises(UnsupportedError, match=r"not in memory \(\d+ of 30, such as 'model.*without `device_map`"):
             mi.load_model(module)
@@ -156,7 +157,7 @@ def test_weights_that_are_not_in_memory_are_refused(tmp_path: Path) -> None:
 def test_a_model_that_accelerate_placed_is_copied() -> None:
     """Accelerate gives a module a `to` of its own, which returns the original when a copy of it is moved."""
     where: dict[str, Any] = dict.fromkeys(PARTS, "cpu")
-    module = dispatch_model(huggingface("llama"), where, main_device=torch.device("cpu"), force_hooks=True)
+    module = dispatch_model(huggingface("llama"), where, main_device=CPU, force_hooks=True)
     model = mi.load_model(module, dtype="float32")
     assert all(weight.requires_grad and weight.dtype == torch.float64 for weight in module.parameters())
     expected = mi.load_model(huggingface("llama"), dtype="float32").run(tokens()).logits

@@ -25,7 +25,7 @@ import beartype
 import jaxtyping
 
 PACKAGE = "mechinterp"
-SHAPED = frozenset({"Bool", "Float", "Int", "Shaped", "Cut"})
+SHAPED = frozenset({"Bool", "Float", "Int", "Shaped", "Cut", "Kept"})
 """The names under which shapes stand in annotations: what is imported from jaxtyping, and aliases of it."""
 CHECK = "shape_checks.checked"
 FIRST, EVERY = 100, 10

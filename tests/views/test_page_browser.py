@@ -17,7 +17,7 @@ from mechinterp.circuit_file.circuit_file import load_circuit
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.views.plots import circuit_figure, save_html
 from mechinterp.views.report.page import write_report
-from mechinterp.views.report.view import write_page
+from mechinterp.views.report.write_page import write_page
 from tests.support.toy_circuits import scores_of, toy_circuit, toy_document
 
 FOUND = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -17,6 +17,7 @@ from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.base.settings import check_settings
 from mechinterp.circuit_file.bases import check_given_bases, stated_basis
 from mechinterp.circuit_file.circuit_file import stated_circuit, stated_graph, stated_scores
+from mechinterp.circuit_file.named_files import find_file
 from mechinterp.circuit_file.provenance import model_record, tokenizer_record, versions
 from mechinterp.circuit_file.readouts import GivenDirection, as_stated, named_model
 from mechinterp.circuit_file.records import (
@@ -32,7 +33,6 @@ from mechinterp.circuit_file.records import (
 from mechinterp.circuit_file.schema import CircuitFile, TaskPairs, TaskRecord, Tolerance, circuit_sha256
 from mechinterp.circuit_file.setting_types import SELECTION
 from mechinterp.circuit_file.store import OpenedFile, inside, open_circuit_file
-from mechinterp.circuit_file.stored import find_file
 from mechinterp.circuit_file.verify.claims import Ledger, UnverifiedModel, Verification
 from mechinterp.circuit_file.verify.coverage import (
     READOUT,

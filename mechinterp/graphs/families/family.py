@@ -131,7 +131,7 @@ class NodeFamily(ABC):
         return self.writes(model, now).minus(self.writes(model, then))
 
     def writes_together(self, model: HookManager) -> bool:
-        """Whether what one writer writes depends on the others: they share the scale of a post-norm."""
+        """Whether what one writer writes depends on the others: they share the scale of a norm."""
         return False
 
     # -- what they read -------------------------------------------------------------------------------------------

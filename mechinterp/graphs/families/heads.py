@@ -82,8 +82,8 @@ class Heads(NodeFamily):
         return Dense(model.layout.head_write_differences(self.layer, z, other.expand_as(z)))
 
     def writes_together(self, model: HookManager) -> bool:
-        """Under a post-norm, which is one for all heads."""
-        return model.layout.attention[self.layer].post.kind != "none"
+        """Under a norm that is one for all heads: after the attention, or inside it."""
+        return model.layout.attention[self.layer].post.kind != "none" or self.layer in model.coupled_heads
 
     def read(self, model: HookManager, ports: Ports, seen: Float[Tensor, "port rows pos d_model"]) -> Tensor:
         """q, k or v of every head, `[rows, pos, head, d_head]`."""

@@ -10,10 +10,10 @@ from mechinterp.base.errors import MechInterpError, ModelNotAvailable
 from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.circuit_file.bases import stated_bases
 from mechinterp.circuit_file.circuit_file import circuit_of
+from mechinterp.circuit_file.named_files import find_file
 from mechinterp.circuit_file.records import pairs_of, task_of
 from mechinterp.circuit_file.schema import CircuitFile, TaskRecord
 from mechinterp.circuit_file.store import SUFFIX, open_circuit_file
-from mechinterp.circuit_file.stored import find_file
 from mechinterp.circuit_file.verify.verification import load_stated_model
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.views.report.node_details import NodeDetails, node_details

@@ -18,7 +18,7 @@ from mechinterp.models.sites import Node, Site
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.task import load_task
 from mechinterp.views.report.node_details import TOP_TOKENS, NodeDetails, node_details
-from mechinterp.views.report.view import write_page
+from mechinterp.views.report.write_page import write_page
 from tests.support.toy_circuits import toy_circuit, toy_document
 
 STORED = Path(__file__).parents[2] / "circuits"
