@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from mechinterp.models.hook_names import ROUTERS
+from mechinterp.models.packed_weights import packed_in
 
 MIXERS = ("mixer", "conv", "linear_attn")
 """What a block calls a part that takes the place of attention."""
@@ -20,6 +21,8 @@ def attention_of(block: Any) -> Any:
     attn = getattr(block, "attn", None)
     if attn is None or not all(hasattr(attn, part) for part in HEAD_PARTS):
         return None
+    if packed_in(getattr(attn, part) for part in HEAD_PARTS) is not None:  # its weights cannot be looked at
+        return attn
     try:
         _ = attn.W_Q, attn.W_K
     except ValueError:  # heads of another size or number than the configuration says (some layers of Gemma 4)

@@ -6,8 +6,8 @@ so a map that is wrong for an architecture is an error at load, not a wrong numb
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mechinterp.base.errors import UnsupportedError
 from mechinterp.models.activation import activation_function
-from mechinterp.models.block_parts import attention_of, factor_of, mixer_of, mlp_of, norm_of
+from mechinterp.models.block_parts import HEAD_PARTS, attention_of, factor_of, mixer_of, mlp_of, norm_of
 from mechinterp.models.norm import Norm, measure_norm
+from mechinterp.models.packed_weights import packed_in
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,16 @@ class MixerMaps:
 
 @dataclass(frozen=True)
 class Attentions:
-    """The attention of every layer; one without heads is refused by name when it is asked for."""
+    """The attention of every layer; one without heads, or of packed weights, is refused by name when asked for."""
 
     maps: tuple[AttentionMaps | None, ...]
+    packed: Mapping[int, str] = field(default_factory=dict[int, str])
+    """The layers whose weights of q, k, v or the output are packed (a quantised model), and how."""
 
     def __getitem__(self, layer: int) -> AttentionMaps:
         found = self.maps[layer]
+        if layer in self.packed:
+            raise UnsupportedError(_of_packed(f"the attention of layer {layer}", self.packed[layer]))
         if found is None:
             raise UnsupportedError(
                 f"Layer {layer} of this model has no heads (what mixes tokens there is one node, 'a{layer}'); take a "
@@ -120,7 +125,7 @@ class Attentions:
 
     def until(self, layer: int) -> Attentions:
         """Those of the layers before this one."""
-        return Attentions(self.maps[:layer])
+        return Attentions(self.maps[:layer], {at: how for at, how in self.packed.items() if at < layer})
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,8 @@ class Layout:
     soft_cap: float | None
     mixers: tuple[MixerMaps | None, ...] = ()
     """Layer by layer, what takes the place of heads; empty: nothing does in any layer."""
+    packed_mlps: Mapping[int, str] = field(default_factory=dict[int, str])
+    """The layers whose MLP has packed weights (a quantised model), and how."""
 
     def mixer(self, layer: int) -> MixerMaps:
         """What takes the place of heads in a layer. Raises UnsupportedError for a layer with heads."""
@@ -265,6 +272,8 @@ class Layout:
     def neurons(self, layer: int) -> MlpMaps:
         """The weights of a layer's MLP. Raises UnsupportedError if it is not a pair of matrices."""
         maps = self.mlp_maps[layer]
+        if layer in self.packed_mlps:
+            raise UnsupportedError(_of_packed(f"the MLP of layer {layer}", self.packed_mlps[layer]))
         if maps is None:
             raise UnsupportedError(f"Layer {layer} has no MLP with one input and one output matrix.")
         return maps
@@ -299,6 +308,13 @@ class Layout:
         if self.soft_cap:
             logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
         return logits
+
+
+def _of_packed(part: str, how: str) -> str:
+    return (
+        f"The weights of {part} are quantised ({how}), and this reads them as plain numbers. Load the model without "
+        "quantisation (a GGUF file is dequantised), or take what reads activations only, such as activation_patching."
+    )
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
@@ -347,6 +363,8 @@ def _attention_maps(attn: Any, norm: Norm, post: Norm) -> AttentionMaps:
 
 
 def _mlp_maps(mlp: Any, post: Norm) -> MlpMaps | None:
+    if packed_in([mlp]) is not None:
+        return None
     parts = {name: getattr(mlp, name, None) for name in ("W_in", "b_in", "W_gate", "b_gate", "W_out", "b_out")}
     if any(part is not None and not isinstance(part, Tensor) for part in parts.values()):
         return None
@@ -369,6 +387,7 @@ def build_layout(bridge: Any) -> Layout:
     like = next(p for p in bridge.original_model.parameters() if p.is_floating_point())
     d_model = int(cfg.d_model)
     attention: list[AttentionMaps | None] = []
+    packed, packed_mlps = dict[int, str](), dict[int, str]()
     mixers: list[MixerMaps | None] = []
     mlp_norms: list[Norm | None] = []
     mlp_maps: list[MlpMaps | None] = []
@@ -379,7 +398,9 @@ def build_layout(bridge: Any) -> Layout:
         before = _norm_of(block, norm_of(block), f"{label}.{norm_of(block)}", like, d_model)
         after = _post_of(block, "ln1_post", f"{label}.ln1_post", like, d_model)
         attn = attention_of(block)
-        attention.append(None if attn is None else _attention_maps(attn, before, after))
+        if attn is not None and (how := packed_in(getattr(attn, part) for part in HEAD_PARTS)) is not None:
+            packed[layer] = how
+        attention.append(None if attn is None or layer in packed else _attention_maps(attn, before, after))
         mixers.append(MixerMaps(before, after) if mixer_of(block) else None)
         own = attention[-1]
         if own is not None and own.post.kind != "none" and own.b_O is not None and bool(own.b_O.any()):
@@ -389,27 +410,30 @@ def build_layout(bridge: Any) -> Layout:
             )
         # In a parallel layer without a second norm the MLP reads what the attention reads (GPT-J, Phi, Cohere), and so
         # does an MLP that is all that a layer has.
-        alone = own is None and mixers[-1] is None
+        alone = attn is None and mixers[-1] is None
         shared = (parallel and getattr(block, "ln2", None) is None) or alone
         norm = before if shared else _norm_of(block, "ln2", f"{label}.ln2", like, d_model)
         mlp = mlp_of(block)
         mlp_norms.append(norm if mlp else None)
         mlp_posts.append(_post_of(block, "ln2_post", f"{label}.ln2_post", like, d_model))
-        mlp_maps.append(_mlp_maps(getattr(block, mlp or "mlp", None), mlp_posts[-1]))
-    if not any(attention) and not any(mixers):
+        part = getattr(block, mlp or "mlp", None)
+        mlp_maps.append(_mlp_maps(part, mlp_posts[-1]))
+        if mlp and (how := packed_in([part])) is not None:
+            packed_mlps[layer] = how
+    if not any(attention) and not any(mixers) and not packed:
         raise UnsupportedError(f"No layer of {cfg.architecture} has attention, or anything known in its place.")
     soft_cap = float(cap) if (cap := getattr(cfg, "output_logits_soft_cap", None)) and cap > 0 else None
     factor = _logit_scale(bridge, soft_cap)
     W_U, b_U = _scaled(bridge.W_U.detach(), factor), _scaled(_detached(getattr(bridge, "b_U", None)), factor)
     assert W_U is not None
+    stated = int(cfg.n_heads), int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)
     layers = tuple(
         LayerDims(
-            0 if maps is None else len(maps.W["q"]),
-            0 if maps is None else len(maps.W["k"]),
+            *(stated if layer in packed else (0, 0) if maps is None else (len(maps.W["q"]), len(maps.W["k"]))),
             mixer is not None,
             norm is not None,
         )
-        for maps, mixer, norm in zip(attention, mixers, mlp_norms, strict=True)
+        for layer, (maps, mixer, norm) in enumerate(zip(attention, mixers, mlp_norms, strict=True))
     )
     hybrid = len(set(layers)) > 1 or any(mixers)
     n_heads = max(layer.n_heads for layer in layers) if hybrid else int(cfg.n_heads)
@@ -419,7 +443,7 @@ def build_layout(bridge: Any) -> Layout:
         n_heads=n_heads,
         n_kv_heads=int(n_kv_heads or n_heads),
         d_model=d_model,
-        d_head=max((int(maps.W["q"].shape[-1]) for maps in attention if maps is not None), default=0),
+        d_head=max((int(maps.W["q"].shape[-1]) for maps in attention if maps is not None), default=int(cfg.d_head)),
         d_vocab=int(cfg.d_vocab),
         d_vocab_out=int(W_U.shape[1]),
         n_ctx=int(cfg.n_ctx),
@@ -430,7 +454,7 @@ def build_layout(bridge: Any) -> Layout:
     )
     return Layout(
         dims=dims,
-        attention=Attentions(tuple(attention)),
+        attention=Attentions(tuple(attention), packed),
         mlp_norm=tuple(mlp_norms),
         mlp_maps=tuple(mlp_maps),
         mlp_post=tuple(mlp_posts),
@@ -439,4 +463,5 @@ def build_layout(bridge: Any) -> Layout:
         b_U=b_U,
         soft_cap=soft_cap,
         mixers=tuple(mixers) if any(mixers) else (),
+        packed_mlps=packed_mlps,
     )

@@ -19,6 +19,7 @@ from mechinterp.base.errors import InputError, ModelNotAvailable, UnsupportedErr
 from mechinterp.base.plain_files import exists, is_file, is_folder
 from mechinterp.models.foreign_hooks import notes_on_hooks
 from mechinterp.models.gguf_model import is_gguf_name, load_gguf
+from mechinterp.models.packed_weights import check_in_one_place, packed_in, weights_of
 from mechinterp.models.refusal import reason, refusing
 from mechinterp.models.source import ModelInfo
 
@@ -63,8 +64,9 @@ def open_model(
             return _wrap_bridge(spec, dtype, device, tokenizer)
     if isinstance(spec, nn.Module) and hasattr(spec, "config"):
         with refusing(f"Cannot use this {type(spec).__name__}"):
-            module = _with_its_weights(spec) if share_weights else copy.deepcopy(spec).to(device=device, dtype=dtype)
             name = getattr(spec.config, "name_or_path", "") or type(spec).__name__
+            check_in_one_place(spec, name)
+            module = _with_its_weights(spec) if share_weights else _copied(spec, device, dtype)
             notes = notes_on_hooks(spec, name)
             opened = _bridge(module, name, None, "memory", tokenizer)
             return replace(opened, info=replace(opened.info, notes=notes))
@@ -72,6 +74,13 @@ def open_model(
         f"Cannot load a model from {type(spec).__name__}; give 'bundled', a directory, a .gguf file, a hub id, "
         "a Hugging Face model or a TransformerBridge."
     )
+
+
+def _copied(module: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> nn.Module:
+    """A copy of the module. By the `to` of its class: accelerate gives a module one of its own, which a copy keeps and
+    which moves, and returns, the original."""
+    copied = copy.deepcopy(module)
+    return type(module).to(copied, device=device, dtype=dtype)
 
 
 def _with_its_weights(module: nn.Module) -> nn.Module:
@@ -303,7 +312,8 @@ def _bridge(module: nn.Module, name: str, revision: str | None, origin: str, tok
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
     from transformer_lens.utilities.attn_implementation import force_eager_attention
 
-    weights = dict(module.named_parameters())
+    check_in_one_place(module, name)
+    weights = weights_of(module)
     architecture = type(module).__name__
     _check_finite(weights, name)
     module.eval().requires_grad_(False)
@@ -320,6 +330,12 @@ def _bridge(module: nn.Module, name: str, revision: str | None, origin: str, tok
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise UnsupportedError(
             f"TransformerLens has no bridge for {architecture}, so it cannot be opened; use a model of another family."
+        )
+    unembedding: Any = getattr(module, "get_output_embeddings", lambda: None)
+    if (how := packed_in([unembedding()])) is not None:
+        raise UnsupportedError(
+            f"The unembedding of {architecture} is quantised ({how}), and every analysis reads it as plain numbers. "
+            "Leave it out of the quantisation (bitsandbytes: llm_int8_skip_modules=['lm_head'])."
         )
     with refusing(f"TransformerLens cannot bridge {architecture}", config):
         bridge = build_bridge_from_module(module, architecture, hf_config=config, model_name=name)
@@ -339,7 +355,7 @@ def _give_zero_biases(module: nn.Module, architecture: str) -> None:
 
 def _check_finite(weights: Mapping[str, Tensor], name: str) -> None:
     for key, weight in weights.items():
-        if not bool(torch.isfinite(weight).all()):
+        if not bool(torch.isfinite(weight.float() if weight.dtype.itemsize < 2 else weight).all()):
             raise InputError(f"The weight {key!r} of {name} holds NaN or infinity; the checkpoint is damaged.")
 
 
@@ -381,13 +397,14 @@ def _wrap_bridge(bridge: Any, dtype: torch.dtype | None, device: Any, tokenizer:
         raise InputError(
             f"The bridge is {own.dtype} on {own.device}; a bridge is used as it is, so move it before loading."
         )
+    check_in_one_place(bridge.original_model, str(getattr(bridge.cfg, "model_name", None) or "the bridge"))
     info = ModelInfo(
         name=str(getattr(bridge.cfg, "model_name", None) or "bridge"),
         revision=None,
         architecture=str(bridge.cfg.architecture),
         origin="memory",
         processing="compatibility" if getattr(bridge, "compatibility_mode", False) else "raw",
-        weights=dict(bridge.original_model.named_parameters()),
+        weights=weights_of(bridge.original_model),
         notes=notes_on_hooks(bridge, str(getattr(bridge.cfg, "model_name", None) or "bridge")),
     )
     return Opened(bridge, info, tokenizer if tokenizer is not None else getattr(bridge, "tokenizer", None))

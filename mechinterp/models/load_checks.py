@@ -225,7 +225,7 @@ def probe_mlps(model: Any) -> dict[int, str]:
 def _check_maps(model: Any, tokens: Tensor, plain: Tensor, refused: dict[Site, str]) -> None:
     """Compares every read and write map of the layout with the values of a run."""
     kinds = ("resid_pre", "q", "k", "v", "z", "mlp_in", "mlp_post", "mlp_out", "resid_post", "resid_final")
-    kinds += ("attn_in", "attn_raw", "attn_out") * bool(model.layout.mixers)
+    kinds += ("attn_in", "attn_raw", "attn_out") * bool(model.layout.mixers or model.layout.attention.packed)
     run = model.run(tokens, record=[s for s in model.sites() if s.kind in kinds and s not in refused])
     layout, dims = model.layout, model.dims
 
@@ -245,7 +245,10 @@ def _check_maps(model: Any, tokens: Tensor, plain: Tensor, refused: dict[Site, s
 
     for layer in range(dims.n_layers):
         resid, own, middle = run.values[Site("resid_pre", layer)], dims.layer(layer), None
-        if own.n_heads:
+        if layer in layout.attention.packed:
+            _check_shapes(model, run, layer)
+            middle = resid + run.values[Site("attn_out", layer)]
+        elif own.n_heads:
             for channel, heads in (("q", own.n_heads), ("k", own.n_kv_heads), ("v", own.n_kv_heads)):
                 read = layout.read_heads(layer, channel, resid.expand(heads, *resid.shape))
                 check(f"{channel} of layer {layer}", read.movedim(0, 2), run.values[Site(channel, layer)])
@@ -260,6 +263,17 @@ def _check_maps(model: Any, tokens: Tensor, plain: Tensor, refused: dict[Site, s
         _check_layer(model, run, layer, resid, resid if middle is None else middle, check)
     final = run.values[Site("resid_final")]
     check("the unembedding", layout.unembed(final), plain)
+
+
+def _check_shapes(model: Any, run: Any, layer: int) -> None:
+    """Refuses heads of another number or size than the configuration says, where no weight can be compared with it."""
+    own, size = model.dims.layer(layer), model.dims.d_head
+    for kind, heads in (("q", own.n_heads), ("k", own.n_kv_heads), ("v", own.n_kv_heads), ("z", own.n_heads)):
+        if (found := tuple(run.values[Site(kind, layer)].shape[2:])) != (heads, size):
+            raise UnsupportedError(
+                f"{model.info.architecture}: '{kind}' of layer {layer} is {list(found)}, not {heads} heads of {size} "
+                "as its configuration says, and its weights are quantised; load it without quantisation."
+            )
 
 
 def _check_readers(model: Any, tokens: Tensor, refused: dict[Site, str]) -> None:
@@ -364,7 +378,8 @@ def probe_sites(model: Any) -> dict[Site, str]:
         for site in values
         if site.kind in HEAD_SITES and not model.dims.layer(site.layer).n_heads
     }
-    known |= {site for site in values if site.kind in ("attn_raw", "attn_out") and model.dims.layer(site.layer).mixer}
+    whole = {*model.layout.attention.packed, *(i for i in range(model.dims.n_layers) if model.dims.layer(i).mixer)}
+    known |= {site for site in values if site.kind in ("attn_raw", "attn_out") and site.layer in whole}
     known |= {s for s in values if s.kind == "mlp_post" and model.layout.mlp_maps[s.layer] is not None}
     for site in values:
         if site not in known and site not in refused and (twin := _twin(site, values)) is not None:
@@ -409,7 +424,10 @@ def _definitions(model: Any, values: Mapping[Site, Tensor]) -> Iterator[Definiti
         own, mlp, resid = dims.layer(layer), layout.mlp_maps[layer], here["resid_pre"]
         given: dict[str, tuple[str, Tensor]] = {}
         maps, total = None, None
-        if own.n_heads:
+        if layer in layout.attention.packed:
+            if not dims.parallel:
+                given["resid_mid"] = ("'resid_pre' + 'attn_out'", resid + here["attn_out"])
+        elif own.n_heads:
             maps, total = layout.attention[layer], layout.attention_total(layer, here["z"])
             given["attn_raw"] = ("the sum of the heads", total)
             given["attn_out"] = ("what the heads add to the residual stream", maps.post(total))
