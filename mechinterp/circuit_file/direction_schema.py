@@ -180,8 +180,8 @@ def direction_finding(document: DirectionFile) -> str:
     text += f"separates {test.accuracy:.1%} of {2 * test.n} held-out prompts ({', '.join(controls)})"
     if document.steering is not None:
         steering = document.steering
-        most = max(steering.random, key=abs)
-        text += (
-            f"; adding it changes {steering.metric} by {steering.change:.3g} (random directions: at most {most:.2g})"
-        )
+        most = max(map(abs, steering.random))
+        text += f"; adding it changes {steering.metric} by {steering.change:.3g}, random directions by up to {most:.2g}"
+        if abs(steering.change) <= most:
+            text += ": no more than one of these does"
     return text

@@ -12,7 +12,7 @@ import torch
 
 import mechinterp as mi
 from mechinterp.base.errors import FormatError, InputError
-from mechinterp.circuit_file.direction_schema import content_sha256, open_direction_file
+from mechinterp.circuit_file.direction_schema import content_sha256, direction_finding, open_direction_file
 from mechinterp.cli import app as cli
 from mechinterp.direct import DirectSpec, command_of, discover_direction, sites_of
 
@@ -38,6 +38,18 @@ def copied(made: Path, tmp_path: Path) -> Path:
     for path in made.parent.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path / made.name
+
+
+def test_a_direction_that_does_no_more_than_a_random_one_is_called_so(made: Path) -> None:
+    document = open_direction_file(made).document
+    assert document.steering is not None
+
+    def said(change: float) -> str:
+        steering = document.steering.model_copy(update={"change": change, "random": (0.2, -0.9)})
+        return direction_finding(document.model_copy(update={"steering": steering}))
+
+    assert said(-0.48).endswith("by -0.48, random directions by up to 0.9: no more than one of these does")
+    assert said(1.0).endswith("by 1, random directions by up to 0.9")
 
 
 def changed(path: Path, change: Callable[[dict[str, Any]], None], *, forged: bool) -> None:
