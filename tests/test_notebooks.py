@@ -30,7 +30,6 @@ def sources(path: Path, kind: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.every_case
 @pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
 def test_it_shows_the_numbers_that_it_stores(path: Path, tmp_path: Path) -> None:
     """`make notebooks` stores them. Words and pictures are not compared."""
