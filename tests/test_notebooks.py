@@ -20,7 +20,7 @@ A_NAME = r"\ba\d+\.(h|kv)\d+|\bm\d+\b|\b(resid_\w+|[qkvz]|mlp_\w+|pattern|attn_o
 """A head, an MLP or a site of one layer, written out."""
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 ON_REAL_WEIGHTS = [path for path in NOTEBOOKS if REAL in read_cells(path, "code")[0]["source"]]
-"""These are run by `make real`, which fetches the weights and says so where they cannot be had."""
+"""These are run by `make real`, which fetches the weights and says so where they are not available."""
 BUNDLED = [path for path in NOTEBOOKS if path not in ON_REAL_WEIGHTS]
 
 

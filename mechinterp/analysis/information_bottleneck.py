@@ -8,6 +8,7 @@ that keep the metric with as little information as possible (Schulz et al. 2020)
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -64,7 +65,7 @@ def information_bottleneck(
         samples: Draws of the noise in each step.
         learning_rate: Of Adam.
         seed: Of the noise.
-        batch_size: Examples at a time; by default all. Noise is drawn per batch, so the numbers vary with it a little.
+        batch_size: Examples at a time; by default all. Every example has noise of its own, so the size changes nothing.
         progress: Called after every step of a batch.
 
     Cost: `steps * samples` forwards and backwards after the site, and 4 + samples forwards.
@@ -87,15 +88,16 @@ def information_bottleneck(
         raise InputError("`beta` is at least 0, `steps` and `samples` are at least 1, `learning_rate` is above 0.")
     place, pairs = vector_site(model, site), pairs.to(model.device)
     mean, spread = _noise_of(model, pairs, place, batch_size)
-    generator = torch.Generator().manual_seed(seed)
+    seeds = torch.randint(2**31, (len(pairs),), generator=torch.Generator().manual_seed(seed)).tolist()
     found: list[Tensor] = []
     totals = torch.zeros(3, dtype=torch.float64)
-    for _, batch in batches(pairs, batch_size):
+    for rows, batch in batches(pairs, batch_size):
         x = _wide(model.run(batch.clean, batch.mask, record=[place], stop=place).values[place])
         readout = metric_readout(model, batch, metric)
         real = batch.mask[..., None]
         alpha = torch.full_like(x, START).requires_grad_(True)
         adam = torch.optim.Adam([alpha], lr=learning_rate)
+        generators = [torch.Generator().manual_seed(own) for own in seeds[rows]]
         share = beta / (batch.mask.sum(1) * x.shape[-1]).to(x)
 
         def value(mixed: Tensor, batch: Pairs = batch, readout: Readout = readout) -> Tensor:
@@ -103,11 +105,14 @@ def information_bottleneck(
             run = model.run(batch.clean, batch.mask, record=[FINAL], stop=FINAL, interventions=[edit])
             return readout.of_resid(run.values[FINAL]).double().sum().cpu()
 
+        def drawn(x: Tensor = x, generators: Sequence[torch.Generator] = generators) -> Tensor:
+            return mean + spread * torch.stack([torch.randn(x.shape[1:], generator=own) for own in generators]).to(x)
+
         for step in range(steps):
             kept = alpha.detach().sigmoid()
             gradient = torch.zeros_like(x)
             for _ in range(samples):
-                noise = mean + spread * torch.randn(x.shape, generator=generator).to(x)
+                noise = drawn()
                 mixed = mix(x, noise, kept, real)
                 edit = Intervention(place, mixed.to(model.dtype))
                 back = site_gradients(model, batch, batch.clean, [place], readout.of_resid, edits=[edit])
@@ -120,7 +125,7 @@ def information_bottleneck(
             adam.step()
             progress(step + 1, steps)
         kept = alpha.detach().sigmoid()
-        draws = [mean + spread * torch.randn(x.shape, generator=generator).to(x) for _ in range(samples)]
+        draws = [drawn() for _ in range(samples)]
         totals[0] += value(x)
         for i, mask in ((1, kept), (2, torch.zeros_like(kept))):
             totals[i] += torch.stack([value(mix(x, noise, mask, real)) for noise in draws]).mean()
@@ -162,7 +167,9 @@ def _noise_of(model: HookManager, pairs: Pairs, site: Site, batch_size: int | No
     values = torch.cat(seen)
     spread = values.std(0)
     if not bool((spread > 0).all()):
-        raise InputError(f"Some channels of '{site}' are the same at all tokens, so there is no noise to mix in.")
+        raise InputError(
+            f"Some channels of '{site}' are the same at all tokens, so noise with their spread cannot be drawn."
+        )
     return values.mean(0), spread
 
 

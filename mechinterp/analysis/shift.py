@@ -96,8 +96,8 @@ def shift_probe(
     - `before`: trained on `train`, with nothing ablated;
     - `ablated`: the same probe, features ablated in the run that it reads;
     - `retrained`: trained again on `train` with the features ablated;
-    - `random ...`: the same two with as many random features of the same bases ablated, drawn from all that are active
-      on `train`: the mean over the draws, and for `retrained` the draw with the best worst group;
+    - `random ...`: the same two with as many random features of the same bases ablated, drawn from the others that are
+      active on `train`: the mean over the draws, and for `retrained` the draw with the best worst group;
     - `balanced`: trained on prompts without the correlation, if there are any: what could be reached.
 
     Args:
@@ -116,7 +116,7 @@ def shift_probe(
 
     Cost: a forward of `train` and `test` before, after, and per draw.
 
-    Raises InputError for a group without test prompts, no irrelevant feature, and fewer active features than are drawn.
+    Raises InputError for a group without test prompts, no irrelevant feature, and fewer other active features than are drawn.
     """
     several = [bases] if isinstance(bases, Basis) else list(bases)
     place = vector_site(model, site)
@@ -141,11 +141,13 @@ def shift_probe(
     after = states(test, chosen)
     rows.append(("ablated", *_scores(before, after, test)))
     rows.append(("retrained", *_scores(trained(train, states(train, chosen)), after, test)))
-    active = {basis: _active(model, train, basis, batch_size) for basis in chosen}
+    others = {
+        basis: sorted({*_active(model, train, basis, batch_size)} - {*numbers}) for basis, numbers in chosen.items()
+    }
     generator = torch.Generator().manual_seed(seed)
     random: list[tuple[tuple[float, float, float], tuple[float, float, float]]] = []
     for _ in range(draws):
-        ids = {basis: _draw(active[basis], len(numbers), basis, generator) for basis, numbers in chosen.items()}
+        ids = {basis: _draw(others[basis], len(numbers), basis, generator) for basis, numbers in chosen.items()}
         values = states(test, ids)
         again = trained(train, states(train, ids))
         random.append((_scores(before, values, test), _scores(again, values, test)))
@@ -206,10 +208,12 @@ def _active(model: HookManager, data: LabelledPrompts, basis: Basis, size: int) 
     return on.nonzero()[:, 0].tolist()
 
 
-def _draw(active: Sequence[int], n: int, basis: Basis, generator: torch.Generator) -> list[int]:
-    if len(active) < n:
-        raise InputError(f"Only {len(active)} features of '{basis.name}' are active, so {n} cannot be drawn at random.")
-    return [active[i] for i in torch.randperm(len(active), generator=generator)[:n].tolist()]
+def _draw(others: Sequence[int], n: int, basis: Basis, generator: torch.Generator) -> list[int]:
+    if len(others) < n:
+        raise InputError(
+            f"Only {len(others)} other features of '{basis.name}' are active, so {n} cannot be drawn at random."
+        )
+    return [others[i] for i in torch.randperm(len(others), generator=generator)[:n].tolist()]
 
 
 def _scores(

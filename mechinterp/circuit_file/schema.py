@@ -100,7 +100,7 @@ class LayerDimsRecord(Strict):
         if self.mixer and self.n_heads:
             raise ValueError("a layer has heads, or a mixer in their place, not both")
         if bool(self.n_heads) != bool(self.n_kv_heads) or self.n_heads % max(1, self.n_kv_heads):
-            raise ValueError(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         return self
 
 
@@ -132,7 +132,7 @@ class DimsRecord(Strict):
         if not all((self.n_heads, self.n_kv_heads, self.d_head)) and (self.layers is None or self.n_heads):
             raise ValueError("n_heads, n_kv_heads and d_head are at least 1, or `layers` says that there are no heads")
         if self.n_heads % max(1, self.n_kv_heads):
-            raise ValueError(f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         self.check_graph()
         return self
 

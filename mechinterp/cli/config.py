@@ -66,7 +66,7 @@ def _converted(parameter: Any, value: Any, context: Any) -> Any:
     if not isinstance(value, str) and not (parameter.multiple and value):
         raise InputError("a single value is expected here.")
     if not value:
-        raise InputError("there is no value; leave the key out.")
+        raise InputError("the value is missing; leave the key out.")
     return parameter.process_value(context, value)
 
 

@@ -48,7 +48,7 @@ def _do_view(
 
     path, console = find_file(file), Terminal(detail)
     if is_direction_name(path):
-        raise InputError(f"{path} is a direction; `show` prints it, and there is no page of one.")
+        raise InputError(f"{path} is a direction; `show` prints it; only circuits have a page.")
     if out is not None:  # the page beside the file is made from it
         check_text(out, open_circuit_file(path).document.integrity.circuit_sha256, force)
     with stages(detail) as progress:

@@ -10,6 +10,7 @@ import torch
 import mechinterp as mi
 from mechinterp.analysis.attribution_graph.frozen_run import Seed, check_transcoders, freeze
 from mechinterp.analysis.attribution_graph.held_run import HELD, backward_in_model
+from mechinterp.analysis.attribution_graph.validate import _correlation
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.features.dictionary import transcoder
 from tests.analysis.test_attribution_graph import PROMPT, a_cross_layer_transcoder, a_set, drawn, exact
@@ -136,3 +137,10 @@ def test_shuffled_predictions_are_of_whole_features():
     )
     assert len(twice.frame) == 2 * len(once.frame)
     assert twice.pearson == pytest.approx(once.pearson) and twice.shuffled == pytest.approx(once.shuffled)
+
+
+def test_what_does_not_vary_has_no_correlation() -> None:
+    rising = torch.arange(4.0)
+    assert bool(_correlation(torch.zeros(4), rising).isnan()) and float(
+        _correlation(rising, 2 * rising)
+    ) == pytest.approx(1)

@@ -60,6 +60,15 @@ def test_the_gradient_of_the_masks_is_the_derivative() -> None:
     assert values[1] > values[0]
 
 
+def test_batches_change_nothing() -> None:
+    model, p = tiny("gpt2"), pairs(3, 6, padded=True)
+    whole, parts = (
+        mi.information_bottleneck(model, p, "resid_pre.1", steps=4, samples=2, batch_size=size) for size in (3, 2)
+    )
+    torch.testing.assert_close(whole.values, parts.values, equal_nan=True)
+    assert whole.about["kept"] == pytest.approx(parts.about["kept"]), (whole.about, parts.about)
+
+
 def test_what_is_refused() -> None:
     model, p = tiny("gpt2"), pairs(2, 5)
     cases: list[tuple[Any, str]] = [

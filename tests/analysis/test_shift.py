@@ -49,6 +49,8 @@ def test_what_cannot_be_measured_is_refused():
         mi.shift_probe(model, train, train, "resid_pre.0", basis, [f"resid_pre.0.f{CUE}"])
     with pytest.raises(InputError, match="nothing to ablate"):
         mi.shift_probe(model, train, every, "resid_pre.0", basis, lambda _: [])
+    with pytest.raises(InputError, match=r"Only 10 other features .* are active, so 13 cannot be drawn"):
+        mi.shift_probe(model, train, every, "resid_pre.0", basis, lambda _: range(N_FEATURES - 11))
     with pytest.raises(InputError, match="at all positions"):
         mi.shift_probe(model, train, every, "resid_pre.0", basis, ["resid_pre.0.err"])
     with pytest.raises(InputError, match="both labels"):

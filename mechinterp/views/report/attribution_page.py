@@ -239,7 +239,7 @@ def _cards(graph: AttributionGraph, checks: Checks) -> str:
     real = [check for check in checks if isinstance(check, GraphValidation) and check.held == "nothing"]
     for check in real[:1]:
         control = f"model's own gradient {check.gradient:.2f}; shuffled below {check.shuffled:.2f}"
-        if check.pearson <= check.shuffled:
+        if not check.pearson > check.shuffled:
             control += ": no better than chance"
         cards.append((f"Predicts real {_done(check)}", f"r = {check.pearson:.2f}", control))
     if not real:
