@@ -116,7 +116,7 @@ def shift_probe(
 
     Cost: a forward of `train` and `test` before, after, and per draw.
 
-    Raises InputError for a group without test prompts, no irrelevant feature, and fewer other active features than are drawn.
+    Raises InputError for a group without test prompts, no irrelevant feature, and fewer others active than are drawn.
     """
     several = [bases] if isinstance(bases, Basis) else list(bases)
     place = vector_site(model, site)
