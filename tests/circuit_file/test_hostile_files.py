@@ -143,7 +143,7 @@ def test_what_json_allows_to_a_depth_is_read() -> None:
         (set_in("model", "dims", "n_layers", to=10**18), "model.dims.n_layers"),
         (set_in("model", "dims", "n_layers", to=10**6), "larger than this version reads"),
         (set_in("model", "dims", "n_heads", to=2**31), "larger than this version reads"),
-        (set_in("model", "dims", "n_kv_heads", to=3), "no multiple"),
+        (set_in("model", "dims", "n_kv_heads", to=3), "not a multiple"),
         (set_in("model", "dims", "has_mlp", to=1), "model.dims.has_mlp"),
         (set_in("model", "weights_sha256", to="0" * 63), "model.weights_sha256"),
         (set_in("integrity", "file_sha256", to="Z" * 64), "integrity.file_sha256"),
