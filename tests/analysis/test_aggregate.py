@@ -34,7 +34,9 @@ def test_the_prompts_of_pairs_end_where_the_answer_is_read() -> None:
     prompt, targets = mi.graph_prompts(pairs)[0]
     model = tiny("gpt2")
     graph = mi.attribution_graph(model, prompt, a_set(), targets=targets)
-    logits = model.run(prompt[None]).logits[0, -1]
+    found_logits = model.run(prompt[None]).logits
+    assert found_logits is not None
+    logits = found_logits[0, -1]
     assert graph.targets[0].pre == pytest.approx(float((logits[6] + logits[3]) / 2 - logits[9]), abs=1e-6)
     without = mi.Pairs(clean=[[5, 6], [5, 7]], corrupt=[[5, 9], [5, 9]], right=[8, 8])
     assert mi.graph_prompts(without)[0][1] == {"right": {8: 1.0}}
@@ -72,6 +74,16 @@ def test_an_aggregate_says_what_it_is_of_and_comes_back_from_its_file(positions:
     pd.testing.assert_frame_equal(again.nodes, found.nodes, check_dtype=False)
     pd.testing.assert_frame_equal(again.edges, found.edges, check_dtype=False)
     assert replace(again, nodes=found.nodes, edges=found.edges).__dict__ == found.__dict__
+
+
+def test_the_share_of_errors_is_that_before_pruning() -> None:
+    """Pruning drops errors, too, so their share of a pruned graph is not what the transcoders miss."""
+    model = tiny("gpt2")
+    whole = mi.attribution_graph(model, torch.tensor([5, 6, 7, 8]), a_set(), targets=[3])
+    small = whole.pruned(0.5)
+    assert small.scores.of_errors != pytest.approx(whole.scores.of_errors, rel=1e-3)
+    for graph in (whole, small, small.pruned(0.9)):
+        assert mi.aggregate_graphs([graph]).of_errors == (whole.scores.of_errors,)
 
 
 def test_summed_values_are_sums_over_positions_and_means_over_the_prompts_that_have_them() -> None:

@@ -33,7 +33,7 @@ class AggregatedGraph:
             graphs), frequency.
         graphs: How many there are.
         positions: `summed`: a feature is one node at whatever positions; `kept`: one per position.
-        of_errors: The share of the influence that is from errors, of every graph.
+        of_errors: The share of the influence that is from errors, of every graph before it was pruned.
         words: The text of every token, of every graph.
         model: The name of the model.
         bases: By name, the sha256 of every transcoder.
@@ -136,7 +136,8 @@ def aggregate_graphs(graphs: Iterable[AttributionGraph], *, positions: str = "su
         named = [_name(graph, node, positions == "kept") for node in graph.nodes]
         nodes.append(_nodes(graph, named, positions == "kept"))
         edges.append(_edges(graph, named))
-        errors.append(graph.scores.of_errors)
+        whole = graph.about.get("errors_before_pruning")
+        errors.append(whole if isinstance(whole, float) else graph.scores.of_errors)
         words.append(graph.words)
     if made is None:
         raise InputError("There are no graphs to aggregate.")
@@ -200,7 +201,7 @@ def _mean_nodes(every: pd.DataFrame, n: int) -> pd.DataFrame:
     for name, none in (("feature", -1), ("text", "")):
         table[name] = table[name].where(found[name].nunique() == 1, none)
     table[["influence", "frequency"]] /= n
-    table = table.reset_index()[list(NODE_COLUMNS)]
+    table = pd.DataFrame(table.reset_index()[list(NODE_COLUMNS)])
     return table.sort_values("influence", ascending=False, kind="stable", ignore_index=True)
 
 
@@ -209,5 +210,5 @@ def _mean_edges(every: pd.DataFrame, n: int) -> pd.DataFrame:
     found = every.groupby(["source", "target"], sort=False)
     table = found.agg(weight=("weight", "sum"), square=("square", "sum"), frequency=("weight", "size")) / n
     table["sd"] = np.sqrt((table.pop("square") - table["weight"] ** 2).clip(lower=0))
-    table = table.reset_index()[list(EDGE_COLUMNS)]
+    table = pd.DataFrame(table.reset_index()[list(EDGE_COLUMNS)])
     return table.sort_values("weight", key=np.abs, ascending=False, kind="stable", ignore_index=True)

@@ -229,8 +229,9 @@ def _lead(graph: AggregatedGraph) -> str:
 def _cards(graph: AggregatedGraph, checks: Sequence[GraphValidation]) -> str:
     features = graph.nodes[graph.nodes["kind"] == "feature"]
     always = int((features["frequency"] > 1 - 1e-9).sum())
+    errors, around = _spread(graph.of_errors, "{:.1%}")
     cards = [
-        ("Influence from errors", *_spread(graph.of_errors, "{:.1%}")),
+        ("Influence from errors", errors, f"{around}, before pruning"),
         ("Features in every prompt", f"{always:,}", f"of {len(features):,} in any"),
     ]
     if checks:
