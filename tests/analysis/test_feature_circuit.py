@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import isnan
+
 import pytest
 import torch
 
 import mechinterp as mi
+from mechinterp.analysis.feature_circuit.evaluate import FeatureFaithfulness
 from mechinterp.analysis.feature_circuit.places import place, reaches
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.features.activations import Identity
@@ -184,6 +187,40 @@ def test_keeping_everything_is_the_model_and_nothing_the_means():
     rows = torch.arange(len(PAIRS))
     expected = logits[rows, -1, PAIRS.right[:, 0]] - logits[rows, -1, PAIRS.wrong[:, 0]]
     torch.testing.assert_close(empty, expected)
+
+
+@pytest.mark.parametrize("ablation", ["mean", "mean-positional"])
+def test_the_first_token_can_be_left_out_of_means_and_ablation(ablation):
+    """`skip=1`: the mean is that of the later tokens, and the first one keeps its own state."""
+    model, basis, rows = tiny("gpt2"), an_sae("resid_post.1"), torch.arange(len(PAIRS))
+    circuit = mi.feature_circuit(model, PAIRS, [basis], nodes=3, method="atp")
+    found = mi.evaluate_feature_circuit(model, PAIRS, circuit, ablation=ablation, skip=1, batch_size=2)
+    state = model.run(PAIRS.corrupt, record=["resid_post.1"]).values["resid_post.1"][:, 1:]
+    mean = state.mean((0, 1)) if ablation == "mean" else state.mean(0)
+
+    def emptied(value):
+        return torch.cat([value[:, :1], mean.expand_as(value[:, 1:])], 1)
+
+    logits = model.run(PAIRS.clean, interventions=[Intervention("resid_post.1", emptied)]).logits
+    expected = logits[rows, -1, PAIRS.right[:, 0]] - logits[rows, -1, PAIRS.wrong[:, 0]]
+    torch.testing.assert_close(found.empty, expected)
+    assert found.about["skip"] == 1
+    whole = mi.evaluate_feature_circuit(model, PAIRS, circuit, ablation=ablation).empty
+    assert ablation == "mean-positional" or (whole - expected).abs().max() > 1e-6
+    for wrong in (-1, PAIRS.clean.shape[1]):
+        with pytest.raises(InputError, match="skip"):
+            mi.evaluate_feature_circuit(model, PAIRS, circuit, skip=wrong)
+
+
+def test_faithfulness_has_an_interval_and_none_where_nothing_is_to_be_explained():
+    model = tiny("gpt2")
+    circuit = mi.feature_circuit(model, PAIRS, [an_sae("resid_post.1")], nodes=4, method="atp")
+    found = mi.evaluate_feature_circuit(model, PAIRS, circuit)
+    (low, high), again = found.faithfulness_interval, found.completeness_interval
+    assert low <= found.faithfulness <= high and again[0] <= found.completeness <= again[1]
+    same = FeatureFaithfulness(found.clean, found.clean + 1e-9, found.circuit, found.complement, 4)
+    assert all(isnan(value) for value in (same.faithfulness, *same.faithfulness_interval))
+    assert "nothing to explain" in repr(same)
 
 
 def test_a_circuit_without_errors_is_the_reconstruction():

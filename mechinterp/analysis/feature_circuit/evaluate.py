@@ -19,6 +19,7 @@ from torch import Tensor
 from mechinterp.analysis.feature_circuit.build import FeatureCircuit, FeatureEffects, feature_effects
 from mechinterp.analysis.feature_circuit.places import in_order
 from mechinterp.base.batches import over_batches
+from mechinterp.base.bootstrap import denominator_vanishes, share_with_interval
 from mechinterp.base.errors import InputError
 from mechinterp.base.registry import unknown
 from mechinterp.base.shown import Shown
@@ -64,22 +65,41 @@ class FeatureFaithfulness(Shown):
     @property
     def faithfulness(self) -> float:
         """(m(C) - m(empty)) / (m(model) - m(empty)), of the means; NaN if ablating everything changes nothing."""
-        return self._share(self.circuit)
+        return self._share(self.circuit)[0]
+
+    @property
+    def faithfulness_interval(self) -> tuple[float, float]:
+        """Its 95 % bootstrap interval over the examples."""
+        return self._share(self.circuit)[1:]
 
     @property
     def completeness(self) -> float:
         """The faithfulness of the complement: near 0 for a circuit that nothing outside can replace."""
-        return self._share(self.complement)
+        return self._share(self.complement)[0]
 
-    def _share(self, values: Tensor) -> float:
-        empty, whole = self.empty.double().mean(), self.clean.double().mean()
-        return float((values.double().mean() - empty) / (whole - empty)) if whole != empty else float("nan")
+    @property
+    def completeness_interval(self) -> tuple[float, float]:
+        """Its 95 % bootstrap interval over the examples."""
+        return self._share(self.complement)[1:]
+
+    def _share(self, values: Tensor) -> tuple[float, float, float]:
+        return share_with_interval(values, self.clean, self.empty)
 
     def _facts(self) -> list[tuple[str, object]]:
+        if denominator_vanishes(self.clean, self.empty):
+            ends = f"{float(self.clean.mean()):.3g}, then {float(self.empty.mean()):.3g}"
+            return [
+                ("", f"{self.n_nodes} nodes"),
+                ("nothing to explain", f"ablating everything does not change the metric ({ends})"),
+            ]
+
+        def shown(share: float, interval: tuple[float, float]) -> str:
+            return f"{share:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+
         return [
             ("", f"{self.n_nodes} nodes"),
-            ("faithfulness", f"{self.faithfulness:.3f}"),
-            ("completeness (of the complement)", f"{self.completeness:.3f}"),
+            ("faithfulness", shown(self.faithfulness, self.faithfulness_interval)),
+            ("completeness (of the complement)", shown(self.completeness, self.completeness_interval)),
             ("errors", self.about.get("errors", "")),
             ("examples", len(self.clean)),
         ]
@@ -95,6 +115,7 @@ def evaluate_feature_circuit(
     ablation: str = "mean",
     errors: str = "circuit",
     free_layers: int = 0,
+    skip: int = 0,
     metric: MetricLike = "logit_diff",
     batch_size: int | None = 32,
 ) -> FeatureFaithfulness:
@@ -111,17 +132,21 @@ def evaluate_feature_circuit(
         errors: Which errors are kept: those of the `circuit`, `all`, or `none`.
         free_layers: Dictionaries in layers below this are left alone, in the empty circuit, too. The paper has 2 of 6
             layers (Pythia-70M) and 8 of 26 (Gemma 2 2B).
+        skip: So many tokens at the beginning of every prompt are left alone, and are in no mean. Give 1 where prompts
+            begin with a BOS token and the model keeps large activations there: with 0 these are in the `mean` of all
+            tokens, and the first token itself is ablated.
         metric: What is measured.
         batch_size: Examples at a time.
 
     Cost: two forwards for the means, and four.
 
-    Raises InputError for unknown names, or when no dictionary is left to ablate.
+    Raises InputError for unknown names, when no dictionary is left to ablate, and if `skip` leaves a prompt no token.
     """
     chosen = circuit.kept if kept is None else kept
     found = _curve(
-        model, pairs, circuit.effects, [chosen], reference or pairs, ablation, [errors], free_layers, metric, batch_size
-    )
+        model, pairs, circuit.effects, [chosen], reference or pairs, ablation, [errors], free_layers, skip, metric,
+        batch_size,
+    )  # fmt: skip
     return found[0]
 
 
@@ -156,6 +181,7 @@ def feature_circuit_curves(
     positions: Positions = None,
     ablation: str = "mean",
     free_layers: int = 0,
+    skip: int = 0,
     method: str = "eap-ig-activations",
     steps: int = 10,
     metric: MetricLike = "logit_diff",
@@ -180,6 +206,7 @@ def feature_circuit_curves(
         positions: Nodes by position; by default one node for all positions together.
         ablation: `mean`, `mean-positional` or `zero`.
         free_layers: As in `evaluate_feature_circuit`.
+        skip: As in `evaluate_feature_circuit`.
         method: As in `feature_effects`.
         steps: The number of interpolated runs.
         metric: What is measured.
@@ -205,7 +232,7 @@ def feature_circuit_curves(
         gaps[kind] = effects.gaps()
         several = [effects.strongest(n) for n in sizes]
         used = errors if kind == "dictionaries" or kind == "random" else ("circuit",)
-        settings = (train, ablation, used, free_layers, metric, batch_size)
+        settings = (train, ablation, used, free_layers, skip, metric, batch_size)
         for found in _curve(model, test, effects, several, *settings):
             row = {"kind": kind, "errors": found.about["errors"], "nodes": found.n_nodes}
             rows.append({**row, "faithfulness": found.faithfulness, "completeness": found.completeness})
@@ -246,6 +273,7 @@ def _curve(
     ablation: str,
     errors: Sequence[str],
     free_layers: int,
+    skip: int,
     metric: MetricLike,
     batch_size: int | None,
 ) -> list[FeatureFaithfulness]:
@@ -264,7 +292,13 @@ def _curve(
     sets = position_sets(pairs, effects.asked)
     if sets.labels != effects.positions:
         raise InputError("These pairs have other positions than those that the circuit was found on.")
-    means = _means(model, bases, reference.to(model.device), ablation, batch_size)
+    reference = reference.to(model.device)
+    least = min(int(pairs.lengths.min()), int(reference.lengths.min()))
+    if type(skip) is not int or not 0 <= skip < least:
+        raise InputError(
+            f"`skip` is a number of tokens, from 0 to less than the shortest prompt ({least}); got {skip}."
+        )
+    means = _means(model, bases, reference, ablation, skip, batch_size)
     runs: list[Kept] = [{b.name: torch.zeros_like(effects.values[b.name], dtype=torch.bool) for b in bases}]
     for treatment in errors:
         for kept in several:
@@ -282,7 +316,7 @@ def _curve(
             run = model.run(
                 batch.clean.repeat(n, 1),
                 batch.mask.repeat(n, 1),
-                interventions=_edits(bases, chunk, means, masks),
+                interventions=_edits(bases, chunk, means, masks, skip),
                 record=[FINAL],
                 stop=FINAL,
             )
@@ -290,7 +324,13 @@ def _curve(
         return {"metric": torch.cat(found)}
 
     values = over_batches(pairs, batch_size, measure, {"metric": 1})["metric"].cpu()
-    about = {"ablation": ablation, "free_layers": free_layers, "metric": measured.name, "unit": measured.unit}
+    about = {
+        "ablation": ablation,
+        "free_layers": free_layers,
+        "skip": skip,
+        "metric": measured.name,
+        "unit": measured.unit,
+    }
     results: list[FeatureFaithfulness] = []
     for i, treatment in enumerate(errors):
         for k, kept in enumerate(several):
@@ -316,7 +356,12 @@ Means = Mapping[FeatureBasis, tuple[Tensor, Tensor]]
 
 
 def _means(
-    model: HookManager, bases: Sequence[FeatureBasis], reference: Pairs, ablation: str, batch_size: int | None
+    model: HookManager,
+    bases: Sequence[FeatureBasis],
+    reference: Pairs,
+    ablation: str,
+    skip: int,
+    batch_size: int | None,
 ) -> Means:
     if ablation == "mean-positional" and not bool(reference.mask.all()):
         raise InputError("A mean per position needs prompts of one length; use 'mean', or pairs without padding.")
@@ -327,14 +372,15 @@ def _means(
         for i, basis in enumerate(bases):
             error = codes[basis].errors[basis.sites_out[0]]
             for name, value in ((f"f {i}", codes[basis].features.values), (f"e {i}", error)):
-                mask = batch.mask.reshape(*batch.mask.shape, *[1] * (value.ndim - 2))
+                counted = batch.mask & (torch.arange(batch.mask.shape[1], device=batch.mask.device) >= skip)
+                mask = counted.reshape(*batch.mask.shape, *[1] * (value.ndim - 2))
                 real = torch.where(mask, value, 0).double()
                 found[name] = real.sum(0, keepdim=True) if ablation == "mean-positional" else real.sum((0, 1))
         return found
 
     names = [f"{kind} {i}" for i in range(len(bases)) for kind in "fe"]
     totals = over_batches(reference, batch_size, sums, dict.fromkeys(names, "sum"))
-    count = len(reference) if ablation == "mean-positional" else int(reference.mask.sum())
+    count = len(reference) if ablation == "mean-positional" else int(reference.mask[:, skip:].sum())
     scale = 0.0 if ablation == "zero" else 1 / count
     wide = torch.promote_types(model.dtype, torch.float32)
     made = {name: (value * scale).to(model.device, wide) for name, value in totals.items()}
@@ -342,13 +388,14 @@ def _means(
 
 
 def _edits(
-    bases: Sequence[FeatureBasis], runs: Sequence[Kept], means: Means, masks: Bool[Tensor, "set batch pos"]
+    bases: Sequence[FeatureBasis], runs: Sequence[Kept], means: Means, masks: Bool[Tensor, "set batch pos"], skip: int
 ) -> list[Intervention]:
-    """The edits of all runs side by side."""
+    """The edits of all runs side by side; the first tokens keep everything."""
     edits: list[Intervention] = []
     for basis in bases:
         kept = torch.stack([run[basis.name] for run in runs]).to(masks.device)
         where = torch.einsum("nfs,sbp->nbpf", kept.float(), masks.float()) > 0
+        where[:, :, :skip] = True
         where = where.flatten(0, 1)
         seen: dict[Site, Tensor] = {}
         site_in, site_out = basis.sites_in[0], basis.sites_out[0]
