@@ -92,14 +92,10 @@ class FeatureFaithfulness(Shown):
                 ("", f"{self.n_nodes} nodes"),
                 ("nothing to explain", f"ablating everything does not change the metric ({ends})"),
             ]
-
-        def shown(share: float, interval: tuple[float, float]) -> str:
-            return f"{share:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
-
         return [
             ("", f"{self.n_nodes} nodes"),
-            ("faithfulness", shown(self.faithfulness, self.faithfulness_interval)),
-            ("completeness (of the complement)", shown(self.completeness, self.completeness_interval)),
+            ("faithfulness", f"{self.faithfulness:.3f}"),
+            ("completeness (of the complement)", f"{self.completeness:.3f}"),
             ("errors", self.about.get("errors", "")),
             ("examples", len(self.clean)),
         ]
