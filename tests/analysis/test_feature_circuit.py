@@ -322,3 +322,26 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(InputError, match="Unknown method") as told:
         mi.feature_effects(model, PAIRS, an_sae("resid_pre.1"), method="atpp")
     assert "atp" in str(told.value)
+
+
+def test_masks_and_references_that_do_not_fit_are_refused_in_a_line():
+    model, bases = tiny("gpt2"), [an_sae("resid_pre.1"), an_sae("mlp_out.2")]
+    circuit = mi.feature_circuit(model, PAIRS, bases, nodes=4, method="atp")
+    whole = {name: torch.ones_like(mask) for name, mask in circuit.kept.items()}
+    short = mi.Pairs(clean=PAIRS.clean[:, 2:], corrupt=PAIRS.corrupt[:, 2:], right=PAIRS.right, wrong=PAIRS.wrong)
+    padded = mi.Pairs(
+        clean=[row.tolist()[: 4 + i] for i, row in enumerate(PAIRS.clean)],
+        corrupt=[row.tolist()[: 4 + i] for i, row in enumerate(PAIRS.corrupt)],
+        right=PAIRS.right, wrong=PAIRS.wrong,
+    )  # fmt: skip
+    for settings, words in (
+        ({"kept": {"m2": whole["m2"]}}, "resid_pre.1"),
+        ({"kept": {**whole, "m2": whole["m2"][:-1]}}, r"\[11, 1\]"),
+        ({"kept": {**whole, "m3": whole["m2"]}}, "m3"),
+        ({"kept": {**whole, "m2": whole["m2"].float()}}, "boolean"),
+        ({"ablation": "mean-positional", "reference": short}, "one length"),
+    ):
+        with pytest.raises(InputError, match=words):
+            mi.evaluate_feature_circuit(model, PAIRS, circuit, **settings)
+    with pytest.raises(InputError, match="one length"):
+        mi.evaluate_feature_circuit(model, padded, circuit, ablation="mean-positional", reference=PAIRS)

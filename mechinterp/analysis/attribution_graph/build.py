@@ -90,7 +90,7 @@ def attribution_graph(
             `load_bases` finds them. A layer without one is an error as a whole.
         targets: Tokens, as text or ids; or named combinations of tokens, as in `{"he - she": {" he": 1, " she": -1}}`.
             By default the fewest tokens that together have a probability of 0.95, at most ten. All at the last
-            position.
+            position. Tokens count by their probabilities in influences, combinations alike.
         max_features: How many features become nodes at most. If more are active, those of the largest influence are
             chosen, batch by batch, and the others are one node, `rest`.
         constant_positions: Features and errors of so many positions at the beginning count as constants. circuit-tracer
@@ -232,7 +232,11 @@ def _targets(run: FrozenRun, targets: Targets | None) -> list[Target]:
         texts = [str(i) if model.tokenizer is None else str(model.tokenizer.decode([i])) for i in ids]
         texts = [text if texts.count(text) == 1 else f"{text} ({i})" for text, i in zip(texts, ids, strict=True)]
         shares = probabilities[list(ids)].tolist()
-        return [Target(text, i, {i: 1.0}, by, by) for text, i, by in zip(texts, ids, shares, strict=True)]
+        # Where the softmax gives all of them 0 they count alike: with weights of 0 nothing would have an influence.
+        weights = shares if any(shares) else [1.0 / len(ids)] * len(ids)
+        return [
+            Target(text, i, {i: 1.0}, share, by) for text, i, share, by in zip(texts, ids, shares, weights, strict=True)
+        ]
 
     def known(name: str | int) -> int:
         token = token_of(model, name)
@@ -445,6 +449,8 @@ def _graph(
     read = torch.stack(
         [sum((logits[t] * by for t, by in one.weights.items()), logits.new_zeros(())) for one in targets]
     )
+    if not bool(rows.isfinite().all()):
+        raise UnsupportedError(f"{model.info.architecture}: some edges are not finite in {run.dtype}.")
     gap = {"gap": _gap(run, rows, torch.cat([read, active.pre[chosen]]))} if edges.held == "norms" else {}
     n = edges.first_feature
     every = torch.cat([rows[n_targets:], rows[:n_targets]])  # features, then targets

@@ -288,12 +288,17 @@ def _curve(
     sets = position_sets(pairs, effects.asked)
     if sets.labels != effects.positions:
         raise InputError("These pairs have other positions than those that the circuit was found on.")
+    for kept in several:
+        _check_kept(kept, effects)
     reference = reference.to(model.device)
     least = min(int(pairs.lengths.min()), int(reference.lengths.min()))
     if type(skip) is not int or not 0 <= skip < least:
         raise InputError(
             f"`skip` is a number of tokens, from 0 to less than the shortest prompt ({least}); got {skip}."
         )
+    lengths = {*pairs.lengths.tolist(), *reference.lengths.tolist()}
+    if ablation == "mean-positional" and len(lengths) > 1:
+        raise InputError("A mean per position needs prompts of one length, those of `reference` too; use 'mean'.")
     means = _means(model, bases, reference, ablation, skip, batch_size)
     runs: list[Kept] = [{b.name: torch.zeros_like(effects.values[b.name], dtype=torch.bool) for b in bases}]
     for treatment in errors:
@@ -337,6 +342,18 @@ def _curve(
     return results
 
 
+def _check_kept(kept: Kept, effects: FeatureEffects) -> None:
+    """Return None if there is a mask of the right shape for every dictionary. Raises InputError otherwise."""
+    for name in kept:
+        if name not in effects.values:
+            raise unknown("dictionary", name, effects.values)
+    for name, values in effects.values.items():
+        mask = kept.get(name)
+        if mask is None or mask.dtype != torch.bool or mask.shape != values.shape:
+            got = "none" if mask is None else f"{mask.dtype} {list(mask.shape)}"
+            raise InputError(f"`kept` needs a boolean mask {list(values.shape)} of '{name}', errors last; got {got}.")
+
+
 def _with_errors(kept: Kept, bases: Sequence[FeatureBasis], treatment: str, complement: bool) -> Kept:
     found: dict[str, Tensor] = {}
     for basis in bases:
@@ -359,9 +376,6 @@ def _means(
     skip: int,
     batch_size: int | None,
 ) -> Means:
-    if ablation == "mean-positional" and not bool(reference.mask.all()):
-        raise InputError("A mean per position needs prompts of one length; use 'mean', or pairs without padding.")
-
     def sums(batch: Pairs, _: slice) -> dict[str, Tensor]:
         codes = coded(model, batch, batch.corrupt, bases)
         found: dict[str, Tensor] = {}
