@@ -61,7 +61,7 @@ class JudgedBases:
         columns = [name for name in columns if not name.endswith(("_low", "_high"))]
         lines = [f"JudgedBases({self.site} at {self.position})", self.frame[columns].round(3).to_string(index=False)]
         rows = self.frame if "attribute" in self.frame else self.frame.assign(attribute="")
-        for name in rows[rows["sufficiency"].isna()]["attribute"].unique():
+        for name in dict.fromkeys(rows.loc[rows["sufficiency"].isna(), "attribute"]):
             ends = self.about[name]
             of = f"{name}: " if name else ""
             lines.append(

@@ -216,7 +216,8 @@ def feature_flow(bases: Sequence[Basis], *, threshold: float | None = None, seed
             kind = ORIGINS[2 * int(carried[i]) + int(written[i])]
             origins.append((f"{own.name}.f{i}", kind))
     edges = pd.DataFrame(rows, columns=["downstream", "upstream", "source", "cosine", "above"])
-    by_chance = dict(zip(ORIGINS, (counts / counts.sum()).tolist(), strict=True))
+    shares = (counts / counts.sum()).tolist()
+    by_chance: dict[str, float] = {kind: share for kind, share in zip(ORIGINS, shares, strict=True)}
     return FeatureFlow(edges, pd.DataFrame(origins, columns=["feature", "origin"]), chances, by_chance)
 
 
