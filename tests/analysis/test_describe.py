@@ -169,6 +169,35 @@ def test_separation_scores_are_counts():
     assert dropped.dropped + len(dropped.frame) == 2 and dropped.dropped >= 1
 
 
+def test_the_first_token_can_be_left_out_of_both_tests():
+    """A feature that is strongest on the first token of every text tells texts apart only behind it."""
+    model = tiny("gpt2")
+    embed = model.run(torch.arange(1, 4)[None], record=["embed"]).values["embed"][0]
+    reads = torch.linalg.pinv(embed).T.contiguous()  # 1 on its own token, 0 on the two others
+    encoder = (3 * reads[0] + reads[1])[:, None]
+    basis = sae("embed", encoder, drawn(1, D_MODEL), b_enc=torch.full((1,), -1e-6, dtype=torch.float64))
+    inside, outside = [torch.tensor([1, 2, 3])] * 4, [torch.tensor([1, 3, 3])] * 4
+    plain = mi.score_description(model, basis, 0, inside=inside, outside=outside)
+    assert plain.auroc == 0.5 and plain.precision == 0.5
+    found = mi.score_description(model, basis, 0, inside=inside, outside=outside, skip=1)
+    assert (found.auroc, found.precision, found.recall) == (1, 1, 1)
+    assert abs(found.effect_outside) < 1e-12 < 1e-6 < found.effect_inside
+    negative = [
+        mi.separation_scores(model, basis, inside, outside, exclude=inside, most=1.0, token="any", skip=k)
+        .frame["negative"]
+        .iloc[0]
+        for k in (0, 1)
+    ]
+    assert negative == [1, 0]
+    for call in (
+        lambda: mi.score_description(model, basis, 0, inside=inside, outside=outside, skip=3),
+        lambda: mi.separation_scores(model, basis, inside, outside, skip=-1),
+        lambda: mi.separation_scores(model, basis, inside, outside, skip=3),
+    ):
+        with pytest.raises(InputError, match="skip"):
+            call()
+
+
 def test_bad_input_is_one_line():
     model, basis = tiny("gpt2"), an_sae()
     for call, said in (
