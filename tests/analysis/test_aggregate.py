@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,11 @@ from mechinterp.base.errors import FormatError, InputError
 from mechinterp.views.report import aggregate_page
 from mechinterp.views.report.aggregate_page import aggregate_sizes, render_aggregate_page
 from tests.analysis.test_attribution_graph import a_set
-from tests.analysis.test_supernodes import graphs
+from tests.analysis.test_supernodes import graphs as made_anew
 from tests.support.models_tiny import tiny
 from tests.views.test_attribution_page import data_of
+
+graphs = functools.cache(made_anew)  # nothing here changes them
 
 
 def test_the_prompts_of_pairs_end_where_the_answer_is_read() -> None:
