@@ -9,6 +9,7 @@ import torch
 
 import mechinterp as mi
 from mechinterp.analysis.judge_bases import feature_weights_of, greedy_changes, in_units_of
+from mechinterp.base.bootstrap import bootstrap_interval
 from mechinterp.base.errors import InputError
 from mechinterp.features.activations import Identity
 from mechinterp.features.dictionary import sae
@@ -135,3 +136,25 @@ def test_shares_have_intervals_of_the_examples():
             low, high = row[f"{share}_low"], row[f"{share}_high"]
             assert low <= row[share] + 1e-9 and row[share] <= high + 1e-9
             assert (high - low < 1e-6) == (row["basis"] == "whole")
+
+
+@pytest.mark.parametrize("test", [TRAIN[:3], TEST, TRAIN])
+def test_effects_that_are_not_told_from_0_are_named(test: mi.Pairs):
+    """Shares of an effect whose interval over the examples holds 0 say nothing, however large the effect is."""
+    model = tiny("gpt2")
+    rows = torch.arange(len(test))
+    states = [model.run(t, record=["resid_pre.1"]).values["resid_pre.1"][:, -1] for t in (TRAIN.clean, TRAIN.corrupt)]
+    mean = torch.cat(states).mean(0)
+
+    def emptied(value):
+        return torch.cat([value[:, :-1], mean.expand_as(value[:, -1:])], 1)
+
+    ends = []
+    for edits in ([], [mi.Intervention("resid_pre.1", emptied)]):
+        logits = model.run(test.clean, interventions=edits).logits
+        assert logits is not None
+        ends.append(logits[rows, -1, test.right[:, 0]] - logits[rows, -1, test.wrong[:, 0]])
+    low, high = bootstrap_interval(lambda t: t.mean((1, 2)), (ends[0] - ends[1])[:, None])
+    found = mi.judge_bases(model, TRAIN, test, neuron_basis("resid_pre.1", D_MODEL), controls=())
+    assert (found.about[""]["effect_low"], found.about[""]["effect_high"]) == pytest.approx((low, high))
+    assert (low <= 0 <= high) == ("is not told apart from 0" in repr(found))
