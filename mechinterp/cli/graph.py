@@ -102,7 +102,7 @@ def _graph(
     texts: Annotated[
         Path | None,
         typer.Option(
-            help="Texts, one a line (or .jsonl, each with a 'text'): where features fire.  "
+            help="Texts, one a line (or .jsonl, each with a 'text'): where features fire, behind the first token.  "
             "[default: for the bundled model prompts of a task]"
         ),
     ] = None,
@@ -202,7 +202,7 @@ def _do_graph(values: dict[str, Any], force: bool, detail: Detail) -> int:
             progress("page", 0, 1)
             sizes = [size.graph for size in page_sizes(graph, values["edges"], values["nodes"])[0]]
             shown = dict.fromkeys((node.basis, node.feature) for size in sizes for node in size.features)
-            notes = feature_notes(model, bases, shown, texts=corpus)
+            notes = feature_notes(model, bases, shown, texts=corpus, skip=1)
             write_graph_page(
                 values["page"],
                 graph,
@@ -279,7 +279,7 @@ def _do_graphs(values: dict[str, Any], force: bool, detail: Detail) -> int:
             write_aggregate_page(
                 values["page"],
                 found,
-                notes=feature_notes(model, bases, shown, texts=_corpus(model, values)),
+                notes=feature_notes(model, bases, shown, texts=_corpus(model, values), skip=1),
                 checks=checks if len(checks) == len(asked) else (),
                 command=_command(values),
             )
