@@ -182,8 +182,8 @@ def describe(
         strength: How much is added to the activation at every token for `change` (heads: that share of their output).
             By default the strongest activation in the texts (heads: 1).
         skip: So many tokens at the beginning of every text are not looked at: as examples, for the strongest
-            activation, in the mean write of a head. In most models the first token has a state that no other has, on which many features are
-            strongest.
+            activation, in the mean write of a head. In most models the first token has a state that no other has, on
+            which many features are strongest.
         batch_size: Texts per run.
         words: Called with the evidence as text; what it returns is kept in `words`. This is where a language model
             goes: none is ever called otherwise.

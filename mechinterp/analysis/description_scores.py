@@ -11,8 +11,9 @@ by a model of theirs; no language model is called.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import pandas as pd
 import torch
@@ -169,14 +170,12 @@ def _counted(mask: Bool[Tensor, "text pos"], skip: int) -> Bool[Tensor, "text po
 
 def _behind(edit: Intervention, skip: int) -> Intervention:
     """The same edit of one value per token, which leaves the first tokens as they are."""
-    change = edit.value
-    if not skip or not callable(change):
-        return edit
+    change = cast(Callable[[Tensor], Tensor], edit.value)  # as `Subject` makes them
 
     def behind(value: Tensor) -> Tensor:
         return torch.cat([value[:, :skip], change(value.clone())[:, skip:]], 1)
 
-    return Intervention(edit.site, behind)
+    return Intervention(edit.site, behind) if skip else edit
 
 
 @dataclass(frozen=True, eq=False)

@@ -314,7 +314,7 @@ def _predicted(checks: list[GraphValidation], n: int) -> str:
         f"Pearson {median(values):.3f} ({values[0]:.3f} to {values[-1]:.3f}); the model's own gradient "
         f"{median(check.gradient for check in known):.3f}; controls: direct edges alone "
         f"{median(check.direct for check in known):.3f}, shuffled predictions below "
-        f"{median(check.shuffled for check in known):.3f}; no better than chance in {chance} prompts"
+        f"{median(check.shuffled for check in known):.3f}; no better than chance in {chance} of them"
     )
 
 
