@@ -49,6 +49,7 @@ from mechinterp.graphs.families.write_block import LowRank
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import places_of
 from mechinterp.graphs.token_windows import Window, token_windows, tokens_inside
+from mechinterp.graphs.write_rows import write_rows
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.sites import Site
 from mechinterp.tasks.metrics import Metric
@@ -116,7 +117,8 @@ def edge_gradients(
         raise InputError(
             f"Metric {metric.name!r} has no gradient; score edges by logit_diff, prob_diff or kl_to_clean."
         )
-    pairs = pairs.to(model.device)
+    pairs, rows = pairs.to(model.device), write_rows(graph)
+    graph = rows.graph
     corrupt = record_writes(model, graph, pairs.corrupt, pairs)
     values: Values = corrupt if replacement is None or replacement.kind == "corrupt" else replacement.on(pairs)
     readout = metric_readout(model, pairs, metric)
@@ -135,7 +137,7 @@ def edge_gradients(
             steps = [kept[i] for i in sorted(kept)]  # in the order of the path: so are the sums
             _contract(model, graph, pairs, steps, clean, values, scores, frozen=backward is not None)
             kept.clear()
-    return torch.where(graph.possible.to(scores.device), scores, 0.0) / n
+    return rows.tables(torch.where(graph.possible.to(scores.device), scores, 0.0) / n)
 
 
 def _no_scores(model: HookManager, graph: Graph) -> Float[Tensor, "reader writer"]:
@@ -454,7 +456,8 @@ def activation_path_gradients(
         raise InputError(
             f"Metric {metric.name!r} has no gradient; score edges by logit_diff, prob_diff or kl_to_clean."
         )
-    pairs = pairs.to(model.device)
+    pairs, rows = pairs.to(model.device), write_rows(graph)
+    graph = rows.graph
     corrupt = record_writes(model, graph, pairs.corrupt, pairs)
     clean = record_writes(model, graph, pairs.clean, pairs)
     readout = metric_readout(model, pairs, metric)
@@ -474,7 +477,7 @@ def activation_path_gradients(
             if done == len(alphas) or (len(steps) + 1) * steps[-1].nbytes > STEPS_BUDGET_BYTES:
                 _contract_activations(model, graph, steps, readers, group, clean, corrupt, scores)
                 steps.clear()
-    return torch.where(graph.possible.to(scores.device), scores / len(alphas), 0.0)
+    return rows.tables(torch.where(graph.possible.to(scores.device), scores / len(alphas), 0.0))
 
 
 def _groups(graph: Graph) -> Iterator[list[NodeFamily]]:

@@ -97,6 +97,12 @@ class NodeFamily(ABC):
         return None
 
     @property
+    def rows(self) -> tuple[NodeFamily, ...]:
+        """What it writes, a moment at a time: a family for each. Only features that write in several layers have more
+        than one; engines compute with these (`graphs/write_rows.py`)."""
+        return (self,)
+
+    @property
     def fingerprint(self) -> str:
         """A hash of what the names do not say (such as a direction), which enters the digest of a graph."""
         return ""
@@ -111,6 +117,11 @@ class NodeFamily(ABC):
     @abstractmethod
     def sites(self) -> tuple[NodeSite, ...]:
         """What must be recorded to know what they write, in the order of the model."""
+
+    @property
+    def starts(self) -> int:
+        """The layer in which the first of `sites` is; all others are in the family's own."""
+        return self.layer
 
     @property
     @abstractmethod
