@@ -59,7 +59,8 @@ class Graph:
     possible: Bool[Tensor, "reader writer"] = field(repr=False)
     """Whether the edge exists."""
     feeds: Bool[Tensor, "reader writer"] = field(repr=False)
-    """Whether the reader is an input of the writer (q of a head: that head; k and v: every head of the group)."""
+    """Whether the reader is an input of the writer (q of a head: that head; k and v: every head of the group). With a
+    cross-layer transcoder an MLP's reader is also one of later MLPs: their rests are less what its features write."""
     positions: tuple[str, ...] = ()
     """The positions that edges are told apart by, the last one `rest`; empty: an edge is one at all positions."""
     answers: str = ""
