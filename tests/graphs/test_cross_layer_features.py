@@ -14,6 +14,7 @@ import mechinterp as mi
 from mechinterp.base.errors import UnsupportedError
 from mechinterp.discovery.cut_loss import CutLoss
 from mechinterp.discovery.information_flow import edge_importances
+from mechinterp.engines import edge_attribution, write_table
 from mechinterp.engines.edge_attribution import activation_path_gradients, edge_gradients
 from mechinterp.engines.edge_patching import run_edges
 from mechinterp.engines.mask_gradients import mask_gradients
@@ -381,6 +382,27 @@ def test_runs_from_a_shared_prefix_are_runs_from_the_start(name: str) -> None:
             found = loss.of_masks(own.double(), layer)
             expected = -run_edges(model, graph, ids, own).mean(-1)
             torch.testing.assert_close(found, expected.to(found), **close(name))
+
+
+def test_rows_of_a_writer_that_are_summed_at_once_give_the_same_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, graph = tiny("gpt2"), some(), graph_for("gpt2", positions=True)
+    cut, fewer = (0.1 + 0.2 * drawn(*graph.possible.shape).abs().clamp(max=4)) * graph.possible, list[int]()
+    real = write_table.as_one
+
+    def counted(several: Any, ports: slice) -> Any:
+        found = real(several, ports)
+        fewer.append(len(several) - len(found))
+        return found
+
+    monkeypatch.setattr(write_table, "as_one", counted)
+    at_once = run_edges(model, graph, ids, cut), edge_gradients(model, graph, ids, LOGIT_DIFF)
+    assert max(fewer) == 3  # at the logits: m0 in layers 1 and 2, m1 in layer 2
+    monkeypatch.setattr(write_table, "as_one", lambda several, ports: several)
+    monkeypatch.setattr(edge_attribution, "_same_activations", lambda families, blocks: None)
+    one_by_one = run_edges(model, graph, ids, cut), edge_gradients(model, graph, ids, LOGIT_DIFF)
+    for one, other in zip(at_once, one_by_one, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+        assert not torch.equal(one, other)
 
 
 def test_whole_nodes_are_replaced_as_their_edges_are_cut() -> None:

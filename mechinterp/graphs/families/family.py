@@ -103,6 +103,16 @@ class NodeFamily(ABC):
         return (self,)
 
     @property
+    def origin(self) -> NodeFamily:
+        """The first of the rows that this one is among: the same nodes, which write here what is known since then."""
+        return self
+
+    @property
+    def starts(self) -> int:
+        """The layer in which the first of `sites` is; all others are in the family's own."""
+        return self.origin.layer
+
+    @property
     def fingerprint(self) -> str:
         """A hash of what the names do not say (such as a direction), which enters the digest of a graph."""
         return ""
@@ -117,11 +127,6 @@ class NodeFamily(ABC):
     @abstractmethod
     def sites(self) -> tuple[NodeSite, ...]:
         """What must be recorded to know what they write, in the order of the model."""
-
-    @property
-    def starts(self) -> int:
-        """The layer in which the first of `sites` is; all others are in the family's own."""
-        return self.layer
 
     @property
     @abstractmethod

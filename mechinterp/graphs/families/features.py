@@ -311,9 +311,9 @@ class LaterWrites(NodeFamily):
         return self.site_out.layer
 
     @property
-    def starts(self) -> int:
-        """The layer that they read."""
-        return self.features.layer
+    def origin(self) -> NodeFamily:
+        """What they write in their own layer."""
+        return self.features.rows[0]
 
     @property
     def written(self) -> Moment:
