@@ -417,6 +417,12 @@ def test_whole_nodes_are_replaced_as_their_edges_are_cut() -> None:
         by_edges = run_edges(model, graph, ids, cut.double() * (1 - 1e-12))
         drop = float((clean - by_edges).mean())
         assert float(scores[tuple(by_node.first_of_unit[unit].tolist())]) == pytest.approx(drop, rel=1e-6, abs=1e-7)
+    # What m0 reads matters without m0, for the rests of the later MLPs.
+    without = graph.possible & (torch.arange(len(graph.writers)) == graph.writer_index["m0"])
+    also = without | graph.mask_of([f"input->m0@{position}" for position in graph.positions])
+    found = run_edges(model, graph, ids, torch.stack([without, also]))
+    torch.testing.assert_close(found, run_edges(model, graph, ids, torch.stack([without, also]) * (1 - 1e-12)), **EXACT)
+    assert float((found[0] - found[1]).abs().max()) > 1e-3
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------
