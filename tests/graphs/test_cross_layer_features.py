@@ -32,6 +32,8 @@ from tests.support.models_tiny import ALL_FLOAT64, D_MODEL, N_LAYERS, pairs, sma
 
 LOGIT_DIFF = get_metric("logit_diff")
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
+MORE = [pytest.mark.slow, pytest.mark.exhaustive]
+"""Of cases whose shape other tests have, too."""
 NAMES = ("gpt2", "neox", "llama", "gemma2", "qwen2", "no-norm")
 """The shapes with MLPs: sequential, parallel, grouped query, post-norm, biased rotary, no norm."""
 
@@ -226,7 +228,10 @@ def test_edges_out_of_and_into_a_feature_by_plain_hooks() -> None:
 # -- first order ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "positions"), [("gpt2", False), ("gpt2", True), ("neox", False), ("gemma2", False)])
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [("gpt2", True), *(pytest.param(name, False, marks=MORE) for name in ("gpt2", "neox", "gemma2"))],
+)
 def test_slopes_in_the_mask_are_minus_the_scores_and_finite_differences(name: str, positions: bool) -> None:
     model, ids, graph = tiny(name), some(), graph_for(name, positions=positions)
     values = corrupt_replacement(model, graph).on(ids)
@@ -309,7 +314,7 @@ def test_a_feature_scores_as_attribution_has_it() -> None:
 # -- a transcoder a layer ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gpt2", "neox", "no-norm"])
+@pytest.mark.parametrize("name", ["gpt2", *(pytest.param(name, marks=MORE) for name in ("neox", "no-norm"))])
 def test_without_later_writes_it_is_a_transcoder_a_layer(name: str) -> None:
     model, ids = tiny(name), some()
     bases = a_transcoder(own_only=True)
@@ -342,7 +347,7 @@ def test_without_later_writes_it_is_a_transcoder_a_layer(name: str) -> None:
 # -- side by side --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("gemma2", marks=MORE)])
 def test_a_batch_is_its_examples_one_by_one_and_padding_changes_nothing(name: str) -> None:
     model, ids, graph = tiny(name), some(), graph_for(name)
     cut = 0.8 * small_cut(graph, 0.5).double()
@@ -358,7 +363,7 @@ def test_a_batch_is_its_examples_one_by_one_and_padding_changes_nothing(name: st
     torch.testing.assert_close(total, scores, **close(name))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("gemma2", marks=MORE)])
 def test_runs_from_a_shared_prefix_are_runs_from_the_start(name: str) -> None:
     """Also where edges are cut in the prefix, and features that they change write after it."""
     model, ids, graph = tiny(name), some(), graph_for(name)
