@@ -258,6 +258,8 @@ def test_curves_show_every_control_beside_the_dictionaries():
         ("random", "none"),
         ("state", "circuit"),
     }
+    for row in found.frame.itertuples():
+        assert row.faithfulness_low <= row.faithfulness + 1e-9 and row.faithfulness <= row.faithfulness_high + 1e-9
     whole = found.frame[found.frame["errors"] == "circuit"].groupby("kind")["faithfulness"].last()
     assert (whole - 1).abs().max() < 1e-6  # every node kept: the model
     assert found.frame[found.frame["kind"] == "state"]["nodes"].max() == 2

@@ -152,7 +152,8 @@ class FeatureCurves:
 
     Args:
         frame: A row per kind, errors and size: kind (`dictionaries`, `neurons`, `random`, `state`), errors, nodes,
-            faithfulness, completeness.
+            faithfulness, the ends of its 95 % interval over the examples (`faithfulness_low`, `faithfulness_high`),
+            completeness.
         gaps: By kind, the completeness gaps of the effects by which nodes were ranked.
     """
 
@@ -231,7 +232,9 @@ def feature_circuit_curves(
         settings = (train, ablation, used, free_layers, skip, metric, batch_size)
         for found in _curve(model, test, effects, several, *settings):
             row = {"kind": kind, "errors": found.about["errors"], "nodes": found.n_nodes}
-            rows.append({**row, "faithfulness": found.faithfulness, "completeness": found.completeness})
+            low, high = found.faithfulness_interval
+            row |= {"faithfulness": found.faithfulness, "faithfulness_low": low, "faithfulness_high": high}
+            rows.append({**row, "completeness": found.completeness})
     frame = pd.DataFrame(rows).drop_duplicates(["kind", "errors", "nodes"], ignore_index=True)
     return FeatureCurves(frame, gaps)
 
