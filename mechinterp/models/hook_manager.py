@@ -43,44 +43,12 @@ from mechinterp.models.load_checks import check_model
 from mechinterp.models.mlp import run_mlp
 from mechinterp.models.modes import Gradients
 from mechinterp.models.past import Past, empty_cache, past_of
+from mechinterp.models.run_plan import Plan, by_example, planned
 from mechinterp.models.sites import GLOBAL_SITES, LAYER_SITES, Site
 from mechinterp.models.source import ModelInfo
-from mechinterp.models.splice import Splice
 from mechinterp.models.texts import Prompts, ReadsTexts
 from mechinterp.models.tokens import check_at, check_past, check_tokens
 from mechinterp.models.weight_names import WeightsByName
-
-
-class Plan:
-    """What happens in one run: at which hook point, and with which feature bases."""
-
-    def __init__(self, resolve: Callable[[SiteLike], str]) -> None:
-        self.points: dict[str, Point] = {}
-        self._splices: dict[FeatureBasis, Splice] = {}
-        self._resolve = resolve
-
-    def at(self, site: SiteLike) -> Point:
-        """The point of a site, or of the activations of a basis."""
-        if not isinstance(site, (str, Site)):
-            return self.splice(site).point
-        found = self.points.setdefault(self._resolve(site), Point())
-        found.names.append(site)
-        return found
-
-    def splice(self, basis: FeatureBasis, *, writing: bool = False) -> Splice:
-        """The basis in this run: it reads (and writes, if need be) after the edits that are planned so far."""
-        if basis not in self._splices:
-            self._resolve(basis)
-            found = self._splices[basis] = Splice(basis)
-            found.point.names.append(basis)
-            for site in basis.sites_in:
-                self.at(site).edits.append(BoundEdit(site, found.read(site)))
-        found = self._splices[basis]
-        if writing and not found.writing:
-            found.writing = True
-            for site in basis.sites_out:
-                self.at(site).edits.append(BoundEdit(site, found.write(site)))
-        return found
 
 
 class HookManager(ReadsTexts, WeightsByName, Generates):
@@ -332,7 +300,8 @@ class HookManager(ReadsTexts, WeightsByName, Generates):
                 edits = [self._start(turn, tokens, *start), *edits]
             if at is not None:
                 at = check_at(at, tokens)
-            plan = self._plan(tuple(recorded.values()), [*self._outer_from(outer, start), *edits], grad_sites, stop)
+            edits = [*self._outer_from(outer, start), *edits]
+            plan = planned(self.resolve, tuple(recorded.values()), edits, grad_sites, stop)
             points = plan.points
             self._register(turn, points, at, len(tokens))
             keeps = keep_past and self.keeps_past and self.dims.causal and mask is None and not outer
@@ -415,7 +384,7 @@ class HookManager(ReadsTexts, WeightsByName, Generates):
     ) -> tuple[Tensor, dict[Site, tuple[int, Tensor | None]]]:
         """The logits, and for each site how often it fired and its gradient (None: the loss does not depend on it)."""
         with Turn(self._use, self.bridge, self.info.name, currentframe(), True) as turn, turn:
-            points = self._plan((), (), sites, None).points
+            points = planned(self.resolve, (), (), sites, None).points
             self._register(turn, points, None, len(tokens))
             first = self.bridge.blocks[0]
             first.register_forward_hook(turn.hook(first, self._note_layer_output))
@@ -448,34 +417,10 @@ class HookManager(ReadsTexts, WeightsByName, Generates):
     def _note_layer_output(self, module: Any, inputs: Any, output: Any) -> None:
         self._layers_give_tuples = isinstance(output, tuple)
 
-    def _plan(
-        self,
-        record: Sequence[SiteLike],
-        edits: Sequence[BoundEdit],
-        grads: Sequence[SiteLike],
-        stop: SiteLike | None,
-    ) -> Plan:
-        plan = Plan(self.resolve)
-        for intervention in edits:
-            if not isinstance(intervention.site, (str, Site)):
-                plan.splice(intervention.site, writing=True)
-            plan.at(intervention.site).edits.append(intervention)
-        for site in record:
-            plan.at(site).record = True
-        for site in grads:
-            if not isinstance(site, (str, Site)):
-                plan.splice(site, writing=True)
-            plan.at(site).grad = True
-        if stop is not None:
-            if not isinstance(stop, (str, Site)):
-                raise InputError(f"A run stops at a site, such as '{stop.sites_out[-1]}', not at a feature basis.")
-            plan.at(stop).stop = True
-        return plan
-
     def _register(self, turn: Turn, points: Mapping[str, Point], at: Tensor | None, n_batch: int) -> None:
         def add(name: str, function: Callable[[Tensor], Tensor | None]) -> None:
             if name.endswith(f".mlp.{ROUTERS[0]}.hook_in"):
-                function = _by_example(function, n_batch)
+                function = by_example(function, n_batch)
             self._points[name].add_hook(turn.hook(self._points[name], function), dir="fwd")
 
         carries = {name: Carry(points[name]) for name in self.branches if name in points}
@@ -543,18 +488,6 @@ class HookManager(ReadsTexts, WeightsByName, Generates):
                 raise UnsupportedError(f"The loss does not depend on site '{site}': it is not in the computation.")
             gradients[site] = gradient
         return value.detach(), gradients
-
-
-def _by_example(function: Callable[[Tensor], Tensor | None], n_batch: int) -> Callable[[Tensor], Tensor | None]:
-    """The function of a value `[batch, pos, d]` for a hook that has it as `[batch * pos, d]`: a router's input."""
-
-    def flat(value: Tensor) -> Tensor | None:
-        if value.ndim != 2:
-            return function(value)
-        new = function(value.unflatten(0, (n_batch, -1)))
-        return None if new is None else new.flatten(0, 1)
-
-    return flat
 
 
 def load_model(
