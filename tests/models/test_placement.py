@@ -224,6 +224,20 @@ def test_what_is_known_of_the_model_is_the_same(shape: str, loaded: Callable[[st
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("shape", ["qwen3-moe", "lfm2"])
+def test_experts_and_layers_without_heads_on_two_devices(shape: str, stand_in: None) -> None:
+    def edges(model: mi.HookManager) -> object:
+        graph = mi.build_graph(model, experts=shape == "qwen3-moe")
+        scores = mi.score_edges(model, graph, pairs(3, 5), method="eap").values
+        return [scores, mi.run_edges(model, graph, pairs(3, 5), graph.possible)]
+
+    models = [mi.load_model(module) for module in (huggingface(shape), over_two_devices(huggingface(shape)))]
+    one, two = map(edges, models)
+    assert all(map(torch.equal, numbers(two), numbers(one)))
+
+
+@pytest.mark.slow
 def test_a_run_from_the_pairs_to_the_file(loaded: Callable[[str], Both], tmp_path: Path) -> None:
     rows = [{"clean": [1, 2, 3 + i], "corrupt": [1, 4, 3 + i], "right": 7, "wrong": 9} for i in range(12)]
     file = tmp_path / "own.jsonl"
