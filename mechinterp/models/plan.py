@@ -1,4 +1,4 @@
-"""What happens in one run: at which hook points, and with which feature bases."""
+"""`Plan`: what happens in one run, put together before it starts."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ class Plan:
         found = self._splices[basis]
         if writing and not found.writing:
             found.writing = True
-            for site in basis.sites_out:
+            for i, site in enumerate(basis.sites_out):
                 self.at(site).edits.append(BoundEdit(site, found.write(site)))
+                self.points[self._resolve(site)].later += i > 0
         return found
 
 
