@@ -16,6 +16,7 @@ from mechinterp.circuit_file.schema import circuit_sha256
 from mechinterp.circuit_file.store import file_sha256, open_circuit_file
 from mechinterp.cli import app as cli
 from mechinterp.direct import DirectSpec, discover_direction
+from mechinterp.evaluation.direct_effects import direct_effects
 
 STORED = "gendered_pronoun-bundled-mean-difference"
 SMALL: dict[str, Any] = dict(
@@ -138,3 +139,42 @@ def found_copy(found: Path, folder: Path) -> Path:
         if path.is_file():
             (folder / path.name).write_bytes(path.read_bytes())
     return folder / found.name
+
+
+def test_roles_are_on_the_reading(model: mi.HookManager, copied: Path) -> None:
+    """Direct effects are the parts of the difference of the readings; roles by them are in the file, and verify."""
+    path = next(copied.parent.glob("*.direction.json"))
+    direction = mi.load_direction(path)
+    readout, task = mi.read_direction(model, direction), mi.load_task("gendered_pronoun")
+    oriented = mi.orient_pairs(task.pairs(model, n=12, split="train"), direction.about["positive"])
+    pairs = direction.pairs(oriented)
+    graph = mi.build_graph(readout)
+    whole = mi.Circuit(graph, graph.possible, n_selected=graph.n_edges)
+    roles = mi.measured_roles(readout, whole, pairs, pairs, metric="direction", n_patched=4)
+    assert not roles.notes
+    effects = direct_effects(readout, pairs, 5)
+    at = oriented.positions["end"]
+
+    def reading(tokens: torch.Tensor) -> float:
+        values = model.run(tokens, oriented.mask, record=["resid_pre.2"]).values["resid_pre.2"]
+        return float(direction.reading(values)[torch.arange(len(oriented)), at].mean())
+
+    total = float(effects.mean().values.sum())
+    assert total == pytest.approx(reading(oriented.clean) - reading(oriented.corrupt), abs=1e-5)
+    written = {row["node"]: row["direct effect"] for row in roles.evidence.to_dict("records")}
+    assert written == pytest.approx({node: float(effects.mean().at(node=node).values) for node in written}, abs=1e-6)
+    # Nothing is between the last MLP and the reading, so what it writes is all that replacing it costs.
+    (last,) = mi.activation_patching(readout, pairs, ["m1"], metric="direction").mean().values.flatten().tolist()
+    assert written["m1"] == pytest.approx(last, abs=1e-5)
+    options: dict[str, Any] = {**SMALL, "roles": True, "out": copied.parent}
+    spec = mi.RunSpec("gendered_pronoun", method="eap-ig", direction=str(path), **options)
+    made = mi.discover(spec)
+    assert made.roles is not None and not made.roles.notes
+    stated = {role.label: role for role in made.document.roles.values()}
+    assert "m1" in stated["MLPs that write toward the reading"].nodes
+    assert "the right answers" not in stated["MLPs that write toward the reading"].description
+    measures = [entry.prediction.measure for entry in made.roles.predictions]
+    assert any(isinstance(measure, mi.DirectEffect) for measure in measures)
+    assert all(getattr(measure, "metric", "direction") == "direction" for measure in measures)
+    result = mi.verify(made.path)
+    assert result.ok, str(result)
