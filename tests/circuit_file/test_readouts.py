@@ -17,6 +17,7 @@ from mechinterp.circuit_file.store import file_sha256, open_circuit_file
 from mechinterp.cli import app as cli
 from mechinterp.direct import DirectSpec, discover_direction
 from mechinterp.evaluation.direct_effects import direct_effects
+from mechinterp.views.report.node_details import node_details
 
 STORED = "gendered_pronoun-bundled-mean-difference"
 SMALL: dict[str, Any] = dict(
@@ -178,3 +179,19 @@ def test_roles_are_on_the_reading(model: mi.HookManager, copied: Path) -> None:
     assert all(getattr(measure, "metric", "direction") == "direction" for measure in measures)
     result = mi.verify(made.path)
     assert result.ok, str(result)
+
+
+def test_the_page_is_of_the_reading(copied: Path, model: mi.HookManager) -> None:
+    """Its direct effects are on the reading, which has no tokens: a readout's two columns are no vocabulary."""
+    made = mi.write_page(copied, model=model)
+    assert made.notes == ("Written tokens are left out: the circuit explains the reading of a direction, not logits.",)
+    page = made.path.read_text("utf-8")
+    assert "reading of the direction, clean less corrupt prompt" in page and '"unit":"of the reading"' in page
+    direction = mi.load_direction(next(copied.parent.glob("*.direction.json")))
+    circuit, readout = mi.load_circuit(copied), mi.read_direction(model, direction)
+    pairs = mi.load_task("gendered_pronoun").pairs(model, n=12, split="test")
+    read = direction.pairs(mi.orient_pairs(pairs, direction.about["positive"]))
+    details = node_details(readout, circuit, read, "evaluation")
+    assert details.prompts and not any(prompt.written for prompt in details.prompts) and details.prompts[0].patterns
+    effects = direct_effects(readout, read, 12).mean()
+    assert details.direct == pytest.approx({n: float(effects.at(node=n).values) for n in details.direct}, abs=1e-6)
