@@ -44,6 +44,7 @@ def _checked(name: str, model: str, both: tuple[mi.Pairs, mi.HookManager, mi.Hoo
     return compared(model, name, run, limit, (cpu, pairs), (other, pairs.to(DEVICE)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRIED)
 def test_same_on_another_device(name: str, both: Any) -> None:
     found = _checked(name, "GPT-2", both)

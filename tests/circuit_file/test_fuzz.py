@@ -1,4 +1,4 @@
-"""Three hundred cases of `tests/support/fuzz.py`; `make fuzz` runs ten thousand."""
+"""Three hundred cases of `tests/support/fuzz.py`, by `make test-all`; `make fuzz` runs ten thousand."""
 
 import subprocess
 import sys
@@ -8,6 +8,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_changed_files_are_answered_with_one_line() -> None:
     """In a process of its own, where nothing checks shapes and types: the limits are those of the real commands."""
     root = Path(__file__).parents[2]
