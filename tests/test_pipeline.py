@@ -59,7 +59,7 @@ SMALL: dict[str, Any] = {
 """A random model does no task, and no size is faithful."""
 BUNDLED = RunSpec(
     "ioi",
-    settings=("runs=2", "learning_steps=30", "drawings=8"),
+    settings=("runs=2", "learning_steps=15", "drawings=8"),
     examples=40,
     validation_examples=60,
     test_examples=20,
