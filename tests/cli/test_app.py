@@ -332,6 +332,7 @@ def test_a_run_writes_four_files_and_says_what_is_next(
     )
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_do_the_task_is_exit_code_2(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -354,6 +355,7 @@ def test_a_model_that_does_not_do_the_task_is_exit_code_2(
     assert "the model does not do the task" in page
 
 
+@pytest.mark.slow
 def test_no_small_circuit_is_exit_code_4(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["--model", str(model), "--out", str(tmp_path), "--examples", "10", "--anyway"]
     capsys.readouterr()
