@@ -31,7 +31,7 @@ def attention_of(block: Any) -> Any:
 
 
 def mixer_of(block: Any) -> str:
-    """What the block calls the part that mixes tokens, if that is no attention with heads; "" if there is none."""
+    """What the block calls the part that mixes tokens, if it is not attention with heads; "" if there is none."""
     if attention_of(block) is not None:
         return ""
     found = [name for name in (*MIXERS, "attn") if _has(block, name)]

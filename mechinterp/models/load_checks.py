@@ -184,7 +184,7 @@ def probe_coupled_heads(model: Any) -> frozenset[int]:
 
 def probe_past(model: Any) -> bool:
     """Whether a run that continues from a past gives the same as a whole run. Two forwards on 2 x 4 tokens."""
-    if model.dims.layers:  # the past of a layer without heads is no keys and values
+    if model.dims.layers:  # the past of a layer without heads does not consist of keys and values
         return False
     length = min(4, model.dims.n_ctx)
     tokens = torch.randint(model.dims.d_vocab, (2, length), generator=torch.Generator().manual_seed(0))

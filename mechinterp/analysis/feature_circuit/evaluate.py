@@ -263,7 +263,7 @@ def _curve(
     pairs = pairs.to(model.device)
     sets = position_sets(pairs, effects.asked)
     if sets.labels != effects.positions:
-        raise InputError("These pairs have other positions than those that the circuit was found on.")
+        raise InputError("These pairs do not have the positions of those that the circuit was found on.")
     means = _means(model, bases, reference.to(model.device), ablation, batch_size)
     runs: list[Kept] = [{b.name: torch.zeros_like(effects.values[b.name], dtype=torch.bool) for b in bases}]
     for treatment in errors:
