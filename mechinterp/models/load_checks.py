@@ -280,7 +280,7 @@ def _check_readers(model: Any, tokens: Tensor, refused: dict[Site, str]) -> None
     """Checks that heads and MLPs read the residual stream only through q, k, v and the MLP's input.
 
     With these inputs from another prompt, they must write what they write on that prompt. A gate that also reads the
-    stream (AFMoE) would not follow, and would be missing from every circuit.
+    stream, and that `block_parts.py` does not know, would not follow, and would be missing from every circuit.
     """
     given: list[Site] = []
     written: list[Site] = []
