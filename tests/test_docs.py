@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
 
 import mechinterp
 from mechinterp import compare, pipeline
@@ -27,7 +26,6 @@ from mechinterp.tasks.metric_names import METRICS
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 NAMES = {path: path.relative_to(ROOT / "docs").as_posix() for path in PAGES}
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 COMMANDS: Any = typer.main.get_command(app)
 
 
@@ -119,11 +117,19 @@ def test_the_output_that_is_shown_is_the_output(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built documentation. mkdocs comes with the extra `docs`, and so with `dev`."""
+    """The built documentation, as by `mkdocs build --strict` in this process; with `--quiet` it overlooks warnings.
+
+    mkdocs comes with the extra `docs`, and so with `dev`.
+    """
     out = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]
-    made = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert made.returncode == 0, made.stdout + made.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        config = load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(out))
+        config.plugins.on_startup(command="build", dirty=False)
+        try:
+            build(config)
+        finally:
+            config.plugins.on_shutdown()
     return out
 
 
@@ -137,8 +143,10 @@ def of_the_docs(name: str) -> Any:
 
 
 def test_docstrings_become_markdown() -> None:
-    """Doctests are code, lists are lists, and `<` and `*` outside of code stay what they are."""
-    made = of_the_docs("docstrings").as_markdown("The <q> of `a<b>`:\n- 2 * 3\n\n>>> 1 + 1\n2\n\nEnd.")
+    """Doctests are code, lists are lists; `<` and `*` outside of code stay, and so do names of arguments."""
+    as_markdown = of_the_docs("docstrings").as_markdown
+    assert as_markdown("Args:\n    *a: one\n    **b: 2 * 3\n") == "Args:\n    *a: one\n    **b: 2 \\* 3"
+    made = as_markdown("The <q> of `a<b>`:\n- 2 * 3\n\n>>> 1 + 1\n2\n\nEnd.")
     assert made == "The &lt;q> of `a<b>`:\n\n- 2 \\* 3\n\n\n```pycon\n>>> 1 + 1\n2\n```\n\nEnd."
 
 
