@@ -25,7 +25,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """The percentile interval of a statistic when the examples (rows) are resampled with replacement.
 
-    A resample whose statistic is no number is left out: a ratio has none where its denominator vanishes, as that of
+    A resample whose statistic is not defined is left out, as a ratio is not where its denominator vanishes, as that of
     accuracies does when no example is drawn on which they differ. Raises InputError when no resample has a number.
 
     Source: Efron & Tibshirani 1993, ch. 13. Deterministic under `seed`, on the CPU in float64.

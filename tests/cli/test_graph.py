@@ -12,6 +12,7 @@ from mechinterp.cli import app as cli
 PROMPT = "Then Julie and Ryan went to the market . Julie gave a bone to"
 
 
+@pytest.mark.slow
 def test_the_graph_of_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "x.graph.json"
     words = ["graph", PROMPT, "--target", "Ryan", "--target", "Julie", "--validate", "4", "--out", str(out)]
@@ -24,6 +25,7 @@ def test_the_graph_of_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [node.text for node in graph.targets] == ["Ryan", "Julie"] and graph.features
 
 
+@pytest.mark.slow
 def test_its_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, page, texts = tmp_path / "x.json", tmp_path / "new" / "x.html", tmp_path / "texts.txt"
     texts.write_text("Julie gave a bone to Ryan\n\nThen Ryan went to the market\n", "utf-8")

@@ -290,7 +290,7 @@ def _curve(
     pairs = pairs.to(model.device)
     sets = position_sets(pairs, effects.asked)
     if sets.labels != effects.positions:
-        raise InputError("These pairs have other positions than those that the circuit was found on.")
+        raise InputError("These pairs do not have the positions of those that the circuit was found on.")
     for kept in several:
         _check_kept(kept, effects)
     reference = reference.to(model.device)
