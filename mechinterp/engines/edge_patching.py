@@ -142,9 +142,9 @@ class PatchedRun:
 
     def _sites_around(self, family: NodeFamily) -> Iterator[tuple[Ports, slice]]:
         """The inputs of a family, and of the one of which it is a part."""
-        for one in self.graph.families:
-            if one is family or family.part_of in one.writers:
-                yield from self.graph.sites_of(one)
+        if (whole := self.graph.whole_of(family)) is not None:
+            yield from self.graph.sites_of(whole)
+        yield from self.graph.sites_of(family)
 
     def run(self, columns: Tensor | None) -> Float[Tensor, "rows n_answer n_columns"]:
         """Logits at the answer positions; the rows are candidate by candidate."""
@@ -245,7 +245,8 @@ class PatchedRun:
 
     def _used(self, family: NodeFamily) -> bool:
         """Whether any writer of the family (or the writer of which it is a part) is kept or replaced."""
-        related = [family, *(one for one in self.graph.families if family.part_of in one.writers)]
+        whole = self.graph.whole_of(family)
+        related = [family] if whole is None else [family, whole]
         return any(bool(self.table.needed[self.graph.writers_of(one)].any()) or self._replaced(one) for one in related)
 
     def _replaced(self, family: NodeFamily) -> bool:

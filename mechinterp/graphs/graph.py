@@ -254,7 +254,8 @@ class Graph:
 
     def n_writers_at(self, moment: Moment) -> int:
         """How many writers are in the residual stream there: the first so many."""
-        return sum(len(family.writers) for family in self.families if family.written <= moment)
+        own = (rows for family, (rows, _) in self._rows.items() if family.written <= moment)
+        return max((rows.stop for rows in own), default=0)
 
     @cached_property
     def split_writers(self) -> tuple[str, ...]:
@@ -264,7 +265,25 @@ class Graph:
 
     def parts_of(self, family: NodeFamily) -> Iterator[NodeFamily]:
         """The families that are parts of writers of this one."""
-        return (part for part in self.families if part.part_of in family.writers)
+        return (part for name in family.writers for part in self._parts.get(name, ()))
+
+    def whole_of(self, family: NodeFamily) -> NodeFamily | None:
+        """The family of the writer of which these are parts; None if they are parts of none."""
+        return None if family.part_of is None else self._owners[family.part_of]
+
+    @cached_property
+    def _parts(self) -> dict[str, list[NodeFamily]]:
+        """By the name of a writer the families that are parts of it."""
+        parts: dict[str, list[NodeFamily]] = {}
+        for family in self.families:
+            if family.part_of is not None:
+                parts.setdefault(family.part_of, []).append(family)
+        return parts
+
+    @cached_property
+    def _owners(self) -> dict[str, NodeFamily]:
+        """By the name of a writer its family."""
+        return {name: family for family in self.families for name in family.writers}
 
     # -- rows by layer --------------------------------------------------------------------------------------------
 

@@ -50,15 +50,19 @@ def write_rows(graph: Graph) -> WriteRows:
     n_writers = len(graph.writers)
     if all(len(family.rows) == 1 for family in graph.families):
         return WriteRows(graph, None, n_writers)
+    rows_of = {family: family.rows for family in graph.families}
+    later: dict[str | None, list[tuple[NodeFamily, slice]]] = {}  # by the MLP in whose layer they are
+    for one, rows in rows_of.items():
+        for row in rows[1:]:
+            later.setdefault(row.part_of, []).append((row, graph.writers_of(one)))
     families: list[NodeFamily] = []
     owners: list[int] = []
     for family in graph.families:
         if family.part_of is not None:
             continue
-        parts = [family, *graph.parts_of(family)]
-        found = [(one.rows[0], graph.writers_of(one)) for one in parts]
-        for one in graph.families:  # what earlier features write here, after the MLP itself
-            found += [(row, graph.writers_of(one)) for row in one.rows[1:] if row.part_of in family.writers]
+        found = [(rows_of[one][0], graph.writers_of(one)) for one in (family, *graph.parts_of(family))]
+        for name in family.writers:  # what earlier features write here, after the MLP itself
+            found += later.get(name, ())
         for row, own in found:
             families.append(row)
             owners += range(own.start, own.stop)

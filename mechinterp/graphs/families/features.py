@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from einops import einsum
@@ -116,6 +117,10 @@ class Features(NodeFamily):
     @property
     def writers(self) -> tuple[str, ...]:
         """`m5.f17`, in order."""
+        return self._names
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
         return tuple(f"{self.basis}.f{number}" for number in self.numbers)
 
     @property
@@ -130,6 +135,10 @@ class Features(NodeFamily):
     @property
     def part_of(self) -> str:
         """The MLP, or the attention as one node."""
+        return self._whole
+
+    @cached_property
+    def _whole(self) -> str:
         return str(Node("attention" if self.of_attention else "mlp", self.layer))
 
     @property
@@ -313,7 +322,16 @@ class LaterWrites(NodeFamily):
     @property
     def origin(self) -> NodeFamily:
         """What they write in their own layer."""
-        return self.features.rows[0]
+        return self._own
+
+    @cached_property
+    def _own(self) -> Features:
+        return replace(self.features, later=())
+
+    @property
+    def starts(self) -> int:
+        """The features' own layer."""
+        return self.features.layer
 
     @property
     def written(self) -> Moment:
@@ -323,11 +341,19 @@ class LaterWrites(NodeFamily):
     @property
     def writers(self) -> tuple[str, ...]:
         """`m3.f17>m5`, in order."""
+        return self._names
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
         return tuple(f"{name}>{self.part_of}" for name in self.features.writers)
 
     @property
     def part_of(self) -> str:
         """The later MLP."""
+        return self._whole
+
+    @cached_property
+    def _whole(self) -> str:
         return str(Node("mlp", self.layer))
 
     @property
