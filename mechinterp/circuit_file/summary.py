@@ -109,12 +109,14 @@ def _given_size(document: CircuitFile, what: str) -> list[str]:
     if document.selection.size is not None or curve is None or curve.kl_empty is None:
         return []
     at = next((point for point in curve.points if point.n_selected == n and point.passing is not None), None)
-    if at is None or at.passing is None or at.kl is None:
+    if at is None or at.passing is None or at.kl is None or at.faithfulness_ci is None:
         return []
-    share = at.kl / (curve.kl_empty or 1)
+    low, high = at.faithfulness_ci
+    there = f"faithfulness {at.faithfulness:.2f} [{low:.2f}, {high:.2f}]"
     return [
         f"size: given ({at.n_selected:,} {what}); the rule that chooses sizes lets it pass on {at.passing:.0%} of "
-        f"resamples of the {curve.pairs} pairs (KL divergence {share:.0%} of the empty circuit's)"
+        f"resamples of the {curve.pairs} pairs ({there}, KL divergence {at.kl / (curve.kl_empty or 1):.0%} of the "
+        "empty circuit's)"
     ]
 
 

@@ -346,8 +346,8 @@ def search_size(
         curve: Whether to measure the small sizes, too; without, sizes are measured from the largest down until two in
             a row fail.
         given: A size that was chosen otherwise: then only it and, with `curve`, the coarse grid are measured.
-        progress: Called with the number of sizes measured and of all of this pass; without `curve` these are the most
-            that there can be.
+        progress: Called with the number of runs done and of all of this pass; one run is one size on one example.
+            Without `curve` these are the most that there can be.
         progress_near: The same for the sizes on both sides of the one that passes, which are known only then.
     """
     n_units = search.scores.graph.n_units
@@ -357,12 +357,14 @@ def search_size(
     coarse = list(dict.fromkeys([*doubled, min(scored, n_units)]))
 
     def measure(sizes: Sequence[int], tell: Progress, before: int, planned: int) -> None:
-        search.measure(sizes, lambda done, total: tell(before + len(sizes) * done // max(total, 1), planned))
+        search.measure(
+            sizes, lambda done, total: tell(before * total // len(sizes) + done, planned * total // len(sizes))
+        )
 
     if given is not None or curve:
         first: list[int] = sorted({*(coarse if curve else []), *([] if given is None else [given])})
         measure(first, progress, 0, len(first))
-        progress(len(first), len(first))
+        progress(1, 1)  # also where all was kept from an earlier run
         if given is not None:
             return None
     else:  # from the top down until two sizes in a row fail
@@ -372,12 +374,12 @@ def search_size(
             missed = 0 if (search.point(size).passing or 0) >= search.levels.agreement else missed + 1
             if missed == 2:
                 break
-        progress(len(coarse), len(coarse))
+        progress(1, 1)
     size, near = search.chosen(), 0
     while size is not None and (gaps := _beside(size, grid, search.tables)):
         measure(gaps, progress_near, near, near + len(gaps))
         near += len(gaps)
-        progress_near(near, near)
+        progress_near(1, 1)
         size = search.chosen()
     return size
 

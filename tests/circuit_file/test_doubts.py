@@ -146,7 +146,7 @@ def test_of_a_given_size_it_is_said_whether_the_rule_lets_it_pass() -> None:
     measured = this.model_copy(update={"selection": selection, "curve": CurveRecord.model_validate(curve)})
     assert steadiness(measured)[0] == (
         "size: given (12 edges); the rule that chooses sizes lets it pass on 4% of resamples of the validation pairs "
-        "(KL divergence 60% of the empty circuit's)"
+        "(faithfulness 0.97 [0.90, 1.00], KL divergence 60% of the empty circuit's)"
     )
     plain = {**curve, "kl_empty": None, "points": (point,)}
     for other in (None, CurveRecord.model_validate(plain)):
