@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from mechinterp.base.canonical_json import six_digits
-from mechinterp.base.progress import StageProgress
+from mechinterp.base.progress import Progress, StageProgress
 from mechinterp.base.settings import check_settings
 from mechinterp.circuit_file.records import score_table, task_of, tolerance_for
 from mechinterp.circuit_file.schema import (
@@ -136,6 +136,7 @@ def check_curve(
     pairs: dict[str, Pairs],
     limit: Tolerance | None,
     batch_size: int,
+    progress: Progress,
     ledger: Ledger,
 ) -> None:
     """Record whether every point of the curve is what it states."""
@@ -165,7 +166,7 @@ def check_curve(
             levels=_levels(size),
             seed=curve.seed or 0,
         )
-        search.measure([point.n_selected for point in points])
+        search.measure([point.n_selected for point in points], progress)
         again = [search.point(point.n_selected) for point in points]
         limit = limit or tolerance_for(document.model.dtype)
         ledger.equal("curve.n_edges", tuple(p.n_edges for p in again), tuple(p.n_edges for p in points))
