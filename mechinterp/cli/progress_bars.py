@@ -34,6 +34,7 @@ STAGES = {
     "saving": "write the files",
     "file": "read the file",
     "rescore": "score the edges again",
+    "sizes": "count the active features",
     "edges": "trace the edges",
     "details": "measure what nodes do on a few prompts",
     "report": "draw the report",

@@ -22,6 +22,7 @@ from mechinterp.base.errors import UnsupportedError
 from mechinterp.models.activation import measure_activation
 from mechinterp.models.hook_names import HOOK_NAMES
 from mechinterp.models.layout import MlpMaps, build_layout
+from mechinterp.models.placement import called
 from mechinterp.models.refusal import refusing
 from mechinterp.models.sites import Site
 
@@ -184,7 +185,7 @@ def probe_coupled_heads(model: Any) -> frozenset[int]:
 
 def probe_past(model: Any) -> bool:
     """Whether a run that continues from a past gives the same as a whole run. Two forwards on 2 x 4 tokens."""
-    if model.dims.layers:  # the past of a layer without heads is no keys and values
+    if model.dims.layers:  # the past of a layer without heads does not consist of keys and values
         return False
     length = min(4, model.dims.n_ctx)
     tokens = torch.randint(model.dims.d_vocab, (2, length), generator=torch.Generator().manual_seed(0))
@@ -280,7 +281,7 @@ def _check_readers(model: Any, tokens: Tensor, refused: dict[Site, str]) -> None
     """Checks that heads and MLPs read the residual stream only through q, k, v and the MLP's input.
 
     With these inputs from another prompt, they must write what they write on that prompt. A gate that also reads the
-    stream (AFMoE) would not follow, and would be missing from every circuit.
+    stream, and that `block_parts.py` does not know, would not follow, and would be missing from every circuit.
     """
     given: list[Site] = []
     written: list[Site] = []
@@ -339,7 +340,7 @@ def _check_neurons(model: Any, run: Any, layer: int, check: Check) -> None:
     except UnsupportedError:
         found = None
     else:
-        found = replace(maps, activation=_activation(model, maps, run.values[Site("mlp_in", layer)], neurons))
+        found = maps.activated_by(_activation(model, maps, run.values[Site("mlp_in", layer)], neurons))
     kept = tuple(found if i == layer else m for i, m in enumerate(model.layout.mlp_maps))
     model.layout = replace(model.layout, mlp_maps=kept)
 
@@ -449,7 +450,7 @@ def _definitions(model: Any, values: Mapping[Site, Tensor]) -> Iterator[Definiti
         post = getattr(model.bridge.blocks[layer], "ln2_post", None)
         if post is not None and "mlp_raw" in here:
             with torch.no_grad():
-                normed = post(here["mlp_raw"])
+                normed = called(post, here["mlp_raw"])
             yield Site("mlp_raw", layer), "the input of the norm after the MLP", normed, here["mlp_out"]
         if "pattern" in here and own.n_heads:
             v = here["v"].repeat_interleave(own.n_heads // own.n_kv_heads, 2).to(here["pattern"])
