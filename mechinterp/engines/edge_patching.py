@@ -16,14 +16,22 @@ from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechinterp.base.batches import over_batches
+from mechinterp.base.batches import batches, over_batches
 from mechinterp.base.errors import InputError
 from mechinterp.engines.readout import metric_readout
 from mechinterp.engines.replacement import Replacement, Values, corrupt_replacement
 from mechinterp.engines.whole_nodes import Cuts, edges_only, whole_nodes
-from mechinterp.engines.write_table import PORTS_OF_A_BLOCK, WriteTable
+from mechinterp.engines.window_table import WindowTable
+from mechinterp.engines.write_table import (
+    PORTS_OF_A_BLOCK,
+    Unexpanded,
+    WriteTable,
+    Written,
+    plan_table,
+    rows_beside,
+)
 from mechinterp.graphs.families.family import NodeFamily, NodeSite, Ports
-from mechinterp.graphs.families.write_block import Dense, WriteBlock, less_parts
+from mechinterp.graphs.families.write_block import Dense, less_parts
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import places_of, take_positions
 from mechinterp.models.hook_manager import HookManager
@@ -40,10 +48,15 @@ class Prefix:
 
     layer: int
     resid: Float[Tensor, "batch pos d_model"]
-    differences: dict[NodeFamily, WriteBlock]
+    differences: dict[NodeFamily, Written]
     """The earlier writes minus their replacements, `[writer, 1, batch, pos, d_model]`."""
     cut: Float[Tensor, "reader writer"] | None = None
     """The cut edges of the readers before the layer; None: there are none."""
+
+    @property
+    def unexpanded(self) -> bool:
+        """Whether it needs a table that makes the writes itself."""
+        return any(isinstance(written, Unexpanded) for written in self.differences.values())
 
 
 def run_prefix(
@@ -58,7 +71,9 @@ def run_prefix(
         if cut is not None:
             rows = graph.readers_before[layer]
             masks[0, :rows] = cut[:rows].to(masks)
-        run = _PrefixRun(model, graph, pairs, edges_only(graph, masks.to(wide(model))), values)
+        n_rows = int(_in_full(graph).sum()) + rows_beside(graph)
+        plan = plan_table(graph, n_rows, *pairs.clean.shape, wide(model).itemsize, together=True)
+        run = _PrefixRun(model, graph, pairs, edges_only(graph, masks.to(wide(model))), values, window=plan.tokens)
         resid = run.shared(layer)
         return Prefix(layer, resid, run.written, None if cut is None else run.cuts.edges[0])
 
@@ -74,9 +89,11 @@ class PatchedRun:
         cuts: Cuts,
         values: Values,
         prefix: Prefix | None = None,
+        window: int | None = None,
     ) -> None:
+        """A `window` is the number of tokens of which writes are in full together; None: all of them."""
         self.model, self.graph, self.pairs, self.values = model, graph, pairs, values
-        self.cuts, self.n = cuts, len(cuts.edges)
+        self.cuts, self.n, self.window = cuts, len(cuts.edges), window
         self.whole, self.replaced = self._whole(), cuts.nodes.any(0).any(-1).cpu()
         self.table = self._table()
         self.prefix = prefix
@@ -88,6 +105,8 @@ class PatchedRun:
         """What replaced nodes wrote minus their replacements, until the site is there that has their writes."""
 
     def _table(self) -> WriteTable:
+        if self.window is not None:
+            return WindowTable(self.graph, self.cuts.edges, *self._rows(), self.values, self.window)
         return WriteTable(self.graph, self.cuts.edges, *self._rows())
 
     def _rows(self) -> tuple[list[Tensor] | None, Tensor, Tensor, tuple[int, int, int]]:
@@ -244,9 +263,9 @@ class PatchedRun:
 
         def tap(site: NodeSite) -> Edit:
             def note(value: Tensor) -> Tensor:
-                now[site] = self.fold(value).to(self.table.rows.dtype)
+                now[site] = self.fold(value)
                 if site == family.sites[-1]:
-                    self._wrote(family, self.values.differences(family, now))
+                    self._wrote(family, self._written(family, dict(now)))
                     now.clear()
                 return value
 
@@ -254,18 +273,26 @@ class PatchedRun:
 
         return [Intervention(site, tap(site)) for site in family.sites]
 
-    def _wrote(self, family: NodeFamily, block: WriteBlock) -> None:
+    def _written(self, family: NodeFamily, now: dict[NodeSite, Tensor]) -> Written:
+        if self.table.keeps_sites(family):
+            return Unexpanded(family, now)
+        return self.values.differences(family, {site: value.to(self.table.dtype) for site, value in now.items()})
+
+    def _wrote(self, family: NodeFamily, block: Written) -> None:
+        if isinstance(block, Unexpanded):  # neither a part of a writer, nor a writer with parts
+            self.keep(family, block)
+            return
         if (whole := family.part_of) is not None:
             total = block.total()
             self.apart[whole] = self.apart[whole] + total if whole in self.apart else total
         parts = {i: self.apart.pop(name) for i, name in enumerate(family.writers) if name in self.apart}
         self.keep(family, less_parts(block, parts))
 
-    def keep(self, family: NodeFamily, block: WriteBlock) -> None:
+    def keep(self, family: NodeFamily, block: Written) -> None:
         """Stores writers' current writes minus their replacements, where a reader needs them."""
         self.table.keep(family, block)
         if self._replaced(family):
-            total = block.total_where(self._where_replaced(self.graph.writers_of(family)))
+            total = self.table.total_where(block, self._where_replaced(self.graph.writers_of(family)))
             before = self.excess.get(family.output)
             self.excess[family.output] = total if before is None else before + total
 
@@ -292,11 +319,19 @@ class PatchedRun:
         """The values of a family's sites with a cut edge, from what its ports see of the residual stream."""
         sites = self._cut_sites(family)  # together, so that their sums share one pass over the writes
         span = _span(sites)
-        seen = self.see(span, self._n_writers_seen(family), resid)
-        return {
-            ports.site: family.read(self.model, ports, seen[rows.start - span.start : rows.stop - span.start])
-            for ports, rows in sites
-        }
+        found: dict[NodeSite, list[Tensor]] = {ports.site: [] for ports, _ in sites}
+        for seen in self.see(span, self._n_writers_seen(family), resid):
+            for ports, rows in sites:
+                own = seen[rows.start - span.start : rows.stop - span.start]
+                found[ports.site].append(family.read(self.model, ports, own))
+        return {site: self._joined(values) for site, values in found.items()}
+
+    def _joined(self, values: list[Tensor]) -> Float[Tensor, "rows pos ..."]:
+        """What was read in windows of neighbouring tokens, `[rows, pos, ...]` each."""
+        if len(values) == 1:
+            return values[0]
+        by_token = torch.cat([value.unflatten(0, (self.n, -1)).flatten(1, 2) for value in values], 1)
+        return by_token.unflatten(1, self.pairs.clean.shape).flatten(0, 1)
 
     def _n_writers_seen(self, family: NodeFamily) -> int:
         assert family.reads is not None
@@ -304,16 +339,16 @@ class PatchedRun:
 
     def see(
         self, ports: slice, n_writers: int, resid: Float[Tensor, "candidate batch pos d_model"]
-    ) -> Float[Tensor, "port rows pos d_model"]:
-        """What ports see of the residual stream."""
-        return self.table.seen(ports, n_writers, resid).view(ports.stop - ports.start, -1, *resid.shape[2:])
+    ) -> Iterator[Float[Tensor, "port rows pos d_model"]]:
+        """What ports see of the residual stream, a window of tokens at a time."""
+        return self.table.windows_seen(ports, n_writers, resid)
 
     def read_logits(self, resid: Float[Tensor, "candidate batch pos d_model"]) -> Float[Tensor, "rows pos d_model"]:
         """What the logits read of the final residual stream."""
         if not self._cut(slice(-1, None)):
-            return resid.flatten(0, 1).to(self.table.rows.dtype)
-        n_ports = self.graph.n_ports
-        return self.see(slice(n_ports - 1, n_ports), len(self.graph.writers), resid)[0]
+            return resid.flatten(0, 1).to(self.table.dtype)
+        own = slice(self.graph.n_ports - 1, self.graph.n_ports)
+        return self._joined([seen[0] for seen in self.see(own, len(self.graph.writers), resid)])
 
     def _port_edit(self, ports: Ports, whole: Bool[Tensor, "candidate port"]) -> Edit:
         """Puts in what the ports read; a port without a cut edge keeps the model's own value, to the last bit."""
@@ -337,15 +372,16 @@ class _PrefixRun(PatchedRun):
     """A run without cuts, which keeps all writes."""
 
     def _table(self) -> WriteTable:
-        self.written: dict[NodeFamily, WriteBlock] = {}
+        self.written: dict[NodeFamily, Written] = {}
         return super()._table()
 
     def _needed(self) -> Tensor:
         return torch.ones(len(self.graph.writers), dtype=torch.bool)
 
-    def keep(self, family: NodeFamily, block: WriteBlock) -> None:
+    def keep(self, family: NodeFamily, block: Written) -> None:
         super().keep(family, block)
-        self.written[family] = block if family.low_rank else Dense(block.dense().clone())
+        as_it_is = family.low_rank or isinstance(block, Unexpanded)
+        self.written[family] = block if as_it_is else Dense(block.dense().clone())
 
 
 Cut = Bool[Tensor, "*candidate reader writer"] | Float[Tensor, "*candidate reader writer"]
@@ -429,8 +465,35 @@ def edge_logits(
     row_bytes = pairs.clean.numel() * model.dims.d_model * max(4, model.dtype.itemsize)
     at_once = 1 if model.edited else WRITES_BUDGET_BYTES // row_bytes  # edits expect the prompts as they are
     for some in _side_by_side(cuts.needed.cpu(), at_once):
-        logits = PatchedRun(model, graph, pairs, cuts.rows(some), values, prefix).run(columns)
-        yield from logits.unflatten(0, (-1, len(pairs)))
+        yield from _logits(model, graph, pairs, cuts.rows(some), values, columns, prefix)
+
+
+def _logits(
+    model: HookManager,
+    graph: Graph,
+    pairs: Pairs,
+    cuts: Cuts,
+    values: Values,
+    columns: Tensor | None,
+    prefix: Prefix | None,
+) -> Float[Tensor, "candidate batch n_answer n_columns"]:
+    """The logits of candidates that are run side by side: all examples together if their table of writes fits."""
+    n, (n_batch, n_pos) = len(cuts.edges), pairs.clean.shape
+    n_rows = n * (int((cuts.needed.any(0).cpu() & _in_full(graph)).sum()) + rows_beside(graph))
+    together = prefix is not None or model.edited  # edits expect the prompts as they are
+    plan = plan_table(graph, n_rows, n_batch, n_pos, wide(model).itemsize, together=together)
+    window = n_batch * n_pos if plan.tokens is None and prefix is not None and prefix.unexpanded else plan.tokens
+    found: list[Tensor] = []
+    for rows, batch in batches(pairs, plan.examples):
+        own = values if len(batch) == n_batch else values.rows((rows, slice(None)))
+        logits = PatchedRun(model, graph, batch, cuts, own, prefix, window).run(columns)
+        found.append(logits.unflatten(0, (n, -1)))
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+
+def _in_full(graph: Graph) -> Bool[Tensor, " writer"]:
+    """The writers whose writes are kept in full where a reader needs them."""
+    return torch.tensor([not family.low_rank for family in graph.families for _ in family.writers])
 
 
 def _side_by_side(needed: Bool[Tensor, "candidate writer"], most_rows: int) -> Iterator[slice]:

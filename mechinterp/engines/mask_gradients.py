@@ -12,7 +12,7 @@ is there already.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ from torch import Tensor
 from mechinterp.engines.edge_patching import PatchedRun, wide
 from mechinterp.engines.replacement import Values
 from mechinterp.engines.whole_nodes import edges_only
-from mechinterp.engines.write_table import Block, WriteTable, matrices
+from mechinterp.engines.write_table import Block, Unexpanded, WriteTable, Written, matrices
 from mechinterp.graphs.families.family import NodeFamily, NodeSite
 from mechinterp.graphs.families.normed_ports import Projections
-from mechinterp.graphs.families.write_block import Dense, LowRank, WriteBlock
+from mechinterp.graphs.families.write_block import Dense, LowRank
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import take_positions
 from mechinterp.models.hook_manager import HookManager
@@ -102,17 +102,18 @@ class _DifferentiableRun(PatchedRun):
         self.seen, self.apart = {}, {}
         del self.chain, self.cuts, self.table, self.gradients
 
-    def keep(self, family: NodeFamily, block: WriteBlock) -> None:
+    def keep(self, family: NodeFamily, block: Written) -> None:
+        assert not isinstance(block, Unexpanded)
         values = block.values if isinstance(block, LowRank) else block.dense()
         directions = block.directions if isinstance(block, LowRank) else None
         self.chain = _Keep.apply(self.chain, values, directions, self.gradients, family)
 
-    def see(self, ports: slice, n_writers: int, resid: Tensor) -> Tensor:
+    def see(self, ports: slice, n_writers: int, resid: Tensor) -> Iterator[Tensor]:
         seen, self.chain = _See.apply(self.chain, resid, self.gradients, ports, n_writers)
-        return seen.flatten(1, 2)
+        yield seen.flatten(1, 2)
 
     def read(self, family: NodeFamily, resid: Tensor) -> dict[NodeSite, Tensor]:
-        projections = family.projections(self.model, self.table.rows.dtype)
+        projections = family.projections(self.model, self.table.dtype)
         if projections is None:
             return super().read(family, resid)
         *found, self.chain = _ReadProjections.apply(
