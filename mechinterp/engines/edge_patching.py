@@ -8,7 +8,7 @@ each position has its own sum.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from mechinterp.engines.whole_nodes import Cuts, edges_only, whole_nodes
 from mechinterp.engines.window_table import WindowTable
 from mechinterp.engines.write_table import (
     PORTS_OF_A_BLOCK,
+    TablePlan,
     Unexpanded,
     WriteTable,
     Written,
@@ -71,8 +72,7 @@ def run_prefix(
         if cut is not None:
             rows = graph.readers_before[layer]
             masks[0, :rows] = cut[:rows].to(masks)
-        n_rows = int(_in_full(graph).sum()) + rows_beside(graph)
-        plan = plan_table(graph, n_rows, *pairs.clean.shape, wide(model).itemsize, together=True)
+        plan = plan_runs(model, graph, pairs.clean.shape, together=True)
         run = _PrefixRun(model, graph, pairs, edges_only(graph, masks.to(wide(model))), values, window=plan.tokens)
         resid = run.shared(layer)
         return Prefix(layer, resid, run.written, None if cut is None else run.cuts.edges[0])
@@ -380,8 +380,9 @@ class _PrefixRun(PatchedRun):
 
     def keep(self, family: NodeFamily, block: Written) -> None:
         super().keep(family, block)
-        as_it_is = family.low_rank or isinstance(block, Unexpanded)
-        self.written[family] = block if as_it_is else Dense(block.dense().clone())
+        if not isinstance(block, Unexpanded) and not family.low_rank:
+            block = Dense(block.dense().clone())
+        self.written[family] = block
 
 
 Cut = Bool[Tensor, "*candidate reader writer"] | Float[Tensor, "*candidate reader writer"]
@@ -405,7 +406,8 @@ def run_edges(
 
     Cost: one forward of the corrupt prompts, and one patched forward per candidate up to the final residual stream;
     candidates share the layers before the first cut edge. Memory: the writes of one batch, `n_writers * batch * pos *
-    d_model` numbers per candidate; neurons without the factor `d_model`.
+    d_model` numbers per candidate; neurons without the factor `d_model`. If that is more than 2 GiB, some examples are
+    run at a time; if it is for one example, writes are made again for a window of tokens at a time (`plan_runs`).
 
     Args:
         model: The model.
@@ -478,22 +480,42 @@ def _logits(
     prefix: Prefix | None,
 ) -> Float[Tensor, "candidate batch n_answer n_columns"]:
     """The logits of candidates that are run side by side: all examples together if their table of writes fits."""
-    n, (n_batch, n_pos) = len(cuts.edges), pairs.clean.shape
-    n_rows = n * (int((cuts.needed.any(0).cpu() & _in_full(graph)).sum()) + rows_beside(graph))
+    n, n_tokens = len(cuts.edges), pairs.clean.numel()
+    needed = cuts.needed.any(0).cpu()
     together = prefix is not None or model.edited  # edits expect the prompts as they are
-    plan = plan_table(graph, n_rows, n_batch, n_pos, wide(model).itemsize, together=together)
-    window = n_batch * n_pos if plan.tokens is None and prefix is not None and prefix.unexpanded else plan.tokens
+    plan = plan_runs(model, graph, pairs.clean.shape, needed=needed, n_candidates=n, together=together)
+    window = n_tokens if plan.tokens is None and prefix is not None and prefix.unexpanded else plan.tokens
     found: list[Tensor] = []
     for rows, batch in batches(pairs, plan.examples):
-        own = values if len(batch) == n_batch else values.rows((rows, slice(None)))
+        own = values if len(batch) == len(pairs) else values.rows((rows, slice(None)))
         logits = PatchedRun(model, graph, batch, cuts, own, prefix, window).run(columns)
         found.append(logits.unflatten(0, (n, -1)))
     return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
-def _in_full(graph: Graph) -> Bool[Tensor, " writer"]:
-    """The writers whose writes are kept in full where a reader needs them."""
-    return torch.tensor([not family.low_rank for family in graph.families for _ in family.writers])
+def plan_runs(
+    model: HookManager,
+    graph: Graph,
+    shape: Sequence[int],
+    *,
+    needed: Bool[Tensor, " writer"] | None = None,
+    n_candidates: int = 1,
+    together: bool = False,
+) -> TablePlan:
+    """How a batch of prompts is run with edges cut: all at once, some examples at a time, or in windows of tokens.
+
+    Args:
+        model: The model.
+        graph: Its graph.
+        shape: Examples and tokens of the batch.
+        needed: The writers whose edges are cut; by default all.
+        n_candidates: Masks that are run side by side.
+        together: Whether the examples must be run together.
+    """
+    n_examples, n_pos = shape
+    in_full = torch.tensor([not family.low_rank for family in graph.families for _ in family.writers])
+    rows = int((in_full if needed is None else in_full & needed).sum()) + rows_beside(graph)
+    return plan_table(graph, n_candidates * rows, n_examples, n_pos, wide(model).itemsize, together=together)
 
 
 def _side_by_side(needed: Bool[Tensor, "candidate writer"], most_rows: int) -> Iterator[slice]:

@@ -55,16 +55,19 @@ class TablePlan:
     """Examples that are run together."""
     tokens: int | None
     """Tokens whose writes are in full together; None: all."""
+    nbytes: int
+    """What these writes and sums take."""
 
     def words(self, n_examples: int) -> str:
         """How the writes are kept, for people.
 
-        >>> TablePlan(8, None).words(8), TablePlan(8, 100).words(8)
-        ('all writes of 8 examples at once', 'windows of 100 tokens, writes made again in each')
+        >>> TablePlan(8, None, 0).words(20), TablePlan(20, 100, 0).words(20)
+        ('all writes of 8 of 20 examples at once', 'the writes of 100 tokens at once, made again for each layer')
         """
         if self.tokens is not None:
-            return f"windows of {self.tokens:,} tokens, writes made again in each"
-        return f"all writes of {min(self.examples, n_examples)} examples at once"
+            return f"the writes of {self.tokens:,} tokens at once, made again for each layer"
+        some = f"{self.examples} of " if self.examples < n_examples else ""
+        return f"all writes of {some}{n_examples} examples at once"
 
 
 def plan_table(
@@ -80,12 +83,13 @@ def plan_table(
         itemsize: Bytes of a number.
         together: Whether the examples must be run together.
     """
-    most = max(1, TABLE_BUDGET_BYTES // (n_rows * graph.dims.d_model * itemsize))
+    per_token = n_rows * graph.dims.d_model * itemsize
+    most = max(1, TABLE_BUDGET_BYTES // per_token)
     if n_examples * n_pos <= most:
-        return TablePlan(n_examples, None)
+        return TablePlan(n_examples, None, n_examples * n_pos * per_token)
     if n_pos <= most and not together:
-        return TablePlan(most // n_pos, None)
-    return TablePlan(n_examples, most)
+        return TablePlan(most // n_pos, None, most // n_pos * n_pos * per_token)
+    return TablePlan(n_examples, most, most * per_token)
 
 
 def rows_beside(graph: Graph) -> int:

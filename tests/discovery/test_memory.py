@@ -8,13 +8,17 @@ import pytest
 import torch
 
 import mechinterp as mi
+import mechinterp.discovery.memory
+import mechinterp.engines.edge_patching
+import mechinterp.engines.write_table
 from mechinterp.base.errors import InputError
 from mechinterp.base.peak_memory import PeakMemory
 from mechinterp.discovery.memory import auto_batch_size, measure_memory, run_bytes
 from mechinterp.discovery.method import raw_scores
 from mechinterp.engines.attribution_memory import attribution_bytes, measure_example
 from mechinterp.engines.edge_attribution import edge_gradients
-from mechinterp.engines.edge_patching import run_edges
+from mechinterp.engines.edge_patching import plan_runs, run_edges
+from mechinterp.engines.write_table import rows_beside
 from tests.support.models_tiny import build, pairs, small_cut
 
 SHAPES = {
@@ -61,6 +65,24 @@ def test_so_it_is_for_learned_masks_and_for_runs_with_edges_cut() -> None:
     with PeakMemory() as used:
         run_edges(model, graph, some, cuts)
     assert within_a_quarter(3 * n * memory.patched, used.peak)
+
+
+@pytest.mark.parametrize(("name", "n_tokens"), [("llama", 20), ("gpt2 with many heads", 12), ("gpt2", 6)])
+def test_so_it_is_where_the_writes_do_not_fit_together(
+    name: str, n_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, length, sizes = SHAPES[name]  # two examples of 8 tokens are run at a time, or half and a quarter of one's 24
+    model, some = build(name.partition(" ")[0], **sizes), pairs(n, length)
+    graph = mi.build_graph(model)
+    per_token = (len(graph.writers) + rows_beside(graph)) * model.dims.d_model * 8
+    monkeypatch.setattr(mechinterp.engines.write_table, "TABLE_BUDGET_BYTES", n_tokens * per_token)
+    assert plan_runs(model, graph, (n, length)).tokens == (None if name == "llama" else n_tokens)
+    memory = measure_memory(model, graph, some, "logit_diff", "eap", {})
+    monkeypatch.setattr(mechinterp.engines.edge_patching, "WRITES_BUDGET_BYTES", 1)
+    monkeypatch.setattr(mechinterp.discovery.memory, "WRITES_BUDGET_BYTES", 1)  # one circuit at a time
+    with PeakMemory() as used:
+        run_edges(model, graph, some, small_cut(graph, 0.5))
+    assert within_a_quarter(run_bytes(model, graph, memory, n)["patched runs"], used.peak)
 
 
 def test_an_ensemble_takes_what_its_largest_member_takes() -> None:

@@ -43,7 +43,7 @@ def bytes_of(graph: Graph, n_tokens: int) -> int:
 def windows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many tokens the windows of all runs had."""
     seen: list[int] = []
-    original = WindowTable._sums
+    original = WindowTable._sums  # pyright: ignore[reportPrivateUsage]
 
     def counted(self: WindowTable, window: Any, *others: Any) -> torch.Tensor:
         seen.append(window.tokens.stop - window.tokens.start)
@@ -172,12 +172,12 @@ def test_edits_of_the_user_act_on_all_examples_together(monkeypatch: pytest.Monk
 
 def test_the_plan_is_the_largest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = graph_for("gpt2", "whole")
-    n_rows = len(graph.writers) + rows_beside(graph)
-    budget(monkeypatch, bytes_of(graph, 20))
-    assert plan_table(graph, n_rows, 2, 10, 8) == TablePlan(2, None)
-    assert plan_table(graph, n_rows, 3, 10, 8) == TablePlan(2, None)
-    assert plan_table(graph, n_rows, 3, 10, 8, together=True) == TablePlan(3, 20)
-    assert plan_table(graph, n_rows, 3, 21, 8) == TablePlan(3, 20)
+    n_rows, size = len(graph.writers) + rows_beside(graph), bytes_of(graph, 20)
+    budget(monkeypatch, size)
+    assert plan_table(graph, n_rows, 2, 10, 8) == TablePlan(2, None, size)
+    assert plan_table(graph, n_rows, 3, 10, 8) == TablePlan(2, None, size)
+    assert plan_table(graph, n_rows, 3, 10, 8, together=True) == TablePlan(3, 20, size)
+    assert plan_table(graph, n_rows, 3, 21, 8) == TablePlan(3, 20, size)
 
 
 def test_memory_of_windows_hardly_grows_with_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
