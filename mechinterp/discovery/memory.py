@@ -19,7 +19,7 @@ from mechinterp.discovery.ensemble import NAME, parse_members
 from mechinterp.discovery.method import METHODS
 from mechinterp.engines.attribution_memory import OneExample, attribution_bytes, measure_example, weight_bytes
 from mechinterp.engines.edge_patching import WRITES_BUDGET_BYTES, plan_runs, run_edges
-from mechinterp.engines.mask_gradients import mask_gradients
+from mechinterp.engines.mask_gradients import examples_at_once, mask_gradients, plan_gradients
 from mechinterp.engines.replacement import corrupt_replacement
 from mechinterp.graphs.graph import Graph
 from mechinterp.models.hook_manager import HookManager
@@ -108,12 +108,19 @@ def run_bytes(model: HookManager, graph: Graph, memory: RunMemory, batch_size: i
     parts = dict(attribution_bytes(model, graph, memory.attribution, batch_size, memory.n_points))
     stages = [parts.pop("total")]
     if memory.masked is not None:
-        parts["learned masks"] = memory.masked * max(memory.drawings, batch_size)
+        parts["learned masks"] = memory.masked * _side_by_side(model, graph, memory, batch_size)
         stages.append(parts["learned masks"])
     one = _patched_bytes(model, graph, memory, batch_size)
     parts["patched runs"] = max(one, min(CIRCUITS * one, WRITES_BUDGET_BYTES))
     stages.append(parts["patched runs"])
     return {"weights": memory.weights, **parts, "total": memory.weights + max(stages)}
+
+
+def _side_by_side(model: HookManager, graph: Graph, memory: RunMemory, batch_size: int) -> int:
+    """Runs with a learned mask that are done together: examples times drawings, if that fits."""
+    n_pos, drawings = memory.attribution.n_pos, memory.drawings
+    n = examples_at_once(model, graph, n_pos, batch_size, drawings)
+    return n if plan_gradients(model, graph, (n, n_pos), drawings).tokens is not None else n * drawings
 
 
 def _patched_bytes(model: HookManager, graph: Graph, memory: RunMemory, batch_size: int) -> int:

@@ -49,6 +49,29 @@ class Behind:
     sums: Float[Tensor, "port candidate token d_model"]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Ports that are read together."""
+
+    asked: list[int]
+    behind: list[int]
+    """Ports that are summed along, for later."""
+    before: Behind | None
+    """How the sums of the asked ones begin, if they were summed along."""
+    n_writers: int
+    """The writers before them."""
+
+    @property
+    def ports(self) -> list[int]:
+        """All that are summed."""
+        return self.asked + self.behind
+
+    @property
+    def first(self) -> int:
+        """The first writer that is not in `before`."""
+        return 0 if self.before is None else self.before.n_writers
+
+
 class WindowTable(WriteTable):
     """The writes of one run in compact form, and what its readers see of them."""
 
@@ -119,70 +142,82 @@ class WindowTable(WriteTable):
         self, ports: slice, n_writers: int, resid: Float[Tensor, "candidate batch pos d_model"]
     ) -> Iterator[Float[Tensor, "port rows pos d_model"]]:
         """What these ports read of the stream, a window of tokens at a time."""
-        asked, before, new = list(range(ports.start, ports.stop)), self.behind, None
-        if before is None or not set(asked) <= set(before.ports):
-            before = None
-            new = self.behind = self._behind(ports.stop, n_writers)
-        stream = resid.flatten(1, 2)
+        reading, stream = self.reading(ports, n_writers), resid.flatten(1, 2)
+        n_asked, n_behind = len(reading.asked), len(reading.behind)
+        later = self.rows.new_empty(n_behind, self.shape[0], stream.shape[1], self.shape[3])
         for window in self.windows:
-            sums = self._sums(window, asked, before, new, n_writers, stream[:, window.tokens])
-            rows, columns = window.at
-            shape = (self.shape[0] * (rows.stop - rows.start), columns.stop - columns.start)
-            yield sums.flatten(1, 2).unflatten(1, shape)
+            rows = self.rows[: self.n_rows(reading), :, : _size(window.at)]
+            self.expand(window, reading, rows)
+            rows[-1] = stream[:, window.tokens]
+            sums = self.sums(window, reading, rows, reading.ports)
+            later[:, :, window.tokens] = sums[n_asked:]
+            yield as_rows(sums[:n_asked], window.at)
+        if n_behind:
+            self.behind = Behind(reading.behind, n_writers, later)
 
-    def _behind(self, first: int, n_writers: int) -> Behind | None:
-        """Room for the sums of the ports that will be read in the same layer; None for too many, or none."""
+    def reading(self, ports: slice, n_writers: int) -> Reading:
+        """What these ports need, and which ones of the same layer are summed along: up to `MOST_BEHIND`."""
+        asked, before = list(range(ports.start, ports.stop)), self.behind
+        if before is not None and set(asked) <= set(before.ports):
+            return Reading(asked, [], before, n_writers)
         n, last = self.graph.n_positions, len(self.read) - 1
-        stop = next((rows // n for rows in self.graph.readers_before if rows // n > first - 1), last)
-        ports = [port for port in range(first, last + 1 if stop >= last else stop) if self.read[port]]
-        if not 0 < len(ports) <= MOST_BEHIND:
-            return None
-        n_tokens = self.shape[1] * self.shape[2]
-        return Behind(ports, n_writers, self.rows.new_empty(len(ports), self.shape[0], n_tokens, self.shape[3]))
+        stop = next((rows // n for rows in self.graph.readers_before if rows // n >= ports.stop), last)
+        stop = last + 1 if stop >= last else stop  # the logits belong to the last layer
+        behind = [port for port in range(ports.stop, stop) if self.read[port]]
+        return Reading(asked, behind if len(behind) <= MOST_BEHIND else [], None, n_writers)
 
-    def _sums(
+    def n_rows(self, reading: Reading) -> int:
+        """How many rows it takes, with one for the stream."""
+        return self.n_kept[reading.n_writers] - self.n_kept[reading.first] + 1
+
+    def sums(
         self,
         window: TokenWindow,
-        asked: list[int],
-        before: Behind | None,
-        new: Behind | None,
-        n_writers: int,
-        stream: Float[Tensor, "candidate token d_model"],
+        reading: Reading,
+        rows: Float[Tensor, "row candidate token d_model"],
+        ports: list[int],
     ) -> Float[Tensor, "port candidate token d_model"]:
-        """The sums of the ports in one window, begun by `before`; those of `new` are stored."""
-        ports = asked if new is None else asked + new.ports
-        first = 0 if before is None else before.n_writers
-        base, stop = self.n_kept[first], self.n_kept[n_writers]
-        rows = self.rows[: stop - base + 1, :, : stream.shape[1]]
-        self._expand(window, first, n_writers, rows)
-        rows[-1] = stream
+        """The sums of some of the ports over the rows; the last row is the stream, which only the asked ones add."""
+        base, stop, before = self.n_kept[reading.first], self.n_kept[reading.n_writers], reading.before
         sums = rows.new_empty(len(ports), *rows.shape[1:])
         if before is not None:
-            sums[:] = before.sums[[before.ports.index(port) for port in asked]][:, :, window.tokens]
-        own = torch.zeros(1, len(ports), 1, dtype=self.dtype, device=rows.device)
-        own[:, : len(asked)] = 1  # the stream, which the ports behind add when they are read
+            sums[:] = before.sums[[before.ports.index(port) for port in ports]][:, :, window.tokens]
+        own = torch.tensor([float(port in reading.asked) for port in ports]).to(rows)[None, :, None]
         for place in window.places:
             weights = torch.cat([place.weights[:, ports, base:stop], own.expand(len(place.weights), -1, -1)], -1)
             place.add(weights, rows, sums, keep=before is not None)
-        self.add_low_rank(ports, first, n_writers, sums, window.tokens, window.places)
-        if new is not None:
-            new.sums[:, :, window.tokens] = sums[len(asked) :]
-        return sums[: len(asked)]
+        self.add_low_rank(ports, reading.first, reading.n_writers, sums, window.tokens, window.places)
+        return sums
 
-    def _expand(self, window: TokenWindow, first: int, stop: int, rows: Tensor) -> None:
-        """Puts into the rows the writes of the writers from `first` to `stop` that are kept, at the window's tokens."""
-        base = self.n_kept[first]
-        for family, written in self.written.items():
+    def expand(self, window: TokenWindow, reading: Reading, rows: Tensor) -> None:
+        """Puts the writes that it needs into the first rows, at the window's tokens."""
+        for family, own in self.kept_between(reading):
+            rows[own] = self.writes_at(window, family).flatten(2, 3)
+
+    def writes_at(self, window: TokenWindow, family: NodeFamily) -> Float[Tensor, "row candidate batch pos d_model"]:
+        """The writes of a family that are kept, at the window's tokens."""
+        written = self.written[family]
+        if isinstance(written, Unexpanded):
+            return self._kept_of(family, written.at(window.at, window.values, self.dtype).dense())
+        examples, positions = window.at
+        return written.writes[:, :, examples, positions]
+
+    def kept_between(self, reading: Reading) -> Iterator[tuple[NodeFamily, slice]]:
+        """The families with rows that it needs, and which rows these are."""
+        base = self.n_kept[reading.first]
+        for family in self.written:
             writers = self.graph.writers_of(family)
-            own = slice(self.n_kept[writers.start] - base, self.n_kept[writers.stop] - base)
-            if writers.start < first or writers.stop > stop or own.start == own.stop:
-                continue
-            if isinstance(written, Unexpanded):
-                writes = self._kept_of(family, written.at(window.at, window.values, self.dtype).dense())
-            else:
-                examples, positions = window.at
-                writes = written.writes[:, :, examples, positions]
-            rows[own] = writes.flatten(2, 3)
+            if reading.first <= writers.start and writers.stop <= reading.n_writers:
+                yield family, slice(self.n_kept[writers.start] - base, self.n_kept[writers.stop] - base)
+
+
+def as_rows(
+    sums: Float[Tensor, "port candidate token d_model"], window: Window
+) -> Float[Tensor, "port rows pos d_model"]:
+    """The sums of a window with the axes of the model."""
+    examples, positions = window
+    shape = (sums.shape[1] * (examples.stop - examples.start), positions.stop - positions.start)
+    return sums.flatten(1, 2).unflatten(1, shape)
 
 
 def _size(window: Window) -> int:

@@ -338,4 +338,4 @@ class WriteTable:
 
 def matrices(rows: Float[Tensor, "row candidate token d_model"]) -> Float[Tensor, "candidate row numbers"]:
     """A view with one matrix a candidate."""
-    return rows.view(*rows.shape[:2], -1).transpose(0, 1)
+    return rows.view(*rows.shape[:2], rows.shape[2] * rows.shape[3]).transpose(0, 1)

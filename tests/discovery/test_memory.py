@@ -18,6 +18,7 @@ from mechinterp.discovery.method import raw_scores
 from mechinterp.engines.attribution_memory import attribution_bytes, measure_example
 from mechinterp.engines.edge_attribution import edge_gradients
 from mechinterp.engines.edge_patching import plan_runs, run_edges
+from mechinterp.engines.mask_gradients import plan_gradients
 from mechinterp.engines.write_table import rows_beside
 from tests.support.models_tiny import build, pairs, small_cut
 
@@ -83,6 +84,22 @@ def test_so_it_is_where_the_writes_do_not_fit_together(
     with PeakMemory() as used:
         run_edges(model, graph, some, small_cut(graph, 0.5))
     assert within_a_quarter(run_bytes(model, graph, memory, n)["patched runs"], used.peak)
+
+
+def test_so_it_is_for_masks_that_are_learned_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, length, sizes = SHAPES["gpt2 with many heads"]
+    model, some = build("gpt2", **sizes), pairs(n, length)
+    graph, taken = mi.build_graph(model), list[int]()
+    for budget in (2**31, 2**20):
+        monkeypatch.setattr(mechinterp.engines.write_table, "TABLE_BUDGET_BYTES", budget)
+        memory = measure_memory(model, graph, some, "logit_diff", "mattr", {"drawings": 2})
+        how: dict[str, Any] = {"learning_steps": 1, "runs": 1, "examples": n, "drawings": 2, "warm_start": "none"}
+        with PeakMemory() as used:
+            raw_scores(model, graph, some, method="mattr", batch_size=n, **how)
+        assert within_a_quarter(run_bytes(model, graph, memory, n)["learned masks"], used.peak)
+        taken.append(used.peak)
+    assert plan_gradients(model, graph, (1, length)).tokens is not None
+    assert 4 * taken[1] < taken[0]
 
 
 def test_an_ensemble_takes_what_its_largest_member_takes() -> None:

@@ -15,6 +15,7 @@ import mechinterp.engines.write_table
 from mechinterp.base.peak_memory import PeakMemory
 from mechinterp.discovery.cut_loss import CutLoss
 from mechinterp.engines.edge_patching import run_edges
+from mechinterp.engines.mask_gradients import mask_gradients
 from mechinterp.engines.replacement import build_replacement
 from mechinterp.engines.window_table import MOST_BEHIND, WindowTable
 from mechinterp.engines.write_table import TablePlan, plan_table, rows_beside
@@ -43,13 +44,13 @@ def bytes_of(graph: Graph, n_tokens: int) -> int:
 def windows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many tokens the windows of all runs had."""
     seen: list[int] = []
-    original = WindowTable._sums  # pyright: ignore[reportPrivateUsage]
+    original = WindowTable.sums
 
     def counted(self: WindowTable, window: Any, *others: Any) -> torch.Tensor:
         seen.append(window.tokens.stop - window.tokens.start)
         return original(self, window, *others)
 
-    monkeypatch.setattr(WindowTable, "_sums", counted)
+    monkeypatch.setattr(WindowTable, "sums", counted)
     yield seen
 
 
@@ -116,6 +117,29 @@ def test_windows_have_the_numbers_of_the_whole_table(
     assert min(windows) < 7 and max(windows) < 21
     torch.testing.assert_close(found, expected, **near(name))
     assert float((expected[0] - expected[1]).abs().max()) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_gradients_in_the_mask_are_those_of_the_whole_table(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch, windows: list[int]
+) -> None:
+    model, graph, ids, metric = tiny(name), graph_for(name, kind), some(padded=True), get_metric("logit_diff")
+    values, masks = build_replacement("corrupt", model, graph, ids).on(ids), masks_of(graph)[[0, 2]].double()
+
+    def found() -> tuple[torch.Tensor, torch.Tensor]:
+        return mask_gradients(
+            model, graph, ids, masks, values, lambda logits: torch.stack([metric(row, ids) for row in logits])
+        )
+
+    expected = found()
+    assert not windows
+    budget(monkeypatch, 3 * 4 * bytes_of(graph, 1))
+    losses, gradients = found()
+    assert min(windows) < 7 and max(windows) < 21
+    torch.testing.assert_close(losses, expected[0], **near(name))
+    torch.testing.assert_close(gradients, expected[1], rtol=1e-5, atol=near(name)["atol"])
+    assert float(gradients.abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("kind", ["mean", "mean-positional", "zero"])
