@@ -204,16 +204,13 @@ def test_the_plan_is_the_largest_that_fits(monkeypatch: pytest.MonkeyPatch) -> N
     assert plan_table(graph, n_rows, 3, 21, 8) == TablePlan(3, 20, size)
 
 
-def test_memory_of_windows_hardly_grows_with_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    ids, taken = pairs(2, 24)[:1], dict[int, int]()
-    for n_heads in (4, 32):
-        model = build("gpt2", n_embd=256, n_head=n_heads)
-        graph = build_graph(model)
-        cut = small_cut(graph, 0.5)
-        for size, budgeted in ((2**31, False), (2**19, True)):
-            budget(monkeypatch, size)
-            with PeakMemory() as used:
-                run_edges(model, graph, ids, cut)
-            taken[n_heads + budgeted] = used.peak
-    assert taken[32] > 3 * taken[4]
-    assert taken[33] < 1.6 * taken[5]
+def test_windows_take_a_fraction_of_the_memory_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, taken, model = pairs(2, 24)[:1], list[int](), build("gpt2", n_embd=256, n_head=32)
+    graph = build_graph(model)
+    cut = small_cut(graph, 0.5)
+    for size in (2**31, 2**19):
+        budget(monkeypatch, size)
+        with PeakMemory() as used:
+            run_edges(model, graph, ids, cut)
+        taken.append(used.peak)
+    assert taken[1] < taken[0] / 4
