@@ -27,6 +27,7 @@ from mechinterp.engines.decomposition.rules import PRESETS
 from mechinterp.engines.mask_gradients import mask_gradients
 from mechinterp.engines.replacement import KINDS, build_replacement
 from mechinterp.evaluation.sizes import size_curve
+from mechinterp.features.dictionary import cross_layer_features
 
 CLOSE = 5e-4
 """Float32 with sums in another order: a few dozen roundings of 6e-8, through a softmax and a norm in every layer, in
@@ -121,13 +122,15 @@ def _edges_of(model: mi.HookManager, pairs: mi.Pairs, **how: Any) -> object:
 
 
 def _features(model: mi.HookManager, pairs: mi.Pairs) -> object:
-    """The engines on a graph with features of a transcoder and of an attention's output."""
+    """The engines on a graph with features of transcoders (one writes in two layers) and of an attention's output."""
     d_model = model.dims.d_model
     weights = [torch.randn(*shape, generator=_generator()) for shape in ((d_model, 8), (8, d_model))]
     placed = [weight.to(model.device, model.dtype) for weight in weights]
     found: dict[mi.Basis, list[int]] = {mi.sae("attn_out.0", *placed, activation=mi.TopK(3)): [1, 2]}
     if model.dims.has_mlp:
         found[mi.transcoder("mlp_in.1", "mlp_out.1", *placed)] = [0, 5]
+        both = torch.stack([placed[1], 0.5 * placed[1]], 1)
+        found[cross_layer_features("mlp_in.0", ["mlp_out.0", "mlp_out.1"], placed[0], both)] = [1, 5]
         top = mi.top_features(model, pairs, list(found), 3, steps=2)
         assert sum(map(len, top.values())) == 3
     return [_edges_of(model, pairs, features=found), _mask_gradients(model, pairs, features=found)]

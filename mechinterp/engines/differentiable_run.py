@@ -12,7 +12,8 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from mechinterp.engines.edge_patching import PatchedRun, wide
+from mechinterp.engines.edge_patching import wide
+from mechinterp.engines.patched_run import PatchedRun
 from mechinterp.engines.replacement import Values
 from mechinterp.engines.whole_nodes import edges_only
 from mechinterp.graphs.graph import Graph
@@ -75,5 +76,5 @@ class DifferentiableRun(PatchedRun):
 
     def forget(self) -> None:
         """Breaks the reference cycle of this run and the nodes of its backward, so that its memory is freed at once."""
-        self.seen, self.apart = {}, {}
+        self.seen, self.apart, self.noted = {}, {}, {}
         del self.chain, self.cuts, self.table

@@ -39,6 +39,7 @@ from mechinterp.graphs.families.family import NodeFamily, NodeSite
 from mechinterp.graphs.families.normed_ports import Projections
 from mechinterp.graphs.families.write_block import Dense, LowRank
 from mechinterp.graphs.graph import Graph
+from mechinterp.graphs.write_rows import write_rows
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.pairs import Pairs
 
@@ -63,12 +64,14 @@ def mask_gradients(
     if len(masks) > 1 and (model.edited or plan.tokens is not None):
         found = [mask_gradients(model, graph, pairs, mask[None], values, loss) for mask in masks]
         return torch.cat([value for value, _ in found]), torch.cat([gradient for _, gradient in found])
-    of = _TableRun if plan.tokens is None else partial(WindowRun, window=plan.tokens)
-    run = of(model, graph, pairs, masks.to(model.device), values)
+    rows, window = write_rows(graph), plan.tokens
+    of = _TableRun if window is None else partial(WindowRun, window=window)
+    run = of(model, rows.graph, pairs, rows.masks(masks.to(model.device)), values)
     try:
-        return run.differentiate(loss)
+        found, gradient = run.differentiate(loss)
     finally:
         run.forget()
+    return found, rows.tables(gradient)
 
 
 def plan_gradients(

@@ -113,7 +113,7 @@ class WindowTable(WriteTable):
     def keep(self, family: NodeFamily, block: Written) -> None:
         """Stores a family's writes: what they are made of, or those that a reader needs."""
         if isinstance(block, LowRank):
-            self.low_rank[family].keep(block)
+            self.keep_low_rank(family, block)
         elif self.n_kept[self.graph.writers_of(family).start] == self.n_kept[self.graph.writers_of(family).stop]:
             return
         elif isinstance(block, Unexpanded):

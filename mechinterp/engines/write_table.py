@@ -16,8 +16,8 @@ examples are run at a time, and where one does not fit either, its sums are take
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -96,7 +96,8 @@ def rows_beside(graph: Graph) -> int:
     """Rows of the size of a write that a token takes beside those of the table: a block's sums, and new writes."""
     n, before = graph.n_positions, graph.readers_before
     ports = max((before[layers.stop] - before[layers.start]) // n for layers in layer_blocks(graph))
-    return 1 + ports + max(len(family.writers) for family in graph.families if not family.low_rank)
+    dense = (graph.writers_of(family) for family in graph.families if not family.low_rank)
+    return 1 + ports + max(writers.stop - writers.start for writers in dense)
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,8 @@ class LowRankRows:
     """For every place, whether a port reads any of them otherwise than it is; on the CPU."""
     block: LowRank | None = None
     """`[chosen, candidate, token]`; None before they are written."""
+    first: LowRankRows | None = None
+    """Earlier rows of the same writers that have the same activations, if these are such."""
 
     def keep(self, block: LowRank) -> None:
         """Stores the activations minus their replacements, `[writer, candidate, batch, pos]`."""
@@ -167,6 +170,24 @@ class LowRankRows:
         assert self.block is not None
         values = self.block.values[:, candidate, within]
         return LowRank(values if tokens is None else values[:, tokens], self.block.directions)
+
+
+def as_one(several: Sequence[LowRankRows], ports: slice | list[int]) -> list[LowRankRows]:
+    """Fewer rows with the same sums for these ports: such with the activations and weights of earlier ones are one with
+    them, of the summed directions."""
+    found: dict[int, LowRankRows] = {}
+    for rows in several:
+        first, own = None if rows.first is None else found.get(id(rows.first)), rows.block
+        together = first is not None and all(
+            torch.equal(one[:, ports], other[:, ports]) for one, other in zip(first.weights, rows.weights, strict=True)
+        )
+        if first is None or not together:
+            found[id(rows)] = rows
+            continue
+        assert first.block is not None and own is not None
+        summed = LowRank(first.block.values, first.block.directions + own.directions)
+        found[id(rows.first)] = replace(first, block=summed)
+    return list(found.values())
 
 
 @dataclass
@@ -246,7 +267,7 @@ class WriteTable:
         """Stores a family's writes minus their replacements, `[writer, candidate, batch, pos, d_model]`."""
         assert not isinstance(block, Unexpanded)
         if isinstance(block, LowRank):
-            self.low_rank[family].keep(block)
+            self.keep_low_rank(family, block)
             return
         writers, differences = self.graph.writers_of(family), block.dense()
         rows = self.kept(writers)
@@ -254,6 +275,15 @@ class WriteTable:
             kept = self.index[self.n_kept[writers.start] : self.n_kept[writers.stop]] - writers.start
             differences = differences[kept]
         rows.copy_(differences.flatten(2, 3))
+
+    def keep_low_rank(self, family: NodeFamily, block: LowRank) -> None:
+        """Stores a family's activations minus their replacements."""
+        rows = self.low_rank[family]
+        rows.keep(block)
+        first = self.low_rank[family.origin]
+        if first is not rows and first.block is not None and torch.equal(first.index, rows.index):
+            assert rows.block is not None
+            rows.first = first if torch.equal(first.block.values, rows.block.values) else None
 
     def keeps_sites(self, family: NodeFamily) -> bool:
         """Whether it takes a family's writes as `Unexpanded`."""
@@ -277,9 +307,8 @@ class WriteTable:
 
         The sums may be of a window: some neighbouring tokens, and the places by their numbers there.
         """
-        for rows in self.low_rank.values():
-            if rows.writers.start < base or rows.writers.stop > stop:
-                continue
+        here = [rows for rows in self.low_rank.values() if base <= rows.writers.start and rows.writers.stop <= stop]
+        for rows in as_one(here, ports):
             for place, weights, used in zip(places or self.places, rows.weights, rows.used, strict=True):
                 some = weights[:, ports]
                 for candidate in used[:, ports].any(1).nonzero().flatten().tolist():

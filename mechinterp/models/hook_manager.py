@@ -43,44 +43,12 @@ from mechinterp.models.load_checks import check_model
 from mechinterp.models.mlp import run_mlp
 from mechinterp.models.modes import Gradients
 from mechinterp.models.past import Past, empty_cache, past_of
+from mechinterp.models.plan import Plan
 from mechinterp.models.sites import GLOBAL_SITES, LAYER_SITES, Site
 from mechinterp.models.source import ModelInfo
-from mechinterp.models.splice import Splice
 from mechinterp.models.texts import Prompts, ReadsTexts
 from mechinterp.models.tokens import check_at, check_past, check_tokens
 from mechinterp.models.weight_names import WeightsByName
-
-
-class Plan:
-    """What happens in one run: at which hook point, and with which feature bases."""
-
-    def __init__(self, resolve: Callable[[SiteLike], str]) -> None:
-        self.points: dict[str, Point] = {}
-        self._splices: dict[FeatureBasis, Splice] = {}
-        self._resolve = resolve
-
-    def at(self, site: SiteLike) -> Point:
-        """The point of a site, or of the activations of a basis."""
-        if not isinstance(site, (str, Site)):
-            return self.splice(site).point
-        found = self.points.setdefault(self._resolve(site), Point())
-        found.names.append(site)
-        return found
-
-    def splice(self, basis: FeatureBasis, *, writing: bool = False) -> Splice:
-        """The basis in this run: it reads (and writes, if need be) after the edits that are planned so far."""
-        if basis not in self._splices:
-            self._resolve(basis)
-            found = self._splices[basis] = Splice(basis)
-            found.point.names.append(basis)
-            for site in basis.sites_in:
-                self.at(site).edits.append(BoundEdit(site, found.read(site)))
-        found = self._splices[basis]
-        if writing and not found.writing:
-            found.writing = True
-            for site in basis.sites_out:
-                self.at(site).edits.append(BoundEdit(site, found.write(site)))
-        return found
 
 
 class HookManager(ReadsTexts, WeightsByName, Generates):
@@ -513,7 +481,7 @@ class HookManager(ReadsTexts, WeightsByName, Generates):
 
     def _check_fired(self, points: Mapping[str, Point], stopped: bool) -> None:
         for name, point in points.items():
-            if point.fired != 1:
+            if point.fired != 1 and not (stopped and point.fired == 0 and point.only_later):
                 why = "after the stop site" if stopped and point.fired == 0 else "in the run"
                 raise SiteNotReached(
                     f"Site '{point.names[0]}' (hook {name}) fired {point.fired} times {why}; it must fire once."

@@ -298,6 +298,13 @@ class Point:
     value: Tensor | None = None
     end: Tensor | None = None
     """The value at the stop site, to which a loss may be applied."""
+    later: int = 0
+    """How many of the names are of a basis that writes here after it has written elsewhere."""
+
+    @property
+    def only_later(self) -> bool:
+        """Whether all that is asked of it are later writes of bases, which a run may stop before."""
+        return self.later == len(self.names)
 
 
 def fire(point: Point, value: Tensor) -> Tensor | None:

@@ -23,7 +23,7 @@ from mechinterp.graphs.graph import Graph, build_graph
 from mechinterp.models.interventions import Intervention
 from mechinterp.tasks.metrics import get_metric
 from mechinterp.tasks.pairs import Pairs
-from tests.support.models_tiny import ALL_FLOAT64, D_MODEL, build, pairs, small_cut, tiny
+from tests.support.models_tiny import ALL_FLOAT64, D_MODEL, N_LAYERS, build, pairs, small_cut, tiny
 
 
 def near(name: str) -> dict[str, Any]:
@@ -73,6 +73,11 @@ def graph_for(name: str, kind: str) -> Graph:
         reader = mi.transcoder("mlp_in.1", "mlp_out.1", draw(D_MODEL, n), draw(n, D_MODEL))
         inside = mi.sae("attn_out.2", draw(D_MODEL, 6), draw(6, D_MODEL))
         return build_graph(model, features={reader: list(range(n)), inside: [1, 4]}, positions=("a", "end"))
+    if kind == "cross-layer":
+        sites = [[f"{kind}.{layer}" for layer in range(N_LAYERS)] for kind in ("mlp_in", "mlp_out")]
+        W_dec = [0.3 * draw(4, N_LAYERS - layer, D_MODEL) for layer in range(N_LAYERS)]
+        bases = mi.cross_layer_transcoder(*sites, draw(N_LAYERS, D_MODEL, 4), W_dec)
+        return build_graph(model, features={basis: [1, 3] for basis in bases}, positions=("a", "end"))
     options: dict[str, Any] = {
         "positions": {"neurons": {1: [4, 5]}, "positions": ("a", "end")},
         "neurons": {"neurons": {0: [3, 8], 2: [0, 1, 30]}, "split_input": name == "gpt2"},
@@ -83,7 +88,7 @@ def graph_for(name: str, kind: str) -> Graph:
 
 CASES = [
     *((name, "whole") for name in ("gpt2", "neox", "llama", "gemma2", "mixtral", "lfm2", "attention-only", "no-norm")),
-    *(("gpt2", kind) for kind in ("positions", "neurons", "features")),
+    *(("gpt2", kind) for kind in ("positions", "neurons", "features", "cross-layer")),
     *(("neox", kind) for kind in ("positions", "features")),
     *(("gemma2", kind) for kind in ("positions", "neurons")),
     ("llama", "positions"),
