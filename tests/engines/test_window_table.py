@@ -74,9 +74,9 @@ def graph_for(name: str, kind: str) -> Graph:
         inside = mi.sae("attn_out.2", draw(D_MODEL, 6), draw(6, D_MODEL))
         return build_graph(model, features={reader: list(range(n)), inside: [1, 4]}, positions=("a", "end"))
     if kind == "cross-layer":
-        sites = [[f"{kind}.{layer}" for layer in range(N_LAYERS)] for kind in ("mlp_in", "mlp_out")]
+        reads, writes = ([f"{site}.{layer}" for layer in range(N_LAYERS)] for site in ("mlp_in", "mlp_out"))
         W_dec = [0.3 * draw(4, N_LAYERS - layer, D_MODEL) for layer in range(N_LAYERS)]
-        bases = mi.cross_layer_transcoder(*sites, draw(N_LAYERS, D_MODEL, 4), W_dec)
+        bases = mi.cross_layer_transcoder(reads, writes, draw(N_LAYERS, D_MODEL, 4), W_dec)
         return build_graph(model, features={basis: [1, 3] for basis in bases}, positions=("a", "end"))
     options: dict[str, Any] = {
         "positions": {"neurons": {1: [4, 5]}, "positions": ("a", "end")},
