@@ -96,6 +96,8 @@ class PatchedRun:
         self.prefix = prefix
         self.seen: dict[NodeSite, Tensor] = {}
         """Values of ports' sites that were read of the stream and are to be put there."""
+        self.given: dict[NodeSite, Tensor] = {}
+        """The stream that a basis is to read: what the port that it follows sees."""
         self.apart: dict[str, Tensor] = {}
         """What parts of a writer wrote minus their replacements, until the writer's own block is known."""
         self.noted: dict[NodeFamily, dict[NodeSite, Tensor]] = {}
@@ -228,7 +230,12 @@ class PatchedRun:
         for ports, _ in sites:
             if ports.follows in whole:
                 whole[ports.site] = whole[ports.site] & whole[ports.follows]
-        edits = [Intervention(ports.site, self._port_edit(ports, whole[ports.site])) for ports, _ in sites]
+        edits: list[Intervention] = []
+        for ports, _ in sites:
+            if ports.of_stream and ports.follows is not None and not bool(whole[ports.follows].all()):
+                given = self._put_in(self.given, ports.site, whole[ports.follows])
+                edits.append(Intervention(ports.site, given, reading=True))
+            edits.append(Intervention(ports.site, self._put_in(self.seen, ports.site, whole[ports.site])))
         return [Intervention(family.stream, self._stream_tap(family)), *edits] if sites else []
 
     def _writing(self, family: NodeFamily, layers: range) -> list[Intervention]:
@@ -315,10 +322,17 @@ class PatchedRun:
         sites = self._cut_sites(family)  # together, so that their sums share one pass over the writes
         span = _span(sites)
         seen = self.see(span, self._n_writers_seen(family), resid)
+        for site, own in self._readers_of_stream(family):
+            self.given |= {site: seen[rows.start - span.start] for ports, rows in sites if ports.site == own}
         return {
             ports.site: family.read(self.model, ports, seen[rows.start - span.start : rows.stop - span.start])
             for ports, rows in sites
         }
+
+    def _readers_of_stream(self, family: NodeFamily) -> Iterator[tuple[NodeSite, NodeSite | None]]:
+        """The bases of parts of the family that read the stream itself, and the site of the port that each follows."""
+        for part in self.graph.parts_of(family):
+            yield from ((ports.site, ports.follows) for ports in part.ports if ports.of_stream)
 
     def _n_writers_seen(self, family: NodeFamily) -> int:
         assert family.reads is not None
@@ -337,11 +351,11 @@ class PatchedRun:
         n_ports = self.graph.n_ports
         return self.see(slice(n_ports - 1, n_ports), len(self.graph.writers), resid)[0]
 
-    def _port_edit(self, ports: Ports, whole: Bool[Tensor, "candidate port"]) -> Edit:
+    def _put_in(self, read: dict[NodeSite, Tensor], site: NodeSite, whole: Bool[Tensor, "candidate port"]) -> Edit:
         """Puts in what the ports read; a port without a cut edge keeps the model's own value, to the last bit."""
 
         def edit(value: Tensor) -> Tensor:
-            new = self.seen.pop(ports.site).to(value.dtype)
+            new = read.pop(site).to(value.dtype)
             if not bool(whole.any()):
                 return new
             own = whole.repeat_interleave(len(self.pairs), 0).to(value.device)[:, None]  # [rows, 1, port]

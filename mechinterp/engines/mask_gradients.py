@@ -102,7 +102,7 @@ class _DifferentiableRun(PatchedRun):
 
     def forget(self) -> None:
         """Breaks the reference cycle of this run and the nodes of its backward, so that its memory is freed at once."""
-        self.seen, self.apart, self.noted = {}, {}, {}
+        self.seen, self.given, self.apart, self.noted = {}, {}, {}, {}
         del self.chain, self.cuts, self.table, self.gradients
 
     def keep(self, family: NodeFamily, block: WriteBlock) -> None:
