@@ -322,8 +322,10 @@ class PatchedRun:
         sites = self._cut_sites(family)  # together, so that their sums share one pass over the writes
         span = _span(sites)
         seen = self.see(span, self._n_writers_seen(family), resid)
-        for site, own in self._readers_of_stream(family):
-            self.given |= {site: seen[rows.start - span.start] for ports, rows in sites if ports.site == own}
+        streams = {ports.site: seen[rows.start - span.start] for ports, rows in sites}
+        self.given |= {
+            site: streams[own] for site, own in self._readers_of_stream(family) if own is not None and own in streams
+        }
         return {
             ports.site: family.read(self.model, ports, seen[rows.start - span.start : rows.stop - span.start])
             for ports, rows in sites

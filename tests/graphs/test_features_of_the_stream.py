@@ -175,7 +175,9 @@ def test_where_there_is_no_norm_they_are_the_features_of_the_mlps_input() -> Non
         values = corrupt_replacement(model, graph).on(ids)
         slopes = mask_gradients(model, graph, ids, cut, values, lambda logits: logits[..., 1].sum(-1))[1]
         scores = [mi.score_edges(model, graph, ids, method=method).values.double() for method in ("exact", "cd-edges")]
-        tables.append((run_edges(model, graph, ids, cut), slopes, edge_gradients(model, graph, ids, LOGIT_DIFF), *scores))
+        tables.append(
+            (run_edges(model, graph, ids, cut), slopes, edge_gradients(model, graph, ids, LOGIT_DIFF), *scores)
+        )
     for one, other in zip(*tables, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
