@@ -166,6 +166,7 @@ def test_slopes_in_the_mask_are_minus_the_scores_and_finite_differences(name: st
         assert float((slopes[0] * direction).abs().max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_where_there_is_no_norm_they_are_the_features_of_the_mlps_input() -> None:
     model, ids = tiny("no-norm"), some()
     tables = []

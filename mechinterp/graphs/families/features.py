@@ -160,7 +160,7 @@ class Features(NodeFamily):
         chosen = self.loaded()
         model.resolve(chosen)
         rows = chosen.writes()
-        if rows.device.type != model.device.type:
+        if rows.device != model.device:
             raise InputError(
                 f"The basis '{self.basis}' is on {rows.device}, the model on {model.device}; use "
                 "basis.to(model.device)."
