@@ -21,6 +21,7 @@ def spec(tmp_path: Path, **options: object) -> RunSpec:
     return RunSpec("ioi", out=tmp_path, **{**few, **options})  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
@@ -52,6 +53,7 @@ def test_where_the_runs_are_not_known_a_note_says_so(tmp_path: Path) -> None:
     assert any(line.startswith("time: ") and "without what the notes name" in line for line in unknown.lines())
 
 
+@pytest.mark.slow
 def test_that_refining_is_not_in_the_time_is_said(tmp_path: Path) -> None:
     model = mi.load_model("bundled")
     assert dry_run(spec(tmp_path, method="eap", edges=20), model=model).notes == ()

@@ -89,6 +89,7 @@ def test_the_hash_to_cite_is_over_the_dictionary_and_not_over_where_it_is(stored
     assert with_first(numbers=(1,)) != document.integrity.circuit_sha256
 
 
+@pytest.mark.slow
 def test_it_verifies_and_its_dictionary_may_be_elsewhere(stored: Path, tmp_path: Path) -> None:
     found = mi.verify(stored)
     assert found.ok and {"basis a1", "basis m3"} <= {claim.name for claim in found.claims}
@@ -106,6 +107,7 @@ def test_it_verifies_and_its_dictionary_may_be_elsewhere(stored: Path, tmp_path:
     assert "that was given is not the one of the circuit" in refused.failed[0].detail
 
 
+@pytest.mark.slow
 def test_one_changed_byte_of_the_dictionary_is_refused(stored: Path, tmp_path: Path) -> None:
     path = copied(stored, tmp_path)
     (tensors,) = (path.parent / "dictionary").glob("*.safetensors")
@@ -246,6 +248,7 @@ SMALL: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_strongest_features_and_its_file_verifies(tmp_path: Path) -> None:
     spec = mi.RunSpec("ioi", features=("bundled:m2", "bundled:m3"), top=5, level="feature", nodes=14, method="eap")
     made = mi.discover(replace(spec, **SMALL, out=tmp_path))
@@ -258,6 +261,7 @@ def test_a_run_takes_the_strongest_features_and_its_file_verifies(tmp_path: Path
     assert mi.verify(made.path).ok
 
 
+@pytest.mark.slow
 def test_a_file_with_features_of_the_stream_before_the_norm_verifies(model: mi.HookManager, tmp_path: Path) -> None:
     """The weights of a bundled transcoder, with ReLU, at another site; its folder beside the circuit file."""
     own = mi.load_basis("bundled:m2")

@@ -48,6 +48,7 @@ def test_the_estimate_is_within_a_quarter_of_the_measured_peak(name: str) -> Non
         assert within_a_quarter(attribution_bytes(model, graph, one, n, len(alphas))["total"], used.peak)
 
 
+@pytest.mark.slow
 def test_so_it_is_for_learned_masks_and_for_runs_with_edges_cut() -> None:
     n, length, sizes = SHAPES["llama"]
     model, some = build("llama", **sizes), pairs(n, length)
@@ -76,6 +77,7 @@ def within_a_quarter(estimate: float, measured: float) -> bool:
     return 0.75 * measured <= estimate <= 1.25 * measured
 
 
+@pytest.mark.slow
 def test_auto_is_the_largest_batch_whose_estimate_fits() -> None:
     model, some = build("gpt2"), pairs(9, 8)
     graph = mi.build_graph(model)
