@@ -11,10 +11,12 @@ import torch
 
 import mechinterp as mi
 from mechinterp.base.errors import UnsupportedError
+from mechinterp.engines import write_table
 from mechinterp.engines.edge_attribution import activation_path_gradients, edge_gradients
 from mechinterp.engines.edge_patching import run_edges
 from mechinterp.engines.mask_gradients import mask_gradients
 from mechinterp.engines.replacement import corrupt_replacement
+from mechinterp.engines.window_table import WindowTable
 from mechinterp.features.dictionary import Dictionary, cross_layer_features
 from mechinterp.graphs.graph import Graph, build_graph, graph_of
 from mechinterp.models.hook_manager import HookManager
@@ -210,6 +212,30 @@ def test_a_prefix_of_a_run_and_a_graph_without_its_bases() -> None:
     unloaded = graph_of(model.dims, parts=[replace(family, chosen=None) for family in graph.features])
     assert unloaded.digest() == graph.digest() and torch.equal(unloaded.feeds, graph.feeds)
     assert graph.digest() != graph_for("gpt2", "mlp_in").digest()
+
+
+def test_windows_of_tokens_have_the_numbers_of_the_whole_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, graph = tiny("gpt2"), some(), graph_for("gpt2")
+    values = corrupt_replacement(model, graph).on(ids)
+    masks = torch.stack([small_cut(graph, 0.1), small_cut(graph, 0.5, seed=1)]).double() * 0.8
+    used: list[int] = []
+    sums = WindowTable.sums
+
+    def counted(self: WindowTable, window: Any, *others: Any) -> torch.Tensor:
+        used.append(window.tokens.stop - window.tokens.start)
+        return sums(self, window, *others)
+
+    def found() -> list[torch.Tensor]:
+        slopes = mask_gradients(model, graph, ids, masks, values, lambda logits: logits[..., 1].sum(-1))
+        return [run_edges(model, graph, ids, masks), *slopes]
+
+    monkeypatch.setattr(WindowTable, "sums", counted)
+    whole = found()
+    assert not used
+    monkeypatch.setattr(write_table, "TABLE_BUDGET_BYTES", 3 * len(graph.writers) * D_MODEL * 8)
+    for one, other in zip(found(), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+    assert min(used) < 6
 
 
 def test_in_a_parallel_layer_and_of_another_layer_they_are_refused() -> None:
