@@ -375,8 +375,8 @@ class PatchedRun:
 
 
 def _of_one_port(seen: Float[Tensor, "1 rows pos d_model"]) -> Float[Tensor, "rows pos d_model"]:
-    """What the port sees, kept apart from the sums, whose memory is used again."""
-    return seen[0].clone()
+    """What the port sees."""
+    return seen[0]
 
 
 def _span(sites: list[tuple[Ports, slice]]) -> slice:
