@@ -75,6 +75,7 @@ def _graph(
 ) -> Action:
     if not prompt.strip():
         raise InputError("The prompt is empty.")
+    _refuse_task(prompt)
     if held not in HELD:
         raise unknown("part to hold", held, HELD)
     if texts is not None and page is None and not grouped:
@@ -186,6 +187,17 @@ def _command(prompt: str, transcoders: str, values: dict[str, Any]) -> str:
         value = values[names.get(name, name)]
         words += [] if value == default else [f"--{name}", str(value)]
     return shlex.join([*words, *([] if values["grouped"] else ["--no-supernodes"])])
+
+
+def _refuse_task(prompt: str) -> None:
+    """Return None unless the prompt is the name of a task."""
+    from mechinterp.tasks.task import task_names
+
+    if prompt in task_names():
+        raise InputError(
+            f"{prompt!r} is a task, and `graph` takes a prompt, whose next token it explains: discover-circuit graph "
+            f'"Then Julie and Ryan ...". The circuit of a task: discover-circuit run {prompt}.'
+        )
 
 
 def _name(prompt: str) -> str:
