@@ -75,7 +75,7 @@ benchmark-gpu: $(VENV)/.installed-dev
 
 real: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.real
-	OMP_NUM_THREADS=1 $(BIN)/python -m tools.notebooks --check 07
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.notebooks --check 07 11 12
 
 # An environment that is there already is kept and brought up to date.
 define ENVIRONMENT

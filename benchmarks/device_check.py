@@ -22,11 +22,13 @@ from torch import Tensor
 import mechinterp as mi
 from benchmarks.families import answers, random_cuts, random_pairs
 from benchmarks.family_models import FAMILIES
+from benchmarks.stand_in_device import over_two_devices
 from mechinterp.analysis.attribution import METHODS as ATTRIBUTIONS
 from mechinterp.engines.decomposition.rules import PRESETS
 from mechinterp.engines.mask_gradients import mask_gradients
 from mechinterp.engines.replacement import KINDS, build_replacement
 from mechinterp.evaluation.sizes import size_curve
+from mechinterp.features.dictionary import cross_layer_features
 
 CLOSE = 5e-4
 """Float32 with sums in another order: a few dozen roundings of 6e-8, through a softmax and a norm in every layer, in
@@ -121,13 +123,15 @@ def _edges_of(model: mi.HookManager, pairs: mi.Pairs, **how: Any) -> object:
 
 
 def _features(model: mi.HookManager, pairs: mi.Pairs) -> object:
-    """The engines on a graph with features of a transcoder and of an attention's output."""
+    """The engines on a graph with features of transcoders (one writes in two layers) and of an attention's output."""
     d_model = model.dims.d_model
     weights = [torch.randn(*shape, generator=_generator()) for shape in ((d_model, 8), (8, d_model))]
     placed = [weight.to(model.device, model.dtype) for weight in weights]
     found: dict[mi.Basis, list[int]] = {mi.sae("attn_out.0", *placed, activation=mi.TopK(3)): [1, 2]}
     if model.dims.has_mlp:
         found[mi.transcoder("mlp_in.1", "mlp_out.1", *placed)] = [0, 5]
+        both = torch.stack([placed[1], 0.5 * placed[1]], 1)
+        found[cross_layer_features("mlp_in.0", ["mlp_out.0", "mlp_out.1"], placed[0], both)] = [1, 5]
         top = mi.top_features(model, pairs, list(found), 3, steps=2)
         assert sum(map(len, top.values())) == 3
     return [_edges_of(model, pairs, features=found), _mask_gradients(model, pairs, features=found)]
@@ -341,33 +345,55 @@ def _verified(model: mi.HookManager, pairs: mi.Pairs) -> object:
     return n_claims[0]
 
 
-def compare(device: torch.device, only: str = "", seconds: float = float("inf")) -> Iterator[Checked]:
-    """Compares every item whose name contains `only`, on every model; nothing starts after so many seconds."""
+def compare(
+    device: torch.device, only: str = "", seconds: float = float("inf"), other: torch.device | None = None
+) -> Iterator[Checked]:
+    """Compares every item whose name contains `only`, on every model; nothing starts after so many seconds.
+
+    With `other`, models are split over that device and `device`, which is the main one.
+    """
     end = time.monotonic() + seconds
-    for name, build in models().items():
-        pairs, cpu, other = build(device)
+    for name, build in (models() if other is None else models_over(other)).items():
+        pairs, cpu, there = build(device)
         for item, (run, limit) in items().items():
             if only in item and time.monotonic() < end:
-                yield compared(name, item, run, limit, (cpu, pairs), (other, pairs.to(device)))
+                yield compared(name, item, run, limit, (cpu, pairs), (there, pairs.to(device)))
 
 
-def models() -> Mapping[str, Callable[[torch.device], tuple[mi.Pairs, mi.HookManager, mi.HookManager]]]:
+Made = tuple[mi.Pairs, mi.HookManager, mi.HookManager]
+
+
+def models() -> Mapping[str, Callable[[torch.device], Made]]:
     """By name, what makes the pairs and the model on the CPU and on a device."""
 
-    def bundled(device: torch.device) -> tuple[mi.Pairs, mi.HookManager, mi.HookManager]:
+    def bundled(device: torch.device) -> Made:
         cpu = mi.load_model("bundled")
         pairs = mi.load_task("ioi").pairs(cpu, n=6, split="train", seed=0)
         names = {**pairs.positions, "second": torch.ones(len(pairs), dtype=torch.long)}
         return replace_positions(pairs, names), cpu, mi.load_model("bundled", device=device)
 
-    def tiny(label: str, device: torch.device) -> tuple[mi.Pairs, mi.HookManager, mi.HookManager]:
-        family = next(family for family in FAMILIES if family.label.startswith(label))
-        module: Any = replace(family, dtype=torch.float32).build()
-        pairs = random_pairs()
-        pairs = replace_positions(pairs, {"second": torch.ones(len(pairs), dtype=torch.long)})
+    def tiny(label: str, device: torch.device) -> Made:
+        pairs, module = _tiny(label)
         return pairs, mi.load_model(module), mi.load_model(copy.deepcopy(module).to(device))
 
     return {"bundled": bundled, **{label: partial(tiny, label) for label in SHAPES}}
+
+
+def models_over(other: torch.device) -> Mapping[str, Callable[[torch.device], Made]]:
+    """The tiny models on the CPU, and split over `other` and a main device."""
+
+    def split(label: str, main: torch.device) -> Made:
+        pairs, module = _tiny(label)
+        return pairs, mi.load_model(module), mi.load_model(over_two_devices(copy.deepcopy(module), main, other))
+
+    return {label: partial(split, label) for label in SHAPES}
+
+
+def _tiny(label: str) -> tuple[mi.Pairs, Any]:
+    family = next(family for family in FAMILIES if family.label.startswith(label))
+    pairs = random_pairs()
+    pairs = replace_positions(pairs, {"second": torch.ones(len(pairs), dtype=torch.long)})
+    return pairs, replace(family, dtype=torch.float32).build()
 
 
 def replace_positions(pairs: mi.Pairs, positions: Mapping[str, Tensor]) -> mi.Pairs:

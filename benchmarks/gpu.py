@@ -7,7 +7,8 @@ profile  kernels, copies and host syncs of three jobs on the GPT-2-small shape
 
 Every line is printed when it is known. A part that fails prints its traceback, and the next one goes on; nothing new
 starts after the budget. `--tiny --device cpu` runs all of it in a minute or two on any machine, and `check --device
-stand-in` finds tensors on the wrong device without a GPU (`stand_in_device.py`).
+stand-in` finds tensors on the wrong device without a GPU (`stand_in_device.py`). `check --device cuda:1 --other cuda:0`
+(or `--device stand-in --other cpu`) splits each model over two devices.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--budget", type=float, default=480, metavar="SECONDS", help="nothing new starts after this")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--other", help="of `check`, a second device: the first half of each model is there")
     parser.add_argument("--only", default="", help="of `check`, the items whose name contains this")
     parser.add_argument("--all-lines", action="store_true", help="of `check`, print what is equal, too")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes instead of GPT-2 small and Llama-3.1-8B")
@@ -86,7 +88,8 @@ def say(text: object) -> None:
 def check(arguments: argparse.Namespace) -> bool:
     """One line for each item that differs or fails, and a count; True if none does."""
     results = []
-    for result in compare(arguments.device, arguments.only, arguments.end - time.monotonic()):
+    other = None if arguments.other is None else torch.device(arguments.other)
+    for result in compare(arguments.device, arguments.only, arguments.end - time.monotonic(), other):
         results.append(result)
         if arguments.all_lines or not result.ok:
             say(result)

@@ -7,7 +7,9 @@ another device, are not tested.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -15,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 DEVICE = torch.device("meta")
+CPU = torch.device("cpu")
 MOVES = {"aten._to_copy.default", "aten.copy_.default", "aten._pin_memory.default"}
 """They may have tensors of both devices."""
 INDEXING = ("aten.index.", "aten.index_put.", "aten.index_put_.", "aten._index_put_impl_.")
@@ -126,7 +128,10 @@ class StandIn(TorchDispatchMode):
             StandIn.active.syncs[name] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return run(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        if OnDevice not in types and torch.device(kwargs.get("device") or "cpu") != DEVICE:
+            return func(*args, **kwargs)  # all on the CPU
+        return run(func, args, kwargs)
 
 
 def _moved(module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -139,9 +144,9 @@ def _moved(module: Any, *args: Any, **kwargs: Any) -> Any:
 def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Computes on the CPU; the result is on the stand-in if an argument is, or if it is made there."""
     name = str(func)
-    flat, spec = tree_flatten((args, kwargs))
-    there = [part for part in flat if isinstance(part, OnDevice)]
-    here = [part for part in flat if isinstance(part, Tensor) and not isinstance(part, OnDevice)]
+    given = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
+    there = [part for part in given if isinstance(part, OnDevice)]
+    here = [part for part in given if not isinstance(part, OnDevice)]
     asked = kwargs.get("device")
     onto = bool(there) if asked is None else torch.device(asked) == DEVICE
     if there and here:
@@ -157,15 +162,33 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if there and not onto:
             StandIn.count(name)
     kwargs = {**kwargs, "device": torch.device("cpu")} if asked is not None else kwargs
-    plain = [part.held if isinstance(part, OnDevice) else part for part in tree_flatten((args, kwargs))[0]]
-    plain_args, plain_kwargs = tree_unflatten(plain, spec)
-    found = func(*plain_args, **plain_kwargs)
+    found = func(*_each(_held, args), **{key: _each(_held, value) for key, value in kwargs.items()})
     known = {id(part.held): part for part in there}
     if name.startswith("aten.detach"):
         known = {}
     if not onto:
         return found
-    return tree_map_only(Tensor, lambda t: known[id(t)] if id(t) in known else OnDevice(t), found)
+    return _each(lambda t: known[id(t)] if id(t) in known else OnDevice(t), found)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors among an operation's arguments, and in lists of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _each(change: Callable[[Tensor], Any], value: Any) -> Any:
+    """A value with every tensor in it changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    return type(value)([_each(change, part) for part in value]) if isinstance(value, (list, tuple)) else value
+
+
+def _held(tensor: Tensor) -> Tensor:
+    return tensor.held if isinstance(tensor, OnDevice) else tensor
 
 
 def _check(name: str, args: Any, here: list[Tensor]) -> None:
@@ -177,3 +200,31 @@ def _check(name: str, args: Any, here: list[Tensor]) -> None:
     joins = name.startswith(("aten.cat.", "aten.stack."))
     if any(part.ndim or joins for part in here):
         raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got some of both.")
+
+
+def over_two_devices(module: Any, main: torch.device = DEVICE, other: torch.device = CPU) -> Any:
+    """The module, which is changed, split by accelerate: the second half of its layers and the unembedding on `main`.
+
+    Args:
+        module: A decoder of Hugging Face, on the CPU.
+        main: The main device.
+        other: Where the rest is; an embedding that is tied to the unembedding is with it.
+    """
+    from accelerate import dispatch_model
+
+    ends = [layer() for layer in (module.get_input_embeddings, module.get_output_embeddings)]
+    begins = main if ends[0].weight is ends[1].weight else other
+    places: dict[str, Any] = {}
+    for name, part in module.base_model.named_children():
+        path, layers = f"{module.base_model_prefix}.{name}", list(part) if isinstance(part, torch.nn.ModuleList) else []
+        for i in range(len(layers)):
+            places[f"{path}.{i}"] = str(other if i < len(layers) // 2 else main)
+        if layers:
+            begins = main
+        else:
+            places[path] = str(begins)
+    places |= {name: str(main) for name, _ in module.named_children() if name != module.base_model_prefix}
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it says that the parts on the CPU are offloaded
+    # The CPU as accelerate's main device, if it is one: otherwise accelerate takes the parts on the CPU for offloaded.
+    first: Any = "cpu" if CPU in (main, other) else str(other)
+    return dispatch_model(module, places, main_device=first, skip_keys=module._skip_keys_device_placement)

@@ -128,7 +128,8 @@ def compare(
     except OSError as error:
         raise InputError(f"Cannot write to {spec.out}: {error.strerror or error}.") from error
     progress("model", 0, 1)
-    model = load_model(spec.model, revision=spec.revision, dtype=spec.dtype, device=spec.device)
+    place: dict[str, Any] = {"device": spec.device, "device_map": spec.device_map}
+    model = load_model(spec.model, revision=spec.revision, dtype=spec.dtype, **place)
     progress("model", 1, 1)
     examples = examples_of(spec, model)
     if spec.direction is not None:

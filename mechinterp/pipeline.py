@@ -143,7 +143,8 @@ def prepare(spec: RunSpec, progress: StageProgress = no_stages, given: HookManag
     settings = _settings(spec)
     path = output_path(spec)
     progress("model", 0, 1)
-    model = given or load_model(spec.model, revision=spec.revision, dtype=spec.dtype, device=spec.device)
+    place: dict[str, Any] = {"device": spec.device, "device_map": spec.device_map}
+    model = given or load_model(spec.model, revision=spec.revision, dtype=spec.dtype, **place)
     progress("model", 1, 1)
     examples = examples_of(spec, model)
     if spec.direction is not None:
@@ -293,7 +294,8 @@ def asked_run(spec: RunSpec | str, model: Any, options: Mapping[str, Any]) -> tu
     if isinstance(model, (str, Path)):
         return replace(spec, model=str(model)), None
     loaded = load_model(model)
-    if model_options := [name for name in ("revision", "dtype", "device") if getattr(spec, name) is not None]:
+    names = ("revision", "dtype", "device", "device_map")
+    if model_options := [name for name in names if getattr(spec, name) is not None]:
         raise InputError(f"The model is loaded already; give {', '.join(model_options)} to load_model.")
     info, dtype = loaded.info, str(loaded.dtype).removeprefix("torch.")
     own: dict[str, Any] = {"revision": info.revision} if info.origin == "hub" else {}

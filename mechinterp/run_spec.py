@@ -22,6 +22,8 @@ LEVELS = ("edge", "node", "neuron", "feature")
 ORDERS = ("value", "magnitude")
 RULES = ("top", "greedy", "ilp")
 """The same as `mechinterp.graphs.select.RULES`."""
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""The same as `mechinterp.models.placement.PLACEMENTS`."""
 REPLACEMENTS = ("corrupt", "mean", "mean-positional", "zero")
 """The same as `mechinterp.engines.replacement.KINDS`."""
 EFFORTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -115,6 +117,8 @@ class RunSpec:
         bos: Whether prompts begin with the BOS token; by default as the tokenizer does it.
         dtype: The model's dtype; by default float32.
         device: The model's device; by default the CPU.
+        device_map: In place of `device`, how accelerate shares the layers out over all GPUs: `auto`, `balanced`,
+            `balanced_low_0` or `sequential`. (Another map: load the model with it, and give `discover(model=...)`.)
         batch_size: Pairs per forward; does not change the result. `auto`: the largest that fits half of the memory of
             the device, by an estimate (see `mechinterp.discovery.memory`); the file records the number.
         replacement: What a cut edge carries: `corrupt`, `mean`, `mean-positional` or `zero`.
@@ -238,6 +242,15 @@ class RunSpec:
     )
     dtype: str | None = field(default=None, metadata=option("float32, bfloat16, ...  [default: float32]"))
     device: str | None = field(default=None, metadata=option("cpu, cuda, cuda:1, mps.  [default: cpu]", recorded=False))
+    device_map: str | None = field(
+        default=None,
+        metadata=option(
+            "In place of --device, share the layers out over all GPUs: {names}.",
+            kind="device map",
+            names=DEVICE_MAPS,
+            recorded=False,
+        ),
+    )
     batch_size: int | str = field(
         default=BATCH_SIZE,
         metadata=option(
@@ -311,7 +324,8 @@ def resolved(spec: RunSpec) -> RunSpec:
 
 COMPARE = (
     *("task", "methods", "model", "revision", "metric", "settings", "level", "positions", "neurons", "features", "top"),
-    *("direction", "replacement", "sizes", "examples", "seed", "bos", "dtype", "device", "batch_size", "anyway", "out"),
+    *("direction", "replacement", "sizes", "examples", "seed", "bos", "dtype", "device", "device_map"),
+    *("batch_size", "anyway", "out"),
 )
 """The options of `discover-circuit compare` as `--help` shows them; all but `methods` and `sizes` are fields."""
 

@@ -19,6 +19,7 @@ import torch
 import mechinterp as mi
 from mechinterp.base.errors import InputError
 from mechinterp.cli import app as cli
+from mechinterp.cli.processes import spec_here
 from mechinterp.discovery import score_pieces
 from mechinterp.pipeline import discover
 from mechinterp.run_spec import RunSpec, command_of, parsed_shard
@@ -159,3 +160,12 @@ def test_commands_that_do_not_share_their_work_are_refused_in_several_processes(
     monkeypatch.setenv("RANK", "1")
     assert cli.main(words) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_processes_of_one_machine_do_not_each_place_the_model_over_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"task": "ioi", "device": None, "device_map": "auto"}
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert spec_here(given).device_map == "auto"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"--nproc-per-node 1.*--shard"):
+        spec_here(given)

@@ -15,6 +15,7 @@ from mechinterp.base.registry import unknown
 from mechinterp.engines.grid import Grid
 from mechinterp.engines.means import MEANS, check_means, site_means
 from mechinterp.models.components import Part, parse_part, position_sets
+from mechinterp.models.direction_readout import explained
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.sites import Site
 from mechinterp.tasks.pairs import Pairs
@@ -34,7 +35,8 @@ def compensation(
 
     Positive = the part writes more toward the right answers than in the clean run, so that it compensates for those
     that are missing. The sum over all parts is the change of the logit difference (before a soft cap), minus the effect
-    of `activation_patching`. The final norm's scale is that of each run.
+    of `activation_patching`. The final norm's scale is that of each run. In the view of `read_direction` the reading
+    takes the place of the logit difference.
 
     Args:
         model: The model.
@@ -68,14 +70,15 @@ def compensation(
     means = site_means(model, pairs, sites, replacement, batch_size) if replacement in MEANS else {}
     found: list[Tensor] = []
     grids: list[Grid] = []
+    toward = explained(model).direction
     for _, chunk in batches(pairs, batch_size):
         values = _values(model, chunk, sites, replacement, means)
         edits = [
             Intervention(site, _write([p for p in parts if p.site == site], chunk, values[site])) for site in sites
         ]
-        before = direct_logit_attribution(model, chunk)
+        before = direct_logit_attribution(model, chunk, toward)
         with model.intervene(*edits):
-            after = direct_logit_attribution(model, chunk)
+            after = direct_logit_attribution(model, chunk, toward)
         found.append(after.values - before.values)
         grids.append(after)
     labels = {**grids[0].labels, "example": tuple(str(i) for i in range(len(pairs)))}

@@ -45,6 +45,7 @@ def _record(family: Features) -> FeaturesRecord:
         "sha256": family.sha256,
         "site_in": str(family.site_in),
         "site_out": str(family.site_out),
+        "later_sites": tuple(map(str, family.later)) or None,
         "numbers": family.numbers,
     }
     return checked(FeaturesRecord, stated, f"What the circuit file says of the basis '{family.basis}'")
@@ -52,8 +53,9 @@ def _record(family: Features) -> FeaturesRecord:
 
 def stated_features(record: FeaturesRecord, dims: Dims) -> Features:
     """The family that a record describes, without its basis. Raises InputError or UnsupportedError if it is invalid."""
-    site_in, site_out = Site.parse(record.site_in), Site.parse(record.site_out)
-    return Features(record.basis, site_in, site_out, record.numbers, record.sha256, reads_input(site_out, dims))
+    site_in, site_out, *later = map(Site.parse, (record.site_in, record.site_out, *(record.later_sites or ())))
+    parallel = reads_input(site_out, dims)
+    return Features(record.basis, site_in, site_out, record.numbers, record.sha256, parallel, later=tuple(later))
 
 
 def stated_bases(document: CircuitFile, path: Path, bases: Bases = True) -> list[Basis]:

@@ -210,6 +210,8 @@ class FeaturesRecord(Strict):
     """Over sites, settings and tensors of the basis; another basis is refused."""
     site_in: Label
     site_out: Label
+    later_sites: Annotated[tuple[Label, ...], Field(min_length=1, max_length=10_000)] | None = None
+    """Of a cross-layer transcoder: the sites of later layers to which the features write, too, in order."""
     numbers: Annotated[Neurons, Field(min_length=1)]
     """The features, in order."""
 

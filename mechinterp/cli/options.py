@@ -55,14 +55,17 @@ Force = Annotated[bool, typer.Option("--force", help="Replace files that another
 MODEL, METHOD, CHOICE, EXAMPLES, OUTPUT = "Model", "Method", "What is chosen", "Examples", "Output"
 """The groups of options in `--help`."""
 GROUPS = {
-    MODEL: "model transcoders dictionaries revision dtype device batch_size",
+    MODEL: "model transcoders dictionaries revision dtype device device_map batch_size",
     METHOD: "method methods effort metric steps settings replacement site layers position classes control_position "
     "anyway targets max_features validated tests tolerance rescore strict",
     CHOICE: "level positions neurons features top edges nodes threshold rule by ratio sizes nodes_kept edges_kept",
     EXAMPLES: "examples validation_examples test_examples resamples seed bos shuffles",
     OUTPUT: "roles curve out config force restart shard open_report open_page as_json quiet verbose",
 }
-NAMED = ("method", "effort", "metric", "level", "rule", "by", "replacement", "task", "format", "position", "classes")
+NAMED = (
+    *("method", "effort", "metric", "level", "rule", "by", "replacement", "task", "format", "position", "classes"),
+    "device_map",
+)
 """Options whose value is a name."""
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names.split()}
 

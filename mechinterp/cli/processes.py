@@ -47,9 +47,17 @@ def nothing_to_share(words: Sequence[str]) -> bool:
 
 
 def spec_here(values: dict[str, Any]) -> RunSpec:
-    """The spec for this process: `cuda` is its own GPU."""
+    """The spec for this process: `cuda` is its own GPU.
+
+    Raises InputError for a model over all devices if another process of this machine would do the same.
+    """
     from mechinterp.base.processes import device_of_process
 
+    if values["device_map"] is not None and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+        raise InputError(
+            "With --device-map each process would put the whole model on all devices of this machine. Start one "
+            "process a machine (torchrun --nproc-per-node 1), or give --shard to jobs that have GPUs of their own."
+        )
     return replace(RunSpec(**values), device=device_of_process(values["device"]))
 
 

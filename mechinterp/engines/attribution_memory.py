@@ -34,9 +34,9 @@ class OneExample:
 
 
 def weight_bytes(model: HookManager) -> int:
-    """The bytes of all parameters and buffers, each once."""
+    """The bytes of all parameters and buffers, each once; of a model on several devices those on the main one."""
     module = model.bridge.original_model
-    every = [*module.parameters(), *module.buffers()]
+    every = [part for part in (*module.parameters(), *module.buffers()) if part.device == model.device]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in every}.values())
 
 

@@ -49,6 +49,7 @@ from mechinterp.graphs.families.write_block import LowRank
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import places_of
 from mechinterp.graphs.token_windows import Window, token_windows, tokens_inside
+from mechinterp.graphs.write_rows import write_rows
 from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.sites import Site
 from mechinterp.tasks.metrics import Metric
@@ -116,7 +117,8 @@ def edge_gradients(
         raise InputError(
             f"Metric {metric.name!r} has no gradient; score edges by logit_diff, prob_diff or kl_to_clean."
         )
-    pairs = pairs.to(model.device)
+    pairs, rows = pairs.to(model.device), write_rows(graph)
+    graph = rows.graph
     corrupt = record_writes(model, graph, pairs.corrupt, pairs)
     values: Values = corrupt if replacement is None or replacement.kind == "corrupt" else replacement.on(pairs)
     readout = metric_readout(model, pairs, metric)
@@ -135,7 +137,7 @@ def edge_gradients(
             steps = [kept[i] for i in sorted(kept)]  # in the order of the path: so are the sums
             _contract(model, graph, pairs, steps, clean, values, scores, frozen=backward is not None)
             kept.clear()
-    return torch.where(graph.possible.to(scores.device), scores, 0.0) / n
+    return rows.tables(torch.where(graph.possible.to(scores.device), scores, 0.0) / n)
 
 
 def _no_scores(model: HookManager, graph: Graph) -> Float[Tensor, "reader writer"]:
@@ -247,7 +249,7 @@ def _contract(
             _score_layers(model, graph, layers, steps, window, writes, scores, here, frozen=frozen)
         gradient = sum(step.gradients[FINAL][window].to(scores) for step in steps)
         assert isinstance(gradient, Tensor)
-        writes.score(gradient[None], slice(-1, None), scores)
+        writes.score(gradient[None], slice(-1, None), scores, n_common=len(graph.writers))
 
 
 def tokens_at_once(model: HookManager, graph: Graph) -> int:
@@ -283,6 +285,8 @@ class WriteDifferences:
     low_rank: LowRank | None
     """`[writer, token]`, of those that are activations times directions."""
     low_rank_writers: Int[Tensor, " low_rank_writer"]
+    same: Int[Tensor, " low_rank_writer"] | None
+    """Of each of these the first that has its activations, being another row of the same writer; None: all differ."""
 
     def score(
         self,
@@ -291,8 +295,12 @@ class WriteDifferences:
         scores: Float[Tensor, "reader writer"],
         n_writers: int | None = None,
         tokens: Int[Tensor, " token"] | None = None,
+        n_common: int = 0,
     ) -> None:
-        """Adds gradients times the first `n_writers` writes to the scores of the readers, over all or some tokens."""
+        """Adds gradients times the first `n_writers` writes to the scores of the readers, over all or some tokens.
+
+        Of the first `n_common`, which all these readers have, rows of one writer may be scored as one, in the first.
+        """
         n_writers = len(self.graph.writers) if n_writers is None else n_writers
         n = int((self.writers < n_writers).sum())
         rows, gradients = self.rows[:n], gradients.flatten(1, -2)
@@ -303,16 +311,24 @@ class WriteDifferences:
         found = (rows @ flat[0])[None] if len(flat) == 1 else flat @ rows.T
         at = readers if isinstance(readers, slice) else readers[:, None]
         scores[at, self.writers[:n]] += found
-        if (block := self._low_rank(n_writers, tokens)) is not None:
-            scores[at, self.low_rank_writers[: len(block.values)]] += block.inner(gradients)
+        if (thin := self._low_rank(n_common, n_writers, tokens)) is not None:
+            scores[at, thin[1]] += thin[0].inner(gradients)
 
-    def _low_rank(self, n_writers: int, tokens: Tensor | None) -> LowRank | None:
-        """Those of the first writers that are activations times directions, at all or some tokens; None: none are."""
+    def _low_rank(self, n_common: int, n_writers: int, tokens: Tensor | None) -> tuple[LowRank, Tensor] | None:
+        """Those of the first writers that are activations times directions, at all or some tokens, and their columns;
+        None: none are. Rows with the same activations among the first `n_common` are one, of their summed directions.
+        """
         n = 0 if self.low_rank is None else int((self.low_rank_writers < n_writers).sum())
         if self.low_rank is None or not n:
             return None
-        values = self.low_rank.values[:n]
-        return LowRank(values if tokens is None else values[:, tokens], self.low_rank.directions[:n])
+        values, directions, columns = self.low_rank.values[:n], self.low_rank.directions[:n], self.low_rank_writers[:n]
+        if self.same is not None:
+            first, m = torch.arange(n, device=columns.device), int((columns < n_common).sum())
+            first[:m] = self.same[:m]
+            kept, index = first.unique(return_inverse=True)
+            directions = directions.new_zeros(len(kept), directions.shape[1]).index_add(0, index, directions)
+            values, columns = values[kept], columns[kept]
+        return LowRank(values if tokens is None else values[:, tokens], directions), columns
 
     def score_directions(
         self,
@@ -321,6 +337,7 @@ class WriteDifferences:
         scores: Float[Tensor, "reader writer"],
         n_writers: int,
         tokens: Int[Tensor, " token"] | None = None,
+        n_common: int = 0,
     ) -> None:
         """The same for ports that are one number each."""
         n = int((self.writers < n_writers).sum())
@@ -328,9 +345,8 @@ class WriteDifferences:
         if tokens is not None:
             gradients, rows = gradients.at(tokens), rows[:, tokens]
         scores[readers, self.writers[:n]] += gradients.inner(rows)
-        if (block := self._low_rank(n_writers, tokens)) is not None:
-            found = gradients.inner_low_rank(block.values, block.directions)
-            scores[readers, self.low_rank_writers[: len(found[0])]] += found
+        if (thin := self._low_rank(n_common, n_writers, tokens)) is not None:
+            scores[readers, thin[1]] += gradients.inner_low_rank(thin[0].values, thin[0].directions)
 
 
 def write_differences(
@@ -367,7 +383,23 @@ def write_differences(
     if thin:
         low_rank = LowRank(torch.cat([one.values for one in thin]), torch.cat([one.directions for one in thin]))
     index, other_index = (torch.tensor(some, dtype=torch.long, device=model.device) for some in (writers, others))
-    return WriteDifferences(graph, out.flatten(1), index, low_rank, other_index)
+    same = _same_activations([family for family in families if family.low_rank], thin)
+    same = None if same is None else same.to(model.device)
+    return WriteDifferences(graph, out.flatten(1), index, low_rank, other_index, same)
+
+
+def _same_activations(families: Sequence[NodeFamily], blocks: Sequence[LowRank]) -> Int[Tensor, " row"] | None:
+    """Of every row the first one of its writer that has the same activations; None if that is always the row itself."""
+    first = torch.arange(sum(len(block.values) for block in blocks))
+    seen: dict[NodeFamily, tuple[Tensor, Tensor]] = {}
+    found, start = False, 0
+    for family, block in zip(families, blocks, strict=True):
+        rows = slice(start, start + len(block.values))
+        start = rows.stop
+        if family.origin in seen and torch.equal(seen[family.origin][1], block.values):
+            first[rows], found = seen[family.origin][0], True
+        seen.setdefault(family, (first[rows], block.values))
+    return first if found else None
 
 
 def _score_layers(
@@ -386,7 +418,8 @@ def _score_layers(
     d_model = model.dims.d_model
     n_tokens = writes.rows.shape[1] // d_model
     here = [family for family in graph.families if family.ports and family.layer in layers]
-    n_writers = max((graph.n_writers_at(family.reads) for family in here if family.reads is not None), default=0)
+    seen = [graph.n_writers_at(family.reads) for family in here if family.reads is not None]
+    n_writers, n_common = max(seen, default=0), min(seen, default=0)
     thin: dict[NodeFamily, DirectionGradients] = {}
     for family in here:
         found = family.direction_gradients(model, steps, window, writes.rows.dtype, frozen=frozen)
@@ -406,10 +439,11 @@ def _score_layers(
         readers = slice(first + i, first + n * len(rows), n)
         if thin:
             readers = torch.tensor(rows, device=scores.device) * n + i
-        writes.score(gradients, readers, scores, n_writers, tokens)
+        writes.score(gradients, readers, scores, n_writers, tokens, n_common)
         for family, found in thin.items():
             own = graph.readers_of(family)
-            writes.score_directions(found, slice(own.start + i, own.stop, n), scores, n_writers, tokens)
+            rows_here = slice(own.start + i, own.stop, n)
+            writes.score_directions(found, rows_here, scores, n_writers, tokens, n_common)
 
 
 def pulled_back(
@@ -454,7 +488,8 @@ def activation_path_gradients(
         raise InputError(
             f"Metric {metric.name!r} has no gradient; score edges by logit_diff, prob_diff or kl_to_clean."
         )
-    pairs = pairs.to(model.device)
+    pairs, rows = pairs.to(model.device), write_rows(graph)
+    graph = rows.graph
     corrupt = record_writes(model, graph, pairs.corrupt, pairs)
     clean = record_writes(model, graph, pairs.clean, pairs)
     readout = metric_readout(model, pairs, metric)
@@ -474,7 +509,7 @@ def activation_path_gradients(
             if done == len(alphas) or (len(steps) + 1) * steps[-1].nbytes > STEPS_BUDGET_BYTES:
                 _contract_activations(model, graph, steps, readers, group, clean, corrupt, scores)
                 steps.clear()
-    return torch.where(graph.possible.to(scores.device), scores / len(alphas), 0.0)
+    return rows.tables(torch.where(graph.possible.to(scores.device), scores / len(alphas), 0.0))
 
 
 def _groups(graph: Graph) -> Iterator[list[NodeFamily]]:

@@ -9,7 +9,7 @@ each position has its own sum.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from einops import repeat
@@ -26,6 +26,7 @@ from mechinterp.graphs.families.family import NodeFamily, NodeSite, Ports
 from mechinterp.graphs.families.write_block import Dense, WriteBlock, less_parts
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import places_of, take_positions
+from mechinterp.graphs.write_rows import write_rows
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.interventions import Edit, Intervention
 from mechinterp.models.modes import Gradients
@@ -44,6 +45,8 @@ class Prefix:
     """The earlier writes minus their replacements, `[writer, 1, batch, pos, d_model]`."""
     cut: Float[Tensor, "reader writer"] | None = None
     """The cut edges of the readers before the layer; None: there are none."""
+    noted: dict[NodeFamily, dict[NodeSite, Tensor]] = field(default_factory=dict[NodeFamily, dict[NodeSite, Tensor]])
+    """Of families that write after the layer what they have read before it."""
 
 
 def run_prefix(
@@ -53,14 +56,25 @@ def run_prefix(
 
     `cut` are the edges that are cut in it, `[reader, writer]`; by default none.
     """
+    rows = write_rows(graph)
+    graph = rows.graph
     with Gradients(False) as off, off:
         masks = torch.zeros(1, *graph.possible.shape, device=model.device)
         if cut is not None:
-            rows = graph.readers_before[layer]
-            masks[0, :rows] = cut[:rows].to(masks)
+            cut = rows.masks(cut.to(masks))
+            layer = _before_later_writes(graph, cut, layer)
+            n = graph.readers_before[layer]
+            masks[0, :n] = cut[:n]
         run = _PrefixRun(model, graph, pairs, edges_only(graph, masks.to(wide(model))), values)
-        resid = run.shared(layer)
-        return Prefix(layer, resid, run.written, None if cut is None else run.cuts.edges[0])
+        resid, cuts = run.shared(layer), None if cut is None else run.cuts.edges[0]
+        return Prefix(layer, resid, run.written, cuts, {family: dict(now) for family, now in run.noted.items() if now})
+
+
+def _before_later_writes(graph: Graph, cut: Tensor, layer: int) -> int:
+    """The layer, or an earlier one: that of the first features which cut edges change and which write later, too."""
+    first = graph.readers_before
+    starts = {family.starts for family in graph.families if family.starts < family.layer}
+    return min([layer, *(one for one in starts if bool(cut[first[one] : first[one + 1]].any()))])
 
 
 class PatchedRun:
@@ -84,6 +98,8 @@ class PatchedRun:
         """Values of ports' sites that were read of the stream and are to be put there."""
         self.apart: dict[str, Tensor] = {}
         """What parts of a writer wrote minus their replacements, until the writer's own block is known."""
+        self.noted: dict[NodeFamily, dict[NodeSite, Tensor]] = {}
+        """What is known so far of the sites from which a family's writes are computed."""
         self.excess: dict[Site, Tensor] = {}
         """What replaced nodes wrote minus their replacements, until the site is there that has their writes."""
 
@@ -146,6 +162,8 @@ class PatchedRun:
             first, shared = self.prefix.layer, self.prefix.resid
             for family, block in self.prefix.differences.items():
                 self.table.keep(family, block.expand(self.n))
+            for family, now in self.prefix.noted.items():
+                self.noted[family] = {site: value.expand(self.n, *value.shape[1:]) for site, value in now.items()}
         else:
             shared = self.shared(first) if first > 0 else None
         if first == n_layers:
@@ -197,9 +215,11 @@ class PatchedRun:
 
         The parts of a writer are kept before the writer itself.
         """
-        here = [family for family in self.graph.families if family.layer in layers]
-        steps = [(family.reads, 1, True, self._reading(family)) for family in here if family.reads is not None]
-        steps += [(family.written, 0, family.part_of is None, self._writing(family)) for family in here]
+        families = self.graph.families
+        here = [family for family in families if family.layer in layers and family.reads is not None]
+        steps = [(family.reads, 1, True, self._reading(family)) for family in here]
+        here = [family for family in families if family.layer in layers or family.starts in layers]
+        steps += [(family.written, 0, family.part_of is None, self._writing(family, layers)) for family in here]
         return [edit for *_, edits in sorted(steps, key=lambda step: step[:3]) for edit in edits]
 
     def _reading(self, family: NodeFamily) -> list[Intervention]:
@@ -211,8 +231,8 @@ class PatchedRun:
         edits = [Intervention(ports.site, self._port_edit(ports, whole[ports.site])) for ports, _ in sites]
         return [Intervention(family.stream, self._stream_tap(family)), *edits] if sites else []
 
-    def _writing(self, family: NodeFamily) -> list[Intervention]:
-        plan = self._write_taps(family) if self._used(family) else []
+    def _writing(self, family: NodeFamily, layers: range) -> list[Intervention]:
+        plan = self._write_taps(family, layers) if self._used(family) else []
         together = [family, *self.graph.parts_of(family)] if family.part_of is None else []
         if any(self._replaced(one) for one in together):
             plan.append(Intervention(family.output, self._replacing(family.output)))
@@ -238,9 +258,11 @@ class PatchedRun:
 
         return tap
 
-    def _write_taps(self, family: NodeFamily) -> list[Intervention]:
-        """Keeps what the family writes, when the last of its sites is there."""
-        now: dict[NodeSite, Tensor] = {}
+    def _write_taps(self, family: NodeFamily, layers: range) -> list[Intervention]:
+        """Keeps what the family writes, when the last of its sites is there; the taps in some layers."""
+        now = self.noted.setdefault(family, {})
+        first, *others = family.sites
+        sites = [first] * (family.starts in layers) + others * (family.layer in layers)
 
         def tap(site: NodeSite) -> Edit:
             def note(value: Tensor) -> Tensor:
@@ -252,7 +274,7 @@ class PatchedRun:
 
             return note
 
-        return [Intervention(site, tap(site)) for site in family.sites]
+        return [Intervention(site, tap(site)) for site in sites]
 
     def _wrote(self, family: NodeFamily, block: WriteBlock) -> None:
         if (whole := family.part_of) is not None:
@@ -420,7 +442,8 @@ def edge_logits(
 
     With a `prefix` (see `run_prefix`) the layers before it are not run, if every mask cuts the same edges there.
     """
-    masks = masks.to(model.device, wide(model))
+    rows = write_rows(graph)
+    graph, masks = rows.graph, rows.masks(masks.to(model.device, wide(model)))
     if _nodes_replaceable(model, graph) and (prefix is None or prefix.cut is None):
         first = 0 if prefix is None else graph.n_writers_at((min(prefix.layer, model.dims.n_layers - 1), 0))
         cuts = whole_nodes(graph, masks, _acts_on(model, graph), first)

@@ -29,6 +29,7 @@ from mechinterp.graphs.families.normed_ports import Projections
 from mechinterp.graphs.families.write_block import Dense, LowRank, WriteBlock
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_positions import take_positions
+from mechinterp.graphs.write_rows import write_rows
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Site
 from mechinterp.tasks.pairs import Pairs
@@ -53,11 +54,13 @@ def mask_gradients(
     if model.edited and len(masks) > 1:  # its edits expect the prompts as they are, not repeated
         found = [mask_gradients(model, graph, pairs, mask[None], values, loss) for mask in masks]
         return torch.cat([value for value, _ in found]), torch.cat([gradient for _, gradient in found])
-    run = _DifferentiableRun(model, graph, pairs, masks.to(model.device), values)
+    rows = write_rows(graph)
+    run = _DifferentiableRun(model, rows.graph, pairs, rows.masks(masks.to(model.device)), values)
     try:
-        return run.differentiate(loss)
+        found, gradient = run.differentiate(loss)
     finally:
         run.forget()
+    return found, rows.tables(gradient)
 
 
 class _DifferentiableRun(PatchedRun):
@@ -99,7 +102,7 @@ class _DifferentiableRun(PatchedRun):
 
     def forget(self) -> None:
         """Breaks the reference cycle of this run and the nodes of its backward, so that its memory is freed at once."""
-        self.seen, self.apart = {}, {}
+        self.seen, self.apart, self.noted = {}, {}, {}
         del self.chain, self.cuts, self.table, self.gradients
 
     def keep(self, family: NodeFamily, block: WriteBlock) -> None:

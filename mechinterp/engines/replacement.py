@@ -16,6 +16,7 @@ from mechinterp.graphs.families.family import NodeFamily, NodeSite, Recorded
 from mechinterp.graphs.families.write_block import Dense, LowRank, WriteBlock
 from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.token_windows import Window
+from mechinterp.graphs.write_rows import write_rows
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Site
 from mechinterp.tasks.pairs import Pairs
@@ -56,7 +57,7 @@ def input_sites(graph: Graph) -> list[Site]:
 
 def write_sites(graph: Graph) -> list[NodeSite]:
     """The sites with every write in compact form: inputs, `z`, `mlp_out`, `mlp_post` for neurons, and features."""
-    return list(dict.fromkeys(site for family in graph.families for site in family.sites))
+    return list(dict.fromkeys(site for family in write_rows(graph).graph.families for site in family.sites))
 
 
 def record_writes(model: HookManager, graph: Graph, tokens: Tensor, pairs: Pairs) -> CompactWrites:
@@ -163,24 +164,25 @@ def _means(
     if positional and not bool(reference.mask.all()):
         raise InputError("A mean per position needs prompts of one length; use 'mean', or pairs without padding.")
     directions: dict[NodeFamily, Tensor] = {}
+    families = write_rows(graph).graph.families
 
     def sums(batch: Pairs, _: slice) -> dict[str, Tensor]:
         compact = record_writes(model, graph, batch.corrupt, batch)
         found: dict[str, Tensor] = {}
-        for number, family in enumerate(graph.families):
+        for number, family in enumerate(families):
             block = compact.writes(family).sums(batch.mask, positional=positional)
             if isinstance(block, LowRank):
                 directions[family] = block.directions
             found[str(number)] = block.values if isinstance(block, LowRank) else block.dense()
         return found
 
-    names: dict[str, Combine] = {str(number): "sum" for number in range(len(graph.families))}
+    names: dict[str, Combine] = {str(number): "sum" for number in range(len(families))}
     totals = over_batches(reference, batch_size or 64, sums, names)
-    if len(directions) < sum(family.low_rank for family in graph.families):  # this process had no batch
+    if len(directions) < sum(family.low_rank for family in families):  # this process had no batch
         sums(reference[:1], slice(0, 1))
     count = len(reference) if positional else int(reference.mask.sum())
     found: dict[NodeFamily, WriteBlock] = {}
-    for number, family in enumerate(graph.families):
+    for number, family in enumerate(families):
         mean = totals[str(number)].to(model.device) / count
         found[family] = LowRank(mean, directions[family]) if family in directions else Dense(mean)
     return found

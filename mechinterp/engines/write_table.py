@@ -12,8 +12,8 @@ from the activations.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -69,6 +69,8 @@ class LowRankRows:
     """For every place, whether a port reads any of them otherwise than it is; on the CPU."""
     block: LowRank | None = None
     """`[chosen, candidate, token]`; None before they are written."""
+    first: LowRankRows | None = None
+    """Earlier rows of the same writers that have the same activations, if these are such."""
 
     def keep(self, block: LowRank) -> None:
         """Stores the activations minus their replacements, `[writer, candidate, batch, pos]`."""
@@ -79,6 +81,24 @@ class LowRankRows:
         assert self.block is not None
         values = self.block.values[:, candidate]
         return LowRank(values if tokens is None else values[:, tokens], self.block.directions)
+
+
+def as_one(several: Sequence[LowRankRows], ports: slice) -> list[LowRankRows]:
+    """Fewer rows with the same sums for these ports: such with the activations and weights of earlier ones are one with
+    them, of the summed directions."""
+    found: dict[int, LowRankRows] = {}
+    for rows in several:
+        first, own = None if rows.first is None else found.get(id(rows.first)), rows.block
+        together = first is not None and all(
+            torch.equal(one[:, ports], other[:, ports]) for one, other in zip(first.weights, rows.weights, strict=True)
+        )
+        if first is None or not together:
+            found[id(rows)] = rows
+            continue
+        assert first.block is not None and own is not None
+        summed = LowRank(first.block.values, first.block.directions + own.directions)
+        found[id(rows.first)] = replace(first, block=summed)
+    return list(found.values())
 
 
 @dataclass
@@ -154,7 +174,12 @@ class WriteTable:
     def keep(self, family: NodeFamily, block: WriteBlock) -> None:
         """Stores a family's writes minus their replacements, `[writer, candidate, batch, pos, d_model]`."""
         if isinstance(block, LowRank):
-            self.low_rank[family].keep(block)
+            rows = self.low_rank[family]
+            rows.keep(block)
+            first = self.low_rank[family.origin]
+            if first is not rows and first.block is not None and torch.equal(first.index, rows.index):
+                assert rows.block is not None
+                rows.first = first if torch.equal(first.block.values, rows.block.values) else None
             return
         writers, differences = self.graph.writers_of(family), block.dense()
         rows = self.kept(writers)
@@ -166,9 +191,8 @@ class WriteTable:
     def add_low_rank(self, ports: slice, base: int, stop: int, sums: Tensor, read: Tensor | None = None) -> None:
         """Adds to the sums of some ports (of those that are `read`) the writers from `base` to `stop` with no rows."""
         index = None if read is None else read.nonzero().flatten().to(sums.device)
-        for rows in self.low_rank.values():
-            if rows.writers.start < base or rows.writers.stop > stop:
-                continue
+        here = [rows for rows in self.low_rank.values() if base <= rows.writers.start and rows.writers.stop <= stop]
+        for rows in as_one(here, ports):
             for place, weights, used in zip(self.places, rows.weights, rows.used, strict=True):
                 some = weights[:, ports] if index is None else weights[:, ports][:, index]
                 for candidate in used[:, ports].any(1).nonzero().flatten().tolist():

@@ -11,7 +11,6 @@ import torch
 
 from mechinterp.analysis.activation_patching import activation_patching
 from mechinterp.analysis.compensation import compensation
-from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution
 from mechinterp.analysis.head_detectors import attention_between, copying_scores, detector_scores
 from mechinterp.analysis.path_patching import path_patching
 from mechinterp.base.errors import InputError
@@ -19,6 +18,7 @@ from mechinterp.base.progress import Progress, no_progress
 from mechinterp.base.registry import unknown
 from mechinterp.engines.grid import Grid
 from mechinterp.evaluation.ablation import AblationSetup
+from mechinterp.evaluation.direct_effects import direct_effects
 from mechinterp.evaluation.masks import MASKS_AT_ONCE, mask_values
 from mechinterp.evaluation.predictions import (
     ON_PAIRS,
@@ -203,7 +203,7 @@ def _attention(model: HookManager, measures: Sequence[Attention], pairs: Pairs, 
 
 
 def _direct(model: HookManager, measures: Sequence[DirectEffect], pairs: Pairs, batch_size: int) -> list[float]:
-    parts = direct_logit_attribution(model, pairs, batch_size=batch_size).mean()
+    parts = direct_effects(model, pairs, batch_size).mean()
     return [float(parts.at(node=measure.node)) for measure in measures]
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mechinterp.analysis.activation_patching import activation_patching
 from mechinterp.analysis.compensation import compensation
-from mechinterp.analysis.direct_logit_attribution import direct_logit_attribution
 from mechinterp.analysis.head_detectors import attention_between, detector_scores
 from mechinterp.analysis.path_patching import path_patching
 from mechinterp.base.batches import over_batches
@@ -27,8 +26,10 @@ from mechinterp.base.progress import Progress
 from mechinterp.engines.edge_attribution import edge_gradients
 from mechinterp.engines.readout import FINAL, metric_readout
 from mechinterp.evaluation.ablation import AblationSetup
+from mechinterp.evaluation.direct_effects import direct_effects
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.graph import Graph, build_graph
+from mechinterp.models.direction_readout import Explained, explained
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node, split_position
 from mechinterp.tasks.metrics import get_metric
@@ -92,9 +93,11 @@ class Evidence:
     patched_pairs: Pairs
     """The train pairs on which patched runs are made."""
     direct: Numbers
-    """The direct effect of every node: logits toward the right answers."""
-    logit_diff: float
-    """The sum of all direct effects: the logit difference of the whole model."""
+    """The direct effect of every node: logits toward the right answers, or of the difference of two readings."""
+    explained: Explained
+    """What direct effects are on: the answers, or the reading of a direction."""
+    total: float
+    """The sum of all direct effects: the logit difference of the whole model, or the difference of the readings."""
     detectors: Mapping[str, Numbers]
     """For each kind of detector, the scores of all heads."""
     detector_length: int
@@ -187,11 +190,11 @@ def measure_evidence(setup: AblationSetup, circuit: Circuit, n_patched: int) -> 
     def of_heads(values: Tensor) -> Numbers:
         return Numbers.of(heads, values.flatten(0, 1))
 
-    direct, logit_diff = Numbers(), 0.0
+    direct, total, what = Numbers(), 0.0, explained(model)
     try:
-        parts = direct_logit_attribution(model, setup.pairs, batch_size=batch_size)
+        parts = direct_effects(model, setup.pairs, batch_size)
         direct = Numbers.of(nodes, torch.stack([parts.at(node=node).values for node in nodes]))
-        logit_diff = float(parts.mean().values.sum())
+        total = float(parts.mean().values.sum())
     except (InputError, UnsupportedError) as error:
         notes.append(f"Direct effects were not measured: {error}")
     setup.progress(1, 4)
@@ -218,12 +221,12 @@ def measure_evidence(setup: AblationSetup, circuit: Circuit, n_patched: int) -> 
         except (InputError, UnsupportedError) as error:
             notes.append(f"No node was screened, every patched run is made: {error}")
     setup.progress(4, 4)
-    return Evidence(nodes, names, patched, direct, logit_diff, detectors, length, attention, tuple(notes), screen)
+    return Evidence(nodes, names, patched, direct, what, total, detectors, length, attention, tuple(notes), screen)
 
 
 def first_order(model: HookManager, pairs: Pairs, batch_size: int) -> Screen:
-    """The estimates of every edge and node from one backward (EAP, in logits)."""
-    graph, metric = build_graph(model), get_metric("logit_diff")
+    """The estimates of every edge and node from one backward (EAP, in logits, or of the reading)."""
+    graph, metric = build_graph(model), get_metric(explained(model).metric)
 
     def scored(batch: Pairs, _: slice) -> dict[str, Tensor]:
         return {"edges": edge_gradients(model, graph, batch, metric).double().cpu()}
@@ -242,6 +245,7 @@ def with_effects(
     if not evidence.direct or not nodes:
         return evidence
     model, pairs, batch_size = setup.model, evidence.patched_pairs, setup.batch_size
+    metric = evidence.explained.metric
     span = abs(_clean_minus_corrupt(model, pairs, batch_size))
     screen = None if evidence.screen is None else evidence.screen.nodes
     run = [node for node in nodes if screen is None or abs(screen[node]) >= SCREEN * matters * span]
@@ -249,7 +253,9 @@ def with_effects(
         return replace(evidence, span=span)
 
     def measure() -> dict[str, Tensor]:
-        costs = activation_patching(model, pairs, run, batch_size=batch_size, progress=per_batch(setup, pairs))
+        costs = activation_patching(
+            model, pairs, run, metric=metric, batch_size=batch_size, progress=per_batch(setup, pairs)
+        )
         return {"effects": costs.mean().values[:, 0]}
 
     costs = keep(f"roles: effects of {', '.join(run)}", measure)["effects"]
@@ -257,8 +263,8 @@ def with_effects(
 
 
 def _clean_minus_corrupt(model: HookManager, pairs: Pairs, batch_size: int) -> float:
-    """The mean logit difference on clean prompts minus that on corrupt ones. Two forwards."""
-    metric = get_metric("logit_diff")
+    """The mean logit difference (or reading) on clean prompts minus that on corrupt ones. Two forwards."""
+    metric = get_metric(explained(model).metric)
 
     def run(batch: Pairs, _: slice) -> dict[str, Tensor]:
         readout = metric_readout(model, batch, metric)
@@ -298,7 +304,7 @@ def with_movers(
     if not movers:
         return evidence
     model, pairs, batch_size, notes = setup.model, evidence.patched_pairs, setup.batch_size, list(evidence.notes)
-    changes = Numbers()
+    changes, metric = Numbers(), evidence.explained.metric
     try:
         parts = compensation(model, pairs, movers, batch_size=batch_size)
         others = [node for node in evidence.nodes if node not in movers]
@@ -317,7 +323,9 @@ def with_movers(
 
                 def measure() -> dict[str, Tensor]:
                     report = per_batch(setup, pairs)
-                    grid = path_patching(model, pairs, some, queries, batch_size=batch_size, progress=report)
+                    grid = path_patching(
+                        model, pairs, some, queries, metric=metric, batch_size=batch_size, progress=report
+                    )
                     return {"paths": grid.values[:, 0]}
 
                 name = f"roles: paths from {', '.join(some)} to {', '.join(queries)}"

@@ -197,6 +197,9 @@ def measured_roles(
 ) -> MeasuredRoles:
     """The roles of the circuit's heads and MLPs, assigned on `train`, with predictions that hold on `test`.
 
+    In the view of `read_direction` the reading takes the place of the logit difference (pairs: those of
+    `Direction.pairs`): a direct effect is what the node adds to the reading on clean prompts, less on corrupt ones.
+
     If the graph has named positions, a node has its role at the position where it was measured. What the model or the
     pairs do not allow to measure (no wrong answers, no tokenizer, no named positions) is left out; `notes` say so.
 
@@ -359,13 +362,14 @@ def _to(evidence: Evidence, limits: RoleLimits, query: str | None, key: str | No
 
 def _writing(evidence: Evidence, limits: RoleLimits, places: _Places) -> Iterable[_Role]:
     """Movers, negative movers, and all that writes toward or against the answer."""
-    if not evidence.logit_diff > 0:
+    if not evidence.total > 0:
         return
     direct = evidence.direct.mean
     mostly = {node for node, value in direct.items() if abs(value) >= abs(evidence.effects.get(node, 0.0)) / 2}
     attends, own = _to(evidence, limits, places.end, places.right)
-    least = limits.direct * evidence.logit_diff
-    writes = f"a direct effect of at least {limits.direct:.0%} of the logit difference"
+    least = limits.direct * evidence.total
+    on = evidence.explained
+    writes = f"a direct effect of at least {limits.direct:.0%} of {on.total}"
     half = "and on the train pairs at least half of what replacing the node costs"
     heads = frozenset(evidence.heads) & mostly
     toward, against = (Condition(_direct, evidence.direct, sign * least, evidence.heads) for sign in (1, -1))
@@ -381,9 +385,9 @@ def _writing(evidence: Evidence, limits: RoleLimits, places: _Places) -> Iterabl
     for words, sign in (("toward", 1), ("against", -1)):
         for kind, what in (("head", "heads"), ("mlp", "MLPs")):
             pool = evidence.of_kind(kind)
-            described = f"Writes {words} the right answers itself: on the train pairs {writes}, {half}."
+            described = f"Writes {words} {on.right} itself: on the train pairs {writes}, {half}."
             condition = Condition(_direct, evidence.direct, sign * least, pool)
-            label, nodes = f"{what} that write {words} the answer", frozenset(pool) & mostly
+            label, nodes = f"{what} that write {words} {on.aim}", frozenset(pool) & mostly
             yield _Role(f"{words}_{what.lower()}", label, described, (condition,), nodes, places.answers)
 
 
@@ -394,10 +398,12 @@ def _by_paths(evidence: Evidence, limits: RoleLimits, places: _Places) -> tuple[
     if evidence.paths:
         queries = tuple(f"{mover}<q>" for mover in evidence.movers)
         least = limits.path * evidence.span
-        path = Condition(partial(_path, queries), evidence.paths, least, evidence.path_control)
+        path = Condition(
+            partial(_path, queries, evidence.explained.metric), evidence.paths, least, evidence.path_control
+        )
         costs = (
             f"patching its paths into the queries of {', '.join(evidence.movers)} costs at least {limits.path:.0%} of "
-            "the logit difference on the train pairs"
+            f"{evidence.explained.total} on the train pairs"
         )
         attends, own = _to(evidence, limits, places.end, places.wrong)
         described = f"Attends from {places.end} to {places.wrong}, and {costs}."
@@ -407,10 +413,10 @@ def _by_paths(evidence: Evidence, limits: RoleLimits, places: _Places) -> tuple[
         label = "heads that write to the movers' queries"
         later.append(_Role("to_queries", label, f"{costs[0].upper()}{costs[1:]}.", (path,), heads, matters=False))
     if evidence.changes:
-        least = limits.backup * abs(evidence.logit_diff)
+        least = limits.backup * abs(evidence.total)
         change = Condition(partial(_change, evidence.movers), evidence.changes, least, evidence.heads)
         rises = (
-            f"its direct effect rises by at least {limits.backup:.0%} of the logit difference when "
+            f"its direct effect rises by at least {limits.backup:.0%} of {evidence.explained.total} when "
             f"{', '.join(evidence.movers)} are replaced, on the train pairs"
         )
         attends, own = _to(evidence, limits, places.end, places.right)
@@ -460,8 +466,8 @@ def _attention(query: str, key: str, node: str) -> Measure:
     return Attention(head=node, query=query, key=key)
 
 
-def _path(queries: tuple[str, ...], node: str) -> Measure:
-    return PathPatched(senders=(node,), receivers=queries)
+def _path(queries: tuple[str, ...], metric: str, node: str) -> Measure:
+    return PathPatched(senders=(node,), receivers=queries, metric=metric)
 
 
 def _change(movers: tuple[str, ...], node: str) -> Measure:

@@ -95,12 +95,14 @@ class Chosen:
 
     def decode(self, features: Features, /) -> Mapping[Any, Tensor]:
         """Values times directions."""
-        out = features.values @ self._rows.to(features.values)
-        heads = features.context.get("heads")
+        rows, heads = self._rows.to(features.values), features.context.get("heads")
+        if rows.ndim == 3:
+            return {site: features.values @ rows[:, i] for i, site in enumerate(self.sites_out)}
+        out = features.values @ rows
         return {self.sites_out[0]: out if heads is None else out.unflatten(-1, (heads, -1))}
 
     def writes(self, ids: Sequence[int] | Tensor | None = None, /) -> Tensor:
-        """The direction that each of them writes, `[feature, d]`."""
+        """The direction that each of them writes, `[feature, d]`; `[feature, site, d]` for several output sites."""
         return self._rows if ids is None else self._rows[torch.as_tensor(ids)]
 
     def reads(self, ids: Sequence[int] | Tensor | None = None, /) -> Tensor | None:

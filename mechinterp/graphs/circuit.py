@@ -243,7 +243,8 @@ def _pruned(graph: Graph, mask: Tensor, selection: Mapping[str, Parameter]) -> C
 
 
 def to_networkx(graph: Graph, mask: Bool[Tensor, "reader writer"]) -> NodeGraph:
-    """The masked edges between nodes; an edge into a shared K or V head leads to every head of its group.
+    """The masked edges between nodes; an edge into a shared K or V head leads to every head of its group, one into the
+    rest of an MLP with features that write later to the later rests, too.
 
     At named positions the nodes are `a9.h9@end`, and a key or value leads to its head wherever that writes. Where
     positions, nodes or neurons are told apart, an edge leads only to nodes that write.

@@ -19,7 +19,7 @@ from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.base.registry import unknown
 from mechinterp.graphs.families.experts import Experts, RoutedMlp
 from mechinterp.graphs.families.family import Moment, NodeFamily, Ports
-from mechinterp.graphs.families.features import Features, features_of
+from mechinterp.graphs.families.features import Features, check_together, features_of
 from mechinterp.graphs.families.heads import Heads, WholeAttention
 from mechinterp.graphs.families.inputs import Input
 from mechinterp.graphs.families.mixer import Mixer
@@ -59,7 +59,8 @@ class Graph:
     possible: Bool[Tensor, "reader writer"] = field(repr=False)
     """Whether the edge exists."""
     feeds: Bool[Tensor, "reader writer"] = field(repr=False)
-    """Whether the reader is an input of the writer (q of a head: that head; k and v: every head of the group)."""
+    """Whether the reader is an input of the writer (q of a head: that head; k and v: every head of the group). With a
+    cross-layer transcoder an MLP's reader is also one of later MLPs: their rests are less what its features write."""
     positions: tuple[str, ...] = ()
     """The positions that edges are told apart by, the last one `rest`; empty: an edge is one at all positions."""
     answers: str = ""
@@ -103,7 +104,7 @@ class Graph:
     def with_bases(self, bases: Iterable[NodeBasis]) -> Graph:
         """The same graph with the bases of its features, so that it can be run.
 
-        Raises InputError, naming it, for a basis that is missing or has another sha256.
+        Raises InputError, naming it, for a basis that is missing or has another sha256 or other sites.
         """
         known = {basis.sha256: basis for basis in bases}
         families: list[NodeFamily] = []
@@ -114,6 +115,8 @@ class Graph:
                         f"The basis '{family.basis}' with sha256 {family.sha256[:12]}... is not among those given."
                     )
                 chosen = known[family.sha256].chosen(family.numbers)
+                if (*chosen.sites_in, *chosen.sites_out) != (family.site_in, family.site_out, *family.later):
+                    raise InputError(f"The basis '{family.basis}' has other sites than the graph says.")
                 family = replace(family, chosen=chosen)
             families.append(family)
         return replace(self, families=tuple(families))
@@ -256,7 +259,8 @@ class Graph:
     @cached_property
     def split_writers(self) -> tuple[str, ...]:
         """Writers of which parts are writers by themselves: `m3` is then the rest, not what the MLP writes."""
-        return tuple(dict.fromkeys(family.part_of for family in self.families if family.part_of is not None))
+        rows = (row for family in self.families for row in family.rows)
+        return tuple(dict.fromkeys(row.part_of for row in rows if row.part_of is not None))
 
     def parts_of(self, family: NodeFamily) -> Iterator[NodeFamily]:
         """The families that are parts of writers of this one."""
@@ -389,7 +393,7 @@ def build_graph(
     Raises InputError for invalid names and numbers and for a graph too large for a dense table; UnsupportedError if
     the model has no position embedding to split off, or its sum is not what enters the first layer (Gemma scales its
     embedding), an MLP has no separate neurons, its experts cannot be told apart exactly, or a basis has features that
-    are not parts of one MLP or attention (of a state of the residual stream, for instance).
+    are not parts of MLPs or of one attention (of a state of the residual stream, for instance).
 
     Args:
         model: The model.
@@ -404,7 +408,8 @@ def build_graph(
         features: Features of dictionaries that are writers of their own (`m3.f17`): the numbers of each basis, such as
             `top_features` gives them, or bases, of which all features are then nodes. What is left of the MLP (other
             features and the error) stays its writer, `m3`. Features of a transcoder also have an input, `m3.f17<in>`.
-            Where features are of the attention's output, all heads of the layer are one writer, `a3`.
+            Where features are of the attention's output, all heads of the layer are one writer, `a3`. A feature of a
+            cross-layer transcoder is one writer, of what it writes in all its layers.
         parts: Families of nodes that are parts of what heads or MLPs write, as `mechinterp.graphs.families` describes.
     """
     if split_input:
@@ -464,7 +469,7 @@ def graph_of(
     n_parts = sum(map(len, neurons)) + sum(experts) + sum(len(part.writers) for part in parts)
     _check_size(dims, len(names), n_parts, inputs)
     features = [part for part in parts if isinstance(part, Features)]
-    _check_features(dims, features)
+    check_together(dims, features)
     whole = {part.layer for part in features if part.of_attention}
     families = _with_parts(
         whole_families(dims, split_input=split_input, experts=experts, whole_attention=whole),
@@ -482,6 +487,10 @@ def graph_of(
     if len(row) != len(writers):
         raise InputError(f"Two families have a node {next(n for n in row if writers.count(n) > 1)!r}.")
     shared = [(family.part_of, name) for family in families for name in family.writers if not family.ports]
+    # What is written later than it is read: the rest there depends on the reader that the parts follow, too.
+    rests = {
+        (ports.follows, row.part_of) for one in families for row in one.rows[1:] for ports in one.ports if ports.follows
+    }
     written = [family.written for family in families for _ in family.writers]
     if written != sorted(written):
         raise InputError("The families are not in the order in which the model computes their nodes.")
@@ -491,6 +500,8 @@ def graph_of(
             for name, own in zip(ports.names, ports.feeds, strict=True):
                 fed = [family.writers[i] for i in own]
                 fed += [part for whole, part in shared if whole in fed]
+                if ports.follows is None:
+                    fed += [rest for site, rest in rests if ports.site == site and rest is not None]
                 for end in [f"@{position}" for position in names] or [""]:
                     feeds.extend((len(readers), row[node]) for node in fed)
                     readers.append(name + end)
@@ -511,26 +522,6 @@ def experts_of(model: HookManager) -> list[int]:
     for layer in layers:
         check_experts(model, layer)
     return [n_experts(model, layer) if layer in layers else 0 for layer in range(model.dims.n_layers)]
-
-
-def _check_features(dims: Dims, features: Sequence[Features]) -> None:
-    """Return None if the features of several bases can be nodes of one graph. Raises InputError otherwise."""
-    by_part: dict[str, list[Features]] = {}
-    for one in features:
-        if one.layer >= dims.n_layers:
-            raise InputError(
-                f"The basis '{one.basis}' writes to layer {one.layer}; the model has layers 0 to {dims.n_layers - 1}."
-            )
-        if one.parallel != (dims.parallel if one.of_attention else dims.mlp_reads_input(one.layer)):
-            raise InputError(f"The features of '{one.basis}' are of a model whose layers have another order.")
-        by_part.setdefault(one.part_of, []).append(one)
-    for part, several in by_part.items():
-        if len({one.of_transcoder for one in several}) > 1:
-            names = " and ".join(f"'{one.basis}'" for one in several)
-            raise InputError(
-                f"{names} split {part}, one by what it reads and one by what it writes: the features of the second "
-                "would depend on those of the first. Take one of them."
-            )
 
 
 def whole_families(
@@ -554,8 +545,9 @@ def _with_parts(families: list[NodeFamily], parts: Sequence[NodeFamily]) -> list
     """The families, each followed by the parts of its writers."""
     nodes = {name for family in families for name in family.writers}
     for part in parts:
-        if part.part_of not in nodes:
-            raise InputError(f"{part.writers[0]!r} is part of {part.part_of!r}, which is not a node of the model.")
+        for whole in (row.part_of for row in part.rows):
+            if whole not in nodes:
+                raise InputError(f"{part.writers[0]!r} is part of {whole!r}, which is not a node of the model.")
     found: list[NodeFamily] = []
     for family in families:
         found += [family, *(part for part in parts if part.part_of in family.writers)]

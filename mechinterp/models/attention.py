@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechinterp.base.errors import UnsupportedError
 from mechinterp.models.modes import Gradients
+from mechinterp.models.placement import on_device
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,14 @@ class AttentionScores:
 
 def attention_scores(bridge: Any, layer: int, n_pos: int) -> AttentionScores:
     """The closed form from the layer's weights and configuration; `check_pattern` checks whether it holds."""
-    attn = bridge.blocks[layer].attn
+    attn, main = bridge.blocks[layer].attn, bridge.W_U.device
     component = getattr(attn, "original_component", None) or attn
     scale = getattr(component, "scaling", None)
     usual = 1.0 if type(component).__name__ == "GPTNeoSelfAttention" else float(attn.W_Q.shape[-1]) ** -0.5
     scale = float(scale) if isinstance(scale, (int, float)) else usual
     cap = getattr(component, "attn_logit_softcapping", None)
     cos, sin = _rotary_tables(bridge, layer, n_pos)
+    cos, sin = (table if table is None else on_device(table, main) for table in (cos, sin))
     return AttentionScores(scale, float(cap) if cap else None, cos, sin)
 
 

@@ -9,7 +9,7 @@ softmax is the logistic function of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,31 @@ from mechinterp.models.sites import Site
 from mechinterp.models.tokens import check_at
 
 FINAL = Site("resid_final")
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What the parts of a model are said to write toward, as analyses name it and in words."""
+
+    direction: str | int
+    """The `direction` of `direct_logit_attribution`."""
+    metric: str
+    """The name of its metric."""
+    aim: str
+    """What a part writes toward, for labels."""
+    right: str
+    """The same, for sentences."""
+    total: str
+    """The sum of all direct effects."""
+
+
+ANSWERS = Explained("answers", "logit_diff", "the answer", "the right answers", "the logit difference")
+READING = Explained(0, "direction", "the reading", "the reading", "the difference of clean and corrupt readings")
+
+
+def explained(model: HookManager) -> Explained:
+    """The answers; the reading for a model whose only output is the reading of a direction."""
+    return READING if isinstance(model, DirectionReadout) else ANSWERS
 
 
 def dims_before(dims: Dims, site: Site) -> Dims:

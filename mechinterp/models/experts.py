@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mechinterp.base.errors import UnsupportedError
 from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.placement import home_of
 from mechinterp.models.sites import Site
 
 
@@ -60,14 +61,15 @@ def expert_writes(
     every expert on every token.
     """
     router, experts = routed_mlp(model, layer)
-    flat, routed = (value.to(model.dtype).reshape(-1, value.shape[-1]) for value in (mlp_in, router_in))
+    home = home_of(model.bridge.blocks[layer], mlp_in)
+    flat, routed = (value.to(home, model.dtype).reshape(-1, value.shape[-1]) for value in (mlp_in, router_in))
     _, weights, chosen = router(routed)
     count = n_experts(model, layer)
     by_expert = weights.new_zeros(len(flat), count).scatter(1, chosen, weights)
     post, written = model.layout.mlp_post[layer], []
     for expert in range(count):
         out = experts(flat, torch.full_like(chosen[:, :1], expert), by_expert[:, expert : expert + 1])
-        written.append(post.project(out.to(mlp_in.dtype)))
+        written.append(post.project(out.to(mlp_in)))
     return torch.stack(written).unflatten(1, mlp_in.shape[:-1])
 
 

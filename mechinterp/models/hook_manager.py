@@ -43,44 +43,13 @@ from mechinterp.models.load_checks import check_model
 from mechinterp.models.mlp import run_mlp
 from mechinterp.models.modes import Gradients
 from mechinterp.models.past import Past, empty_cache, past_of
+from mechinterp.models.placement import DeviceMap, called, on_device
+from mechinterp.models.plan import Plan, by_example, planned
 from mechinterp.models.sites import GLOBAL_SITES, LAYER_SITES, Site
 from mechinterp.models.source import ModelInfo
-from mechinterp.models.splice import Splice
 from mechinterp.models.texts import Prompts, ReadsTexts
 from mechinterp.models.tokens import check_at, check_past, check_tokens
 from mechinterp.models.weight_names import WeightsByName
-
-
-class Plan:
-    """What happens in one run: at which hook point, and with which feature bases."""
-
-    def __init__(self, resolve: Callable[[SiteLike], str]) -> None:
-        self.points: dict[str, Point] = {}
-        self._splices: dict[FeatureBasis, Splice] = {}
-        self._resolve = resolve
-
-    def at(self, site: SiteLike) -> Point:
-        """The point of a site, or of the activations of a basis."""
-        if not isinstance(site, (str, Site)):
-            return self.splice(site).point
-        found = self.points.setdefault(self._resolve(site), Point())
-        found.names.append(site)
-        return found
-
-    def splice(self, basis: FeatureBasis, *, writing: bool = False) -> Splice:
-        """The basis in this run: it reads (and writes, if need be) after the edits that are planned so far."""
-        if basis not in self._splices:
-            self._resolve(basis)
-            found = self._splices[basis] = Splice(basis)
-            found.point.names.append(basis)
-            for site in basis.sites_in:
-                self.at(site).edits.append(BoundEdit(site, found.read(site)))
-        found = self._splices[basis]
-        if writing and not found.writing:
-            found.writing = True
-            for site in basis.sites_out:
-                self.at(site).edits.append(BoundEdit(site, found.write(site)))
-        return found
 
 
 class HookManager(ReadsTexts, WeightsByName, Generates):
@@ -119,8 +88,13 @@ class HookManager(ReadsTexts, WeightsByName, Generates):
 
     @property
     def device(self) -> torch.device:
-        """The device of the model's weights."""
+        """The device of the model's weights; of a model on several devices the main one, that of its unembedding."""
         return self.layout.W_U.device
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices of all weights: more than one if the layers are on several."""
+        return tuple(sorted({str(weight.device) for weight in self.bridge.original_model.parameters()}))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -332,7 +306,8 @@ class HookManager(ReadsTexts, WeightsByName, Generates):
                 edits = [self._start(turn, tokens, *start), *edits]
             if at is not None:
                 at = check_at(at, tokens)
-            plan = self._plan(tuple(recorded.values()), [*self._outer_from(outer, start), *edits], grad_sites, stop)
+            edits = [*self._outer_from(outer, start), *edits]
+            plan = planned(self.resolve, tuple(recorded.values()), edits, grad_sites, stop)
             points = plan.points
             self._register(turn, points, at, len(tokens))
             keeps = keep_past and self.keeps_past and self.dims.causal and mask is None and not outer
@@ -408,14 +383,14 @@ class HookManager(ReadsTexts, WeightsByName, Generates):
         with Turn(self._use, self.bridge, self.info.name, currentframe()) as turn, turn:
             out = run_mlp(block, self.layout.mlp_maps[layer], mlp_in.reshape(1, -1, mlp_in.shape[-1]).to(self.dtype))
             post = getattr(block, "ln2_post", None) or self.layout.mlp_post[layer]
-            return post(out).to(self.dtype).reshape(mlp_in.shape)
+            return called(post, out).to(self.dtype).reshape(mlp_in.shape)
 
     def survey(
         self, tokens: Int[Tensor, "batch pos"], sites: Sequence[Site], loss: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, dict[Site, tuple[int, Tensor | None]]]:
         """The logits, and for each site how often it fired and its gradient (None: the loss does not depend on it)."""
         with Turn(self._use, self.bridge, self.info.name, currentframe(), True) as turn, turn:
-            points = self._plan((), (), sites, None).points
+            points = planned(self.resolve, (), (), sites, None).points
             self._register(turn, points, None, len(tokens))
             first = self.bridge.blocks[0]
             first.register_forward_hook(turn.hook(first, self._note_layer_output))
@@ -448,46 +423,24 @@ class HookManager(ReadsTexts, WeightsByName, Generates):
     def _note_layer_output(self, module: Any, inputs: Any, output: Any) -> None:
         self._layers_give_tuples = isinstance(output, tuple)
 
-    def _plan(
-        self,
-        record: Sequence[SiteLike],
-        edits: Sequence[BoundEdit],
-        grads: Sequence[SiteLike],
-        stop: SiteLike | None,
-    ) -> Plan:
-        plan = Plan(self.resolve)
-        for intervention in edits:
-            if not isinstance(intervention.site, (str, Site)):
-                plan.splice(intervention.site, writing=True)
-            plan.at(intervention.site).edits.append(intervention)
-        for site in record:
-            plan.at(site).record = True
-        for site in grads:
-            if not isinstance(site, (str, Site)):
-                plan.splice(site, writing=True)
-            plan.at(site).grad = True
-        if stop is not None:
-            if not isinstance(stop, (str, Site)):
-                raise InputError(f"A run stops at a site, such as '{stop.sites_out[-1]}', not at a feature basis.")
-            plan.at(stop).stop = True
-        return plan
-
     def _register(self, turn: Turn, points: Mapping[str, Point], at: Tensor | None, n_batch: int) -> None:
         def add(name: str, function: Callable[[Tensor], Tensor | None]) -> None:
             if name.endswith(f".mlp.{ROUTERS[0]}.hook_in"):
-                function = _by_example(function, n_batch)
+                function = by_example(function, n_batch)
             self._points[name].add_hook(turn.hook(self._points[name], function), dir="fwd")
 
-        carries = {name: Carry(points[name]) for name in self.branches if name in points}
+        main = self.device
+        carries = {name: Carry(points[name], main) for name in self.branches if name in points}
         for name, carry in carries.items():
             add(self.branches[name], carry.at_sum)
         for name, found in points.items():
-            add(name, carries[name].at_branch if name in carries else partial(fire, found))
+            add(name, carries[name].at_branch if name in carries else partial(fire, found, main=main))
         if at is not None:
             index = at.clamp(min=0)
 
             def gather(value: Tensor) -> Tensor:
-                return value.gather(1, index[..., None].expand(-1, -1, value.shape[-1]))
+                where = on_device(index, value.device)[..., None]
+                return value.gather(1, where.expand(-1, -1, value.shape[-1]))
 
             add(HOOK_NAMES["final_norm"], gather)
 
@@ -513,7 +466,7 @@ class HookManager(ReadsTexts, WeightsByName, Generates):
 
     def _check_fired(self, points: Mapping[str, Point], stopped: bool) -> None:
         for name, point in points.items():
-            if point.fired != 1:
+            if point.fired != 1 and not (stopped and point.fired == 0 and point.only_later):
                 why = "after the stop site" if stopped and point.fired == 0 else "in the run"
                 raise SiteNotReached(
                     f"Site '{point.names[0]}' (hook {name}) fired {point.fired} times {why}; it must fire once."
@@ -545,24 +498,14 @@ class HookManager(ReadsTexts, WeightsByName, Generates):
         return value.detach(), gradients
 
 
-def _by_example(function: Callable[[Tensor], Tensor | None], n_batch: int) -> Callable[[Tensor], Tensor | None]:
-    """The function of a value `[batch, pos, d]` for a hook that has it as `[batch * pos, d]`: a router's input."""
-
-    def flat(value: Tensor) -> Tensor | None:
-        if value.ndim != 2:
-            return function(value)
-        new = function(value.unflatten(0, (n_batch, -1)))
-        return None if new is None else new.flatten(0, 1)
-
-    return flat
-
-
 def load_model(
     spec: Any,
     *,
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    device_map: DeviceMap | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
     share_weights: bool = False,
@@ -578,6 +521,12 @@ def load_model(
         dtype: The dtype to compute in, as a torch dtype or its name; by default float32 for files, and the model's
             own in memory. It is recorded in circuit files.
         device: Where to put the model, such as `cuda`; by default the CPU for files, and where it is in memory.
+        device_map: For a model on several devices, in place of `device`: `auto` or `balanced` (accelerate shares the
+            layers out evenly), `balanced_low_0`, `sequential`, or the device of each part by the name of its module. A
+            module that accelerate has placed already needs none. Values of a run, edits and everything computed from
+            them are on the device of the unembedding (`HookManager.device`); weights of other layers are copied
+            there when they are read, one at a time.
+        max_memory: How much each device may hold, as accelerate takes it, such as `{0: "20GiB", 1: "40GiB"}`.
         tokenizer: A Hugging Face tokenizer; by default the one that is saved with the model, if any.
         trust_remote_code: Whether transformers may run code from the hub repository.
         share_weights: For a Hugging Face module in memory: use its weights instead of copying them, which halves the
@@ -595,6 +544,7 @@ def load_model(
         return spec
     with Gradients(torch.is_grad_enabled()) as as_before, as_before:
         given: dict[str, Any] = dict(revision=revision, dtype=dtype, device=device, tokenizer=tokenizer)
+        given |= dict(device_map=device_map, max_memory=max_memory)
         given |= dict(trust_remote_code=trust_remote_code, share_weights=share_weights)
         opened = open_model(spec, **given)
         return HookManager(opened.bridge, opened.info, opened.tokenizer)

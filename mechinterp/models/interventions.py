@@ -17,6 +17,7 @@ from mechinterp.base.errors import InputError, clip
 from mechinterp.base.shown import Shown
 from mechinterp.models.feature_basis import FeatureBasis
 from mechinterp.models.past import Past
+from mechinterp.models.placement import on_device
 from mechinterp.models.sites import Site
 from mechinterp.models.texts import Prompts
 
@@ -298,14 +299,25 @@ class Point:
     value: Tensor | None = None
     end: Tensor | None = None
     """The value at the stop site, to which a loss may be applied."""
+    later: int = 0
+    """How many of the names are of a basis that writes here after it has written elsewhere."""
+
+    @property
+    def only_later(self) -> bool:
+        """Whether all that is asked of it are later writes of bases, which a run may stop before."""
+        return self.later == len(self.names)
 
 
-def fire(point: Point, value: Tensor) -> Tensor | None:
-    """The new value at a hook point that fires (None: unchanged), after editing, recording and perhaps stopping."""
+def fire(point: Point, value: Tensor, main: torch.device | None = None) -> Tensor | None:
+    """The new value at a hook point that fires (None: unchanged), after editing, recording and perhaps stopping.
+
+    All of it is on the main device; the new value goes back to where the layer is.
+    """
     point.fired += 1
     if point.fired > 1:
         return None  # reported after the run, with the count
-    new = value
+    here = value if main is None else on_device(value, main)
+    new = here
     for edit in point.edits:
         if edit.value is not None:
             before = new
@@ -322,7 +334,7 @@ def fire(point: Point, value: Tensor) -> Tensor | None:
     if point.stop:
         point.end = new
         raise Stopped
-    return None if new is value else new
+    return None if new is here else on_device(new, value.device)
 
 
 class Carry:
@@ -331,12 +343,12 @@ class Carry:
     TransformerLens's `hook_resid_mid` is the input of the second norm only; the residual stream bypasses it.
     """
 
-    def __init__(self, point: Point) -> None:
-        self.point, self.change = point, None
+    def __init__(self, point: Point, main: torch.device | None = None) -> None:
+        self.point, self.main, self.change = point, main, None
 
     def at_branch(self, value: Tensor) -> Tensor | None:
         """Fires the point and keeps the change (zero when only gradients are taken, but differentiable)."""
-        new = fire(self.point, value)
+        new = fire(self.point, value, self.main)
         self.change = None if new is None else new - value
         return new
 

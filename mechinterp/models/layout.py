@@ -6,8 +6,8 @@ so a map that is wrong for an architecture is an error at load, not a wrong numb
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from mechinterp.models.activation import activation_function
 from mechinterp.models.block_parts import HEAD_PARTS, attention_of, factor_of, mixer_of, mlp_of, norm_of
 from mechinterp.models.norm import Norm, measure_norm
 from mechinterp.models.packed_weights import packed_in
+from mechinterp.models.placement import on_device
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class AttentionMaps:
     """Weights of one attention layer, `[head, d_model, d_head]` for q, k, v and `[head, d_head, d_model]` out."""
 
     norm: Norm
-    W: dict[str, Tensor]
-    b: dict[str, Tensor | None]
+    W: Mapping[str, Tensor]
+    b: Mapping[str, Tensor | None]
     W_O: Tensor
     b_O: Tensor | None
     post: Norm
@@ -142,6 +143,10 @@ class MlpMaps:
     activation: str | None = None
     """The name of its activation function, as measured at load; None: unknown."""
 
+    def activated_by(self, activation: str | None) -> MlpMaps:
+        """The same with the name of its activation function."""
+        return replace(self, activation=activation)
+
     def before_activation(self, mlp_in: Float[Tensor, "*axes d_model"]) -> tuple[Tensor, Tensor | None]:
         """(the activation function's input, the factor of its output: None without a gate)."""
 
@@ -159,6 +164,57 @@ class MlpMaps:
         post = activation_function(self.activation)(given)
         out = (post if up is None else post * up) @ self.W_out.to(mlp_in.dtype)
         return out if self.b_out is None else out + self.b_out.to(mlp_in.dtype)
+
+
+def _copied(name: str) -> Any:
+    """A weight of a layer on another device, copied to the main device whenever it is read, and not kept."""
+
+    def read(maps: Any) -> Tensor | None:
+        weight: Tensor | None = getattr(maps.own, name)
+        return None if weight is None else weight.to(maps.device)
+
+    return property(read)
+
+
+class _Copies(Mapping[str, Any]):
+    """The same for weights by name."""
+
+    def __init__(self, own: Mapping[str, Any], device: torch.device) -> None:
+        self.own, self.device = own, device
+
+    def __getitem__(self, name: str) -> Any:
+        weight = self.own[name]
+        return None if weight is None else weight.to(self.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.own)
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+
+class AttentionElsewhere(AttentionMaps):
+    """The attention of a layer on another device: its norms are on the main device, its matrices are copied there."""
+
+    W_O, b_O = _copied("W_O"), _copied("b_O")
+
+    def __init__(self, own: AttentionMaps, device: torch.device) -> None:
+        vars(self).update(own=own, device=device, norm=own.norm, post=own.post)
+        vars(self).update(W=_Copies(own.W, device), b=_Copies(own.b, device))
+
+
+class MlpElsewhere(MlpMaps):
+    """The same for an MLP."""
+
+    W_in, b_in, W_gate, b_gate = _copied("W_in"), _copied("b_in"), _copied("W_gate"), _copied("b_gate")
+    W_out, b_out = _copied("W_out"), _copied("b_out")
+
+    def __init__(self, own: MlpMaps, device: torch.device) -> None:
+        vars(self).update(own=own, device=device, post=own.post, activation=own.activation)
+
+    def activated_by(self, activation: str | None) -> MlpMaps:
+        """The same with the name of its activation function."""
+        return MlpElsewhere(vars(self)["own"].activated_by(activation), vars(self)["device"])
 
 
 @dataclass(frozen=True)
@@ -322,8 +378,9 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
 
 
 def _norm_of(block: Any, name: str, label: str, like: Tensor, d_model: int) -> Norm:
+    # `like` is on the main device, and so is the norm.
     component = getattr(block, name, None)
-    return Norm("none") if component is None else measure_norm(label, component, like, d_model)
+    return Norm("none") if component is None else measure_norm(label, component, like, d_model).on(like.device)
 
 
 def _post_of(block: Any, name: str, label: str, like: Tensor, d_model: int) -> Norm:
@@ -351,8 +408,8 @@ def _scaled(tensor: Tensor | None, factor: float) -> Tensor | None:
     return tensor if tensor is None or abs(factor - 1) < 1e-9 else tensor * factor
 
 
-def _attention_maps(attn: Any, norm: Norm, post: Norm) -> AttentionMaps:
-    return AttentionMaps(
+def _attention_maps(attn: Any, norm: Norm, post: Norm, main: torch.device) -> AttentionMaps:
+    found = AttentionMaps(
         norm=norm,
         W={"q": attn.W_Q.detach(), "k": attn.W_K.detach(), "v": attn.W_V.detach()},
         b={"q": _detached(attn.b_Q), "k": _detached(attn.b_K), "v": _detached(attn.b_V)},
@@ -360,9 +417,10 @@ def _attention_maps(attn: Any, norm: Norm, post: Norm) -> AttentionMaps:
         b_O=_detached(attn.b_O),
         post=post,
     )
+    return found if found.W_O.device == main else AttentionElsewhere(found, main)
 
 
-def _mlp_maps(mlp: Any, post: Norm) -> MlpMaps | None:
+def _mlp_maps(mlp: Any, post: Norm, main: torch.device) -> MlpMaps | None:
     if packed_in([mlp]) is not None:
         return None
     parts = {name: getattr(mlp, name, None) for name in ("W_in", "b_in", "W_gate", "b_gate", "W_out", "b_out")}
@@ -372,7 +430,8 @@ def _mlp_maps(mlp: Any, post: Norm) -> MlpMaps | None:
         return None
     if parts["W_in"].shape[1] != len(parts["W_out"]):  # gate and input in one matrix (ModernBERT)
         return None
-    return MlpMaps(**{name: _detached(part) for name, part in parts.items()}, post=post)  # pyright: ignore[reportArgumentType]
+    found = MlpMaps(**{name: _detached(part) for name, part in parts.items()}, post=post)  # pyright: ignore[reportArgumentType]
+    return found if found.W_in.device == main else MlpElsewhere(found, main)
 
 
 def build_layout(bridge: Any) -> Layout:
@@ -384,7 +443,9 @@ def build_layout(bridge: Any) -> Layout:
     blocks = getattr(bridge, "blocks", None)
     if blocks is None or len(blocks) == 0:
         raise UnsupportedError(f"{cfg.architecture} has no single stack of layers; only decoder stacks are supported.")
-    like = next(p for p in bridge.original_model.parameters() if p.is_floating_point())
+    main = bridge.W_U.device
+    floating = next(p for p in bridge.original_model.parameters() if p.is_floating_point())
+    like = torch.empty(0, dtype=floating.dtype, device=main)
     d_model = int(cfg.d_model)
     attention: list[AttentionMaps | None] = []
     packed, packed_mlps = dict[int, str](), dict[int, str]()
@@ -400,7 +461,7 @@ def build_layout(bridge: Any) -> Layout:
         attn = attention_of(block)
         if attn is not None and (how := packed_in(getattr(attn, part) for part in HEAD_PARTS)) is not None:
             packed[layer] = how
-        attention.append(None if attn is None or layer in packed else _attention_maps(attn, before, after))
+        attention.append(None if attn is None or layer in packed else _attention_maps(attn, before, after, main))
         mixers.append(MixerMaps(before, after) if mixer_of(block) else None)
         own = attention[-1]
         if own is not None and own.post.kind != "none" and own.b_O is not None and bool(own.b_O.any()):
@@ -417,7 +478,7 @@ def build_layout(bridge: Any) -> Layout:
         mlp_norms.append(norm if mlp else None)
         mlp_posts.append(_post_of(block, "ln2_post", f"{label}.ln2_post", like, d_model))
         part = getattr(block, mlp or "mlp", None)
-        mlp_maps.append(_mlp_maps(part, mlp_posts[-1]))
+        mlp_maps.append(_mlp_maps(part, mlp_posts[-1], main))
         if mlp and (how := packed_in([part])) is not None:
             packed_mlps[layer] = how
     if not any(attention) and not any(mixers) and not packed:
@@ -426,6 +487,7 @@ def build_layout(bridge: Any) -> Layout:
     factor = _logit_scale(bridge, soft_cap)
     W_U, b_U = _scaled(bridge.W_U.detach(), factor), _scaled(_detached(getattr(bridge, "b_U", None)), factor)
     assert W_U is not None
+    b_U = None if b_U is None else on_device(b_U, main)
     stated = int(cfg.n_heads), int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)
     layers = tuple(
         LayerDims(

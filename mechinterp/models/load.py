@@ -19,7 +19,15 @@ from mechinterp.base.errors import InputError, ModelNotAvailable, UnsupportedErr
 from mechinterp.base.plain_files import exists, is_file, is_folder
 from mechinterp.models.foreign_hooks import notes_on_hooks
 from mechinterp.models.gguf_model import is_gguf_name, load_gguf
-from mechinterp.models.packed_weights import check_in_one_place, packed_in, weights_of
+from mechinterp.models.packed_weights import packed_in, weights_of
+from mechinterp.models.placement import (
+    DeviceMap,
+    check_placed,
+    parse_device,
+    parse_device_map,
+    place,
+    unplaced,
+)
 from mechinterp.models.refusal import reason, refusing
 from mechinterp.models.source import ModelInfo
 
@@ -46,27 +54,30 @@ def open_model(
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    device_map: DeviceMap | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
     share_weights: bool = False,
 ) -> Opened:
     """The model of a spec, bridged; the arguments are those of `mechinterp.load_model`."""
-    dtype, device = parse_dtype(dtype), parse_device(device)
-    if share_weights and (not isinstance(spec, nn.Module) or dtype is not None or device is not None):
+    placement = Placement(parse_device_map(device_map, max_memory, device), max_memory, parse_device(device))
+    dtype = parse_dtype(dtype)
+    if share_weights and (not isinstance(spec, nn.Module) or dtype is not None or placement != Placement()):
         raise InputError("`share_weights` is for a module in memory as it is; omit it, or dtype and device.")
     if isinstance(spec, (str, os.PathLike)):
         with refusing(f"Cannot open the model {os.fspath(spec)!r}", kind=InputError):
-            return _open_named(os.fspath(spec), revision, dtype, device, tokenizer, trust_remote_code)
+            return _open_named(os.fspath(spec), revision, dtype, placement, tokenizer, trust_remote_code)
     if revision is not None:
         raise InputError("`revision` belongs to a hub id; a model in memory has none.")
     if isinstance(spec, nn.Module) and hasattr(spec, "hook_dict") and hasattr(spec, "blocks"):
         with refusing("Cannot use this TransformerBridge"):
-            return _wrap_bridge(spec, dtype, device, tokenizer)
+            return _wrap_bridge(spec, dtype, placement, tokenizer)
     if isinstance(spec, nn.Module) and hasattr(spec, "config"):
         with refusing(f"Cannot use this {type(spec).__name__}"):
             name = getattr(spec.config, "name_or_path", "") or type(spec).__name__
-            check_in_one_place(spec, name)
-            module = _with_its_weights(spec) if share_weights else _copied(spec, device, dtype)
+            check_placed(spec, name)
+            module = _with_its_weights(spec) if share_weights else _copied(spec, placement, dtype)
             notes = notes_on_hooks(spec, name)
             opened = _bridge(module, name, None, "memory", tokenizer)
             return replace(opened, info=replace(opened.info, notes=notes))
@@ -76,17 +87,40 @@ def open_model(
     )
 
 
-def _copied(module: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> nn.Module:
+def _copied(module: nn.Module, placement: Placement, dtype: torch.dtype | None) -> nn.Module:
     """A copy of the module. By the `to` of its class: accelerate gives a module one of its own, which a copy keeps and
     which moves, and returns, the original."""
     copied = copy.deepcopy(module)
-    return type(module).to(copied, device=device, dtype=dtype)
+    if placement != Placement():  # as the caller wants it, not as it was placed before
+        copied = unplaced(copied)
+    return placement.of(type(module).to(copied, dtype=dtype))
 
 
 def _with_its_weights(module: nn.Module) -> nn.Module:
     """A copy of the module whose parameters are the same memory."""
     shared = {id(own): nn.Parameter(own.detach(), requires_grad=False) for own in module.parameters()}
     return copy.deepcopy(module, dict(shared))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model is asked to be: on a device, or shared out by a device map; where it is if neither is given."""
+
+    device_map: str | dict[str, str] | None = None
+    max_memory: Mapping[Any, Any] | None = None
+    device: torch.device | None = None
+
+    def of(self, module: nn.Module) -> nn.Module:
+        """The module there. By the `to` of its class: see `_copied`."""
+        if self.device_map is not None:
+            return place(module, self.device_map, self.max_memory)
+        return type(module).to(module, device=self.device)
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What `from_pretrained` needs to load the weights to where they belong."""
+        given = {"device_map": self.device_map, "max_memory": self.max_memory}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -98,25 +132,6 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is not None and str(dtype).removeprefix("torch.") not in DTYPES:
         raise InputError(f"A model cannot have dtype {dtype!r}. Known: {', '.join(DTYPES)}.")
     return dtype
-
-
-def parse_device(device: torch.device | str | None) -> torch.device | None:
-    """The torch device named `cpu`, `cuda`, `cuda:1`, ...; None stays None.
-
-    Raises InputError for anything else, and for a device that this machine does not have.
-    """
-    if device is None:
-        return None
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"Unknown device {device!r}; give 'cpu', 'cuda', 'cuda:1' or 'mps'.") from error
-    try:
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"Device {str(found)!r} cannot be used on this machine: {reason}.") from error
-    return found
 
 
 def open_encoder(
@@ -201,7 +216,7 @@ def _open_named(
     spec: str,
     revision: str | None,
     dtype: torch.dtype | None,
-    device: torch.device | str | None,
+    placement: Placement,
     tokenizer: Any,
     trust_remote_code: bool,
 ) -> Opened:
@@ -209,11 +224,13 @@ def _open_named(
     if origin == "file":
         module, report, tokenizer, file = load_gguf(Path(where), dtype or torch.float32, tokenizer)
         _check_report(where, module, report)
-        opened = _bridge(module.to(device=device), label, None, origin, tokenizer)
+        opened = _bridge(placement.of(module), label, None, origin, tokenizer)
         return replace(opened, info=replace(opened.info, file=file))
-    module, tokenizer = _from_pretrained(where, origin, revision, dtype, tokenizer, trust_remote_code)
+    given = placement.loading
+    module, tokenizer = _from_pretrained(where, origin, revision, dtype, tokenizer, trust_remote_code, **given)
     commit = getattr(module.config, "_commit_hash", None) if origin == "hub" else None
-    return _bridge(module.to(device=device), label, commit or revision, origin, tokenizer)
+    module = module if given else placement.of(module)
+    return _bridge(module, label, commit or revision, origin, tokenizer)
 
 
 def _from_pretrained(
@@ -224,6 +241,7 @@ def _from_pretrained(
     tokenizer: Any,
     trust_remote_code: bool,
     auto_class: str = "AutoModelForCausalLM",
+    **placement: Any,
 ) -> tuple[nn.Module, Any]:
     import transformers
     from transformers import AutoTokenizer
@@ -245,6 +263,7 @@ def _from_pretrained(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are listed in the report and refused below
                 **keywords,
+                **placement,
             )
     except Exception as error:  # damaged files make Hugging Face raise anything
         kind = ModelNotAvailable if origin == "hub" and _out_of_reach(error) else InputError
@@ -312,7 +331,7 @@ def _bridge(module: nn.Module, name: str, revision: str | None, origin: str, tok
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
     from transformer_lens.utilities.attn_implementation import force_eager_attention
 
-    check_in_one_place(module, name)
+    check_placed(module, name)
     weights = weights_of(module)
     architecture = type(module).__name__
     _check_finite(weights, name)
@@ -391,13 +410,15 @@ def _check_bridged(ours: Tensor, expected: Tensor, architecture: str) -> None:
         )
 
 
-def _wrap_bridge(bridge: Any, dtype: torch.dtype | None, device: Any, tokenizer: Any) -> Opened:
+def _wrap_bridge(bridge: Any, dtype: torch.dtype | None, placement: Placement, tokenizer: Any) -> Opened:
+    device = placement.device
     own = next(bridge.original_model.parameters())
-    if (dtype is not None and dtype != own.dtype) or (device is not None and torch.device(device) != own.device):
+    elsewhere = placement.device_map is not None or (device is not None and device != own.device)
+    if elsewhere or (dtype is not None and dtype != own.dtype):
         raise InputError(
             f"The bridge is {own.dtype} on {own.device}; a bridge is used as it is, so move it before loading."
         )
-    check_in_one_place(bridge.original_model, str(getattr(bridge.cfg, "model_name", None) or "the bridge"))
+    check_placed(bridge.original_model, str(getattr(bridge.cfg, "model_name", None) or "the bridge"))
     info = ModelInfo(
         name=str(getattr(bridge.cfg, "model_name", None) or "bridge"),
         revision=None,

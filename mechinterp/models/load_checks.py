@@ -22,6 +22,7 @@ from mechinterp.base.errors import UnsupportedError
 from mechinterp.models.activation import measure_activation
 from mechinterp.models.hook_names import HOOK_NAMES
 from mechinterp.models.layout import MlpMaps, build_layout
+from mechinterp.models.placement import called
 from mechinterp.models.refusal import refusing
 from mechinterp.models.sites import Site
 
@@ -339,7 +340,7 @@ def _check_neurons(model: Any, run: Any, layer: int, check: Check) -> None:
     except UnsupportedError:
         found = None
     else:
-        found = replace(maps, activation=_activation(model, maps, run.values[Site("mlp_in", layer)], neurons))
+        found = maps.activated_by(_activation(model, maps, run.values[Site("mlp_in", layer)], neurons))
     kept = tuple(found if i == layer else m for i, m in enumerate(model.layout.mlp_maps))
     model.layout = replace(model.layout, mlp_maps=kept)
 
@@ -449,7 +450,7 @@ def _definitions(model: Any, values: Mapping[Site, Tensor]) -> Iterator[Definiti
         post = getattr(model.bridge.blocks[layer], "ln2_post", None)
         if post is not None and "mlp_raw" in here:
             with torch.no_grad():
-                normed = post(here["mlp_raw"])
+                normed = called(post, here["mlp_raw"])
             yield Site("mlp_raw", layer), "the input of the norm after the MLP", normed, here["mlp_out"]
         if "pattern" in here and own.n_heads:
             v = here["v"].repeat_interleave(own.n_heads // own.n_kv_heads, 2).to(here["pattern"])

@@ -11,6 +11,7 @@ from torch import Tensor
 from mechinterp.base.errors import UnsupportedError
 from mechinterp.models.block_parts import mlp_of
 from mechinterp.models.layout import MlpMaps
+from mechinterp.models.placement import home_of, on_device
 
 
 def run_mlp(block: Any, maps: MlpMaps | None, mlp_in: Tensor) -> Tensor:
@@ -25,8 +26,10 @@ def run_mlp(block: Any, maps: MlpMaps | None, mlp_in: Tensor) -> Tensor:
         if maps is None or maps.activation is None:
             raise UnsupportedError("it is not a module, and its activation function is unknown")
         return maps(mlp_in)
+    home = home_of(mlp, mlp_in)
+    given = on_device(mlp_in, home)
     component = getattr(mlp, "original_component", None) or mlp
     parameters = inspect.signature(component.forward).parameters.values()
     wants = {p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL}
-    out = mlp(mlp_in, torch.zeros_like(mlp_in)) if "residual" in wants else mlp(mlp_in)
-    return out[0] if isinstance(out, tuple) else out
+    out = mlp(given, torch.zeros_like(given)) if "residual" in wants else mlp(given)
+    return on_device(out[0] if isinstance(out, tuple) else out, mlp_in.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.base.errors import UnsupportedError
+from mechinterp.models.placement import on_device
 
 UNNAMED_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
 """Values of eps to try if a module has no such attribute (OLMo's LayerNorm has 1e-5 in its code)."""
@@ -31,6 +32,11 @@ class Norm:
     def identity(self) -> bool:
         """Whether its output is its input."""
         return self.kind == "none" and self.weight is None and self.bias is None
+
+    def on(self, device: torch.device) -> Norm:
+        """The norm with its weight and bias on a device; itself where they are there."""
+        weight, bias = (None if part is None else on_device(part, device) for part in (self.weight, self.bias))
+        return self if weight is self.weight and bias is self.bias else replace(self, weight=weight, bias=bias)
 
     def scale(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes 1"]:
         """The scale by which `x` is divided."""
@@ -96,7 +102,7 @@ def measure_norm(name: str, module: Callable[[Tensor], Tensor], like: Tensor, d_
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, 4, d_model, generator=generator, dtype=torch.float64) + 0.5
     # The second pair is so small that eps matters.
-    probe = torch.cat([noise, noise[:, :2] * 1e-2], dim=1).to(like)
+    probe = torch.cat([noise, noise[:, :2] * 1e-2], dim=1).to(like if weight is None else like.to(weight.device))
     with torch.no_grad():
         target = module(probe)
         tolerance = 1e-5 if like.dtype in (torch.float32, torch.float64) else 2e-2

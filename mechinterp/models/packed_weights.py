@@ -1,4 +1,4 @@
-"""Weights that are not plain numbers: packed integers of a quantised model, or on no device at all.
+"""Weights that are not plain numbers: packed integers of a quantised model.
 
 A quantised model (bitsandbytes, GPTQ, ...) runs as any other, since its modules unpack what they multiply with. What
 reads a weight as a matrix is refused, by the name of the part.
@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from mechinterp.base.errors import UnsupportedError
 
 
 def is_packed(tensor: Tensor) -> bool:
@@ -52,29 +50,6 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
             saved = own.state_dict(prefix=f"{prefix}." if prefix else "")
             found |= {name: value for name, value in saved.items() if isinstance(value, Tensor)}
     return found
-
-
-def check_in_one_place(module: nn.Module, name: str) -> None:
-    """Raises UnsupportedError unless all weights are in the memory of one device.
-
-    The engines put what all layers write into one table, and the maps of the layers are multiplied with it.
-    """
-    weights = dict(module.named_parameters())
-    absent = [key for key, weight in weights.items() if weight.is_meta]
-    if absent:
-        raise UnsupportedError(
-            f"The weights of {name} are not in memory ({len(absent)} of {len(weights)}, such as {absent[0]!r}: "
-            "offloaded to the CPU or a disk by accelerate, or never loaded). Load it without `device_map`, such as "
-            "load_model(..., device='cuda', dtype='bfloat16')."
-        )
-    devices = sorted({str(weight.device) for weight in weights.values()})
-    if len(devices) > 1:
-        raise UnsupportedError(
-            f"The weights of {name} are on several devices ({', '.join(devices)}), as `device_map` of accelerate puts "
-            "them; the sums over all layers are made on one. Put the model on one device, such as "
-            "load_model(..., device='cuda', dtype='bfloat16'). To use several, let each take a share of the examples: "
-            "torchrun, or --shard."
-        )
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -11,11 +11,13 @@ from mechinterp.models.hook_manager import HookManager, load_model
 
 
 def with_random_weights(model: HookManager, *, seed: int = 0) -> HookManager:
-    """The architecture of a model with the first weights of its own initialisation, in the same dtype and place.
+    """The architecture of a model with the first weights of its own initialisation, in the same dtype, on its device.
 
     Args:
         model: A model of Hugging Face.
         seed: Of the weights.
+
+    Of a model on several devices the main one must have room for all of the new one.
 
     Cost: memory of a second model. Raises UnsupportedError for another kind of model.
 

@@ -231,4 +231,4 @@ class WeightsByName:
         weight = None if component is None else getattr(component, name, None)
         if weight is None and component is not None:
             weight = getattr(component, "weight", None)
-        return self._given(name, weight).detach().clone()
+        return self._given(name, weight).detach().to(self.layout.W_U.device, copy=True)

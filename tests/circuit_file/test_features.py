@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import mechinterp as mi
 from mechinterp.base.canonical_json import render_json
@@ -253,3 +254,54 @@ def test_a_run_takes_the_strongest_features_and_its_file_verifies(tmp_path: Path
     expected = mi.top_features(made.model, made.train, bases, 5)
     assert {family.sha256: family.numbers for family in graph.features} == {b.sha256: n for b, n in expected.items()}
     assert mi.verify(made.path).ok
+
+
+def test_a_run_with_a_cross_layer_transcoder_verifies_and_states_all_its_sites(
+    model: mi.HookManager, tmp_path: Path
+) -> None:
+    """The transcoders of two layers, of which the first writes in both; its folder beside the circuit file."""
+    own, later = mi.load_basis("bundled:m2"), mi.load_basis("bundled:m3")
+    W_dec = torch.stack([own.W_dec[:, 0], 0.2 * later.W_dec[: own.n_features, 0]], 1)
+    made = mi.cross_layer_transcoder(
+        own.sites_in, own.sites_out, own.W_enc, [own.W_dec], b_enc=own.b_enc[None], activation=own.activation
+    )[0]
+    basis = replace(
+        made, sites_out=(*own.sites_out, *later.sites_out), W_dec=W_dec, b_dec=torch.zeros(2, len(W_dec[0, 0]))
+    )
+    mi.save_basis(tmp_path / "dictionary", basis)
+    small = {
+        "examples": 8,
+        "validation_examples": 8,
+        "test_examples": 8,
+        "resamples": 0,
+        "roles": False,
+        "curve": False,
+    }
+    spec = mi.RunSpec("ioi", features=(str(tmp_path / "dictionary"),), top=4, nodes=10, method="eap", level="feature")
+    run = mi.discover(replace(spec, **small, out=tmp_path))
+    (family,) = run.circuit.graph.features
+    assert [str(site) for site in family.later] == ["mlp_out.3"] and run.circuit.graph.split_writers == ("m2", "m3")
+    document = open_circuit_file(run.path).document
+    (record,) = document.graph.features or ()
+    assert (record.site_out, record.later_sites) == ("mlp_out.2", ("mlp_out.3",)) and document.schema_version == 2
+    given = [tmp_path / "dictionary"]
+    assert [claim.detail for claim in mi.verify(run.path, features=given).failed] == []
+    assert mi.load_circuit(run.path, bases=given).digest() == run.circuit.digest()
+    page = write_page(run.path, tmp_path / "x.html")
+    assert not any("features" in note for note in page.notes)
+    # A file that leaves the later layer out is another circuit, and does not run.
+    path = forged(run.path, tmp_path / "forged.circuit.json", lambda content: first_of(content).pop("later_sites"))
+    assert open_circuit_file(path).document.integrity.circuit_sha256 != document.integrity.circuit_sha256
+    with pytest.raises(InputError, match="has other sites than the graph says"):
+        mi.load_circuit(path, bases=given)
+    assert not mi.verify(path, features=given).ok
+    (tensors,) = (tmp_path / "dictionary").glob("*.safetensors")
+    content = bytearray(tensors.read_bytes())
+    content[-1] ^= 1
+    tensors.write_bytes(content)
+    with pytest.raises(FormatError, match="was changed after it was written"):
+        mi.verify(run.path, features=given)
+
+
+def first_of(content: Any) -> Any:
+    return content["graph"]["features"][0]

@@ -16,6 +16,8 @@ from mechinterp.circuit_file.schema import circuit_sha256
 from mechinterp.circuit_file.store import file_sha256, open_circuit_file
 from mechinterp.cli import app as cli
 from mechinterp.direct import DirectSpec, discover_direction
+from mechinterp.evaluation.direct_effects import direct_effects
+from mechinterp.views.report.node_details import node_details
 
 STORED = "gendered_pronoun-bundled-mean-difference"
 SMALL: dict[str, Any] = dict(
@@ -138,3 +140,58 @@ def found_copy(found: Path, folder: Path) -> Path:
         if path.is_file():
             (folder / path.name).write_bytes(path.read_bytes())
     return folder / found.name
+
+
+def test_roles_are_on_the_reading(model: mi.HookManager, copied: Path) -> None:
+    """Direct effects are the parts of the difference of the readings; roles by them are in the file, and verify."""
+    path = next(copied.parent.glob("*.direction.json"))
+    direction = mi.load_direction(path)
+    readout, task = mi.read_direction(model, direction), mi.load_task("gendered_pronoun")
+    oriented = mi.orient_pairs(task.pairs(model, n=12, split="train"), direction.about["positive"])
+    pairs = direction.pairs(oriented)
+    graph = mi.build_graph(readout)
+    whole = mi.Circuit(graph, graph.possible, n_selected=graph.n_edges)
+    roles = mi.measured_roles(readout, whole, pairs, pairs, metric="direction", n_patched=4)
+    assert not roles.notes
+    effects = direct_effects(readout, pairs, 5)
+    at = oriented.positions["end"]
+
+    def reading(tokens: torch.Tensor) -> float:
+        values = model.run(tokens, oriented.mask, record=["resid_pre.2"]).values["resid_pre.2"]
+        return float(direction.reading(values)[torch.arange(len(oriented)), at].mean())
+
+    total = float(effects.mean().values.sum())
+    assert total == pytest.approx(reading(oriented.clean) - reading(oriented.corrupt), abs=1e-5)
+    written = {row["node"]: row["direct effect"] for row in roles.evidence.to_dict("records")}
+    assert written == pytest.approx({node: float(effects.mean().at(node=node).values) for node in written}, abs=1e-6)
+    # Nothing is between the last MLP and the reading, so what it writes is all that replacing it costs.
+    (last,) = mi.activation_patching(readout, pairs, ["m1"], metric="direction").mean().values.flatten().tolist()
+    assert written["m1"] == pytest.approx(last, abs=1e-5)
+    options: dict[str, Any] = {**SMALL, "roles": True, "out": copied.parent}
+    spec = mi.RunSpec("gendered_pronoun", method="eap-ig", direction=str(path), **options)
+    made = mi.discover(spec)
+    assert made.roles is not None and not made.roles.notes
+    stated = {role.label: role for role in made.document.roles.values()}
+    assert "m1" in stated["MLPs that write toward the reading"].nodes
+    assert "the right answers" not in stated["MLPs that write toward the reading"].description
+    measures = [entry.prediction.measure for entry in made.roles.predictions]
+    assert any(isinstance(measure, mi.DirectEffect) for measure in measures)
+    assert all(getattr(measure, "metric", "direction") == "direction" for measure in measures)
+    result = mi.verify(made.path)
+    assert result.ok, str(result)
+
+
+def test_the_page_is_of_the_reading(copied: Path, model: mi.HookManager) -> None:
+    """Its direct effects are on the reading, which has no tokens: a readout's two columns are no vocabulary."""
+    made = mi.write_page(copied, model=model)
+    assert made.notes == ("Written tokens are left out: the circuit explains the reading of a direction, not logits.",)
+    page = made.path.read_text("utf-8")
+    assert "reading of the direction, clean less corrupt prompt" in page and '"unit":"of the reading"' in page
+    direction = mi.load_direction(next(copied.parent.glob("*.direction.json")))
+    circuit, readout = mi.load_circuit(copied), mi.read_direction(model, direction)
+    pairs = mi.load_task("gendered_pronoun").pairs(model, n=12, split="test")
+    read = direction.pairs(mi.orient_pairs(pairs, direction.about["positive"]))
+    details = node_details(readout, circuit, read, "evaluation")
+    assert details.prompts and not any(prompt.written for prompt in details.prompts) and details.prompts[0].patterns
+    effects = direct_effects(readout, read, 12).mean()
+    assert details.direct == pytest.approx({n: float(effects.at(node=n).values) for n in details.direct}, abs=1e-6)

@@ -21,6 +21,7 @@ from mechinterp.cli import app as cli
 from mechinterp.engines.replacement import KINDS
 from mechinterp.graphs.graph import LEVELS
 from mechinterp.graphs.select import RULES
+from mechinterp.models.placement import PLACEMENTS
 from mechinterp.views.terminal_tables import plain
 from tests.support.toy_circuits import toy_circuit, toy_document
 from tests.support.words_model import save_words_model
@@ -129,7 +130,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_names_that_are_listed_are_those_that_are_registered() -> None:
     assert run_spec.REPLACEMENTS == KINDS and run_spec.RULES == RULES
-    assert run_spec.LEVELS[:2] == LEVELS
+    assert run_spec.LEVELS[:2] == LEVELS and run_spec.DEVICE_MAPS == PLACEMENTS
 
 
 def test_list_names_what_there_is(
@@ -206,6 +207,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "bad dtype": (["run", "ioi", "--model", "MODEL", "--dtype", "float12"], "dtype 'float12'"),
     "bad device": (["run", "ioi", "--model", "MODEL", "--device", "tpu9"], "device 'tpu9'"),
     "absent device": (["run", "ioi", "--model", "MODEL", "--device", "cuda:99"], "cuda:99"),
+    "bad device map": (["run", "ioi", "--device-map", "ballanced"], "Did you mean 'balanced'?"),
+    "device and map": (["run", "ioi", "--model", "MODEL", "--device", "cpu", "--device-map", "auto"], "not both"),
     "revision of a directory": (["run", "ioi", "--model", "MODEL", "--revision", "main"], "revision"),
     "out is a file": (["run", "ioi", "--out", "FILE"], "--out"),
     "more edges than there are": (["run", "ioi", "--model", "MODEL", "--edges", "100000"], "100000"),

@@ -44,6 +44,7 @@ OTHER = RunSpec(
     bos=False,
     dtype="float64",
     device="cuda:1",
+    device_map="sequential",
     batch_size=5,
     replacement="mean-positional",
     settings=("tau=0.05", "order=by score"),
@@ -53,6 +54,7 @@ OTHER = RunSpec(
     shard="2/3",
     direction="my.direction.json",
 )
+UNRECORDED = ("device", "device_map", "restart", "out", "shard")
 EXCLUSIVE = (RunSpec("ioi", edges="12"), RunSpec("ioi", threshold=0.5))
 # On the command line as many test pairs as train pairs are the default; in Python 200 are.
 PAIRS = (RunSpec("ioi", examples=50), RunSpec("ioi", examples=50, test_examples=50), RunSpec("ioi", test_examples=50))
@@ -70,7 +72,7 @@ def parsed(command: str) -> tuple[Any, ...]:
 @pytest.mark.parametrize("spec", SPECS, ids=command_of)
 def test_a_recorded_command_makes_the_same_spec(spec: RunSpec) -> None:
     asked, *_ = parsed(command_of(spec))
-    unrecorded = {name: getattr(spec, name) for name in ("device", "restart", "out", "shard")}
+    unrecorded = {name: getattr(spec, name) for name in UNRECORDED}
     assert replace(RunSpec(**asked), **unrecorded) == spec
 
 
@@ -79,7 +81,7 @@ def test_every_field_is_recorded_or_cannot_change_the_circuit() -> None:
     changed = {f.name for spec in SPECS for f in fields(spec) if getattr(spec, f.name) != f.default}
     assert changed == set(declared()) == set(shown_order())
     assert {name for name, field in declared().items() if not field.option.recorded} == {
-        *("task", "device", "restart", "out", "shard")  # the task is an argument: it always comes first
+        *("task", *UNRECORDED)  # the task is an argument: it always comes first
     }
 
 
@@ -102,10 +104,8 @@ def test_help_shows_the_options_in_their_order(capsys: pytest.CaptureFixture[str
 def test_a_comparison_records_what_repeats_it() -> None:
     spec = replace(OTHER, method=None, effort="standard", resamples=None, curve=True, validation_examples=200)
     spec = replace(spec, steps=None, nodes=None, rule="top", by="magnitude", ratio=None, refine=None, refine_add=0)
-    spec = replace(
-        spec, settings=("acdc.tau=0.05",), roles=True, restart=False, device=None, out=Path("out"), shard=None
-    )
-    spec = replace(spec, test_examples=spec.examples)
+    spec = replace(spec, settings=("acdc.tau=0.05",), roles=True, restart=False, out=Path("out"), shard=None)
+    spec = replace(spec, test_examples=spec.examples, device=None, device_map=None)
     command = compare_command(spec, ["acdc", "eap"], "0.1,1")
     asked, methods, sizes, _ = parsed(command)
     assert (RunSpec(**asked), methods, sizes) == (spec, ["acdc", "eap"], "0.1,1")

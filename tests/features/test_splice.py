@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mechinterp as mi
-from mechinterp.base.errors import InputError, UnsupportedError
+from mechinterp.base.errors import InputError, SiteNotReached, UnsupportedError
 from mechinterp.features.dictionary import cross_layer_transcoder, crosscoder, sae, transcoder
 from mechinterp.features.neurons import neuron_basis
 from mechinterp.models.interventions import Intervention
@@ -87,6 +87,20 @@ def test_a_cross_layer_feature_writes_to_every_later_layer():
         for i, site in enumerate(basis.sites_out)
     }
     torch.testing.assert_close(edited.logits, model.run(TOKENS, interventions=by_hand).logits)
+
+
+def test_a_run_may_stop_between_the_sites_that_a_cross_layer_feature_writes_to():
+    """But not before the first: the edit would then do nothing."""
+    model, basis = tiny("gpt2"), a_cross_layer_transcoder()[0]
+    off = [mi.ablate_features(basis, [3])]
+    whole = model.run(TOKENS, record=["resid_pre.2"], interventions=off).values["resid_pre.2"]
+    part = model.run(TOKENS, record=["resid_pre.2"], interventions=off, stop="resid_pre.2").values["resid_pre.2"]
+    assert torch.equal(part, whole)
+    for stop, site in (("resid_mid.0", "mlp_in.0|m0"), ("mlp_in.0", "mlp_out.0")):
+        with pytest.raises(SiteNotReached, match=f"({site}).*after the stop site"):
+            model.run(TOKENS, interventions=off, stop=stop)
+    with pytest.raises(SiteNotReached, match=r"mlp_out\.1"):  # asked for itself
+        model.run(TOKENS, record=["mlp_out.1"], interventions=off, stop="resid_pre.1")
 
 
 def test_edits_are_applied_in_the_order_in_which_they_are_given():

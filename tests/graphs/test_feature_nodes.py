@@ -16,7 +16,6 @@ from mechinterp.engines.edge_patching import run_edges
 from mechinterp.engines.mask_gradients import mask_gradients
 from mechinterp.engines.replacement import corrupt_replacement, record_writes
 from mechinterp.evaluation.masks import knock_out
-from mechinterp.features.dictionary import cross_layer_transcoder
 from mechinterp.graphs.graph import Graph, build_graph
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Site
@@ -197,17 +196,6 @@ def test_methods_take_features_or_refuse_by_name() -> None:
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "a state of the stream": (lambda: {an_sae("resid_pre.1"): [0]}, "a state of the residual stream"),
-    "several outputs": (
-        lambda: [
-            cross_layer_transcoder(
-                ["mlp_in.0", "mlp_in.1"],
-                ["mlp_out.0", "mlp_out.1"],
-                drawn(2, D_MODEL, 3),
-                [drawn(3, 2, D_MODEL), drawn(3, 1, D_MODEL)],
-            )[0]
-        ],
-        r"several sites \(mlp_out.0, mlp_out.1\)",
-    ),
     "before the norm": (
         lambda: [mi.transcoder("resid_mid.1", "mlp_out.1", drawn(D_MODEL, 3), drawn(3, D_MODEL))],
         "reads 'resid_mid.1' and writes to 'mlp_out.1'",

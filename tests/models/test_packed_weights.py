@@ -1,4 +1,4 @@
-"""Quantised models, and models whose weights are on several devices or on none.
+"""Quantised models.
 
 A quantised model is compared with its twin: the same model with the numbers that its packed weights stand for.
 """
@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import dispatch_model
 from torch import Tensor, nn
 
 import mechinterp as mi
-from benchmarks.stand_in_device import DEVICE, StandIn
 from mechinterp import InputError, UnsupportedError
-from mechinterp.models.packed_weights import check_in_one_place, is_packed
+from mechinterp.models.packed_weights import is_packed
 from tests.support.models_tiny import huggingface, pairs, tokens
 
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -126,39 +123,3 @@ def test_a_quantised_unembedding_is_refused_with_what_to_do() -> None:
 def test_what_is_packed(dtype: torch.dtype) -> None:
     assert is_packed(torch.zeros(2, dtype=dtype))
     assert not any(is_packed(torch.zeros(2, dtype=plain)) for plain in (torch.bfloat16, torch.int64, torch.bool))
-
-
-# -- devices -----------------------------------------------------------------------------------------------------
-
-CPU: Any = "cpu"  # a string: accelerate compares it with one
-PARTS = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
-
-
-def test_weights_on_two_devices_are_refused_with_what_to_do() -> None:
-    with StandIn():
-        module = huggingface("llama")
-        check_in_one_place(module, "it")
-        module.model.layers[2].to(DEVICE)
-        for share in (False, True):
-            with pytest.raises(
-                UnsupportedError, match=r"LlamaForCausalLM are on several devices \(cpu, meta\).*--shard"
-            ):
-                mi.load_model(module, share_weights=share)
-
-
-def test_weights_that_are_not_in_memory_are_refused(tmp_path: Path) -> None:
-    places: dict[str, Any] = {part: "disk" if part == "model.layers" else "cpu" for part in PARTS}
-    offloaded = dispatch_model(huggingface("llama"), places, main_device=CPU, offload_dir=tmp_path)
-    for module in (offloaded, huggingface("llama").to("meta")):
-        with pytest.raises(UnsupportedError, match=r"not in memory \(\d+ of 30, such as 'model.*without `device_map`"):
-            mi.load_model(module)
-
-
-def test_a_model_that_accelerate_placed_is_copied() -> None:
-    """Accelerate gives a module a `to` of its own, which returns the original when a copy of it is moved."""
-    where: dict[str, Any] = dict.fromkeys(PARTS, "cpu")
-    module = dispatch_model(huggingface("llama"), where, main_device=CPU, force_hooks=True)
-    model = mi.load_model(module, dtype="float32")
-    assert all(weight.requires_grad and weight.dtype == torch.float64 for weight in module.parameters())
-    expected = mi.load_model(huggingface("llama"), dtype="float32").run(tokens()).logits
-    torch.testing.assert_close(model.run(tokens()).logits, expected, rtol=0, atol=0)

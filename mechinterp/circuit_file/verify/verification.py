@@ -65,7 +65,7 @@ from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select import select
 from mechinterp.models.direction_readout import DirectionReadout
 from mechinterp.models.hook_manager import HookManager, load_model
-from mechinterp.models.load import parse_device
+from mechinterp.models.placement import parse_device
 from mechinterp.tasks.pair_files import MAX_BYTES
 from mechinterp.tasks.pairs import Pairs
 from mechinterp.tasks.task import Task, load_task

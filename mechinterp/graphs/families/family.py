@@ -97,6 +97,22 @@ class NodeFamily(ABC):
         return None
 
     @property
+    def rows(self) -> tuple[NodeFamily, ...]:
+        """What it writes, a moment at a time: a family for each. Only features that write in several layers have more
+        than one; engines compute with these (`graphs/write_rows.py`)."""
+        return (self,)
+
+    @property
+    def origin(self) -> NodeFamily:
+        """The first of the rows that this one is among: the same nodes, which write here what is known since then."""
+        return self
+
+    @property
+    def starts(self) -> int:
+        """The layer in which the first of `sites` is; all others are in the family's own."""
+        return self.origin.layer
+
+    @property
     def fingerprint(self) -> str:
         """A hash of what the names do not say (such as a direction), which enters the digest of a graph."""
         return ""

@@ -4,12 +4,16 @@ The rest of the component (its other features, biases, and what the reconstructi
 A transcoder's features have inputs of their own, `m3.f17<in>`: the MLP's input, encoded. The reader `m3` is then the
 input of the rest, so that an edge into the MLP is the edges into the rest and into every feature together. Features of
 an output (an autoencoder of what the MLP or the attention adds) are fed by the inputs of the component.
+
+A feature of a cross-layer transcoder writes in its own layer and in later ones, and is a part of each of these MLPs:
+`Features` in the first, `LaterWrites` in the others. As the rest of a later MLP is its output less what the features
+write, it depends on what these read: so the reader `m3` is also an input of the later rests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from einops import einsum
@@ -17,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.base.errors import InputError, UnsupportedError
-from mechinterp.graphs.families.family import Moment, NodeFamily, Ports, Recorded, gram
+from mechinterp.graphs.families.family import Moment, NodeFamily, NodeSite, Ports, Recorded, gram
 from mechinterp.graphs.families.normed_ports import DirectionGradients, Step, direction_gradients
 from mechinterp.graphs.families.write_block import LowRank
 from mechinterp.graphs.token_windows import Window
@@ -49,6 +53,8 @@ class Features(NodeFamily):
     parallel: bool
     """Whether attention and MLP of a layer both read the layer's input."""
     chosen: ChosenFeatures | None = field(default=None, compare=False, repr=False)
+    later: tuple[Site, ...] = ()
+    """The sites of later layers to which features of a cross-layer transcoder write, too."""
 
     def __post_init__(self) -> None:
         if not self.numbers or list(self.numbers) != sorted(set(self.numbers)) or self.numbers[0] < 0:
@@ -61,10 +67,23 @@ class Features(NodeFamily):
                 "graph, features read 'mlp_in' and write to 'mlp_out' or 'mlp_raw' of the same layer, or read what "
                 "they write."
             )
+        if self.later:
+            self._check_later()
         if Node.parse(self.writers[0]).layer != self.layer:
             raise InputError(
                 f"The name of the basis '{self.basis}' does not say its layer, {self.layer}; give it a label such as "
                 f"'{self.part_of}' or 'wide.{self.layer}'."
+            )
+
+    def _check_later(self) -> None:
+        layers = [site.layer or 0 for site in (self.site_out, *self.later)]
+        kinds = {site.kind for site in (self.site_out, *self.later)}
+        if not self.of_transcoder or len(kinds) > 1 or layers != sorted(set(layers)):
+            written = ", ".join(map(str, (self.site_out, *self.later)))
+            raise UnsupportedError(
+                f"The basis '{self.basis}' reads '{self.site_in}' and writes to several sites ({written}): as nodes of "
+                "a graph, features of a cross-layer transcoder read 'mlp_in' and write to 'mlp_out' (or 'mlp_raw') of "
+                "the same layer, then of later ones."
             )
 
     @property
@@ -114,6 +133,12 @@ class Features(NodeFamily):
         return str(Node("attention" if self.of_attention else "mlp", self.layer))
 
     @property
+    def rows(self) -> tuple[NodeFamily, ...]:
+        """What they write in their own layer, and in each later one."""
+        own = replace(self, later=()) if self.later else self
+        return (own, *(LaterWrites(self, number) for number in range(1, len(self.later) + 1)))
+
+    @property
     def fingerprint(self) -> str:
         """The sha256 of the basis."""
         return self.sha256
@@ -123,16 +148,16 @@ class Features(NodeFamily):
         chosen = self.loaded()
         model.resolve(chosen)
         rows = chosen.writes()
-        if rows.device.type != model.device.type:
+        if rows.device != model.device:
             raise InputError(
                 f"The basis '{self.basis}' is on {rows.device}, the model on {model.device}; use "
                 "basis.to(model.device)."
             )
         width = {"mlp_post": len(model.layout.neurons(self.layer).W_out)} if self.site_out.kind == "mlp_post" else {}
         width |= {"z": model.dims.n_heads * model.dims.d_head}
-        if rows.shape[1] != (wanted := width.get(self.site_out.kind, model.dims.d_model)):
+        if rows.shape[-1] != (wanted := width.get(self.site_out.kind, model.dims.d_model)):
             raise InputError(
-                f"The basis '{self.basis}' writes vectors of {rows.shape[1]} numbers to '{self.site_out}', which has "
+                f"The basis '{self.basis}' writes vectors of {rows.shape[-1]} numbers to '{self.site_out}', which has "
                 f"{wanted}; it is of another model."
             )
 
@@ -162,24 +187,45 @@ class Features(NodeFamily):
         return True
 
     def writes(self, model: HookManager, now: Recorded) -> LowRank:
-        """Values times directions; before a post-norm a feature's share of the normed sum, as for heads and neurons."""
+        """Values times directions; before a post-norm a feature's share of the normed sum, as for heads and neurons.
+
+        Raises UnsupportedError for features that write in several layers: there is a family for each (`rows`).
+        """
+        if self.later:
+            raise UnsupportedError(
+                f"The features of '{self.basis}' write in several layers (a cross-layer transcoder), which this "
+                "computation does not take; use the exact engine or eap, eap-ig and the like, or a transcoder a layer."
+            )
+        return self.written_at(model, now, 0)
+
+    def written_at(self, model: HookManager, now: Recorded, number: int) -> LowRank:
+        """What they write at the first output site (0), or at a later one."""
         values = now[self.loaded()].movedim(-1, 0)  # pyright: ignore[reportArgumentType]
-        directions, post = self._directions(model, values)
+        site = (self.site_out, *self.later)[number]
+        directions, post = self._directions(model, values, site, number)
         if post.kind == "none":
             return LowRank(values, directions)
-        return LowRank(values / post.scale(self._normed(model, now[self.site_out]))[..., 0], directions)
+        return LowRank(values / post.scale(self._normed(model, now[site]))[..., 0], directions)
 
     def directions(self, model: HookManager) -> Float[Tensor, "feature d_model"]:
-        """What each adds to the residual stream at a value of 1; before a post-norm, times its scale."""
+        """What each adds to the residual stream at a value of 1; before a post-norm, times its scale. Of features that
+        write in several layers the sum; before post-norms, which have a scale each, what they add in the first."""
         wide = torch.empty(0, dtype=torch.promote_types(model.dtype, torch.float32), device=model.device)
-        return self._directions(model, wide)[0]
+        sites = (self.site_out, *self.later) if self.site_out.kind == "mlp_out" else (self.site_out,)
+        found = [self._directions(model, wide, site, number)[0] for number, site in enumerate(sites)]
+        return found[0] if len(found) == 1 else torch.stack(found).sum(0)
 
-    def _directions(self, model: HookManager, like: Tensor) -> tuple[Float[Tensor, "feature d_model"], Norm]:
+    def _directions(
+        self, model: HookManager, like: Tensor, site: Site, number: int
+    ) -> tuple[Float[Tensor, "feature d_model"], Norm]:
         """What each adds to the stream at a value of 1, and the post-norm by whose scale this is divided."""
-        rows, layout, kind = self.loaded().writes().to(like), model.layout, self.site_out.kind
+        rows, layout, kind = self.loaded().writes().to(like), model.layout, site.kind
+        if rows.ndim == 3:
+            rows = rows[:, number]
         if kind in ("mlp_out", "attn_out"):
             return rows, Norm("none")
-        post = layout.attention[self.layer].post if self.of_attention else layout.mlp_post[self.layer]
+        assert site.layer is not None
+        post = layout.attention[site.layer].post if self.of_attention else layout.mlp_post[site.layer]
         if kind == "mlp_post":
             rows = rows @ layout.neurons(self.layer).W_out.to(like)
         elif kind == "z":
@@ -231,6 +277,8 @@ class Features(NodeFamily):
 
     def written_grams(self, model: HookManager) -> Iterator[Float[Tensor, "d_model d_model"]]:
         """Of the directions."""
+        if self.later:
+            yield from super().written_grams(model)
         yield from (gram(row[:, None]) for row in self.directions(model))
 
     def read_grams(self, model: HookManager) -> Iterator[Float[Tensor, "d_model d_model"]]:
@@ -243,13 +291,74 @@ class Features(NodeFamily):
         yield from (gram(row[:, None]) for row in rows)
 
 
+@dataclass(frozen=True)
+class LaterWrites(NodeFamily):
+    """What features of a cross-layer transcoder write in one of the later layers: no nodes, but a part of these."""
+
+    features: Features
+    number: int
+    """Which of the output sites; the features' own layer has 0."""
+
+    @property
+    def site_out(self) -> Site:
+        """Where they write."""
+        return self.features.later[self.number - 1]
+
+    @property
+    def layer(self) -> int:
+        """The layer that they write in."""
+        assert self.site_out.layer is not None
+        return self.site_out.layer
+
+    @property
+    def origin(self) -> NodeFamily:
+        """What they write in their own layer."""
+        return self.features.rows[0]
+
+    @property
+    def written(self) -> Moment:
+        """The first state of the stream with what the later MLP adds."""
+        return (self.layer + 1, 0)
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """`m3.f17>m5`, in order."""
+        return tuple(f"{name}>{self.part_of}" for name in self.features.writers)
+
+    @property
+    def part_of(self) -> str:
+        """The later MLP."""
+        return str(Node("mlp", self.layer))
+
+    @property
+    def sites(self) -> tuple[NodeSite, ...]:
+        """The features, and where they write: only there is their part of the MLP's write known."""
+        chosen: tuple[NodeSite, ...] = () if self.features.chosen is None else (self.features.chosen,)
+        return (*chosen, self.site_out)
+
+    @property
+    def output(self) -> Site:
+        """What the later MLP adds."""
+        return Site("mlp_out", self.layer)
+
+    @property
+    def low_rank(self) -> bool:
+        """Each writes one direction."""
+        return True
+
+    def writes(self, model: HookManager, now: Recorded) -> LowRank:
+        """The features' values times their directions in this layer."""
+        return self.features.written_at(model, now, self.number)
+
+
 def why_not(name: str, site: Site) -> str:
     """Why features that write to a site are not nodes of the graph."""
     if site.kind.startswith("resid") or site.kind in ("embed", "final_norm"):
         return (
             f"The features of '{name}' are of a state of the residual stream ('{site}'), which no node writes by "
             "itself, so they are not parts of a node. Take a transcoder or a dictionary of an MLP's or attention's "
-            "output; or score and patch these features with attribution_patching and activation_patching."
+            "output; or find a circuit between such features with mi.feature_circuit, a graph of states in layers; or "
+            "score and patch them with attribution_patching and activation_patching."
         )
     return (
         f"The features of '{name}' write to '{site}'; as nodes of a graph they write to {', '.join(MLP + ATTENTION)} "
@@ -268,22 +377,46 @@ def features_of(basis: NodeBasis, numbers: Sequence[int] | None, dims: Dims) -> 
     """The features of a basis as a family; by default all of them.
 
     Raises InputError for numbers that it does not have, and a name without its layer; UnsupportedError for a basis
-    whose features are not parts of one MLP or attention, or read it in a way that has no port.
+    whose features are not parts of MLPs or of one attention, or read it in a way that has no port.
     """
     if not isinstance(basis, NodeBasis):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"`features` are bases, as from mi.load_basis; got {type(basis).__name__}.")
-    if len(basis.sites_in) != 1 or len(basis.sites_out) != 1:
-        several = ", ".join(map(str, basis.sites_out if len(basis.sites_out) > 1 else basis.sites_in))
+    if len(basis.sites_in) != 1:
         raise UnsupportedError(
-            f"The basis '{basis.name}' has several sites ({several}); a node of a graph reads one input and writes at "
-            "one place. Take one transcoder or dictionary a layer."
+            f"The basis '{basis.name}' reads several sites ({', '.join(map(str, basis.sites_in))}): a crosscoder has "
+            "read all of them only when its earlier ones are written, so its features do not cause what is there, and "
+            "are no nodes. Take a transcoder a layer or a cross-layer transcoder; or score its features with "
+            "attribution_patching."
         )
     chosen = basis.chosen(range(basis.n_features) if numbers is None else list(numbers))
-    parallel = reads_input(basis.sites_out[0], dims)
-    made = Features(basis.name, basis.sites_in[0], basis.sites_out[0], chosen.ids, basis.sha256, parallel, chosen)
+    site, *later = basis.sites_out
+    parallel = reads_input(site, dims)
+    made = Features(basis.name, basis.sites_in[0], site, chosen.ids, basis.sha256, parallel, chosen, tuple(later))
     if made.of_transcoder and not basis.reads_affinely:
         raise UnsupportedError(
             f"The basis '{basis.name}' does not say what direction each feature reads (it normalises its input, or is "
             "a wrapped object), so its features have no inputs in a graph; take a transcoder without normalisation."
         )
     return made
+
+
+def check_together(dims: Dims, features: Sequence[Features]) -> None:
+    """Return None if the features of several bases can be nodes of one graph. Raises InputError otherwise."""
+    by_part: dict[str, list[Features]] = {}
+    for one in features:
+        last = max(row.layer for row in one.rows)
+        if last >= dims.n_layers:
+            raise InputError(
+                f"The basis '{one.basis}' writes to layer {last}; the model has layers 0 to {dims.n_layers - 1}."
+            )
+        if one.parallel != (dims.parallel if one.of_attention else dims.mlp_reads_input(one.layer)):
+            raise InputError(f"The features of '{one.basis}' are of a model whose layers have another order.")
+        for row in one.rows:
+            by_part.setdefault(str(row.part_of), []).append(one)
+    for part, several in by_part.items():
+        if len({one.of_transcoder for one in several}) > 1:
+            names = " and ".join(f"'{one.basis}'" for one in several)
+            raise InputError(
+                f"{names} split {part}, one by what it reads and one by what it writes: the features of the second "
+                "would depend on those of the first. Take one of them."
+            )

@@ -54,5 +54,5 @@ class Input(NodeFamily):
     def written_grams(self, model: HookManager) -> Iterator[Float[Tensor, "d_model d_model"]]:
         """That of the embedding matrix divided by the root of its rows, so that it is one typical token."""
         dtype = torch.promote_types(model.dtype, torch.float32)
-        embedding = model.bridge.embed.W_E.detach().to(dtype)
+        embedding = model.bridge.embed.W_E.detach().to(model.device, dtype)
         yield gram(embedding.T) / len(embedding)

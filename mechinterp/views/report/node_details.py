@@ -18,8 +18,10 @@ from mechinterp.analysis.direct_logit_attribution import direct_logit_attributio
 from mechinterp.analysis.logit_lens import writes_lens
 from mechinterp.analysis.weights import top_tokens
 from mechinterp.base.errors import MechInterpError
+from mechinterp.evaluation.direct_effects import direct_effects
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.models.components import NODES_WITH_SITES
+from mechinterp.models.direction_readout import READING, explained
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node, Site, node_of, split_position
 from mechinterp.tasks.pairs import Pairs
@@ -64,7 +66,7 @@ class PromptDetails:
 class NodeDetails:
     """Measurements with the model, by the names of nodes without positions; `notes` say what was left out and why.
 
-    `direct` is the mean direct effect of each node on `direction`, in logits, over the first `n_direct` of the
+    `direct` is the mean direct effect of each node on `direction`, in `unit`, over the first `n_direct` of the
     `n_examples` examples of `pairs`.
     """
 
@@ -81,6 +83,8 @@ class NodeDetails:
     """Of every feature, where it is most active in the prompts."""
     example: PromptExample | None = None
     """The first of the prompts beside its corrupt one."""
+    unit: str = "logits"
+    """Of `direct`."""
 
 
 def node_details(
@@ -106,6 +110,9 @@ def node_details(
             f"Patterns and written tokens are left out: the first {min(SEARCHED, len(pairs))} prompts have more than "
             f"{MAX_TOKENS} tokens."
         )
+    of_reading = explained(model) is READING
+    if of_reading:
+        notes.append("Written tokens are left out: the circuit explains the reading of a direction, not logits.")
     prompts: list[PromptDetails] = []
     direct, n_direct, direction = dict[str, float](), 0, ""
     try:
@@ -114,10 +121,21 @@ def node_details(
         direct, n_direct, direction = _direct(model, pairs, names)
     except MechInterpError as error:
         notes.append(f"Some details of nodes are left out: {error}")
-    tokens, fires = _feature_tokens(model, circuit), _fires(model, circuit, pairs, rows)
+    tokens = {} if of_reading else _feature_tokens(model, circuit)
+    fires = _fires(model, circuit, pairs, rows)
     example = prompt_example(model, pairs, rows[0], pairs_name) if rows else None
     return NodeDetails(
-        pairs_name, len(pairs), tuple(prompts), direct, n_direct, direction, tuple(notes), tokens, fires, example
+        pairs_name,
+        len(pairs),
+        tuple(prompts),
+        direct,
+        n_direct,
+        direction,
+        tuple(notes),
+        tokens,
+        fires,
+        example,
+        "of the reading" if of_reading else "logits",
     )
 
 
@@ -179,7 +197,7 @@ def _prompt(model: HookManager, pairs: Pairs, row: int, names: Sequence[str], he
     length = int(one.lengths[0])
     ids = one.clean[:, :length]
     written: dict[str, Written] = {}
-    if names:
+    if names and explained(model) is not READING:
         for name, part in writes_lens(model, one, names, top_k=TOP_TOKENS).groupby("node", sort=False):
             written[str(name)] = Written(_top(model, part, "raised"), _top(model, part, "lowered"))
     return PromptDetails(
@@ -208,15 +226,15 @@ def _patterns(model: HookManager, ids: Tensor, heads: Sequence[str]) -> dict[str
 
 
 def _direct(model: HookManager, pairs: Pairs, names: Sequence[str]) -> tuple[dict[str, float], int, str]:
-    if pairs.right is None or not names:
-        return {}, 0, ""
     some = pairs[:MEAN_OVER]
-    direction = "right" if pairs.wrong is None else "answers"
-    refine = ["input"] if "pos_embed" in names else []
-    parts = direct_logit_attribution(model, some, direction, refine=refine, batch_size=16)
+    if names and explained(model) is READING:
+        parts, text = direct_effects(model, some, 16), "reading of the direction, clean less corrupt prompt"
+    elif names and pairs.right is not None:
+        direction = "right" if pairs.wrong is None else "answers"
+        refine = ["input"] if "pos_embed" in names else []
+        parts = direct_logit_attribution(model, some, direction, refine=refine, batch_size=16)
+        text = str(parts.about["direction"])
+    else:
+        return {}, 0, ""
     means = dict(zip(parts.labels["node"], parts.mean("example").values.tolist(), strict=True))
-    return (
-        {name: means[name] for name in names if math.isfinite(means.get(name, math.nan))},
-        len(some),
-        str(parts.about["direction"]),
-    )
+    return {name: means[name] for name in names if math.isfinite(means.get(name, math.nan))}, len(some), text

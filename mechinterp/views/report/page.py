@@ -142,11 +142,16 @@ def _measured(details: NodeDetails) -> str:
     parts: list[str] = []
     if details.prompts:
         numbers = ", ".join(str(prompt.row + 1) for prompt in details.prompts)
+        written = any(prompt.written for prompt in details.prompts)
         parts.append(
-            f"Patterns and written tokens: clean prompts {numbers} of the {details.n_examples} {details.pairs} pairs, "
-            "one at a time. Written tokens: what the node alone adds to the logits at the answer position, with the "
-            "scale of the final norm in that run."
+            f"Patterns{' and written tokens' if written else ''}: clean prompts {numbers} of the {details.n_examples} "
+            f"{details.pairs} pairs, one at a time."
         )
+        if written:
+            parts.append(
+                "Written tokens: what the node alone adds to the logits at the answer position, with the scale of the "
+                "final norm in that run."
+            )
     if details.n_direct:
         parts.append(
             f"Direct effect: on the {details.direction}, the mean over the first {details.n_direct} of these pairs."
@@ -185,6 +190,7 @@ def _details(details: NodeDetails) -> dict[str, Any]:
         "n_examples": details.n_examples,
         "n_direct": details.n_direct,
         "direction": details.direction,
+        "unit": details.unit,
         "direct": {name: _digits(value) for name, value in details.direct.items()},
         "tokens": details.tokens,
         "fires": details.fires,

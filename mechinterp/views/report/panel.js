@@ -50,7 +50,7 @@ class Panel {
     if (this.graph.scored && scores.length) rows.push([this.graph.level === "node" ? "score" : "score, its edges summed", signed(total)]);
     rows.push(this.graph.level === "node" ? ["neighbours", `${into.length} in, ${out.length} out`] : ["edges", `${into.length} in, ${leaving.size} out`]);
     const direct = this.details.direct[node.bare];
-    if (direct !== undefined) rows.push(["direct effect", `${signed(direct)} logits (mean of ${this.details.n_direct})`]);
+    if (direct !== undefined) rows.push(["direct effect", `${signed(direct)} ${this.details.unit} (mean of ${this.details.n_direct})`]);
     if (this.details.tokens?.[node.bare]) rows.push(["raises most", this.details.tokens[node.bare]]);
     if (this.details.fires?.[node.bare]) rows.push(["most active at", this.details.fires[node.bare]]);
     this.show(

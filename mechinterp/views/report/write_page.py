@@ -11,6 +11,7 @@ from mechinterp.base.progress import StageProgress, no_stages
 from mechinterp.circuit_file.bases import stated_bases
 from mechinterp.circuit_file.circuit_file import circuit_of
 from mechinterp.circuit_file.named_files import find_file
+from mechinterp.circuit_file.readouts import as_stated, named_model
 from mechinterp.circuit_file.records import pairs_of, task_of
 from mechinterp.circuit_file.schema import CircuitFile, TaskRecord
 from mechinterp.circuit_file.store import SUFFIX, open_circuit_file
@@ -82,7 +83,12 @@ def _details(
         why = "is not available" if isinstance(error, ModelNotAvailable) else f"cannot be opened: {error}"
         return NodeDetails(notes=(f"{LEFT_OUT}: the model {document.model.name} {why.rstrip('.')}.",))
     stated = document.model.weights_sha256
-    if manager.dims != circuit.graph.dims or (stated is not None and manager.info.weights_sha256() != stated):
+    try:
+        read = as_stated(document, path, manager)
+    except MechInterpError as error:
+        return NodeDetails(notes=(f"{LEFT_OUT}: {error}",))
+    weights = named_model(document, manager).info.weights_sha256
+    if read.dims != circuit.graph.dims or (stated is not None and weights() != stated):
         return NodeDetails(notes=(f"{LEFT_OUT}: {manager.info.name} does not have the weights that the file states.",))
     progress("details", 0, 1)
     left_out: tuple[str, ...] = ()
@@ -99,5 +105,5 @@ def _details(
         return NodeDetails(notes=(f"{LEFT_OUT}: the pairs {name!r} cannot be made: {error}",))
     if pairs.digest() != document.pairs[name].sha256:
         return NodeDetails(notes=(f"{LEFT_OUT}: the pairs {name!r} are not those that the file states.",))
-    details = node_details(manager, circuit, pairs, name)
+    details = node_details(read, circuit, pairs, name)
     return replace(details, notes=(*details.notes, *left_out))
