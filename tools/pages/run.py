@@ -67,7 +67,9 @@ def _results(path: Path, text: str, names: dict[str, Any]) -> Iterator[Result]:
             yield Result(found["block"], now, found.span("block"))
         elif found["link"]:
             picture = _file(path, found["link"])
-            figure = _of_method(path) or names["figure"]
+            figure = _of_method(path) or names.get("figure")
+            if figure is None:
+                raise ValueError(f"{path.name} shows {found['link']}, but no block above it makes `figure`.")
             yield Result(numbers(picture), numbers_of(figure), found.span("link"), picture, figure)
 
 
