@@ -53,7 +53,7 @@ types: $(VENV)/.installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/.installed-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "Documentation: site/index.html (open it in a browser)"
 
 # Runs the notebooks and stores what they show; NAMES="02 05" takes some, NAMES=--check compares and stores nothing.

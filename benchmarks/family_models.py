@@ -30,7 +30,7 @@ class Modules:
     """The layout of q, k and v in one projection (then all three names are the same): `blocks` (all of q, all of k,
     all of v), or head by head in an order such as `qkv`."""
     mixer: str = ""
-    """What is one node in the place of heads, in the layers that have a module of this name."""
+    """What is one node in the place of heads, in the layers that have a module of this name; the first of several."""
     mixer_layers: tuple[int, ...] | None = None
     """In which layers, if not in all that have it."""
     attention_post: str = ""
@@ -132,6 +132,13 @@ _NEO = {
     "window_size": 4,
     "max_position_embeddings": N_CTX,
     **_ENDS,
+}
+_LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
 }
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _MLA = {
@@ -292,11 +299,26 @@ FAMILIES: tuple[Family, ...] = (
         "Qwen3-Next, full attention",
         "Qwen3Next",
         {**_GH, **_MOE, "layer_types": ["full_attention"] * 2, "shared_expert_intermediate_size": 16},
+        Modules(mixer="self_attn"),
+    ),
+    Family(
+        "Qwen3-Next, linear and full attention",
+        "Qwen3Next",
+        {**_GH, **_MOE, **_LINEAR, "shared_expert_intermediate_size": 16},
+        Modules(mixer="linear_attn self_attn"),
     ),
     Family(
         "Qwen3.5, full attention",
         "Qwen3_5",
         {**_GH, "layer_types": ["full_attention"] * 2},
+        Modules(mixer="self_attn"),
+        config_class="Qwen3_5TextConfig",
+    ),
+    Family(
+        "Qwen3.5, linear and full attention",
+        "Qwen3_5",
+        {**_GH, **_LINEAR},
+        Modules(mixer="linear_attn self_attn"),
         config_class="Qwen3_5TextConfig",
     ),
     Family("Gemma", "Gemma", _GH),
@@ -405,7 +427,7 @@ FAMILIES: tuple[Family, ...] = (
         Modules(mixer="self_attention"),
     ),
     Family("ModernBERT decoder", "ModernBertDecoder", {**_R, "cls_token_id": 0, "sep_token_id": 0}),
-    Family("AFMoE", "Afmoe", {**_GH, **_MOE, "num_dense_layers": 1}, _AFMOE),
+    Family("AFMoE", "Afmoe", {**_GH, **_MOE, "num_dense_layers": 1}, replace(_AFMOE, mixer="self_attn")),
     Family("Jais 2", "Jais2", _GH),
     Family(
         "Youtu",

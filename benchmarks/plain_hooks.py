@@ -201,8 +201,9 @@ def run_plain(
     hooks: list[Any] = []
     for layer in range(len(model.layers)):
         hooks.append(model.layers[layer].register_forward_pre_hook(enter(layer), with_kwargs=True))
-        if model.has(layer, names.mixer) and (names.mixer_layers is None or layer in names.mixer_layers):
-            mixer = model.part(layer, names.mixer)
+        mixers = [name for name in names.mixer.split() if model.has(layer, name)]
+        if mixers and (names.mixer_layers is None or layer in names.mixer_layers):
+            mixer = model.part(layer, mixers[0])
             hooks.append(mixer.register_forward_pre_hook(read_mixer(layer), with_kwargs=True))
             hooks.append(mixer.register_forward_hook(write_mixer(layer)))
         else:

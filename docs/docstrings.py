@@ -8,6 +8,8 @@ from typing import Any
 import griffe
 
 CODE = re.compile(r"(``.+?``|`[^`]+`)", re.DOTALL)
+STARRED = re.compile(r"^ +(?:\\\*){1,2}(?=\w+:)", re.MULTILINE)
+"""What stands for the name of a parameter `*interventions` or `**options` in a block of arguments, once escaped."""
 LETTERS = {"<": "&lt;", "*": r"\*", "[": r"\[", "|": r"\|"}
 
 
@@ -43,7 +45,8 @@ def as_markdown(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return "".join(LETTERS.get(letter, letter) for letter in text)
+    escaped = "".join(LETTERS.get(letter, letter) for letter in text)
+    return STARRED.sub(lambda name: name[0].replace("\\", ""), escaped)
 
 
 class Markdown(griffe.Extension):

@@ -194,7 +194,7 @@ def verification() -> str:
             parts.append(_line(f"M{x - 116 + 48} 60 L{x - 50} 60"))
     parts += [
         _text(20, 24, "without the model", "start", 12, KEPT),
-        _text(368, 24, "with the model (exit code 3 when it cannot be had)", "start", 12, HEAD),
+        _text(368, 24, "with the model (exit code 3 without it)", "start", 12, HEAD),
         _text(
             20, 132, "exit code 0: every claim holds      1: a claim failed, and which      2: bad input", "start", 12
         ),

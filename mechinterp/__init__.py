@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from mechinterp.analysis.attribution import node_attribution as node_attribution
     from mechinterp.analysis.attribution_graph.aggregate import AggregatedGraph as AggregatedGraph
     from mechinterp.analysis.attribution_graph.aggregate import aggregate_graphs as aggregate_graphs
+    from mechinterp.analysis.attribution_graph.aggregate import graph_prompts as graph_prompts
+    from mechinterp.analysis.attribution_graph.build import GraphSize as GraphSize
     from mechinterp.analysis.attribution_graph.build import attribution_graph as attribution_graph
+    from mechinterp.analysis.attribution_graph.build import graph_size as graph_size
     from mechinterp.analysis.attribution_graph.graph import AttributionGraph as AttributionGraph
     from mechinterp.analysis.attribution_graph.graph import GraphNode as GraphNode
     from mechinterp.analysis.attribution_graph.graph import Supernode as Supernode
@@ -141,6 +144,8 @@ if TYPE_CHECKING:
     from mechinterp.circuit_file.diff import diff_circuits as diff_circuits
     from mechinterp.circuit_file.direction_claims import verify_direction as verify_direction
     from mechinterp.circuit_file.direction_file import load_direction as load_direction
+    from mechinterp.circuit_file.formats.aggregated_graphs import load_aggregated_graph as load_aggregated_graph
+    from mechinterp.circuit_file.formats.aggregated_graphs import save_aggregated_graph as save_aggregated_graph
     from mechinterp.circuit_file.formats.attribution_graphs import load_attribution_graph as load_attribution_graph
     from mechinterp.circuit_file.formats.attribution_graphs import save_attribution_graph as save_attribution_graph
     from mechinterp.circuit_file.hub import pull_circuit as pull_circuit
@@ -309,6 +314,7 @@ if TYPE_CHECKING:
     from mechinterp.views.plots.save import save_image as save_image
     from mechinterp.views.plots.steering import steering_curve as steering_curve
     from mechinterp.views.plots.text import text_page as text_page
+    from mechinterp.views.report.aggregate_page import write_aggregate_page as write_aggregate_page
     from mechinterp.views.report.attribution_page import write_graph_page as write_graph_page
     from mechinterp.views.report.write_page import write_page as write_page
 
@@ -317,8 +323,8 @@ _HOMES = {
     "analysis.compensation": ("compensation",),
     "analysis.attention_edits": ("edit_pattern", "knock_out_attention"),
     "analysis.attribution": ("attribution_patching", "node_attribution"),
-    "analysis.attribution_graph.aggregate": ("AggregatedGraph", "aggregate_graphs"),
-    "analysis.attribution_graph.build": ("attribution_graph",),
+    "analysis.attribution_graph.aggregate": ("AggregatedGraph", "aggregate_graphs", "graph_prompts"),
+    "analysis.attribution_graph.build": ("GraphSize", "attribution_graph", "graph_size"),
     "analysis.attribution_graph.graph": ("AttributionGraph", "GraphNode", "Supernode"),
     "analysis.attribution_graph.supernodes": ("find_supernodes",),
     "analysis.attribution_graph.validate": ("EdgeValidation", "GraphValidation", "validate_edges", "validate_graph"),
@@ -394,6 +400,7 @@ _HOMES = {
     "base.text_files": ("read_texts",),
     "circuit_file.circuit_file": ("load_circuit", "save_circuit"),
     "circuit_file.diff": ("CircuitDiff", "diff_circuits"),
+    "circuit_file.formats.aggregated_graphs": ("load_aggregated_graph", "save_aggregated_graph"),
     "circuit_file.formats.attribution_graphs": ("load_attribution_graph", "save_attribution_graph"),
     "circuit_file.hub": ("pull_circuit", "push_circuit"),
     "circuit_file.reevaluate": ("Reevaluation", "reevaluate"),
@@ -490,6 +497,7 @@ _HOMES = {
     "views.plots.grids": ("attention_figure", "heatmap", "lens_figure", "token_labels", "waterfall"),
     "views.plots.save": ("save_html", "save_image"),
     "views.plots.text": ("text_page",),
+    "views.report.aggregate_page": ("write_aggregate_page",),
     "views.report.attribution_page": ("write_graph_page",),
     "views.report.write_page": ("write_page",),
 }

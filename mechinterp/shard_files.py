@@ -144,7 +144,7 @@ def _read(path: Path) -> Shard:
     assert shard is not None and command is not None
     number, count = shard.tolist()
     if not 1 <= number <= count:
-        raise InputError(f"{path} says that it is shard {number} of {count}, which cannot be.")
+        raise InputError(f"{path} says that it is shard {number} of {count}, which is not possible.")
     return Shard(path, key, bytes(command.tolist()).decode("utf-8", "replace"), number, count, tables)
 
 

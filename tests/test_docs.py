@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import json
-import os
+import io
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
 
 import mechinterp
 from mechinterp import compare, pipeline
@@ -28,7 +28,6 @@ from tools.pages.run import numbers, numbers_of, pictures_of, run
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 NAMES = {path: path.relative_to(ROOT / "docs").as_posix() for path in PAGES}
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 COMMANDS: Any = typer.main.get_command(app)
 
 
@@ -128,21 +127,8 @@ QUICK = [
 ]
 
 
-PRINTER = """
-import contextlib, io, json, sys
-from mechinterp.cli.app import main
-
-printed = []
-for words in json.load(sys.stdin):
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        code = main(words)
-    printed.append([code, out.getvalue()])
-print(json.dumps(printed))
-"""
-
-
 @pytest.mark.slow
-def test_the_output_that_is_shown_is_the_output() -> None:
+def test_the_output_that_is_shown_is_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of commands that only read a stored circuit; `discover-circuit run ioi` makes the first of them."""
     shown = [block.splitlines() for _, block in QUICK]
     given: list[list[str]] = []
@@ -153,27 +139,30 @@ def test_the_output_that_is_shown_is_the_output() -> None:
     assert len(given) >= 3 and {"ioi-bundled-mattr", "ioi-bundled-eap-ig"} <= {
         word for words in given for word in words
     }
-    done = subprocess.run(
-        [sys.executable, "-c", PRINTER],
-        input=json.dumps(given),
-        env={**ENVIRONMENT, "COLUMNS": "80"},  # as on a terminal
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    for lines, (code, printed) in zip(shown, json.loads(done.stdout), strict=True):
+    monkeypatch.setenv("COLUMNS", "80")  # as on a terminal
+    for lines, words in zip(shown, given, strict=True):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            code = cli.main(words)
         assert code == 0
-        found = [line.rstrip() for line in printed.splitlines()]
+        found = [line.rstrip() for line in out.getvalue().splitlines()]
         assert not [line for line in lines[1:] if line.rstrip() not in found and "…" not in line], lines[0]
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built documentation. mkdocs comes with the extra `docs`, and so with `dev`."""
+    """The built documentation, as by `mkdocs build --strict` in this process; with `--quiet` it overlooks warnings.
+
+    mkdocs comes with the extra `docs`, and so with `dev`.
+    """
     out = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]
-    made = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert made.returncode == 0, made.stdout + made.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        config = load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(out))
+        config.plugins.on_startup(command="build", dirty=False)
+        try:
+            build(config)
+        finally:
+            config.plugins.on_shutdown()
     return out
 
 
@@ -187,8 +176,10 @@ def of_the_docs(name: str) -> Any:
 
 
 def test_docstrings_become_markdown() -> None:
-    """Doctests are code, lists are lists, and `<` and `*` outside of code stay what they are."""
-    made = of_the_docs("docstrings").as_markdown("The <q> of `a<b>`:\n- 2 * 3\n\n>>> 1 + 1\n2\n\nEnd.")
+    """Doctests are code, lists are lists; `<` and `*` outside of code stay, and so do names of arguments."""
+    as_markdown = of_the_docs("docstrings").as_markdown
+    assert as_markdown("Args:\n    *a: one\n    **b: 2 * 3\n") == "Args:\n    *a: one\n    **b: 2 \\* 3"
+    made = as_markdown("The <q> of `a<b>`:\n- 2 * 3\n\n>>> 1 + 1\n2\n\nEnd.")
     assert made == "The &lt;q> of `a<b>`:\n\n- 2 \\* 3\n\n\n```pycon\n>>> 1 + 1\n2\n```\n\nEnd."
 
 

@@ -59,7 +59,7 @@ SMALL: dict[str, Any] = {
 """A random model does no task, and no size is faithful."""
 BUNDLED = RunSpec(
     "ioi",
-    settings=("runs=2", "learning_steps=30", "drawings=8"),
+    settings=("runs=2", "learning_steps=15", "drawings=8"),
     examples=40,
     validation_examples=60,
     test_examples=20,
@@ -136,6 +136,7 @@ def test_a_model_that_does_not_do_the_task_gets_no_circuit(spec: RunSpec) -> Non
     assert not list(spec.out.iterdir())
 
 
+@pytest.mark.slow
 def test_no_small_circuit_is_an_answer(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its scores are kept for the run with a given size, which leaves nothing behind."""
     monkeypatch.setattr(finished_parts, "WORTH_SECONDS", 0.0)
@@ -322,6 +323,7 @@ def test_an_effort_names_the_method_and_settings_given_come_last() -> None:
         pipeline._settings(resolved(RunSpec("ioi", effort=effort)))
 
 
+@pytest.mark.slow
 def test_a_killed_run_does_not_score_again(spec: RunSpec, monkeypatch: pytest.MonkeyPatch, made: Discovery) -> None:
     monkeypatch.setattr(finished_parts, "WORTH_SECONDS", 0.0)
     scored: list[int] = []
@@ -353,6 +355,7 @@ def test_what_was_measured_with_another_metric_of_a_task_file_is_not_taken_up(tm
     assert len(set(keys.values())) == 2
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(made: Discovery, spec: RunSpec) -> None:
     assert made.path.read_bytes() == discover(spec).path.read_bytes()
 
@@ -404,6 +407,7 @@ def test_a_file_of_pairs(spec: RunSpec, folder: Path) -> None:
         path.write_text(text, "utf-8")
 
 
+@pytest.mark.slow
 def test_bos_is_chosen_by_the_spec_and_kept_in_the_file(spec: RunSpec) -> None:
     model = mi.load_model(spec.model)
     default = model.tokenizer("a")["input_ids"][0] == model.tokenizer.bos_token_id

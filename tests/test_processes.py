@@ -105,6 +105,7 @@ def test_two_processes_find_the_circuit_of_one(alone: Path, tmp_path: Path) -> N
     assert not [path for path in broken.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_four_shards_are_one_run(alone: Path, tmp_path: Path) -> None:
     spec = replace(RUN, out=tmp_path)
     paths = [score_shard(replace(spec, shard=f"{number}/4")) for number in (2, 1, 4, 3)]

@@ -15,12 +15,15 @@ from mechinterp.pipeline import prepare
 from mechinterp.run_costs import dry_run
 from mechinterp.run_spec import RunSpec, command_of
 
+WRITES = "patched runs keep: all writes of 6 examples at once"
+
 
 def spec(tmp_path: Path, **options: object) -> RunSpec:
     few = {"examples": 6, "validation_examples": 4, "test_examples": 4}
     return RunSpec("ioi", out=tmp_path, **{**few, **options})  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
@@ -40,7 +43,13 @@ def test_the_runs_of_scoring_are_those_of_the_method(tmp_path: Path, method: str
     assert (found.n_edges, found.n_train) == (ready.graph.n_edges, 6)
     assert ("learned masks" in found.bytes) == (method == "mattr")
     assert found.seconds > scoring.seconds > 0
-    for part in ("graph: 479 edges (21 writers", f"scores: {scoring.forwards} forwards", "memory, total: ", "time: "):
+    for part in (
+        "graph: 479 edges (21 writers",
+        f"scores: {scoring.forwards} forwards",
+        "memory, total: ",
+        "time: ",
+        WRITES,
+    ):
         assert any(line.startswith(part) for line in found.lines())
     assert [*tmp_path.iterdir()] == []
 
@@ -52,6 +61,7 @@ def test_where_the_runs_are_not_known_a_note_says_so(tmp_path: Path) -> None:
     assert any(line.startswith("time: ") and "without what the notes name" in line for line in unknown.lines())
 
 
+@pytest.mark.slow
 def test_that_refining_is_not_in_the_time_is_said(tmp_path: Path) -> None:
     model = mi.load_model("bundled")
     assert dry_run(spec(tmp_path, method="eap", edges=20), model=model).notes == ()

@@ -258,8 +258,8 @@ def fraction(effects: Grid) -> Grid:
     whole = (clean - corrupt) * int(effects.about["metric_direction"])
     if not abs(whole) > 1e-4 * max(abs(clean), abs(corrupt)):
         raise InputError(
-            f"The metric is {clean:.4g} in the clean and {corrupt:.4g} in the corrupt run; a share of no difference "
-            "means nothing. Use the effects themselves."
+            f"The metric is {clean:.4g} in the clean and {corrupt:.4g} in the corrupt run, so a share of their "
+            "difference is not defined. Use the effects themselves."
         )
     mean = effects.mean("example") if "example" in effects.labels else effects
     return Grid(mean.values / whole, mean.labels, "fraction", "", mean.about, mean.cost)

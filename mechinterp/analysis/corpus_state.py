@@ -121,6 +121,7 @@ def reading_of(
     model: HookManager,
     subjects: Sequence[tuple[object, int | None]],
     n: int,
+    skip: int = 0,
 ) -> Checkpoint:
     """The checkpoint of one reading; its key has the model, what is looked for, and how many examples are kept.
 
@@ -129,6 +130,7 @@ def reading_of(
         model: The model.
         subjects: Bases with numbers of features, or names of neurons and heads.
         n: Examples of each.
+        skip: Tokens at the beginning of every text that are not looked at.
 
     Raises InputError for a basis without a digest of its own.
     """
@@ -139,7 +141,7 @@ def reading_of(
         if not isinstance(subject, (Basis, str)):
             raise InputError(f"`resume` needs a feature basis with a sha256; {type(subject).__name__} has none.")
         names.append([subject if isinstance(subject, str) else subject.sha256, feature])
-    return checkpoint_of(path, ["strongest examples", model.info.weights_sha256(), str(model.dtype), names, n])
+    return checkpoint_of(path, ["strongest examples", model.info.weights_sha256(), str(model.dtype), names, n, skip])
 
 
 def _state(reached: Reached, digest: bytes) -> dict[str, Tensor]:

@@ -75,7 +75,8 @@ class Examples:
         strongest: The examples, the strongest first.
         read: How many texts were read.
         fired: On how many of their tokens it was not 0.
-        tokens: How many tokens were read.
+        tokens: How many tokens were looked at.
+        skip: How many tokens at the beginning of every text were not.
     """
 
     name: str
@@ -83,6 +84,12 @@ class Examples:
     read: int = 0
     fired: int = 0
     tokens: int = 0
+    skip: int = 0
+
+    @property
+    def only_first(self) -> bool:
+        """Whether every example is the first token of its text, so that they say nothing of what else it fires on."""
+        return len(self.strongest) > 1 and all(one.position == 0 for one in self.strongest)
 
     def to_frame(self) -> pd.DataFrame:
         """A row per example: value, token, example (the token marked)."""
@@ -134,6 +141,8 @@ class Description:
             share = self.examples.fired / max(1, self.examples.tokens)
             lines.append(f"fires on {share:.2%} of {self.examples.tokens:,} tokens; strongest:")
             lines += [f"  {one.value:.3g}  {one.marked()}" for one in self.examples.strongest]
+            if self.examples.only_first:
+                lines.append("  all of these are the first token of their text; with skip=1 it is left out")
         return "\n".join(lines)
 
     def top_words(self, n: int = 5) -> str:
@@ -155,6 +164,7 @@ def describe(
     texts: Texts | None = None,
     n: int = 10,
     strength: float | None = None,
+    skip: int = 0,
     batch_size: int = 16,
     words: Callable[[str], str] | None = None,
 ) -> Description:
@@ -171,6 +181,9 @@ def describe(
         n: Tokens per table, and examples.
         strength: How much is added to the activation at every token for `change` (heads: that share of their output).
             By default the strongest activation in the texts (heads: 1).
+        skip: So many tokens at the beginning of every text are not looked at: as examples, for the strongest
+            activation, in the mean write of a head. In most models the first token has a state that no other has, on
+            which many features are strongest.
         batch_size: Texts per run.
         words: Called with the evidence as text; what it returns is kept in `words`. This is where a language model
             goes: none is ever called otherwise.
@@ -196,6 +209,7 @@ def describe(
         raise InputError(f"`by` is a list of evidence: {', '.join(EVIDENCE)}.")
     if n < 1:
         raise InputError(f"`n` must be at least 1; got {n}.")
+    _check_skip(skip)
     found = subject_of(model, subject, feature)
     needs_texts = [name for name in by if name != "vocab"] + ["vocab"] * (found.direction is None and "vocab" in by)
     if needs_texts and texts is None:
@@ -205,7 +219,7 @@ def describe(
     if texts is not None and needs_texts:
         with Gradients(False) as off, off:
             reader = CorpusReader(model, texts, batch_size, no_progress, UNSAVED)
-            examples, first, mean = _read(model, found, reader, n, Examples(found.name))
+            examples, first, mean = _read(model, found, reader, n, Examples(found.name, skip=skip))
     if "vocab" in by:
         made = replace(made, vocab=_vocab(model, found, mean, n))
     if "examples" in by:
@@ -232,6 +246,7 @@ def strongest_examples(
     *,
     texts: Texts,
     n: int = 10,
+    skip: int = 0,
     batch_size: int = 16,
     so_far: Examples | None = None,
     resume: str | os.PathLike[str] | None = None,
@@ -245,6 +260,7 @@ def strongest_examples(
         feature: The number of the feature.
         texts: The corpus; it may be an iterator over any number of texts.
         n: Examples to keep; nothing else is kept in memory.
+        skip: So many tokens at the beginning of every text are not looked at.
         batch_size: Texts per run.
         so_far: The examples of an earlier call on the same corpus, which was not finished: as many texts as it has read
             are skipped.
@@ -260,24 +276,32 @@ def strongest_examples(
         raise InputError("Give `so_far` or `resume`, not both.")
     if n < 1:
         raise InputError(f"`n` must be at least 1; got {n}.")
+    _check_skip(skip)
     found = subject_of(model, subject, feature)
+    if so_far is not None and so_far.skip != skip:
+        raise InputError(f"`so_far` was made with skip={so_far.skip}; give the same.")
     if so_far is not None and so_far.name != found.name:
         raise InputError(f"`so_far` has examples of {so_far.name}, not of {found.name}.")
-    reader = CorpusReader(model, texts, batch_size, progress, reading_of(resume, model, [(subject, feature)], n))
+    reader = CorpusReader(model, texts, batch_size, progress, reading_of(resume, model, [(subject, feature)], n, skip))
     before = reader.reached(1, n)
     if before is not None:
         kept = tuple(Example(*one) for one in before.kept[0])
-        examples = Examples(found.name, kept, before.read, before.fired[0], before.tokens)
-        skip = 0
+        examples = Examples(found.name, kept, before.read, before.fired[0], before.tokens, skip)
+        known = 0
     else:
-        examples = so_far or Examples(found.name)
-        skip = examples.read
+        examples = so_far or Examples(found.name, skip=skip)
+        known = examples.read
     with Gradients(False) as off, off:
-        return _read(model, found, reader, n, examples, skip)[0]
+        return _read(model, found, reader, n, examples, known)[0]
+
+
+def _check_skip(skip: int) -> None:
+    if skip < 0:
+        raise InputError(f"`skip` is a number of tokens, at least 0; got {skip}.")
 
 
 def _read(
-    model: HookManager, subject: Subject, reader: CorpusReader, n: int, so_far: Examples, skip: int = 0
+    model: HookManager, subject: Subject, reader: CorpusReader, n: int, so_far: Examples, known: int = 0
 ) -> tuple[Examples, list[Tensor], Float[Tensor, " d_model"] | None]:
     """(the strongest examples, the first texts, the mean write of a head)."""
     best = [(one.value, -one.text, one) for one in so_far.strongest]  # of equal ones the first of the corpus stay
@@ -285,11 +309,12 @@ def _read(
     read, fired, n_tokens = so_far.read, so_far.fired, so_far.tokens
     first: list[Tensor] = []
     total: Tensor | None = None
-    for tokens, mask in reader.batches(skip):
+    for tokens, mask in reader.batches(known):
+        counted = mask & (torch.arange(mask.shape[1], device=mask.device) >= so_far.skip)
         value = model.run(tokens, mask, record=[subject.site]).values[subject.site]
-        activation = subject.activation(value).float().masked_fill(~mask, -torch.inf)
+        activation = subject.activation(value).float().masked_fill(~counted, -torch.inf)
         if (writes := subject.write) is not None:
-            write = writes(value)[mask].double().sum(0)
+            write = writes(value)[counted].double().sum(0)
             total = write if total is None else total + write
         strongest = activation.max(1)
         for row, (most, position) in enumerate(zip(*(part.tolist() for part in strongest), strict=True)):
@@ -301,8 +326,8 @@ def _read(
                     heapq.heappop(best)
             if len(first) < CHANGED:
                 first.append(tokens[row, : len(ids)])
-        read, n_tokens = read + len(tokens), n_tokens + int(mask.sum())
-        fired += int(((activation != 0) & mask).sum())
+        read, n_tokens = read + len(tokens), n_tokens + int(counted.sum())
+        fired += int(((activation != 0) & counted).sum())
         if reader.due:
             now = [(one.value, one.text, one.ids, one.position) for _, _, one in sorted(best, reverse=True)]
             reader.save(Reached(read, n_tokens, [fired], [now]))
@@ -312,7 +337,7 @@ def _read(
     kept = [one for _, _, one in sorted(best, reverse=True)]
     named = [replace(one, words=words_of(model, one.ids)) for one in kept]
     return (
-        Examples(subject.name, tuple(named), read, fired, n_tokens),
+        Examples(subject.name, tuple(named), read, fired, n_tokens, so_far.skip),
         first,
         None if total is None else total / max(1, n_tokens),
     )

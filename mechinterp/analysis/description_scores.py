@@ -11,8 +11,9 @@ by a model of theirs; no language model is called.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import pandas as pd
 import torch
@@ -23,7 +24,7 @@ from mechinterp.analysis.describe_subject import Subject, subject_of
 from mechinterp.analysis.texts import Texts, batches_of_texts
 from mechinterp.base.errors import InputError
 from mechinterp.models.feature_basis import FeatureBasis
-from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.hook_manager import HookManager, Intervention
 from mechinterp.models.modes import Gradients
 
 SHUFFLES = 1000
@@ -82,6 +83,7 @@ def score_description(
     inside: Texts,
     outside: Texts,
     threshold: float = 0.0,
+    skip: int = 0,
     batch_size: int = 16,
     seed: int = 0,
 ) -> DescriptionScore:
@@ -94,16 +96,18 @@ def score_description(
         inside: Texts on which the description says that it fires; not those that the description was made from.
         outside: Texts on which it says that it does not.
         threshold: It fires on a text if its largest activation there is above this.
+        skip: So many tokens at the beginning of every text do not count, and it is not ablated there. Give 1 where a
+            feature is strong on the first token whatever follows (BOS): with 0 that alone would be its strength.
         batch_size: Texts per run.
         seed: Of the shuffled labels.
 
     Cost: two forwards per text.
 
-    Raises InputError for fewer than two texts on a side.
+    Raises InputError for fewer than two texts on a side, and a text of no more than `skip` tokens.
     """
     found = subject_of(model, subject, feature)
     with Gradients(False) as off, off:
-        parts = [_strength_and_effect(model, found, texts, batch_size) for texts in (inside, outside)]
+        parts = [_strength_and_effect(model, found, texts, skip, batch_size) for texts in (inside, outside)]
     for texts in parts:
         if len(texts[0]) < 2:
             raise InputError("A score needs at least two texts inside and two outside.")
@@ -138,13 +142,15 @@ def auroc(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> Tensor:
 
 
 def _strength_and_effect(
-    model: HookManager, subject: Subject, texts: Texts, batch_size: int
+    model: HookManager, subject: Subject, texts: Texts, skip: int, batch_size: int
 ) -> tuple[Float[Tensor, " text"], Float[Tensor, " text"]]:
     """(the largest activation, the mean KL of the output when it is ablated) for every text."""
     strength, effect = [torch.zeros(0, dtype=torch.double)], [torch.zeros(0, dtype=torch.double)]
-    for tokens, mask in batches_of_texts(model, texts, batch_size):
-        plain = model.run(tokens, mask, record=[subject.site])
-        ablated = model.run(tokens, mask, interventions=[subject.ablated()])
+    ablation = _behind(subject.ablated(), skip)
+    for tokens, every in batches_of_texts(model, texts, batch_size):
+        mask = _counted(every, skip)
+        plain = model.run(tokens, every, record=[subject.site])
+        ablated = model.run(tokens, every, interventions=[ablation])
         assert plain.logits is not None and ablated.logits is not None
         activation = subject.activation(plain.values[subject.site]).double().masked_fill(~mask, -torch.inf)
         strength.append(activation.amax(1).cpu())
@@ -152,6 +158,24 @@ def _strength_and_effect(
         divergence = (before.exp() * (before - after)).sum(-1).masked_fill(~mask, 0)
         effect.append((divergence.sum(1) / mask.sum(1)).cpu())
     return torch.cat(strength), torch.cat(effect)
+
+
+def _counted(mask: Bool[Tensor, "text pos"], skip: int) -> Bool[Tensor, "text pos"]:
+    """The tokens behind the first ones. Raises InputError for a text that has none."""
+    counted = mask & (torch.arange(mask.shape[1], device=mask.device) >= skip)
+    if skip < 0 or not bool(counted.any(1).all()):
+        raise InputError(f"`skip` is a number of tokens, at least 0 and below that of every text; got {skip}.")
+    return counted
+
+
+def _behind(edit: Intervention, skip: int) -> Intervention:
+    """The same edit of one value per token, which leaves the first tokens as they are."""
+    change = cast(Callable[[Tensor], Tensor], edit.value)  # as `Subject` makes them
+
+    def behind(value: Tensor) -> Tensor:
+        return torch.cat([value[:, :skip], change(value.clone())[:, skip:]], 1)
+
+    return Intervention(edit.site, behind) if skip else edit
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +214,7 @@ def separation_scores(
     exclude: Texts | None = None,
     most: float = 0.02,
     token: str = "last",
+    skip: int = 0,
     batch_size: int = 16,
     seed: int = 0,
 ) -> SeparationScores:
@@ -206,12 +231,14 @@ def separation_scores(
         exclude: General text: features that are active on more than a share `most` of its tokens are dropped.
         most: That share.
         token: Where a feature must be active: at the `last` token of a text, or at `any`.
+        skip: So many tokens at the beginning of every text do not count, those of `exclude` included. Give 1 where
+            features are active on the first token whatever follows (BOS).
         batch_size: Texts per run.
         seed: Of the shuffled labels.
 
     Cost: one forward per text.
 
-    Raises InputError for other kinds on the two sides, and fewer than two texts.
+    Raises InputError for other kinds on the two sides, fewer than two texts, and a text of no more than `skip` tokens.
 
     Source: Ferrando et al. 2024 (arXiv 2411.14257), section 3; their general text is the Pile.
     """
@@ -222,9 +249,10 @@ def separation_scores(
         raise InputError(f"Both sides need texts of the same kinds; got {list(kinds[0])} and {list(kinds[1])}.")
     with Gradients(False) as off, off:
         active = [
-            {kind: _active(model, basis, texts, token, batch_size) for kind, texts in side.items()} for side in kinds
+            {kind: _active(model, basis, texts, token, skip, batch_size) for kind, texts in side.items()}
+            for side in kinds
         ]
-        busy = None if exclude is None else _density(model, basis, exclude, batch_size)
+        busy = None if exclude is None else _density(model, basis, exclude, skip, batch_size)
     for side in active:
         if any(len(rows) < 2 for rows in side.values()):
             raise InputError("Separation needs at least two texts of every kind on both sides.")
@@ -266,23 +294,26 @@ def _by_kind(texts: Texts | Mapping[str, Texts]) -> dict[str, Texts]:
 
 
 def _active(
-    model: HookManager, basis: FeatureBasis, texts: Texts, token: str, batch_size: int
+    model: HookManager, basis: FeatureBasis, texts: Texts, token: str, skip: int, batch_size: int
 ) -> Bool[Tensor, "text feature"]:
     """Whether each feature is active at the last token, or at any token, of every text."""
     rows: list[Tensor] = []
     for tokens, mask in batches_of_texts(model, texts, batch_size):
-        on = (model.run(tokens, mask, record=[basis]).values[basis] != 0) & mask[..., None]
+        on = (model.run(tokens, mask, record=[basis]).values[basis] != 0) & _counted(mask, skip)[..., None]
         last = mask.sum(1) - 1
         rows.append((on.any(1) if token == "any" else on[torch.arange(len(on)), last]).cpu())
     return torch.cat(rows) if rows else torch.zeros(0, basis.n_features, dtype=torch.bool)
 
 
-def _density(model: HookManager, basis: FeatureBasis, texts: Texts, batch_size: int) -> Float[Tensor, " feature"]:
+def _density(
+    model: HookManager, basis: FeatureBasis, texts: Texts, skip: int, batch_size: int
+) -> Float[Tensor, " feature"]:
     """The share of tokens on which each feature is active."""
     total, count = torch.zeros(basis.n_features), 0
     for tokens, mask in batches_of_texts(model, texts, batch_size):
         on = model.run(tokens, mask, record=[basis]).values[basis] != 0
-        total, count = total + on[mask].float().sum(0).cpu(), count + int(mask.sum())
+        counted = mask & (torch.arange(mask.shape[1], device=mask.device) >= skip)
+        total, count = total + on[counted].float().sum(0).cpu(), count + int(counted.sum())
     if not count:
         raise InputError("`exclude` has no texts.")
     return total / count

@@ -99,6 +99,7 @@ def feature_concepts(
     concepts: int | None = None,
     similarity: float = 0.5,
     embed: Callable[[Sequence[Example]], Float[Tensor, "example d"]] | None = None,
+    skip: int = 0,
     batch_size: int = 16,
     words: Callable[[str], str] | None = None,
 ) -> FeatureConcepts:
@@ -117,6 +118,7 @@ def feature_concepts(
         concepts: At most so many groups, instead of a cut at `similarity`.
         similarity: Groups are joined down to this mean cosine.
         embed: Vectors of the examples instead, whose cosines are taken as they are: a sentence embedding, say.
+        skip: So many tokens at the beginning of every text are not looked at.
         batch_size: Texts per run.
         words: Called with the evidence of each concept; what it returns is kept. No language model is called otherwise.
 
@@ -129,7 +131,7 @@ def feature_concepts(
     if not -1 <= similarity <= 1:
         raise InputError(f"`similarity` is a cosine, from -1 to 1; got {similarity}.")
     found = subject_of(model, subject, feature)
-    examples = strongest_examples(model, subject, feature, texts=texts, n=n, batch_size=batch_size)
+    examples = strongest_examples(model, subject, feature, texts=texts, n=n, skip=skip, batch_size=batch_size)
     if not examples.strongest:
         raise InputError(f"{found.name} does not fire in the texts, so there is nothing to group.")
     if embed is None:

@@ -49,6 +49,7 @@ def feature_notes(
     texts: Texts | None = None,
     n_tokens: int = 6,
     n_examples: int = 4,
+    skip: int = 0,
     batch_size: int = 32,
     resume: str | os.PathLike[str] | None = None,
     progress: Progress = no_progress,
@@ -62,6 +63,8 @@ def feature_notes(
         texts: The corpus, read once for all features; None: no examples.
         n_tokens: Tokens that are raised and lowered.
         n_examples: Examples of each.
+        skip: So many tokens at the beginning of every text are not looked at; give 1 for a model whose first token has
+            a state that no other has, on which many features are strongest.
         batch_size: Texts per run.
         resume: A file for the state of the reading, as in `strongest_examples`.
         progress: Called with the texts that are read, and how many there are (for an iterator: those read so far).
@@ -76,14 +79,16 @@ def feature_notes(
             raise unknown("feature basis", name, by_name)
     if n_tokens < 1 or n_examples < 1:
         raise InputError("`n_tokens` and `n_examples` are at least 1.")
+    if skip < 0:
+        raise InputError(f"`skip` is a number of tokens, at least 0; got {skip}.")
     with Gradients(False) as off, off:
         written = _written(model, by_name, wanted, min(n_tokens, model.layout.W_U.shape[1]))
         found = {key: _Strongest(n_examples) for key in wanted}
         n_read = 0
         if texts is not None:
-            checkpoint = reading_of(resume, model, [(by_name[name], i) for name, i in wanted], n_examples)
+            checkpoint = reading_of(resume, model, [(by_name[name], i) for name, i in wanted], n_examples, skip)
             reader = CorpusReader(model, texts, batch_size, progress, checkpoint)
-            n_read = _read(model, by_name, wanted, found, reader)
+            n_read = _read(model, by_name, wanted, found, reader, skip)
     return {
         f"{name}.f{i}": FeatureNote(
             *written[name, i], found[name, i].examples(model), found[name, i].fired, n_read
@@ -134,6 +139,7 @@ def _read(
     wanted: Sequence[tuple[str, int]],
     found: Mapping[tuple[str, int], _Strongest],
     reader: CorpusReader,
+    skip: int,
 ) -> int:
     """Reads the corpus into `found`; how many tokens it has."""
     used = {name: [i for one, i in wanted if one == name] for name, _ in wanted}
@@ -146,6 +152,7 @@ def _read(
     for tokens, mask in reader.batches():
         run = model.run(tokens, mask, record=[bases[name] for name in used])
         ids = [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
+        mask = mask & (torch.arange(mask.shape[1], device=mask.device) >= skip)
         for name, numbers in used.items():
             active: Tensor = run.values[bases[name]][..., numbers].float()
             largest = active.masked_fill(~mask[..., None], -torch.inf).max(1)

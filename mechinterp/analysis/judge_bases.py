@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp.analysis.directions import direction_values, vector_site
+from mechinterp.base.bootstrap import bootstrap_interval, denominator_vanishes, share_with_interval
 from mechinterp.base.errors import InputError
 from mechinterp.base.registry import unknown
 from mechinterp.engines.readout import FINAL, checked_metric, metric_readout
@@ -41,12 +42,14 @@ class JudgedBases:
 
     Args:
         frame: A row per attribute and basis: attribute, basis, features (in all), active (per state), fvu (variance of
-            the states unexplained), sufficiency, necessity, and for every number of changed features `control@k` and
+            the states unexplained), sufficiency, necessity, the ends of their 95 % intervals over the examples
+            (`sufficiency_low`, `sufficiency_high`, ...), and for every number of changed features `control@k` and
             `weight@k` (the share of the reconstruction that the features which were changed make).
         site: Where.
         position: At which token.
-        about: What the numbers are shares of: by attribute, the mean metric of the model, with the state at its mean,
-            and with the state of the other prompt.
+        about: What the numbers are shares of: by attribute, the mean metric of the `model`, with the state at its
+            `mean`, and with the state of the `other` prompt; and the 95 % intervals over the examples of the two
+            effects: of the mean state (`effect_low`, `effect_high`) and of the other one (`other_low`, `other_high`).
     """
 
     frame: pd.DataFrame
@@ -56,7 +59,30 @@ class JudgedBases:
 
     def __repr__(self) -> str:
         columns = [name for name in self.frame.columns if not name.startswith("weight")]
-        return f"JudgedBases({self.site} at {self.position})\n{self.frame[columns].round(3).to_string(index=False)}"
+        columns = [name for name in columns if not name.endswith(("_low", "_high"))]
+        lines = [f"JudgedBases({self.site} at {self.position})", self.frame[columns].round(3).to_string(index=False)]
+        rows = self.frame if "attribute" in self.frame else self.frame.assign(attribute="")
+        nothing = set(rows.loc[rows["sufficiency"].isna(), "attribute"])
+        for name, ends in self.about.items():
+            of = f"{name}: " if name else ""
+            for kind, what, shares in (
+                ("effect", "mean", "sufficiency and necessity"), ("other", "other prompt's", "control"),
+            ):  # fmt: skip
+                low, high = ends[f"{kind}_low"], ends[f"{kind}_high"]
+                if low <= 0 <= high and name not in nothing:
+                    lines.append(
+                        f"{of}the effect of the {what} state on the metric [{low:.3g}, {high:.3g}] is not told apart "
+                        f"from 0 over these examples, so {shares} say nothing here; take more examples, or another "
+                        "site or position."
+                    )
+            if name not in nothing:
+                continue
+            lines.append(
+                f"{of}putting the state at its mean does not change the metric ({ends['model']:.3g}, then "
+                f"{ends['mean']:.3g}), so there is nothing to be sufficient or necessary for; take another site or "
+                "position."
+            )
+        return "\n".join(lines)
 
 
 def judge_bases(
@@ -83,9 +109,11 @@ def judge_bases(
     - `control@k`: k features get the activations of the corrupt prompt; the change of the metric as a share of that by
       patching the whole state. The features are chosen greedily such that the state comes closest to the corrupt one.
 
-    All are 1 for the whole state. Where patching the whole state changes the metric by less than a twentieth of what
-    the mean does, there is nothing to control, and `control@k` is NaN. With `weight@k` near 1, control is by nearly the
-    whole reconstruction, not by the features of one attribute.
+    All are 1 for the whole state. Where the mean changes the metric by less than a thousandth of its size, sufficiency
+    and necessity are NaN; where the interval of its effect over the examples holds 0, they say nothing. The result says
+    both. Where patching the whole state changes it by as little, or by less
+    than a twentieth of what the mean does, there is nothing to control, and `control@k` is NaN. With `weight@k` near 1,
+    control is by nearly the whole reconstruction, not by the features of one attribute.
 
     Args:
         model: The model.
@@ -130,10 +158,17 @@ def judge_bases(
         mean = states.mean(0)
         ends = {"model": run(found[0]), "mean": run(mean.expand_as(found[0])), "other": run(found[1])}
         about[name] = {end: float(value.mean()) for end, value in ends.items()}
+        for kind, end in (("effect", "mean"), ("other", "other")):
+            low, high = bootstrap_interval(_mean, (ends["model"] - ends[end])[:, None])
+            about[name] |= {f"{kind}_low": low, f"{kind}_high": high}
         for label, basis in kinds.items():
             rows.append({"attribute": name, "basis": label, **_judged(basis, run, *found, mean, ends, changes)})
     frame = pd.DataFrame(rows)
     return JudgedBases(frame.drop(columns="attribute") if isinstance(test, Pairs) else frame, site, position, about)
+
+
+def _mean(rows: Float[Tensor, "resample example 1"]) -> Float[Tensor, " resample"]:
+    return rows.mean((1, 2))
 
 
 def _site(model: HookManager, bases: Sequence[Basis]) -> Site:
@@ -216,15 +251,22 @@ def _judged(
     site = basis.sites_out[0]
     code, there = basis.encode(x), basis.encode(other)
     decoded = basis.decode(code)[site]
+    full, none = ends["model"], ends["mean"]
     whole, empty, patched = (ends[name].mean() for name in ("model", "mean", "other"))
+    controlled = not denominator_vanishes(full, ends["other"]) and abs(whole - patched) >= abs(whole - empty) / 20
     spread = (x - x.mean(0)).square().sum().clamp(min=torch.finfo(x.dtype).tiny)
     row = {
         "features": float(basis.n_features),
         "active": float((code.values != 0).double().sum(-1).mean()),
         "fvu": float((x - decoded).square().sum() / spread),
-        "sufficiency": float((run(decoded).mean() - empty) / (whole - empty)),
-        "necessity": float(1 - (run(mean + x - decoded).mean() - empty) / (whole - empty)),
     }
+    shares = {
+        "sufficiency": share_with_interval(run(decoded), full, none),
+        "necessity": share_with_interval(run(mean + x - decoded), none, full),
+    }
+    row |= {name: share for name, (share, _, _) in shares.items()}
+    for name, (_, low, high) in shares.items():
+        row |= {f"{name}_low": low, f"{name}_high": high}
     order = greedy_changes(basis, code.values, there.values, in_units_of(code, other - x), max(changes))
     weights = feature_weights_of(basis, code.values)
     for k in changes:
@@ -233,7 +275,7 @@ def _judged(
             values[i, ids[:k]] = there.values[i, ids[:k]]
         moved = basis.decode(code.with_values(values))[site] - decoded
         share = (whole - run(x + moved).mean()) / (whole - patched)
-        row[f"control@{k}"] = float(share) if abs(whole - patched) >= abs(whole - empty) / 20 else torch.nan
+        row[f"control@{k}"] = float(share) if controlled else torch.nan
         changed = torch.stack([weights[i, ids[:k]].sum() for i, ids in enumerate(order)])
         row[f"weight@{k}"] = float(changed.mean())
     return row

@@ -296,7 +296,7 @@ def _targets(pairs: Pairs, targets: Tensor | None, d_vocab: int) -> Int[Tensor, 
             f"`targets` must be token ids [batch, n] with batch = {len(pairs)}; got {list(targets.shape)}."
         )
     if not bool(((targets >= -1) & (targets < d_vocab)).all()):
-        raise InputError(f"`targets` hold ids outside the vocabulary of {d_vocab} (-1 is no entry).")
+        raise InputError(f"`targets` hold ids outside the vocabulary of {d_vocab} (-1 means no entry).")
     return targets.to(pairs.device)
 
 

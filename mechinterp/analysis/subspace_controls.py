@@ -228,7 +228,7 @@ def alignment_controls(
     if min(len(train), len(test)) < FEWEST_PAIRS:
         raise InputError(
             f"Chance gets all of {min(len(train), len(test))} pairs right in more than 5 % of cases, so no control "
-            f"could fail; give at least {FEWEST_PAIRS} of each, better dozens."
+            f"could fail; give at least {FEWEST_PAIRS} of each, preferably dozens."
         )
     other = with_random_weights(model, seed=seed) if random_model is None else random_model
     settings: dict[str, Any] = {

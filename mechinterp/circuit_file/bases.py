@@ -68,7 +68,7 @@ def stated_bases(document: CircuitFile, path: Path, bases: Bases = True) -> list
 def stated_basis(record: FeaturesRecord, path: Path, given: Sequence[Basis] = ()) -> Basis:
     """The basis that a record describes: the one of `given` with its sha256, or else from where the file says.
 
-    Raises FormatError if what is there has other bytes or is no basis, InputError if nothing is there, HubNotReached
+    Raises FormatError if what is there has other bytes or is not a basis, InputError if nothing is there, HubNotReached
     if the hub cannot be reached.
     """
     for basis in given:

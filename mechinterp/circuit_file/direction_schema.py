@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mechinterp.base.canonical_json import canonical_sha256, parse_json
-from mechinterp.base.errors import FormatError, clip
+from mechinterp.base.canonical_json import canonical_sha256
 from mechinterp.base.plain_files import read_bounded
 from mechinterp.circuit_file.field_types import Count, Label, Named, Number, Parameter, Seed, Sha256, Share, Text
 from mechinterp.circuit_file.limits import MAX_POINTS
+from mechinterp.circuit_file.read_document import MAX_JSON_BYTES, read_document
 from mechinterp.circuit_file.schema import (
     FileTaskRecord,
     ModelRecord,
@@ -24,11 +24,10 @@ from mechinterp.circuit_file.schema import (
     TokenizerRecord,
     Tolerance,
 )
-from mechinterp.tasks.schema import Strict, checked
+from mechinterp.tasks.schema import Strict
 
 DIRECTION_VERSION = 1
 SUFFIX = ".direction.json"
-MAX_JSON_BYTES = 64 * 2**20
 SETS = ("train", "validation", "test")
 TensorsName = Annotated[
     str, Field(pattern=r"^[^-./\\:\x00-\x1f][^/\\:\x00-\x1f]*\.direction\.safetensors$", max_length=200)
@@ -154,19 +153,8 @@ def open_direction_file(path: str | Path) -> OpenedDirection:
     Raises FormatError, in one line, for anything that is not a direction file of a known version.
     """
     path = Path(path)
-    content = parse_json(read_bounded(path, MAX_JSON_BYTES), str(path))
-    if not isinstance(content, dict):
-        raise FormatError(f"{path} must hold a JSON object; got {type(content).__name__}.")
-    content = cast(dict[str, Any], content)
-    for name, known in (("kind", "direction"), ("schema_version", DIRECTION_VERSION)):
-        got = content.get(name)
-        if type(got) is not type(known) or got != known:
-            shown = clip(repr(got), 60) if name in content else "nothing"
-            raise FormatError(f"{path}: {name} is {shown}; this version of mechinterp reads {known!r}.")
-    try:
-        document = checked(DirectionFile, content, str(path))
-    except FormatError as error:
-        raise FormatError(clip(" ".join(str(error).split()), 580)) from error
+    text = read_bounded(path, MAX_JSON_BYTES)
+    document, content = read_document(DirectionFile, text, path, "direction", (DIRECTION_VERSION,))
     return OpenedDirection(path, document, content)
 
 

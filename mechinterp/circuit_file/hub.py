@@ -23,8 +23,8 @@ from mechinterp.base.plain_files import exists, is_file, read_bounded
 from mechinterp.base.registry import unknown
 from mechinterp.circuit_file.circuit_file import circuit_of
 from mechinterp.circuit_file.limits import MAX_GRAPH_CELLS
+from mechinterp.circuit_file.read_document import MAX_JSON_BYTES
 from mechinterp.circuit_file.store import (
-    MAX_JSON_BYTES,
     SUFFIX,
     check_hashes,
     open_circuit_file,

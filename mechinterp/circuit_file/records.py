@@ -66,8 +66,9 @@ def metric_record(name: str) -> MetricRecord:
     """The metric by name, with its direction and unit. Raises InputError if it is not registered."""
     if name not in METRICS:
         raise InputError(
-            f"Metric {name!r} is not registered, so a circuit file cannot state it: nobody could run it again. Call "
-            f"mi.register_metric; for others, put it into a package with an entry point.{suggestion(name, METRICS)}"
+            f"Metric {name!r} is not registered, so a circuit file cannot state it: `verify` could not compute it. "
+            "Call mi.register_metric; to share the file, put the metric into a package with an entry point."
+            f"{suggestion(name, METRICS)}"
         )
     metric = get_metric(name)
     direction = "higher is better" if metric.direction > 0 else "lower is better"

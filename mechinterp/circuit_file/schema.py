@@ -377,7 +377,7 @@ class TaskPairs(Strict):
 
 
 class TokenPairs(Strict):
-    """Pairs as token ids, without padding; -1 is no entry in answers and answer positions."""
+    """Pairs as token ids, without padding; -1 means no entry in answers and answer positions."""
 
     kind: Literal["tokens"] = "tokens"
     clean: Rows
@@ -503,7 +503,7 @@ class CircuitFile(Strict):
         for role in self.roles.values():
             for node in role.nodes:
                 if node not in nodes:
-                    raise ValueError(f"role {role.label!r} names {node!r}, which is no node of the circuit")
+                    raise ValueError(f"role {role.label!r} names {node!r}, which is not a node of the circuit")
         for edge in self.role_edges or ():
             for name, end in ((edge.source, "input"), (edge.target, "logits")):
                 if name not in self.roles and name != end:

@@ -16,18 +16,18 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from mechinterp.base.atomic_write import remove_leftovers, temporary_name
-from mechinterp.base.canonical_json import canonical_sha256, check_size, parse_json, render_json
+from mechinterp.base.canonical_json import canonical_sha256, check_size, render_json
 from mechinterp.base.errors import FormatError, InputError, clip
 from mechinterp.base.plain_files import is_file, read_bounded
+from mechinterp.circuit_file.read_document import MAX_JSON_BYTES, read_document
 from mechinterp.circuit_file.schema import SCHEMA_VERSION, WITH_FEATURES, CircuitFile, Sidecar, circuit_sha256
 from mechinterp.tasks.schema import checked
 
 SUFFIX = ".circuit.json"
 SIDECAR_SUFFIX = ".scores.safetensors"
-MAX_JSON_BYTES = 64 * 2**20
 MAX_STEM = 180
 """Bytes of a NAME: file systems allow 255 for a whole file name, and the names of temporary files are longer."""
 _NO_HASH = "0" * 64
@@ -65,22 +65,7 @@ def open_circuit_file(path: str | Path) -> OpenedFile:
 
 def parse_circuit_file(text: bytes, path: Path) -> OpenedFile:
     """The circuit file with this text, which is (or will be) at `path`. Raises as `open_circuit_file` does."""
-    content = parse_json(text, str(path))
-    if not isinstance(content, dict):
-        raise FormatError(f"{path} must hold a JSON object; got {type(content).__name__}.")
-    content = cast(dict[str, Any], content)
-    versions = (SCHEMA_VERSION, WITH_FEATURES)
-    for name, known in (("kind", ("circuit",)), ("schema_version", versions)):
-        got = content.get(name)
-        if type(got) is not type(known[0]) or got not in known:
-            shown = clip(repr(got), 60) if name in content else "nothing"
-            raise FormatError(
-                f"{path}: {name} is {shown}; this version of mechinterp reads {' and '.join(map(repr, known))}."
-            )
-    try:
-        document = checked(CircuitFile, content, str(path))
-    except FormatError as error:
-        raise FormatError(clip(" ".join(str(error).split()), 580)) from error
+    document, content = read_document(CircuitFile, text, path, "circuit", (SCHEMA_VERSION, WITH_FEATURES))
     return OpenedFile(path, document, content)
 
 

@@ -69,10 +69,15 @@ GRAPH_HELP = f"""The attribution graph of one prompt: what tokens, features of t
 the model's next token, directly and through each other. It is checked against the model, pruned, and written as
 Neuronpedia's JSON; with --page also as a page for the browser.
 
+The graphs of several prompts (on the command line, of a file, or of a task) are aggregated: mean influence and edges,
+and in which share of the prompts each is. --dry-run says what it will take.
+
 \b
   discover-circuit graph "When Mary and John went to the store, John gave a drink to"
   discover-circuit graph "PROMPT" --model ./my_model --transcoders ./my_transcoders --target " Mary"
   discover-circuit graph "PROMPT" --held nothing --page graph.html
+  discover-circuit graph --task ioi --examples 16 --held nothing --page ioi.html
+  discover-circuit graph "PROMPT" "ANOTHER" --aggregate kept
 
 {EXIT_CODES}
 """

@@ -57,9 +57,10 @@ MODEL, METHOD, CHOICE, EXAMPLES, OUTPUT = "Model", "Method", "What is chosen", "
 GROUPS = {
     MODEL: "model transcoders dictionaries revision dtype device device_map batch_size",
     METHOD: "method methods effort metric steps settings replacement site layers position classes control_position "
-    "anyway targets max_features validated tests tolerance rescore strict",
+    "anyway targets max_features aggregate validated tests tolerance rescore strict",
     CHOICE: "level positions neurons features top edges nodes threshold rule by ratio sizes nodes_kept edges_kept",
-    EXAMPLES: "examples validation_examples test_examples resamples seed bos shuffles",
+    EXAMPLES: "file of_task n_prompts drawn texts examples validation_examples test_examples resamples seed bos "
+    "shuffles",
     OUTPUT: "roles curve out config force restart shard open_report open_page as_json quiet verbose",
 }
 NAMED = (

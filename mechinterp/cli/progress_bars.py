@@ -32,6 +32,7 @@ STAGES = {
     "saving": "write the files",
     "file": "read the file",
     "rescore": "score the edges again",
+    "sizes": "count the active features",
     "edges": "trace the edges",
     "report": "draw the report",
 }

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 UNLIMITED = 100_000
-"""Columns where nobody looks at a screen: lines in files and pipes are not wrapped."""
+"""Columns where the output is not a screen: lines in files and pipes are not wrapped."""
 
 
 class Detail(Enum):

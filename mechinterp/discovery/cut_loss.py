@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechinterp.base.shards import computed, current, relayed, share
-from mechinterp.engines.edge_patching import Prefix, edge_logits, run_prefix
+from mechinterp.engines.edge_patching import edge_logits, run_prefix
+from mechinterp.engines.patched_run import Prefix
 from mechinterp.engines.readout import Readout, metric_readout
 from mechinterp.engines.replacement import Values, build_replacement
 from mechinterp.graphs.graph import Graph

@@ -31,8 +31,8 @@ def top_features(
     """The numbers of the `n` features of largest estimated effect (either sign), by basis: `features` of `build_graph`.
 
     The effect is that of `attribution_patching` of the basis, summed over positions, mean over examples; the error of a
-    basis is no feature. Features of no effect at all (those that are active in neither prompt) are left out, so there
-    may be fewer than `n`. Ties go to the earlier feature. Cost: that of `attribution_patching`, for every basis.
+    basis is not a feature. Features of no effect at all (those that are active in neither prompt) are left out, so
+    there may be fewer than `n`. Ties go to the earlier feature. Cost: that of `attribution_patching`, for every basis.
 
     Raises InputError for `n` below 1, or when no feature has an effect; UnsupportedError for a basis whose features
     cannot be nodes, such as one of the residual stream.

@@ -118,7 +118,7 @@ def _check_batches(checkpoint: Checkpoint, saved: int, batch_size: int) -> None:
     """Return None if the state counts the same batches. Raises InputError otherwise."""
     if saved != batch_size:
         raise InputError(
-            f"{checkpoint.path} counts batches of {saved} pairs, and this run has batches of {batch_size}, so the "
-            f"pairs that are done would be others. Go on with batch_size={saved} (--batch-size {saved}), or delete it "
+            f"{checkpoint.path} counts batches of {saved} pairs, and this run has batches of {batch_size}, so "
+            f"other pairs would count as done. Go on with batch_size={saved} (--batch-size {saved}), or delete it "
             "to start over."
         )

@@ -113,7 +113,7 @@ def _of_answers(pairs: Pairs, name: str, d_vocab: int) -> Direction:
 
 
 def _of_tables(tables: list[tuple[Int[Tensor, "batch _n"], float]], text: str) -> Direction:
-    """The signed sum of the mean logits of each table's ids; -1 is no entry."""
+    """The signed sum of the mean logits of each table's ids; -1 means no entry."""
     tables = [(table.cpu(), sign) for table, sign in tables]  # shares in float64, which not every device has
     ids = torch.cat([table.flatten() for table, _ in tables])
     columns = ids[ids != NO_ENTRY].unique(sorted=True)

@@ -5,7 +5,7 @@ Intervals are bootstrapped over examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -14,6 +14,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechinterp.base.batches import over_batches
+from mechinterp.base.bootstrap import CI_LEVEL, MIN_DENOMINATOR, denominator_vanishes
+from mechinterp.base.bootstrap import bootstrap_interval as bootstrap_interval
+from mechinterp.base.bootstrap import ratio_of_means as ratio_of_means
 from mechinterp.base.errors import InputError
 from mechinterp.base.keep import Keep, compute_always
 from mechinterp.base.progress import Progress, no_progress
@@ -28,35 +31,6 @@ from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.metrics import Metric, get_metric
 from mechinterp.tasks.own_metric import MetricLike
 from mechinterp.tasks.pairs import Pairs
-
-CI_LEVEL = 0.95
-
-
-def bootstrap_interval(
-    statistic: Callable[[Float[Tensor, "resample example column"]], Float[Tensor, " resample"]],
-    columns: Float[Tensor, "example column"],
-    *,
-    resamples: int = 2000,
-    level: float = CI_LEVEL,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """The percentile interval of a statistic when the examples (rows) are resampled with replacement.
-
-    A resample whose statistic is no number is left out: a ratio has none where its denominator vanishes, as that of
-    accuracies does when no example is drawn on which they differ. Raises InputError when no resample has a number.
-
-    Source: Efron & Tibshirani 1993, ch. 13. Deterministic under `seed`, on the CPU in float64.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    table = columns.detach().cpu().double()
-    rows = torch.randint(len(table), (resamples, len(table)), generator=generator)
-    tail = (1 - level) / 2
-    values = statistic(table[rows])
-    values = values[values.isfinite()]
-    if not len(values):
-        raise InputError("The statistic is not defined on any resample of these examples; give more examples.")
-    low, high = values.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return low, high
 
 
 @dataclass(frozen=True, repr=False)
@@ -126,10 +100,6 @@ class Evaluation(Shown):
         frame.insert(0, "example", range(len(frame)))
         ratios, usable = _example_ratios(self.per_example)
         return frame.assign(ratio=ratios.masked_fill(~usable, torch.nan).numpy(), usable=usable.numpy())
-
-
-MIN_DENOMINATOR = 1e-3
-"""When |m(full) - m(empty)| is below this share of the metric's mean size, no ratio is meaningful."""
 
 
 def evaluate(
@@ -209,17 +179,9 @@ def evaluate_in(
     )
 
 
-def ratio_of_means(rows: Float[Tensor, "resample example 3"]) -> Float[Tensor, " resample"]:
-    """(circuit - empty) / (full - empty), each the mean over examples."""
-    ours, full, empty = rows.double().mean(1).unbind(-1)
-    return (ours - empty) / (full - empty)
-
-
 def check_denominator(full: Float[Tensor, " example"], empty: Float[Tensor, " example"]) -> None:
     """Return None when the full model and the empty circuit differ enough for a ratio. Raises InputError otherwise."""
-    gap = abs(float((full - empty).double().mean()))
-    spread = float(torch.cat([full, empty]).double().abs().mean()) + 1e-12
-    if not gap > MIN_DENOMINATOR * spread:
+    if denominator_vanishes(full, empty):
         raise InputError(
             f"The full model ({float(full.mean()):.4g}) and the empty circuit ({float(empty.mean()):.4g}) perform "
             "alike on these pairs, so faithfulness is not defined; check the task, the metric and the corruption."

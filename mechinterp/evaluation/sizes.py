@@ -5,7 +5,7 @@ from the full model is at most a fifth of the empty circuit's: the output as a w
 The lower end is above what is promised, 0.9, since held-out pairs have other templates.
 The chosen size is the smallest that passes on at least 90 % of bootstrap resamples of the examples (so that other
 examples are likely to agree), as does the next larger measured size (so that one lucky crossing of a curve that goes
-up and down is no answer). Circuits with more than half of the edges are no answer either.
+up and down is not taken). Circuits with more than half of the edges are not taken either.
 
 Sizes lie on one grid, 4 * 2**(i/8), whatever the graph: first every doubled one is measured, then all of the grid
 between the first that passes and its neighbours.

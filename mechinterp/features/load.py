@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
@@ -86,43 +85,8 @@ def load_bases(
     >>> [basis.name for basis in mi.load_bases("bundled:transcoders")]
     ['m0', 'm1', 'm2', 'm3']
     """
-    if format is not None and format not in READERS:
-        raise unknown("format", format, READERS)
-    folders, bundled = _folders(where), str(where).startswith("bundled:")
-    asked = Asked(
-        None if site is None else site_of(site),
-        None if site_out is None else site_of(site_out),
-        k,
-        input_scale,
-        None if layers is None else tuple(layers),
-        None if model is None else model.has,
-    )
-    bases: list[Basis] = []
-    for folder in folders:
-        files = open_files(folder, revision)
-        found = _format_of(files) if format is None else format
-        several = READERS[found].read(files, asked)
-        options = {"format": format, "k": k, "input_scale": input_scale}
-        options |= {name: None if one is None else str(one) for name, one in (("site", site), ("site_out", site_out))}
-        address = (
-            f"bundled:{Path(folder).name}" if bundled else files.label + f"@{files.revision}" * bool(files.revision)
-        )
-        for basis in several:
-            own = {name: value for name, value in options.items() if value is not None}
-            if (len(several) > 1 or layers is not None) and (layer := basis.sites_in[0].layer) is not None:
-                own["layer"] = layer
-            bases.append(replace(basis, source=replace(basis.source, address=address, options=own)))  # pyright: ignore
-    if not bases:
-        raise InputError(f"{clip(str(where), 200)} has no basis of the layers {list(layers or ())}.")
-    if model is None:
-        if not isinstance(check, bool):
-            raise InputError("`check` are prompts to measure the basis on; give the model as well.")
-        return tuple(bases)
-    bases = [_checked(model, basis, check) for basis in bases]
-    every = layers is None and any(getattr(basis, "cross_layer", False) for basis in bases)
-    if every and check is not False:
-        check_set(model, bases, None if check is True else check)
-    return tuple(bases)
+    bases = _read(where, model, format, revision, site, site_out, k, input_scale, layers)
+    return _measured(bases, model, check, whole=layers is None)
 
 
 def load_basis(
@@ -171,19 +135,70 @@ def load_basis(
     ('transcoder', 'm1.f17')
     """
     layers = None if layer is None else [layer]
-    settings: dict[str, Any] = {"format": format, "revision": revision, "site": site, "site_out": site_out, "k": k}
-    settings |= {"input_scale": input_scale, "layers": layers}
-    found = load_bases(where, **settings)
+    found = _read(where, model, format, revision, site, site_out, k, input_scale, layers)
     if len(found) != 1:
         names = clip(", ".join(basis.name for basis in found), 200)
         raise InputError(
             f"{clip(str(where), 200)} holds {len(found)} bases ({names}); give layer=, or use `load_bases` for all."
         )
+    return _measured(found, model, check, whole=layer is None)[0]
+
+
+def _read(
+    where: str | Path,
+    model: HookManager | None,
+    format: str | None,
+    revision: str | None,
+    site: str | Site | None,
+    site_out: str | Site | None,
+    k: int | None,
+    input_scale: float | None,
+    layers: Sequence[int] | None,
+) -> list[Basis]:
+    """The bases of a place, at least one, as they are in the files."""
+    if format is not None and format not in READERS:
+        raise unknown("format", format, READERS)
+    folders, bundled = _folders(where), str(where).startswith("bundled:")
+    asked = Asked(
+        None if site is None else site_of(site),
+        None if site_out is None else site_of(site_out),
+        k,
+        input_scale,
+        None if layers is None else tuple(layers),
+        None if model is None else model.has,
+    )
+    bases: list[Basis] = []
+    for folder in folders:
+        files = open_files(folder, revision)
+        found = _format_of(files) if format is None else format
+        several = READERS[found].read(files, asked)
+        options = {"format": format, "k": k, "input_scale": input_scale}
+        options |= {name: None if one is None else str(one) for name, one in (("site", site), ("site_out", site_out))}
+        address = (
+            f"bundled:{Path(folder).name}" if bundled else files.label + f"@{files.revision}" * bool(files.revision)
+        )
+        for basis in several:
+            own = dict(basis.source.options) | {name: value for name, value in options.items() if value is not None}
+            if (len(several) > 1 or layers is not None) and (layer := basis.sites_in[0].layer) is not None:
+                own["layer"] = layer
+            bases.append(replace(basis, source=replace(basis.source, address=address, options=own)))  # pyright: ignore
+    if not bases:
+        raise InputError(f"{clip(str(where), 200)} has no basis of the layers {list(layers or ())}.")
+    return bases
+
+
+def _measured(
+    bases: Sequence[Basis], model: HookManager | None, check: bool | Pairs | Tensor, *, whole: bool
+) -> tuple[Basis, ...]:
+    """The bases on the model's device, once each fits, and all layers of a cross-layer transcoder together."""
     if model is None:
         if not isinstance(check, bool):
             raise InputError("`check` are prompts to measure the basis on; give the model as well.")
-        return found[0]
-    return _checked(model, found[0], check)
+        return tuple(bases)
+    fitting = [_checked(model, basis, check) for basis in bases]
+    if whole and check is not False and any(getattr(basis, "cross_layer", False) for basis in fitting):
+        check_set(model, fitting, None if check is True else check)
+    return tuple(fitting)
 
 
 def _checked(model: HookManager, basis: Basis, check: bool | Pairs | Tensor) -> Basis:

@@ -104,8 +104,7 @@ def match_features(a: Directions, b: Directions, *, one_to_one: bool = False, se
     (x, name), (y, other) = _directions(a), _directions(b)
     if x.shape[1] != y.shape[1]:
         raise InputError(f"'{name}' writes {x.shape[1]} numbers and '{other}' {y.shape[1]}; they cannot be compared.")
-    generator = torch.Generator().manual_seed(seed)
-    rotation = torch.linalg.qr(torch.randn(y.shape[1], y.shape[1], generator=generator, dtype=y.dtype)).Q
+    rotation = _rotation(y, seed)
     cosine, match = _best(x, y)
     if one_to_one:
         if max(len(x), len(y)) > MOST_ASSIGNED:
@@ -149,11 +148,14 @@ class FeatureFlow(Shown):
         origins: A row per feature of every residual stream after the first: feature, origin. `carried`: from the
             residual stream before; `written`: from an attention or MLP output between the two; `both`; `new`: none.
         chances: By pair of bases (upstream, downstream), the chance level.
+        by_chance: The control: by origin the share of features that would have it if every source were turned by a
+            random rotation of its own.
     """
 
     edges: pd.DataFrame
     origins: pd.DataFrame
     chances: dict[tuple[str, str], float]
+    by_chance: dict[str, float]
 
     def graph(self) -> nx.DiGraph[str]:
         """The edges above chance, as a graph of features with the attribute `cosine`."""
@@ -165,21 +167,23 @@ class FeatureFlow(Shown):
     def _facts(self) -> list[tuple[str, object]]:
         n = len(self.origins)
         shares = [(kind, float((self.origins["origin"] == kind).sum()) / max(n, 1)) for kind in ORIGINS]
-        return [("", f"{n:,} features"), *((kind, f"{share:.0%}") for kind, share in shares)]
+        shown = ((kind, f"{share:.0%} (by chance {self.by_chance[kind]:.0%})") for kind, share in shares)
+        return [("", f"{n:,} features"), *shown]
 
 
 def feature_flow(bases: Sequence[Basis], *, threshold: float | None = None, seed: int = 0) -> FeatureFlow:
     """From which feature of the layer before each feature of the residual stream comes, by what they write.
 
     Each residual stream is matched with the residual stream before it and with all bases in between (attention and MLP
-    outputs).
+    outputs). A feature that several sources could have written has several chances of a match that means nothing, so
+    the shares of the origins stand beside those with every source turned at random (`by_chance`).
 
     Args:
         bases: Dictionaries of one model in the order of a run, at least two of the residual stream among them.
         threshold: The cosine from which a feature counts as the same; by default the chance level of the two bases.
-        seed: Of the rotation that gives the chance level.
+        seed: Of the rotations that give the chance levels and the control.
 
-    Cost: as `match_features`, per pair.
+    Cost: as `match_features`, per pair, and half of it for the control.
 
     Raises InputError for fewer than two residual streams.
     """
@@ -190,22 +194,42 @@ def feature_flow(bases: Sequence[Basis], *, threshold: float | None = None, seed
     rows: list[tuple[str, str, str, float, bool]] = []
     origins: list[tuple[str, str]] = []
     chances: dict[tuple[str, str], float] = {}
+    counts = torch.zeros(len(ORIGINS), dtype=torch.long)
+    turned = 0
     for first, last in pairwise(streams):
         own = bases[last]
         above = torch.zeros(last - first, own.n_features, dtype=torch.bool)
+        control = above.clone()
         for k, source in enumerate(bases[first:last]):
             found = match_features(own, source, seed=seed)
             chances[source.name, own.name] = found.chance
-            above[k] = found.cosine > (found.chance if threshold is None else threshold)
+            least = found.chance if threshold is None else threshold
+            above[k] = found.cosine > least
+            turned += 1
+            control[k] = _turned_cosines(own, source, seed + turned) > least
             for i in (found.match >= 0).nonzero()[:, 0].tolist():
                 up, down = f"{source.name}.f{int(found.match[i])}", f"{own.name}.f{i}"
                 rows.append((down, up, source.name, float(found.cosine[i]), bool(above[k, i])))
+        counts += (2 * control[0] + control[1:].any(0).long()).bincount(minlength=len(ORIGINS))
         carried, written = above[0], above[1:].any(0)
         for i in range(own.n_features):
             kind = ORIGINS[2 * int(carried[i]) + int(written[i])]
             origins.append((f"{own.name}.f{i}", kind))
     edges = pd.DataFrame(rows, columns=["downstream", "upstream", "source", "cosine", "above"])
-    return FeatureFlow(edges, pd.DataFrame(origins, columns=["feature", "origin"]), chances)
+    shares = (counts / counts.sum()).tolist()
+    by_chance: dict[str, float] = {kind: share for kind, share in zip(ORIGINS, shares, strict=True)}
+    return FeatureFlow(edges, pd.DataFrame(origins, columns=["feature", "origin"]), chances, by_chance)
+
+
+def _turned_cosines(a: Directions, b: Directions, seed: int) -> Float[Tensor, " feature"]:
+    """The best cosine of every feature of one basis in another that is turned at random; NaN for length 0."""
+    (x, _), (y, _) = _directions(a), _directions(b)
+    return _best(x, y @ _rotation(y, seed))[0].masked_fill(x.square().sum(1) == 0, torch.nan)
+
+
+def _rotation(rows: Float[Tensor, "feature d"], seed: int) -> Float[Tensor, "d d"]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(rows.shape[1], rows.shape[1], generator=generator, dtype=rows.dtype)).Q
 
 
 def feature_strengths(basis: Dictionary) -> Grid:

@@ -24,7 +24,7 @@ class Wrapped(Basis):
     """An object with `encode(x) -> activations` and `decode(activations) -> y`; made by `wrap_basis`.
 
     Its decoder must be affine, which is checked. It cannot be saved, and its sha256 is over the tensors of the module
-    (an object that is no module is equal to itself only).
+    (an object that is not a module is equal to itself only).
     """
 
     sites_in: tuple[Site, ...]

@@ -64,7 +64,7 @@ class Circuit:
         Raises InputError for another graph.
         """
         if graph.digest() != self.graph.digest():
-            raise InputError("The graph is another one than that of the circuit.")
+            raise InputError("The graph is not that of the circuit.")
         scores = None if self.scores is None else replace(self.scores, graph=graph)
         return replace(self, graph=graph, scores=scores)
 

@@ -27,11 +27,11 @@ def attention_of(block: Any) -> Any:
         _ = attn.W_Q, attn.W_K
     except ValueError:  # heads of another size or number than the configuration says (some layers of Gemma 4)
         return None
-    return attn
+    return None if _is_gated(attn) else attn
 
 
 def mixer_of(block: Any) -> str:
-    """What the block calls the part that mixes tokens, if that is no attention with heads; "" if there is none."""
+    """What the block calls the part that mixes tokens, if it is not attention with heads; "" if there is none."""
     if attention_of(block) is not None:
         return ""
     found = [name for name in (*MIXERS, "attn") if _has(block, name)]
@@ -77,6 +77,18 @@ def aliases(bridge: Any) -> dict[str, Any]:
 
 def _has(block: Any, name: str) -> bool:
     return getattr(block, name, None) is not None
+
+
+def _is_gated(attn: Any) -> bool:
+    """Whether what the heads write is multiplied by a gate of their input, so that it is not their values' alone.
+
+    The gate is a projection of its own (AFMoE), or the second half of the one of the queries (Qwen3-Next, Qwen3.5).
+    """
+    own = getattr(attn, "original_component", None)
+    if hasattr(own, "gate_proj"):
+        return True
+    queries, out = (getattr(getattr(own, name, None), "weight", None) for name in ("q_proj", "o_proj"))
+    return queries is not None and out is not None and queries.shape[0] == 2 * out.shape[-1]
 
 
 def _is_mlp(block: Any, name: str) -> bool:

@@ -185,7 +185,7 @@ def probe_coupled_heads(model: Any) -> frozenset[int]:
 
 def probe_past(model: Any) -> bool:
     """Whether a run that continues from a past gives the same as a whole run. Two forwards on 2 x 4 tokens."""
-    if model.dims.layers:  # the past of a layer without heads is no keys and values
+    if model.dims.layers:  # the past of a layer without heads does not consist of keys and values
         return False
     length = min(4, model.dims.n_ctx)
     tokens = torch.randint(model.dims.d_vocab, (2, length), generator=torch.Generator().manual_seed(0))
@@ -281,7 +281,7 @@ def _check_readers(model: Any, tokens: Tensor, refused: dict[Site, str]) -> None
     """Checks that heads and MLPs read the residual stream only through q, k, v and the MLP's input.
 
     With these inputs from another prompt, they must write what they write on that prompt. A gate that also reads the
-    stream (AFMoE) would not follow, and would be missing from every circuit.
+    stream, and that `block_parts.py` does not know, would not follow, and would be missing from every circuit.
     """
     given: list[Site] = []
     written: list[Site] = []

@@ -42,7 +42,7 @@ def packed_in(parts: Iterable[Any]) -> str | None:
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """All that says what a module's weights are, by name: its parameters; of modules with packed tensors all they save.
 
-    Scales and zero points are no parameters in most quantised modules, yet other scales make another model.
+    Scales and zero points are not parameters in most quantised modules, but other scales make another model.
     """
     found: dict[str, Tensor] = dict(module.named_parameters())
     for prefix, own in module.named_modules():

@@ -1,4 +1,4 @@
-"""Texts to token ids and back, for prompts that are typed by hand: one rule for the BOS token, padding with a mask.
+"""Texts to token ids and back, for prompts that a user types: one rule for the BOS token, padding with a mask.
 
 Prompts of a task come from `Task.pairs`, which uses the same rule.
 """

@@ -23,7 +23,7 @@ NO_ENTRY = -1
 
 @runtime_checkable
 class Answers(Protocol):
-    """The part of `Pairs` that a metric reads; -1 is no entry."""
+    """The part of `Pairs` that a metric reads; -1 means no entry."""
 
     @property
     def right(self) -> Int[Tensor, "batch n_right"] | None: ...

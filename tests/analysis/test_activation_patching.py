@@ -385,7 +385,7 @@ def test_what_cannot_be_exact_is_refused() -> None:
         activation_patching(model, pairs(3, 6, padded=True), "z", replacement="mean-positional")
     same = pairs(3, 6)
     same = Pairs(clean=same.clean, corrupt=same.clean, right=same.right, wrong=same.wrong)
-    with pytest.raises(InputError, match="share of no difference"):
+    with pytest.raises(InputError, match="difference is not defined"):
         fraction(activation_patching(model, same, ["m0"]))
 
 

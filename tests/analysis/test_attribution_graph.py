@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mechinterp as mi
+from mechinterp.analysis.attribution_graph import build as build_module
 from mechinterp.analysis.attribution_graph.frozen_run import Seed, check_transcoders, freeze
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.features.activations import Gated
@@ -339,3 +340,32 @@ def test_bad_input_is_one_line():
     for wrong in ("llama", "neox"):
         with pytest.raises(InputError):
             mi.validate_edges(tiny(wrong), graph, bases)
+
+
+def test_targets_of_no_probability_count_alike(monkeypatch: pytest.MonkeyPatch):
+    """Where the softmax gives both 0, their probabilities are no weights, and every influence would be 0."""
+    model = tiny("gpt2")
+    logits = model.run(PROMPT[None]).logits
+    assert logits is not None
+    least = logits[0, -1].argsort()[:2].tolist()
+    layout = type(model.layout)
+    plain = layout.unembed
+    monkeypatch.setattr(layout, "unembed", lambda self, resid: 1e6 * plain(self, resid))
+    graph = mi.attribution_graph(model, PROMPT, a_set(), targets=least)
+    assert [node.value for node in graph.targets] == [0, 0]
+    assert [node.weight for node in graph.targets] == [0.5, 0.5]
+    assert float(graph.influence()[: graph.n_leaves].sum()) == pytest.approx(1)
+
+
+def test_a_graph_of_numbers_that_are_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """With patterns free nothing checks the sums; NaN edges would leave a pruned graph empty, without a word."""
+    rows = build_module._Edges.rows
+
+    def broken(self, seeds, own):
+        found = rows(self, seeds, own)
+        found[0, 0] = torch.nan
+        return found
+
+    monkeypatch.setattr(build_module._Edges, "rows", broken)
+    with pytest.raises(UnsupportedError, match="finite"):
+        mi.attribution_graph(tiny("gpt2"), PROMPT, a_set(), targets=[3], held="nothing")

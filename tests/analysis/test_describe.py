@@ -169,6 +169,65 @@ def test_separation_scores_are_counts():
     assert dropped.dropped + len(dropped.frame) == 2 and dropped.dropped >= 1
 
 
+def test_examples_can_leave_the_first_token_out():
+    """A feature that is strongest on the first token of every text shows only that, and a line says so."""
+    model = tiny("gpt2")
+    embed = model.run(torch.tensor([[1, 2, 3]]), record=["embed"]).values["embed"][0]
+    reads = torch.linalg.pinv(embed).T.contiguous()
+    encoder = (3 * reads[0] + reads[1])[:, None]
+    basis = sae("embed", encoder, drawn(1, D_MODEL), b_enc=torch.full((1,), -1e-6, dtype=torch.float64))
+    texts = [torch.tensor([1, 3, 2, 3]), torch.tensor([1, 2]), torch.tensor([1, 3]), torch.tensor([1])]
+    plain = mi.describe(model, basis, 0, by=["examples"], texts=texts)
+    assert [one.position for one in plain.examples.strongest] == [0, 0, 0, 0] and "skip=1" in str(plain)
+    found = mi.describe(model, basis, 0, by=["examples"], texts=texts, skip=1)
+    assert [(one.text, one.position) for one in found.examples.strongest] == [(0, 2), (1, 1)]
+    assert (found.examples.fired, found.examples.tokens, found.examples.read) == (2, 5, 4) and "skip=1" not in str(
+        found
+    )
+    same = mi.strongest_examples(model, basis, 0, texts=texts, skip=1, batch_size=1)
+    assert same == found.examples
+    note = mi.feature_notes(model, [basis], [(basis.name, 0)], texts=texts, skip=1, batch_size=3)[f"{basis.name}.f0"]
+    assert (note.examples, note.fired, note.tokens) == (same.strongest, 2, 5)
+    part = mi.strongest_examples(model, basis, 0, texts=texts[:2], skip=1)
+    assert mi.strongest_examples(model, basis, 0, texts=texts, skip=1, so_far=part) == same
+    for call in (
+        lambda: mi.strongest_examples(model, basis, 0, texts=texts, so_far=part),
+        lambda: mi.describe(model, basis, 0, by=["examples"], texts=texts, skip=-1),
+        lambda: mi.feature_notes(model, [basis], [(basis.name, 0)], texts=texts, skip=-1),
+    ):
+        with pytest.raises(InputError, match="skip"):
+            call()
+
+
+def test_the_first_token_can_be_left_out_of_both_tests():
+    """A feature that is strongest on the first token of every text tells texts apart only behind it."""
+    model = tiny("gpt2")
+    embed = model.run(torch.arange(1, 4)[None], record=["embed"]).values["embed"][0]
+    reads = torch.linalg.pinv(embed).T.contiguous()  # 1 on its own token, 0 on the two others
+    encoder = (3 * reads[0] + reads[1])[:, None]
+    basis = sae("embed", encoder, drawn(1, D_MODEL), b_enc=torch.full((1,), -1e-6, dtype=torch.float64))
+    inside, outside = [torch.tensor([1, 2, 3])] * 4, [torch.tensor([1, 3, 3])] * 4
+    plain = mi.score_description(model, basis, 0, inside=inside, outside=outside)
+    assert plain.auroc == 0.5 and plain.precision == 0.5
+    found = mi.score_description(model, basis, 0, inside=inside, outside=outside, skip=1)
+    assert (found.auroc, found.precision, found.recall) == (1, 1, 1)
+    assert abs(found.effect_outside) < 1e-12 < 1e-6 < found.effect_inside
+    negative = [
+        mi.separation_scores(model, basis, inside, outside, exclude=inside, most=1.0, token="any", skip=k)
+        .frame["negative"]
+        .iloc[0]
+        for k in (0, 1)
+    ]
+    assert negative == [1, 0]
+    for call in (
+        lambda: mi.score_description(model, basis, 0, inside=inside, outside=outside, skip=3),
+        lambda: mi.separation_scores(model, basis, inside, outside, skip=-1),
+        lambda: mi.separation_scores(model, basis, inside, outside, skip=3),
+    ):
+        with pytest.raises(InputError, match="skip"):
+            call()
+
+
 def test_bad_input_is_one_line():
     model, basis = tiny("gpt2"), an_sae()
     for call, said in (

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import isnan
+
 import pytest
 import torch
 
 import mechinterp as mi
+from mechinterp.analysis.feature_circuit.evaluate import FeatureFaithfulness
 from mechinterp.analysis.feature_circuit.places import place, reaches
 from mechinterp.base.errors import InputError, UnsupportedError
 from mechinterp.features.activations import Identity
@@ -186,6 +189,40 @@ def test_keeping_everything_is_the_model_and_nothing_the_means():
     torch.testing.assert_close(empty, expected)
 
 
+@pytest.mark.parametrize("ablation", ["mean", "mean-positional"])
+def test_the_first_token_can_be_left_out_of_means_and_ablation(ablation):
+    """`skip=1`: the mean is that of the later tokens, and the first one keeps its own state."""
+    model, basis, rows = tiny("gpt2"), an_sae("resid_post.1"), torch.arange(len(PAIRS))
+    circuit = mi.feature_circuit(model, PAIRS, [basis], nodes=3, method="atp")
+    found = mi.evaluate_feature_circuit(model, PAIRS, circuit, ablation=ablation, skip=1, batch_size=2)
+    state = model.run(PAIRS.corrupt, record=["resid_post.1"]).values["resid_post.1"][:, 1:]
+    mean = state.mean((0, 1)) if ablation == "mean" else state.mean(0)
+
+    def emptied(value):
+        return torch.cat([value[:, :1], mean.expand_as(value[:, 1:])], 1)
+
+    logits = model.run(PAIRS.clean, interventions=[Intervention("resid_post.1", emptied)]).logits
+    expected = logits[rows, -1, PAIRS.right[:, 0]] - logits[rows, -1, PAIRS.wrong[:, 0]]
+    torch.testing.assert_close(found.empty, expected)
+    assert found.about["skip"] == 1
+    whole = mi.evaluate_feature_circuit(model, PAIRS, circuit, ablation=ablation).empty
+    assert ablation == "mean-positional" or (whole - expected).abs().max() > 1e-6
+    for wrong in (-1, PAIRS.clean.shape[1]):
+        with pytest.raises(InputError, match="skip"):
+            mi.evaluate_feature_circuit(model, PAIRS, circuit, skip=wrong)
+
+
+def test_faithfulness_has_an_interval_and_none_where_nothing_is_to_be_explained():
+    model = tiny("gpt2")
+    circuit = mi.feature_circuit(model, PAIRS, [an_sae("resid_post.1")], nodes=4, method="atp")
+    found = mi.evaluate_feature_circuit(model, PAIRS, circuit)
+    (low, high), again = found.faithfulness_interval, found.completeness_interval
+    assert low <= found.faithfulness <= high and again[0] <= found.completeness <= again[1]
+    same = FeatureFaithfulness(found.clean, found.clean + 1e-9, found.circuit, found.complement, 4)
+    assert all(isnan(value) for value in (same.faithfulness, *same.faithfulness_interval))
+    assert "nothing to explain" in repr(same)
+
+
 def test_a_circuit_without_errors_is_the_reconstruction():
     """All features kept, the error at its mean: decode(features) + mean error, at every site in the same run."""
     model, basis = tiny("gpt2"), an_sae("resid_pre.1")
@@ -221,6 +258,8 @@ def test_curves_show_every_control_beside_the_dictionaries():
         ("random", "none"),
         ("state", "circuit"),
     }
+    for row in found.frame.itertuples():
+        assert row.faithfulness_low <= row.faithfulness + 1e-9 and row.faithfulness <= row.faithfulness_high + 1e-9
     whole = found.frame[found.frame["errors"] == "circuit"].groupby("kind")["faithfulness"].last()
     assert (whole - 1).abs().max() < 1e-6  # every node kept: the model
     assert found.frame[found.frame["kind"] == "state"]["nodes"].max() == 2
@@ -285,3 +324,26 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(InputError, match="Unknown method") as told:
         mi.feature_effects(model, PAIRS, an_sae("resid_pre.1"), method="atpp")
     assert "atp" in str(told.value)
+
+
+def test_masks_and_references_that_do_not_fit_are_refused_in_a_line():
+    model, bases = tiny("gpt2"), [an_sae("resid_pre.1"), an_sae("mlp_out.2")]
+    circuit = mi.feature_circuit(model, PAIRS, bases, nodes=4, method="atp")
+    whole = {name: torch.ones_like(mask) for name, mask in circuit.kept.items()}
+    short = mi.Pairs(clean=PAIRS.clean[:, 2:], corrupt=PAIRS.corrupt[:, 2:], right=PAIRS.right, wrong=PAIRS.wrong)
+    padded = mi.Pairs(
+        clean=[row.tolist()[: 4 + i] for i, row in enumerate(PAIRS.clean)],
+        corrupt=[row.tolist()[: 4 + i] for i, row in enumerate(PAIRS.corrupt)],
+        right=PAIRS.right, wrong=PAIRS.wrong,
+    )  # fmt: skip
+    for settings, words in (
+        ({"kept": {"m2": whole["m2"]}}, "resid_pre.1"),
+        ({"kept": {**whole, "m2": whole["m2"][:-1]}}, r"\[11, 1\]"),
+        ({"kept": {**whole, "m3": whole["m2"]}}, "m3"),
+        ({"kept": {**whole, "m2": whole["m2"].float()}}, "boolean"),
+        ({"ablation": "mean-positional", "reference": short}, "one length"),
+    ):
+        with pytest.raises(InputError, match=words):
+            mi.evaluate_feature_circuit(model, PAIRS, circuit, **settings)
+    with pytest.raises(InputError, match="one length"):
+        mi.evaluate_feature_circuit(model, padded, circuit, ablation="mean-positional", reference=PAIRS)

@@ -52,6 +52,7 @@ def a_relu_model():
     ]
 
 
+@pytest.mark.slow
 def test_weak_interventions_are_the_gradient_and_the_gradient_is_the_graph():
     """The limit of free interventions is the model's gradient, and that is all paths of a graph in which all moves."""
     model, bases = a_relu_model()
@@ -86,6 +87,7 @@ def test_first_order_edges_are_central_differences(shape):
         assert graph.weights[-2:].abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_bundled_model_behaves_as_its_first_order_graph_says():
     """What real ablations do: predicted where patterns and norms move, not predicted where they are held."""
     model = mi.load_model("bundled")

@@ -9,7 +9,9 @@ import torch
 
 import mechinterp as mi
 from mechinterp.analysis.judge_bases import feature_weights_of, greedy_changes, in_units_of
+from mechinterp.base.bootstrap import bootstrap_interval
 from mechinterp.base.errors import InputError
+from mechinterp.features.activations import Identity
 from mechinterp.features.dictionary import sae
 from mechinterp.features.neurons import neuron_basis
 from mechinterp.features.supervised import supervised_basis
@@ -110,3 +112,49 @@ def test_a_dictionary_that_normalises_its_input_is_judged_in_its_own_units():
             move = normalised.decode(code.with_values(values))[site] - normalised.decode(code)[site]
             moved.append(float((other - x - move)[row].norm()))
         assert moved[k] == pytest.approx(min(moved))
+
+
+def test_where_the_state_does_nothing_there_is_nothing_to_be_sufficient_for():
+    """At an earlier token the metric does not read the last layer: 0 / 0 is no share, and a line says so."""
+    basis = neuron_basis("resid_post.2", D_MODEL, label="every coordinate")
+    found = mi.judge_bases(tiny("gpt2"), TRAIN, TEST, basis, position=0, changes=(1,), controls=("random",))
+    shares = found.frame[["sufficiency", "necessity", "control@1", "sufficiency_low", "necessity_high"]]
+    assert bool(shares.isna().all().all())
+    assert "does not change the metric" in repr(found)
+
+
+def test_shares_have_intervals_of_the_examples():
+    """The percentiles of a bootstrap over examples, which contain the share; all 1 for the whole state."""
+    W = drawn(D_MODEL, D_MODEL - 2)
+    bases = [
+        neuron_basis("resid_pre.1", D_MODEL, label="whole"),
+        sae("resid_pre.1", torch.linalg.pinv(W.T), W.T.contiguous(), activation=Identity(), label="part"),
+    ]
+    found = mi.judge_bases(tiny("gpt2"), TRAIN, TRAIN, bases, changes=(1,), controls=())
+    for row in found.frame.to_dict("records"):
+        for share in ("sufficiency", "necessity"):
+            low, high = row[f"{share}_low"], row[f"{share}_high"]
+            assert low <= row[share] + 1e-9 and row[share] <= high + 1e-9
+            assert (high - low < 1e-6) == (row["basis"] == "whole")
+
+
+@pytest.mark.parametrize("test", [TRAIN[:3], TEST, TRAIN])
+def test_effects_that_are_not_told_from_0_are_named(test: mi.Pairs):
+    """Shares of an effect whose interval over the examples holds 0 say nothing, however large the effect is."""
+    model = tiny("gpt2")
+    rows = torch.arange(len(test))
+    states = [model.run(t, record=["resid_pre.1"]).values["resid_pre.1"][:, -1] for t in (TRAIN.clean, TRAIN.corrupt)]
+    mean = torch.cat(states).mean(0)
+
+    def emptied(value):
+        return torch.cat([value[:, :-1], mean.expand_as(value[:, -1:])], 1)
+
+    ends = []
+    for edits in ([], [mi.Intervention("resid_pre.1", emptied)]):
+        logits = model.run(test.clean, interventions=edits).logits
+        assert logits is not None
+        ends.append(logits[rows, -1, test.right[:, 0]] - logits[rows, -1, test.wrong[:, 0]])
+    low, high = bootstrap_interval(lambda t: t.mean((1, 2)), (ends[0] - ends[1])[:, None])
+    found = mi.judge_bases(model, TRAIN, test, neuron_basis("resid_pre.1", D_MODEL), controls=())
+    assert (found.about[""]["effect_low"], found.about[""]["effect_high"]) == pytest.approx((low, high))
+    assert (low <= 0 <= high) == ("is not told apart from 0" in repr(found))

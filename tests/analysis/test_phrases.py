@@ -23,8 +23,9 @@ def bundled() -> mi.HookManager:
 
 
 @functools.cache
-def sentiment() -> Encoder:
-    model, tokenizer, _ = train(400)
+def sentiment(steps: int = 1) -> Encoder:
+    """The classifier of the example, hardly trained where what it says does not matter."""
+    model, tokenizer, _ = train(steps)
     return mi.load_encoder(model, tokenizer=tokenizer)
 
 
@@ -66,7 +67,7 @@ def test_the_interaction_is_what_a_phrase_has_beyond_its_words() -> None:
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_an_encoder_classifier_is_read_by_its_labels() -> None:
-    model = sentiment()
+    model = sentiment(400)
     text = "the film was not bad ."
     found = mi.phrase_relevance(model, text, "positive", against="negative", spans=[(4, 6)], preset="patch")
     encoding = model.tokenizer(text, return_tensors="pt", return_token_type_ids=False)

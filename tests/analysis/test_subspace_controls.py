@@ -59,6 +59,7 @@ def test_an_illusion_needs_its_dormant_part_and_a_read_direction_does_not():
         mi.split_effects(model, PAIRS, "resid_pre.1", unit(drawn(16, 1)))
 
 
+@pytest.mark.slow
 def test_the_warning_fires_on_a_search_that_fits_anything():
     """Few pairs and many directions: arbitrary labels, and a model that has learned nothing, are fitted perfectly."""
     model = build("gpt2", dtype=torch.float32)
@@ -98,6 +99,7 @@ def test_no_warning_at_chance():
     assert mi.AlignmentControls(frame, 0.6, 0.6, 1, 64).warning == ""
 
 
+@pytest.mark.slow
 def test_random_weights_are_those_of_the_seed():
     model = build("llama", dtype=torch.float32)
     first, same, other = (mi.with_random_weights(model, seed=seed).W_Q[1] for seed in (1, 1, 2))

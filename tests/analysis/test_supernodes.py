@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+import torch
 
 import mechinterp as mi
+from mechinterp.analysis.attribution_graph.supernodes import _together
 from mechinterp.base.errors import InputError
 from mechinterp.features.dictionary import transcoder
 from tests.analysis.test_attribution_graph import PROMPT, F, a_set, drawn
@@ -48,6 +50,20 @@ def test_halves_of_a_feature_are_found_and_their_sum_is_the_feature(texts):
         a, b = (f"both {name}" if name in first else name for name in (source, target))
         readers = 2 if target in first else 1  # both halves read what the feature reads
         assert found[a, b] == pytest.approx(readers * weight, rel=1e-9, abs=1e-12)
+
+
+def test_firing_together_is_counted_behind_the_first_token():
+    """The first token is the same in every text, so that what fires on it alone would all fire together."""
+    model, bases = tiny("gpt2"), a_set()
+    texts = tokens(6)
+    keys = [(basis.name, i) for basis in bases[:2] for i in range(4)]
+    found = _together(model, {basis.name: basis for basis in bases}, keys, texts, 4, 1)
+    run = model.run(texts, record=bases[:2])
+    active = torch.stack([run.values[basis][:, 1:, i].flatten() for basis in bases[:2] for i in range(4)], 1)
+    expected = active.T @ active / active.norm(dim=0).clamp(min=1e-12) / active.norm(dim=0).clamp(min=1e-12)[:, None]
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(InputError, match="more than 1 token"):
+        _together(model, {basis.name: basis for basis in bases}, keys, texts[:, :1], 4, 1)
 
 
 def test_a_collapsed_graph_has_the_sums_of_the_graph():

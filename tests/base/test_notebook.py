@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers.utils import logging
 
 import mechinterp as mi
 from mechinterp.base import notebook
@@ -46,19 +47,18 @@ def test_functions_without_progress_stay_as_they_are() -> None:
 
 
 @pytest.mark.slow
-def test_public_functions_draw_bars_in_a_kernel_only() -> None:
-    code = """
-import sys, types
-import mechinterp as mi
-assert not hasattr(mi.evaluate, "__wrapped__")
-mi.__dict__.pop("evaluate")
-sys.modules["ipykernel"] = types.ModuleType("ipykernel")
-sys.modules["IPython"] = types.SimpleNamespace(get_ipython=lambda: object())
-assert hasattr(mi.evaluate, "__wrapped__") and isinstance(mi.Circuit, type)
-from mechinterp.evaluation.faithfulness import evaluate
-assert mi.evaluate.__wrapped__ is evaluate
-model = mi.load_model("bundled")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "Loading weights" not in done.stdout + done.stderr
+def test_public_functions_draw_bars_in_a_kernel_only(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from mechinterp.evaluation.faithfulness import evaluate
+
+    assert mi.evaluate is evaluate and isinstance(mi.Circuit, type)
+    for name in ("evaluate", "Circuit"):
+        monkeypatch.delitem(vars(mi), name)
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=object))
+    assert mi.evaluate is not evaluate and mi.evaluate.__wrapped__ is evaluate and isinstance(mi.Circuit, type)
+    logging.enable_progress_bar()
+    mi.load_model("bundled", dtype="float64")
+    out, err = capfd.readouterr()
+    assert "Loading weights" not in out + err

@@ -24,6 +24,7 @@ def test_the_texts_are_the_lines_in_every_loop(tmp_path: Path) -> None:
     assert list(mi.read_texts(rows, field="body")) == ["a\nb"]
 
 
+@pytest.mark.slow
 def test_one_line_is_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     path.write_text("a text of some words\n" * 200_000, "utf-8")

@@ -44,6 +44,7 @@ def _checked(name: str, model: str, both: tuple[mi.Pairs, mi.HookManager, mi.Hoo
     return compared(model, name, run, limit, (cpu, pairs), (other, pairs.to(DEVICE)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRIED)
 def test_same_on_another_device(name: str, both: Any) -> None:
     found = _checked(name, "GPT-2", both)
@@ -87,6 +88,7 @@ MOST_SYNCS = {"eap": 20, "eap_ig": 35, "circuit": 24, "gates": 8}
 """The host waits for the device: meanwhile the queue of kernels runs dry. None of them may grow with the layers."""
 
 
+@pytest.mark.slow
 def test_how_often_the_host_waits(both: Any, stand_in: StandIn) -> None:
     pairs, _, model = both
     work = work_of(model.bridge.original_model, model, pairs.to(DEVICE))

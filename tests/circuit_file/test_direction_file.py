@@ -145,6 +145,7 @@ def test_what_does_not_follow_the_schema_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_stored_direction_verifies_and_is_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +184,7 @@ def test_the_command_writes_a_file_and_refuses_what_does_not_fit(
     assert [str(site) for site in sites_of(model, "mlp_out", "1,2")] == ["mlp_out.1", "mlp_out.2"]
 
 
+@pytest.mark.slow
 def test_direct_takes_parameters_of_the_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They are recorded, with the defaults of the others; the file verifies, and only the same command replaces it."""
     few = ["--examples", "16", "--validation-examples", "8", "--test-examples", "10", "--position", "end"]

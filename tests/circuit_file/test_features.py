@@ -89,6 +89,7 @@ def test_the_hash_to_cite_is_over_the_dictionary_and_not_over_where_it_is(stored
     assert with_first(numbers=(1,)) != document.integrity.circuit_sha256
 
 
+@pytest.mark.slow
 def test_it_verifies_and_its_dictionary_may_be_elsewhere(stored: Path, tmp_path: Path) -> None:
     found = mi.verify(stored)
     assert found.ok and {"basis a1", "basis m3"} <= {claim.name for claim in found.claims}
@@ -106,6 +107,7 @@ def test_it_verifies_and_its_dictionary_may_be_elsewhere(stored: Path, tmp_path:
     assert "that was given is not the one of the circuit" in refused.failed[0].detail
 
 
+@pytest.mark.slow
 def test_one_changed_byte_of_the_dictionary_is_refused(stored: Path, tmp_path: Path) -> None:
     path = copied(stored, tmp_path)
     (tensors,) = (path.parent / "dictionary").glob("*.safetensors")
@@ -236,6 +238,7 @@ def test_commands_show_and_draw_features(stored: Path, tmp_path: Path, capsys: p
     assert re.search(r'"fires": ?{[^}]*"(m3|a1)\.f\d+": ?"prompt 1: [^"]+ \d', text)
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_strongest_features_and_its_file_verifies(tmp_path: Path) -> None:
     spec = mi.RunSpec("ioi", features=("bundled:m2", "bundled:m3"), top=5, level="feature", nodes=14, method="eap")
     small = {

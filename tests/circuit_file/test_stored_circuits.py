@@ -51,6 +51,7 @@ def test_a_circuit_of_a_real_model_says_where_its_weights_are(
         mi.verify(path)
 
 
+@pytest.mark.slow
 def test_a_stored_circuit_of_features_does_not_verify_with_another_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

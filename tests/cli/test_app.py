@@ -61,6 +61,20 @@ def process(*arguments: str, code: str = "", **environment: str) -> subprocess.C
     return subprocess.run(command, capture_output=True, text=True, encoding="latin-1", env=environ, timeout=300)
 
 
+def in_one_process(*given: tuple[int, list[str]], **environment: str) -> subprocess.CompletedProcess[str]:
+    """What several commands print, each of which must end with its exit code."""
+    code = f"""
+from mechinterp.cli.app import main
+
+for code, words in {given!r}:
+    got = main(words)
+    assert got == code, (got, words)
+"""
+    done = process(code=code, **environment)
+    assert done.returncode == 0, done.stderr[-500:]
+    return done
+
+
 def complaint(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> str:
     """The one line on stderr of a command that ends with exit code 2 and prints nothing else."""
     capsys.readouterr()
@@ -321,6 +335,7 @@ def test_a_run_writes_four_files_and_says_what_is_next(
     )
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_do_the_task_is_exit_code_2(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -343,6 +358,7 @@ def test_a_model_that_does_not_do_the_task_is_exit_code_2(
     assert "the model does not do the task" in page
 
 
+@pytest.mark.slow
 def test_no_small_circuit_is_exit_code_4(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["--model", str(model), "--out", str(tmp_path), "--examples", "10", "--anyway"]
     capsys.readouterr()
@@ -525,9 +541,10 @@ def test_ctrl_c_while_files_are_written_leaves_no_part_of_one(
 
 @pytest.mark.slow
 def test_output_to_a_pipe_has_no_control_codes(toy: Path) -> None:
-    for arguments in (["show", str(toy)], ["list"], ["--help"], ["run", "ioy"]):
-        done = process(*arguments)
-        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", (done.stdout + done.stderr).replace("\r\n", "\n"))
+    done = in_one_process((0, ["show", str(toy)]), (0, ["list"]), (0, ["--help"]), (2, ["run", "ioy"]))
+    text = (done.stdout + done.stderr).replace("\r\n", "\n")
+    assert "Usage: discover-circuit" in text and "Unknown task 'ioy'" in text
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
 
 
 @pytest.mark.slow
@@ -537,10 +554,9 @@ def test_a_console_that_knows_few_letters_gets_question_marks(encoding: str, tmp
     pairs = {"évaluation ☃": record["pairs"]["evaluation"], **record["pairs"]}
     evaluation = {**record["evaluation"][0], "pairs": "évaluation ☃"}
     path = write(tmp_path / "toy.circuit.json", pairs=pairs, evaluation=[evaluation])
-    for arguments in (["show", str(path)], ["list"], ["show", str(tmp_path / "☃.circuit.json")]):
-        done = process(*arguments, PYTHONIOENCODING=encoding)
-        assert done.returncode == (2 if "☃" in arguments[-1] else 0), done.stderr
-        assert "Traceback" not in done.stderr
+    missing = str(tmp_path / "☃.circuit.json")
+    done = in_one_process((0, ["show", str(path)]), (0, ["list"]), (2, ["show", missing]), PYTHONIOENCODING=encoding)
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

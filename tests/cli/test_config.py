@@ -166,6 +166,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SMALL = ("--examples", "10", "--method", "eap", "--anyway", "--resamples", "0", "--no-roles", "--no-curve")
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_by_its_file_and_replaced_by_its_own_command_only(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,6 +214,7 @@ def test_a_run_is_repeated_by_its_file_and_replaced_by_its_own_command_only(
     assert "edges: '30'" in config.read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_a_comparison_is_repeated_by_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["--methods", "random", "--examples", "4", "--sizes", "0.5,1", "--out", str(tmp_path)]
     assert cli.main(["compare", "ioi", *few]) == 0

@@ -67,54 +67,69 @@ def run(folder: Path, *commands: list[str]) -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.slow
-def test_another_package_adds_a_method_a_metric_and_a_format(tmp_path: Path) -> None:
-    points = {"methods": "mine = mine_plugin:METHOD", "metrics": "mine-diff = mine_plugin:METRIC"}
-    points |= {"exports": "mine-names = mine_plugin:EXPORT", "imports": "mine-json = mine_plugin:IMPORT"}
-    install(tmp_path, "mine_plugin", GOOD, points, "Scores of mine")
-    model = save_words_model(tmp_path / "words")
-    small = ["--model", str(model), "--examples", "8", "--edges", "50%", "--no-roles", "--anyway", "--out", "out"]
-    made = "out/ioi-words-mine.circuit.json"
-    listed, found, exported, _, imported, refused = run(
-        tmp_path,
-        ["list"],
-        ["run", "ioi", "--method", "mine", "--metric", "mine-diff", "--set", "times=3", *small],
-        ["export", made, "--format", "mine-names", "--out", "names.txt"],
-        ["export", made, "--format", "eap-ig-json", "--out", "graph.json"],
-        ["import", "graph.json", "--format", "mine-json", "--model", str(model), "--out", "again.circuit.json"],
-        ["run", "ioi", "--method", "mine", "--set", "times=0", *small, "--force"],
-    )
-    assert listed[0] == 0 and not listed[3] and listed[1].count("Scores of mine (package mine_plugin)") == 2
-    assert found[0] == 0, found
-    document = json.loads((tmp_path / made).read_text("utf-8"))
-    assert document["discovery"]["method"] == "mine" and document["discovery"]["metric"]["name"] == "mine-diff"
-    assert document["discovery"]["parameters"]["times"] == 3.0
-    assert exported[0] == 0 and "Lost: all but the names." in exported[1]
-    assert len((tmp_path / "names.txt").read_text().split()) == len(document["edges"])
-    assert imported[0] == 0 and (tmp_path / "again.circuit.json").exists(), imported
-    assert refused[0] == 2 and "times must be a number, above 0" in refused[2]
-
-
 BROKEN = {
     "gone": "The method 'gone' (from the package bad_plugin) cannot be imported: AttributeError",
     "raises": "The method 'raises' (from the package bad_plugin) cannot be imported: ModuleNotFoundError",
     "exits": "The method 'exits' (from the package bad_plugin) cannot be imported: SystemExit",
     "wrong": "(from the package bad_plugin) is not usable: bad_plugin:NUMBER is of type int, not Method",
     "other": "calls itself 'eap-ig'; both must be the same",
-    "eap": "The packages mechinterp and bad_plugin both have a method named 'eap'",
+    "relp": "The packages mechinterp and bad_plugin both have a method named 'relp'",
 }
 
 
+NAMES = {"gone": "bad_plugin:GONE", "raises": "no_such_module:X", "exits": "exits:X", "wrong": "bad_plugin:NUMBER"}
+NAMES |= {"other": "mechinterp.discovery.eap:EAP_IG", "relp": "bad_plugin:NUMBER"}
+MADE = "out/ioi-words-mine.circuit.json"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two packages are installed, one of them broken."""
+    folder = tmp_path_factory.mktemp("plugins")
+    points = {"methods": "mine = mine_plugin:METHOD", "metrics": "mine-diff = mine_plugin:METRIC"}
+    points |= {"exports": "mine-names = mine_plugin:EXPORT", "imports": "mine-json = mine_plugin:IMPORT"}
+    install(folder, "mine_plugin", GOOD, points, "Scores of mine")
+    (folder / "exits.py").write_text("raise SystemExit(0)", "utf-8")
+    install(folder, "bad_plugin", "NUMBER = 3", {"methods": "\n".join(f"{n} = {where}" for n, where in NAMES.items())})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(folder: Path) -> dict[str, Any]:
+    """What the commands gave, by name, all in one process."""
+    model = str(save_words_model(folder / "words"))
+    small = ["--model", model, "--examples", "8", "--edges", "50%", "--no-roles", "--anyway", "--out", "out"]
+    commands = {
+        "list": ["list"],
+        "run": ["run", "ioi", "--method", "mine", "--metric", "mine-diff", "--set", "times=3", *small],
+        "export": ["export", MADE, "--format", "mine-names", "--out", "names.txt"],
+        "graph": ["export", MADE, "--format", "eap-ig-json", "--out", "graph.json"],
+        "import": ["import", "graph.json", "--format", "mine-json", "--model", model, "--out", "again.circuit.json"],
+        "refused": ["run", "ioi", "--method", "mine", "--set", "times=0", *small, "--force"],
+        **{name: ["run", "ioi", "--method", name, "--model", model] for name in BROKEN},
+    }
+    return dict(zip(commands, run(folder, *commands.values()), strict=True))
+
+
 @pytest.mark.slow
-def test_a_broken_plug_in_gets_one_line_and_spoils_nothing_else(tmp_path: Path) -> None:
-    where = {"gone": "bad_plugin:GONE", "raises": "no_such_module:X", "exits": "exits:X", "wrong": "bad_plugin:NUMBER"}
-    where |= {"other": "mechinterp.discovery.eap:EAP_IG", "eap": "bad_plugin:NUMBER"}
-    (tmp_path / "exits.py").write_text("raise SystemExit(0)", "utf-8")
-    points = "\n".join(f"{name} = {value}" for name, value in where.items())
-    install(tmp_path, "bad_plugin", "NUMBER = 3", {"methods": points})
-    model = str(save_words_model(tmp_path / "words"))
-    commands = [["run", "ioi", "--method", name, "--model", model] for name in BROKEN]
-    listed, *refused = run(tmp_path, ["list"], *commands)
-    assert listed[0] == 0 and not listed[3] and all(name in listed[1] for name in BROKEN)
-    for (code, _, errors, _), message in zip(refused, BROKEN.values(), strict=True):
+def test_another_package_adds_a_method_a_metric_and_a_format(folder: Path, done: dict[str, Any]) -> None:
+    code, listed, _, with_torch = done["list"]
+    assert code == 0 and not with_torch and listed.count("Scores of mine (package mine_plugin)") == 2
+    assert done["run"][0] == 0, done["run"]
+    document = json.loads((folder / MADE).read_text("utf-8"))
+    assert document["discovery"]["method"] == "mine" and document["discovery"]["metric"]["name"] == "mine-diff"
+    assert document["discovery"]["parameters"]["times"] == 3.0
+    assert done["export"][0] == 0 and "Lost: all but the names." in done["export"][1]
+    assert len((folder / "names.txt").read_text().split()) == len(document["edges"])
+    assert done["import"][0] == 0 and (folder / "again.circuit.json").exists(), done["import"]
+    assert done["refused"][0] == 2 and "times must be a number, above 0" in done["refused"][2]
+
+
+@pytest.mark.slow
+def test_a_broken_plug_in_gets_one_line_and_spoils_nothing_else(done: dict[str, Any]) -> None:
+    """The other package is used beside it, and the list needs no torch for either."""
+    code, listed, _, with_torch = done["list"]
+    assert code == 0 and not with_torch and all(name in listed for name in BROKEN)
+    for name, message in BROKEN.items():
+        code, _, errors, _ = done[name]
         assert code == 2 and message in errors and errors.count("\n") == 1

@@ -183,6 +183,7 @@ def test_a_circuit_by_cd_is_saved_and_verified_like_any_other(tmp_path: Path) ->
         "ioi",
         method="cd",
         examples=12,
+        validation_examples=24,
         test_examples=12,
         settings=("top=6", "preset=authors-gpt"),
         roles=False,

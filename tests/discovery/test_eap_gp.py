@@ -67,6 +67,7 @@ def test_the_edges_out_of_the_input_sum_to_plain_autograd(name: str) -> None:
     assert abs(float(straight.values[:, 0].sum()) - expected) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_along_the_path_the_gradient_is_complete(name: str) -> None:
     """What the small steps add up to is the change of the metric from the clean input to the path's end."""

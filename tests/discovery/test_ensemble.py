@@ -92,6 +92,7 @@ def test_the_numbers_of_a_hand_made_ensemble() -> None:
     assert float(mi.ensemble_scores([a, b], how="rank").values[first][0]) == pytest.approx(1)  # a tied vote is +
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_method_is_its_members_combined_in_any_batches(name: str) -> None:
     model, some = tiny(name), pairs(5, padded=True)

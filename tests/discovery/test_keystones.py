@@ -50,6 +50,7 @@ def test_a_keystone_with_the_wrong_sign_is_repaired(name: str) -> None:
     assert repaired.cost["forwards"] == guessed.cost["forwards"] + 4 * (1 + 9)
 
 
+@pytest.mark.slow
 def test_every_estimate_takes_the_same_exact_numbers() -> None:
     model, examples = tiny("gpt2"), pairs(3, 5, padded=True)
     graph = mi.build_graph(model)

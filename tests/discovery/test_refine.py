@@ -69,6 +69,7 @@ def by_hand(
     return kept, losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", GRAPHS)
 def test_it_does_what_one_trial_after_another_does(kind: str) -> None:
     name, how = GRAPHS[kind]

@@ -162,6 +162,7 @@ def test_a_batch_is_the_sum_of_its_examples(name: str, monkeypatch: pytest.Monke
         torch.testing.assert_close(chunked, whole, rtol=0, atol=near)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])
 def test_one_token_and_one_point_at_a_time_give_the_same_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With means per position, named positions and parts of writers, which are all cut into windows of their own."""
@@ -187,6 +188,7 @@ def test_one_token_and_one_point_at_a_time_give_the_same_scores(name: str, monke
         torch.testing.assert_close(got, expected, rtol=0, atol=near)
 
 
+@pytest.mark.slow
 def test_memory_grows_neither_with_the_points_of_the_path_nor_with_writes_times_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -54,6 +54,7 @@ def test_bfloat16_is_within_its_rounding_of_float32(name: str, both: tuple[mi.Ho
     assert 0 < off < 12 * EPS  # 0: it was not computed in bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["eap-ig"])
 def test_sums_over_examples_lose_no_digits(name: str, both: tuple[mi.HookManager, mi.HookManager]) -> None:
     one = pairs(2, 5)

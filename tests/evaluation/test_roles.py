@@ -203,6 +203,7 @@ def test_what_cannot_be_measured_is_said() -> None:
     assert "attention" in measured.evidence and "direct effect" not in measured.evidence
 
 
+@pytest.mark.slow
 def test_a_killed_measurement_goes_on(bundled: Bundled, found: mi.MeasuredRoles) -> None:
     """Stopped at a progress call near its end, it makes no patched run of the train pairs again, and ends the same."""
     model, train, test = bundled

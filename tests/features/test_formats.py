@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 import mechinterp as mi
 from mechinterp.base.errors import FormatError, InputError, MechInterpError, UnsupportedError
 from mechinterp.models.sites import Site
+from tests.support.models_tiny import D_MODEL, tiny
 
 D, F = 6, 12
 B_ENC = torch.linspace(-0.5, 0.5, F)
@@ -426,6 +427,21 @@ def test_circuit_tracer_transcoders(tmp_path):
     write(tmp_path, config_yaml={**cfg, "transcoders": ["layer_1.safetensors"]})
     with pytest.raises(FormatError, match="place 0 of 'transcoders', which is its layer, has 'layer_1"):
         mi.load_bases(tmp_path)
+
+
+def test_circuit_tracer_sites_are_those_of_the_model(tmp_path):
+    """`mlp.hook_out` is before a post-norm: for one basis as for all, and for one read again without a model."""
+    model = tiny("gemma2")
+    for i in range(2):
+        tensors = {"W_enc": drawn(F, D_MODEL), "W_dec": drawn(F, D_MODEL), "b_enc": B_ENC, "b_dec": drawn(D_MODEL)}
+        write(tmp_path, tensors, f"layer_{i}.safetensors")
+    cfg = {"model_kind": "transcoder_set", "feature_output_hook": "mlp.hook_out"}
+    write(tmp_path, config_yaml={**cfg, "transcoders": ["layer_0.safetensors", "layer_1.safetensors"]})
+    found = mi.load_bases(tmp_path, model=model, check=False)
+    assert [basis.sites_out for basis in found] == [(Site("mlp_raw", 0),), (Site("mlp_raw", 1),)]
+    one = mi.load_basis(tmp_path, model=model, check=False, layer=1)
+    again = mi.load_basis(tmp_path, **one.source.options)
+    assert one.sites_out == again.sites_out == (Site("mlp_raw", 1),) and again.sha256 == one.sha256 == found[1].sha256
 
 
 def test_circuit_tracer_cross_layer(tmp_path):

@@ -68,6 +68,23 @@ def test_the_flow_says_what_is_carried_written_and_new():
         mi.feature_flow(bases[:2])
 
 
+def test_the_flow_of_unrelated_dictionaries_is_what_the_shuffled_control_has():
+    """With several sources a feature has several chances to match: `by_chance` counts them as `origins` does."""
+    bases = [basis(site, drawn(150, 16, seed=i)) for i, site in enumerate(("resid_pre.1", "attn_out.1", "mlp_out.1"))]
+    found = mi.feature_flow([*bases, basis("resid_pre.2", drawn(150, 16, seed=9))])
+    real = {kind: float((found.origins["origin"] == kind).mean()) for kind in ("new", "written", "carried", "both")}
+    assert sum(found.by_chance.values()) == pytest.approx(1) and found.by_chance["written"] > 0.02
+    for kind, share in real.items():
+        assert share == pytest.approx(found.by_chance[kind], abs=0.06), kind
+    assert "by chance" in repr(found)
+
+
+def test_the_shuffled_control_of_a_flow_is_below_what_is_carried():
+    first = drawn(60, 24)
+    found = mi.feature_flow([basis("resid_pre.1", first), basis("resid_pre.2", first + 0.1 * drawn(60, 24, seed=1))])
+    assert (found.origins["origin"] == "carried").all() and found.by_chance["carried"] < 0.15
+
+
 def test_a_feature_that_appears_at_a_checkpoint_has_its_strength_from_there_on():
     W = drawn(5, 3, 8)
     W[2, 0] = 0

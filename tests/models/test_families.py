@@ -19,6 +19,7 @@ from benchmarks.plain_hooks import PlainModel, run_plain
 from mechinterp.base.errors import UnsupportedError
 from mechinterp.engines.edge_patching import run_edges
 from mechinterp.graphs.graph import build_graph
+from mechinterp.models import block_parts
 from mechinterp.models.hook_manager import HookManager, load_model
 from mechinterp.models.layout import Attentions
 from mechinterp.models.norm import Norm, measure_norm
@@ -39,8 +40,9 @@ CHOSEN = (
     "GPT-OSS",
     "Granite 4 hybrid",
     "DeepSeek-V3",
+    "Qwen3-Next, linear and full attention",
 )
-"""One of each kind: parallel with one norm, ALiBi, multipliers, norms without weights, experts, no heads."""
+"""One of each kind: parallel with one norm, ALiBi, multipliers, norms without weights, experts, no heads, gates."""
 
 
 @functools.cache
@@ -104,8 +106,9 @@ def plain_of(family: Family, model: HookManager) -> PlainModel:
     return PlainModel(family.build(), family.modules, model.dims.n_kv_heads)
 
 
-def test_a_gate_beside_queries_keys_and_values_is_refused() -> None:
-    """AFMoE's heads are multiplied by a gate that reads the residual stream: no edge would stand for it."""
+def test_a_gate_that_is_not_known_as_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AFMoE's heads are multiplied by a gate that reads the residual stream: no edge into a head would stand for it."""
+    monkeypatch.setattr(block_parts, "_is_gated", lambda attn: False)
     with pytest.raises(UnsupportedError, match=r"heads of layer 0 also read the residual stream other than through"):
         load_model(BY_LABEL["AFMoE"].build())
 

@@ -24,6 +24,7 @@ def by_hand(model: Any, row: list[int], n: int, edit: Any) -> list[int]:
     return row[-n:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "neox", "llama", "gemma2"])
 def test_greedy_with_the_cache_is_without_and_by_hand(name: str) -> None:
     model, prompts = tiny(name), pairs(3, 6, padded=True, positions=NAMED)

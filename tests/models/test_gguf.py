@@ -109,6 +109,7 @@ def test_the_record_names_the_file_and_its_hash_and_no_absolute_path(llama: Path
     assert record.file.types == ("F32",)
 
 
+@pytest.mark.slow
 def test_a_run_and_verify_of_its_file(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     opened = load(llama)
     pairs = mi.Pairs(clean=X, corrupt=X.flip(1), right=[1, 2], wrong=[3, 5])

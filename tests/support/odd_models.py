@@ -87,13 +87,6 @@ REFUSED: dict[str, Built] = {
     "Gemma 4, layer inputs": ("Gemma4ForCausalLM", {**_GEMMA4, "global_head_dim": 8, "hidden_size_per_layer_input": 4}),
     "OPT with projections": ("OPTForCausalLM", {**_OPT, "word_embed_proj_dim": 8}),
     "OPT, norm after": ("OPTForCausalLM", {**_OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
-    "Qwen3.5, full attention": ("Qwen3_5ForCausalLM", {**_G, **_LINEAR, "layer_types": _FULL}),
-    "Qwen3-Next, full attention": ("Qwen3NextForCausalLM", {**_SHARED, **_LINEAR, "layer_types": _FULL}),
-    "Qwen3.5-MoE, full attention": ("Qwen3_5MoeForCausalLM", {**_SHARED, **_LINEAR, "layer_types": _FULL}),
-    "Qwen3.5, linear attention": (
-        "Qwen3_5ForCausalLM",
-        {**_G, **_LINEAR, "layer_types": ["linear_attention", "full_attention"]},
-    ),
     "GPT-2, cross-attention": ("GPT2LMHeadModel", {**_S, "add_cross_attention": True}),
     "GPT-2, unscaled": ("GPT2LMHeadModel", {**_S, "scale_attn_weights": False}),
     "ModernBERT decoder": ("ModernBertDecoderForCausalLM", {**_R, "local_attention": 4}),
@@ -134,6 +127,14 @@ WHOLE: dict[str, Built] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    "Qwen3.5, full attention": ("Qwen3_5ForCausalLM", {**_G, **_LINEAR, "layer_types": _FULL}),
+    "Qwen3-Next, full attention": ("Qwen3NextForCausalLM", {**_SHARED, **_LINEAR, "layer_types": _FULL}),
+    "Qwen3.5-MoE, full attention": ("Qwen3_5MoeForCausalLM", {**_SHARED, **_LINEAR, "layer_types": _FULL}),
+    "Qwen3.5, linear attention": (
+        "Qwen3_5ForCausalLM",
+        {**_G, **_LINEAR, "layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "AFMoE": ("AfmoeForCausalLM", {**_LOCAL, "head_dim": 4, "num_dense_layers": 1}),
 }
 """Models with layers whose attention (or what takes its place) is read as a whole."""
 

@@ -128,7 +128,8 @@ def test_a_large_circuit_without_roles_is_drawn_by_layer() -> None:
     members = [name for one in found["boxes"] for name in one["nodes"]]
     assert sorted(members) == sorted(circuit.nodes)
     assert len({one["level"] for one in found["boxes"]}) <= MAX_BLOCKS + 2
-    total = sum(scores_of(circuit).to_dict()[name] for name in circuit.edges)
+    scores = scores_of(circuit).to_dict()
+    total = sum(scores[name] for name in circuit.edges)
     assert sum(arrow["weight"] for arrow in found["arrows"]) == pytest.approx(total, rel=1e-3)
     small = toy_circuit()
     assert graph_view(small, toy_document(small))["diagrams"] == []

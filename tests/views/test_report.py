@@ -351,7 +351,7 @@ def test_the_page_warns_of_what_the_file_gives_reason_for(circuit: Circuit) -> N
 
 def test_the_page_says_how_far_verify_reaches(circuit: Circuit) -> None:
     page, _ = page_of(circuit)
-    assert "recomputed by verify hashes; graph" in page.text and "free text nobody checked id; title" in page.text
+    assert "recomputed by verify hashes; graph" in page.text and "free text, never checked id; title" in page.text
 
 
 def test_the_page_ties_roles_to_predictions(circuit: Circuit) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Int
+from torch import Tensor
 
 from mechinterp.analysis.attribution_graph.graph import AttributionGraph, GraphNode
 from mechinterp.base.errors import InputError
 from mechinterp.base.registry import unknown
+from mechinterp.tasks.pairs import Pairs
 
 POSITIONS = ("summed", "kept")
+NODE_COLUMNS = ("node", "kind", "influence", "frequency", "value", "layer", "position", "feature", "basis", "text")
+EDGE_COLUMNS = ("source", "target", "weight", "sd", "frequency")
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,12 +25,19 @@ class AggregatedGraph:
     """Means over the attribution graphs of several prompts; what a graph does not have counts as 0 there.
 
     Args:
-        nodes: A row per node, the largest influence first: node, kind, influence (the mean), frequency (the share of
-            graphs that have it), value (the mean activation, or probability of a target, in the graphs that have it).
-        edges: A row per edge, the largest first: source, target, weight (the mean), sd (over the graphs), frequency.
+        nodes: A row per node, the largest influence first: node, kind, influence (the mean over all graphs), frequency
+            (the share of graphs that have it), value (of a feature its activation, summed over its positions if these
+            are `summed`; of a target its probability; 0 of others: the mean over the graphs that have it), and layer,
+            position, feature, basis, text as in `GraphNode` (a position of -1: summed; no text: it differs).
+        edges: A row per edge, the largest first: source, target, weight (the mean over all graphs), sd (over the
+            graphs), frequency.
         graphs: How many there are.
         positions: `summed`: a feature is one node at whatever positions; `kept`: one per position.
-        of_errors: The share of the influence that is from errors, of every graph.
+        of_errors: The share of the influence that is from errors, of every graph before it was pruned.
+        words: The text of every token, of every graph.
+        model: The name of the model.
+        bases: By name, the sha256 of every transcoder.
+        held: What the edges hold: `norms`, `patterns` or `nothing`.
     """
 
     nodes: pd.DataFrame
@@ -33,6 +45,10 @@ class AggregatedGraph:
     graphs: int
     positions: str
     of_errors: tuple[float, ...]
+    words: tuple[tuple[str, ...], ...] = ()
+    model: str = ""
+    bases: Mapping[str, str] = field(default_factory=dict[str, str])
+    held: str = "norms"
 
     def __repr__(self) -> str:
         features = self.nodes[self.nodes["kind"] == "feature"]
@@ -48,7 +64,37 @@ class AggregatedGraph:
             raise InputError(f"`share` is a share of the graphs, above 0 and at most 1; got {share}.")
         nodes = self.nodes.loc[self.nodes["frequency"] >= share - 1e-12].reset_index(drop=True)
         edges = self.edges.loc[self.edges["frequency"] >= share - 1e-12].reset_index(drop=True)
-        return AggregatedGraph(nodes, edges, self.graphs, self.positions, self.of_errors)
+        return replace(self, nodes=nodes, edges=edges)
+
+
+def graph_prompts(pairs: Pairs) -> list[tuple[Int[Tensor, " pos"], dict[str, dict[int, float]]]]:
+    """(prompt, targets) of every pair, for `attribution_graph`: the clean prompt up to where its answer is read.
+
+    The target is `right - wrong`, the mean logit of the right answers less that of the wrong ones; without wrong
+    answers it is `right`. It has one name in all prompts, so that an aggregate has it once.
+
+    Args:
+        pairs: Pairs with right answers.
+
+    Raises InputError for pairs without answers, or whose answers are read at several positions.
+
+    >>> import mechinterp as mi
+    >>> pairs = mi.Pairs(clean=[[5, 6], [5, 9]], corrupt=[[5, 9], [5, 6]], right=[6, 9], wrong=[9, 6])
+    >>> prompt, targets = mi.graph_prompts(pairs)[0]
+    >>> prompt.tolist(), targets
+    ([5, 6], {'right - wrong': {6: 1.0, 9: -1.0}})
+    """
+    if pairs.right is None or pairs.answer_pos.shape[1] != 1:
+        raise InputError("These pairs have no right answer at one position; give attribution_graph prompt and targets.")
+    made: list[tuple[Tensor, dict[str, dict[int, float]]]] = []
+    for row, at in enumerate(pairs.answer_pos[:, 0].tolist()):
+        weights: dict[int, float] = {}
+        for sign, ids in ((1.0, pairs.right), (-1.0, pairs.wrong)):
+            own = [] if ids is None else [token for token in ids[row].tolist() if token >= 0]
+            for token in own:
+                weights[token] = weights.get(token, 0.0) + sign / len(own)
+        made.append((pairs.clean[row, : at + 1], {"right" if pairs.wrong is None else "right - wrong": weights}))
+    return made
 
 
 def aggregate_graphs(graphs: Iterable[AttributionGraph], *, positions: str = "summed") -> AggregatedGraph:
@@ -77,24 +123,28 @@ def aggregate_graphs(graphs: Iterable[AttributionGraph], *, positions: str = "su
     """
     if positions not in POSITIONS:
         raise unknown("treatment of positions", positions, POSITIONS)
-    made: tuple[object, ...] | None = None
+    made: tuple[str, dict[str, str], str] | None = None
     nodes, edges, errors = list[pd.DataFrame](), list[pd.DataFrame](), list[float]()
+    words = list[tuple[str, ...]]()
     for graph in graphs:
-        of = (graph.model, dict(graph.bases), graph.about.get("held", "norms"))
+        of = (graph.model, dict(graph.bases), str(graph.about.get("held", "norms")))
         if made is not None and of != made:
             raise InputError(
                 "The graphs differ in their model, transcoders or what their edges hold; aggregate alike ones."
             )
         made = of
         named = [_name(graph, node, positions == "kept") for node in graph.nodes]
-        nodes.append(_nodes(graph, named))
+        nodes.append(_nodes(graph, named, positions == "kept"))
         edges.append(_edges(graph, named))
-        errors.append(graph.scores.of_errors)
-    if not nodes:
+        whole = graph.about.get("errors_before_pruning")
+        errors.append(whole if isinstance(whole, float) else graph.scores.of_errors)
+        words.append(graph.words)
+    if made is None:
         raise InputError("There are no graphs to aggregate.")
+    n = len(nodes)
     return AggregatedGraph(
-        _mean_nodes(pd.concat(nodes), len(nodes)), _mean_edges(pd.concat(edges), len(nodes)), len(nodes), positions,
-        tuple(errors),
+        _mean_nodes(pd.concat(nodes), n), _mean_edges(pd.concat(edges), n), n, positions, tuple(errors), tuple(words),
+        *made,
     )  # fmt: skip
 
 
@@ -104,11 +154,24 @@ def _name(graph: AttributionGraph, node: GraphNode, kept: bool) -> str:
     return f"token {node.text!r}" if node.kind == "token" else node.name.partition("@")[0]
 
 
-def _nodes(graph: AttributionGraph, named: list[str]) -> pd.DataFrame:
+def _nodes(graph: AttributionGraph, named: list[str], kept: bool) -> pd.DataFrame:
     influence = [*graph.influence().tolist(), *(node.weight for node in graph.targets)]
-    kinds, values = [node.kind for node in graph.nodes], [node.value for node in graph.nodes]
-    table = pd.DataFrame({"node": named, "kind": kinds, "influence": influence, "value": values})
-    return pd.DataFrame(table.groupby(["node", "kind"], sort=False, as_index=False).sum())
+    table = pd.DataFrame(
+        {
+            "node": named,
+            "kind": [node.kind for node in graph.nodes],
+            "influence": influence,
+            "value": [node.value for node in graph.nodes],
+            "layer": [node.layer for node in graph.nodes],
+            "position": [node.position if kept else -1 for node in graph.nodes],
+            "feature": [node.feature for node in graph.nodes],
+            "basis": [node.basis for node in graph.nodes],
+            "text": [node.text for node in graph.nodes],
+        }
+    )
+    found = table.groupby(["node", "kind"], sort=False, as_index=False)
+    once = dict.fromkeys(("layer", "position", "feature", "basis", "text"), "first")
+    return pd.DataFrame(found.agg({"influence": "sum", "value": "sum", **once}))
 
 
 def _edges(graph: AttributionGraph, named: list[str]) -> pd.DataFrame:
@@ -125,9 +188,20 @@ def _edges(graph: AttributionGraph, named: list[str]) -> pd.DataFrame:
 
 def _mean_nodes(every: pd.DataFrame, n: int) -> pd.DataFrame:
     found = every.groupby(["node", "kind"], sort=False)
-    table = found.agg(influence=("influence", "sum"), frequency=("influence", "size"), value=("value", "mean"))
+    table = found.agg(
+        influence=("influence", "sum"),
+        frequency=("influence", "size"),
+        value=("value", "mean"),
+        layer=("layer", "first"),
+        position=("position", "max"),  # a target is at the end of every prompt
+        feature=("feature", "first"),
+        basis=("basis", "first"),
+        text=("text", "first"),
+    )
+    for name, none in (("feature", -1), ("text", "")):
+        table[name] = table[name].where(found[name].nunique() == 1, none)
     table[["influence", "frequency"]] /= n
-    table = table.reset_index()
+    table = pd.DataFrame(table.reset_index()[list(NODE_COLUMNS)])
     return table.sort_values("influence", ascending=False, kind="stable", ignore_index=True)
 
 
@@ -136,5 +210,5 @@ def _mean_edges(every: pd.DataFrame, n: int) -> pd.DataFrame:
     found = every.groupby(["source", "target"], sort=False)
     table = found.agg(weight=("weight", "sum"), square=("square", "sum"), frequency=("weight", "size")) / n
     table["sd"] = np.sqrt((table.pop("square") - table["weight"] ** 2).clip(lower=0))
-    table = table[["weight", "sd", "frequency"]].reset_index()
+    table = pd.DataFrame(table.reset_index()[list(EDGE_COLUMNS)])
     return table.sort_values("weight", key=np.abs, ascending=False, kind="stable", ignore_index=True)

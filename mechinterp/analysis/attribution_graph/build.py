@@ -25,6 +25,7 @@ from mechinterp.models.modes import Gradients
 Targets = Sequence[str | int] | Mapping[str, Mapping[Any, float]]
 MOST_TARGETS, ENOUGH = 10, 0.95
 """By default the fewest tokens that together have this probability, at most ten."""
+MAX_BYTES = 2**31
 STEPS_OF_A_CHOICE = 4
 """Batches of features that are expanded between two choices of what comes next."""
 
@@ -74,7 +75,7 @@ def attribution_graph(
     constant_positions: int = 0,
     held: str = "norms",
     batch_size: int = 128,
-    max_bytes: int = 2**31,
+    max_bytes: int = MAX_BYTES,
     progress: Progress = no_progress,
 ) -> AttributionGraph:
     """The attribution graph of one prompt: direct effects between tokens, features, errors, constants and logits.
@@ -89,7 +90,7 @@ def attribution_graph(
             `load_bases` finds them. A layer without one is an error as a whole.
         targets: Tokens, as text or ids; or named combinations of tokens, as in `{"he - she": {" he": 1, " she": -1}}`.
             By default the fewest tokens that together have a probability of 0.95, at most ten. All at the last
-            position.
+            position. Tokens count by their probabilities in influences, combinations alike.
         max_features: How many features become nodes at most. If more are active, those of the largest influence are
             chosen, batch by batch, and the others are one node, `rest`.
         constant_positions: Features and errors of so many positions at the beginning count as constants. circuit-tracer
@@ -140,23 +141,85 @@ def attribution_graph(
         run = freeze(model, tokens, by_layer)
         found = _targets(run, targets)
         active = _active(run, constant_positions)
-        _check_memory(run, active, max_features, batch_size, max_bytes)
+        _size_of(run, active, len(found), max_features, batch_size).check(max_bytes)
         edges = _Edges(run, active, constant_positions, held)
         rows, chosen = _expanded(edges, found, max_features, batch_size, progress)
         return _graph(run, edges, found, rows, chosen)
 
 
-def _check_memory(run: FrozenRun, active: Active, max_features: int, batch_size: int, max_bytes: int) -> None:
-    n_rows, size = min(max_features, len(active)) + MOST_TARGETS, run.dtype.itemsize
+@dataclass(frozen=True)
+class GraphSize:
+    """What an attribution graph will take, before it is made.
+
+    Args:
+        positions: Tokens of the prompt.
+        active: Active features.
+        expanded: How many of them become nodes.
+        bytes: The matrix of edges and a batch of readers, as `attribution_graph` counts them for `max_bytes`.
+    """
+
+    positions: int
+    active: int
+    expanded: int
+    bytes: int
+
+    def check(self, max_bytes: int) -> None:
+        """Return None if the graph fits. Raises InputError otherwise."""
+        if self.bytes > max_bytes:
+            raise InputError(
+                f"The graph of {self.active:,} active features needs {self.bytes / 2**30:.1f} GiB; the limit is "
+                f"{max_bytes / 2**30:.1f} GiB (max_bytes). Give a smaller max_features or batch_size, or a shorter "
+                "prompt."
+            )
+
+
+def graph_size(
+    model: HookManager,
+    prompt: str | Int[Tensor, " pos"],
+    transcoders: str | Sequence[Basis],
+    *,
+    targets: Targets | None = None,
+    max_features: int = 4096,
+    constant_positions: int = 0,
+    batch_size: int = 128,
+) -> GraphSize:
+    """What `attribution_graph` with these arguments will take. One forward, and one encoding by every transcoder.
+
+    Args:
+        model: The model.
+        prompt: A text or token ids.
+        transcoders: As in `attribution_graph`.
+        targets: The targets; by default the likeliest tokens.
+        max_features: How many features become nodes at most.
+        constant_positions: Positions whose features count as constants.
+        batch_size: Readers side by side.
+
+    Raises InputError and UnsupportedError as `attribution_graph` does; a graph that is too large is no error here.
+
+    >>> import mechinterp as mi
+    >>> model = mi.load_model("bundled")
+    >>> size = mi.graph_size(model, torch.tensor([2, 5, 6]), "bundled:transcoders")
+    >>> size.positions, 0 < size.expanded == size.active, size.bytes < 2**24
+    (3, True, True)
+    """
+    if max_features < 1 or batch_size < 1 or constant_positions < 0:
+        raise InputError("`max_features` and `batch_size` are at least 1, `constant_positions` at least 0.")
+    bases = load_bases(transcoders, model=model) if isinstance(transcoders, str) else tuple(transcoders)
+    by_layer = check_transcoders(model, bases)
+    tokens, _, _ = read_prompt(model, prompt)
+    with Gradients(False) as off, off:
+        run = freeze(model, tokens, by_layer)
+        n_targets = len(_targets(run, targets))
+        return _size_of(run, _active(run, constant_positions), n_targets, max_features, batch_size)
+
+
+def _size_of(run: FrozenRun, active: Active, n_targets: int, max_features: int, batch_size: int) -> GraphSize:
+    n_rows, size = min(max_features, len(active)) + n_targets, run.dtype.itemsize
     n_columns = len(active) + run.n_pos * (run.model.dims.n_layers + 1) + 1
     directions = sum(int((active.layer == at).sum()) * len(b.sites_out) for at, b in run.transcoders.items())
     wide = 6 * batch_size * run.n_pos + directions
     total = size * (n_rows * n_columns + wide * run.model.dims.d_model)
-    if total > max_bytes:
-        raise InputError(
-            f"The graph of {len(active):,} active features needs {total / 2**30:.1f} GiB; the limit is "
-            f"{max_bytes / 2**30:.1f} GiB (max_bytes). Give a smaller max_features or batch_size, or a shorter prompt."
-        )
+    return GraphSize(run.n_pos, len(active), min(max_features, len(active)), total)
 
 
 def _targets(run: FrozenRun, targets: Targets | None) -> list[Target]:
@@ -169,7 +232,11 @@ def _targets(run: FrozenRun, targets: Targets | None) -> list[Target]:
         texts = [str(i) if model.tokenizer is None else str(model.tokenizer.decode([i])) for i in ids]
         texts = [text if texts.count(text) == 1 else f"{text} ({i})" for text, i in zip(texts, ids, strict=True)]
         shares = probabilities[list(ids)].tolist()
-        return [Target(text, i, {i: 1.0}, by, by) for text, i, by in zip(texts, ids, shares, strict=True)]
+        # Where the softmax gives all of them 0 they count alike: with weights of 0 nothing would have an influence.
+        weights = shares if any(shares) else [1.0 / len(ids)] * len(ids)
+        return [
+            Target(text, i, {i: 1.0}, share, by) for text, i, share, by in zip(texts, ids, shares, weights, strict=True)
+        ]
 
     def known(name: str | int) -> int:
         token = token_of(model, name)
@@ -382,6 +449,8 @@ def _graph(
     read = torch.stack(
         [sum((logits[t] * by for t, by in one.weights.items()), logits.new_zeros(())) for one in targets]
     )
+    if not bool(rows.isfinite().all()):
+        raise UnsupportedError(f"{model.info.architecture}: some edges are not finite in {run.dtype}.")
     gap = {"gap": _gap(run, rows, torch.cat([read, active.pre[chosen]]))} if edges.held == "norms" else {}
     n = edges.first_feature
     every = torch.cat([rows[n_targets:], rows[:n_targets]])  # features, then targets

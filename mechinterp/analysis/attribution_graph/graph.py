@@ -252,7 +252,7 @@ class AttributionGraph:
         Kept are the fewest nodes that hold the share `nodes` of all influence (tokens, constants and targets always),
         then the fewest edges that hold the share `edges` of the influence that flows through edges; then features
         without an edge in or out are dropped until none is left. Weights stay as they are: `left_out` says how much of
-        every reader's sum was pruned.
+        every reader's sum was pruned, `about["errors_before_pruning"]` how much of the influence was from errors.
 
         Args:
             nodes: The share of influence that the kept nodes hold, from 0 to 1.
@@ -303,7 +303,7 @@ class AttributionGraph:
             nodes=(*chosen, *self.targets),
             weights=weights,
             supernodes=tuple(group for group in groups if group.members),
-            about={**self.about, "pruned": dict(how)},
+            about={"errors_before_pruning": self.scores.of_errors, **self.about, "pruned": dict(how)},
         )
 
     def left_out(self) -> Float[Tensor, " reader"]:

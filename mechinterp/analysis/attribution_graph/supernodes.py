@@ -30,6 +30,7 @@ def find_supernodes(
     texts: Texts | None = None,
     similarity: float = 0.5,
     across_positions: bool = False,
+    skip: int = 1,
     batch_size: int = 32,
 ) -> tuple[Supernode, ...]:
     """Groups of features that write the same and, if a corpus is given, fire together; the largest influence first.
@@ -45,13 +46,17 @@ def find_supernodes(
         texts: The corpus, read once; None: what they write alone decides.
         similarity: Where groups end, above 0 to 1.
         across_positions: Whether nodes at different positions may be in one group.
+        skip: So many tokens at the beginning of every text do not count for firing together. The first one is the
+            same everywhere (BOS) or takes a state that no other has, so features that fire on it would look alike.
         batch_size: Texts per run.
 
     A group is named after the two tokens that its features raise most, and its layers: a label to replace with a
     better one. Cost: with a corpus one forward per text; `[features, features]` floats.
 
-    Raises InputError for other transcoders than the graph's.
+    Raises InputError for other transcoders than the graph's, and a corpus without a text of more than `skip` tokens.
     """
+    if skip < 0:
+        raise InputError(f"`skip` is a number of tokens, at least 0; got {skip}.")
     if not 0 < similarity <= 1:
         raise InputError(f"`similarity` is a cosine above 0 and at most 1; got {similarity}.")
     by_name = {basis.name: basis for basis in transcoders}
@@ -64,7 +69,7 @@ def find_supernodes(
         writes = torch.stack([_written(model, by_name[name], i) for name, i in keys])
         alike = _cosines(writes)
         if texts is not None:
-            alike = (alike + _together(model, by_name, keys, texts, batch_size)) / 2
+            alike = (alike + _together(model, by_name, keys, texts, batch_size, skip)) / 2
     place, influence = {key: i for i, key in enumerate(keys)}, dict(
         zip((node.name for node in graph.writers), graph.influence().tolist(), strict=True)
     )  # fmt: skip
@@ -98,19 +103,20 @@ def _cosines(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
 
 
 def _together(
-    model: HookManager, bases: Mapping[str, Basis], keys: Sequence[Key], texts: Texts, batch_size: int
+    model: HookManager, bases: Mapping[str, Basis], keys: Sequence[Key], texts: Texts, batch_size: int, skip: int
 ) -> Float[Tensor, "n n"]:
-    """The cosine of the activations of any two features on the tokens of a corpus."""
+    """The cosine of the activations of any two features on the tokens of a corpus, but for the first ones."""
     products = torch.zeros(len(keys), len(keys), dtype=torch.float64)
     used = list(dict.fromkeys(name for name, _ in keys))
     n_read = 0
     for tokens, mask in batches_of_texts(model, texts, batch_size):
         run = model.run(tokens, mask, record=[bases[name] for name in used])
-        columns = [run.values[bases[name]][..., i][mask] for name, i in keys]
+        counted = mask & (torch.arange(mask.shape[1], device=mask.device) >= skip)
+        columns = [run.values[bases[name]][..., i][counted] for name, i in keys]
         active = torch.stack(columns, 1).double().cpu()
-        products, n_read = products + active.T @ active, n_read + len(tokens)
+        products, n_read = products + active.T @ active, n_read + len(active)
     if not n_read:
-        raise InputError("The corpus has no texts.")
+        raise InputError(f"The corpus has no text of more than {skip} {'token' if skip == 1 else 'tokens'}.")
     size = products.diagonal().sqrt().clamp(min=1e-12)
     return products / size / size[:, None]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from mechinterp.analysis.feature_circuit.build import FeatureCircuit, FeatureEffects, feature_effects
 from mechinterp.analysis.feature_circuit.places import in_order
 from mechinterp.base.batches import over_batches
+from mechinterp.base.bootstrap import denominator_vanishes, share_with_interval
 from mechinterp.base.errors import InputError
 from mechinterp.base.registry import unknown
 from mechinterp.base.shown import Shown
@@ -64,18 +65,33 @@ class FeatureFaithfulness(Shown):
     @property
     def faithfulness(self) -> float:
         """(m(C) - m(empty)) / (m(model) - m(empty)), of the means; NaN if ablating everything changes nothing."""
-        return self._share(self.circuit)
+        return self._share(self.circuit)[0]
+
+    @property
+    def faithfulness_interval(self) -> tuple[float, float]:
+        """Its 95 % bootstrap interval over the examples."""
+        return self._share(self.circuit)[1:]
 
     @property
     def completeness(self) -> float:
         """The faithfulness of the complement: near 0 for a circuit that nothing outside can replace."""
-        return self._share(self.complement)
+        return self._share(self.complement)[0]
 
-    def _share(self, values: Tensor) -> float:
-        empty, whole = self.empty.double().mean(), self.clean.double().mean()
-        return float((values.double().mean() - empty) / (whole - empty)) if whole != empty else float("nan")
+    @property
+    def completeness_interval(self) -> tuple[float, float]:
+        """Its 95 % bootstrap interval over the examples."""
+        return self._share(self.complement)[1:]
+
+    def _share(self, values: Tensor) -> tuple[float, float, float]:
+        return share_with_interval(values, self.clean, self.empty)
 
     def _facts(self) -> list[tuple[str, object]]:
+        if denominator_vanishes(self.clean, self.empty):
+            ends = f"{float(self.clean.mean()):.3g}, then {float(self.empty.mean()):.3g}"
+            return [
+                ("", f"{self.n_nodes} nodes"),
+                ("nothing to explain", f"ablating everything does not change the metric ({ends})"),
+            ]
         return [
             ("", f"{self.n_nodes} nodes"),
             ("faithfulness", f"{self.faithfulness:.3f}"),
@@ -95,6 +111,7 @@ def evaluate_feature_circuit(
     ablation: str = "mean",
     errors: str = "circuit",
     free_layers: int = 0,
+    skip: int = 0,
     metric: MetricLike = "logit_diff",
     batch_size: int | None = 32,
 ) -> FeatureFaithfulness:
@@ -111,17 +128,21 @@ def evaluate_feature_circuit(
         errors: Which errors are kept: those of the `circuit`, `all`, or `none`.
         free_layers: Dictionaries in layers below this are left alone, in the empty circuit, too. The paper has 2 of 6
             layers (Pythia-70M) and 8 of 26 (Gemma 2 2B).
+        skip: So many tokens at the beginning of every prompt are left alone, and are in no mean. Give 1 where prompts
+            begin with a BOS token and the model keeps large activations there: with 0 these are in the `mean` of all
+            tokens, and the first token itself is ablated.
         metric: What is measured.
         batch_size: Examples at a time.
 
     Cost: two forwards for the means, and four.
 
-    Raises InputError for unknown names, or when no dictionary is left to ablate.
+    Raises InputError for unknown names, when no dictionary is left to ablate, and if `skip` leaves a prompt no token.
     """
     chosen = circuit.kept if kept is None else kept
     found = _curve(
-        model, pairs, circuit.effects, [chosen], reference or pairs, ablation, [errors], free_layers, metric, batch_size
-    )
+        model, pairs, circuit.effects, [chosen], reference or pairs, ablation, [errors], free_layers, skip, metric,
+        batch_size,
+    )  # fmt: skip
     return found[0]
 
 
@@ -131,7 +152,8 @@ class FeatureCurves:
 
     Args:
         frame: A row per kind, errors and size: kind (`dictionaries`, `neurons`, `random`, `state`), errors, nodes,
-            faithfulness, completeness.
+            faithfulness, the ends of its 95 % interval over the examples (`faithfulness_low`, `faithfulness_high`),
+            completeness.
         gaps: By kind, the completeness gaps of the effects by which nodes were ranked.
     """
 
@@ -156,6 +178,7 @@ def feature_circuit_curves(
     positions: Positions = None,
     ablation: str = "mean",
     free_layers: int = 0,
+    skip: int = 0,
     method: str = "eap-ig-activations",
     steps: int = 10,
     metric: MetricLike = "logit_diff",
@@ -180,6 +203,7 @@ def feature_circuit_curves(
         positions: Nodes by position; by default one node for all positions together.
         ablation: `mean`, `mean-positional` or `zero`.
         free_layers: As in `evaluate_feature_circuit`.
+        skip: As in `evaluate_feature_circuit`.
         method: As in `feature_effects`.
         steps: The number of interpolated runs.
         metric: What is measured.
@@ -205,10 +229,12 @@ def feature_circuit_curves(
         gaps[kind] = effects.gaps()
         several = [effects.strongest(n) for n in sizes]
         used = errors if kind == "dictionaries" or kind == "random" else ("circuit",)
-        settings = (train, ablation, used, free_layers, metric, batch_size)
+        settings = (train, ablation, used, free_layers, skip, metric, batch_size)
         for found in _curve(model, test, effects, several, *settings):
             row = {"kind": kind, "errors": found.about["errors"], "nodes": found.n_nodes}
-            rows.append({**row, "faithfulness": found.faithfulness, "completeness": found.completeness})
+            low, high = found.faithfulness_interval
+            row |= {"faithfulness": found.faithfulness, "faithfulness_low": low, "faithfulness_high": high}
+            rows.append({**row, "completeness": found.completeness})
     frame = pd.DataFrame(rows).drop_duplicates(["kind", "errors", "nodes"], ignore_index=True)
     return FeatureCurves(frame, gaps)
 
@@ -246,6 +272,7 @@ def _curve(
     ablation: str,
     errors: Sequence[str],
     free_layers: int,
+    skip: int,
     metric: MetricLike,
     batch_size: int | None,
 ) -> list[FeatureFaithfulness]:
@@ -263,8 +290,19 @@ def _curve(
     pairs = pairs.to(model.device)
     sets = position_sets(pairs, effects.asked)
     if sets.labels != effects.positions:
-        raise InputError("These pairs have other positions than those that the circuit was found on.")
-    means = _means(model, bases, reference.to(model.device), ablation, batch_size)
+        raise InputError("These pairs do not have the positions of those that the circuit was found on.")
+    for kept in several:
+        _check_kept(kept, effects)
+    reference = reference.to(model.device)
+    least = min(int(pairs.lengths.min()), int(reference.lengths.min()))
+    if type(skip) is not int or not 0 <= skip < least:
+        raise InputError(
+            f"`skip` is a number of tokens, from 0 to less than the shortest prompt ({least}); got {skip}."
+        )
+    lengths = {*pairs.lengths.tolist(), *reference.lengths.tolist()}
+    if ablation == "mean-positional" and len(lengths) > 1:
+        raise InputError("A mean per position needs prompts of one length, those of `reference` too; use 'mean'.")
+    means = _means(model, bases, reference, ablation, skip, batch_size)
     runs: list[Kept] = [{b.name: torch.zeros_like(effects.values[b.name], dtype=torch.bool) for b in bases}]
     for treatment in errors:
         for kept in several:
@@ -282,7 +320,7 @@ def _curve(
             run = model.run(
                 batch.clean.repeat(n, 1),
                 batch.mask.repeat(n, 1),
-                interventions=_edits(bases, chunk, means, masks),
+                interventions=_edits(bases, chunk, means, masks, skip),
                 record=[FINAL],
                 stop=FINAL,
             )
@@ -290,7 +328,13 @@ def _curve(
         return {"metric": torch.cat(found)}
 
     values = over_batches(pairs, batch_size, measure, {"metric": 1})["metric"].cpu()
-    about = {"ablation": ablation, "free_layers": free_layers, "metric": measured.name, "unit": measured.unit}
+    about = {
+        "ablation": ablation,
+        "free_layers": free_layers,
+        "skip": skip,
+        "metric": measured.name,
+        "unit": measured.unit,
+    }
     results: list[FeatureFaithfulness] = []
     for i, treatment in enumerate(errors):
         for k, kept in enumerate(several):
@@ -299,6 +343,18 @@ def _curve(
             more = {**about, "errors": treatment}
             results.append(FeatureFaithfulness(values[0], values[1], values[at], values[at + 1], n, more))
     return results
+
+
+def _check_kept(kept: Kept, effects: FeatureEffects) -> None:
+    """Return None if there is a mask of the right shape for every dictionary. Raises InputError otherwise."""
+    for name in kept:
+        if name not in effects.values:
+            raise unknown("dictionary", name, effects.values)
+    for name, values in effects.values.items():
+        mask = kept.get(name)
+        if mask is None or mask.dtype != torch.bool or mask.shape != values.shape:
+            got = "none" if mask is None else f"{mask.dtype} {list(mask.shape)}"
+            raise InputError(f"`kept` needs a boolean mask {list(values.shape)} of '{name}', errors last; got {got}.")
 
 
 def _with_errors(kept: Kept, bases: Sequence[FeatureBasis], treatment: str, complement: bool) -> Kept:
@@ -316,25 +372,28 @@ Means = Mapping[FeatureBasis, tuple[Tensor, Tensor]]
 
 
 def _means(
-    model: HookManager, bases: Sequence[FeatureBasis], reference: Pairs, ablation: str, batch_size: int | None
+    model: HookManager,
+    bases: Sequence[FeatureBasis],
+    reference: Pairs,
+    ablation: str,
+    skip: int,
+    batch_size: int | None,
 ) -> Means:
-    if ablation == "mean-positional" and not bool(reference.mask.all()):
-        raise InputError("A mean per position needs prompts of one length; use 'mean', or pairs without padding.")
-
     def sums(batch: Pairs, _: slice) -> dict[str, Tensor]:
         codes = coded(model, batch, batch.corrupt, bases)
         found: dict[str, Tensor] = {}
         for i, basis in enumerate(bases):
             error = codes[basis].errors[basis.sites_out[0]]
             for name, value in ((f"f {i}", codes[basis].features.values), (f"e {i}", error)):
-                mask = batch.mask.reshape(*batch.mask.shape, *[1] * (value.ndim - 2))
+                counted = batch.mask & (torch.arange(batch.mask.shape[1], device=batch.mask.device) >= skip)
+                mask = counted.reshape(*batch.mask.shape, *[1] * (value.ndim - 2))
                 real = torch.where(mask, value, 0).double()
                 found[name] = real.sum(0, keepdim=True) if ablation == "mean-positional" else real.sum((0, 1))
         return found
 
     names = [f"{kind} {i}" for i in range(len(bases)) for kind in "fe"]
     totals = over_batches(reference, batch_size, sums, dict.fromkeys(names, "sum"))
-    count = len(reference) if ablation == "mean-positional" else int(reference.mask.sum())
+    count = len(reference) if ablation == "mean-positional" else int(reference.mask[:, skip:].sum())
     scale = 0.0 if ablation == "zero" else 1 / count
     wide = torch.promote_types(model.dtype, torch.float32)
     made = {name: (value * scale).to(model.device, wide) for name, value in totals.items()}
@@ -342,13 +401,14 @@ def _means(
 
 
 def _edits(
-    bases: Sequence[FeatureBasis], runs: Sequence[Kept], means: Means, masks: Bool[Tensor, "set batch pos"]
+    bases: Sequence[FeatureBasis], runs: Sequence[Kept], means: Means, masks: Bool[Tensor, "set batch pos"], skip: int
 ) -> list[Intervention]:
-    """The edits of all runs side by side."""
+    """The edits of all runs side by side; the first tokens keep everything."""
     edits: list[Intervention] = []
     for basis in bases:
         kept = torch.stack([run[basis.name] for run in runs]).to(masks.device)
         where = torch.einsum("nfs,sbp->nbpf", kept.float(), masks.float()) > 0
+        where[:, :, :skip] = True
         where = where.flatten(0, 1)
         seen: dict[Site, Tensor] = {}
         site_in, site_out = basis.sites_in[0], basis.sites_out[0]

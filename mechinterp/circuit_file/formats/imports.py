@@ -16,7 +16,7 @@ def import_circuit(path: str | Path, format: str, *, dims: Dims | None = None, m
     `made` says how the file's scores were made and what sign they have, which no file does. Without it only the edges
     are read; where a file has no scores it does nothing.
 
-    Raises InputError for an unknown format or missing dims; FormatError, in one line, for what is no such file;
-    UnsupportedError, which names the part, for a model that the format has no way to say.
+    Raises InputError for an unknown format or missing dims; FormatError, in one line, for a file that is not of the
+    format; UnsupportedError, which names the part, for a model that the format has no way to say.
     """
     return IMPORTS.get(format).read(Path(path), dims, made)

@@ -43,7 +43,7 @@ class Extent:
         return (
             ("recomputed", self.recomputed),
             ("only hash-checked", self.only_hashed),
-            ("free text nobody checked", self.free_text),
+            ("free text, never checked", self.free_text),
         )
 
     def lines(self) -> tuple[tuple[str, str], ...]:

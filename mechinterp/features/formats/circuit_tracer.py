@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
@@ -18,6 +19,8 @@ from mechinterp.features.hook_points import site_of_layer_hook
 from mechinterp.models.sites import Site
 
 NAME = "circuit-tracer"
+BEFORE_NORM = "mlp_raw"
+"""What an MLP adds, before the norm that comes after it."""
 
 
 def matches(files: Files) -> bool:
@@ -34,12 +37,22 @@ def read(files: Files, asked: Asked) -> tuple[Basis, ...]:
     cfg = Entries(files.yaml("config.yaml") if files.has("config.yaml") else {}, f"{files.label}/config.yaml")
     kind = cfg.text("model_kind", "cross_layer_transcoder" if files.has("W_enc_0.safetensors") else None)
     if kind == "cross_layer_transcoder":
-        return _cross_layer(files, cfg, asked)
-    if kind != "transcoder_set":
+        bases = _cross_layer(files, cfg, asked)
+    elif kind == "transcoder_set":
+        bases = _per_layer(files, cfg, asked)
+    else:
         raise UnsupportedError(
             f"{files.label} is a {clip(kind, 60)!r}; known are transcoder_set, cross_layer_transcoder."
         )
-    return _per_layer(files, cfg, asked)
+    return tuple(_says_its_site(basis, asked) for basis in bases)
+
+
+def _says_its_site(basis: Basis, asked: Asked) -> Basis:
+    """The basis; if the model has decided what it writes to, its source says so, for reading it without the model."""
+    written = basis.sites_out[0]
+    if asked.has is None or asked.site_out is not None or written.kind != BEFORE_NORM:
+        return basis
+    return replace(basis, source=replace(basis.source, options={"site_out": str(written)}))  # pyright: ignore
 
 
 def _per_layer(files: Files, cfg: Entries, asked: Asked) -> tuple[Basis, ...]:
@@ -117,7 +130,7 @@ def _site(cfg: Entries, key: str, default: str, layer: int, given: Site | None, 
         return Site(given.kind, layer)
     name = cfg.text(key, default)
     site = site_of_layer_hook(name, layer, cfg.where)
-    before = Site("mlp_raw", layer)
+    before = Site(BEFORE_NORM, layer)
     return before if name == "mlp.hook_out" and asked.has is not None and asked.has(before) else site
 
 

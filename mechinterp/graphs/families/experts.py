@@ -5,18 +5,13 @@ The MLP of such a layer has two inputs: what the experts read (`m5`) and what th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxtyping import Float
-from torch import Tensor
-
 from mechinterp.base.errors import InputError
-from mechinterp.graphs.families.family import Moment, NodeFamily, Ports, Recorded
+from mechinterp.graphs.families.family import Ports, Recorded
+from mechinterp.graphs.families.layer_parts import PartOfMlp
 from mechinterp.graphs.families.mlp import Mlp
-from mechinterp.graphs.families.normed_ports import Step, pull_back_norm
 from mechinterp.graphs.families.write_block import Dense
-from mechinterp.graphs.token_windows import Window
 from mechinterp.models.experts import expert_writes, n_experts
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node, Site
@@ -35,38 +30,12 @@ class RoutedMlp(Mlp):
         )
         return own, router
 
-    def pull_back(
-        self,
-        model: HookManager,
-        steps: Sequence[Step],
-        window: Window,
-        out: Float[Tensor, "port token d_model"],
-        *,
-        frozen: bool,
-    ) -> None:
-        """Through the norm, for each of the two."""
-        norm = model.layout.mlp_norm[self.layer]
-        assert norm is not None
-        for row, ports in enumerate(self.ports):
-            pull_back_norm(norm, ports.site, self.stream, steps, window, out[row : row + 1], frozen=frozen)
-
 
 @dataclass(frozen=True)
-class Experts(NodeFamily):
+class Experts(PartOfMlp):
     """The experts of a layer: `m5.e0`, `m5.e1`, ... Their inputs are the MLP's."""
 
-    of_layer: int
     count: int
-
-    @property
-    def layer(self) -> int:
-        """Its layer."""
-        return self.of_layer
-
-    @property
-    def written(self) -> Moment:
-        """What the next layer reads."""
-        return (self.layer + 1, 0)
 
     @property
     def writers(self) -> tuple[str, ...]:
@@ -74,19 +43,9 @@ class Experts(NodeFamily):
         return tuple(str(Node("expert", self.layer, number)) for number in range(self.count))
 
     @property
-    def part_of(self) -> str:
-        """The MLP."""
-        return str(Node("mlp", self.layer))
-
-    @property
     def sites(self) -> tuple[Site, ...]:
         """The inputs, from which router and experts are computed again."""
         return Site("mlp_in", self.layer), Site("router_in", self.layer)
-
-    @property
-    def output(self) -> Site:
-        """What the MLP adds."""
-        return Site("mlp_out", self.layer)
 
     def check(self, model: HookManager) -> None:
         """Return None if the layer has so many experts. Raises InputError or UnsupportedError otherwise."""

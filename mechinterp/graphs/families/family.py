@@ -138,6 +138,12 @@ class NodeFamily(ABC):
         """Whether the blocks are `LowRank`."""
         return False
 
+    @property
+    def compact(self) -> bool:
+        """Whether the sites take much less memory than the writes, which are one product of them with weights: then
+        engines that are short of memory keep the sites, and make the writes again whenever they are read."""
+        return False
+
     @abstractmethod
     def writes(self, model: HookManager, now: Recorded) -> WriteBlock:
         """What every writer writes, from the values of `sites` in one run."""

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp.graphs.families.family import Moment, NodeFamily, Ports, Recorded, gram
+from mechinterp.graphs.families.family import Ports, Recorded, gram
+from mechinterp.graphs.families.layer_parts import MixesTokens
 from mechinterp.graphs.families.normed_ports import Projections, Step, pull_back_projections
 from mechinterp.graphs.families.write_block import Dense
 from mechinterp.graphs.token_windows import Window
@@ -18,28 +19,12 @@ from mechinterp.models.sites import Node, Site
 
 
 @dataclass(frozen=True)
-class Heads(NodeFamily):
+class Heads(MixesTokens):
     """The heads of a layer: `a5.h0`, `a5.h1`, ..."""
 
-    of_layer: int
     n_heads: int
     n_kv_heads: int
     parallel: bool
-
-    @property
-    def layer(self) -> int:
-        """Its layer."""
-        return self.of_layer
-
-    @property
-    def reads(self) -> Moment:
-        """The layer's input."""
-        return (self.layer, 0)
-
-    @property
-    def written(self) -> Moment:
-        """What the MLP reads; in a parallel layer, what the next layer reads."""
-        return (self.layer + 1, 0) if self.parallel else (self.layer, 1)
 
     @property
     def writers(self) -> tuple[str, ...]:
@@ -68,9 +53,9 @@ class Heads(NodeFamily):
         return (Site("z", self.layer),)
 
     @property
-    def output(self) -> Site:
-        """What the attention adds."""
-        return Site("attn_out", self.layer)
+    def compact(self) -> bool:
+        """z has d_head numbers for each d_model of the writes."""
+        return len(self.writers) > 1
 
     def writes(self, model: HookManager, now: Recorded) -> Dense:
         """z times W_O, head by head."""

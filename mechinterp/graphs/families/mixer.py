@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp.graphs.families.family import Moment, NodeFamily, Ports, Recorded
-from mechinterp.graphs.families.normed_ports import Step, pull_back_norm
+from mechinterp.graphs.families.family import Ports, Recorded
+from mechinterp.graphs.families.layer_parts import MixesTokens, ReadsNorm
 from mechinterp.graphs.families.write_block import Dense
-from mechinterp.graphs.token_windows import Window
 from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.norm import Norm
 from mechinterp.models.sites import Node, Site
 
 
 @dataclass(frozen=True)
-class Mixer(NodeFamily):
+class Mixer(MixesTokens, ReadsNorm):
     """One writer with one input: `a5`. What it reads at a token may matter at every later one."""
 
-    of_layer: int
     parallel: bool
-
-    @property
-    def layer(self) -> int:
-        """Its layer."""
-        return self.of_layer
-
-    @property
-    def reads(self) -> Moment:
-        """The layer's input."""
-        return (self.layer, 0)
-
-    @property
-    def written(self) -> Moment:
-        """What the MLP reads; in a parallel layer, what the next layer reads."""
-        return (self.layer + 1, 0) if self.parallel else (self.layer, 1)
 
     @property
     def writers(self) -> tuple[str, ...]:
@@ -53,11 +36,6 @@ class Mixer(NodeFamily):
         """What it writes, before a constant or a norm that comes after it."""
         return (Site("attn_raw", self.layer),)
 
-    @property
-    def output(self) -> Site:
-        """What it adds to the residual stream."""
-        return Site("attn_out", self.layer)
-
     def writes(self, model: HookManager, now: Recorded) -> Dense:
         """What it adds to the residual stream."""
         return Dense(model.layout.mixer(self.layer).post(now[self.sites[0]])[None])
@@ -66,15 +44,6 @@ class Mixer(NodeFamily):
         """The norm of the stream."""
         return model.layout.read_mixer(self.layer, seen[0])
 
-    def pull_back(
-        self,
-        model: HookManager,
-        steps: Sequence[Step],
-        window: Window,
-        out: Float[Tensor, "port token d_model"],
-        *,
-        frozen: bool,
-    ) -> None:
-        """Through the norm."""
-        norm = model.layout.mixer(self.layer).norm
-        pull_back_norm(norm, self.ports[0].site, self.stream, steps, window, out, frozen=frozen)
+    def norm(self, model: HookManager) -> Norm:
+        """The norm of the layer's input."""
+        return model.layout.mixer(self.layer).norm

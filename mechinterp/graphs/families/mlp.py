@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp.graphs.families.family import Moment, NodeFamily, Ports, Recorded, gram
-from mechinterp.graphs.families.normed_ports import Step, pull_back_norm
+from mechinterp.graphs.families.family import Moment, Ports, Recorded, gram
+from mechinterp.graphs.families.layer_parts import ReadsNorm, WritesAsMlp
 from mechinterp.graphs.families.write_block import Dense
-from mechinterp.graphs.token_windows import Window
 from mechinterp.models.hook_manager import HookManager
+from mechinterp.models.norm import Norm
 from mechinterp.models.sites import Node, Site
 
 
 @dataclass(frozen=True)
-class Mlp(NodeFamily):
+class Mlp(WritesAsMlp, ReadsNorm):
     """One writer with one input: `m5`."""
 
-    of_layer: int
     parallel: bool
-
-    @property
-    def layer(self) -> int:
-        """Its layer."""
-        return self.of_layer
 
     @property
     def reads(self) -> Moment:
         """The stream after the attention; in a parallel layer, the layer's input."""
         return (self.layer, 0 if self.parallel else 1)
-
-    @property
-    def written(self) -> Moment:
-        """What the next layer reads."""
-        return (self.layer + 1, 0)
 
     @property
     def writers(self) -> tuple[str, ...]:
@@ -54,11 +43,6 @@ class Mlp(NodeFamily):
         """What the MLP adds."""
         return (Site("mlp_out", self.layer),)
 
-    @property
-    def output(self) -> Site:
-        """What the MLP adds."""
-        return Site("mlp_out", self.layer)
-
     def writes(self, model: HookManager, now: Recorded) -> Dense:
         """What the MLP adds."""
         return Dense(now[self.output][None])
@@ -67,19 +51,11 @@ class Mlp(NodeFamily):
         """The norm of the stream."""
         return model.layout.read_mlp(self.layer, seen[0])
 
-    def pull_back(
-        self,
-        model: HookManager,
-        steps: Sequence[Step],
-        window: Window,
-        out: Float[Tensor, "port token d_model"],
-        *,
-        frozen: bool,
-    ) -> None:
-        """Through the norm."""
+    def norm(self, model: HookManager) -> Norm:
+        """The norm before the MLP."""
         norm = model.layout.mlp_norm[self.layer]
         assert norm is not None
-        pull_back_norm(norm, self.ports[0].site, self.stream, steps, window, out, frozen=frozen)
+        return norm
 
     def written_grams(self, model: HookManager) -> Iterator[Float[Tensor, "d_model d_model"]]:
         """Of the output matrix."""
@@ -88,8 +64,7 @@ class Mlp(NodeFamily):
 
     def read_grams(self, model: HookManager) -> Iterator[Float[Tensor, "d_model d_model"]]:
         """Of the input matrix, and the gate's beside it."""
-        maps, norm = model.layout.neurons(self.layer), model.layout.mlp_norm[self.layer]
-        assert norm is not None
+        maps = model.layout.neurons(self.layer)
         inward = [maps.W_in] if maps.W_gate is None else [maps.W_gate, maps.W_in]
         dtype = torch.promote_types(model.dtype, torch.float32)
-        yield gram(norm.project_transposed(torch.cat(inward, 1).to(dtype).T).T)
+        yield gram(self.norm(model).project_transposed(torch.cat(inward, 1).to(dtype).T).T)

@@ -10,38 +10,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.base.errors import InputError
-from mechinterp.graphs.families.family import Moment, NodeFamily, Recorded, gram
+from mechinterp.graphs.families.family import Recorded, gram
+from mechinterp.graphs.families.layer_parts import PartOfMlp
 from mechinterp.graphs.families.write_block import LowRank
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node, Site
 
 
 @dataclass(frozen=True)
-class Neurons(NodeFamily):
+class Neurons(PartOfMlp):
     """Neurons of a layer: `m5.n17`. Their input is the MLP's."""
 
-    of_layer: int
     numbers: tuple[int, ...]
-
-    @property
-    def layer(self) -> int:
-        """Its layer."""
-        return self.of_layer
-
-    @property
-    def written(self) -> Moment:
-        """What the next layer reads."""
-        return (self.layer + 1, 0)
 
     @property
     def writers(self) -> tuple[str, ...]:
         """`m5.n17`."""
         return tuple(str(Node("neuron", self.layer, number)) for number in self.numbers)
-
-    @property
-    def part_of(self) -> str:
-        """The MLP."""
-        return str(Node("mlp", self.layer))
 
     def check(self, model: HookManager) -> None:
         """Return None if the MLP has these neurons. Raises InputError otherwise."""
@@ -54,11 +39,6 @@ class Neurons(NodeFamily):
     def sites(self) -> tuple[Site, ...]:
         """The activations of all neurons of the MLP."""
         return (Site("mlp_post", self.layer),)
-
-    @property
-    def output(self) -> Site:
-        """What the MLP adds."""
-        return Site("mlp_out", self.layer)
 
     @property
     def low_rank(self) -> bool:

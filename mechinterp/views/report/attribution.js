@@ -4,6 +4,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const { nodes, edges, groups, notes, words, sizes } = data;
 const AT_FIRST = 90, LISTED = 60, HOVERED = 5, DOT = 15, PER_LINE = 3, PILL = 20, CONSTANTS = -1, GUTTER = 70;
+const mean = data.mean ? "mean " : "";  // of several prompts
 const state = { size: data.first, chosen: null, errors: true, open: new Set(), query: "", zoom: 1 };
 let items = new Map(), links = [], hovered = null;
 
@@ -57,7 +58,7 @@ function collect() {
 // The cell of an item: column of its position, row of its layer (tokens below, targets above).
 function cellOf(item) {
   const rows = item.members.map((i) => ({ token: 0, bias: 0, rest: 0, target: data.layers + 1 })[nodes[i].kind] ?? nodes[i].layer + 1);
-  const columns = item.members.map((i) => (nodes[i].position < 0 ? CONSTANTS : nodes[i].position));
+  const columns = item.members.map((i) => nodes[i].column ?? (nodes[i].position < 0 ? CONSTANTS : nodes[i].position));
   const often = columns.sort((a, b) => columns.filter((c) => c === b).length - columns.filter((c) => c === a).length || b - a)[0];
   return [often, Math.round(rows.reduce((sum, row) => sum + row, 0) / rows.length)];
 }
@@ -79,7 +80,7 @@ const short = (label, most = 16) => (label.length > most ? `${label.slice(0, mos
 function labelOf(item) {
   if (item.group !== undefined) return short(groups[item.group]);
   const node = nodes[item.members[0]];
-  if (node.kind === "token") return short(words[node.position], 12);
+  if (node.kind === "token") return short(words[node.position] ?? node.text, 12);
   if (node.kind === "target") return short(`${node.text || node.name}${node.value ? ` ${(100 * node.value).toFixed(0)}%` : ""}`, 20);
   return node.kind === "bias" ? "constants" : node.kind === "rest" ? "others" : "";
 }
@@ -192,7 +193,7 @@ function render() {
   }
   const size = sizes[state.size];
   byId("size").value = state.size;
-  byId("size-says").textContent = `${Math.round(100 * size.share)}% of the influence: ${count(size.features, "feature")}, ${count(size.edges, "edge")}`;
+  byId("size-says").textContent = `${size.says}: ${count(size.features, "feature")}, ${count(size.edges, "edge")}`;
   byId("size").setAttribute("aria-valuetext", byId("size-says").textContent);
   byId("search-says").textContent = hits ? (hits.size ? count(hits.size, "match").replace("matchs", "matches") : "no match") : "";
   byId("everything").disabled = state.chosen === null && !state.query;
@@ -212,21 +213,22 @@ function summary() {
   const size = sizes[state.size];
   panelOf(
     element("h3", {}, `${count(size.features, "feature")}, ${count(size.edges, "edge")}`),
-    facts([["replacement", `${size.replacement} (of this size)`], ["completeness", `${size.completeness} (of this size)`]]),
+    facts(size.facts),
     element("p", { class: "note" }, "Point at a node for what it writes and where it fires; click it for its edges, sorted. A supernode opens from its panel. Escape shows everything."),
   );
 }
 
 function describe(i) {
-  const node = nodes[i], note = notes[node.note], rows = [];
+  const node = nodes[i], note = notes[node.note], rows = [...(node.facts ?? [])];
   if (node.position >= 0) rows.push(["token", `${words[node.position]} (position ${node.position})`]);
-  if (node.kind === "feature") rows.push(["activation", number(node.value)]);
-  if (node.kind === "target" && node.value) rows.push(["probability", number(node.value)]);
+  if (node.kind === "feature") rows.push([`${mean}activation`, number(node.value)]);
+  if (node.kind === "target" && node.value) rows.push([`${mean}probability`, number(node.value)]);
   if (node.pre !== null && node.kind === "target") rows.push(["logit less the mean", signed(node.pre, 4)]);
   if (node.pre !== null && node.kind === "feature") rows.push(["pre-activation", signed(node.pre, 4)]);
-  if (node.kind !== "bias") rows.push([node.kind === "target" ? "weight" : "influence", number(node.influence, 3)]);
+  if (node.kind !== "bias") rows.push([`${mean}${node.kind === "target" ? "weight" : "influence"}`, number(node.influence, 3)]);
   const kind = { error: "What the transcoders miss of this layer here: not explained.", bias: "Biases, learned positions: the same whatever was read.", rest: "Active features that have no node." }[node.kind];
   const of = [facts(rows)];
+  if (node.kind === "token" && node.position < 0) of.unshift(element("p", {}, node.text));
   if (kind) of.push(element("p", { class: "note" }, kind));
   if (node.kind === "feature" && node.text) of.unshift(element("p", {}, node.text));
   if (note) {
@@ -242,7 +244,7 @@ function listOf(title, some, end, most) {
   const rows = some.slice(0, most).map((link) => {
     const other = items.get(link[end]), button = element("button", { type: "button" }, saying(other));
     button.addEventListener("click", () => choose(link[end]));
-    return element("tr", {}, element("td", {}, button), element("td", { class: "number" }, signed(link.weight)), element("td", { class: "number soft" }, link.constant ? "" : `${(100 * link.share).toFixed(link.share < 0.1 ? 1 : 0)}%`));
+    return element("tr", {}, element("td", {}, button), element("td", { class: "number" }, signed(link.weight)), element("td", { class: "number soft" }, link.constant ? "" : `${(100 * link.share).toFixed(link.share < 0.1 ? 1 : 0)}%`), edges.says ? element("td", { class: "soft" }, link.parts.length === 1 ? edges.says[link.parts[0]] : "") : null);
   });
   const more = some.length > most ? element("p", { class: "note" }, `and ${count(some.length - most, "smaller one")}`) : null;
   return [element("h4", {}, `${title} (${some.length.toLocaleString("en")})`), element("table", { class: "edges" }, element("tbody", {}, ...rows)), more];

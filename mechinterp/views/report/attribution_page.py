@@ -86,7 +86,9 @@ def render_graph_page(
         _about(graph, command),
     ]
     script = "\n".join(resource(name) for name in SCRIPTS)
-    return html_page(title, "\n".join(parts), script=script, data=_json(data), styles=(resource("attribution.css"),))
+    return html_page(
+        title, "\n".join(parts), script=script, data=script_json(data), styles=(resource("attribution.css"),)
+    )
 
 
 def page_sizes(graph: AttributionGraph, edges: float, shown: float) -> tuple[list[Size], list[float]]:
@@ -137,7 +139,7 @@ def _data(graph: AttributionGraph, sizes: Sequence[Size], notes: Mapping[str, Fe
     every = [nodes[name] for name in order]
     layers = [node.layer for node in every if node.layer >= 0]
     return {
-        "words": [_visible(word) for word in graph.words],
+        "words": [visible(word) for word in graph.words],
         "layers": 1 + max(layers, default=-1),
         "nodes": [
             {
@@ -146,9 +148,9 @@ def _data(graph: AttributionGraph, sizes: Sequence[Size], notes: Mapping[str, Fe
                 "layer": node.layer,
                 "position": node.position,
                 "text": node.text,
-                "value": _digits(node.value),
-                "pre": None if node.pre != node.pre else _digits(node.pre),
-                "influence": _digits(node.weight if node.kind == "target" else influence[node.name]),
+                "value": digits(node.value),
+                "pre": None if node.pre != node.pre else digits(node.pre),
+                "influence": digits(node.weight if node.kind == "target" else influence[node.name]),
                 "sizes": node_bits[node.name],
                 "group": groups.get(node.name, -1),
                 "note": f"{node.basis}.f{node.feature}" if node.kind == "feature" else "",
@@ -158,14 +160,14 @@ def _data(graph: AttributionGraph, sizes: Sequence[Size], notes: Mapping[str, Fe
         "edges": {
             "from": [order[source] for source, _ in weights],
             "to": [order[target] for _, target in weights],
-            "weight": [_digits(value) for value in weights.values()],
+            "weight": [digits(value) for value in weights.values()],
             "sizes": [edge_bits[key] for key in weights],
         },
         "sizes": [_size(size) for size in sizes],
         "first": min(range(len(sizes)), key=lambda i: abs(sizes[i].share - shown)),
         "groups": [group.label for group in graph.supernodes],
         "notes": {
-            name: _note(notes[name])
+            name: note_content(notes[name])
             for name in dict.fromkeys(f"{n.basis}.f{n.feature}" for n in every if n.kind == "feature")
             if name in notes
         },
@@ -176,20 +178,24 @@ def _size(size: Size) -> dict[str, Any]:
     scores = size.graph.scores
     return {
         "share": size.share,
+        "says": f"{size.share:.0%} of the influence",
         "features": len(size.graph.features),
         "edges": size.graph.n_edges,
-        "replacement": _digits(scores.replacement),
-        "completeness": _digits(scores.completeness),
+        "facts": [
+            ["replacement", f"{digits(scores.replacement):g} (of this size)"],
+            ["completeness", f"{digits(scores.completeness):g} (of this size)"],
+        ],
     }
 
 
-def _note(note: FeatureNote) -> dict[str, Any]:
+def note_content(note: FeatureNote) -> dict[str, Any]:
+    """What a feature writes and where it fires, as the script reads it."""
     examples = [
-        [_digits(one.value), *(clip(part, 120) for part in _around(one.words, one.position))] for one in note.examples
+        [digits(one.value), *(clip(part, 120) for part in _around(one.words, one.position))] for one in note.examples
     ]
     return {
-        "raises": [_visible(word) for word in note.raises],
-        "lowers": [_visible(word) for word in note.lowers],
+        "raises": [visible(word) for word in note.raises],
+        "lowers": [visible(word) for word in note.lowers],
         "examples": examples,
         "fired": note.fired,
         "tokens": note.tokens,
@@ -264,7 +270,8 @@ def _graph_section(graph: AttributionGraph, left_out: Sequence[float], notes: Ma
         said.append("Tokens and examples of features were not measured: give notes=feature_notes(...).")
     elif graph.features and not any(note.tokens for note in notes.values()):
         said.append("Examples of features were not looked for: no corpus was given.")
-    return _GRAPH.format(notes="".join(f'<p class="note">{text(one)}</p>' for one in said))
+    columns = "Columns are the positions of the prompt, rows the layers; information flows upward and to the right."
+    return GRAPH.format(columns=columns, notes="".join(f'<p class="note">{text(one)}</p>' for one in said))
 
 
 def _validation(graph: AttributionGraph, checks: Checks) -> str:
@@ -358,21 +365,23 @@ def _about(graph: AttributionGraph, command: str) -> str:
     return f'<h2>What it was made of</h2><table class="facts-of"><tbody>{rows}</tbody></table>{again}'
 
 
-def _visible(word: str) -> str:
+def visible(word: str) -> str:
+    """The text of a token, with its spaces and line ends shown."""
     return word.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "∅"
 
 
-def _digits(value: float) -> float:
+def digits(value: float) -> float:
+    """A number as the page holds it."""
     return float(f"{value:.4g}")
 
 
-def _json(data: object) -> str:
+def script_json(data: object) -> str:
     """JSON that is safe inside a script element: it cannot end the element or begin a comment."""
     packed = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return packed.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-_GRAPH = """<section id="graph"><h2>The graph</h2>
+GRAPH = """<section id="graph"><h2>The graph</h2>
 <div class="controls" role="group" aria-label="What the graph shows">
 <div class="control" id="size-control"><label for="size">Keep</label>
 <input type="range" id="size" min="0" value="0" step="1"><output id="size-says" for="size"></output></div>
@@ -389,7 +398,7 @@ _GRAPH = """<section id="graph"><h2>The graph</h2>
 <div class="legend" id="legend"></div>
 <div class="stage"><div class="canvas" id="figure-attribution"></div>
 <div class="side"><aside class="panel" id="panel" aria-live="polite" aria-label="Details"></aside></div></div>
-<p class="note">Columns are the positions of the prompt, rows the layers; information flows upward and to the right.
+<p class="note">{columns}
 Blue edges raise what they enter, red ones lower it. Without a choice, only the strongest edges are drawn.</p>{notes}
 <noscript><p>The graph needs JavaScript.</p></noscript>
 </section>"""
