@@ -126,7 +126,8 @@ def _graph(
         raise InputError("Give a PROMPT, several of them, --prompts FILE or --task TASK; one of these.")
     if any(not prompt.strip() for prompt in prompts or ()):
         raise InputError("The prompt is empty.")
-    _refuse_task(prompt)
+    for prompt in prompts or ():
+        _refuse_task(prompt)
     if held not in HELD:
         raise unknown("part to hold", held, HELD)
     if of_task is None and (n_prompts is not None or drawn is not None):
@@ -479,7 +480,8 @@ def _refuse_task(prompt: str) -> None:
     if prompt in task_names():
         raise InputError(
             f"{prompt!r} is a task, and `graph` takes a prompt, whose next token it explains: discover-circuit graph "
-            f'"Then Julie and Ryan ...". The circuit of a task: discover-circuit run {prompt}.'
+            f'"Then Julie and Ryan ...". For prompts of the task: discover-circuit graph --task {prompt}; for its '
+            f"circuit: discover-circuit run {prompt}."
         )
 
 
