@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mechinterp.engines.differentiable_run import DifferentiableRun, Loss
 from mechinterp.engines.edge_patching import wide
+from mechinterp.engines.patched_run import ReadAt
 from mechinterp.engines.replacement import Values
 from mechinterp.engines.window_gradients import WindowRun
 from mechinterp.engines.write_table import (
@@ -35,7 +36,7 @@ from mechinterp.engines.write_table import (
     plan_table,
     rows_beside,
 )
-from mechinterp.graphs.families.family import NodeFamily, NodeSite
+from mechinterp.graphs.families.family import NodeFamily
 from mechinterp.graphs.families.normed_ports import Projections
 from mechinterp.graphs.families.write_block import Dense, LowRank
 from mechinterp.graphs.graph import Graph
@@ -130,7 +131,7 @@ class _TableRun(DifferentiableRun):
         seen, self.chain = _See.apply(self.chain, resid, self.gradients, ports, n_writers)
         yield seen.flatten(1, 2)
 
-    def read(self, family: NodeFamily, resid: Tensor) -> dict[NodeSite, Tensor]:
+    def read(self, family: NodeFamily, resid: Tensor) -> dict[ReadAt, Tensor]:
         projections = family.projections(self.model, self.table.dtype)
         if projections is None:
             return super().read(family, resid)

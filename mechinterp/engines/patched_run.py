@@ -7,8 +7,10 @@ named positions, each position has its own sum.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from einops import repeat
@@ -53,6 +55,19 @@ class Prefix:
         return any(isinstance(written, Unexpanded) for written in self.differences.values())
 
 
+@dataclass(frozen=True)
+class GivenTo:
+    """The residual stream that a basis is to read: what the port that it follows sees."""
+
+    basis: NodeSite
+
+
+ReadAt: TypeAlias = "NodeSite | GivenTo"
+"""What is read of the stream, and where it is put."""
+Readings: TypeAlias = "dict[ReadAt, tuple[slice, Callable[[Tensor], Tensor]]]"
+"""For each the ports, and the map from `[port, rows, pos, d_model]` to `[rows, pos, ...]`."""
+
+
 class PatchedRun:
     """One forward of (candidate x batch) prompts with edges cut; used for that run only."""
 
@@ -72,7 +87,7 @@ class PatchedRun:
         self.whole, self.replaced = self._whole(), cuts.nodes.any(0).any(-1).cpu()
         self.table = self._table()
         self.prefix = prefix
-        self.seen: dict[NodeSite, Tensor] = {}
+        self.seen: dict[ReadAt, Tensor] = {}
         """Values of ports' sites that were read of the stream and are to be put there."""
         self.apart: dict[str, Tensor] = {}
         """What parts of a writer wrote minus their replacements, until the writer's own block is known."""
@@ -208,7 +223,12 @@ class PatchedRun:
         for ports, _ in sites:
             if ports.follows in whole:
                 whole[ports.site] = whole[ports.site] & whole[ports.follows]
-        edits = [Intervention(ports.site, self._port_edit(ports, whole[ports.site])) for ports, _ in sites]
+        edits: list[Intervention] = []
+        for ports, _ in sites:
+            if ports.of_stream and ports.follows is not None and not bool(whole[ports.follows].all()):
+                given = self._put_in(GivenTo(ports.site), whole[ports.follows])
+                edits.append(Intervention(ports.site, given, reading=True))
+            edits.append(Intervention(ports.site, self._put_in(ports.site, whole[ports.site])))
         return [Intervention(family.stream, self._stream_tap(family)), *edits] if sites else []
 
     def _writing(self, family: NodeFamily, layers: range) -> list[Intervention]:
@@ -299,16 +319,24 @@ class PatchedRun:
 
     def read(
         self, family: NodeFamily, resid: Float[Tensor, "candidate batch pos d_model"]
-    ) -> dict[NodeSite, Float[Tensor, "rows pos ..."]]:
+    ) -> dict[ReadAt, Float[Tensor, "rows pos ..."]]:
         """The values of a family's sites with a cut edge, from what its ports see of the residual stream."""
         sites = self._cut_sites(family)  # together, so that their sums share one pass over the writes
-        span = _span(sites)
-        found: dict[NodeSite, list[Tensor]] = {ports.site: [] for ports, _ in sites}
+        span, readings = _span(sites), self.readings(family, sites)
+        found: dict[ReadAt, list[Tensor]] = {at: [] for at in readings}
         for seen in self.see(span, self._n_writers_seen(family), resid):
-            for ports, rows in sites:
-                own = seen[rows.start - span.start : rows.stop - span.start]
-                found[ports.site].append(family.read(self.model, ports, own))
-        return {site: self._joined(values) for site, values in found.items()}
+            for at, (rows, read) in readings.items():
+                found[at].append(read(seen[rows.start - span.start : rows.stop - span.start]))
+        return {at: self._joined(values) for at, values in found.items()}
+
+    def readings(self, family: NodeFamily, sites: list[tuple[Ports, slice]]) -> Readings:
+        """How some of a family's sites are read, and the streams that bases are given which follow them."""
+        found: Readings = {ports.site: (rows, partial(family.read, self.model, ports)) for ports, rows in sites}
+        rows_of = {ports.site: rows for ports, rows in sites}
+        for ports in (ports for part in self.graph.parts_of(family) for ports in part.ports if ports.of_stream):
+            if ports.follows in rows_of:
+                found[GivenTo(ports.site)] = rows_of[ports.follows], _of_one_port
+        return found
 
     def _joined(self, values: list[Tensor]) -> Float[Tensor, "rows pos ..."]:
         """What was read in windows of neighbouring tokens, `[rows, pos, ...]` each."""
@@ -334,17 +362,22 @@ class PatchedRun:
         own = slice(self.graph.n_ports - 1, self.graph.n_ports)
         return self._joined([seen[0] for seen in self.see(own, len(self.graph.writers), resid)])
 
-    def _port_edit(self, ports: Ports, whole: Bool[Tensor, "candidate port"]) -> Edit:
+    def _put_in(self, at: ReadAt, whole: Bool[Tensor, "candidate port"]) -> Edit:
         """Puts in what the ports read; a port without a cut edge keeps the model's own value, to the last bit."""
 
         def edit(value: Tensor) -> Tensor:
-            new = self.seen.pop(ports.site).to(value.dtype)
+            new = self.seen.pop(at).to(value.dtype)
             if not bool(whole.any()):
                 return new
             own = whole.repeat_interleave(len(self.pairs), 0).to(value.device)[:, None]  # [rows, 1, port]
             return torch.where(own.unflatten(2, (-1, *[1] * (value.ndim - 3))), value, new)
 
         return edit
+
+
+def _of_one_port(seen: Float[Tensor, "1 rows pos d_model"]) -> Float[Tensor, "rows pos d_model"]:
+    """What the port sees."""
+    return seen[0]
 
 
 def _span(sites: list[tuple[Ports, slice]]) -> slice:

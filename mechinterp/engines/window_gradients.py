@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.engines.differentiable_run import DifferentiableRun
+from mechinterp.engines.patched_run import ReadAt
 from mechinterp.engines.window_table import Behind, Reading, TokenWindow, WindowTable, as_rows
 from mechinterp.engines.write_table import Place, Unexpanded, Written, matrices
-from mechinterp.graphs.families.family import NodeFamily, NodeSite
+from mechinterp.graphs.families.family import NodeFamily
 from mechinterp.graphs.families.write_block import LowRank
 from mechinterp.models.modes import Gradients
 
@@ -61,15 +62,12 @@ class WindowRun(DifferentiableRun):
         self.sources[family] = found
         self.table.keep(family, block)
 
-    def read(self, family: NodeFamily, resid: Tensor) -> dict[NodeSite, Tensor]:
+    def read(self, family: NodeFamily, resid: Tensor) -> dict[ReadAt, Tensor]:
         """The values of a family's sites, from what its ports see of the residual stream."""
         own = self.graph.ports_of(family)
         sites = {
-            ports.site: Reader(
-                slice(rows.start - own.start, rows.stop - own.start),
-                lambda seen, ports=ports: family.read(self.model, ports, seen),
-            )
-            for ports, rows in self.graph.sites_of(family)
+            at: Reader(slice(rows.start - own.start, rows.stop - own.start), read)
+            for at, (rows, read) in self.readings(family, list(self.graph.sites_of(family))).items()
         }
         found = self._read(own, self._n_writers_seen(family), resid, list(sites.values()))
         return dict(zip(sites, found, strict=True))
