@@ -22,6 +22,7 @@ from mechinterp.engines.replacement import build_replacement, corrupt_replacemen
 from mechinterp.evaluation.masks import knock_out
 from mechinterp.features.dictionary import Dictionary
 from mechinterp.graphs.circuit import on_paths
+from mechinterp.graphs.families import features
 from mechinterp.graphs.families.write_block import less_parts
 from mechinterp.graphs.graph import Graph, build_graph, graph_of
 from mechinterp.graphs.write_rows import write_rows
@@ -408,6 +409,23 @@ def test_rows_of_a_writer_that_are_summed_at_once_give_the_same_sums(monkeypatch
     for one, other in zip(at_once, one_by_one, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
         assert not torch.equal(one, other)
+
+
+def test_a_run_asks_each_row_for_its_names_a_few_times_not_once_for_every_other_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With 12 layers of 42 features that was seven times the run itself."""
+    model, ids, graph = tiny("gpt2"), some(), graph_for("gpt2")
+    asked, names = list[str](), features.LaterWrites.writers.fget
+
+    def counted(self: Any) -> Any:
+        asked.append(self.part_of)
+        return names(self)  # pyright: ignore[reportOptionalCall]
+
+    monkeypatch.setattr(features.LaterWrites, "writers", property(counted))
+    run_edges(model, graph, ids, small_cut(graph, 0.5))
+    n_rows, n_made = 3, 2  # later writes of layers 0 and 1; the graph of rows is made for the corrupt and the cut run
+    assert n_rows * n_made <= len(asked) <= 6 * n_rows * n_made
 
 
 def test_whole_nodes_are_replaced_as_their_edges_are_cut() -> None:
