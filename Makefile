@@ -1,4 +1,4 @@
-# make demo | test | test-fast | test-all | fuzz | lint | format | types | docs | notebooks | benchmark | benchmark-gpu | real
+# make demo | test | test-fast | test-all | fuzz | lint | format | types | docs | notebooks | pages | benchmark | benchmark-gpu | real
 # The first call makes .venv; change the interpreter with: make test PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
@@ -21,7 +21,7 @@ DEMO_CIRCUIT := $(DEMO_OUT)/ioi-bundled-mattr.circuit.json
 DEMO_REPORT := $(DEMO_OUT)/ioi-bundled-mattr.report.html
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast test-all fuzz lint format types docs notebooks benchmark benchmark-gpu real
+.PHONY: demo test test-fast test-all fuzz lint format types docs notebooks pages benchmark benchmark-gpu real
 
 demo: $(VENV)/.installed
 	$(BIN)/discover-circuit $(DEMO_RUN)
@@ -60,6 +60,10 @@ docs: $(VENV)/.installed-dev
 notebooks: $(VENV)/.installed-dev
 	$(INSTALL) '.[dev,images]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.notebooks $(NAMES)
+
+# Runs the Python of the documentation's pages and stores what it prints and draws; NAMES="analyses/steering" takes some.
+pages: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.pages $(NAMES)
 
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks

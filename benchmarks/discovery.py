@@ -94,7 +94,7 @@ def default_runs(model: str, tasks: list[str], seeds: int, pairs: int, out: Path
                         "interval": entry.faithfulness_ci,
                         "kl": entry.kl,
                         "spread": found.curve.spread,
-                        "core": int(alike.found.core().sum()) / entry.n_edges if alike else None,
+                        "core": alike.found.n_core / found.circuit.n_units if alike else None,
                         "jaccard": alike.found.jaccard if alike else None,
                     }
                 row["seconds"] = time.process_time() - start

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import method_rows
 import typer
 from docstrings import as_markdown
 from tutorials import gallery
@@ -27,6 +28,8 @@ GRAPHS = {
     "summed": "edges, nodes (the sum of a node's edges), named positions, neurons, experts, features",
     "own": "edges, nodes, named positions, neurons, experts, features",
 }
+PAGE_OF = {"random": "baselines", "weight-magnitude": "baselines"}
+"""The pages of the methods that have none of their own."""
 GROUPS: dict[str, tuple[str, ...]] = {
     "models": ("models.", "base."),
     "tasks": ("tasks.",),
@@ -119,10 +122,9 @@ def method(name: str) -> str:
 
 def methods() -> str:
     """All discovery methods in one table."""
-    pages = {"random": "baselines", "weight-magnitude": "baselines"}
     rows = [
         (
-            f"[`{name}`]({pages.get(name, name)}.md)",
+            f"[`{name}`]({PAGE_OF.get(name, name)}.md)",
             METHODS.get(name).title,
             {"plain": "edges", "summed": "all", "own": "all"}[METHODS.get(name).graphs],
             "itself" if METHODS.get(name).threshold is not None else "`select`",
@@ -130,6 +132,32 @@ def methods() -> str:
         for name in METHODS
     ]
     return _table(("method", "what it is", "levels", "the circuit is chosen by"), rows)
+
+
+def method_results(names: str) -> str:
+    """The measured rows of some methods, separated by commas, beside those that every page has."""
+    shown = dict.fromkeys((*names.split(","), *method_rows.BESIDE))
+    first = method_rows.rows()[next(iter(shown))]
+    return f"{_table(method_rows.HEAD, method_rows.table(*shown))}\n\n{_about_rows(first)}"
+
+
+def method_comparison() -> str:
+    """The measured rows of all methods, the best CMD first."""
+    ordered = sorted(method_rows.rows().values(), key=lambda row: float(row["CMD"]))
+    names = [str(row["method"]) for row in ordered]
+    linked = [
+        (f"[{name}]({PAGE_OF.get(name[1:-1], name[1:-1])}.md)", *rest) for name, *rest in method_rows.table(*names)
+    ]
+    return f"{_table(method_rows.HEAD, linked)}\n\n{_about_rows(ordered[0])}"
+
+
+def _about_rows(row: method_rows.Row) -> str:
+    return (
+        f"IOI in the bundled model, {row['pairs']} train and {row['pairs']} held-out pairs, default settings; "
+        f"`python -m benchmarks.method_rows`, {row['date']}. [CPR and CMD](../evaluation/curves.md) as in MIB. "
+        "*80 %*, *90 %*: edges from which on every measured size is at least that faithful. KL in nats. *Runs*: "
+        "forwards + backwards an example. CPU seconds of one thread, for all pairs."
+    )
 
 
 def tasks() -> str:
@@ -324,6 +352,8 @@ GENERATED: dict[str, Callable[..., str]] = {
     "gallery": gallery,
     "imports": imports,
     "method": method,
+    "method-comparison": method_comparison,
+    "method-results": method_results,
     "methods": methods,
     "metrics": metrics,
     "tasks": tasks,

@@ -43,7 +43,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     def made(found: re.Match[str]) -> str:
         kind, name, argument = found.groups()
         if kind == "picture":
-            return PICTURES[name]()
+            return f'<div class="wide">{PICTURES[name]()}</div>'
         return GENERATED[name](*([argument] if argument else []))
 
     return MARK.sub(made, markdown)

@@ -229,7 +229,9 @@ def discover(
     )
     scored = max(1, len(graph.unit[scores.values.cpu() != 0].unique()))
     levels = None if size is not None or threshold is not None else search.levels
-    found = search_size(search, scored, curve=spec.curve, progress=partial(progress, "curve"), given=size)
+    first = "curve" if spec.curve or size is not None else "curve, at most"
+    told = {"progress": partial(progress, first), "progress_near": partial(progress, "sizes near")}
+    found = search_size(search, scored, curve=spec.curve, given=size, **told)
     curve = search.curve(on, levels)
     if levels is not None:
         if found is None:

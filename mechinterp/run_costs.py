@@ -19,7 +19,7 @@ from mechinterp.base.shown import Shown
 from mechinterp.discovery.ensemble import members_asked
 from mechinterp.discovery.memory import measure_memory, run_bytes
 from mechinterp.discovery.method import METHODS, Method, raw_scores
-from mechinterp.engines.edge_patching import run_edges
+from mechinterp.engines.edge_patching import plan_runs, run_edges
 from mechinterp.engines.readout import clean_logits
 from mechinterp.evaluation.faithfulness import random_cuts
 from mechinterp.evaluation.sizes import FINE, FOLDS, size_grid
@@ -65,6 +65,8 @@ class DryRun(Shown):
     forward_seconds: float
     stages: tuple[Stage, ...]
     bytes: Mapping[str, int]
+    writes: str
+    """How runs with edges cut keep the writes of a batch."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -84,6 +86,7 @@ class DryRun(Shown):
         yield "time", f"about {duration(self.seconds)}, without {left_out}"
         for part, size in self.bytes.items():
             yield f"memory, {part}", in_words(size)
+        yield "patched runs keep", self.writes
 
     def content(self) -> dict[str, Any]:
         """Every field by name, for `--json`."""
@@ -160,6 +163,7 @@ def dry_run(spec: RunSpec | str, progress: StageProgress = no_stages, *, model: 
     runs = on * (n_sizes + 3)
     stages.append(Stage("size", runs, 0, runs * patched))
     stages.append(Stage("evaluation", EVALUATED * len(test), 0, EVALUATED * len(test) * patched))
+    n_at_once, n_pos = min(spec.n_at_once, len(train)), int(train.clean.shape[1])
     return DryRun(
         spec.model,
         method.name,
@@ -169,11 +173,12 @@ def dry_run(spec: RunSpec | str, progress: StageProgress = no_stages, *, model: 
         len(graph.readers),
         len(graph.writers),
         len(train),
-        int(train.clean.shape[1]),
+        n_pos,
         spec.n_at_once,
         forward,
         tuple(stages),
         run_bytes(model, graph, memory, spec.n_at_once),
+        plan_runs(model, graph, (n_at_once, n_pos)).words(n_at_once),
         tuple(notes),
     )
 

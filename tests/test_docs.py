@@ -22,6 +22,8 @@ from mechinterp.cli import app as cli
 from mechinterp.cli.app import app
 from mechinterp.run_spec import resolved
 from mechinterp.tasks.metric_names import METRICS
+from tools.notebooks.compare import differences
+from tools.pages.run import numbers, numbers_of, pictures_of, run
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -40,16 +42,47 @@ RUNNABLE = [path for path in PAGES if blocks(path, "python")]
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RUNNABLE, ids=NAMES.get)
 def test_the_python_of_a_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder with the files that the page shows; what it registers is forgotten afterwards."""
+    """In a folder with the files that the page shows; what it registers is forgotten afterwards.
+
+    What it prints and draws has the numbers that the page shows: a `text` block after it, and the pictures.
+    """
     for registry in (mechinterp.METHODS, METRICS, EXPORTS, IMPORTS):
         for names in ("_values", "_about"):
             monkeypatch.setattr(registry, names, dict(getattr(registry, names)))
     monkeypatch.chdir(tmp_path)
     for name, text in shown_files(path):
         Path(name).write_text(text, encoding="utf-8")
-    names: dict[str, Any] = {"__name__": "docs"}
-    for number, block in enumerate(blocks(path, "python")):
-        exec(compile(block, f"{NAMES[path]}, block {number}", "exec", dont_inherit=True), names)
+    found = run(path)
+    moved = differences([[{"text": one.stored}] for one in found], [[{"text": one.now}] for one in found])
+    assert not moved, f"python -m tools.pages {NAMES[path].removesuffix('.md')} stores what it shows now"
+
+
+def test_every_analysis_and_method_has_a_result_and_a_picture() -> None:
+    """With a caption and words for who cannot see it; pictures are light, and none is left over."""
+    pictures = {picture for path in PAGES for picture in pictures_of(path)}
+    drawn = {path.resolve() for path in (ROOT / "docs" / "pictures").rglob("*.svg")}
+    assert drawn == {path for path in pictures if path.parent.parent.name == "pictures"}
+    assert all(path.stat().st_size < 60_000 and numbers(path) for path in drawn)
+    for path in PAGES:
+        if path.parent.name not in ("analyses", "methods") or path.stem == "index":
+            continue
+        text = path.read_text(encoding="utf-8")
+        shown = re.search(r"^!\[[^\]]{20,}\]\(\S+\)({ \.page })?\n\n[^\s`].{20,}$", text, re.MULTILINE)
+        assert shown, f"{NAMES[path]} has no picture with words and a caption"
+        result = r"^```text\n|<!-- generated: method-results|^\$ discover-circuit.*\n[^`]"
+        assert re.search(result, text, re.MULTILINE), f"{NAMES[path]} shows no result"
+
+
+def test_the_picture_of_a_method_is_of_its_row() -> None:
+    """Its numbers are those of the stored row, so a row that is measured again cannot leave an old picture."""
+    method_rows = of_the_docs("method_rows")
+    assert set(method_rows.rows()) == set(mechinterp.METHODS)
+    for name in method_rows.rows():
+        if name != "weight-magnitude":  # drawn with random
+            picture = ROOT / "docs" / "pictures" / "methods" / f"{name.replace('random', 'baselines')}.svg"
+            assert not differences(
+                [[{"text": numbers(picture)}]], [[{"text": numbers_of(method_rows.figure(name))}]]
+            ), f"python -m tools.pages methods/{picture.stem} draws it again"
 
 
 def shown_files(path: Path) -> list[tuple[str, str]]:

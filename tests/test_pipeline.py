@@ -292,8 +292,9 @@ def test_a_run_refines_its_circuit_and_a_killed_pass_goes_on(spec: RunSpec, monk
     assert [path.name for path in spec.out.iterdir() if "unfinished" in path.name] == []
 
     lines = steadiness(made.document)
-    assert lines[0].startswith("refined by exact runs on 12 pairs: ")
-    assert lines[1].startswith("stability, before it was refined: ")
+    assert lines[0].startswith("size: given (25 edges)")
+    assert lines[1].startswith("refined by exact runs on 12 pairs: ")
+    assert lines[2].startswith("stability, before it was refined: ")
     found = mi.verify(made.path, model=made.model, rescore=True)
     assert found.ok and any(warning.name == "selection not applied" for warning in found.warnings)
     names = [claim.name for claim in found.claims]

@@ -15,6 +15,8 @@ from mechinterp.pipeline import prepare
 from mechinterp.run_costs import dry_run
 from mechinterp.run_spec import RunSpec, command_of
 
+WRITES = "patched runs keep: all writes of 6 examples at once"
+
 
 def spec(tmp_path: Path, **options: object) -> RunSpec:
     few = {"examples": 6, "validation_examples": 4, "test_examples": 4}
@@ -41,7 +43,13 @@ def test_the_runs_of_scoring_are_those_of_the_method(tmp_path: Path, method: str
     assert (found.n_edges, found.n_train) == (ready.graph.n_edges, 6)
     assert ("learned masks" in found.bytes) == (method == "mattr")
     assert found.seconds > scoring.seconds > 0
-    for part in ("graph: 479 edges (21 writers", f"scores: {scoring.forwards} forwards", "memory, total: ", "time: "):
+    for part in (
+        "graph: 479 edges (21 writers",
+        f"scores: {scoring.forwards} forwards",
+        "memory, total: ",
+        "time: ",
+        WRITES,
+    ):
         assert any(line.startswith(part) for line in found.lines())
     assert [*tmp_path.iterdir()] == []
 

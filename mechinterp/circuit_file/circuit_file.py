@@ -436,7 +436,7 @@ def _stability(measured: MeasuredStability, circuit: Circuit, examples: _Example
         jaccard=six_digits(found.jaccard),
         jaccard_by_chance=six_digits(measured.found.jaccard_by_chance),
         core_share=CORE,
-        n_core=int(found.core().sum()),
+        n_core=found.n_core,
         n_often_outside=measured.found.n_often_outside,
     )
 

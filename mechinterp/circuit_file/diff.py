@@ -57,10 +57,11 @@ class Compared:
 class Overlap:
     """The numbers of edges or nodes in both circuits and in one only; `jaccard` is both divided by either.
 
-    Core edges are those that a file counts as stable: in at least 90 % of its resamples.
+    Core edges (or nodes, where both files choose nodes) are those that a file counts as stable: in at least 90 % of its
+    resamples.
     """
 
-    kind: Literal["edges", "nodes", "core edges"]
+    kind: Literal["edges", "nodes", "core edges", "core nodes"]
     both: int
     only_a: int
     only_b: int
@@ -113,7 +114,7 @@ class CircuitDiff:
     """Whether method, parameters, metric and replacement agree, so that the scores are on one scale."""
     fields: tuple[FieldDifference, ...]
     core: Overlap | None = None
-    """Of the edges that each file's resamples agree on; None unless both files say how stable they are."""
+    """Of what each file's resamples agree on: edges, or nodes where both choose nodes; None unless both say it."""
 
     @property
     def same_circuit(self) -> bool:
@@ -147,7 +148,7 @@ class CircuitDiff:
         return frame.astype({**types, "flipped": "boolean"})
 
     def overlaps(self) -> tuple[Overlap, ...]:
-        """The overlap of the edges, of the nodes and, if both files state frequencies, of the core edges."""
+        """The overlap of the edges, of the nodes and, if both files state frequencies, of the core."""
         found = (_overlap("edges", self.edges), _overlap("nodes", self.nodes))
         return found if self.core is None else (*found, self.core)
 
@@ -174,16 +175,22 @@ def _overlap(kind: Literal["edges", "nodes"], entries: Sequence[Compared]) -> Ov
     return Overlap(kind, both, only_a, only_b, both / len(entries))
 
 
-def _core(a: CircuitFile, b: CircuitFile) -> Overlap | None:
-    """The overlap of the core edges; None if a file states no stability."""
-    if a.stability is None or b.stability is None:
+def _core(a: _Side, b: _Side) -> Overlap | None:
+    """The overlap of the core edges, or nodes where both files choose nodes; None if a file states no stability."""
+    if a.document.stability is None or b.document.stability is None:
         return None
-    one, other = (
-        {edge.name for edge in file.edges if (edge.frequency or 0) >= stability.core_share - 1e-6}
-        for file, stability in ((a, a.stability), (b, b.stability))
-    )
+    of_nodes = a.circuit.graph.level == b.circuit.graph.level == "node"
+    cores: list[set[str]] = []
+    for side, least in ((a, a.document.stability.core_share), (b, b.document.stability.core_share)):
+        core = {edge.name for edge in side.document.edges if (edge.frequency or 0) >= least - 1e-6}
+        if of_nodes:
+            graph = side.circuit.graph
+            core = {_unit_name(graph, name, *graph.edge_index(name)) for name in core}
+        cores.append(core)
+    one, other = cores
     both = len(one & other)
-    return Overlap("core edges", both, len(one - other), len(other - one), both / max(1, len(one | other)))
+    kind = "core nodes" if of_nodes else "core edges"
+    return Overlap(kind, both, len(one - other), len(other - one), both / max(1, len(one | other)))
 
 
 def _frame(rows: Sequence[dict[str, Any]], columns: tuple[str, ...]) -> pd.DataFrame:
@@ -248,7 +255,7 @@ def diff_opened(files: tuple[OpenedFile, OpenedFile], circuits: tuple[Circuit, C
         scores=tuple(_agreements(one, other, complete)),
         scored_alike=not unlike,
         fields=different_fields(one.document, other.document),
-        core=_core(one.document, other.document),
+        core=_core(one, other),
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
 from mechinterp.base.errors import InputError
 from mechinterp.base.plain_files import exists
-from mechinterp.base.registry import unknown
+from mechinterp.base.registry import MOST_SHOWN, unknown
 from mechinterp.circuit_file.direction_schema import SUFFIX as DIRECTION_SUFFIX
 from mechinterp.circuit_file.direction_schema import direction_finding, open_direction_file
 from mechinterp.circuit_file.store import SUFFIX
@@ -37,7 +38,7 @@ def stored_files(suffix: str = SUFFIX) -> dict[str, Path]:
 def find_file(file: str | Path) -> Path:
     """The path of a circuit or direction file that is given by path, or by name if it is a stored one.
 
-    Raises InputError for a name (no path, no ending) of no stored file, with the nearest one.
+    Raises InputError for a name (no path, no ending) of no stored file, with the nearest one, or those of a task.
     """
     if file == "":
         raise InputError("The name of the file is empty; give a path, or the name of a stored circuit.")
@@ -47,8 +48,18 @@ def find_file(file: str | Path) -> Path:
     if file in stored:
         return stored[file]
     if Path(file).name == file and not Path(file).suffix and file not in ("", ".", ".."):
-        raise unknown("circuit", file, stored)
+        raise _unknown_name(file, stored)
     return Path(file)
+
+
+def _unknown_name(file: str, stored: Iterable[str]) -> InputError:
+    """The error for a name of no stored file: for a task, or the beginning of names, with the files that are meant."""
+    of_task, begun = (sorted(name for name in stored if name.startswith(start)) for start in (f"{file}-", file))
+    own = (of_task or begun)[:MOST_SHOWN]
+    if not own:
+        return unknown("circuit", file, stored)
+    nearest = " or ".join(filter(None, (", ".join(map(repr, own[:-1])), repr(own[-1]))))
+    return InputError(f"Unknown circuit {file!r}. Did you mean {nearest}?")
 
 
 def about_direction(path: Path) -> str:

@@ -182,7 +182,10 @@ class PerformanceRecord(Strict):
 
 
 class StabilityRecord(Strict):
-    """How alike the circuits of resampled examples are, each of the size of the circuit (of a refined one: before)."""
+    """How alike the circuits of resampled examples are, each of the size of the circuit (of a refined one: before).
+
+    Where nodes are chosen, everything here is counted in nodes.
+    """
 
     pairs: Label
     kind: Literal["bootstrap over blocks of examples", "runs on examples drawn again"]

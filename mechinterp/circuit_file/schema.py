@@ -288,7 +288,7 @@ class EdgeRecord(Strict):
     name: Annotated[str, Field(max_length=300)]
     score: Number | None = None
     frequency: Share | None = None
-    """The share of resamples whose circuit has the edge; null: not measured."""
+    """The share of resamples whose circuit has the edge (of nodes: the node that it leaves); null: not measured."""
 
 
 class TaskContent(Strict):

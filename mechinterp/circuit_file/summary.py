@@ -58,15 +58,21 @@ def finding(document: CircuitFile) -> str:
     low, high = (f"{100 * bound:.0f}" for bound in entry.faithfulness_ci)
     words = METRIC_WORDS.get(entry.metric.name, entry.metric.name)
     if document.graph.granularity == "node":
-        n_nodes = len(document.nodes) - ("logits" in document.nodes)
         return (
-            f"{n_nodes:,} nodes ({entry.n_edges:,} of {entry.n_edges_graph:,} edges) recover "
+            f"{n_chosen(document):,} nodes ({entry.n_edges:,} of {entry.n_edges_graph:,} edges) recover "
             f"{100 * entry.faithfulness:.0f} % [{low}, {high}] of {words}"
         )
     return (
         f"{entry.n_edges:,} of {entry.n_edges_graph:,} edges recover {100 * entry.faithfulness:.0f} % [{low}, {high}] "
         f"of {words}"
     )
+
+
+def n_chosen(document: CircuitFile) -> int:
+    """How many edges the circuit has or, where nodes are chosen, how many nodes."""
+    if document.graph.granularity == "node":
+        return len(document.nodes) - ("logits" in document.nodes)
+    return len(document.edges)
 
 
 def steadiness(document: CircuitFile) -> list[str]:
@@ -80,20 +86,38 @@ def steadiness(document: CircuitFile) -> list[str]:
             f"resamples of the {size.pairs} pairs{spread}"
         )
     parameters = document.selection.parameters
+    what = f"{document.graph.granularity}s"
+    lines += _given_size(document, what)
     if "refined" in parameters:
-        what = "nodes" if document.graph.granularity == "node" else "edges"
         n, dropped, added = (parameters.get(name) for name in ("refined_on", "dropped", "added"))
         each = f"each for less than {parameters.get('tau')} of {parameters['refined']}"
         lines.append(f"refined by exact runs on {n} pairs: {dropped} {what} dropped, {each}, and {added} added")
     if found is not None:
-        n = len(document.edges)
+        n = n_chosen(document)
         before = ", before it was refined" if "refined" in parameters else ""
         lines.append(
-            f"stability{before}: {found.n_core:,} of {n:,} edges ({found.n_core / n:.0%}) are in at least "
+            f"stability{before}: {found.n_core:,} of {n:,} {what} ({found.n_core / n:.0%}) are in at least "
             f"{found.core_share:.0%} of {found.resamples} circuits of resampled examples; two of these share "
-            f"{found.jaccard:.0%} of their edges (by chance {found.jaccard_by_chance:.0%})"
+            f"{found.jaccard:.0%} of their {what} (by chance {found.jaccard_by_chance:.0%})"
         )
     return lines
+
+
+def _given_size(document: CircuitFile, what: str) -> list[str]:
+    """Of a size that was given: whether the rule of a run would have let it pass, where the curve says so."""
+    n, curve = document.selection.parameters.get(what), document.curve
+    if document.selection.size is not None or curve is None or curve.kl_empty is None:
+        return []
+    at = next((point for point in curve.points if point.n_selected == n and point.passing is not None), None)
+    if at is None or at.passing is None or at.kl is None or at.faithfulness_ci is None:
+        return []
+    low, high = at.faithfulness_ci
+    there = f"faithfulness {at.faithfulness:.2f} [{low:.2f}, {high:.2f}]"
+    return [
+        f"size: given ({at.n_selected:,} {what}); the rule that chooses sizes lets it pass on {at.passing:.0%} of "
+        f"resamples of the {curve.pairs} pairs ({there}, KL divergence {at.kl / (curve.kl_empty or 1):.0%} of the "
+        "empty circuit's)"
+    ]
 
 
 def ranked_edges(document: CircuitFile) -> tuple[EdgeRecord, ...]:

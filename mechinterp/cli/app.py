@@ -327,10 +327,15 @@ def _report_on(
         discovery = run(progress)
         if not first:
             return OK
-        progress("report", 0, 1)
+        progress("details", 0, 1)
         details = node_details(
-            discovery.model, discovery.circuit, discovery.test, discovery.document.evaluation[0].pairs
+            discovery.model,
+            discovery.circuit,
+            discovery.test,
+            discovery.document.evaluation[0].pairs,
+            progress=partial(progress, "details"),
         )
+        progress("report", 0, 1)
         write_report(files.report, discovery.circuit, discovery.document, str(discovery.path), details)
         files.write_config()
     sidecar, notes = discovery.document.integrity.sidecar, (*discovery.notes, *details.notes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,7 @@ import typer
 from mechinterp.base.errors import InputError
 from mechinterp.base.plain_files import read_bounded
 from mechinterp.base.registry import unknown
+from mechinterp.run_spec import EFFORTS
 from mechinterp.tasks.schema import MAX_BYTES, parse_yaml
 
 NOT_IN_FILES = (
@@ -21,6 +22,8 @@ NOT_IN_FILES = (
 """Options that are about one call only."""
 SIZES = frozenset({"edges", "nodes", "threshold"})
 """One of them on the command line takes the place of any of them in the file."""
+OF_METHOD = frozenset({"settings", "steps"})
+"""What a file says of its method only."""
 UsageProblem: Any = typer.BadParameter.__mro__[2]
 
 
@@ -80,12 +83,26 @@ def _several(value: Any) -> tuple[str, ...]:
     return tuple(entries)
 
 
-def overridden(given: Iterable[str]) -> frozenset[str]:
-    """The options of a file that those on the command line take the place of."""
+def overridden(given: Mapping[str, Any], file: Mapping[str, Any]) -> frozenset[str]:
+    """The options of a file that those on the command line take the place of.
+
+    The settings of a file are of its method: another method has its own.
+
+    Args:
+        given: The options on the command line.
+        file: Those of the file.
+    """
     names = frozenset(given)
     same = SIZES if names & SIZES else frozenset[str]()
     of_effort = {"method", "settings"} if "effort" in names and "method" not in names else ()
-    return names.union(same, of_effort)
+    of_method = OF_METHOD if "method" in names and given["method"] != _method_of(file) else ()
+    return names.union(same, of_effort, of_method)
+
+
+def _method_of(file: Mapping[str, Any]) -> str | None:
+    """The method of a file: the one it names, or that of its effort."""
+    method, _ = EFFORTS.get(file.get("effort", "standard"), (None, ()))
+    return file.get("method", method)
 
 
 def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:

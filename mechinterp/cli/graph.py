@@ -126,6 +126,8 @@ def _graph(
         raise InputError("Give a PROMPT, several of them, --prompts FILE or --task TASK; one of these.")
     if any(not prompt.strip() for prompt in prompts or ()):
         raise InputError("The prompt is empty.")
+    for prompt in prompts or ():
+        _refuse_task(prompt)
     if held not in HELD:
         raise unknown("part to hold", held, HELD)
     if of_task is None and (n_prompts is not None or drawn is not None):
@@ -469,6 +471,18 @@ def _name_of_several(values: dict[str, Any]) -> str:
         first, *more = values["prompts"]
         return f"{_name(first)}-and-{len(more)}-more"
     return Path(values["task"] or values["file"]).stem
+
+
+def _refuse_task(prompt: str) -> None:
+    """Return None unless the prompt is the name of a task."""
+    from mechinterp.tasks.task import task_names
+
+    if prompt in task_names():
+        raise InputError(
+            f"{prompt!r} is a task, and `graph` takes a prompt, whose next token it explains: discover-circuit graph "
+            f'"Then Julie and Ryan ...". For prompts of the task: discover-circuit graph --task {prompt}; for its '
+            f"circuit: discover-circuit run {prompt}."
+        )
 
 
 def _name(prompt: str) -> str:

@@ -206,9 +206,10 @@ def _from_file(
     found, wrong = read_config(file, context)
     found |= {name: Path(found[name]) for name in paths if name in found}
     sources = {name: context.get_parameter_source(name) for name in given}
-    typed = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    typed = {name: given[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
     # What is wrong with the command line alone is not the file's mistake, and is said later.
-    kept = {name: value for name, value in found.items() if name not in overridden(typed)}
+    replaced = overridden(typed, found)
+    kept = {name: value for name, value in found.items() if name not in replaced}
     own = set(problems(checked(given)))
     wrong += [problem for problem in problems(checked({**given, **kept})) if problem not in own]
     if isinstance(task := found.get("task"), str):

@@ -25,6 +25,8 @@ STAGES = {
     "task": "check the task",
     "scores": "score the edges",
     "curve": "faithfulness by size",
+    "curve, at most": "faithfulness by size, at most",
+    "sizes near": "sizes near the one that passes",
     "refine": "refine by exact runs",
     "evaluation": "evaluate on held-out pairs",
     "roles": "measure roles",
@@ -34,6 +36,7 @@ STAGES = {
     "rescore": "score the edges again",
     "sizes": "count the active features",
     "edges": "trace the edges",
+    "details": "measure what nodes do on a few prompts",
     "report": "draw the report",
 }
 

@@ -8,8 +8,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechinterp.base.errors import InputError
 from mechinterp.base.shards import computed, current, relayed, share
-from mechinterp.engines.edge_patching import Prefix, edge_logits, run_prefix
+from mechinterp.engines.edge_patching import edge_logits, run_prefix
+from mechinterp.engines.patched_run import Prefix
 from mechinterp.engines.readout import Readout, metric_readout
 from mechinterp.engines.replacement import Values, build_replacement
 from mechinterp.graphs.graph import Graph
@@ -55,7 +57,10 @@ class CutLoss:
         return cls(model, graph, metric, len(pairs), chunks, [replaced.on(chunk) for chunk in chunks], readouts)
 
     def of_masks(self, masks: Float[Tensor, "candidate reader writer"], layer: int) -> Float[Tensor, " candidate"]:
-        """The mean loss over all examples with each mask's edges cut. Before `layer` all masks cut the same edges."""
+        """The mean loss over all examples with each mask's edges cut. Before `layer` all masks cut the same edges.
+
+        Raises InputError if it is NaN or infinite, which no threshold can be compared with.
+        """
         begins = masks[0, : self.graph.readers_before[layer]].cpu() != 0
         new = self.begun_at != layer or not torch.equal(begins, self.begun)
         if new:
@@ -77,7 +82,16 @@ class CutLoss:
         nothing = torch.zeros(len(masks), dtype=torch.float64)
         found = relayed(lambda state: {"total": sum(own, state.get("total", nothing))})
         self.n_runs += len(masks)
-        return found["total"] / self.n_examples
+        mean = found["total"] / self.n_examples
+        if not bool(mean.isfinite().all()):
+            bad = int((~mean.isfinite()).nonzero()[0])
+            value = -self.metric.direction * float(mean[bad])
+            raise InputError(
+                f"With {int((masks[bad] != 0).sum()):,} edges cut the metric {self.metric.name!r} is "
+                f"{value} on these pairs, so edges cannot be tried one by one. Take another metric, or leave "
+                "out the pairs on which it has no value."
+            )
+        return mean
 
 
 def layer_of(graph: Graph, unit: int) -> int:

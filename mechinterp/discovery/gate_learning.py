@@ -19,7 +19,7 @@ from mechinterp.base.errors import InputError
 from mechinterp.base.settings import Setting
 from mechinterp.base.shards import ALONE, State, agree, current, fold_shared, relayed, share, sharing
 from mechinterp.discovery.method import REPLACEMENT, Job
-from mechinterp.engines.mask_gradients import mask_gradients
+from mechinterp.engines.mask_gradients import examples_at_once, mask_gradients
 from mechinterp.engines.readout import clean_logits
 from mechinterp.engines.replacement import Values, build_replacement
 from mechinterp.models.modes import Gradients
@@ -111,7 +111,8 @@ class GateLearning:
         """The examples of a step, some at a time, each with its place: the runs take turns, and each goes round its
         examples."""
         run, at = step % len(self.turns), (step // len(self.turns)) % len(self.turns[step % len(self.turns)])
-        at_once = max(1, self.job.batch_size // self.drawings)  # the drawings run side by side
+        job = self.job
+        at_once = examples_at_once(job.model, job.graph, job.pairs.clean.shape[1], job.batch_size, self.drawings)
         return [((run, at, i), chunk) for i, chunk in enumerate(self.turns[run][at].chunks(at_once))]
 
     def block(self, place: tuple[int, int, int], chunk: Pairs) -> Block:

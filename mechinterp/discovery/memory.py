@@ -18,8 +18,8 @@ from mechinterp.base.settings import Parameter
 from mechinterp.discovery.ensemble import NAME, parse_members
 from mechinterp.discovery.method import METHODS
 from mechinterp.engines.attribution_memory import OneExample, attribution_bytes, measure_example, weight_bytes
-from mechinterp.engines.edge_patching import WRITES_BUDGET_BYTES, run_edges
-from mechinterp.engines.mask_gradients import mask_gradients
+from mechinterp.engines.edge_patching import WRITES_BUDGET_BYTES, plan_runs, run_edges
+from mechinterp.engines.mask_gradients import examples_at_once, mask_gradients, plan_gradients
 from mechinterp.engines.replacement import corrupt_replacement
 from mechinterp.graphs.graph import Graph
 from mechinterp.models.hook_manager import HookManager
@@ -108,12 +108,29 @@ def run_bytes(model: HookManager, graph: Graph, memory: RunMemory, batch_size: i
     parts = dict(attribution_bytes(model, graph, memory.attribution, batch_size, memory.n_points))
     stages = [parts.pop("total")]
     if memory.masked is not None:
-        parts["learned masks"] = memory.masked * max(memory.drawings, batch_size)
+        parts["learned masks"] = memory.masked * _side_by_side(model, graph, memory, batch_size)
         stages.append(parts["learned masks"])
-    one = batch_size * memory.patched
+    one = _patched_bytes(model, graph, memory, batch_size)
     parts["patched runs"] = max(one, min(CIRCUITS * one, WRITES_BUDGET_BYTES))
     stages.append(parts["patched runs"])
     return {"weights": memory.weights, **parts, "total": memory.weights + max(stages)}
+
+
+def _side_by_side(model: HookManager, graph: Graph, memory: RunMemory, batch_size: int) -> int:
+    """Runs with a learned mask that are done together: examples times drawings, if that fits."""
+    n_pos, drawings = memory.attribution.n_pos, memory.drawings
+    n = examples_at_once(model, graph, n_pos, batch_size, drawings)
+    return n if plan_gradients(model, graph, (n, n_pos), drawings).tokens is not None else n * drawings
+
+
+def _patched_bytes(model: HookManager, graph: Graph, memory: RunMemory, batch_size: int) -> int:
+    """A run of a batch with edges cut: all of it at once, some examples at a time, or in windows of tokens."""
+    n_pos = memory.attribution.n_pos
+    plan = plan_runs(model, graph, (batch_size, n_pos))
+    if plan.tokens is not None:  # so it was for the example that was measured
+        return batch_size * (memory.patched - plan.nbytes) + plan.nbytes
+    at_once = min(plan.examples, batch_size)
+    return at_once * memory.patched + (batch_size - at_once) * memory.attribution.cache // 2
 
 
 def device_bytes(device: torch.device) -> int:

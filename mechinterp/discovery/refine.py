@@ -132,8 +132,8 @@ def refine_circuit(
     Cost: at most a forward for each edge tried, each example, and each time that the expectation about the next ones
     was wrong.
 
-    Raises InputError for bad settings, pairs or a graph of another model, a circuit without scores, and a `resume` file
-    of another run; EmptyCircuit if nothing is left.
+    Raises InputError for bad settings, pairs or a graph of another model, a circuit without scores, a loss that is NaN
+    or infinite, and a `resume` file of another run; EmptyCircuit if nothing is left.
 
     Args:
         model: The model that the circuit was found in.

@@ -78,38 +78,51 @@ class StableScores:
 
 @dataclass(frozen=True, eq=False)
 class CircuitStability:
-    """How alike the circuits are that one rule selects from the scores of each resample."""
+    """How alike the circuits are that one rule selects from the scores of each resample.
+
+    Counted is what is chosen: edges, or nodes where the graph's level is `node`. A circuit has a node if it has an edge
+    out of it.
+    """
 
     circuit: Circuit
     """The one selected from the scores over all examples."""
     frequency: Float[Tensor, "reader writer"] = field(repr=False)
-    """The share of resamples whose circuit has the edge."""
+    """The share of resamples whose circuit has the edge; where nodes are chosen, the node that it leaves."""
     jaccard: float
-    """Mean over all pairs of resamples of the Jaccard index of their circuits' edges; 1 = always the same circuit."""
+    """Mean over all pairs of resamples of the Jaccard index of their circuits; 1 = always the same circuit."""
     resamples: int
 
     @property
     def jaccard_by_chance(self) -> float:
-        """About what random circuits of this size have: n / (2 N - n), with n of N edges."""
-        n, n_all = self.circuit.n_edges, self.circuit.graph.n_edges
+        """About what random circuits of this size have: n / (2 N - n), with n of N edges (or nodes)."""
+        n, n_all = self.circuit.n_units, self.circuit.graph.n_units
         return n / (2 * n_all - n)
 
     @property
+    def n_core(self) -> int:
+        """The edges (or nodes) of the circuit that are in its core."""
+        return len(self.circuit.graph.unit[self.core()].unique())
+
+    @property
     def n_often_outside(self) -> int:
-        """The edges outside the circuit that at least half of the resamples' circuits have."""
-        return int(((self.frequency >= 0.5 - 1e-9) & ~self.circuit.kept).sum())
+        """The edges (or nodes) outside the circuit that at least half of the resamples' circuits have."""
+        often = units_in(self.circuit.graph, self.frequency >= 0.5 - 1e-9)
+        return int((often & ~units_in(self.circuit.graph, self.circuit.kept)).sum())
 
     def core(self, share: float = CORE) -> Bool[Tensor, "reader writer"]:
-        """The edges of the circuit that are in at least this share of the resamples' circuits, too."""
+        """The edges of the circuit that are in at least this share of the resamples' circuits, too.
+
+        Where nodes are chosen: its edges out of nodes that are.
+        """
         return self.circuit.kept & (self.frequency >= share - 1e-9)
 
     def to_frame(self) -> pd.DataFrame:
-        """A tidy table of the edges that are in any circuit, the most frequent first: edge, frequency, in_circuit."""
+        """A tidy table of what is in any circuit, the most frequent first: edge (or node), frequency, in_circuit."""
         graph = self.circuit.graph
-        frequency, kept = self.frequency[graph.possible], self.circuit.kept[graph.possible]
-        rows = zip(graph.edge_names(), frequency.tolist(), kept.tolist(), strict=True)
+        frequency, kept = self.frequency[tuple(graph.first_of_unit.T)], units_in(graph, self.circuit.kept)
+        rows = zip(graph.unit_names(), frequency.tolist(), kept.tolist(), strict=True)
         found = [row for row in rows if row[1] > 0 or row[2]]
-        frame = pd.DataFrame(found, columns=["edge", "frequency", "in_circuit"])
+        frame = pd.DataFrame(found, columns=[graph.level, "frequency", "in_circuit"])
         return frame.sort_values("frequency", ascending=False, kind="stable", ignore_index=True)
 
 
@@ -235,8 +248,8 @@ def circuit_stability(
 ) -> CircuitStability:
     """How often each edge is in the circuit that `select` gives for the scores of a resample, and how alike they are.
 
-    `edges` counts nodes where those are chosen. The circuits are those of all edges' scores, stable or not. Cost: one
-    `select` per resample, no run of the model.
+    Where nodes are chosen, `edges` and all that is counted are nodes. The circuits are those of all edges' scores,
+    stable or not. Cost: one `select` per resample, no run of the model.
     A resample without a circuit of that size counts as an empty one. Raises what `select` refuses.
 
     Args:
@@ -263,19 +276,27 @@ def stability_at(
     graph = scores.graph
     how: dict[str, Any] = {"rule": rule, "by": by, "ratio": ratio}
     circuit = select(graph, scores, **sized(graph, size), **how)
-    kept: list[Bool[Tensor, " edge"]] = []
+    chosen: list[Bool[Tensor, " unit"]] = []
     for sample in samples:
         drawn = replace(scores, total=on_graph(graph, sample), count=1, samples=None)
         try:
-            kept.append(select(graph, drawn, **sized(graph, size), **how).kept[graph.possible])
+            chosen.append(units_in(graph, select(graph, drawn, **sized(graph, size), **how).kept))
         except EmptyCircuit:
-            kept.append(torch.zeros(graph.n_edges, dtype=torch.bool))
-    table = torch.stack(kept).double()
+            chosen.append(torch.zeros(graph.n_units, dtype=torch.bool))
+    table = torch.stack(chosen).double()
     shared, sizes = table @ table.T, table.sum(1)
     joined = sizes[:, None] + sizes[None] - shared
     jaccard = torch.where(joined > 0, shared / joined.clamp(min=1), 1.0)
     first, second = torch.triu_indices(len(table), len(table), offset=1)
-    return CircuitStability(circuit, on_graph(graph, table.mean(0)), float(jaccard[first, second].mean()), len(table))
+    frequency = on_graph(graph, table.mean(0)[graph.unit[graph.possible]])
+    return CircuitStability(circuit, frequency, float(jaccard[first, second].mean()), len(table))
+
+
+def units_in(graph: Graph, kept: Bool[Tensor, "reader writer"]) -> Bool[Tensor, " unit"]:
+    """Which edges are among the kept ones or, where nodes are chosen, which nodes have an edge out of them there."""
+    found = torch.zeros(graph.n_units, dtype=torch.bool)
+    found[graph.unit[kept]] = True
+    return found
 
 
 def on_graph(graph: Graph, values: Float[Tensor, " edge"]) -> Float[Tensor, "reader writer"]:

@@ -1,374 +1,42 @@
 """The exact engine: `run_edges` runs the model with a set of edges cut.
 
-`PatchedRun` is one forward with edges cut, on which everything else that cuts edges is built. A reader without a cut
-edge keeps the model's own input. Any other reader gets `resid - sum over cut writers (current write - replacement)`
-(see `write_table.py`), and its norm and projection are computed again, per head. If the graph has named positions,
-each position has its own sum.
+Many masks are run side by side (`edge_logits`), each as one `PatchedRun`. Where the writes of a batch do not fit, some
+examples are run at a time, or a window of tokens (`plan_runs`); what runs have in common up to a layer may be run once
+(`run_prefix`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
 import torch
-from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechinterp.base.batches import over_batches
+from mechinterp.base.batches import batches, over_batches
 from mechinterp.base.errors import InputError
+from mechinterp.engines.patched_run import PatchedRun, Prefix
 from mechinterp.engines.readout import metric_readout
 from mechinterp.engines.replacement import Replacement, Values, corrupt_replacement
 from mechinterp.engines.whole_nodes import Cuts, edges_only, whole_nodes
-from mechinterp.engines.write_table import PORTS_OF_A_BLOCK, WriteTable
-from mechinterp.graphs.families.family import NodeFamily, NodeSite, Ports
-from mechinterp.graphs.families.write_block import Dense, WriteBlock, less_parts
+from mechinterp.engines.write_table import (
+    PORTS_OF_A_BLOCK,
+    TablePlan,
+    Unexpanded,
+    WriteTable,
+    Written,
+    plan_table,
+    rows_beside,
+)
+from mechinterp.graphs.families.family import NodeFamily
+from mechinterp.graphs.families.write_block import Dense
 from mechinterp.graphs.graph import Graph
-from mechinterp.graphs.token_positions import places_of, take_positions
+from mechinterp.graphs.token_positions import places_of
 from mechinterp.graphs.write_rows import write_rows
 from mechinterp.models.hook_manager import HookManager
-from mechinterp.models.interventions import Edit, Intervention
 from mechinterp.models.modes import Gradients
-from mechinterp.models.sites import Site
 from mechinterp.tasks.own_metric import MetricLike, as_metric
 from mechinterp.tasks.pairs import Pairs
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """The run of one batch up to a layer, which later patched runs share."""
-
-    layer: int
-    resid: Float[Tensor, "batch pos d_model"]
-    differences: dict[NodeFamily, WriteBlock]
-    """The earlier writes minus their replacements, `[writer, 1, batch, pos, d_model]`."""
-    cut: Float[Tensor, "reader writer"] | None = None
-    """The cut edges of the readers before the layer; None: there are none."""
-    noted: dict[NodeFamily, dict[NodeSite, Tensor]] = field(default_factory=dict[NodeFamily, dict[NodeSite, Tensor]])
-    """Of families that write after the layer what they have read before it."""
-
-
-def run_prefix(
-    model: HookManager, graph: Graph, pairs: Pairs, values: Values, layer: int, cut: Tensor | None = None
-) -> Prefix:
-    """The run of a batch up to `layer` (the number of layers: all of it), for `edge_logits`. One forward at most.
-
-    `cut` are the edges that are cut in it, `[reader, writer]`; by default none.
-    """
-    rows = write_rows(graph)
-    graph = rows.graph
-    with Gradients(False) as off, off:
-        masks = torch.zeros(1, *graph.possible.shape, device=model.device)
-        if cut is not None:
-            cut = rows.masks(cut.to(masks))
-            layer = _before_later_writes(graph, cut, layer)
-            n = graph.readers_before[layer]
-            masks[0, :n] = cut[:n]
-        run = _PrefixRun(model, graph, pairs, edges_only(graph, masks.to(wide(model))), values)
-        resid, cuts = run.shared(layer), None if cut is None else run.cuts.edges[0]
-        return Prefix(layer, resid, run.written, cuts, {family: dict(now) for family, now in run.noted.items() if now})
-
-
-def _before_later_writes(graph: Graph, cut: Tensor, layer: int) -> int:
-    """The layer, or an earlier one: that of the first features which cut edges change and which write later, too."""
-    first = graph.readers_before
-    starts = {family.starts for family in graph.families if family.starts < family.layer}
-    return min([layer, *(one for one in starts if bool(cut[first[one] : first[one + 1]].any()))])
-
-
-class PatchedRun:
-    """One forward of (candidate x batch) prompts with edges cut; used for that run only."""
-
-    def __init__(
-        self,
-        model: HookManager,
-        graph: Graph,
-        pairs: Pairs,
-        cuts: Cuts,
-        values: Values,
-        prefix: Prefix | None = None,
-    ) -> None:
-        self.model, self.graph, self.pairs, self.values = model, graph, pairs, values
-        self.cuts, self.n = cuts, len(cuts.edges)
-        self.whole, self.replaced = self._whole(), cuts.nodes.any(0).any(-1).cpu()
-        self.table = self._table()
-        self.prefix = prefix
-        self.seen: dict[NodeSite, Tensor] = {}
-        """Values of ports' sites that were read of the stream and are to be put there."""
-        self.apart: dict[str, Tensor] = {}
-        """What parts of a writer wrote minus their replacements, until the writer's own block is known."""
-        self.noted: dict[NodeFamily, dict[NodeSite, Tensor]] = {}
-        """What is known so far of the sites from which a family's writes are computed."""
-        self.excess: dict[Site, Tensor] = {}
-        """What replaced nodes wrote minus their replacements, until the site is there that has their writes."""
-
-    def _table(self) -> WriteTable:
-        return WriteTable(self.graph, self.cuts.edges, *self._rows())
-
-    def _rows(self) -> tuple[list[Tensor] | None, Tensor, Tensor, tuple[int, int, int]]:
-        n_batch, n_pos = self.pairs.clean.shape
-        shape = (n_batch, n_pos, self.model.dims.d_model)
-        return places_of(self.graph, self.pairs), self._read_together(), self._needed(), shape
-
-    def _needed(self) -> Bool[Tensor, " writer"]:
-        """The writers that some reader does not see as they are."""
-        return self.cuts.needed.any(0).cpu()
-
-    def _whole(self) -> Bool[Tensor, "candidate port"]:
-        """Which readers have no cut edge at any position."""
-        n, uncut = self.graph.n_positions, (self.cuts.edges == 0).all(-1).cpu()
-        return torch.cat([uncut[:, :-1].unflatten(1, (-1, n)).all(-1), uncut[:, -1:]], 1)
-
-    def _read_together(self) -> Bool[Tensor, " port"]:
-        """Which ports are read: from the first to the last of a family's sites with a cut edge."""
-        read = torch.zeros(self.whole.shape[1], dtype=torch.bool)
-        for family in self.graph.families:
-            if sites := self._cut_sites(family):
-                read[_span(sites)] = True
-        read[-1] = self._cut(slice(-1, None))
-        return read
-
-    def _cut(self, ports: slice) -> bool:
-        """Whether any candidate cuts an edge into one of the ports."""
-        return not bool(self.whole[:, ports].all())
-
-    def _cut_sites(self, family: NodeFamily) -> list[tuple[Ports, slice]]:
-        """The sites of a family's inputs with a cut edge, or that follow one with a cut edge, with their ports."""
-        cut = {ports.site for ports, rows in self._sites_around(family) if self._cut(rows)}
-        return [
-            (ports, rows) for ports, rows in self.graph.sites_of(family) if ports.site in cut or ports.follows in cut
-        ]
-
-    def _sites_around(self, family: NodeFamily) -> Iterator[tuple[Ports, slice]]:
-        """The inputs of a family, and of the one of which it is a part."""
-        for one in self.graph.families:
-            if one is family or family.part_of in one.writers:
-                yield from self.graph.sites_of(one)
-
-    def run(self, columns: Tensor | None) -> Float[Tensor, "rows n_answer n_columns"]:
-        """Logits at the answer positions; the rows are candidate by candidate."""
-        with Gradients(False) as off, off:
-            seen = self.read_logits(self._final_resid())
-            at = repeat(self.pairs.answer_pos, "batch n_answer -> (candidate batch) n_answer", candidate=self.n)
-            return self.model.layout.unembed(take_positions(seen, at), columns)
-
-    def _final_resid(self) -> Float[Tensor, "candidate batch pos d_model"]:
-        """The final residual stream, the layers before the first cut edge run once for all candidates."""
-        first, last = self._first_cut_layer(), Site("resid_final")
-        n_layers = self.model.dims.n_layers
-        tokens, mask, start = self.pairs.clean, self.pairs.mask, None
-        if self.prefix is not None and self._begins_as(self.prefix, first):
-            first, shared = self.prefix.layer, self.prefix.resid
-            for family, block in self.prefix.differences.items():
-                self.table.keep(family, block.expand(self.n))
-            for family, now in self.prefix.noted.items():
-                self.noted[family] = {site: value.expand(self.n, *value.shape[1:]) for site, value in now.items()}
-        else:
-            shared = self.shared(first) if first > 0 else None
-        if first == n_layers:
-            assert shared is not None
-            return self.fold(shared)
-        if shared is not None and first > 0:
-            start = (first, self._repeated(shared))
-        plan = self.plan(range(first, n_layers))
-        run = self.model.run(
-            self._repeated(tokens),
-            self._repeated(mask),
-            interventions=plan,
-            record=[last],
-            start=start,
-            stop=last,
-        )
-        return self.fold(run.values[last])
-
-    def _begins_as(self, prefix: Prefix, first: int) -> bool:
-        """Whether all candidates cut the edges of the prefix, and no others before its layer; `first` is the first
-        layer with a cut edge."""
-        if prefix.cut is None:
-            return prefix.layer <= first
-        rows = self.graph.readers_before[prefix.layer]
-        return bool((self.cuts.edges[:, :rows] == prefix.cut[:rows]).all())
-
-    def shared(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream before a layer, run once for all candidates; the writes until then are kept."""
-        stop = Site("resid_pre", layer) if layer < self.model.dims.n_layers else Site("resid_final")
-        plan = self.plan(range(layer))
-        return self.model.run(self.pairs.clean, self.pairs.mask, interventions=plan, record=[stop], stop=stop).values[
-            stop
-        ]
-
-    def _repeated(self, value: Tensor) -> Tensor:
-        return value.repeat(self.n, *[1] * (value.ndim - 1))
-
-    def _first_cut_layer(self) -> int:
-        """The layer where the first edge is cut or the first node replaced; the number of layers if there is none."""
-        cut = (~self.whole.all(0)).nonzero()
-        first = self.model.dims.n_layers
-        if len(cut):
-            first = self.graph.layer_of_reader(min(int(cut[0]) * self.graph.n_positions, len(self.graph.readers) - 1))
-        replaced = self.replaced.nonzero()
-        return min([first, *(self.graph.layer_of(w) for w in replaced[:1, 0].tolist())])
-
-    def plan(self, layers: range) -> list[Intervention]:
-        """The edits of these layers in the order of the model: at one site, what is read is there before what writes.
-
-        The parts of a writer are kept before the writer itself.
-        """
-        families = self.graph.families
-        here = [family for family in families if family.layer in layers and family.reads is not None]
-        steps = [(family.reads, 1, True, self._reading(family)) for family in here]
-        here = [family for family in families if family.layer in layers or family.starts in layers]
-        steps += [(family.written, 0, family.part_of is None, self._writing(family, layers)) for family in here]
-        return [edit for *_, edits in sorted(steps, key=lambda step: step[:3]) for edit in edits]
-
-    def _reading(self, family: NodeFamily) -> list[Intervention]:
-        sites = self._cut_sites(family)
-        whole = {ports.site: self.whole[:, rows] for ports, rows in self._sites_around(family)}
-        for ports, _ in sites:
-            if ports.follows in whole:
-                whole[ports.site] = whole[ports.site] & whole[ports.follows]
-        edits = [Intervention(ports.site, self._port_edit(ports, whole[ports.site])) for ports, _ in sites]
-        return [Intervention(family.stream, self._stream_tap(family)), *edits] if sites else []
-
-    def _writing(self, family: NodeFamily, layers: range) -> list[Intervention]:
-        plan = self._write_taps(family, layers) if self._used(family) else []
-        together = [family, *self.graph.parts_of(family)] if family.part_of is None else []
-        if any(self._replaced(one) for one in together):
-            plan.append(Intervention(family.output, self._replacing(family.output)))
-        return plan
-
-    def fold(self, value: Tensor) -> Tensor:
-        """`[candidate, batch, ...]`; a run shared by all candidates is expanded along the candidate axis."""
-        shared = value.shape[0] == len(self.pairs)
-        return value[None].expand(self.n, *value.shape) if shared else value.unflatten(0, (self.n, len(self.pairs)))
-
-    def _used(self, family: NodeFamily) -> bool:
-        """Whether any writer of the family (or the writer of which it is a part) is kept or replaced."""
-        related = [family, *(one for one in self.graph.families if family.part_of in one.writers)]
-        return any(bool(self.table.needed[self.graph.writers_of(one)].any()) or self._replaced(one) for one in related)
-
-    def _replaced(self, family: NodeFamily) -> bool:
-        return bool(self.replaced[self.graph.writers_of(family)].any())
-
-    def _stream_tap(self, family: NodeFamily) -> Edit:
-        def tap(value: Tensor) -> Tensor:
-            self.seen |= self.read(family, self.fold(value))
-            return value
-
-        return tap
-
-    def _write_taps(self, family: NodeFamily, layers: range) -> list[Intervention]:
-        """Keeps what the family writes, when the last of its sites is there; the taps in some layers."""
-        now = self.noted.setdefault(family, {})
-        first, *others = family.sites
-        sites = [first] * (family.starts in layers) + others * (family.layer in layers)
-
-        def tap(site: NodeSite) -> Edit:
-            def note(value: Tensor) -> Tensor:
-                now[site] = self.fold(value).to(self.table.rows.dtype)
-                if site == family.sites[-1]:
-                    self._wrote(family, self.values.differences(family, now))
-                    now.clear()
-                return value
-
-            return note
-
-        return [Intervention(site, tap(site)) for site in sites]
-
-    def _wrote(self, family: NodeFamily, block: WriteBlock) -> None:
-        if (whole := family.part_of) is not None:
-            total = block.total()
-            self.apart[whole] = self.apart[whole] + total if whole in self.apart else total
-        parts = {i: self.apart.pop(name) for i, name in enumerate(family.writers) if name in self.apart}
-        self.keep(family, less_parts(block, parts))
-
-    def keep(self, family: NodeFamily, block: WriteBlock) -> None:
-        """Stores writers' current writes minus their replacements, where a reader needs them."""
-        self.table.keep(family, block)
-        if self._replaced(family):
-            total = block.total_where(self._where_replaced(self.graph.writers_of(family)))
-            before = self.excess.get(family.output)
-            self.excess[family.output] = total if before is None else before + total
-
-    def _where_replaced(self, writers: slice) -> Bool[Tensor, "writer candidate batch pos"]:
-        nodes = self.cuts.nodes[:, writers].transpose(0, 1)  # [writer, candidate, position]
-        if self.table.tokens is None:
-            return nodes[..., None]
-        place = torch.empty(self.pairs.clean.numel(), dtype=torch.long, device=nodes.device)
-        for i, tokens in enumerate(self.table.tokens):
-            place[tokens] = i
-        return nodes[..., place].unflatten(2, self.pairs.clean.shape)
-
-    def _replacing(self, output: Site) -> Edit:
-        """Puts the replacements of the nodes that wrote a value into it, where these are replaced."""
-
-        def replace(value: Tensor) -> Tensor:
-            return (self.fold(value) - self.excess.pop(output)).flatten(0, 1).to(value.dtype)
-
-        return replace
-
-    def read(
-        self, family: NodeFamily, resid: Float[Tensor, "candidate batch pos d_model"]
-    ) -> dict[NodeSite, Float[Tensor, "rows pos ..."]]:
-        """The values of a family's sites with a cut edge, from what its ports see of the residual stream."""
-        sites = self._cut_sites(family)  # together, so that their sums share one pass over the writes
-        span = _span(sites)
-        seen = self.see(span, self._n_writers_seen(family), resid)
-        return {
-            ports.site: family.read(self.model, ports, seen[rows.start - span.start : rows.stop - span.start])
-            for ports, rows in sites
-        }
-
-    def _n_writers_seen(self, family: NodeFamily) -> int:
-        assert family.reads is not None
-        return self.graph.n_writers_at(family.reads)
-
-    def see(
-        self, ports: slice, n_writers: int, resid: Float[Tensor, "candidate batch pos d_model"]
-    ) -> Float[Tensor, "port rows pos d_model"]:
-        """What ports see of the residual stream."""
-        return self.table.seen(ports, n_writers, resid).view(ports.stop - ports.start, -1, *resid.shape[2:])
-
-    def read_logits(self, resid: Float[Tensor, "candidate batch pos d_model"]) -> Float[Tensor, "rows pos d_model"]:
-        """What the logits read of the final residual stream."""
-        if not self._cut(slice(-1, None)):
-            return resid.flatten(0, 1).to(self.table.rows.dtype)
-        n_ports = self.graph.n_ports
-        return self.see(slice(n_ports - 1, n_ports), len(self.graph.writers), resid)[0]
-
-    def _port_edit(self, ports: Ports, whole: Bool[Tensor, "candidate port"]) -> Edit:
-        """Puts in what the ports read; a port without a cut edge keeps the model's own value, to the last bit."""
-
-        def edit(value: Tensor) -> Tensor:
-            new = self.seen.pop(ports.site).to(value.dtype)
-            if not bool(whole.any()):
-                return new
-            own = whole.repeat_interleave(len(self.pairs), 0).to(value.device)[:, None]  # [rows, 1, port]
-            return torch.where(own.unflatten(2, (-1, *[1] * (value.ndim - 3))), value, new)
-
-        return edit
-
-
-def _span(sites: list[tuple[Ports, slice]]) -> slice:
-    """The ports from the first to the last of these."""
-    return slice(sites[0][1].start, sites[-1][1].stop)
-
-
-class _PrefixRun(PatchedRun):
-    """A run without cuts, which keeps all writes."""
-
-    def _table(self) -> WriteTable:
-        self.written: dict[NodeFamily, WriteBlock] = {}
-        return super()._table()
-
-    def _needed(self) -> Tensor:
-        return torch.ones(len(self.graph.writers), dtype=torch.bool)
-
-    def keep(self, family: NodeFamily, block: WriteBlock) -> None:
-        super().keep(family, block)
-        self.written[family] = block if family.low_rank else Dense(block.dense().clone())
-
 
 Cut = Bool[Tensor, "*candidate reader writer"] | Float[Tensor, "*candidate reader writer"]
 """True (or 1) where an edge is cut; values between 0 and 1 cut it partly."""
@@ -391,7 +59,8 @@ def run_edges(
 
     Cost: one forward of the corrupt prompts, and one patched forward per candidate up to the final residual stream;
     candidates share the layers before the first cut edge. Memory: the writes of one batch, `n_writers * batch * pos *
-    d_model` numbers per candidate; neurons without the factor `d_model`.
+    d_model` numbers per candidate; neurons without the factor `d_model`. If that is more than 2 GiB, some examples are
+    run at a time; if it is for one example, writes are made again for a window of tokens at a time (`plan_runs`).
 
     Args:
         model: The model.
@@ -452,8 +121,58 @@ def edge_logits(
     row_bytes = pairs.clean.numel() * model.dims.d_model * max(4, model.dtype.itemsize)
     at_once = 1 if model.edited else WRITES_BUDGET_BYTES // row_bytes  # edits expect the prompts as they are
     for some in _side_by_side(cuts.needed.cpu(), at_once):
-        logits = PatchedRun(model, graph, pairs, cuts.rows(some), values, prefix).run(columns)
-        yield from logits.unflatten(0, (-1, len(pairs)))
+        yield from _logits(model, graph, pairs, cuts.rows(some), values, columns, prefix)
+
+
+def _logits(
+    model: HookManager,
+    graph: Graph,
+    pairs: Pairs,
+    cuts: Cuts,
+    values: Values,
+    columns: Tensor | None,
+    prefix: Prefix | None,
+) -> Float[Tensor, "candidate batch n_answer n_columns"]:
+    """The logits of candidates that are run side by side: all examples together if their table of writes fits."""
+    n, n_tokens = len(cuts.edges), pairs.clean.numel()
+    needed = cuts.needed.any(0).cpu()
+    together = prefix is not None or model.edited  # edits expect the prompts as they are
+    plan = plan_runs(model, graph, pairs.clean.shape, needed=needed, n_candidates=n, together=together)
+    window = n_tokens if plan.tokens is None and prefix is not None and prefix.unexpanded else plan.tokens
+    found: list[Tensor] = []
+    for rows, batch in batches(pairs, plan.examples):
+        own = values if len(batch) == len(pairs) else values.rows((rows, slice(None)))
+        logits = PatchedRun(model, graph, batch, cuts, own, prefix, window).run(columns)
+        found.append(logits.unflatten(0, (n, -1)))
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+
+def plan_runs(
+    model: HookManager,
+    graph: Graph,
+    shape: Sequence[int],
+    *,
+    needed: Bool[Tensor, " writer"] | None = None,
+    n_candidates: int = 1,
+    together: bool = False,
+) -> TablePlan:
+    """How a batch of prompts is run with edges cut: all at once, some examples at a time, or in windows of tokens.
+
+    Args:
+        model: The model.
+        graph: Its graph.
+        shape: Examples and tokens of the batch.
+        needed: The writers whose edges are cut; by default all.
+        n_candidates: Masks that are run side by side.
+        together: Whether the examples must be run together.
+    """
+    n_examples, n_pos = shape
+    in_full = torch.ones(len(graph.writers), dtype=torch.bool) if needed is None else needed.clone()
+    for family in graph.families:
+        if family.low_rank:
+            in_full[graph.writers_of(family)] = False
+    rows = int(in_full.sum()) + rows_beside(graph)
+    return plan_table(graph, n_candidates * rows, n_examples, n_pos, wide(model).itemsize, together=together)
 
 
 def _side_by_side(needed: Bool[Tensor, "candidate writer"], most_rows: int) -> Iterator[slice]:
@@ -469,6 +188,52 @@ def _side_by_side(needed: Bool[Tensor, "candidate writer"], most_rows: int) -> I
             union = needed[stop]
         yield slice(first, stop)
         first = stop
+
+
+def run_prefix(
+    model: HookManager, graph: Graph, pairs: Pairs, values: Values, layer: int, cut: Tensor | None = None
+) -> Prefix:
+    """The run of a batch up to `layer` (the number of layers: all of it), for `edge_logits`. One forward at most.
+
+    `cut` are the edges that are cut in it, `[reader, writer]`; by default none.
+    """
+    rows = write_rows(graph)
+    graph = rows.graph
+    with Gradients(False) as off, off:
+        masks = torch.zeros(1, *graph.possible.shape, device=model.device)
+        if cut is not None:
+            cut = rows.masks(cut.to(masks))
+            layer = _before_later_writes(graph, cut, layer)
+            n = graph.readers_before[layer]
+            masks[0, :n] = cut[:n]
+        plan = plan_runs(model, graph, pairs.clean.shape, together=True)
+        run = _PrefixRun(model, graph, pairs, edges_only(graph, masks.to(wide(model))), values, window=plan.tokens)
+        resid, cuts = run.shared(layer), None if cut is None else run.cuts.edges[0]
+        return Prefix(layer, resid, run.written, cuts, {family: dict(now) for family, now in run.noted.items() if now})
+
+
+def _before_later_writes(graph: Graph, cut: Tensor, layer: int) -> int:
+    """The layer, or an earlier one: that of the first features which cut edges change and which write later, too."""
+    first = graph.readers_before
+    starts = {family.starts for family in graph.families if family.starts < family.layer}
+    return min([layer, *(one for one in starts if bool(cut[first[one] : first[one + 1]].any()))])
+
+
+class _PrefixRun(PatchedRun):
+    """A run without cuts, which keeps all writes."""
+
+    def _table(self) -> WriteTable:
+        self.written: dict[NodeFamily, Written] = {}
+        return super()._table()
+
+    def _needed(self) -> Tensor:
+        return torch.ones(len(self.graph.writers), dtype=torch.bool)
+
+    def keep(self, family: NodeFamily, block: Written) -> None:
+        super().keep(family, block)
+        if not isinstance(block, Unexpanded) and not family.low_rank:
+            block = Dense(block.dense().clone())
+        self.written[family] = block
 
 
 def _nodes_replaceable(model: HookManager, graph: Graph) -> bool:

@@ -12,30 +12,37 @@ is there already.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp.engines.edge_patching import PatchedRun, wide
+from mechinterp.engines.differentiable_run import DifferentiableRun, Loss
+from mechinterp.engines.edge_patching import wide
+from mechinterp.engines.patched_run import ReadAt
 from mechinterp.engines.replacement import Values
-from mechinterp.engines.whole_nodes import edges_only
-from mechinterp.engines.write_table import Block, WriteTable, matrices
-from mechinterp.graphs.families.family import NodeFamily, NodeSite
+from mechinterp.engines.window_gradients import WindowRun
+from mechinterp.engines.write_table import (
+    Block,
+    TablePlan,
+    Unexpanded,
+    WriteTable,
+    Written,
+    matrices,
+    plan_table,
+    rows_beside,
+)
+from mechinterp.graphs.families.family import NodeFamily
 from mechinterp.graphs.families.normed_ports import Projections
-from mechinterp.graphs.families.write_block import Dense, LowRank, WriteBlock
+from mechinterp.graphs.families.write_block import Dense, LowRank
 from mechinterp.graphs.graph import Graph
-from mechinterp.graphs.token_positions import take_positions
 from mechinterp.graphs.write_rows import write_rows
 from mechinterp.models.hook_manager import HookManager
-from mechinterp.models.sites import Site
 from mechinterp.tasks.pairs import Pairs
-
-Loss = Callable[[Tensor], Tensor]
-"""From the logits at the answer positions `[candidate, batch, n_answer, d_vocab]` to `[candidate, batch]`."""
 
 
 def mask_gradients(
@@ -49,13 +56,18 @@ def mask_gradients(
     """The loss of every example under each mask, and the gradient of their sum over examples with respect to the mask.
 
     Cost: one patched forward and its backward per candidate, side by side. Memory: `(2 n_writers + n_readers) *
-    candidates * batch * pos * d_model` numbers, and what the model's own backward keeps.
+    candidates * batch * pos * d_model` numbers, and what the model's own backward keeps. Where that is more than 2 GiB,
+    candidates are run one by one; where one takes more, writes are made again for a window of tokens at a time, at
+    about twice the work.
     """
-    if model.edited and len(masks) > 1:  # its edits expect the prompts as they are, not repeated
+    plan = plan_gradients(model, graph, pairs.clean.shape, len(masks))
+    # Edits of the user expect the prompts as they are, not repeated.
+    if len(masks) > 1 and (model.edited or plan.tokens is not None):
         found = [mask_gradients(model, graph, pairs, mask[None], values, loss) for mask in masks]
         return torch.cat([value for value, _ in found]), torch.cat([gradient for _, gradient in found])
-    rows = write_rows(graph)
-    run = _DifferentiableRun(model, rows.graph, pairs, rows.masks(masks.to(model.device)), values)
+    rows, window = write_rows(graph), plan.tokens
+    of = _TableRun if window is None else partial(WindowRun, window=window)
+    run = of(model, rows.graph, pairs, rows.masks(masks.to(model.device)), values)
     try:
         found, gradient = run.differentiate(loss)
     finally:
@@ -63,59 +75,64 @@ def mask_gradients(
     return found, rows.tables(gradient)
 
 
-class _DifferentiableRun(PatchedRun):
-    """A patched run that can be differentiated with respect to the mask and the writes."""
+def plan_gradients(
+    model: HookManager, graph: Graph, shape: Sequence[int], n_candidates: int = 1, *, together: bool = True
+) -> TablePlan:
+    """How a batch is differentiated: in full, or in windows of tokens; with `together=False`, some examples at a time.
 
-    def __init__(self, model: HookManager, graph: Graph, pairs: Pairs, masks: Tensor, values: Values) -> None:
-        # Single edges only: a node that is replaced would have no gradient.
-        super().__init__(model, graph, pairs, edges_only(graph, masks.detach().to(wide(model))), values)
-        self.chain = torch.zeros((), device=model.device, requires_grad=True)
-        """Passes through every writer and reader in the order of the model, which fixes the order of the backward."""
+    In full a token takes its writes, their gradients, and what every reader saw; in a window the writes of the earlier
+    layers three times: as they are, with what they are made of, and as gradients.
+    """
+    (n_examples, n_pos), itemsize = shape, wide(model).itemsize
+    n_dense = sum(len(family.writers) for family in graph.families if not family.low_rank)
+    in_full = n_candidates * (2 * n_dense + graph.n_ports + rows_beside(graph))
+    plan = plan_table(graph, in_full, n_examples, n_pos, itemsize, together=together)
+    if plan.tokens is None:
+        return plan
+    in_window = n_candidates * 3 * (n_dense + rows_beside(graph))
+    plan = plan_table(graph, in_window, n_examples, n_pos, itemsize, together=True)
+    return plan if plan.tokens is not None else replace(plan, tokens=n_examples * n_pos)
+
+
+def examples_at_once(model: HookManager, graph: Graph, n_pos: int, batch_size: int, n_candidates: int) -> int:
+    """Examples of a batch that are best given to `mask_gradients` together: not so many that windows are needed.
+
+    The candidates run side by side, and count as examples; where that does not fit, one by one.
+    """
+    wanted = max(1, batch_size // n_candidates)
+    plan = plan_gradients(model, graph, (wanted, n_pos), together=False)
+    return plan.examples if plan.tokens is None else 1
+
+
+class _TableRun(DifferentiableRun):
+    """A run whose writes, and what every reader saw, are kept in full."""
 
     def _table(self) -> _GradientTable:
         self.gradients = _GradientTable(self.graph, self.cuts.edges, *self._rows())
         return self.gradients
 
-    def _whole(self) -> Tensor:
-        """No reader keeps the model's own value, since its mask would then get no gradient."""
-        return torch.zeros_like(super()._whole())
-
-    def _needed(self) -> Tensor:
-        return torch.ones(len(self.graph.writers), dtype=torch.bool)
-
-    def differentiate(self, loss: Loss) -> tuple[Tensor, Tensor]:
-        start, last = self.chain, Site("resid_final")
-        found: list[Tensor] = []
-
-        def differentiated(resid: Tensor) -> Tensor:
-            at = repeat(self.pairs.answer_pos, "batch n_answer -> (candidate batch) n_answer", candidate=self.n)
-            logits = self.model.layout.unembed(take_positions(self.read_logits(self.fold(resid)), at))
-            value = loss(logits.unflatten(0, (self.n, -1)))
-            torch.autograd.grad(value.sum(), [start])  # what is differentiated gathers in the table
-            found.append(value.detach())
-            return resid.sum((1, 2))  # the run takes a gradient at its last site, which is not used
-
-        layers = range(self.model.dims.n_layers)
-        tokens, mask = (t.repeat(self.n, 1) for t in (self.pairs.clean, self.pairs.mask))
-        self.model.run(tokens, mask, interventions=self.plan(layers), grads=[last], loss=differentiated, stop=last)
-        return found[0], torch.where(self.graph.possible.to(self.model.device), self.gradients.of_cuts, 0)
+    @property
+    def of_cuts(self) -> Tensor:
+        """The gradient of every cut, when the backward is done."""
+        return self.gradients.of_cuts
 
     def forget(self) -> None:
         """Breaks the reference cycle of this run and the nodes of its backward, so that its memory is freed at once."""
-        self.seen, self.apart, self.noted = {}, {}, {}
-        del self.chain, self.cuts, self.table, self.gradients
+        super().forget()
+        del self.gradients
 
-    def keep(self, family: NodeFamily, block: WriteBlock) -> None:
+    def keep(self, family: NodeFamily, block: Written) -> None:
+        assert not isinstance(block, Unexpanded)
         values = block.values if isinstance(block, LowRank) else block.dense()
         directions = block.directions if isinstance(block, LowRank) else None
         self.chain = _Keep.apply(self.chain, values, directions, self.gradients, family)
 
-    def see(self, ports: slice, n_writers: int, resid: Tensor) -> Tensor:
+    def see(self, ports: slice, n_writers: int, resid: Tensor) -> Iterator[Tensor]:
         seen, self.chain = _See.apply(self.chain, resid, self.gradients, ports, n_writers)
-        return seen.flatten(1, 2)
+        yield seen.flatten(1, 2)
 
-    def read(self, family: NodeFamily, resid: Tensor) -> dict[NodeSite, Tensor]:
-        projections = family.projections(self.model, self.table.rows.dtype)
+    def read(self, family: NodeFamily, resid: Tensor) -> dict[ReadAt, Tensor]:
+        projections = family.projections(self.model, self.table.dtype)
         if projections is None:
             return super().read(family, resid)
         *found, self.chain = _ReadProjections.apply(

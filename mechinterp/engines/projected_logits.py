@@ -116,14 +116,13 @@ def extremes(
 
     Without bias and soft cap: what the vectors add.
     """
-    found: list[tuple[Tensor, Tensor]] = []
-    for sign in (1, -1):
-        best = vectors.new_full((len(vectors), top_k), -torch.inf)
-        ids = torch.zeros(len(vectors), top_k, dtype=torch.long, device=vectors.device)
-        for columns in vocabulary_chunks(layout, len(vectors), vectors.dtype, chunk):
-            logits = sign * (vectors @ layout.W_U[:, columns].to(vectors.dtype))
-            own, at = logits.topk(min(top_k, logits.shape[-1]), -1)
-            best, order = torch.cat([best, own], -1).topk(top_k, -1)
-            ids = torch.cat([ids, at + columns.start], -1).gather(-1, order)
-        found.append((ids, sign * best))
-    return found[0][0], found[0][1], found[1][0], found[1][1]
+    signs = (1, -1)
+    best = [vectors.new_full((len(vectors), top_k), -torch.inf) for _ in signs]
+    ids = [torch.zeros(len(vectors), top_k, dtype=torch.long, device=vectors.device) for _ in signs]
+    for columns in vocabulary_chunks(layout, len(vectors), vectors.dtype, chunk):
+        logits = vectors @ layout.W_U[:, columns].to(vectors.dtype)
+        for i, sign in enumerate(signs):
+            own, at = logits.topk(min(top_k, logits.shape[-1]), -1, largest=sign > 0)
+            best[i], order = torch.cat([best[i], sign * own], -1).topk(top_k, -1)
+            ids[i] = torch.cat([ids[i], at + columns.start], -1).gather(-1, order)
+    return ids[0], best[0], ids[1], -best[1]

@@ -334,6 +334,7 @@ def search_size(
     curve: bool = True,
     given: int | None = None,
     progress: Progress = no_progress,
+    progress_near: Progress = no_progress,
 ) -> int | None:
     """The default size, with every doubled size of the grid measured, and all on both sides of the first that passes.
 
@@ -345,37 +346,41 @@ def search_size(
         curve: Whether to measure the small sizes, too; without, sizes are measured from the largest down until two in
             a row fail.
         given: A size that was chosen otherwise: then only it and, with `curve`, the coarse grid are measured.
-        progress: Called with the number of sizes measured and of those that are planned.
+        progress: Called with the number of runs done and of all of this pass; one run is one size on one example.
+            Without `curve` these are the most that there can be.
+        progress_near: The same for the sizes on both sides of the one that passes, which are known only then.
     """
     n_units = search.scores.graph.n_units
     most = int(search.levels.most * n_units)
     grid = [size for size in size_grid(min(scored, most)) if size <= most]
     doubled = [size for size in size_grid(min(scored, most), fine=1) if size <= most]
     coarse = list(dict.fromkeys([*doubled, min(scored, n_units)]))
-    planned = len(coarse) + 2 * (FINE - 1)
 
-    def measure(sizes: Sequence[int]) -> None:
-        before = len(search.tables)
-        search.measure(sizes, lambda done, total: progress(before + len(sizes) * done // max(total, 1), planned))
+    def measure(sizes: Sequence[int], tell: Progress, before: int, planned: int) -> None:
+        search.measure(
+            sizes, lambda done, total: tell(before * total // len(sizes) + done, planned * total // len(sizes))
+        )
 
-    if given is not None:
-        measure(sorted({*(coarse if curve else ()), given}))
-        progress(planned, planned)
-        return None
-    if curve:
-        measure(coarse)
+    if given is not None or curve:
+        first: list[int] = sorted({*(coarse if curve else []), *([] if given is None else [given])})
+        measure(first, progress, 0, len(first))
+        progress(1, 1)  # also where all was kept from an earlier run
+        if given is not None:
+            return None
     else:  # from the top down until two sizes in a row fail
         missed = 0
-        for size in reversed(coarse):
-            measure([size])
+        for i, size in enumerate(reversed(coarse)):
+            measure([size], progress, i, len(coarse))
             missed = 0 if (search.point(size).passing or 0) >= search.levels.agreement else missed + 1
             if missed == 2:
                 break
-    size = search.chosen()
+        progress(1, 1)
+    size, near = search.chosen(), 0
     while size is not None and (gaps := _beside(size, grid, search.tables)):
-        measure(gaps)
+        measure(gaps, progress_near, near, near + len(gaps))
+        near += len(gaps)
+        progress_near(1, 1)
         size = search.chosen()
-    progress(planned, planned)
     return size
 
 

@@ -191,9 +191,9 @@ class Circuit:
         serves its head at all later ones, and the input of an MLP serves every neuron of it.
         """
         if not self.graph.plain:
-            places = self.graph.position.tolist()
-            pairs = sorted({(w, places[r]) for r, w in self.kept.nonzero().tolist()})
-            written = [self.graph.node_name(w, p) for w, p in pairs]
+            readers, writers = self.kept.nonzero(as_tuple=True)
+            pairs = torch.stack([writers, self.graph.position[readers]], 1).unique(dim=0)  # sorted
+            written = [self.graph.node_name(w, p) for w, p in pairs.tolist()]
             return (*written, "logits") if bool(self.kept[-1].any()) else tuple(written)
         used = self.kept.any(0) | (self.graph.feeds & self.kept.any(1, keepdim=True)).any(0)
         names = [name for name, is_used in zip(self.graph.writers, used.tolist(), strict=True) if is_used]

@@ -66,8 +66,10 @@ class Intervention:
             of two arguments also gets the `Hook`. It gets a copy of the activation, which it may change in place: the
             tensor itself may be the value of other sites, too (`resid_post.0` and `resid_pre.1`).
         grad: Maps the gradient at the site to a new one of the same shape, dtype and device; a copy, alike.
+        reading: Of a basis with one input site: whether what the basis reads is edited, not its activations. The site
+            itself keeps its value. What edited activations add is then relative to those of the edited input.
 
-    Raises InputError when neither `value` nor `grad` is given.
+    Raises InputError when neither `value` nor `grad` is given, and for `reading` of what is no such basis.
 
     >>> Intervention("z.3", lambda value: 0 * value).site
     'z.3'
@@ -76,10 +78,13 @@ class Intervention:
     site: SiteName
     value: Edit | Tensor | None = None
     grad: Edit | None = None
+    reading: bool = False
 
     def __post_init__(self) -> None:
         if self.value is None and self.grad is None:
             raise InputError(f"The intervention at '{self.site}' has no edit; give `value` or `grad`.")
+        if self.reading and (isinstance(self.site, (str, Site, tuple)) or len(self.site.sites_in) != 1):
+            raise InputError(f"`reading` edits what a basis with one input site reads; '{self.site}' is no such basis.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +150,7 @@ class BoundEdit:
     site: SiteLike
     value: OfValue | Tensor | None = None
     grad: OfValue | None = None
+    reading: bool = False
 
 
 def bound(intervention: Intervention, site: SiteLike, name: str) -> BoundEdit:
@@ -154,6 +160,7 @@ def bound(intervention: Intervention, site: SiteLike, name: str) -> BoundEdit:
         site,
         value if value is None or isinstance(value, Tensor) else _of_value(value, hook),
         None if intervention.grad is None else _of_value(intervention.grad, hook),
+        intervention.reading,
     )
 
 

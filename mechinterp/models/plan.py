@@ -66,9 +66,10 @@ def planned(
     """
     plan = Plan(resolve)
     for intervention in edits:
-        if not isinstance(intervention.site, (str, Site)):
-            plan.splice(intervention.site, writing=True)
-        plan.at(intervention.site).edits.append(intervention)
+        site = intervention.site
+        splice = None if isinstance(site, (str, Site)) else plan.splice(site, writing=True)
+        point = splice.given if splice is not None and intervention.reading else plan.at(site)
+        point.edits.append(intervention)
     for site in record:
         plan.at(site).record = True
     for site in grads:

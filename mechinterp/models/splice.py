@@ -24,20 +24,22 @@ from mechinterp.models.sites import Site
 
 
 class Splice:
-    """One basis in one run; `point` has its edits and what is recorded, as for a site."""
+    """One basis in one run; `point` has its edits and what is recorded, as for a site; `given` the edits of what it
+    reads, which is not what the site holds then."""
 
     def __init__(self, basis: FeatureBasis) -> None:
-        self.basis, self.point, self.writing = basis, Point(), False
+        self.basis, self.point, self.given, self.writing = basis, Point(), Point(), False
         self._seen: dict[Site, Tensor] = {}
         self._features: Features | None = None
         self._new: Tensor | None = None
         self._change: Mapping[Any, Tensor] | None = None
 
     def read(self, site: Site) -> Callable[[Tensor], Tensor]:
-        """The edit at an input site: it changes nothing; the last one encodes."""
+        """The edit at an input site: it does not change the site; the last one encodes."""
 
         def seen(value: Tensor) -> Tensor:
-            self._seen[site] = value
+            new = fire(self.given, value)
+            self._seen[site] = value if new is None else new
             if len(self._seen) == len(self.basis.sites_in):
                 self._encode()
             return value

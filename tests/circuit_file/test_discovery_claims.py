@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import mechinterp as mi
 from mechinterp.circuit_file.circuit_file import save_circuit
 from mechinterp.circuit_file.schema import circuit_sha256
 from mechinterp.circuit_file.store import file_sha256, open_circuit_file
+from mechinterp.circuit_file.summary import steadiness
 from mechinterp.circuit_file.verify.claims import Verification
 from mechinterp.discovery.stable import (
     BLOCKS,
@@ -222,6 +224,37 @@ FORGED: dict[str, tuple[Change, Iterable[str]]] = {
 def test_a_forged_number_fails(part: str, place: Path) -> None:
     change, claims = FORGED[part]
     assert set(claims) <= names(mi.verify(forged(place, change)))
+
+
+def test_the_stability_of_nodes_is_counted_in_nodes(tmp_path: Path) -> None:
+    """In the file, its sentences and doubts, in `verify` and in `diff`; a share of one edge alone is refused."""
+    save_words_model(tmp_path / "model")
+    model = mi.load_model(str(tmp_path / "model"))
+    graph, train = mi.build_graph(model, level="node"), mi.load_task("ioi").pairs(model, n=12)
+    rows = block_resamples(len(train), 8, 3)
+    scores, samples = resampled_scores(model, graph, train, rows, {"method": "eap"})
+    alike = stability_at(scores, samples, 6, **HOW)
+    paths = [tmp_path / f"{name}.circuit.json" for name in "ab"]
+    for path, size in zip(paths, (6, 5), strict=True):
+        circuit = mi.select(graph, scores, nodes=size)
+        found = replace(stability_at(scores, samples, size, **HOW), circuit=circuit)
+        document = save_circuit(path, circuit, model=model, stability=MeasuredStability(found, train, BLOCKS, 3))
+        assert document.stability is not None
+        shares = {edge.name.partition("->")[0]: edge.frequency or 0.0 for edge in document.edges}
+        nodes = set(document.nodes) - {"logits"}
+        assert set(shares) == nodes
+        assert document.stability.n_core == sum(share >= 0.9 for share in shares.values()) < len(document.edges)
+        (said,) = steadiness(document)
+        assert said.startswith(f"stability: {document.stability.n_core} of {len(nodes)} nodes (")
+        assert f"share {alike.jaccard:.0%} of their nodes" in said or size == 5
+    overlap = mi.diff_circuits(*paths).core
+    assert overlap is not None and overlap.kind == "core nodes" and overlap.both + overlap.only_a <= 6
+    assert mi.verify(paths[0], rescore=True).ok
+
+    def one_edge(content: dict[str, Any]) -> None:
+        content["edges"][0]["frequency"] = 0.5 if content["edges"][0]["frequency"] != 0.5 else 0.25
+
+    assert "stability.frequency of a node, the same for its edges" in names(mi.verify(forged(paths[0], one_edge)))
 
 
 def swap_frequencies(content: dict[str, Any]) -> None:

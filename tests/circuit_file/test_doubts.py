@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mechinterp.circuit_file.limits import FEW
-from mechinterp.circuit_file.result_schema import PerformanceRecord, SizeRule, StabilityRecord
+from mechinterp.circuit_file.result_schema import CurveRecord, PerformanceRecord, SizeRule, StabilityRecord
 from mechinterp.circuit_file.schema import CircuitFile
 from mechinterp.circuit_file.summary import steadiness
 from mechinterp.circuit_file.verify.doubts import doubts
@@ -117,12 +117,41 @@ def test_a_doubt_is_there_exactly_when_its_number_says_so(
     assert set(found) <= set(stated_warnings(document(**changes)))
 
 
+def test_of_a_circuit_of_nodes_nodes_are_counted() -> None:
+    edges = document(stability={"jaccard": 0.7, "n_core": 1})
+    graph = edges.graph.model_copy(update={"granularity": "node"})
+    this = edges.model_copy(update={"graph": graph})
+    n = len(set(this.nodes) - {"logits"})
+    unstable, core = (doubt.text for doubt in doubts(this) if doubt.name in ("unstable circuit", "small core"))
+    assert "share 70% of their nodes" in unstable and core.startswith(f"only 1 of {n} nodes are in 90%")
+    assert f"1 of {n} nodes ({1 / n:.0%})" in steadiness(this)[1]
+
+
 def test_a_size_that_was_given_need_not_be_faithful() -> None:
     """Only one that the rule chose promises to be."""
     this = document(evaluation={"faithfulness": 0.4, "faithfulness_ci": (0.3, 0.5)})
     assert [doubt.name for doubt in doubts(this)] == ["not faithful beyond doubt"]
     given = this.model_copy(update={"selection": this.selection.model_copy(update={"size": None})})
     assert doubts(given) == ()
+
+
+def test_of_a_given_size_it_is_said_whether_the_rule_lets_it_pass() -> None:
+    this = document()
+    selection = this.selection.model_copy(update={"size": None, "parameters": {"rule": "top", "edges": 12}})
+    point = {"n_selected": 12, "n_edges": N, "faithfulness": 0.97, "faithfulness_ci": (0.9, 1.0)}
+    curve: dict[str, Any] = {
+        "pairs": "validation", "metric": "logit_diff", "replacement": "corrupt", "seed": 0, "kl_empty": 1.25,
+        "points": ({**point, "kl": 0.75, "passing": 0.04}, {**point, "n_selected": 24, "kl": 0.1, "passing": 1.0}),
+    }  # fmt: skip
+    measured = this.model_copy(update={"selection": selection, "curve": CurveRecord.model_validate(curve)})
+    assert steadiness(measured)[0] == (
+        "size: given (12 edges); the rule that chooses sizes lets it pass on 4% of resamples of the validation pairs "
+        "(faithfulness 0.97 [0.90, 1.00], KL divergence 60% of the empty circuit's)"
+    )
+    plain = {**curve, "kl_empty": None, "points": (point,)}
+    for other in (None, CurveRecord.model_validate(plain)):
+        lines = steadiness(measured.model_copy(update={"curve": other}))
+        assert len(lines) == 1 and lines[0].startswith("stability")
 
 
 def test_the_size_and_the_stability_in_sentences() -> None:

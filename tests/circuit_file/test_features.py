@@ -238,18 +238,20 @@ def test_commands_show_and_draw_features(stored: Path, tmp_path: Path, capsys: p
     assert re.search(r'"fires": ?{[^}]*"(m3|a1)\.f\d+": ?"prompt 1: [^"]+ \d', text)
 
 
+SMALL: dict[str, Any] = {
+    "examples": 8,
+    "validation_examples": 8,
+    "test_examples": 8,
+    "resamples": 0,
+    "roles": False,
+    "curve": False,
+}
+
+
 @pytest.mark.slow
 def test_a_run_takes_the_strongest_features_and_its_file_verifies(tmp_path: Path) -> None:
     spec = mi.RunSpec("ioi", features=("bundled:m2", "bundled:m3"), top=5, level="feature", nodes=14, method="eap")
-    small = {
-        "examples": 8,
-        "validation_examples": 8,
-        "test_examples": 8,
-        "resamples": 0,
-        "roles": False,
-        "curve": False,
-    }
-    made = mi.discover(replace(spec, **small, out=tmp_path))
+    made = mi.discover(replace(spec, **SMALL, out=tmp_path))
     assert made.path.name == "ioi-bundled-eap-features.circuit.json"
     graph = made.circuit.graph
     assert graph.level == "node" and sum(len(family.numbers) for family in graph.features) == 5
@@ -257,6 +259,25 @@ def test_a_run_takes_the_strongest_features_and_its_file_verifies(tmp_path: Path
     expected = mi.top_features(made.model, made.train, bases, 5)
     assert {family.sha256: family.numbers for family in graph.features} == {b.sha256: n for b, n in expected.items()}
     assert mi.verify(made.path).ok
+
+
+@pytest.mark.slow
+def test_a_file_with_features_of_the_stream_before_the_norm_verifies(model: mi.HookManager, tmp_path: Path) -> None:
+    """The weights of a bundled transcoder, with ReLU, at another site; its folder beside the circuit file."""
+    own = mi.load_basis("bundled:m2")
+    basis = mi.transcoder("resid_mid.2", "mlp_out.2", own.W_enc[0], own.W_dec[:, 0], b_enc=own.b_enc)
+    task, folder = mi.load_task("ioi"), tmp_path / "dictionary"
+    pairs = task.pairs(model, n=8)
+    mi.save_basis(folder, basis)
+    graph = mi.build_graph(model, features=mi.top_features(model, pairs, mi.load_basis(folder), 4, method="atp"))
+    circuit = mi.select(graph, mi.score_edges(model, graph, pairs, method="eap"), edges=120)
+    assert any("<in>" in edge for edge in circuit.edges)
+    result = mi.evaluate(model, circuit, task.pairs(model, n=8, split="test"), n_random=1)
+    path = tmp_path / "x.circuit.json"
+    mi.save_circuit(path, circuit, model=model, task=task, result=result, title="Before the norm")
+    (record,) = open_circuit_file(path).document.graph.features or ()
+    assert (record.site_in, record.site_out) == ("resid_mid.2", "mlp_out.2")
+    assert [claim.detail for claim in mi.verify(path).failed] == []
 
 
 def test_a_run_with_a_cross_layer_transcoder_verifies_and_states_all_its_sites(
@@ -272,16 +293,8 @@ def test_a_run_with_a_cross_layer_transcoder_verifies_and_states_all_its_sites(
         made, sites_out=(*own.sites_out, *later.sites_out), W_dec=W_dec, b_dec=torch.zeros(2, len(W_dec[0, 0]))
     )
     mi.save_basis(tmp_path / "dictionary", basis)
-    small = {
-        "examples": 8,
-        "validation_examples": 8,
-        "test_examples": 8,
-        "resamples": 0,
-        "roles": False,
-        "curve": False,
-    }
     spec = mi.RunSpec("ioi", features=(str(tmp_path / "dictionary"),), top=4, nodes=10, method="eap", level="feature")
-    run = mi.discover(replace(spec, **small, out=tmp_path))
+    run = mi.discover(replace(spec, **SMALL, out=tmp_path))
     (family,) = run.circuit.graph.features
     assert [str(site) for site in family.later] == ["mlp_out.3"] and run.circuit.graph.split_writers == ("m2", "m3")
     document = open_circuit_file(run.path).document

@@ -92,9 +92,13 @@ def test_a_file_holds(place: Path) -> None:
 
 
 def test_stages_are_reported(place: Path) -> None:
-    stages: list[str] = []
-    mi.verify(place, progress=lambda stage, done, total: stages.append(stage))
-    assert list(dict.fromkeys(stages)) == ["file", "model", "task", "evaluation", "curve"]
+    """Of what takes long with the runs that are done, and those of all."""
+    told: list[tuple[str, int, int]] = []
+    mi.verify(place, progress=lambda *done: told.append(done))
+    assert list(dict.fromkeys(stage for stage, _, _ in told)) == ["file", "model", "task", "evaluation", "curve"]
+    for stage in ("evaluation", "curve"):
+        steps = [(done, total) for name, done, total in told if name == stage]
+        assert len({total for _, total in steps}) == 1 and steps[0][0] == 0 and steps[-1][0] == steps[-1][1] > 10
 
 
 # -- one character -----------------------------------------------------------------------------------------------------

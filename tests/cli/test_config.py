@@ -11,10 +11,11 @@ import pytest
 import typer
 import yaml
 
+from mechinterp import pipeline
 from mechinterp.cli import app as cli
 from mechinterp.cli.app import app
 from mechinterp.cli.config import config_text
-from mechinterp.run_spec import RunSpec, command_of, declared
+from mechinterp.run_spec import RunSpec, command_of, declared, resolved
 from tests.cli.test_options import SPECS
 from tests.support.words_model import save_words_model
 
@@ -72,6 +73,27 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
         "eap",
         "cd",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "typed", "kept"),
+    [
+        ("method: mattr\neffort: thorough\nset: {runs: 8}", ("--method", "eap"), ()),
+        ("effort: thorough\nset: {runs: 3}", ("--method", "eap"), ()),
+        ("effort: thorough\nset: {runs: 3}", ("--method", "mattr"), ("runs=3",)),
+        ("method: acdc\nset: {tau: 0.1}", ("--method", "acdc"), ("tau=0.1",)),
+        ("method: acdc\nset: {tau: 0.1}", ("--method", "mattr", "--set", "runs=2"), ("runs=2",)),
+        ("method: eap-ig\nsteps: 9", ("--method", "eap"), ()),
+    ],
+)
+def test_another_method_leaves_the_settings_of_the_old_one_behind(
+    text: str, typed: tuple[str, ...], kept: tuple[str, ...], tmp_path: Path
+) -> None:
+    """What is left is what the method has, so that the run can begin."""
+    file = write(tmp_path / "run.yaml", f"task: ioi\n{text}\n")
+    spec = RunSpec(**parsed("run", "--config", str(file), *typed).args[0])
+    assert spec.settings == kept and spec.method == typed[1]
+    pipeline._settings(resolved(spec))
 
 
 @pytest.mark.parametrize(

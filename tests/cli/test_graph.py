@@ -118,3 +118,5 @@ def test_mistakes_are_one_line(
     ):
         assert cli.main(["graph", *words]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()[-1:]) == 1
+    assert cli.main(["graph", "ioi"]) == 2
+    assert "'ioi' is a task, and `graph` takes a prompt" in capsys.readouterr().err

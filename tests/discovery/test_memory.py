@@ -8,13 +8,18 @@ import pytest
 import torch
 
 import mechinterp as mi
+import mechinterp.discovery.memory
+import mechinterp.engines.edge_patching
+import mechinterp.engines.write_table
 from mechinterp.base.errors import InputError
 from mechinterp.base.peak_memory import PeakMemory
 from mechinterp.discovery.memory import auto_batch_size, measure_memory, run_bytes
 from mechinterp.discovery.method import raw_scores
 from mechinterp.engines.attribution_memory import attribution_bytes, measure_example
 from mechinterp.engines.edge_attribution import edge_gradients
-from mechinterp.engines.edge_patching import run_edges
+from mechinterp.engines.edge_patching import plan_runs, run_edges
+from mechinterp.engines.mask_gradients import plan_gradients
+from mechinterp.engines.write_table import rows_beside
 from tests.support.models_tiny import build, pairs, small_cut
 
 SHAPES = {
@@ -62,6 +67,38 @@ def test_so_it_is_for_learned_masks_and_for_runs_with_edges_cut() -> None:
     with PeakMemory() as used:
         run_edges(model, graph, some, cuts)
     assert within_a_quarter(3 * n * memory.patched, used.peak)
+
+
+@pytest.mark.parametrize(("name", "n_tokens"), [("llama", 20), ("gpt2", 6)])
+def test_so_it_is_where_the_writes_do_not_fit_together(
+    name: str, n_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, length, sizes = SHAPES[name]  # two examples of 8 tokens are run at a time, or a quarter of one of 24
+    model, some = build(name.partition(" ")[0], **sizes), pairs(n, length)
+    graph = mi.build_graph(model)
+    per_token = (len(graph.writers) + rows_beside(graph)) * model.dims.d_model * 8
+    monkeypatch.setattr(mechinterp.engines.write_table, "TABLE_BUDGET_BYTES", n_tokens * per_token)
+    assert plan_runs(model, graph, (n, length)).tokens == (None if name == "llama" else n_tokens)
+    memory = measure_memory(model, graph, some, "logit_diff", "eap", {})
+    monkeypatch.setattr(mechinterp.engines.edge_patching, "WRITES_BUDGET_BYTES", 1)
+    monkeypatch.setattr(mechinterp.discovery.memory, "WRITES_BUDGET_BYTES", 1)  # one circuit at a time
+    with PeakMemory() as used:
+        run_edges(model, graph, some, small_cut(graph, 0.5))
+    assert within_a_quarter(run_bytes(model, graph, memory, n)["patched runs"], used.peak)
+
+
+def test_so_it_is_for_masks_that_are_learned_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, some = build("gpt2", n_head=16, n_embd=64, n_layer=2), pairs(2, 24)
+    graph = mi.build_graph(model)
+    in_full = plan_gradients(model, graph, (1, 24)).nbytes
+    monkeypatch.setattr(mechinterp.engines.write_table, "TABLE_BUDGET_BYTES", 2**19)
+    assert plan_gradients(model, graph, (1, 24)).tokens is not None
+    memory = measure_memory(model, graph, some, "logit_diff", "mattr", {"drawings": 2})
+    how: dict[str, Any] = {"learning_steps": 1, "runs": 1, "examples": 2, "drawings": 2, "warm_start": "none"}
+    with PeakMemory() as used:
+        raw_scores(model, graph, some, method="mattr", batch_size=4, **how)
+    assert within_a_quarter(run_bytes(model, graph, memory, 4)["learned masks"], used.peak)
+    assert used.peak < 2 * 2 * in_full / 4
 
 
 def test_an_ensemble_takes_what_its_largest_member_takes() -> None:

@@ -225,6 +225,32 @@ def test_bad_settings_get_one_clear_line(settings: dict[str, Any], message: str)
         mi.refine_circuit(model, circuit, examples, **settings)
 
 
+def not_a_number(logits: torch.Tensor, _: Any) -> torch.Tensor:
+    return logits[:, -1, 0] * torch.nan
+
+
+def infinite_after_the_first(logits: torch.Tensor, _: Any) -> torch.Tensor:
+    """Infinite for every run but the first."""
+    calls.append(len(logits))
+    return logits[:, -1, 0] / (1.0 if len(calls) <= 1 else 0.0)
+
+
+calls: list[int] = []
+
+
+@pytest.mark.parametrize("metric", [not_a_number, infinite_after_the_first])
+def test_a_loss_that_is_no_number_is_an_error(metric: Any) -> None:
+    """Compared with `tau` it would keep every edge, as if each were needed."""
+    model, examples = build("gpt2", n_layer=1), pairs(2, 4)
+    graph = mi.build_graph(model, level="node")
+    calls.clear()
+    scores = mi.score_edges(model, graph, examples, method="random")
+    with pytest.raises(mi.InputError, match=rf"the metric '{metric.__name__}' is (nan|-?inf) .*another metric"):
+        mi.refine_circuit(model, mi.select(graph, scores, nodes=4), examples, metric=metric)
+    with pytest.raises(mi.InputError, match=r"is (nan|-?inf) .*another metric"):
+        mi.score_edges(model, graph, examples, method="acdc", metric=metric)
+
+
 def test_an_order_is_needed() -> None:
     model, examples = build("gpt2", n_layer=1), pairs(2, 4)
     graph = mi.build_graph(model, level="node")

@@ -137,6 +137,32 @@ def test_inclusion_counts_the_circuits_of_the_resamples(keywords: dict[str, Any]
     assert set(frame["edge"][frame["in_circuit"]]) == set(found.circuit.edges)
 
 
+@pytest.mark.parametrize("positions", [(), ("a", "end")])
+def test_where_nodes_are_chosen_nodes_are_counted(positions: tuple[str, ...]) -> None:
+    model = tiny("gpt2")
+    some = pairs(3, 6, padded=True, positions={"a": [1, 2, 1], "end": [5, 4, 3]})
+    graph = mi.build_graph(model, level="node", positions=positions)
+    stable = stable_scores(model, graph, some, method="eap", resamples=12)
+    found = circuit_stability(stable, edges=14)
+    sets: list[set[str]] = []
+    for sample in stable.samples:
+        scores = mi.Scores(graph, on_graph(graph, sample), 1, "eap", "logit_diff", "corrupt")
+        sets.append({*select(graph, scores, nodes=14).nodes} - {"logits"})
+    own, n_all = {*found.circuit.nodes} - {"logits"}, graph.n_units
+    assert found.jaccard == pytest.approx(sum(len(a & b) / len(a | b) for a, b in combinations(sets, 2)) / 66)
+    assert found.jaccard_by_chance == pytest.approx(len(own) / (2 * n_all - len(own))) and found.jaccard < 1
+    shares = {name: sum(name in one for one in sets) / 12 for name in graph.unit_names()}
+    for r, w in graph.possible.nonzero().tolist():
+        assert float(found.frequency[r, w]) == pytest.approx(shares[graph.node_name(w, int(graph.position[r]))])
+    assert 0 < found.n_core == sum(shares[name] >= 0.9 for name in own) < len(own)
+    assert found.n_often_outside == sum(share >= 0.5 for name, share in shares.items() if name not in own)
+    frame = found.to_frame()
+    assert list(frame.columns) == ["node", "frequency", "in_circuit"] and set(frame["node"][frame["in_circuit"]]) == own
+    assert dict(zip(frame["node"], frame["frequency"], strict=True)) == pytest.approx(
+        {name: share for name, share in shares.items() if share or name in own}
+    )
+
+
 def test_the_same_circuit_in_every_resample_has_jaccard_one() -> None:
     stable = bootstrap()
     found: CircuitStability = circuit_stability(stable, edges="100%")

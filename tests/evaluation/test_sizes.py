@@ -51,7 +51,7 @@ class MadeUp(SizeSearch):
             draw = torch.randn(N, generator=torch.Generator().manual_seed(size))
             values.append(1 + 2 * self.value(size) + self.noise * draw)
             kl.append(torch.full((N,), 2 * self.kl_share(size)))
-        progress(1, 1)
+        progress(len(sizes), len(sizes))
         return torch.stack(values, 1).double(), torch.stack(kl, 1).double()
 
 
@@ -133,15 +133,37 @@ def test_the_search_measures_the_grid_on_both_sides(at: int) -> None:
     search = MadeUp(rising(at), close)
     grid = grid_of(search)
     expected = next(size for size in grid if size >= at)
-    steps: list[tuple[int, int]] = []
-    found = search_size(search, search.scores.graph.n_edges, progress=lambda *done: steps.append(done))
+    steps, near = list[tuple[int, int]](), list[tuple[int, int]]()
+    found = search_size(
+        search,
+        search.scores.graph.n_edges,
+        progress=lambda *done: steps.append(done),
+        progress_near=lambda *done: near.append(done),
+    )
     assert found == expected
     doubled = doubled_of(search)
     assert len(search.asked) == len(set(search.asked)) <= len(doubled) + 2 + 14  # seven on each side
     assert {4, 8, 16} <= set(doubled) <= set(search.asked) and max(search.asked) == search.scores.graph.n_edges
     at = grid.index(expected)
     assert set(grid[max(0, at - 1) : at + 2]) <= set(search.asked)  # the sizes below and above were tried
-    assert steps[-1][0] == steps[-1][1] and all(done <= total for done, total in steps)
+    # The totals are those of what is then run, so that the time that is left follows from the speed.
+    assert steps == [(len(doubled) + 1, len(doubled) + 1), (1, 1)]
+    assert near[-2:] == [(len(search.asked) - len(doubled) - 1,) * 2, (1, 1)]
+
+
+def test_the_progress_of_a_search_counts_what_is_run_and_no_more() -> None:
+    """No size passes: nothing is measured near one. From the top down the total is the most that there can be."""
+    search, steps, near = MadeUp(rising(10**6), close), list[tuple[int, int]](), list[tuple[int, int]]()
+    told: dict[str, Progress] = {
+        "progress": lambda *done: steps.append(done),
+        "progress_near": lambda *done: near.append(done),
+    }
+    assert search_size(search, search.scores.graph.n_edges, **told) is None
+    assert steps == [(len(search.asked), len(search.asked)), (1, 1)] and near == []
+    steps.clear()
+    n = len(search.asked)
+    assert search_size(MadeUp(rising(10**6), close), search.scores.graph.n_edges, curve=False, **told) is None
+    assert steps == [(1, n), (2, n), (1, 1)] and near == []
 
 
 def test_a_lucky_size_of_the_coarse_grid_is_not_taken() -> None:

@@ -157,6 +157,30 @@ def test_the_gradient_of_an_edited_run_is_its_derivative():
     torch.testing.assert_close((run.grads["resid_pre.0"] * direction).sum(), slope, rtol=1e-5, atol=1e-5)
 
 
+def test_a_basis_can_be_given_another_input_than_its_site_holds():
+    """The site stays; the features that are taken away are those of what the basis is given."""
+    model = tiny("gpt2")
+    basis = transcoder("resid_mid.1", "mlp_out.1", drawn(D_MODEL, F), drawn(F, D_MODEL, seed=1))
+    seen, wanted = drawn(3, 7, D_MODEL, seed=2), drawn(3, 7, F, seed=3)
+    given = Intervention(basis, seen, reading=True)
+    edits = [given, Intervention(basis, wanted)]
+    run = model.run(TOKENS, record=["resid_mid.1", "mlp_out.1", basis], interventions=edits)
+    plain = model.run(TOKENS, record=["resid_mid.1", "mlp_out.1"])
+    assert torch.equal(run.values["resid_mid.1"], plain.values["resid_mid.1"])
+    assert torch.equal(run.values[basis], wanted)
+    change = (wanted - basis.encode(seen).values) @ basis.writes()
+    torch.testing.assert_close(run.values["mlp_out.1"], plain.values["mlp_out.1"] + change)
+    alone = model.run(TOKENS, record=[basis], interventions=[given])
+    assert torch.equal(alone.values[basis], basis.encode(seen).values)
+    assert torch.equal(alone.logits, plain.logits)
+    across = crosscoder(["resid_pre.0", "resid_pre.2"], drawn(2, D_MODEL, F), drawn(F, 2, D_MODEL))
+    for site in ("resid_mid.1", across):
+        with pytest.raises(InputError, match="`reading` edits what a basis with one input site reads"):
+            Intervention(site, seen, reading=True)
+    with pytest.raises(InputError, match="must keep shape"):
+        model.run(TOKENS, interventions=[Intervention(basis, seen[..., :3], reading=True)])
+
+
 def test_a_block_and_a_start_know_bases():
     model, basis = tiny("gpt2"), an_sae("resid_pre.1")
     off = Intervention(basis, torch.zeros_like)

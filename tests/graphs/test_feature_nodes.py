@@ -196,9 +196,9 @@ def test_methods_take_features_or_refuse_by_name() -> None:
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "a state of the stream": (lambda: {an_sae("resid_pre.1"): [0]}, "a state of the residual stream"),
-    "before the norm": (
-        lambda: [mi.transcoder("resid_mid.1", "mlp_out.1", drawn(D_MODEL, 3), drawn(3, D_MODEL))],
-        "reads 'resid_mid.1' and writes to 'mlp_out.1'",
+    "the attention's input": (
+        lambda: [mi.transcoder("resid_pre.1", "mlp_out.1", drawn(D_MODEL, 3), drawn(3, D_MODEL))],
+        "reads 'resid_pre.1' and writes to 'mlp_out.1'.*read 'mlp_in' or 'resid_mid'",
     ),
     "inside attention": (lambda: [an_sae("q.1")], "as nodes of a graph they write to mlp_out"),
     "no layer in the name": (lambda: {a_transcoder(label="mine"): [0]}, "does not say its layer, 1"),

@@ -158,7 +158,9 @@ def test_written_tokens_are_the_extremes_of_the_whole_vocabulary(
 
 
 def test_what_is_left_out_is_counted(model: HookManager, circuit: Circuit, pairs: Pairs) -> None:
-    few = node_details(model, circuit, pairs[:2], "evaluation", max_nodes=3)
+    told: list[tuple[int, int]] = []
+    few = node_details(model, circuit, pairs[:2], "evaluation", max_nodes=3, progress=lambda *done: told.append(done))
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
     total = len([name for name in circuit.nodes if name not in ("input", "logits")])
     assert len(few.prompts[0].written) == 3 and f"{total - 3} others were left out" in few.notes[0]
     scores = circuit.scores

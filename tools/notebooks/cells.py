@@ -82,12 +82,13 @@ def _run_cell(source: str, name: str, names: dict[str, Any]) -> Iterator[dict[st
 def _data(value: Any) -> dict[str, Any]:
     """The value in the forms in which a notebook keeps it; a figure stays one until its picture is drawn."""
     if isinstance(value, go.Figure):
-        return {"figure": value, "text/plain": FIGURE + json.dumps(_drawn(value), ensure_ascii=False)}
+        return {"figure": value, "text/plain": FIGURE + json.dumps(drawn(value), ensure_ascii=False)}
     table = getattr(value, "_repr_html_", lambda: None)()
     return ({"text/html": table} if table else {}) | {"text/plain": repr(value)}
 
 
-def _drawn(figure: go.Figure) -> list[dict[str, Any]]:
+def drawn(figure: go.Figure) -> list[dict[str, Any]]:
+    """What of each trace of a figure is compared, with numbers of a few digits."""
     traces = json.loads(str(figure.to_json()))["data"]
     return [{key: _rounded(trace[key]) for key in SHOWN if key in trace} for trace in traces]
 

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from mechinterp.base.canonical_json import six_digits
-from mechinterp.base.progress import StageProgress
+from mechinterp.base.progress import Progress, StageProgress
 from mechinterp.base.settings import check_settings
 from mechinterp.circuit_file.records import score_table, task_of, tolerance_for
 from mechinterp.circuit_file.schema import (
@@ -34,6 +34,7 @@ from mechinterp.discovery.stable import (
 from mechinterp.evaluation.sizes import SPREAD_AT, CurvePoint, Levels, SizeSearch, chosen_size, smallest_faithful
 from mechinterp.evaluation.task_check import TaskCheck, check_performance
 from mechinterp.graphs.circuit import Circuit
+from mechinterp.graphs.graph import Graph
 from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select import select
 from mechinterp.models.hook_manager import HookManager
@@ -135,6 +136,7 @@ def check_curve(
     pairs: dict[str, Pairs],
     limit: Tolerance | None,
     batch_size: int,
+    progress: Progress,
     ledger: Ledger,
 ) -> None:
     """Record whether every point of the curve is what it states."""
@@ -164,7 +166,7 @@ def check_curve(
             levels=_levels(size),
             seed=curve.seed or 0,
         )
-        search.measure([point.n_selected for point in points])
+        search.measure([point.n_selected for point in points], progress)
         again = [search.point(point.n_selected) for point in points]
         limit = limit or tolerance_for(document.model.dtype)
         ledger.equal("curve.n_edges", tuple(p.n_edges for p in again), tuple(p.n_edges for p in points))
@@ -217,18 +219,29 @@ def check_stability(document: CircuitFile, circuit: Circuit, ledger: Ledger) -> 
     stated = document.stability
     if stated is None:
         return
-    shares = [edge.frequency or 0.0 for edge in document.edges]
-    counts = [share * stated.resamples for share in shares]
+    counts = [(edge.frequency or 0.0) * stated.resamples for edge in document.edges]
     whole = all(abs(count - round(count)) < 1e-4 * stated.resamples for count in counts)
     ledger.holds(
         "stability.frequency", whole, f"multiples of 1/{stated.resamples}", "they are" if whole else "they are not"
     )
-    n_core = sum(share >= stated.core_share - 1e-6 for share in shares)
+    shares, differing = _shares(document, circuit.graph)
+    if circuit.graph.level == "node":
+        ledger.equal("stability.frequency of a node, the same for its edges", differing, 0)
+    n_core = sum(share >= stated.core_share - 1e-6 for share in shares.values())
     ledger.equal("stability.n_core", stated.n_core, n_core)
     with ledger.claimed("stability.jaccard_by_chance"):
-        n, n_all = before_refining(document, circuit).n_edges, circuit.graph.n_edges
+        n, n_all = before_refining(document, circuit).n_units, circuit.graph.n_units
         limit = Tolerance(relative=1e-5, absolute=0.0)
         ledger.close("stability.jaccard_by_chance", n / (2 * n_all - n), stated.jaccard_by_chance, limit)
+
+
+def _shares(document: CircuitFile, graph: Graph) -> tuple[dict[int, float], int]:
+    """The stated share of resamples of every unit of the circuit, and how many edges state another one than it."""
+    shares, differing = dict[int, float](), 0
+    for edge in document.edges:
+        share = edge.frequency or 0.0
+        differing += shares.setdefault(int(graph.unit[graph.edge_index(edge.name)]), share) != share
+    return shares, differing
 
 
 def check_scores_again(
@@ -294,8 +307,9 @@ def _compare_stability(document: CircuitFile, again: CircuitStability, ledger: L
     stated, graph = document.stability, again.circuit.graph
     assert stated is not None
     ledger.close("stability.jaccard again", again.jaccard, stated.jaccard, STABILITY_TOLERANCE)
-    outside = [n / len(document.edges) for n in (again.n_often_outside, stated.n_often_outside)]
-    ledger.close("stability.n_often_outside again, per edge", outside[0], outside[1], STABILITY_TOLERANCE)
-    shares = [float(again.frequency[graph.edge_index(edge.name)]) for edge in document.edges]
-    gaps = [abs(share - (edge.frequency or 0.0)) for share, edge in zip(shares, document.edges, strict=True)]
+    shares, _ = _shares(document, graph)
+    outside = [n / len(shares) for n in (again.n_often_outside, stated.n_often_outside)]
+    ledger.close(f"stability.n_often_outside again, per {graph.level}", outside[0], outside[1], STABILITY_TOLERANCE)
+    first = again.frequency[tuple(graph.first_of_unit.T)]
+    gaps = [abs(float(first[unit]) - share) for unit, share in shares.items()]
     ledger.close("stability.frequency again, mean difference", sum(gaps) / len(gaps), 0.0, STABILITY_TOLERANCE)

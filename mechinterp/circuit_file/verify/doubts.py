@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from mechinterp.circuit_file.limits import FEW
 from mechinterp.circuit_file.schema import CircuitFile, EvaluationRecord, PerformanceRecord, StabilityRecord
+from mechinterp.circuit_file.summary import n_chosen
 from mechinterp.circuit_file.verify.claims import FileWarning
 
 CHANCE = 0.5
@@ -65,20 +66,20 @@ def _of_evaluation(document: CircuitFile, entry: EvaluationRecord) -> Iterable[F
 
 
 def _of_stability(document: CircuitFile, found: StabilityRecord) -> Iterable[FileWarning]:
-    n = len(document.edges)
+    n, what = n_chosen(document), f"{document.graph.granularity}s"
     if found.jaccard < STABLE_JACCARD:
         text = (
-            f"two circuits of resampled examples share {found.jaccard:.0%} of their edges (mean of {found.resamples})"
+            f"two circuits of resampled examples share {found.jaccard:.0%} of their {what} (mean of {found.resamples})"
         )
         yield FileWarning("unstable circuit", f"{text}; by chance {found.jaccard_by_chance:.0%}")
     if found.n_core < STABLE_CORE * n:
-        text = f"only {found.n_core} of {n:,} edges are in {found.core_share:.0%} of the circuits of resampled examples"
+        text = (
+            f"only {found.n_core:,} of {n:,} {what} are in {found.core_share:.0%} of the circuits of resampled examples"
+        )
         yield FileWarning("small core", text)
     size = document.selection.size
     if size is not None and size.spread is not None and size.spread[1] > SPREAD * size.spread[0]:
-        text = (
-            f"other examples would choose from {size.spread[0]:,} to {size.spread[1]:,} {document.graph.granularity}s"
-        )
+        text = f"other examples would choose from {size.spread[0]:,} to {size.spread[1]:,} {what}"
         yield FileWarning("uncertain size", text)
     if size is not None and size.low is not None and size.spread is None:
         yield FileWarning("uncertain size", "many resamples of the examples choose no size at all")

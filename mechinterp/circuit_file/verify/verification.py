@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from mechinterp.base.canonical_json import six_digits
 from mechinterp.base.errors import FormatError, HubNotReached, InputError, MechInterpError, ModelNotAvailable, clip
 from mechinterp.base.plain_files import is_file, is_folder, read_bounded
-from mechinterp.base.progress import StageProgress, no_stages
+from mechinterp.base.progress import Progress, StageProgress, no_stages
 from mechinterp.base.settings import check_settings
 from mechinterp.circuit_file.bases import check_given_bases, stated_basis
 from mechinterp.circuit_file.circuit_file import stated_circuit, stated_graph, stated_scores
@@ -132,11 +133,11 @@ def verify(
             progress("task", 0, 1)
             check_task_performance(document, document.performance, loaded, pairs, limit, batch_size, ledger)
         for number in range(len(document.evaluation)):
-            progress("evaluation", number, len(document.evaluation))
-            _check_evaluation(document, number, loaded, circuit, pairs, limit, batch_size, ledger)
+            told = partial(progress, "evaluation")
+            _check_evaluation(document, number, loaded, circuit, pairs, limit, batch_size, told, ledger)
         if document.curve is not None and scores is not None:
-            progress("curve", 0, 1)
-            check_curve(document, document.curve, loaded, scores, pairs, limit, batch_size, ledger)
+            told = partial(progress, "curve")
+            check_curve(document, document.curve, loaded, scores, pairs, limit, batch_size, told, ledger)
         if rescore and scores is not None:
             check_scores_again(document, loaded, circuit, scores, pairs, limit, batch_size, progress, ledger)
     elif document.evaluation:
@@ -425,6 +426,7 @@ def _check_evaluation(
     pairs: dict[str, Pairs],
     limit: Tolerance | None,
     batch_size: int,
+    progress: Progress,
     ledger: Ledger,
 ) -> None:
     stated = document.evaluation[number]
@@ -447,6 +449,7 @@ def _check_evaluation(
             n_random=len(stated.random_faithfulness),
             seed=stated.seed,
             batch_size=batch_size,
+            progress=progress,
         )
         got = evaluation_record(result, stated.pairs, stated.reference, document.model.dtype)
         ledger.equal(f"{name}.metric", got.metric, stated.metric)

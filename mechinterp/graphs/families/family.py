@@ -45,6 +45,8 @@ class Ports:
         follows: Another port's site, of this family or of that of which it is a part, from which this one is computed
             (a router's input from the MLP's): where that one is edited, this one is set too; and the gradient there
             has this one's in it, which engines take out (`pull_back` is of the site alone).
+        of_stream: Whether the basis reads the residual stream itself, and what it follows reads that through a norm:
+            where that one is edited, the basis is given the stream that it sees. The model's own stream stays.
     """
 
     site: NodeSite
@@ -53,6 +55,7 @@ class Ports:
     everywhere: bool = False
     by_port: bool = True
     follows: NodeSite | None = None
+    of_stream: bool = False
 
 
 class NodeFamily(ABC):
@@ -136,6 +139,12 @@ class NodeFamily(ABC):
     @property
     def low_rank(self) -> bool:
         """Whether the blocks are `LowRank`."""
+        return False
+
+    @property
+    def compact(self) -> bool:
+        """Whether the sites take much less memory than the writes, which are one product of them with weights: then
+        engines that are short of memory keep the sites, and make the writes again whenever they are read."""
         return False
 
     @abstractmethod

@@ -1,8 +1,9 @@
 """Some features of a dictionary as nodes: how much of its direction each writes, and for transcoders what it reads.
 
 The rest of the component (its other features, biases, and what the reconstruction misses) stays its own writer, `m3`.
-A transcoder's features have inputs of their own, `m3.f17<in>`: the MLP's input, encoded. The reader `m3` is then the
-input of the rest, so that an edge into the MLP is the edges into the rest and into every feature together. Features of
+A transcoder's features have inputs of their own, `m3.f17<in>`: the MLP's input, encoded, or the stream before the MLP's
+norm. The reader `m3` is then the input of the rest, so that an edge into the MLP is the edges into the rest and into
+every feature together: what the rest lacks are the features of what the reader `m3` sees of the stream. Features of
 an output (an autoencoder of what the MLP or the attention adds) are fed by the inputs of the component.
 
 A feature of a cross-layer transcoder writes in its own layer and in later ones, and is a part of each of these MLPs:
@@ -64,8 +65,8 @@ class Features(NodeFamily):
         if self.site_in != self.site_out and not self.of_transcoder:
             raise UnsupportedError(
                 f"The basis '{self.basis}' reads '{self.site_in}' and writes to '{self.site_out}': as nodes of a "
-                "graph, features read 'mlp_in' and write to 'mlp_out' or 'mlp_raw' of the same layer, or read what "
-                "they write."
+                f"graph, features read {self._inputs} and write to 'mlp_out' or 'mlp_raw' of the same layer, or "
+                "read what they write."
             )
         if self.later:
             self._check_later()
@@ -82,15 +83,25 @@ class Features(NodeFamily):
             written = ", ".join(map(str, (self.site_out, *self.later)))
             raise UnsupportedError(
                 f"The basis '{self.basis}' reads '{self.site_in}' and writes to several sites ({written}): as nodes of "
-                "a graph, features of a cross-layer transcoder read 'mlp_in' and write to 'mlp_out' (or 'mlp_raw') of "
-                "the same layer, then of later ones."
+                f"a graph, features of a cross-layer transcoder read {self._inputs} and write to 'mlp_out' (or "
+                "'mlp_raw') of the same layer, then of later ones."
             )
 
     @property
     def of_transcoder(self) -> bool:
         """Whether the features have inputs of their own."""
-        reads = self.site_in == Site("mlp_in", self.layer)
+        reads = self.site_in == Site("mlp_in", self.layer) or self.of_stream
         return reads and self.site_out.kind in ("mlp_out", "mlp_raw")
+
+    @property
+    def of_stream(self) -> bool:
+        """Whether they read the residual stream before the MLP's norm."""
+        return self.site_in == Site("resid_mid", self.layer) and not self.parallel
+
+    @property
+    def _inputs(self) -> str:
+        """What features with inputs of their own may read here."""
+        return "'mlp_in' (here attention and MLP read the same stream)" if self.parallel else "'mlp_in' or 'resid_mid'"
 
     @property
     def of_attention(self) -> bool:
@@ -125,7 +136,8 @@ class Features(NodeFamily):
             return ()
         feeds = tuple(range(i, i + 1) for i in range(len(self.numbers)))
         site = self.site_in if self.chosen is None else self.chosen
-        return (Ports(site, tuple(f"{name}<in>" for name in self.writers), feeds, follows=self.site_in),)
+        names = tuple(f"{name}<in>" for name in self.writers)
+        return (Ports(site, names, feeds, follows=Site("mlp_in", self.layer), of_stream=self.of_stream),)
 
     @property
     def part_of(self) -> str:
@@ -244,8 +256,14 @@ class Features(NodeFamily):
         return total if maps.b_out is None else total + maps.b_out.to(value)
 
     def read(self, model: HookManager, ports: Ports, seen: Float[Tensor, "port rows pos d_model"]) -> Tensor:
-        """The features of the MLP's input, each from its own residual stream."""
-        return self.loaded().encode_each(model.layout.read_mlp(self.layer, seen))
+        """The features of the MLP's input, or of the stream itself, each from its own residual stream."""
+        return self.loaded().encode_each(seen if self.of_stream else model.layout.read_mlp(self.layer, seen))
+
+    def _norm(self, model: HookManager) -> Norm:
+        """The norm through which they read the stream."""
+        norm = Norm("none") if self.of_stream else model.layout.mlp_norm[self.layer]
+        assert norm is not None
+        return norm
 
     def pull_back(
         self,
@@ -264,10 +282,10 @@ class Features(NodeFamily):
     def direction_gradients(
         self, model: HookManager, steps: Sequence[Step], window: Window, dtype: torch.dtype, *, frozen: bool
     ) -> DirectionGradients | None:
-        """Through the activation function, the encoder's directions and the norm."""
-        chosen, norm = self.loaded(), model.layout.mlp_norm[self.layer]
+        """Through the activation function, the encoder's directions and the norm, if there is one."""
+        chosen, norm = self.loaded(), self._norm(model)
         read = chosen.reads()
-        assert norm is not None and read is not None
+        assert read is not None
         gradients = [
             step.gradients[chosen][window] * chosen.slopes(step.values[chosen][window])  # pyright: ignore[reportArgumentType]
             for step in steps
@@ -285,8 +303,8 @@ class Features(NodeFamily):
         """Of the encoder's directions, with the norm's weights and centring."""
         if not self.of_transcoder:
             return
-        norm, read = model.layout.mlp_norm[self.layer], self.loaded().reads()
-        assert norm is not None and read is not None
+        norm, read = self._norm(model), self.loaded().reads()
+        assert read is not None
         rows = norm.project_transposed(read.to(torch.promote_types(model.dtype, torch.float32)))
         yield from (gram(row[:, None]) for row in rows)
 

@@ -52,6 +52,11 @@ class Heads(MixesTokens):
         """The heads' outputs before the output projection."""
         return (Site("z", self.layer),)
 
+    @property
+    def compact(self) -> bool:
+        """z has d_head numbers for each d_model of the writes."""
+        return len(self.writers) > 1
+
     def writes(self, model: HookManager, now: Recorded) -> Dense:
         """z times W_O, head by head."""
         return Dense(model.layout.head_writes(self.layer, now[self.sites[0]]))

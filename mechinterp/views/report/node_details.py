@@ -18,6 +18,7 @@ from mechinterp.analysis.direct_logit_attribution import direct_logit_attributio
 from mechinterp.analysis.logit_lens import writes_lens
 from mechinterp.analysis.weights import top_tokens
 from mechinterp.base.errors import MechInterpError
+from mechinterp.base.progress import Progress, no_progress
 from mechinterp.evaluation.direct_effects import direct_effects
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.models.components import NODES_WITH_SITES
@@ -88,12 +89,18 @@ class NodeDetails:
 
 
 def node_details(
-    model: HookManager, circuit: Circuit, pairs: Pairs, pairs_name: str, *, max_nodes: int = MAX_NODES
+    model: HookManager,
+    circuit: Circuit,
+    pairs: Pairs,
+    pairs_name: str,
+    *,
+    max_nodes: int = MAX_NODES,
+    progress: Progress = no_progress,
 ) -> NodeDetails:
     """Patterns, written tokens and direct effects of the circuit's nodes on the clean prompts of `pairs`.
 
     Whatever cannot be measured is left out and listed in `notes`; it does not raise. Cost: two forwards per prompt
-    shown, one per example of the mean, one unembedding per node and prompt.
+    shown, one per example of the mean, one unembedding per prompt with a row for every node.
 
     Args:
         model: the model of the circuit.
@@ -102,6 +109,7 @@ def node_details(
         pairs_name: their name in the circuit file.
         max_nodes: of more heads, MLPs and neurons, those with the largest summed scores are taken; without scores, the
             first of the model.
+        progress: called with the number of parts done: each prompt shown, and the direct effects.
     """
     names, notes = _chosen(circuit, max_nodes)
     rows = [row for row in range(min(SEARCHED, len(pairs))) if int(pairs.lengths[row]) <= MAX_TOKENS][:EXAMPLES]
@@ -117,8 +125,12 @@ def node_details(
     direct, n_direct, direction = dict[str, float](), 0, ""
     try:
         heads = [name for name in names if Node.parse(name).kind == "head"]
-        prompts = [_prompt(model, pairs, row, names, heads) for row in rows]
+        for row in rows:
+            progress(len(prompts), len(rows) + 1)
+            prompts.append(_prompt(model, pairs, row, names, heads))
+        progress(len(rows), len(rows) + 1)
         direct, n_direct, direction = _direct(model, pairs, names)
+        progress(len(rows) + 1, len(rows) + 1)
     except MechInterpError as error:
         notes.append(f"Some details of nodes are left out: {error}")
     tokens = {} if of_reading else _feature_tokens(model, circuit)

@@ -127,7 +127,8 @@ def _graph_section(graph: dict[str, Any], details: NodeDetails) -> str:
     )
     lines = " One line stands for all edges between two nodes." if graph["level"] == "node" else ""
     if graph["lines"]["frequency"]:
-        lines += " The fainter an edge, the fewer circuits of resampled examples have it."
+        whose = "the node that it leaves" if graph["level"] == "node" else "it"
+        lines += f" The fainter an edge, the fewer circuits of resampled examples have {whose}."
     caption = (
         f"Information flows upward. {scored}{lines} q, k and v enter a head on the left, in the middle and on the "
         f"right. {graph['about']}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,5 +106,5 @@ def _details(
         return NodeDetails(notes=(f"{LEFT_OUT}: the pairs {name!r} cannot be made: {error}",))
     if pairs.digest() != document.pairs[name].sha256:
         return NodeDetails(notes=(f"{LEFT_OUT}: the pairs {name!r} are not those that the file states.",))
-    details = node_details(read, circuit, pairs, name)
+    details = node_details(read, circuit, pairs, name, progress=partial(progress, "details"))
     return replace(details, notes=(*details.notes, *left_out))
