@@ -150,7 +150,7 @@ def test_what_json_allows_to_a_depth_is_read() -> None:
         (set_in("selection", "n_edges", to=7), "selection.n_edges is 7"),
         (set_in("selection", "parameters", "edges", to=[1]), "selection.parameters.edges"),
         (set_in("discovery", "pairs", to="nowhere"), "pairs 'nowhere' are used but not described"),
-        (set_in("roles", to={"x": {"label": "mover", "nodes": ["a9.h9"]}}), "'a9.h9', which is no node"),
+        (set_in("roles", to={"x": {"label": "mover", "nodes": ["a9.h9"]}}), "'a9.h9', which is not a node"),
         (set_in("pairs", "discovery", "made_from", "kind", to="pickle"), "pickle"),
         (set_in("pairs", "discovery", "made_from", "clean", to=[["1"]]), "clean"),
         (set_in("pairs", "discovery", "made_from", "clean", to=[[2**40]]), "clean"),

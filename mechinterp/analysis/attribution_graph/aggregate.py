@@ -82,10 +82,10 @@ def graph_prompts(pairs: Pairs) -> list[tuple[Int[Tensor, " pos"], dict[str, dic
     Raises InputError for pairs without answers, or whose answers are read at several positions.
 
     >>> import mechinterp as mi
-    >>> pairs = mi.Pairs(clean=[[5, 6], [5, 9]], corrupt=[[5, 9], [5, 6]], right=[6, 9], wrong=[9, 6])
+    >>> pairs = mi.Pairs(clean=[[5, 6], [5, 9]], corrupt=[[5, 9], [5, 6]], right=[7, 8], wrong=[8, 7])
     >>> prompt, targets = mi.graph_prompts(pairs)[0]
     >>> prompt.tolist(), targets
-    ([5, 6], {'right - wrong': {6: 1.0, 9: -1.0}})
+    ([5, 6], {'right - wrong': {7: 1.0, 8: -1.0}})
     """
     if pairs.right is None or pairs.answer_pos.shape[1] != 1:
         raise InputError("These pairs have no right answer at one position; give attribution_graph prompt and targets.")
