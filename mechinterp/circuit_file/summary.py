@@ -14,9 +14,12 @@ from mechinterp.models.sites import Node, node_of, split_position
 METRIC_WORDS = {
     "logit_diff": "the logit difference",
     "prob_diff": "the probability difference",
+    "prob": "the probability",
+    "log_prob": "the log-probability",
     "kl_to_clean": "the KL divergence's gap",
     "l2_to_clean": "the logit distance's gap",
     "accuracy": "the accuracy",
+    "direction": "the reading of the direction",
 }
 
 

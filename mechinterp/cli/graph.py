@@ -214,7 +214,7 @@ def _do_graph(values: dict[str, Any], force: bool, detail: Detail) -> int:
                 shown=values["nodes"],
                 command=_command(values),
             )
-    say(console, f"{len(graph.features):,} active features, {graph.n_edges:,} edges; {graph.scores!r}")
+    say(console, f"{len(graph.features):,} active features, {graph.n_edges:,} edges; {graph.scores}")
     if "gap" in graph.about:
         say(console, f"edges into a node add up to what it reads, to {graph.about['gap']:.1e} of their sizes")
     else:
@@ -231,7 +231,7 @@ def _do_graph(values: dict[str, Any], force: bool, detail: Detail) -> int:
         edges = edges.assign(token=[token[name] for name in edges["source"]])
         console.table(frame_table(edges[["source", "token", "weight"]]))
     for check in checks:
-        say(console, repr(check))
+        say(console, f"checked: {check}")
     say(console, f"wrote {path}")
     if values["page"] is not None:
         say(console, f"wrote {values['page']}")
@@ -285,7 +285,7 @@ def _do_graphs(values: dict[str, Any], force: bool, detail: Detail) -> int:
                 checks=checks if len(checks) == len(asked) else (),
                 command=_command(values),
             )
-    say(console, repr(found))
+    say(console, str(found))
     often = found.frequent(0.5)
     nodes = often.nodes[often.nodes["kind"] == "feature"].head(8)
     say(console, "")

@@ -12,7 +12,7 @@ from mechinterp.tasks.pairs import Pairs
 
 
 def direct_effects(model: HookManager, pairs: Pairs, batch_size: int) -> Grid:
-    """A Grid (node, example): what each part writes toward the right answers, in logits.
+    """A Grid (node, example): what each part writes toward the right answers, in logits, or along a direction.
 
     In the view of `read_direction` it is what the part adds to the reading on the clean prompt, less that on the
     corrupt one: a reading has no wrong answer in it that would take away what both classes have in common. The sum over

@@ -19,7 +19,8 @@ def test_the_graph_of_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert cli.main(words) == 0
     printed = capsys.readouterr().out
     assert "add up to what it reads" in printed and "the largest edges into target: 'Ryan'" in printed
-    assert printed.count("GraphValidation") == 4 and printed.count("EdgeValidation") == 1
+    assert printed.count("checked: ") == 5 and printed.count("readers each") == 1
+    assert "Validation(" not in printed and "Scores(" not in printed  # sentences, not objects
     assert "the model's own gradient" in printed and "weakened by 0.1" in printed
     graph = mi.load_attribution_graph(out)
     assert [node.text for node in graph.targets] == ["Ryan", "Julie"] and graph.features

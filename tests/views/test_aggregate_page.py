@@ -33,7 +33,9 @@ def test_the_slider_asks_for_so_many_prompts(browser: Any, positions: str, tmp_p
     said = page.locator("#panel").inner_text()
     row = part.nodes.set_index("node").loc[name]
     assert f"{row['frequency']:.0%} of the prompts" in said.replace("\xa0", " ") and "mean activation" in said
-    # No label hides another one.
+    # No label hides another one, however long the words of the targets are.
+    long = "n.text = 'a long answer'; n.value = 0.5;"
+    page.evaluate(f"nodes.filter(n => n.kind === 'target').forEach(n => {{ {long} }}); go(state.size)")
     boxes = page.eval_on_selector_all(
         ".item rect", "all => all.map(one => { const b = one.getBoundingClientRect(); return [b.x, b.y, b.width]; })"
     )

@@ -14,10 +14,11 @@ import pytest
 
 from mechinterp.circuit_file.circuit_file import load_circuit
 from mechinterp.circuit_file.store import open_circuit_file
-from mechinterp.circuit_file.summary import finding, ranked_edges, ranked_nodes
+from mechinterp.circuit_file.summary import METRIC_WORDS, finding, ranked_edges, ranked_nodes
 from mechinterp.graphs.circuit import Circuit
 from mechinterp.graphs.layered_layout import POINTS_PER_ROW, draw_layered
 from mechinterp.graphs.select import select
+from mechinterp.tasks import metrics
 from mechinterp.views.report.page import render_report, write_report
 from tests.support.toy_circuits import curve_of, scores_of, toy_circuit, toy_document
 
@@ -84,6 +85,11 @@ def circuit() -> Circuit:
 def page_of(circuit: Circuit, path: str = "out/toy.circuit.json", **changes: Any) -> tuple[Page, str]:
     text = render_report(circuit, toy_document(circuit, **changes), path)
     return Page(text), text
+
+
+def test_every_metric_has_words() -> None:
+    """A title says "of the logit difference"; a metric's bare name is no English."""
+    assert {one.name for one in vars(metrics).values() if isinstance(one, metrics.Metric)} <= set(METRIC_WORDS)
 
 
 def test_the_title_is_the_finding(circuit: Circuit) -> None:

@@ -50,13 +50,16 @@ class AggregatedGraph:
     bases: Mapping[str, str] = field(default_factory=dict[str, str])
     held: str = "norms"
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         features = self.nodes[self.nodes["kind"] == "feature"]
         return (
-            f"AggregatedGraph({self.graphs} graphs, positions {self.positions}: {len(features):,} features, "
+            f"{self.graphs} graphs, positions {self.positions}: {len(features):,} features, "
             f"{int((features['frequency'] == 1).sum()):,} of them in every graph; {len(self.edges):,} edges; "
-            f"on average {np.mean(self.of_errors):.0%} of the influence is from errors)"
+            f"on average {np.mean(self.of_errors):.0%} of the influence is from errors"
         )
+
+    def __repr__(self) -> str:
+        return f"AggregatedGraph({self})"
 
     def frequent(self, share: float = 0.5) -> AggregatedGraph:
         """What at least this share of the graphs has."""

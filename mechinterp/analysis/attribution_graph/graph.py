@@ -90,14 +90,16 @@ class GraphScores:
     of_errors: float
     of_rest: float
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         rest = f", {self.of_rest:.3f} from features not expanded" if self.of_rest else ""
         return (
-            f"GraphScores(replacement {self.replacement:.3f}, completeness {self.completeness:.3f}; with constants: "
+            f"replacement {self.replacement:.3f}, completeness {self.completeness:.3f}; with constants: "
             f"{self.of_tokens:.3f} from tokens, {self.of_constants:.3f} from constants, {self.of_errors:.3f} from "
-            "errors"
-            f"{rest})"
+            f"errors{rest}"
         )
+
+    def __repr__(self) -> str:
+        return f"GraphScores({self})"
 
 
 @dataclass(frozen=True, eq=False)

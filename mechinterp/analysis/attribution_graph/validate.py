@@ -50,12 +50,14 @@ class EdgeValidation:
     factor: float
     worst: float
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         return (
-            f"EdgeValidation({self.features} features times {self.factor:g}, {self.readers:,} readers each: the "
-            "largest "
-            f"difference from an edge is {self.worst:.1e} of the largest edge of its feature)"
+            f"{self.features} features times {self.factor:g}, {self.readers:,} readers each: the largest difference "
+            f"from an edge is {self.worst:.1e} of the largest edge of its feature"
         )
+
+    def __repr__(self) -> str:
+        return f"EdgeValidation({self})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,15 +88,18 @@ class GraphValidation:
     held: str
     strength: float = 1.0
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         words = {"norms": "patterns and norms"}.get(self.held, self.held)
         done = "ablated" if self.strength == 1 else f"weakened by {self.strength:g} of their activation"
         return (
-            f"GraphValidation({self.frame['feature'].nunique()} features {done} in the model, {words} held: measured "
+            f"{self.frame['feature'].nunique()} features {done} in the model, {words} held: measured "
             f"against predicted changes of logits, Pearson {self.pearson:.3f}, Spearman {self.spearman:.3f}; "
             f"the model's own gradient {self.gradient:.3f}; "
-            f"controls: direct edges alone {self.direct:.3f}, shuffled predictions below {self.shuffled:.3f})"
+            f"controls: direct edges alone {self.direct:.3f}, shuffled predictions below {self.shuffled:.3f}"
         )
+
+    def __repr__(self) -> str:
+        return f"GraphValidation({self})"
 
 
 def validate_edges(

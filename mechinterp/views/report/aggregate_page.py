@@ -221,8 +221,8 @@ def _lead(graph: AggregatedGraph) -> str:
     )
     return (
         f'<p class="lead">What tokens, features of transcoders and what these miss (errors) add to each other and to '
-        f"the targets{model}: means over {graph.graphs} prompts, each with its own graph. How many of them have a node "
-        f"or an edge is the doubt about it. {words}</p>"
+        f"the targets{model}: means over {graph.graphs} prompts, each with its own graph. The fewer of them have a "
+        f"node or an edge, the less it says about the others. {words}</p>"
     )
 
 

@@ -98,7 +98,8 @@ function layout() {
     item.width = label ? Math.max(26, 6.6 * label.length + 12) : 0;
     cells.get(key)[label ? "boxes" : "dots"].push(item);
     const own = item.group === undefined ? item.width + 6 : Math.min(item.width, 48); // a supernode may reach over its neighbours
-    if (label && row <= data.layers) widths[column] = Math.max(widths[column], own);
+    // The targets of one prompt are in its last column, one above the other, and may reach over it; those of several are side by side.
+    if (label && (row <= data.layers || nodes[item.members[0]].column !== undefined)) widths[column] = Math.max(widths[column], own);
   }
   for (const cell of cells.values()) {
     cell.dots.sort((a, b) => b.influence - a.influence);
