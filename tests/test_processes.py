@@ -86,13 +86,18 @@ def two_processes(out: Path, log: Path, dies_at: int | None = None) -> tuple[lis
     return [one.exitcode for one in both], said[0], said[2] + said[3]
 
 
-@pytest.mark.slow  # starts four processes
+@pytest.mark.slow  # starts two processes
 def test_two_processes_find_the_circuit_of_one(alone: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     codes, out, err = two_processes(tmp_path / "out", tmp_path / "log")
     assert codes == [0, 0] and "wrote" in out, err
     assert same(tmp_path / "out" / NAME, alone)
-    # One that is killed ends the other in one line; the same command goes on from what both have kept.
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive  # starts four more
+def test_one_that_is_killed_ends_the_other_in_one_line_and_both_go_on(alone: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
     broken = tmp_path / "broken"
     codes, out, err = two_processes(broken, tmp_path / "first", dies_at=3)
     assert codes == [cli.INTERRUPTED, -signal.SIGKILL] and out == ""

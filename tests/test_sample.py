@@ -5,7 +5,7 @@ from itertools import product
 from tests.support.sample import SHARE, chosen
 
 
-def test_a_third_is_kept_the_same_each_time_and_every_value_of_a_product_is_met() -> None:
+def test_a_share_is_kept_the_same_each_time_and_every_value_of_a_product_is_met() -> None:
     cases = {f"t[{a}-{b}]": {"a": a, "b": b, "c": object()} for a, b in product("uvwxy", range(4))}
     kept = chosen(cases)
     assert len(kept) == -(-20 // SHARE) and kept == chosen(dict(reversed(cases.items())))

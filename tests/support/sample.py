@@ -1,4 +1,4 @@
-"""Which cases of the slow tests `make test` runs: about a third of those with many. `make test-all` runs every one.
+"""Which cases of the slow tests `make test` runs: about a quarter of those with many. `make test-all` runs every one.
 
 A slow test with five cases or more stands for a product of shapes, methods and settings. Its cases are drawn by a hash
 of their names, so that over the tests of a file every shape is met; of a product, those come first that show a value
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-FEW, SHARE = 5, 3
+FEW, SHARE = 5, 4
 """Tests with fewer cases than `FEW` keep all of them, the others one in `SHARE`."""
 
 
@@ -33,7 +33,7 @@ def mark_exhaustive(items: Iterable[pytest.Item]) -> None:
 
 
 def chosen(cases: dict[str, dict[str, Any]]) -> set[str]:
-    """The names of a third of the cases (names to parameters), those that show a new value first."""
+    """The names of a quarter of the cases (names to parameters), those that show a new value first."""
     left = sorted(cases, key=lambda name: hashlib.sha256(name.encode()).digest())
     kept, seen = list[str](), set[tuple[str, str]]()
     for _ in range(-(-len(left) // SHARE)):
