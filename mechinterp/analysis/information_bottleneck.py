@@ -65,7 +65,7 @@ def information_bottleneck(
         samples: Draws of the noise in each step.
         learning_rate: Of Adam.
         seed: Of the noise.
-        batch_size: Examples at a time; by default all. Every example has noise of its own, so the size changes nothing.
+        batch_size: Examples at a time; by default all. Every example has noise of its own, so size and padding change nothing.
         progress: Called after every step of a batch.
 
     Cost: `steps * samples` forwards and backwards after the site, and 4 + samples forwards.
@@ -105,8 +105,14 @@ def information_bottleneck(
             run = model.run(batch.clean, batch.mask, record=[FINAL], stop=FINAL, interventions=[edit])
             return readout.of_resid(run.values[FINAL]).double().sum().cpu()
 
-        def drawn(x: Tensor = x, generators: Sequence[torch.Generator] = generators) -> Tensor:
-            return mean + spread * torch.stack([torch.randn(x.shape[1:], generator=own) for own in generators]).to(x)
+        def drawn(
+            x: Tensor = x, real: Tensor = batch.mask, generators: Sequence[torch.Generator] = generators
+        ) -> Tensor:
+            unit = torch.zeros_like(x)
+            for row, own in enumerate(generators):  # for its own tokens only, however wide the batch is padded
+                n = int(real[row].sum())
+                unit[row, :n] = torch.randn(n, x.shape[-1], generator=own).to(x)
+            return mean + spread * unit
 
         for step in range(steps):
             kept = alpha.detach().sigmoid()

@@ -69,7 +69,7 @@ class Intervention:
         reading: Of a basis with one input site: whether what the basis reads is edited, not its activations. The site
             itself keeps its value. What edited activations add is then relative to those of the edited input.
 
-    Raises InputError when neither `value` nor `grad` is given, and for `reading` of what is no such basis.
+    Raises InputError when neither `value` nor `grad` is given, and for `reading` of anything but such a basis.
 
     >>> Intervention("z.3", lambda value: 0 * value).site
     'z.3'
@@ -84,7 +84,7 @@ class Intervention:
         if self.value is None and self.grad is None:
             raise InputError(f"The intervention at '{self.site}' has no edit; give `value` or `grad`.")
         if self.reading and (isinstance(self.site, (str, Site, tuple)) or len(self.site.sites_in) != 1):
-            raise InputError(f"`reading` edits what a basis with one input site reads; '{self.site}' is no such basis.")
+            raise InputError(f"`reading` edits what a basis with one input site reads; '{self.site}' is not such a basis.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -133,11 +133,12 @@ def a_file(tmp_path: Path, **changes: Any) -> Path:
         ({"words": [["a"], "b"]}, "words"),
         ({"nodes": {"node": []}}, "nodes must have"),
         ({"nodes__layer": 1.5}, "layer must be"),
+        ({"nodes__layer": 10**12}, "layer is a number"),
         ({"nodes__influence": "1"}, "influence must be"),
         ({"nodes__frequency": 2.0}, "frequency"),
         ({"nodes__kind": "head"}, "kinds"),
-        ({"nodes__node": "m0.f1"}, "no node|same name"),
-        ({"edges__source": "nobody"}, "no node"),
+        ({"nodes__node": "m0.f1"}, "not a node|same name"),
+        ({"edges__source": "nobody"}, "not a node"),
     ],
 )
 def test_files_that_are_no_aggregate_are_refused_in_one_line(

@@ -69,6 +69,16 @@ def test_batches_change_nothing() -> None:
     assert whole.about["kept"] == pytest.approx(parts.about["kept"]), (whole.about, parts.about)
 
 
+def test_more_padding_changes_nothing() -> None:
+    """Some of the examples keep the width of all of them; made anew they are shorter."""
+    model, wide = tiny("gpt2"), pairs(3, 6, padded=True)[1:]
+    short = mi.Pairs(clean=wide.clean, corrupt=wide.corrupt, right=wide.right, wrong=wide.wrong, mask=wide.mask)
+    assert wide.clean.shape[1] == 6 and short.clean.shape[1] == 5
+    found, same = (mi.information_bottleneck(model, of, "resid_pre.1", steps=4, samples=2) for of in (wide, short))
+    torch.testing.assert_close(found.values[:, :5], same.values, equal_nan=True)
+    assert found.about["kept"] == pytest.approx(same.about["kept"]), (found.about, same.about)
+
+
 def test_what_is_refused() -> None:
     model, p = tiny("gpt2"), pairs(2, 5)
     cases: list[tuple[Any, str]] = [

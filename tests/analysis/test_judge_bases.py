@@ -115,7 +115,7 @@ def test_a_dictionary_that_normalises_its_input_is_judged_in_its_own_units():
 
 
 def test_where_the_state_does_nothing_there_is_nothing_to_be_sufficient_for():
-    """At an earlier token the metric does not read the last layer: 0 / 0 is no share, and a line says so."""
+    """At an earlier token the metric does not read the last layer: 0 / 0 is not a share, and a line says so."""
     basis = neuron_basis("resid_post.2", D_MODEL, label="every coordinate")
     found = mi.judge_bases(tiny("gpt2"), TRAIN, TEST, basis, position=0, changes=(1,), controls=("random",))
     shares = found.frame[["sufficiency", "necessity", "control@1", "sufficiency_low", "necessity_high"]]

@@ -6,8 +6,6 @@ import json
 import logging
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,8 @@ from mechinterp.engines.replacement import KINDS
 from mechinterp.graphs.graph import LEVELS
 from mechinterp.graphs.select import RULES
 from mechinterp.models.placement import PLACEMENTS
-from mechinterp.views.terminal_tables import plain
-from tests.support.toy_circuits import toy_circuit, toy_document
+from tests.support.commands import process, write
+from tests.support.toy_circuits import toy_circuit
 from tests.support.words_model import save_words_model
 
 SMALL = ("--examples", "10", "--edges", "20", "--method", "eap", "--anyway", "--resamples", "4")
@@ -41,38 +39,6 @@ def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out")
     assert cli.main(["run", "ioi", "--model", str(model), "--out", str(out), *SMALL]) == 0
     return out / "ioi-words-eap.circuit.json"
-
-
-@pytest.fixture
-def toy(tmp_path: Path) -> Path:
-    """A circuit file that needs no model to be shown."""
-    return write(tmp_path / "toy.circuit.json")
-
-
-def write(path: Path, **changes: Any) -> Path:
-    document = toy_document(toy_circuit(), **changes)
-    path.write_text(json.dumps(document.model_dump(mode="json", exclude_none=True)), "utf-8")
-    return path
-
-
-def process(*arguments: str, code: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "mechinterp", *arguments]
-    environ = {**os.environ, "PYTHONUTF8": "0", **environment}
-    return subprocess.run(command, capture_output=True, text=True, encoding="latin-1", env=environ, timeout=300)
-
-
-def in_one_process(*given: tuple[int, list[str]], **environment: str) -> subprocess.CompletedProcess[str]:
-    """What several commands print, each of which must end with its exit code."""
-    code = f"""
-from mechinterp.cli.app import main
-
-for code, words in {given!r}:
-    got = main(words)
-    assert got == code, (got, words)
-"""
-    done = process(code=code, **environment)
-    assert done.returncode == 0, done.stderr[-500:]
-    return done
 
 
 def complaint(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> str:
@@ -538,66 +504,6 @@ def test_ctrl_c_while_files_are_written_leaves_no_part_of_one(
     assert cli.main(["run", "ioi", "--model", str(model), "--out", str(tmp_path), *QUICK]) == 130
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ([] if call < 3 else ["ioi-words-eap.circuit.json", "ioi-words-eap.scores.safetensors"])
-
-
-@pytest.mark.slow
-def test_output_to_a_pipe_has_no_control_codes(toy: Path) -> None:
-    done = in_one_process((0, ["show", str(toy)]), (0, ["list"]), (0, ["--help"]), (2, ["run", "ioy"]))
-    text = (done.stdout + done.stderr).replace("\r\n", "\n")
-    assert "Usage: discover-circuit" in text and "Unknown task 'ioy'" in text
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
-def test_a_console_that_knows_few_letters_gets_question_marks(encoding: str, tmp_path: Path) -> None:
-    record = toy_document(toy_circuit()).model_dump(mode="json", exclude_none=True)
-    pairs = {"évaluation ☃": record["pairs"]["evaluation"], **record["pairs"]}
-    evaluation = {**record["evaluation"][0], "pairs": "évaluation ☃"}
-    path = write(tmp_path / "toy.circuit.json", pairs=pairs, evaluation=[evaluation])
-    missing = str(tmp_path / "☃.circuit.json")
-    done = in_one_process((0, ["show", str(path)]), (0, ["list"]), (2, ["show", missing]), PYTHONIOENCODING=encoding)
-    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("columns", ["1", "20", "40", "300"])
-def test_a_narrow_terminal_loses_no_letters(columns: str, toy: Path) -> None:
-    done = process("show", str(toy), "--top", "1000", COLUMNS=columns, NO_COLOR="1", TERM="dumb")
-    assert done.returncode == 0
-    if int(columns) >= 40:
-        edges = {edge["name"] for edge in json.loads(toy.read_text("utf-8"))["edges"]}
-        assert edges <= set(done.stdout.split())
-
-
-@pytest.mark.slow
-def test_a_reader_that_stops_reading_is_no_error(toy: Path) -> None:
-    command = [sys.executable, "-m", "mechinterp", "show", str(toy), "--top", "1000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
-        assert running.stdout is not None and running.stderr is not None
-        running.stdout.close()
-        assert running.stderr.read() == b""
-    assert running.returncode == 141
-
-
-def test_texts_of_a_file_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    nasty = "[bold red]x[/]\x1b]0;owned\x07\x1b[2J"
-    head = next(name for name in toy_circuit().nodes if name.startswith("a"))
-    record = toy_document(toy_circuit()).model_dump(mode="json", exclude_none=True)
-    metric = {**record["evaluation"][0]["metric"], "name": nasty, "unit": nasty}
-    path = write(
-        tmp_path / "toy.circuit.json",
-        roles={"m": {"label": nasty, "nodes": [head]}},
-        evaluation=[{**record["evaluation"][0], "metric": metric}],
-    )
-    assert cli.main(["show", str(path), "--top", "99"]) == 0
-    out = capsys.readouterr().out
-    assert "\x1b" not in out and "\x07" not in out
-    assert "[bold red]x[/]" in out  # a text, not a colour
-
-
-def test_plain_makes_one_printable_line() -> None:
-    assert plain("a\nb\t c\x1b[1m \u202e d é") == "a b c?[1m ? d é"
 
 
 @pytest.mark.slow

@@ -12,12 +12,12 @@ import pytest
 import mechinterp as mi
 from tests.analysis.test_supernodes import graphs
 from tests.views.test_attribution_page import keys
-from tests.views.test_page_browser import browser, load  # noqa: F401  (a fixture)
+from tests.views.test_page_browser import load
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("positions", ["summed", "kept"])
-def test_the_slider_asks_for_so_many_prompts(browser: Any, positions: str, tmp_path: Path) -> None:  # noqa: F811
+def test_the_slider_asks_for_so_many_prompts(browser: Any, positions: str, tmp_path: Path) -> None:
     found = mi.aggregate_graphs(graphs(3), positions=positions)
     path = tmp_path / "page.html"
     mi.write_aggregate_page(path, found)

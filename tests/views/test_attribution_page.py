@@ -17,7 +17,7 @@ from mechinterp.circuit_file.formats.attribution_graphs import from_neuronpedia
 from mechinterp.views.report import attribution_page
 from mechinterp.views.report.attribution_page import page_sizes, render_graph_page
 from tests.circuit_file.test_attribution_graph_files import of_circuit_tracer
-from tests.views.test_page_browser import browser, load  # noqa: F401  (a fixture)
+from tests.views.test_page_browser import load
 
 PROMPT = "Then Julie and Ryan went to the market . Julie gave a bone to"
 
@@ -46,7 +46,7 @@ def page_path(graph: mi.AttributionGraph, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def page(browser: Any, page_path: Path) -> Iterator[Any]:  # noqa: F811
+def page(browser: Any, page_path: Path) -> Iterator[Any]:
     yield load(browser, page_path)
 
 
@@ -181,7 +181,7 @@ def test_supernodes_open_and_close_with_exact_sums(page: Any, graph: mi.Attribut
 
 
 @pytest.mark.slow
-def test_dark_and_narrow(browser: Any, page_path: Path) -> None:  # noqa: F811
+def test_dark_and_narrow(browser: Any, page_path: Path) -> None:
     narrow = load(browser, page_path, color_scheme="dark", has_touch=True)
     assert narrow.locator("#theme").inner_text() == "Light"
     narrow.locator("#theme").click()

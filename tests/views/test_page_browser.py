@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +17,8 @@ from mechinterp.views.report.page import write_report
 from mechinterp.views.report.write_page import write_page
 from tests.support.toy_circuits import scores_of, toy_circuit, toy_document
 
-FOUND = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-BROWSER = os.environ.get("CHROMIUM") or FOUND
 STORED = Path(__file__).parents[2] / "circuits"
 NODE = ".node:not(.gone)"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """One headless Chromium for all tests. Skips where there is none, unless MECHINTERP_BROWSER=required."""
-    problem = "no Chromium on the path (set CHROMIUM to one)" if BROWSER is None else ""
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        problem = "playwright is not installed"
-    if problem:
-        assert os.environ.get("MECHINTERP_BROWSER") != "required", problem
-        pytest.skip(problem)
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")

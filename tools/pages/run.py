@@ -92,6 +92,6 @@ def numbers_of(figure: Any) -> str:
 
 
 def numbers(picture: Path) -> str:
-    """The numbers that a stored picture was drawn from; nothing if there is no such picture."""
+    """The numbers that a stored picture was drawn from; nothing if it is missing."""
     found = NUMBERS.search(picture.read_text(encoding="utf-8")) if picture.exists() else None
     return html.unescape(found[1]) if found else ""

@@ -21,7 +21,8 @@ FORMAT, VERSION = "mechinterp aggregated attribution graph", 1
 HELD = ("norms", "patterns", "nothing")
 KEYS = ("format", "version", "model", "bases", "held", "positions", "graphs", "of_errors", "words", "nodes", "edges")
 TEXTS = ("node", "kind", "basis", "text", "source", "target")
-WHOLE = ("layer", "position", "feature")
+WHOLE = {"layer": 10_000, "position": 2**20, "feature": 2**31}
+"""Columns of whole numbers, each below this; -1 means none."""
 
 
 def save_aggregated_graph(path: str | Path, graph: AggregatedGraph) -> None:
@@ -74,11 +75,11 @@ def _read(content: Mapping[str, Any]) -> AggregatedGraph:
     _need(set(content) == set(KEYS), f"it must have the keys {', '.join(KEYS)}; got {clipped(sorted(content))}")
     n = content["graphs"]
     _need(type(n) is int and n >= 1, f"the number of graphs is {clipped(n)}")
-    _need(isinstance(content["model"], str), "the model is no text")
+    _need(isinstance(content["model"], str), "the model is not a text")
     _need(content["held"] in HELD, f"`held` is {clipped(content['held'])}")
     _need(content["positions"] in POSITIONS, f"`positions` is {clipped(content['positions'])}")
     bases = content["bases"]
-    _need(isinstance(bases, dict) and all(isinstance(one, str) for one in bases.values()), "the bases are no texts")
+    _need(isinstance(bases, dict) and all(isinstance(one, str) for one in bases.values()), "the bases are not texts")
     shares = _column(content["of_errors"], n, "of_errors", float)
     words = content["words"]
     _need(isinstance(words, list) and len(words) == n, f"there must be the words of {n} prompts")
@@ -89,8 +90,10 @@ def _read(content: Mapping[str, Any]) -> AggregatedGraph:
     _need(len(known) == len(names), "two nodes have the same name")
     _need(set(nodes["kind"]) <= set(KINDS), f"kinds of nodes are {', '.join(KINDS)}")
     strange = {*edges["source"], *edges["target"]} - known
-    _need(not strange, f"an edge names {clipped(min(strange, default=''))}, which is no node")
+    _need(not strange, f"an edge names {clipped(min(strange, default=''))}, which is not a node")
     _need(not edges.duplicated(["source", "target"]).any(), "an edge is given twice")
+    for name, most in WHOLE.items():
+        _need(bool(nodes[name].between(-1, most - 1).all()), f"{name} is a number from -1 to below {most:,}")
     for table in (nodes, edges):
         _need(bool(((table["frequency"] > 0) & (table["frequency"] <= 1)).all()), "a frequency is not a share")
     return AggregatedGraph(

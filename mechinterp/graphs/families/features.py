@@ -320,7 +320,7 @@ class Features(NodeFamily):
 
 @dataclass(frozen=True)
 class LaterWrites(NodeFamily):
-    """What features of a cross-layer transcoder write in one of the later layers: no nodes, but a part of these."""
+    """What features of a cross-layer transcoder write in one of the later layers: not nodes, but parts of these."""
 
     features: Features
     number: int
@@ -429,7 +429,7 @@ def features_of(basis: NodeBasis, numbers: Sequence[int] | None, dims: Dims) -> 
         raise UnsupportedError(
             f"The basis '{basis.name}' reads several sites ({', '.join(map(str, basis.sites_in))}): a crosscoder has "
             "read all of them only when its earlier ones are written, so its features do not cause what is there, and "
-            "are no nodes. Take a transcoder a layer or a cross-layer transcoder; or score its features with "
+            "are not nodes. Take a transcoder a layer or a cross-layer transcoder; or score its features with "
             "attribution_patching."
         )
     chosen = basis.chosen(range(basis.n_features) if numbers is None else list(numbers))

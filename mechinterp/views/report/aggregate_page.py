@@ -24,12 +24,13 @@ from mechinterp.views.report.attribution_page import (
     SCRIPTS,
     WORDS,
     digits,
+    made_of,
     note_content,
     script_json,
     visible,
 )
 from mechinterp.views.report.html_page import html_page, resource
-from mechinterp.views.report.shown_paths import shown_command, shown_path
+from mechinterp.views.report.shown_paths import shown_path
 from mechinterp.views.report.tables import text
 
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -91,7 +92,7 @@ def render_aggregate_page(
         _cards(graph, checks),
         GRAPH.format(columns=columns, notes="".join(f'<p class="note">{text(one)}</p>' for one in said)),
         _prompts(graph, checks),
-        _about(graph, command),
+        made_of(graph.model, graph.bases, (), command),
     ]
     script = "\n".join(resource(name) for name in SCRIPTS)
     data = script_json(_data(graph, sizes, notes or {}))
@@ -286,13 +287,3 @@ def _prompts(graph: AggregatedGraph, checks: Sequence[GraphValidation]) -> str:
         f'<div class="scroll"><table class="data" id="prompts"><thead><tr>{names}</tr></thead>'
         f"<tbody>{''.join(rows[:PROMPTS_SHOWN])}</tbody></table></div>{note}"
     )
-
-
-def _about(graph: AggregatedGraph, command: str) -> str:
-    facts = [("model", shown_path(graph.model))] if graph.model else []
-    facts += [(f"transcoder {name}", f"sha256 {digest}") for name, digest in graph.bases.items()]
-    rows = "".join(
-        f'<tr><th scope="row">{text(name)}</th><td><code>{text(value)}</code></td></tr>' for name, value in facts
-    )
-    again = f"<h2>Make it again</h2><pre><code>{text(shown_command(command))}</code></pre>" if command else ""
-    return f'<h2>What it was made of</h2><table class="facts-of"><tbody>{rows}</tbody></table>{again}'

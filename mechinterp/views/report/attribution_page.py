@@ -353,13 +353,19 @@ def _scatter(check: GraphValidation) -> str:
 
 
 def _about(graph: AttributionGraph, command: str) -> str:
-    facts = [("model", shown_path(graph.model))] if graph.model else []
-    facts += [(f"transcoder {name}", f"sha256 {digest}") for name, digest in graph.bases.items()]
-    gap, active = graph.about.get("gap"), graph.about.get("active_features")
+    gap, active, facts = graph.about.get("gap"), graph.about.get("active_features"), list[tuple[str, str]]()
     facts += [("largest gap of a sum of edges", f"{gap:.1e} of their sizes")] if isinstance(gap, float) else []
     facts += [("active features", f"{active:,}")] if isinstance(active, int) else []
+    return made_of(graph.model, graph.bases, facts, command)
+
+
+def made_of(model: str, bases: Mapping[str, str], facts: Sequence[tuple[str, str]], command: str) -> str:
+    """The section on the model, the transcoders and their hashes, further facts, and the command that was used."""
+    every = [("model", shown_path(model))] if model else []
+    every += [(f"transcoder {name}", f"sha256 {digest}") for name, digest in bases.items()]
     rows = "".join(
-        f'<tr><th scope="row">{text(name)}</th><td><code>{text(value)}</code></td></tr>' for name, value in facts
+        f'<tr><th scope="row">{text(name)}</th><td><code>{text(value)}</code></td></tr>'
+        for name, value in (*every, *facts)
     )
     again = f"<h2>Make it again</h2><pre><code>{text(shown_command(command))}</code></pre>" if command else ""
     return f'<h2>What it was made of</h2><table class="facts-of"><tbody>{rows}</tbody></table>{again}'
