@@ -65,7 +65,7 @@ def information_bottleneck(
         samples: Draws of the noise in each step.
         learning_rate: Of Adam.
         seed: Of the noise.
-        batch_size: Examples at a time; by default all. Every example has noise of its own, so size and padding change nothing.
+        batch_size: Examples at a time; by default all. Each has noise of its own, so size and padding change nothing.
         progress: Called after every step of a batch.
 
     Cost: `steps * samples` forwards and backwards after the site, and 4 + samples forwards.

@@ -39,6 +39,11 @@ class Basis(ABC):
     label: str
     source: BasisSource
 
+    def from_source(self, **facts: Any) -> Self:
+        """The same basis with other facts about where it comes from, such as `address`."""
+        own: Any = self  # a dataclass, as every subclass is
+        return replace(own, source=replace(self.source, **facts))
+
     @property
     @abstractmethod
     def n_features(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from jaxtyping import Int
@@ -181,7 +181,7 @@ def _read(
             own = dict(basis.source.options) | {name: value for name, value in options.items() if value is not None}
             if (len(several) > 1 or layers is not None) and (layer := basis.sites_in[0].layer) is not None:
                 own["layer"] = layer
-            bases.append(replace(basis, source=replace(basis.source, address=address, options=own)))  # pyright: ignore
+            bases.append(basis.from_source(address=address, options=own))
     if not bases:
         raise InputError(f"{clip(str(where), 200)} has no basis of the layers {list(layers or ())}.")
     return bases

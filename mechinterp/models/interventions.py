@@ -84,7 +84,9 @@ class Intervention:
         if self.value is None and self.grad is None:
             raise InputError(f"The intervention at '{self.site}' has no edit; give `value` or `grad`.")
         if self.reading and (isinstance(self.site, (str, Site, tuple)) or len(self.site.sites_in) != 1):
-            raise InputError(f"`reading` edits what a basis with one input site reads; '{self.site}' is not such a basis.")
+            raise InputError(
+                f"`reading` edits what a basis with one input site reads; '{self.site}' is not such a basis."
+            )
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,8 @@ def parse_device_map(
         if device_map not in PLACEMENTS:
             raise unknown("device map", device_map, PLACEMENTS)
         return device_map
-    if not isinstance(device_map, Mapping) or not device_map:  # pyright: ignore[reportUnnecessaryIsInstance]
+    given: Any = device_map  # a user's, whatever the annotation says
+    if not isinstance(given, Mapping) or not given:
         raise InputError(
             f"`device_map` is {', '.join(map(repr, PLACEMENTS))}, or a mapping from parts to devices, such as "
             f"{{'model.layers.0': 'cuda:0', ...}}; got {clip(repr(device_map), 60)}."
@@ -76,8 +77,8 @@ def parse_device_map(
     if max_memory is not None:
         raise InputError("`max_memory` belongs to a name such as device_map='auto'; a mapping places each part itself.")
     found = dict[str, str]()
-    for part, place in device_map.items():
-        if not isinstance(part, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+    for part, place in cast(Mapping[object, object], given).items():
+        if not isinstance(part, str):
             raise InputError(f"The parts of a `device_map` are names of modules; got {clip(repr(part), 60)}.")
         found[part] = "disk" if place == "disk" else str(parse_device(_of_number(place)))
     check_not_offloaded(found)

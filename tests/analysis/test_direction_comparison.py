@@ -76,8 +76,9 @@ def test_random_directions_are_as_long_as_the_direction_that_they_stand_beside()
         vector = torch.randn(model.dims.d_model, generator=generator).to(model.dtype)
         edit = mi.Intervention(mi.Site("resid_pre", 2), lambda x, v=vector: last_plus(x, v / v.norm() * lengths[0]))
         logits = model.run(test.corrupt, test.mask, interventions=[edit]).logits
-        moved = (logits - plain)[:, -1]  # type: ignore[operator]
-        changes.append(abs(float((moved.gather(1, test.right) - moved.gather(1, test.wrong)).mean())))  # type: ignore[arg-type]
+        assert logits is not None and plain is not None and test.right is not None and test.wrong is not None
+        moved = (logits - plain)[:, -1]
+        changes.append(abs(float((moved.gather(1, test.right) - moved.gather(1, test.wrong)).mean())))
     assert float(found.random.at(of="layer 0", **{"used in": "layer 2"})) == pytest.approx(max(changes), rel=1e-6)
 
 

@@ -17,8 +17,7 @@ from mechinterp.discovery.information_flow import edge_importances
 from mechinterp.engines import edge_attribution, write_table
 from mechinterp.engines.edge_attribution import activation_path_gradients, edge_gradients
 from mechinterp.engines.edge_patching import run_edges
-from mechinterp.engines.mask_gradients import mask_gradients
-from mechinterp.engines.replacement import build_replacement, corrupt_replacement, record_writes
+from mechinterp.engines.replacement import build_replacement, record_writes
 from mechinterp.evaluation.masks import knock_out
 from mechinterp.features.dictionary import Dictionary
 from mechinterp.graphs.circuit import on_paths
@@ -28,10 +27,9 @@ from mechinterp.graphs.graph import Graph, build_graph, graph_of
 from mechinterp.graphs.write_rows import write_rows
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Site
-from mechinterp.tasks.metrics import get_metric
+from tests.support.engine_tables import LOGIT_DIFF, check_slopes, engine_tables
 from tests.support.models_tiny import ALL_FLOAT64, D_MODEL, N_LAYERS, pairs, small_cut, tiny
 
-LOGIT_DIFF = get_metric("logit_diff")
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 MORE = [pytest.mark.slow, pytest.mark.exhaustive]
 """Of cases whose shape other tests have, too."""
@@ -235,23 +233,11 @@ def test_edges_out_of_and_into_a_feature_by_plain_hooks() -> None:
 )
 def test_slopes_in_the_mask_are_minus_the_scores_and_finite_differences(name: str, positions: bool) -> None:
     model, ids, graph = tiny(name), some(), graph_for(name, positions=positions)
-    values = corrupt_replacement(model, graph).on(ids)
-    cut = 0.1 + 0.8 * torch.rand(graph.possible.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    masks = torch.stack([cut * graph.possible, torch.zeros_like(cut)])
-    found, slopes = mask_gradients(
-        model, graph, ids, masks, values, lambda logits: torch.stack([LOGIT_DIFF(row, ids) for row in logits])
-    )
-    torch.testing.assert_close(found, run_edges(model, graph, ids, masks), **close(name))
-    torch.testing.assert_close(-slopes[1], edge_gradients(model, graph, ids, LOGIT_DIFF), **close(name))
     columns = torch.tensor([".f" in writer for writer in graph.writers])
     features = torch.tensor(["<in>" in reader for reader in graph.readers])
-    for where in (columns[None] & graph.possible, features[:, None] & graph.possible, graph.possible):
-        direction = drawn(*cut.shape, seed=9).clamp(-2, 2) * where
-        step = 1e-6 if name != "gemma2" else 3e-3
-        up, down = (run_edges(model, graph, ids, masks[0] + s * step * direction).sum() for s in (1, -1))
-        rel = 1e-4 if name != "gemma2" else 2e-2
-        assert float((slopes[0] * direction).sum()) == pytest.approx(float(up - down) / (2 * step), rel=rel, abs=1e-3)
-        assert float((slopes[0] * direction).abs().max()) > 1e-3
+    among = (columns[None], features[:, None], graph.possible)
+    step, rel = (1e-6, 1e-4) if name != "gemma2" else (3e-3, 2e-2)
+    check_slopes(model, graph, ids, among, close(name), step, rel)
 
 
 def merged(graph: Graph, table: torch.Tensor) -> torch.Tensor:
@@ -329,18 +315,7 @@ def test_without_later_writes_it_is_a_transcoder_a_layer(name: str) -> None:
     graphs = [build_graph(model, features={basis: [1, 4] for basis in several}) for several in (bases, single)]
     assert graphs[0].writers == graphs[1].writers and graphs[0].readers == graphs[1].readers
     cuts = torch.stack([small_cut(graphs[0], share, seed=1).double() * size for share, size in ((0.1, 1), (0.5, 0.7))])
-    tables = []
-    for graph in graphs:
-        values = corrupt_replacement(model, graph).on(ids)
-        slopes = mask_gradients(model, graph, ids, cuts, values, lambda logits: logits[..., 1].sum(-1))[1]
-        tables.append(
-            (
-                run_edges(model, graph, ids, cuts),
-                slopes,
-                edge_gradients(model, graph, ids, LOGIT_DIFF, alphas=(0.3, 1.0)),
-                activation_path_gradients(model, graph, ids, LOGIT_DIFF, (0.4,)),
-            )
-        )
+    tables = [engine_tables(model, graph, ids, cuts) for graph in graphs]
     for one, other in zip(*tables, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
@@ -417,10 +392,11 @@ def test_a_run_asks_each_row_for_its_names_a_few_times_not_once_for_every_other_
     """With 12 layers of 42 features that was seven times the run itself."""
     model, ids, graph = tiny("gpt2"), some(), graph_for("gpt2")
     asked, names = list[str](), features.LaterWrites.writers.fget
+    assert names is not None
 
     def counted(self: Any) -> Any:
         asked.append(self.part_of)
-        return names(self)  # pyright: ignore[reportOptionalCall]
+        return names(self)
 
     monkeypatch.setattr(features.LaterWrites, "writers", property(counted))
     run_edges(model, graph, ids, small_cut(graph, 0.5))

@@ -21,10 +21,9 @@ from mechinterp.features.dictionary import Dictionary, cross_layer_features
 from mechinterp.graphs.graph import Graph, build_graph, graph_of
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Site
-from mechinterp.tasks.metrics import get_metric
+from tests.support.engine_tables import LOGIT_DIFF, check_slopes
 from tests.support.models_tiny import ALL_FLOAT64, D_MODEL, N_LAYERS, pairs, small_cut, tiny
 
-LOGIT_DIFF = get_metric("logit_diff")
 MORE = [pytest.mark.slow, pytest.mark.exhaustive]
 """Of cases of which other tests have the shape."""
 NAMES = ("gpt2", pytest.param("llama", marks=MORE), pytest.param("gemma2", marks=MORE))
@@ -149,23 +148,10 @@ def test_features_and_rests_are_the_mlps_and_the_ends_the_clean_and_the_corrupt_
 @pytest.mark.parametrize("name", NAMES)
 def test_slopes_in_the_mask_are_minus_the_scores_and_finite_differences(name: str) -> None:
     model, ids, graph = tiny(name), some(), graph_for(name)
-    values = corrupt_replacement(model, graph).on(ids)
-    cut = 0.1 + 0.8 * torch.rand(graph.possible.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    masks = torch.stack([cut * graph.possible, torch.zeros_like(cut)])
-    found, slopes = mask_gradients(
-        model, graph, ids, masks, values, lambda logits: torch.stack([LOGIT_DIFF(row, ids) for row in logits])
-    )
-    torch.testing.assert_close(found, run_edges(model, graph, ids, masks), **close(name))
-    torch.testing.assert_close(-slopes[1], edge_gradients(model, graph, ids, LOGIT_DIFF), **close(name))
     features = torch.tensor(["<in>" in reader for reader in graph.readers])
     mlps = torch.tensor([reader in ("m1", "m2") for reader in graph.readers])
-    for of in (features, mlps):
-        direction = drawn(*cut.shape, seed=9).clamp(-2, 2) * (of[:, None] & graph.possible)
-        step = 1e-6 if name == "gpt2" else 3e-3
-        up, down = (run_edges(model, graph, ids, masks[0] + s * step * direction).sum() for s in (1, -1))
-        rel = 1e-4 if name == "gpt2" else 2e-2
-        assert float((slopes[0] * direction).sum()) == pytest.approx(float(up - down) / (2 * step), rel=rel, abs=1e-3)
-        assert float((slopes[0] * direction).abs().max()) > 1e-3
+    step, rel = (1e-6, 1e-4) if name == "gpt2" else (3e-3, 2e-2)
+    check_slopes(model, graph, ids, (features[:, None], mlps[:, None]), close(name), step, rel)
 
 
 @pytest.mark.slow

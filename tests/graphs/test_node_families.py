@@ -28,13 +28,12 @@ from mechinterp.graphs.graph import Graph, build_graph
 from mechinterp.models.experts import expert_writes
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node, Site
-from mechinterp.tasks.metrics import get_metric
 from mechinterp.views.plots.circuit import circuit_figure
+from tests.support.engine_tables import LOGIT_DIFF, engine_tables
 from tests.support.models_tiny import ALL_FLOAT64, D_MODEL, EVERY, HYBRIDS, MIXTURES, build, pairs, small_cut, tiny
 from tests.support.odd_models import odd
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "add-node-family.md"
-LOGIT_DIFF = get_metric("logit_diff")
 SEEDED = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64}
 KINDS = ("whole", "split input", "neurons", "direction", "positions", "features")
 
@@ -318,18 +317,7 @@ def test_engines_give_the_same_for_low_rank_and_dense(name: str, kind: str) -> N
     assert low.writers == dense.writers
     cuts = torch.stack([small_cut(low, 0.4, seed=1).double(), 0.7 * small_cut(low, 0.9, seed=2).double()])
     near = {"rtol": 1e-6, "atol": 1e-9} if name in ALL_FLOAT64 else close(name)
-    found = []
-    for graph in (low, dense):
-        values = corrupt_replacement(model, graph).on(ids)
-        slopes = mask_gradients(model, graph, ids, cuts, values, lambda logits: logits[..., 1].sum(-1))[1]
-        found.append(
-            (
-                run_edges(model, graph, ids, cuts),
-                slopes,
-                edge_gradients(model, graph, ids, LOGIT_DIFF, alphas=(0.3, 1.0)),
-                activation_path_gradients(model, graph, ids, LOGIT_DIFF, (0.4,)),
-            )
-        )
+    found = [engine_tables(model, graph, ids, cuts) for graph in (low, dense)]
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, **near)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
@@ -52,7 +51,7 @@ def _says_its_site(basis: Basis, asked: Asked) -> Basis:
     written = basis.sites_out[0]
     if asked.has is None or asked.site_out is not None or written.kind != BEFORE_NORM:
         return basis
-    return replace(basis, source=replace(basis.source, options={"site_out": str(written)}))  # pyright: ignore
+    return basis.from_source(options={"site_out": str(written)})
 
 
 def _per_layer(files: Files, cfg: Entries, asked: Asked) -> tuple[Basis, ...]:
