@@ -257,14 +257,14 @@ def _do_graphs(values: dict[str, Any], force: bool, detail: Detail) -> int:
         # What is too large is refused before anything is spent.
         for size in _sizes(model, bases, asked, values, progress):
             size.check(MAX_BYTES)
-        checks: list[GraphValidation] = []
+        checks: list[GraphValidation | None] = []
 
         def graphs() -> Iterator[AttributionGraph]:
             for i, (prompt, targets) in enumerate(asked):
                 progress("edges", i, len(asked))
                 graph = _made(model, bases, prompt, targets, values)
-                if values["n"] and len(graph.features) > 1:
-                    checks.append(validate_graph(model, graph, bases, n=values["n"]))
+                tested = values["n"] and len(graph.features) > 1
+                checks.append(validate_graph(model, graph, bases, n=values["n"]) if tested else None)
                 yield graph.pruned(values["nodes"], values["edges"])
             progress("edges", len(asked), len(asked))
 
@@ -282,7 +282,7 @@ def _do_graphs(values: dict[str, Any], force: bool, detail: Detail) -> int:
                 values["page"],
                 found,
                 notes=feature_notes(model, bases, shown, texts=_corpus(model, values), skip=1),
-                checks=checks if len(checks) == len(asked) else (),
+                checks=checks if any(checks) else (),
                 command=_command(values),
             )
     say(console, str(found))
@@ -295,7 +295,7 @@ def _do_graphs(values: dict[str, Any], force: bool, detail: Detail) -> int:
     say(console, "")
     say(console, "the largest edges in at least half of them (constants left out)")
     console.table(frame_table(edges))
-    say(console, _predicted(checks, len(asked)))
+    say(console, _predicted([check for check in checks if check is not None], len(asked)))
     say(console, f"wrote {path}")
     if values["page"] is not None:
         say(console, f"wrote {values['page']}")

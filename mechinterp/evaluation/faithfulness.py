@@ -14,9 +14,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechinterp.base.batches import over_batches
-from mechinterp.base.bootstrap import CI_LEVEL, MIN_DENOMINATOR, denominator_vanishes
-from mechinterp.base.bootstrap import bootstrap_interval as bootstrap_interval
-from mechinterp.base.bootstrap import ratio_of_means as ratio_of_means
+from mechinterp.base.bootstrap import (
+    CI_LEVEL,
+    MIN_DENOMINATOR,
+    bootstrap_interval,
+    denominator_vanishes,
+    ratio_of_means,
+)
 from mechinterp.base.errors import InputError
 from mechinterp.base.keep import Keep, compute_always
 from mechinterp.base.progress import Progress, no_progress

@@ -22,12 +22,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechinterp.base.bootstrap import bootstrap_interval, ratio_of_means
 from mechinterp.base.canonical_json import six_digits
 from mechinterp.base.errors import InputError
 from mechinterp.base.keep import Keep, compute_always
 from mechinterp.base.progress import Progress, no_progress
 from mechinterp.evaluation.ablation import AblationSetup
-from mechinterp.evaluation.faithfulness import bootstrap_interval, check_denominator, metric_tables, ratio_of_means
+from mechinterp.evaluation.faithfulness import check_denominator, metric_tables
 from mechinterp.graphs.scores import Scores
 from mechinterp.graphs.select import EmptyCircuit, select, sized
 from mechinterp.models.hook_manager import HookManager

@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp.base.batches import over_batches
+from mechinterp.base.bootstrap import bootstrap_interval
 from mechinterp.base.errors import InputError
 from mechinterp.engines.readout import answer_logits
-from mechinterp.evaluation.faithfulness import bootstrap_interval
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.metrics import get_metric
 from mechinterp.tasks.own_metric import MetricLike, as_metric

@@ -189,3 +189,8 @@ def test_the_page_says_what_it_leaves_out_and_wants_a_check_for_every_prompt(mon
     check = mi.validate_graph(model, mi.attribution_graph(model, torch.tensor([5, 6]), bases, targets=[3]), bases, n=2)
     with pytest.raises(InputError, match="every prompt"):
         render_aggregate_page(mi.aggregate_graphs(graphs(2)), checks=[check])
+    monkeypatch.undo()
+    for checks, says in (([check, check], 0), ([check, None], 4)):
+        content = render_aggregate_page(found, checks=checks)
+        assert f"r = {check.pearson:.2f}" in content and content.count(">not tested<") == says
+        assert ("1 of 2 prompts were tested" in content) == (says > 0)

@@ -9,15 +9,14 @@ import pytest
 import torch
 
 import mechinterp as mi
+from mechinterp.base.bootstrap import bootstrap_interval, ratio_of_means
 from mechinterp.engines.edge_patching import run_edges
 from mechinterp.engines.replacement import build_replacement
 from mechinterp.evaluation.faithfulness import (
     _example_ratios,
-    bootstrap_interval,
     check_denominator,
     evaluate,
     random_cuts,
-    ratio_of_means,
 )
 from mechinterp.evaluation.sizes import size_curve
 from mechinterp.graphs.circuit import Circuit, on_paths

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import mechinterp as mi
+from mechinterp.base.bootstrap import bootstrap_interval, ratio_of_means
 from mechinterp.base.progress import Progress
-from mechinterp.evaluation.faithfulness import bootstrap_interval, ratio_of_means
 from mechinterp.evaluation.sizes import (
     RESAMPLES,
     CurvePoint,

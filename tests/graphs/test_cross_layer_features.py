@@ -27,7 +27,7 @@ from mechinterp.graphs.graph import Graph, build_graph, graph_of
 from mechinterp.graphs.write_rows import write_rows
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Site
-from tests.support.engine_tables import LOGIT_DIFF, check_slopes, engine_tables
+from tests.support.engine_tables import LOGIT_DIFF, check_batches, check_slopes, engine_tables
 from tests.support.models_tiny import ALL_FLOAT64, D_MODEL, N_LAYERS, pairs, small_cut, tiny
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -325,18 +325,7 @@ def test_without_later_writes_it_is_a_transcoder_a_layer(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", pytest.param("gemma2", marks=MORE)])
 def test_a_batch_is_its_examples_one_by_one_and_padding_changes_nothing(name: str) -> None:
-    model, ids, graph = tiny(name), some(), graph_for(name)
-    cut = 0.8 * small_cut(graph, 0.5).double()
-    whole, total = run_edges(model, graph, ids, cut), edge_gradients(model, graph, ids, LOGIT_DIFF)
-    one_by_one, scores = [], torch.zeros_like(total)
-    for row in range(len(ids)):
-        n = int(ids.lengths[row])
-        twice = ids[[row, row]]  # Pairs have at least two rows
-        bare = replace(twice, clean=twice.clean[:, :n], corrupt=twice.corrupt[:, :n], mask=None)
-        one_by_one.append(run_edges(model, graph, bare, cut)[:1])
-        scores = scores + edge_gradients(model, graph, bare, LOGIT_DIFF) / 2
-    torch.testing.assert_close(whole, torch.cat(one_by_one), **close(name))
-    torch.testing.assert_close(total, scores, **close(name))
+    check_batches(tiny(name), graph_for(name), some(), close(name))
 
 
 @pytest.mark.parametrize("name", ["gpt2", pytest.param("gemma2", marks=MORE)])

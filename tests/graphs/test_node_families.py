@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from mechinterp.models.experts import expert_writes
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.models.sites import Node, Site
 from mechinterp.views.plots.circuit import circuit_figure
-from tests.support.engine_tables import LOGIT_DIFF, engine_tables
+from tests.support.engine_tables import LOGIT_DIFF, check_batches, engine_tables
 from tests.support.models_tiny import ALL_FLOAT64, D_MODEL, EVERY, HYBRIDS, MIXTURES, build, pairs, small_cut, tiny
 from tests.support.odd_models import odd
 
@@ -330,18 +330,7 @@ def test_engines_give_the_same_for_low_rank_and_dense(name: str, kind: str) -> N
     [(name, kind) for name, kind in cases() if kind in ("neurons", "experts", "features") or (name, kind) in MORE],
 )
 def test_a_batch_is_its_examples_one_by_one_and_padding_changes_nothing(name: str, kind: str) -> None:
-    model, graph, ids = tiny(name), graph_for(name, kind), some()
-    cut = 0.8 * small_cut(graph, 0.5).double()
-    whole, total = run_edges(model, graph, ids, cut), edge_gradients(model, graph, ids, LOGIT_DIFF)
-    one_by_one, scores = [], torch.zeros_like(total)
-    for row in range(len(ids)):
-        n = int(ids.lengths[row])
-        twice = ids[[row, row]]  # Pairs have at least two rows
-        bare = replace(twice, clean=twice.clean[:, :n], corrupt=twice.corrupt[:, :n], mask=None)
-        one_by_one.append(run_edges(model, graph, bare, cut)[:1])
-        scores = scores + edge_gradients(model, graph, bare, LOGIT_DIFF) / 2
-    torch.testing.assert_close(whole, torch.cat(one_by_one), **close(name))
-    torch.testing.assert_close(total, scores, **close(name))
+    check_batches(tiny(name), graph_for(name, kind), some(), close(name))
 
 
 # -- refinement ----------------------------------------------------------------------------------------------------

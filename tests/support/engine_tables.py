@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from mechinterp.graphs.graph import Graph
 from mechinterp.models.hook_manager import HookManager
 from mechinterp.tasks.metrics import get_metric
 from mechinterp.tasks.pairs import Pairs
+from tests.support.models_tiny import small_cut
 
 LOGIT_DIFF = get_metric("logit_diff")
 
@@ -51,3 +53,18 @@ def check_slopes(
         up, down = (run_edges(model, graph, ids, masks[0] + s * step * direction).sum() for s in (1, -1))
         assert float((slopes[0] * direction).sum()) == pytest.approx(float(up - down) / (2 * step), rel=rel, abs=1e-3)
         assert float((slopes[0] * direction).abs().max()) > 1e-3
+
+
+def check_batches(model: HookManager, graph: Graph, ids: Pairs, near: dict[str, Any]) -> None:
+    """A batch is its examples one by one, without padding."""
+    cut = 0.8 * small_cut(graph, 0.5).double()
+    whole, total = run_edges(model, graph, ids, cut), edge_gradients(model, graph, ids, LOGIT_DIFF)
+    one_by_one, scores = [], torch.zeros_like(total)
+    for row in range(len(ids)):
+        n = int(ids.lengths[row])
+        twice = ids[[row, row]]  # Pairs have at least two rows
+        bare = replace(twice, clean=twice.clean[:, :n], corrupt=twice.corrupt[:, :n], mask=None)
+        one_by_one.append(run_edges(model, graph, bare, cut)[:1])
+        scores = scores + edge_gradients(model, graph, bare, LOGIT_DIFF) / 2
+    torch.testing.assert_close(whole, torch.cat(one_by_one), **near)
+    torch.testing.assert_close(total, scores, **near)

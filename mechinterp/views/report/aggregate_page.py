@@ -39,6 +39,7 @@ FIRST = 0.5
 COLUMNS = 14
 """Columns over which the nodes of a layer are spread where positions are summed."""
 PROMPTS_SHOWN = 200
+Checks = Sequence[GraphValidation | None]
 
 
 def write_aggregate_page(
@@ -46,7 +47,7 @@ def write_aggregate_page(
     graph: AggregatedGraph,
     *,
     notes: Mapping[str, FeatureNote] | None = None,
-    checks: Sequence[GraphValidation] = (),
+    checks: Checks = (),
     command: str = "",
 ) -> None:
     """Return None after writing the page of an aggregated graph, completely or not at all.
@@ -55,7 +56,7 @@ def write_aggregate_page(
         path: Where, NAME.html.
         graph: The graph, of pruned graphs.
         notes: By the names of features (`m1.f17`), what they write and where they fire: `feature_notes`.
-        checks: What `validate_graph` found for each prompt, in their order; printed beside the graph.
+        checks: What `validate_graph` found for each prompt, in order (None: not tested); printed beside the graph.
         command: The command that makes the page again.
 
     The page is at most some 5 MB: sizes of more than 60,000 edges or 1,500 features are left out, which it says.
@@ -69,7 +70,7 @@ def write_aggregate_page(
 def render_aggregate_page(
     graph: AggregatedGraph,
     notes: Mapping[str, FeatureNote] | None = None,
-    checks: Sequence[GraphValidation] = (),
+    checks: Checks = (),
     command: str = "",
 ) -> str:
     """The page as text; `write_aggregate_page` describes the arguments."""
@@ -227,7 +228,7 @@ def _lead(graph: AggregatedGraph) -> str:
     )
 
 
-def _cards(graph: AggregatedGraph, checks: Sequence[GraphValidation]) -> str:
+def _cards(graph: AggregatedGraph, checks: Checks) -> str:
     features = graph.nodes[graph.nodes["kind"] == "feature"]
     always = int((features["frequency"] > 1 - 1e-9).sum())
     errors, around = _spread(graph.of_errors, "{:.1%}")
@@ -235,14 +236,15 @@ def _cards(graph: AggregatedGraph, checks: Sequence[GraphValidation]) -> str:
         ("Influence from errors", errors, f"{around}, before pruning"),
         ("Features in every prompt", f"{always:,}", f"of {len(features):,} in any"),
     ]
-    if checks:
-        value, more = _spread([check.pearson for check in checks], "{:.2f}")
-        gradient, _ = _spread([check.gradient for check in checks], "{:.2f}")
-        chance = sum(not check.pearson > check.shuffled for check in checks)
-        worse = f"; no better than chance in {chance} of {len(checks)} prompts" if chance else ""
-        what = "ablations" if checks[0].strength == 1 else f"weakening by {checks[0].strength:g}"
-        held = "" if checks[0].held == "nothing" else f", {WORDS[checks[0].held]} held"
-        control = f"{more}; model's own gradient {gradient}{worse}"
+    if tested := [check for check in checks if check is not None]:
+        value, more = _spread([check.pearson for check in tested], "{:.2f}")
+        gradient, _ = _spread([check.gradient for check in tested], "{:.2f}")
+        chance = sum(not check.pearson > check.shuffled for check in tested)
+        worse = f"; no better than chance in {chance} of {len(tested)} prompts" if chance else ""
+        what = "ablations" if tested[0].strength == 1 else f"weakening by {tested[0].strength:g}"
+        held = "" if tested[0].held == "nothing" else f", {WORDS[tested[0].held]} held"
+        some = "" if len(tested) == len(checks) else f"; {len(tested)} of {len(checks)} prompts were tested"
+        control = f"{more}; model's own gradient {gradient}{worse}{some}"
         cards.append((f"Predicts real {what}{held}", f"r = {value}", control))
     else:
         cards.append(("Predicts real ablations", "not tested", "give checks=[validate_graph(...), ...]"))
@@ -261,7 +263,7 @@ def _spread(values: Sequence[float], shown: str) -> tuple[str, str]:
     return shown.format(middle), f"median; {around}"
 
 
-def _prompts(graph: AggregatedGraph, checks: Sequence[GraphValidation]) -> str:
+def _prompts(graph: AggregatedGraph, checks: Checks) -> str:
     """A row per prompt: its text, the share of errors, and how well its graph predicts runs of the model."""
     head = ["prompt", "errors", *(["Pearson", "gradient", "direct edges", "shuffled"] if checks else [])]
     rows = list[str]()
@@ -270,7 +272,8 @@ def _prompts(graph: AggregatedGraph, checks: Sequence[GraphValidation]) -> str:
         numbers = [f"{errors:.1%}"]
         if checks:
             one = checks[i]
-            numbers += [f"{value:.2f}" for value in (one.pearson, one.gradient, one.direct, one.shuffled)]
+            found = None if one is None else (one.pearson, one.gradient, one.direct, one.shuffled)
+            numbers += ["not tested"] * 4 if found is None else [f"{value:.2f}" for value in found]
         cells = "".join(f'<td class="number">{number}</td>' for number in numbers)
         rows.append(f"<tr><td>{text(clip(joined.strip(), 300))}</td>{cells}</tr>")
     names = "".join(f'<th class="{"name" if i == 0 else "number"}">{name}</th>' for i, name in enumerate(head))
